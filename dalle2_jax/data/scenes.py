@@ -1,0 +1,483 @@
+"""Captioned drawings of coloured shapes: the grammar, the splits and the renderer.
+
+A scene holds one to three objects, each with a colour, a shape, a size and a place, on a plain background. Neighbours
+in `Scene.objects` stand in a named relation (above, below, left of, right of) that is geometrically unmistakable:
+
+    |offset along the relation's axis| >= (d_a + d_b) / 2 + gap,     |offset across it| <= lean * |offset along it|
+
+with diameters d in fractions of the picture's side. Scene number `index` of a split is a pure function of
+(config, split, index, seed); it is drawn with integer arithmetic (splitmix64), so it is the same on every machine and
+with every version of numpy. Shapes are signed distances in coordinates that do not know the resolution; the 16-pixel
+and the 256-pixel picture of one scene are the same picture.
+
+The splits hold combinations out. A colour-shape pair is held out if it is in `HELD_OUT_PAIRS`; a triple
+(shape, relation, shape) is held out by the rule in `is_held_out_triple`. `train` and `validation` never contain
+either; every scene of `test_pairs` has a held-out pair (and no held-out triple); every scene of `test_relations` is
+two objects in a held-out triple (and no held-out pair). Captions are in `scenes_captions`.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+
+import numpy as np
+
+from dalle2_jax.data import scenes_captions
+from dalle2_jax.data.scenes_shapes import SIGNED_DISTANCE
+
+# RGB of objects. Chosen so that the closest two (purple-blue, orange-red, orange-yellow) are still more than 40 apart
+# in CIELAB, and every colour more than 40 from every background.
+COLOURS = {
+    "red": (222, 36, 40),
+    "orange": (250, 140, 20),
+    "yellow": (250, 222, 40),
+    "green": (36, 160, 60),
+    "cyan": (40, 205, 220),
+    "blue": (30, 86, 228),
+    "purple": (158, 36, 188),
+    "pink": (255, 150, 200),
+}
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
+BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128), "brown": (104, 70, 44)}
+RELATIONS = ("above", "below", "left of", "right of")
+CONVERSE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+DETAILS = ("background", "size", "place")
+SPLITS = ("train", "validation", "test_pairs", "test_relations")
+
+# One pair for each colour and one for each shape, an eighth of all 64; five of them fall into the 36 of `quickstart`.
+HELD_OUT_PAIRS = (
+    ("red", "ring"),
+    ("orange", "heart"),
+    ("yellow", "star"),
+    ("green", "square"),
+    ("cyan", "circle"),
+    ("blue", "triangle"),
+    ("purple", "cross"),
+    ("pink", "diamond"),
+)
+
+
+def canonical_triple(shape_a: str, relation: str, shape_b: str) -> tuple[str, str, str]:
+    """The same fact said with `above` or `left of`: (a, below, b) is (b, above, a)."""
+    if relation in ("below", "right of"):
+        return shape_b, CONVERSE[relation], shape_a
+    return shape_a, relation, shape_b
+
+
+def is_held_out_triple(shape_a: str, relation: str, shape_b: str) -> bool:
+    """Whether a relation between two shapes never occurs in training.
+
+    With i and j the places of the two shapes in `SHAPES` and r = 0 for above, 1 for left of (after
+    `canonical_triple`), a triple is held out when 3 i + 7 j + 5 r = 4 (mod 10).
+    """
+    a, relation, b = canonical_triple(shape_a, relation, shape_b)
+    code = 3 * SHAPES.index(a) + 7 * SHAPES.index(b) + 5 * (relation == "left of")
+    return code % 10 == 4
+
+
+def check_choice(value: str, choices, what: str) -> str:
+    """`value` if it is one of `choices`, else a ValueError that names the closest one."""
+    if value in choices:
+        return value
+    close = difflib.get_close_matches(str(value), list(choices), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"unknown {what} {value!r}{hint} (choose from {', '.join(choices)})")
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeRange:
+    """A named range of diameters, in fractions of the picture's side."""
+
+    name: str
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneConfig:
+    """What scenes may contain.
+
+    Attributes:
+      name: name of the preset; part of the data set's identity.
+      count_weights: probability of 1, 2, 3 objects; its length is the largest number of objects.
+      colours, shapes, backgrounds: names from `COLOURS`, `SHAPES`, `BACKGROUNDS`.
+      sizes: for 1, 2, 3 objects the ranges a diameter is drawn from (one of them at random, then uniformly).
+      details: which of `DETAILS` captions may name besides objects and relations.
+      margin: least distance of an object's box from the picture's edge, fraction of the side.
+      gap: least distance between two objects' boxes along the axis of their relation, fraction of the side.
+      lean: largest offset across a relation's axis, as a fraction of the offset along it.
+    """
+
+    name: str
+    count_weights: tuple[float, ...]
+    colours: tuple[str, ...]
+    shapes: tuple[str, ...]
+    backgrounds: tuple[str, ...]
+    sizes: tuple[tuple[SizeRange, ...], ...]
+    details: tuple[str, ...] = ("background",)
+    margin: float = 0.02
+    gap: float = 0.06
+    lean: float = 0.4
+
+    def __post_init__(self):
+        for field, choices in (
+            ("colours", COLOURS),
+            ("shapes", SHAPES),
+            ("backgrounds", BACKGROUNDS),
+            ("details", DETAILS),
+        ):
+            for value in getattr(self, field):
+                check_choice(value, choices, f"{field} entry")
+        if not 1 <= len(self.count_weights) <= 3:
+            raise ValueError(f"count_weights must have 1 to 3 entries, got {len(self.count_weights)}")
+        if len(self.sizes) != len(self.count_weights):
+            raise ValueError(
+                f"sizes must have one entry for each entry of count_weights ({len(self.count_weights)}), got {len(self.sizes)}"
+            )
+
+    @property
+    def max_objects(self) -> int:
+        return len(self.count_weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneObject:
+    """One object: names, centre (x right, y down) and diameter in fractions of the picture's side."""
+
+    colour: str
+    shape: str
+    size: str
+    x: float
+    y: float
+    diameter: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A drawing: `relations[k]` says how `objects[k]` stands to `objects[k + 1]`.
+
+    `details` are the entries of `DETAILS` that captions of this scene may name.
+    """
+
+    objects: tuple[SceneObject, ...]
+    relations: tuple[str, ...]
+    background: str
+    details: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> "Scene":
+        fields = json.loads(text)
+        return Scene(
+            objects=tuple(SceneObject(**entry) for entry in fields["objects"]),
+            relations=tuple(fields["relations"]),
+            background=fields["background"],
+            details=tuple(fields["details"]),
+        )
+
+
+# Objects are large because the base picture of the smallest cascade has 16 x 16 pixels: a pair's ring of diameter
+# 0.4 still has a hole of three pixels.
+_QUICKSTART = SceneConfig(
+    name="quickstart",
+    count_weights=(0.5, 0.5),
+    colours=("red", "orange", "yellow", "green", "blue", "purple"),
+    shapes=("circle", "square", "triangle", "star", "ring", "cross"),
+    backgrounds=("white", "black", "grey"),
+    sizes=((SizeRange("large", 0.45, 0.65),), (SizeRange("large", 0.38, 0.44),)),
+)
+_FULL_SIZES = (
+    SizeRange("small", 0.14, 0.18),
+    SizeRange("medium", 0.22, 0.27),
+    SizeRange("large", 0.32, 0.38),
+)
+_FULL = SceneConfig(
+    name="full",
+    count_weights=(0.3, 0.4, 0.3),
+    colours=tuple(COLOURS),
+    shapes=SHAPES,
+    backgrounds=tuple(BACKGROUNDS),
+    sizes=(_FULL_SIZES,) * 3,
+    details=DETAILS,
+    gap=0.05,
+)
+PRESETS = {config.name: config for config in (_QUICKSTART, _FULL)}
+
+
+def preset(name: str) -> SceneConfig:
+    """The named `SceneConfig`: 'quickstart' or 'full'."""
+    return PRESETS[check_choice(name, PRESETS, "preset of scenes")]
+
+
+class Stream:
+    """Pseudo-random numbers that are a pure function of a few integers (splitmix64, Steele et al. 2014)."""
+
+    _MASK = (1 << 64) - 1
+
+    def __init__(self, *keys: int):
+        self._state = 0
+        for key in keys:
+            self._state = self._next() ^ (int(key) & self._MASK)
+
+    def _next(self) -> int:
+        self._state = (self._state + 0x9E3779B97F4A7C15) & self._MASK
+        z = self._state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & self._MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & self._MASK
+        return z ^ (z >> 31)
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        return low + (high - low) * (self._next() >> 11) * 2.0**-53
+
+    def choice(self, options):
+        return options[int(self.uniform() * len(options))]
+
+    def weighted(self, weights) -> int:
+        """Index i with probability weights[i] / sum(weights)."""
+        left = self.uniform() * sum(weights)
+        for i, weight in enumerate(weights):
+            left -= weight
+            if left < 0:
+                return i
+        return len(weights) - 1
+
+    def shuffled(self, options) -> list:
+        out = list(options)
+        for i in range(len(out) - 1, 0, -1):
+            j = int(self.uniform() * (i + 1))
+            out[i], out[j] = out[j], out[i]
+        return out
+
+
+@functools.cache
+def pairs(config: SceneConfig, held_out: bool) -> tuple[tuple[str, str], ...]:
+    """The (colour, shape) pairs of `config` that are held out, or those that are not."""
+    every = [(colour, shape) for colour in config.colours for shape in config.shapes]
+    return tuple(pair for pair in every if (pair in HELD_OUT_PAIRS) == held_out)
+
+
+@functools.cache
+def triples(config: SceneConfig, held_out: bool) -> tuple[tuple[str, str, str], ...]:
+    """The canonical (shape, relation, shape) triples of `config` that are held out, or those that are not."""
+    every = [
+        (a, relation, b) for a in config.shapes for relation in ("above", "left of") for b in config.shapes
+    ]
+    return tuple(triple for triple in every if is_held_out_triple(*triple) == held_out)
+
+
+def relations_between(a: SceneObject, b: SceneObject) -> list[str]:
+    """Every relation of `a` to `b` that could be read off the picture: the axes along which the boxes are disjoint."""
+    apart = (a.diameter + b.diameter) / 2
+    out = []
+    if abs(b.y - a.y) >= apart:
+        out.append("above" if a.y < b.y else "below")
+    if abs(b.x - a.x) >= apart:
+        out.append("left of" if a.x < b.x else "right of")
+    return out
+
+
+def _place(config: SceneConfig, stream: Stream, names, relations) -> tuple[SceneObject, ...] | None:
+    """Draws sizes and places of a chain of objects, or None if this draw does not fit into the picture."""
+    drawn = [stream.choice(config.sizes[len(names) - 1]) for _ in names]
+    diameters = [stream.uniform(size.low, size.high) for size in drawn]
+    room = 1 - 2 * config.margin
+    xy = [(0.0, 0.0)]
+    for k, relation in enumerate(relations):
+        touching = (diameters[k] + diameters[k + 1]) / 2 + config.gap
+        slack = max(0.0, room - sum(diameters[k : k + 2]) - config.gap)
+        along = touching + stream.uniform() * slack / len(relations)
+        across = stream.uniform(-1, 1) * config.lean * along
+        dx, dy = (across, along) if relation in ("above", "below") else (along, across)
+        sign = 1 if relation in ("above", "left of") else -1
+        xy.append((xy[-1][0] + sign * dx, xy[-1][1] + sign * dy))
+    shift = []
+    for axis in (0, 1):
+        low = min(p[axis] - d / 2 for p, d in zip(xy, diameters, strict=True))
+        high = max(p[axis] + d / 2 for p, d in zip(xy, diameters, strict=True))
+        if high - low > room:
+            return None
+        shift.append(stream.uniform(config.margin - low, 1 - config.margin - high))
+    objects = tuple(
+        SceneObject(colour, shape, size.name, round(x + shift[0], 5), round(y + shift[1], 5), round(d, 5))
+        for (colour, shape), size, (x, y), d in zip(names, drawn, xy, diameters, strict=True)
+    )
+    for i, a in enumerate(objects):
+        for b in objects[i + 1 :]:
+            apart = (a.diameter + b.diameter) / 2 + config.gap - 1e-4
+            if max(abs(a.x - b.x), abs(a.y - b.y)) < apart:
+                return None
+    return objects
+
+
+def _draw_names(config: SceneConfig, split: str, stream: Stream):
+    """Draws (colour, shape) of each object and the relations along the chain, as the split wants them."""
+    seen = pairs(config, False)
+    if split == "test_relations":
+        a, relation, b = stream.choice(triples(config, True))
+        if stream.uniform() < 0.5:
+            a, relation, b = b, CONVERSE[relation], a
+        names = [stream.choice([pair for pair in seen if pair[1] == shape]) for shape in (a, b)]
+        return names, (relation,)
+    count = 1 + stream.weighted(config.count_weights)
+    if split == "test_pairs":
+        names = [stream.choice(pairs(config, True))]
+        names += [stream.choice(seen + pairs(config, True)) for _ in range(count - 1)]
+        names = stream.shuffled(names)
+    else:
+        names = [stream.choice(seen) for _ in range(count)]
+    return names, tuple(stream.choice(RELATIONS) for _ in range(count - 1))
+
+
+def _has_held_out_triple(objects) -> bool:
+    return any(
+        is_held_out_triple(a.shape, relation, b.shape)
+        for i, a in enumerate(objects)
+        for b in objects[i + 1 :]
+        for relation in relations_between(a, b)
+    )
+
+
+def sample_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> Scene:
+    """Scene number `index` of a split: a pure function of its arguments.
+
+    No two objects of a scene share both colour and shape. In three-object scenes a held-out triple is looked for
+    between every two objects, not only between those the caption relates.
+
+    Raises:
+      ValueError: `split` is not one of `SPLITS`, or nothing in `config` satisfies it.
+    """
+    check_choice(split, SPLITS, "split of scenes")
+    if split == "test_relations" and config.max_objects < 2:
+        raise ValueError(
+            f"split 'test_relations' needs scenes of two objects; config {config.name!r} has one"
+        )
+    stream = Stream(seed, SPLITS.index(split) + 1, index)
+    for _ in range(10_000):
+        names, relations = _draw_names(config, split, stream)
+        if len(set(names)) < len(names):
+            continue
+        objects = _place(config, stream, names, relations)
+        if objects is None or _has_held_out_triple(objects) != (split == "test_relations"):
+            continue
+        return Scene(objects, relations, stream.choice(config.backgrounds), config.details)
+    raise ValueError(
+        f"no scene of split {split!r} fits config {config.name!r}: make the objects smaller, or allow more shapes and colours"
+    )
+
+
+def render(scene: Scene, image_size: int) -> np.ndarray:
+    """Draws a scene, antialiased: uint8 [image_size, image_size, 3] in sRGB, image_size 8..1024.
+
+    Coverage is 1/2 - distance, clipped to [0, 1], with distance in units of 1/256 of the side (or of a pixel, if that
+    is smaller), averaged over the pixel's subsamples. Hence for image_size 16, 32, 64, 128 the picture is the area
+    average of the 256-pixel picture up to rounding.
+    """
+    if not 8 <= image_size <= 1024:
+        raise ValueError(f"image_size must lie in 8..1024, got {image_size}")
+    sub = -(-256 // image_size)
+    fine = image_size * sub
+    reach = 3 / 256  # antialiasing at a sharp tip goes a little beyond the object's box
+    picture = np.empty((image_size, image_size, 3), np.uint8)
+    picture[:] = BACKGROUNDS[scene.background]
+    for thing in scene.objects:
+        spans = []
+        for centre in (thing.x, thing.y):
+            low = math.floor((centre - thing.diameter / 2 - reach) * image_size)
+            high = math.ceil((centre + thing.diameter / 2 + reach) * image_size)
+            spans.append((max(low, 0), min(high, image_size)))
+        (x0, x1), (y0, y1) = spans
+        u = ((np.arange(x0 * sub, x1 * sub, dtype=np.float32) + 0.5) / fine - thing.x) / thing.diameter
+        v = ((np.arange(y0 * sub, y1 * sub, dtype=np.float32) + 0.5) / fine - thing.y) / thing.diameter
+        distance = SIGNED_DISTANCE[thing.shape](u[None, :], v[:, None])
+        coverage = np.clip(0.5 - distance * np.float32(fine * thing.diameter), 0, 1)
+        if sub > 1:
+            coverage = coverage.reshape(y1 - y0, sub, x1 - x0, sub).mean((1, 3))
+        window = picture[y0:y1, x0:x1].astype(np.float32)
+        window += coverage[:, :, None] * (np.float32(COLOURS[thing.colour]) - window)
+        picture[y0:y1, x0:x1] = np.rint(window)
+    return picture
+
+
+def place_name(thing: SceneObject) -> str | None:
+    """Where an object is ('centre', 'top', 'bottom left', ...), or None where people might disagree."""
+
+    def third(value, low, high):
+        if 0.42 <= value <= 0.58:
+            return ""
+        return low if value <= 0.36 else high if value >= 0.64 else None
+
+    vertical, horizontal = third(thing.y, "top", "bottom"), third(thing.x, "left", "right")
+    if vertical is None or horizontal is None:
+        return None
+    return " ".join(word for word in (vertical, horizontal) if word) or "centre"
+
+
+def captions(scene: Scene, language: str = "en") -> list[str]:
+    """Every caption of a scene, all of them true of it; the first is the plain one ("a red star above a blue ring").
+
+    Args:
+      scene: the drawing; `scene.details` says what captions may name besides objects and relations.
+      language: 'en' or 'zh'.
+    """
+    names = [(thing.colour, thing.shape, None) for thing in scene.objects]
+    background = scene.background if "background" in scene.details else None
+    out = scenes_captions.phrases(names, scene.relations, background, None, language)
+    sized = "size" in scene.details
+    place = place_name(scene.objects[0]) if "place" in scene.details and not scene.relations else None
+    if sized or place:
+        names = [(thing.colour, thing.shape, thing.size if sized else None) for thing in scene.objects]
+        out += scenes_captions.phrases(names, scene.relations, None, place, language)
+    return list(dict.fromkeys(out))
+
+
+def caption(scene: Scene, language: str = "en", index: int = 0) -> str:
+    """Caption number `index` of a scene, counted round: any integer is allowed."""
+    every = captions(scene, language)
+    return every[index % len(every)]
+
+
+KINDS = ("single_seen", "single_heldout", "pair_seen", "pair_heldout_relation")
+
+
+def evaluation_captions(config: SceneConfig, kind: str, n: int, seed: int = 0) -> list[str]:
+    """`n` English captions to draw for an evaluation.
+
+    Args:
+      kind: 'single_seen' (one object, its colour-shape pair occurs in training), 'single_heldout' (a held-out pair),
+        'pair_seen' (two objects; pairs and triple occur in training), 'pair_heldout_relation' (a held-out triple of
+        seen pairs).
+      n: how many. They are distinct as long as the grammar allows, then repeat. Every combination is used once, in
+        random order and in a random wording, before any is used twice; with two objects there are thousands.
+      seed: another seed, another order.
+    """
+    check_choice(kind, KINDS, "kind of evaluation captions")
+    stream = Stream(seed, 1000 + KINDS.index(kind))
+    seen = pairs(config, False)
+    if kind.startswith("single"):
+        combos = [((pair,), ()) for pair in pairs(config, kind == "single_heldout")]
+    else:
+        held_out = kind == "pair_heldout_relation"
+        combos = [
+            ((a, b), (relation,))
+            for a in seen
+            for b in seen
+            for relation in RELATIONS
+            if a != b and is_held_out_triple(a[1], relation, b[1]) == held_out
+        ]
+    combos = stream.shuffled(combos)
+    out, seen_texts = [], set()
+    wordings = []
+    for names, relations in combos[:n]:
+        background = stream.choice(config.backgrounds) if "background" in config.details else None
+        texts = scenes_captions.phrases([(*name, None) for name in names], relations, background)
+        wordings.append(stream.shuffled(texts))
+    for k in range(n):
+        texts = wordings[k % len(wordings)]
+        fresh = [text for text in texts if text not in seen_texts]
+        out.append((fresh or texts)[0] if fresh else texts[(k // len(wordings)) % len(texts)])
+        seen_texts.add(out[-1])
+    return out

@@ -1,0 +1,1 @@
+"""Measures of drawn pictures: one file a metric."""
