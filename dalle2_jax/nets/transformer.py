@@ -1,0 +1,199 @@
+"""Pre-LN transformer blocks, and the diffusion prior's network, which is little more than a stack of them.
+
+    h = x + attn(norm1(x)),    x' = h + fc2(act(fc1(norm2(h))))
+
+The initialisation is CLIP's: with width w and depth n, qkv and queries of attention have std w^-1/2, the projections
+that write into the residual stream w^-1/2 (2n)^-1/2, and fc1 (2w)^-1/2.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.nets import layers
+from dalle2_jax.partition import constrain
+
+
+def causal_mask(length: int) -> jax.Array:
+    """[1, 1, N, N] bool: position i sees positions j <= i."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+
+class Embedding(nn.Module):
+    """A learned array of the given shape, in float32 (positions, class tokens, queries, null vectors)."""
+
+    shape: tuple[int, ...]
+    stddev: float = 0.02
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("embedding", nn.initializers.normal(self.stddev), self.shape, jnp.float32)
+
+
+class TokenEmbedding(nn.Module):
+    """A lookup table [vocab_size, width] in float32; tokens [B, L] int32 -> [B, L, width] in `dtype`."""
+
+    vocab_size: int
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        shape = (self.vocab_size, self.width)
+        table = self.param("embedding", nn.initializers.normal(0.02), shape, jnp.float32)
+        return jnp.take(table.astype(self.dtype), tokens, axis=0)
+
+
+class Attention(nn.Module):
+    """Self-attention; the kernel `qkv` holds the blocks q | k | v, heads contiguous inside each."""
+
+    num_heads: int
+    out_std: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """x [B, N, C], mask broadcastable to [B, H, N, N] (True = attend) -> [B, N, C]."""
+        width = x.shape[-1]
+        init = nn.initializers.normal(width**-0.5)
+        qkv = layers.Dense(3 * width, dtype=self.dtype, kernel_init=init, name="qkv")(x)
+        q, k, v = (layers.split_heads(y, width // self.num_heads) for y in jnp.split(qkv, 3, axis=-1))
+        h = layers.attention(q, k, v, mask)
+        return layers.Dense(
+            width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.out_std), name="out"
+        )(h)
+
+
+class Mlp(nn.Module):
+    """Dense to four times the width, activation, Dense back."""
+
+    activation: str
+    out_std: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        init = nn.initializers.normal((2 * width) ** -0.5)
+        h = layers.Dense(4 * width, dtype=self.dtype, kernel_init=init, name="fc1")(x)
+        h = layers.activation(self.activation)(h)
+        return layers.Dense(
+            width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.out_std), name="fc2"
+        )(h)
+
+
+class Block(nn.Module):
+    """One pre-LN block: norm1, attn, norm2, mlp."""
+
+    num_heads: int
+    activation: str
+    out_std: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        h = layers.LayerNorm(name="norm1")(x).astype(self.dtype)
+        x = x + Attention(self.num_heads, self.out_std, self.dtype, name="attn")(h, mask)
+        h = layers.LayerNorm(name="norm2")(x).astype(self.dtype)
+        return constrain(x + Mlp(self.activation, self.out_std, self.dtype, name="mlp")(h))
+
+
+class TransformerStack(nn.Module):
+    """`depth` blocks called block_0, block_1, ...; with `remat` a block's activations are recomputed, names unchanged."""
+
+    depth: int
+    num_heads: int
+    activation: str = "gelu"
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """x [B, N, C] -> [B, N, C] in `dtype`, mask as for Attention. Raises ValueError if heads do not divide C."""
+        width = x.shape[-1]
+        if width % self.num_heads:
+            raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}: change either")
+        out_std = width**-0.5 * (2 * self.depth) ** -0.5
+        block = nn.remat(Block) if self.remat else Block
+        x = x.astype(self.dtype)
+        for i in range(self.depth):
+            x = block(self.num_heads, self.activation, out_std, self.dtype, name=f"block_{i}")(x, mask)
+        return x
+
+
+class PriorTransformer(nn.Module):
+    """The diffusion prior's network: a causal transformer that predicts the noiseless image embedding.
+
+    The sequence, in order (paper, section 2.2): the encoded caption (context_length positions), the CLIP text embedding,
+    the timestep, the noised image embedding, and a learned query, whose output is the prediction. The caption is encoded
+    either by token embeddings that are learned here (`vocab_size`; the paper's parameter count leaves room for no other
+    encoder), or by projecting the states of a frozen CLIP text transformer (`states_width`; Karlo, Kandinsky). Padded
+    caption positions are never attended to.
+
+    Dropping the text replaces the text embedding by a learned vector and the caption by nothing: all its positions are
+    masked, but for the first `null_tokens` of a prior on states, which hold learned states instead (weights that were
+    trained with the caption "" as the null caption keep its states there). The noised embedding is never dropped.
+    """
+
+    embed_dim: int
+    context_length: int
+    width: int
+    depth: int
+    num_heads: int
+    vocab_size: int = 0
+    states_width: int = 0
+    null_tokens: int = 0
+    activation: str = "gelu"
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x_t: jax.Array,
+        t: jax.Array,
+        text_embed: jax.Array,
+        text: jax.Array,
+        token_mask: jax.Array,
+        drop_text: jax.Array,
+    ) -> jax.Array:
+        """x_t [B, E] (scaled), t [B], text_embed [B, E], token_mask [B, L], drop_text [B] bool -> x0 [B, E] float32.
+
+        `text` is tokens [B, L] int32, or states [B, L, states_width] where the prior is built on states.
+        """
+        dense = lambda features, name: layers.Dense(features, dtype=self.dtype, name=name)  # noqa: E731
+        drop = drop_text[:, None]
+
+        null_embed = Embedding((self.embed_dim,), name="null_text_embed")()
+        text_embed = jnp.where(drop, null_embed, text_embed)
+        token_mask = token_mask & ~drop
+        if self.states_width:
+            if self.null_tokens:
+                null_states = Embedding((self.null_tokens, self.states_width), name="null_text_states")()
+                null_states = jnp.pad(null_states, ((0, self.context_length - self.null_tokens), (0, 0)))
+                text = jnp.where(drop[..., None], null_states, text)
+                token_mask = token_mask | (drop & (jnp.arange(self.context_length) < self.null_tokens))
+            text = dense(self.width, "text_states_proj")(text)
+        else:
+            text = TokenEmbedding(self.vocab_size, self.width, self.dtype, name="token_embedding")(text)
+
+        time = layers.timestep_embedding(t, self.width).astype(self.dtype)
+        time = dense(self.width, "time_fc2")(nn.silu(dense(self.width, "time_fc1")(time)))
+        query = Embedding((self.width,), name="query")().astype(self.dtype)
+        single = [
+            dense(self.width, "text_embed_proj")(text_embed),
+            time,
+            dense(self.width, "image_embed_proj")(x_t),
+            jnp.broadcast_to(query, time.shape),
+        ]
+        x = jnp.concatenate([text, jnp.stack(single, axis=1)], axis=1)
+        length = self.context_length + len(single)
+        x = x + Embedding((length, self.width), stddev=0.01, name="position")().astype(self.dtype)
+
+        visible = jnp.pad(token_mask, ((0, 0), (0, len(single))), constant_values=True)
+        mask = causal_mask(length) & visible[:, None, None, :]
+        stack = TransformerStack(
+            self.depth, self.num_heads, self.activation, self.remat, self.dtype, name="transformer"
+        )
+        x = layers.LayerNorm(name="norm_out")(stack(x, mask)[:, -1]).astype(self.dtype)
+        return dense(self.embed_dim, "out_proj")(x).astype(jnp.float32)

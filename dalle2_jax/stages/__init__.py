@@ -1,0 +1,30 @@
+"""The stages: CLIP, prior, decoder, upsamplers. One file each, with `build(**config)` and a frozen dataclass.
+
+All that training knows of a stage is
+
+    batch_spec(batch_size) -> shapes and types of the fields that `loss` reads
+    init(key, batch) -> params
+    loss(params, key, batch, *, train=True) -> (scalar, dict of scalars)
+    sample(params, keys, batch, ...) -> array          (CLIP has encode_image and encode_text instead)
+    project(params) -> params                          (optional: applied after every update)
+
+A stage holds networks and settings, never parameters.
+"""
+
+import difflib
+from collections.abc import Collection, Mapping
+
+
+def check_settings(
+    settings: Mapping, required: Collection[str], optional: Collection[str], what: str
+) -> None:
+    """Raise ValueError where the sub-config `what` has a key that it does not know (naming the nearest) or lacks one."""
+    known = (*required, *optional)
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {what}.{near[0]}?" if near else f"it has {', '.join(sorted(known))}"
+            raise ValueError(f"{what}.{name} is not a setting; {hint}")
+    missing = [name for name in required if name not in settings]
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(f'{what}.{name}' for name in missing)}")
