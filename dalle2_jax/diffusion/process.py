@@ -1,0 +1,222 @@
+"""The noise process: how data are noised, what a network's output means, and what it is trained on.
+
+    x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps,      v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0
+
+A network predicts one of eps, x0, v; given x_t, each of them determines the others:
+
+    x0  = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)  = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v
+    eps = (x_t - sqrt(alpha_bar) x0) / sqrt(1 - alpha_bar)   = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) v
+
+A network with a learned variance has twice the channels: the first half is the prediction, the second half is raw, and
+f = (raw + 1) / 2 is the variance fraction, log var = f log beta + (1 - f) log beta_tilde (Nichol & Dhariwal 2021,
+equation 15). f is nominally in [0, 1] and not constrained to it; beta and beta_tilde are those of the sampler's actual
+step, which is why a Prediction carries f and not a variance.
+
+The loss of one example at time t is
+
+    w_t mean((target - prediction)^2)  +  vlb_weight T vb_t            (the second term with a learned variance only)
+
+where vb_t, in bits per dimension, is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for t > 0 and -log2 p(x0 | x_1) at
+t = 0. T vb_t at a uniform t estimates the variational bound, so vlb_weight is lambda = 0.001 of L_hybrid. The mean of p
+is behind a stop-gradient there: the bound trains the variance alone (ibid., section 3.1).
+"""
+
+import difflib
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle2_jax.diffusion.schedules import Schedule, two_time
+
+OBJECTIVES = ("eps", "x0", "v")
+WEIGHTINGS = ("uniform", "min_snr", "p2")
+
+
+class Prediction(NamedTuple):
+    """What a denoiser returns, whatever its network predicts: arrays [B, ...] float32 of the shape of x_t.
+
+    var_frac, the variance fraction f of the module's docstring, is None without a learned variance.
+    """
+
+    x0: jax.Array
+    eps: jax.Array
+    var_frac: jax.Array | None = None
+
+
+def q_sample(schedule: Schedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+    """x_t [B, ...] float32 for data x0 [B, ...], times t [B] int and standard normal noise [B, ...]."""
+    signal, sigma = signal_and_sigma(schedule, t, x0.ndim)
+    return signal * x0.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
+
+
+def to_prediction(
+    schedule: Schedule,
+    output: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+    objective: str,
+    learned_variance: bool,
+) -> Prediction:
+    """The Prediction in a network's output for x_t [B, ..., C] at times t [B].
+
+    output: [B, ..., C], or [B, ..., 2C] with a learned variance; any float type, float32 from here on. Raises ValueError
+    for another shape or an unknown objective.
+    """
+    prediction, var_frac = split_output(output, x_t.shape, learned_variance)
+    x_t = x_t.astype(jnp.float32)
+    signal, sigma = signal_and_sigma(schedule, t, x_t.ndim)
+    if objective == "eps":
+        return Prediction((x_t - sigma * prediction) / signal, prediction, var_frac)
+    if objective == "x0":
+        return Prediction(prediction, (x_t - signal * prediction) / sigma, var_frac)
+    if objective == "v":
+        return Prediction(signal * x_t - sigma * prediction, sigma * x_t + signal * prediction, var_frac)
+    raise ValueError(_unknown("objective", objective, OBJECTIVES))
+
+
+def training_loss(
+    schedule: Schedule,
+    output: jax.Array,
+    x0: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+    noise: jax.Array,
+    *,
+    objective: str,
+    learned_variance: bool,
+    weighting: str = "uniform",
+    vlb_weight: float = 1e-3,
+    data: str = "pixels",
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss [B] float32 of every example, and its parts [B]: 'mse' (unweighted) and, with a learned variance, 'vb'.
+
+    output is the network's for x_t = q_sample(schedule, x0, t, noise); shapes as in `to_prediction`. weighting: see
+    `loss_weights`. vlb_weight is lambda of L_hybrid (1e-3, that is T / 1000 of one term). data is 'pixels' (8-bit values
+    in [-1, 1]) or 'latents' (anything else, such as embeddings): a learned variance needs pixels, as its term at t = 0
+    is the likelihood of 8-bit values. Raises ValueError for settings that cannot go together.
+    """
+    if data not in ("pixels", "latents"):
+        raise ValueError(_unknown("data", data, ("pixels", "latents")))
+    if learned_variance and (data != "pixels" or x0.ndim != 4):
+        raise ValueError(
+            "a learned variance is trained on the likelihood of 8-bit pixels [B, H, W, C], which is not defined for "
+            f"{data} of shape {x0.shape}: set learned_variance=False"
+        )
+    x0, x_t, noise = (y.astype(jnp.float32) for y in (x0, x_t, noise))
+    prediction, var_frac = split_output(output, x_t.shape, learned_variance)
+    if objective == "eps":
+        target = noise
+    elif objective == "x0":
+        target = x0
+    elif objective == "v":
+        signal, sigma = signal_and_sigma(schedule, t, x0.ndim)
+        target = signal * noise - sigma * x0
+    else:
+        raise ValueError(_unknown("objective", objective, OBJECTIVES))
+    mse = _mean(jnp.square(target - prediction))
+    metrics = {"mse": mse}
+    loss = _at(loss_weights(schedule, objective, weighting), t) * mse
+    if learned_variance:
+        frozen = to_prediction(schedule, jax.lax.stop_gradient(prediction), x_t, t, objective, False)
+        metrics["vb"] = vb_bits_per_dim(schedule, frozen._replace(var_frac=var_frac), x0, x_t, t)
+        loss = loss + vlb_weight * schedule.num_timesteps * metrics["vb"]
+    return loss, metrics
+
+
+def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarray:
+    """w_t [T] float64 for the squared error in the objective's own variable.
+
+    'uniform' is 1. The others weigh the error in x0 by a function of the signal-to-noise ratio, and are carried over to
+    the objective (error in x0 = error in eps / SNR = error in v / (SNR + 1)): 'min_snr' is min(SNR, 5) (Hang et al.
+    2023), 'p2' is SNR / (1 + SNR), that is 1 / (1 + SNR) on the error in eps (Choi et al. 2022, k = gamma = 1).
+    """
+    snr = schedule.snr
+    if objective not in OBJECTIVES:
+        raise ValueError(_unknown("objective", objective, OBJECTIVES))
+    if weighting == "uniform":
+        return np.ones_like(snr)
+    if weighting == "min_snr":
+        on_x0 = np.minimum(snr, 5.0)
+    elif weighting == "p2":
+        on_x0 = snr / (1.0 + snr)
+    else:
+        raise ValueError(_unknown("weighting", weighting, WEIGHTINGS))
+    return on_x0 / {"eps": snr, "x0": 1.0, "v": snr + 1.0}[objective]
+
+
+def vb_bits_per_dim(
+    schedule: Schedule, prediction: Prediction, x0: jax.Array, x_t: jax.Array, t: jax.Array
+) -> jax.Array:
+    """The term of the variational bound at t [B], in bits per dimension: [B] float32.
+
+    x0: 8-bit pixels in [-1, 1], [B, H, W, C]; prediction has a var_frac. Not clipped: this is what is trained.
+    """
+    tables = two_time(schedule, np.arange(schedule.num_timesteps)[::-1])
+    log_beta = _at(tables.log_beta[::-1], t, x0.ndim)
+    log_beta_tilde = _at(tables.log_beta_tilde[::-1], t, x0.ndim)
+    coef_x0 = _at(tables.coef_x0[::-1], t, x0.ndim)
+    log_var = prediction.var_frac * log_beta + (1.0 - prediction.var_frac) * log_beta_tilde
+    # Both means have the same term in x_t, so their difference is that of x0 and free of cancellation.
+    gap = coef_x0 * (prediction.x0 - x0)
+    ratio = log_beta_tilde - log_var
+    kl = 0.5 * (jnp.expm1(ratio) - ratio + jnp.square(gap) * jnp.exp(-log_var))
+    # At t = 0 the mean is the predicted x0 itself: coef_x0 is 1 and the coefficient of x_t is 0.
+    nll = -discretized_log_likelihood(x0, prediction.x0, 0.5 * log_var)
+    first = (t == 0).reshape(-1, *[1] * (x0.ndim - 1))
+    return _mean(jnp.where(first, nll, kl)) / math.log(2.0)
+
+
+def discretized_log_likelihood(x0: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
+    """log of the mass that N(mean, exp(log_std)^2) puts on the 8-bit bin of x0 (in [-1, 1], bins 2/255 wide), in nats.
+
+    The outermost bins reach to infinity (Ho et al. 2020, equation 13). The normal distribution function is
+    (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2, and masses are held above 1e-12, where gradients end.
+    """
+    inv_std = jnp.exp(-log_std)
+    upper = _normal_cdf((x0 - mean + 1.0 / 255.0) * inv_std)
+    lower = _normal_cdf((x0 - mean - 1.0 / 255.0) * inv_std)
+    mass = jnp.where(x0 < -0.999, upper, jnp.where(x0 > 0.999, 1.0 - lower, upper - lower))
+    return jnp.log(jnp.maximum(mass, 1e-12))
+
+
+def split_output(
+    output: jax.Array, shape: tuple[int, ...], learned_variance: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """The prediction and the variance fraction (or None) in a network's output for an x_t of `shape`, in float32."""
+    expected = (*shape[:-1], shape[-1] * (2 if learned_variance else 1))
+    if output.shape != expected:
+        raise ValueError(
+            f"the network's output has shape {output.shape}, but with learned_variance={learned_variance} and x_t of "
+            f"shape {shape} it must be {expected}"
+        )
+    output = output.astype(jnp.float32)
+    if not learned_variance:
+        return output, None
+    prediction, raw = jnp.split(output, 2, axis=-1)
+    return prediction, (raw + 1.0) / 2.0
+
+
+def signal_and_sigma(schedule: Schedule, t: jax.Array, ndim: int) -> tuple[jax.Array, jax.Array]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t [B], float32, shaped to broadcast over [B, ...] of `ndim` axes."""
+    return _at(np.sqrt(schedule.alpha_bar), t, ndim), _at(np.sqrt(1.0 - schedule.alpha_bar), t, ndim)
+
+
+def _at(table: np.ndarray, t: jax.Array, ndim: int = 1) -> jax.Array:
+    return jnp.asarray(table, jnp.float32)[t].reshape(-1, *[1] * (ndim - 1))
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return x.mean(axis=tuple(range(1, x.ndim)))
+
+
+def _normal_cdf(z: jax.Array) -> jax.Array:
+    return 0.5 * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def _unknown(what: str, name: str, names: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(str(name), names, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"unknown {what} {name!r}: choose one of {', '.join(names)}{hint}"
