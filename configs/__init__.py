@@ -1,0 +1,1 @@
+"""Recipes: one file a stage and dataset, each with `get_config(preset='')`."""

@@ -1,0 +1,74 @@
+"""What every recipe shares: the settings of train.py, with defaults that a recipe overrides."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """A recipe without stage, model and data."""
+    config = ConfigDict()
+    config.stage = ""
+    config.model = ConfigDict()  # keywords of dalle2_jax.stages.<stage>.build
+    config.data = ConfigDict(  # keywords of dalle2_jax.data.pipeline.make_dataset
+        dict(
+            source="tar",  # scenes | tar | tfrecord | tfds | embeddings
+            path="",
+            split="train",
+            eval_split="validation",
+            language="en",  # en | zh | any
+            flip=False,  # never where captions name sides
+        )
+    )
+    # With a path (folder or hub name) that tokenizer is used; without one, the frozen CLIP's, or a byte-level BPE of
+    # vocab_size tokens trained on the dataset's captions.
+    config.tokenizer = ConfigDict(dict(path="", vocab_size=49408, context_length=77))
+    config.optim = ConfigDict(  # keywords of dalle2_jax.optim.make_optimizer
+        dict(
+            learning_rate=1.2e-4,
+            schedule="constant",
+            warmup_steps=10_000,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            grad_clip=1.0,
+        )
+    )
+    config.batch_size = 0  # global, in examples
+    config.num_steps = 0
+    config.grad_accum = 1
+    config.ema_decay = 0.9999
+    config.seed = 0
+    config.clip = ""  # workdir or model directory of the trained CLIP that fills embeddings into the batch
+    config.init_from = ""  # workdir or model directory whose parameters training starts from
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: what is left
+
+    config.log_every = 100
+    config.eval_every = 5_000
+    config.eval_batches = 4
+    config.sample_every = 10_000
+    config.num_samples = 16
+    config.checkpoint_every = 5_000
+    config.keep_checkpoints = 3
+    config.profile_at = 0  # first step of a profile; 0: none
+    config.profile_steps = 5
+    config.wandb = ""  # project name
+    return config
+
+
+def debug(config: ConfigDict, model: dict) -> ConfigDict:
+    """The preset `debug`: the same code with the smaller numbers of `model`, two steps on scenes."""
+    config.model.update(model)
+    config.model.dtype = "float32"
+    config.data.update(source="scenes", path="debug_64")
+    config.tokenizer.update(vocab_size=512, context_length=32)
+    config.mesh.update(data=-1, fsdp=1, tensor=1)
+    config.batch_size, config.num_steps, config.optim.warmup_steps = 8, 2, 0
+    config.log_every, config.eval_every, config.sample_every, config.checkpoint_every = 1, 2, 2, 2
+    config.eval_batches, config.num_samples = 1, 4
+    return config
+
+
+def check_preset(preset: str, known: tuple[str, ...]) -> None:
+    """Raise ValueError for a preset that the recipe does not have."""
+    if preset not in ("", *known):
+        raise ValueError(f"preset {preset!r} is unknown; this config has {known}")

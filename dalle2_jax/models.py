@@ -1,0 +1,135 @@
+"""From a config to a stage, from a directory to trained parameters, and what a frozen CLIP adds to a batch."""
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import json
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from dalle2_jax import checkpoint
+
+STAGES = ("clip", "prior", "decoder", "upsampler")
+CLIP_FIELDS = ("image_embed", "text_embed", "text_states")
+
+
+def check_keywords(function, keywords: dict, what: str) -> None:
+    """Raise ValueError for a keyword that `function` does not take, or one that it lacks, naming the nearest one."""
+    parameters = inspect.signature(function).parameters
+    for name in keywords:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            hint = f"; did you mean {what}.{near[0]}?" if near else f"; it has {sorted(parameters)}"
+            raise ValueError(f"{what}.{name} is not a setting{hint}")
+    missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in keywords]
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(f'{what}.{name}' for name in missing)}")
+
+
+def to_plain(value):
+    """A config value as JSON types, tuples as lists."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def _to_arguments(value):
+    """JSON types as constructor arguments: lists as tuples."""
+    if isinstance(value, dict):
+        return {key: _to_arguments(item) for key, item in value.items()}
+    return tuple(_to_arguments(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def build_stage(config: dict):
+    """The stage that `config['stage']` names, built from `config['model']`; ValueError says which setting is wrong."""
+    name = config["stage"]
+    if name not in STAGES:
+        near = difflib.get_close_matches(str(name), STAGES, n=1)
+        raise ValueError(f"stage {name!r} is unknown; {f'did you mean {near[0]!r}?' if near else f'there are {STAGES}'}")
+    module = importlib.import_module(f"dalle2_jax.stages.{name}")
+    model = _to_arguments(to_plain(config["model"]))
+    check_keywords(module.build, model, "model")
+    return module.build(**model)
+
+
+def is_workdir(path) -> bool:
+    """Whether `path` is a training workdir (as opposed to a model directory)."""
+    return (epath.Path(path) / "config.json").exists() and (epath.Path(path) / "checkpoints").exists()
+
+
+def load_stage(path, name: str):
+    """(stage, config, parameters) of a training workdir (its newest average) or of stage `name` of a model directory.
+
+    Parameters are float32 arrays on the host. Raises FileNotFoundError or ValueError that says what `path` lacks.
+    """
+    path = epath.Path(path)
+    if is_workdir(path):
+        config = json.loads((path / "config.json").read_text())
+        stage = build_stage(config)
+        params = checkpoint.restore_ema_params(path)
+    else:
+        index = checkpoint.read_index(path)
+        if name not in index["stages"]:
+            raise ValueError(f"{path} holds no stage {name!r}; it has {sorted(index['stages'])}")
+        config, params = checkpoint.load_stage(path / index["stages"][name])
+        stage = build_stage(config)
+    if config["stage"] != name.rstrip("0123456789"):
+        raise ValueError(f"{path} holds a {config['stage']!r}, not a {name!r}")
+    checkpoint.check_params(params, abstract_params(stage))
+    return stage, config, params
+
+
+def abstract_params(stage) -> dict:
+    """Shapes and types of a stage's parameters, without computing anything."""
+    return jax.eval_shape(stage.init, jax.random.key(0), stage.batch_spec(1))
+
+
+def zeros(spec: dict) -> dict:
+    """A batch of zeros with the shapes of `spec`."""
+    return {name: jnp.zeros(x.shape, x.dtype) for name, x in spec.items()}
+
+
+def crop_tokens(tokens: jax.Array, token_mask: jax.Array, context_length: int) -> tuple[jax.Array, jax.Array]:
+    """The first `context_length` tokens, a caption that is cut ending in its end-of-text token (the highest id).
+
+    tokens [B, L] int32, token_mask [B, L] bool; shorter ones are padded with 0.
+    """
+    length = tokens.shape[1]
+    if length <= context_length:
+        pad = ((0, 0), (0, context_length - length))
+        return jnp.pad(tokens, pad), jnp.pad(token_mask, pad)
+    cut = token_mask[:, context_length]
+    end = tokens.max(axis=1)
+    last = jnp.where(cut, end, tokens[:, context_length - 1])
+    return tokens[:, :context_length].at[:, -1].set(last), token_mask[:, :context_length]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenClip:
+    """A trained CLIP that fills embeddings into batches; its parameters are passed to `fill`."""
+
+    stage: object
+
+    def fields(self, needed: set[str]) -> set[str]:
+        """What `fill` reads from the dataset to provide those of `needed` that CLIP computes."""
+        reads = {"clip_image"} if "image_embed" in needed else set()
+        return reads | ({"tokens", "token_mask"} if needed & {"text_embed", "text_states"} else set())
+
+    def fill(self, params: dict, batch: dict, needed: set[str]) -> dict:
+        """`batch` with image_embed, text_embed and text_states where `needed` and absent; drops clip_image."""
+        batch = dict(batch)
+        clip_image = batch.pop("clip_image", None)
+        if "image_embed" in needed and "image_embed" not in batch:
+            batch["image_embed"] = jax.lax.stop_gradient(self.stage.encode_image(params, clip_image))
+        if needed & {"text_embed", "text_states"} and "text_embed" not in batch:
+            tokens, mask = crop_tokens(batch["tokens"], batch["token_mask"], self.stage.context_length)
+            embed, states = jax.lax.stop_gradient(self.stage.encode_text(params, tokens, mask))
+            batch["text_embed"], batch["text_states"] = embed, states
+        return {name: value for name, value in batch.items() if name in needed}

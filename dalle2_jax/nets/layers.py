@@ -1,0 +1,119 @@
+"""Layers that every network shares, with the numerics of the published weights fixed in one place.
+
+Parameters are float32; `dtype` is the compute type. Norms, softmax and timestep embeddings are float32 whatever
+`dtype` is. Layer and group norm use epsilon 1e-5, GELU is exact unless a network asks for QuickGELU.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+NORM_EPSILON = 1e-5
+
+Dense = partial(nn.Dense, param_dtype=jnp.float32)
+LayerNorm = partial(nn.LayerNorm, epsilon=NORM_EPSILON, dtype=jnp.float32, param_dtype=jnp.float32)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x): the approximation that OpenAI's CLIP weights were trained with."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable] = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "quick_gelu": quick_gelu,
+    "silu": nn.silu,
+}
+
+
+def activation(name: str) -> Callable:
+    """The activation called `name`: 'gelu' (exact), 'quick_gelu' or 'silu'. Raises ValueError for another name."""
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is unknown; choose one of {sorted(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
+    """Sinusoids of t [B] as [B, dim] float32, cosines before sines (ADM's order), zero-padded when dim is odd."""
+    half = dim // 2
+    freqs = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    args = t.astype(jnp.float32)[:, None] * freqs[None]
+    embedding = jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim - 2 * half)))
+
+
+def num_groups(channels: int) -> int:
+    """ADM's 32 groups; narrower layers keep at least four channels a group, so that a group norm is no instance norm."""
+    return math.gcd(channels, min(32, max(1, channels // 4)))
+
+
+class GroupNorm(nn.Module):
+    """Group norm over [B, H, W, C] or [B, N, C], computed in float32 and returned in float32."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        groups = num_groups(channels)
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        x = x.astype(jnp.float32)
+        axes = tuple(range(1, x.ndim - 1))
+        # Statistics of channels first, then of groups of channels: reductions that keep the channels minor are several
+        # times faster on a CPU than those over [positions, channels of a group], and the merge is exact.
+        mean = x.mean(axis=axes)
+        var = jnp.square(x - jnp.expand_dims(mean, axes)).mean(axis=axes)
+        mean, var = (s.reshape(-1, groups, channels // groups) for s in (mean, var))
+        group_mean = mean.mean(axis=-1, keepdims=True)
+        group_var = (var + jnp.square(mean - group_mean)).mean(axis=-1, keepdims=True)
+        gain = jnp.broadcast_to(jax.lax.rsqrt(group_var + NORM_EPSILON), mean.shape).reshape(-1, channels) * scale
+        shift = bias - jnp.broadcast_to(group_mean, mean.shape).reshape(-1, channels) * gain
+        return x * jnp.expand_dims(gain, axes) + jnp.expand_dims(shift, axes)
+
+
+def conv(features: int, kernel_size: int = 3, *, stride: int = 1, dtype, name: str, zero: bool = False, bias: bool = True):
+    """A square convolution with symmetric padding (torch's convention, also for stride 2)."""
+    pad = kernel_size // 2
+    return nn.Conv(
+        features,
+        (kernel_size, kernel_size),
+        strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        use_bias=bias,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        kernel_init=nn.initializers.zeros if zero else nn.initializers.lecun_normal(),
+        name=name,
+    )
+
+
+def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
+    """[B, N, H * D] -> [B, N, H, D]."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Scaled dot-product attention with a float32 softmax.
+
+    q [B, N, H, D], k and v [B, M, H, D], mask broadcastable to [B, H, N, M] (True = attend). Returns [B, N, H * D] in
+    the type of v. A row whose keys are all masked gets finite values, not NaN.
+    """
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def downsample(x: jax.Array) -> jax.Array:
+    """2x2 average pooling, [B, H, W, C] -> [B, H/2, W/2, C]."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Nearest-neighbour doubling, [B, H, W, C] -> [B, 2H, 2W, C]."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)

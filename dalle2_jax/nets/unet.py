@@ -1,0 +1,235 @@
+"""The ADM U-Net and the two denoisers made of it: the text- and image-conditional decoder, and the upsampler.
+
+Section 2 of the paper, with the architecture of ADM (arXiv 2105.05233) and the text pathway of GLIDE (arXiv 2112.10741).
+A level is `num_res_blocks` residual blocks (attention behind each where the level's side is in
+`attention_resolutions`), then a residual block that halves the side. The way up has one block more a level, each fed
+[h, skip]. The timestep embedding, to which a stage adds its other conditions, sets scale and shift of every block.
+Names of blocks are the interface of checkpoints, sharding rules and weight importers.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.nets import layers
+from dalle2_jax.nets.text import GlideTextTransformer
+from dalle2_jax.partition import constrain
+
+
+class ResBlock(nn.Module):
+    """ADM residual block; `resample` is '' or 'down' or 'up' and acts on both branches before the first convolution."""
+
+    channels: int
+    dropout: float = 0.0
+    resample: str = ""
+    scale_shift: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
+        """x [B, H, W, C], emb [B, E] -> [B, H', W', channels]."""
+        resample = {"": lambda y: y, "down": layers.downsample, "up": layers.upsample}[self.resample]
+        h = resample(nn.silu(layers.GroupNorm(name="norm1")(x)).astype(self.dtype))
+        x = resample(x)
+        h = layers.conv(self.channels, dtype=self.dtype, name="conv1")(h)
+        width = 2 * self.channels if self.scale_shift else self.channels
+        shift = layers.Dense(width, dtype=self.dtype, name="emb_proj")(nn.silu(emb))[:, None, None, :]
+        if self.scale_shift:
+            scale, shift = jnp.split(shift.astype(jnp.float32), 2, axis=-1)
+            h = layers.GroupNorm(name="norm2")(h) * (1 + scale) + shift
+        else:
+            h = layers.GroupNorm(name="norm2")(h + shift)
+        h = nn.Dropout(self.dropout)(nn.silu(h).astype(self.dtype), deterministic=deterministic)
+        h = layers.conv(self.channels, dtype=self.dtype, name="conv2", zero=True)(h)
+        if x.shape[-1] != self.channels:
+            x = layers.conv(self.channels, 1, dtype=self.dtype, name="skip")(x)
+        return constrain(x + h)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over positions whose keys and values are preceded by those of the context tokens (GLIDE)."""
+
+    head_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None, context_mask: jax.Array | None) -> jax.Array:
+        """x [B, H, W, C], context [B, K, D], context_mask [B, K] bool (True = attend) -> [B, H, W, C]."""
+        batch, height, width, channels = x.shape
+        h = layers.GroupNorm(name="norm")(x).astype(self.dtype).reshape(batch, height * width, channels)
+        q, k, v = jnp.split(layers.Dense(3 * channels, dtype=self.dtype, name="qkv")(h), 3, axis=-1)
+        mask = None
+        if context is not None:
+            text_k, text_v = jnp.split(
+                layers.Dense(2 * channels, dtype=self.dtype, name="text_kv")(context.astype(self.dtype)), 2, axis=-1
+            )
+            k, v = jnp.concatenate([text_k, k], axis=1), jnp.concatenate([text_v, v], axis=1)
+            if context_mask is not None:
+                mask = jnp.pad(context_mask, ((0, 0), (0, height * width)), constant_values=True)[:, None, None, :]
+        q, k, v = (layers.split_heads(y, min(self.head_dim, channels)) for y in (q, k, v))
+        h = layers.attention(q, k, v, mask)
+        h = layers.Dense(channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")(h)
+        return constrain(x + h.reshape(x.shape))
+
+
+class UNet(nn.Module):
+    """The ADM network. `out_channels` counts the variance channels where the variance is learned."""
+
+    out_channels: int
+    channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...] = ()
+    head_dim: int = 64
+    dropout: float = 0.0
+    scale_shift: bool = True
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        emb: jax.Array,
+        context: jax.Array | None = None,
+        context_mask: jax.Array | None = None,
+        *,
+        image_size: int,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """x [B, H, W, C_in], emb [B, E], context [B, K, D] -> [B, H, W, out_channels] float32.
+
+        `image_size` is the side that `attention_resolutions` refer to (it fixes the levels that attend, whatever the
+        size of x). Raises ValueError when H or W cannot be halved often enough.
+        """
+        levels = len(self.channel_mult)
+        if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
+            raise ValueError(
+                f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, got {x.shape[1:3]}"
+            )
+        res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+
+        def res(name, channels, resample=""):
+            block = res_block(channels, self.dropout, resample, self.scale_shift, self.dtype, name=name)
+            return lambda h: block(h, emb, deterministic)
+
+        def attend(name, h, level):
+            if image_size // 2**level not in self.attention_resolutions:
+                return h
+            return attention_block(self.head_dim, self.dtype, name=name)(h, context, context_mask)
+
+        emb = emb.astype(self.dtype)
+        h = layers.conv(self.channels * self.channel_mult[0], dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
+        skips = [h]
+        for level, mult in enumerate(self.channel_mult):
+            for j in range(self.num_res_blocks):
+                h = res(f"down_{level}_res_{j}", self.channels * mult)(h)
+                h = attend(f"down_{level}_attn_{j}", h, level)
+                skips.append(h)
+            if level < levels - 1:
+                h = res(f"down_{level}_down", self.channels * mult, "down")(h)
+                skips.append(h)
+
+        h = res("mid_res_0", h.shape[-1])(h)
+        if self.attention_resolutions:
+            h = attention_block(self.head_dim, self.dtype, name="mid_attn")(h, context, context_mask)
+        h = res("mid_res_1", h.shape[-1])(h)
+
+        for level, mult in reversed(list(enumerate(self.channel_mult))):
+            for j in range(self.num_res_blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = res(f"up_{level}_res_{j}", self.channels * mult)(h)
+                h = attend(f"up_{level}_attn_{j}", h, level)
+            if level > 0:
+                h = res(f"up_{level}_up", self.channels * mult, "up")(h)
+
+        h = nn.silu(layers.GroupNorm(name="norm_out")(h)).astype(self.dtype)
+        return layers.conv(self.out_channels, dtype=self.dtype, name="conv_out", zero=True)(h).astype(jnp.float32)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of width `channels`, then Dense-SiLU-Dense to 4 x channels (ADM)."""
+
+    channels: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, t: jax.Array) -> jax.Array:
+        """t [B] -> [B, 4 * channels]."""
+        h = layers.timestep_embedding(t, self.channels).astype(self.dtype)
+        h = nn.silu(layers.Dense(4 * self.channels, dtype=self.dtype, name="fc1")(h))
+        return layers.Dense(4 * self.channels, dtype=self.dtype, name="fc2")(h)
+
+
+class DecoderNet(nn.Module):
+    """The decoder's denoiser: U-Net, GLIDE text transformer, and the two paths of the image embedding (section 2.1).
+
+    `condition` runs once for a picture, `denoise` at every step. The null image embedding is a learned vector before
+    the projections, so that the added and the token path are nulled together (trap 9); the null caption is the
+    sequence without a real token, which the text transformer fills with its padding embedding.
+    """
+
+    unet: dict
+    text: dict | None
+    embed_dim: int
+    image_size: int
+    num_image_tokens: int = 4
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        unet = dict(self.unet)
+        channels = unet["channels"]
+        self.net = UNet(**unet, dtype=self.dtype)
+        self.time = TimeEmbedding(channels, self.dtype)
+        self.token_width = self.text["width"] if self.text else 4 * channels
+        self.image_emb_proj = layers.Dense(4 * channels, dtype=self.dtype)
+        self.image_token_proj = layers.Dense(self.num_image_tokens * self.token_width, dtype=self.dtype)
+        self.null_image_embed = self.param("null_image_embed", nn.initializers.normal(0.02), (self.embed_dim,), jnp.float32)
+        if self.text:
+            self.text_net = GlideTextTransformer(**self.text, dtype=self.dtype)
+            self.text_emb_proj = layers.Dense(4 * channels, dtype=self.dtype)
+
+    def condition(self, image_embed, drop_image, tokens=None, token_mask=None, drop_text=None):
+        """The condition of a batch: (added embedding [B, 4C], context [B, K, D]).
+
+        image_embed [B, E] (unit norm), drop_image [B] bool, tokens [B, L], token_mask [B, L], drop_text [B] bool.
+        """
+        # Unit-norm embeddings have entries of about 1 / sqrt(E); the projections want unit variance.
+        z = jnp.where(drop_image[:, None], self.null_image_embed, image_embed * self.embed_dim**0.5)
+        emb = self.image_emb_proj(z)
+        context = self.image_token_proj(z).reshape(z.shape[0], self.num_image_tokens, self.token_width)
+        if self.text:
+            states = self.text_net(tokens, token_mask & ~drop_text[:, None])
+            emb = emb + self.text_emb_proj(states[:, -1])
+            context = jnp.concatenate([context, states], axis=1)
+        return emb, context
+
+    def denoise(self, x_t, t, condition, *, deterministic=True):
+        """x_t [B, H, W, C_in], t [B], condition from `condition` -> the network's output [B, H, W, C_out]."""
+        emb, context = condition
+        return self.net(
+            x_t, self.time(t) + emb, context, image_size=self.image_size, deterministic=deterministic
+        )
+
+    def __call__(self, x_t, t, image_embed, drop_image, tokens=None, token_mask=None, drop_text=None, deterministic=True):
+        """Both halves at once: what training uses."""
+        condition = self.condition(image_embed, drop_image, tokens, token_mask, drop_text)
+        return self.denoise(x_t, t, condition, deterministic=deterministic)
+
+
+class UpsamplerNet(nn.Module):
+    """An upsampler's denoiser: an unconditional ADM U-Net that sees [x_t, upsampled low_res] in its channels."""
+
+    unet: dict
+    image_size: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_t, t, low_res_up, deterministic=True):
+        """x_t and low_res_up [B, H, W, 3], t [B] -> [B, H, W, C_out]."""
+        unet = dict(self.unet)
+        emb = TimeEmbedding(unet["channels"], self.dtype, name="time")(t)
+        x = jnp.concatenate([x_t, low_res_up], axis=-1)
+        net = UNet(**unet, dtype=self.dtype, name="net")
+        return net(x, emb, image_size=self.image_size, deterministic=deterministic)

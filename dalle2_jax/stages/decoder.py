@@ -1,0 +1,218 @@
+"""The decoder: CLIP image embedding and caption -> base picture (section 2.1 of the paper).
+
+A GLIDE-shaped diffusion model. The image embedding is projected and added to the timestep embedding, and projected to
+four tokens in front of the text transformer's outputs, which every attention layer reads. In training the image
+embedding is dropped with probability 0.1 and the caption, independently, with 0.5; classifier-free guidance drops both.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.diffusion import process, sampling, schedules
+from dalle2_jax.nets.unet import DecoderNet
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A decoder's network, noise process and sampling defaults; parameters are passed to every call."""
+
+    net: DecoderNet
+    schedule: schedules.Schedule
+    image_size: int
+    embed_dim: int
+    context_length: int | None
+    image_drop: float
+    text_drop: float
+    objective: str
+    learned_variance: bool
+    weighting: str
+    num_steps: int
+    spacing: str
+    method: str
+    eta: float
+    guidance_scale: float
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The fields that `loss` reads; `sample` reads the same without `image`."""
+        spec = {
+            "image": jax.ShapeDtypeStruct((batch_size, self.image_size, self.image_size, 3), jnp.float32),
+            "image_embed": jax.ShapeDtypeStruct((batch_size, self.embed_dim), jnp.float32),
+        }
+        if self.context_length is not None:
+            spec["tokens"] = jax.ShapeDtypeStruct((batch_size, self.context_length), jnp.int32)
+            spec["token_mask"] = jax.ShapeDtypeStruct((batch_size, self.context_length), jnp.bool_)
+        return spec
+
+    def init(self, key: jax.Array, batch: dict) -> dict:
+        """Float32 parameters."""
+        t = jnp.zeros(batch["image"].shape[0], jnp.int32)
+        drop = jnp.zeros(t.shape, bool)
+        text = (batch.get("tokens"), batch.get("token_mask"), drop)
+        return self.net.init(key, batch["image"], t, batch["image_embed"], drop, *text)["params"]
+
+    def loss(self, params: dict, key: jax.Array, batch: dict, *, train: bool = True) -> tuple[jax.Array, dict]:
+        """Mean loss over the batch and its scalars. `train=False` keeps conditions and units (no dropping, no dropout)."""
+        size = batch["image"].shape[0]
+        t_key, noise_key, image_key, text_key, dropout_key = jax.random.split(key, 5)
+        t = jax.random.randint(t_key, (size,), 0, self.schedule.num_timesteps)
+        noise = jax.random.normal(noise_key, batch["image"].shape)
+        x_t = process.q_sample(self.schedule, batch["image"], t, noise)
+        drop_image = jax.random.bernoulli(image_key, self.image_drop, (size,)) & train
+        drop_text = jax.random.bernoulli(text_key, self.text_drop, (size,)) & train
+        output = self.net.apply(
+            {"params": params},
+            x_t,
+            t,
+            batch["image_embed"],
+            drop_image,
+            batch.get("tokens"),
+            batch.get("token_mask"),
+            drop_text,
+            deterministic=not train,
+            rngs={"dropout": dropout_key},
+        )
+        losses, metrics = process.training_loss(
+            self.schedule,
+            output,
+            batch["image"],
+            x_t,
+            t,
+            noise,
+            objective=self.objective,
+            learned_variance=self.learned_variance,
+            weighting=self.weighting,
+        )
+        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+
+    def sample(
+        self,
+        params: dict,
+        keys: jax.Array,
+        batch: dict,
+        *,
+        num_steps: int | None = None,
+        guidance_scale: float | jax.Array | None = None,
+        method: str | None = None,
+        eta: float | None = None,
+        image_size: int | None = None,
+    ) -> jax.Array:
+        """Pictures [B, H, W, 3] in [-1, 1] for `image_embed` and the caption, one key a picture.
+
+        A guidance scale given as the Python number 1 saves the unconditional half of the work; an array is traced.
+        """
+        num_steps = num_steps or self.num_steps
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        guided = not (isinstance(scale, int | float) and scale == 1)
+        size = batch["image_embed"].shape[0]
+        side = image_size or self.image_size
+
+        def condition(drop):
+            drop = jnp.full((size,), drop)
+            text = (batch.get("tokens"), batch.get("token_mask"), drop)
+            return self.net.apply({"params": params}, batch["image_embed"], drop, *text, method="condition")
+
+        conditions = condition(False)
+        if guided:
+            # One batch of both halves, kept side by side so that sharding over the batch splits the pairs evenly.
+            conditions = jax.tree.map(lambda c, n: jnp.stack([c, n], 1).reshape(-1, *c.shape[1:]), conditions, condition(True))
+
+        def denoise(x_t, t):
+            if guided:
+                x_t, t = jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2)
+            output = self.net.apply({"params": params}, x_t, t, conditions, method="denoise")
+            prediction = process.to_prediction(self.schedule, output, x_t, t, self.objective, self.learned_variance)
+            if not guided:
+                return prediction
+            cond, null = jax.tree.map(lambda y: y[0::2], prediction), jax.tree.map(lambda y: y[1::2], prediction)
+            return sampling.guide(cond, null, scale)
+
+        x_T = sampling.init_noise(keys, (side, side, 3))
+        timesteps = schedules.space_timesteps(num_steps, self.schedule.num_timesteps, self.spacing)
+        x0 = sampling.sample(
+            sampling.clip_x0(denoise, self.schedule),
+            self.schedule,
+            x_T,
+            keys,
+            timesteps=timesteps,
+            method=method or self.method,
+            eta=self.eta if eta is None else eta,
+            variance="learned" if self.learned_variance else "fixed_small",
+        )
+        return jnp.clip(x0, -1.0, 1.0)
+
+
+def build(
+    *,
+    image_size: int = 64,
+    embed_dim: int = 1024,
+    channels: int = 512,
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4),
+    num_res_blocks: int = 3,
+    attention_resolutions: tuple[int, ...] = (32, 16, 8),
+    head_dim: int = 64,
+    dropout: float = 0.1,
+    scale_shift: bool = True,
+    num_image_tokens: int = 4,
+    text: dict | None = None,
+    image_drop: float = 0.1,
+    text_drop: float = 0.5,
+    schedule: str = "cosine",
+    num_timesteps: int = 1000,
+    objective: str = "eps",
+    learned_variance: bool = True,
+    weighting: str = "uniform",
+    num_steps: int = 250,
+    spacing: str = "uniform",
+    method: str = "ddpm",
+    eta: float = 0.0,
+    guidance_scale: float = 3.0,
+    remat: bool = False,
+    dtype: str = "float32",
+) -> Decoder:
+    """The decoder of a config; defaults are Table 3's, but `text` (keywords of GlideTextTransformer), which it needs.
+
+    `text=None` builds a decoder that reads the image embedding alone. Raises ValueError for settings that cannot go
+    together.
+    """
+    if image_size % 2 ** (len(channel_mult) - 1):
+        raise ValueError(
+            f"image_size {image_size} cannot be halved {len(channel_mult) - 1} times: shorten channel_mult {channel_mult} "
+            f"or make image_size a multiple of {2 ** (len(channel_mult) - 1)}"
+        )
+    unet = dict(
+        out_channels=6 if learned_variance else 3,
+        channels=channels,
+        channel_mult=tuple(channel_mult),
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=tuple(attention_resolutions),
+        head_dim=head_dim,
+        dropout=dropout,
+        scale_shift=scale_shift,
+        remat=remat,
+    )
+    return Decoder(
+        net=DecoderNet(
+            unet=unet,
+            text=dict(text, remat=remat) if text else None,
+            embed_dim=embed_dim,
+            image_size=image_size,
+            num_image_tokens=num_image_tokens,
+            dtype=jnp.dtype(dtype),
+        ),
+        schedule=schedules.make_schedule(schedule, num_timesteps),
+        image_size=image_size,
+        embed_dim=embed_dim,
+        context_length=text["context_length"] if text else None,
+        image_drop=image_drop,
+        text_drop=text_drop,
+        objective=objective,
+        learned_variance=learned_variance,
+        weighting=weighting,
+        num_steps=num_steps,
+        spacing=spacing,
+        method=method,
+        eta=eta,
+        guidance_scale=guidance_scale,
+    )

@@ -1,0 +1,177 @@
+"""The upsamplers: picture -> picture of four times the side (section 2.1 of the paper).
+
+An ADM U-Net without attention and without text sees the noised picture beside the upsampled small one. It is trained
+on crops of a quarter of the side. The small picture always arrives whole and is enlarged here, in training as in
+sampling, and then cropped with the window of the target: enlarging a crop would differ at its border (trap 17).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.diffusion import process, sampling, schedules
+from dalle2_jax.nets.unet import UpsamplerNet
+
+
+@dataclasses.dataclass(frozen=True)
+class Upsampler:
+    """An upsampler's network, noise process and sampling defaults; parameters are passed to every call."""
+
+    net: UpsamplerNet
+    schedule: schedules.Schedule
+    image_size: int
+    low_res_size: int
+    crop_size: int
+    resize: str
+    objective: str
+    learned_variance: bool
+    weighting: str
+    num_steps: int
+    spacing: str
+    method: str
+    eta: float
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The fields that `loss` reads; `sample` reads `low_res` alone."""
+        return {
+            "image": jax.ShapeDtypeStruct((batch_size, self.crop_size, self.crop_size, 3), jnp.float32),
+            "low_res": jax.ShapeDtypeStruct((batch_size, self.low_res_size, self.low_res_size, 3), jnp.float32),
+            "crop_yx": jax.ShapeDtypeStruct((batch_size, 2), jnp.int32),
+        }
+
+    def enlarge(self, low_res: jax.Array) -> jax.Array:
+        """low_res [B, h, w, 3] -> [B, s h, s w, 3] with s = image_size / low_res_size."""
+        batch, height, width, channels = low_res.shape
+        factor = self.image_size // self.low_res_size
+        return jax.image.resize(low_res, (batch, height * factor, width * factor, channels), self.resize)
+
+    def init(self, key: jax.Array, batch: dict) -> dict:
+        """Float32 parameters."""
+        t = jnp.zeros(batch["image"].shape[0], jnp.int32)
+        return self.net.init(key, batch["image"], t, batch["image"])["params"]
+
+    def loss(self, params: dict, key: jax.Array, batch: dict, *, train: bool = True) -> tuple[jax.Array, dict]:
+        """Mean loss over the batch and its scalars; `image` is the window at `crop_yx` of the full-size picture."""
+        t_key, noise_key, dropout_key = jax.random.split(key, 3)
+        x0 = batch["image"]
+        t = jax.random.randint(t_key, (x0.shape[0],), 0, self.schedule.num_timesteps)
+        noise = jax.random.normal(noise_key, x0.shape)
+        x_t = process.q_sample(self.schedule, x0, t, noise)
+        window = jax.vmap(lambda full, yx: jax.lax.dynamic_slice(full, (yx[0], yx[1], 0), x0.shape[1:]))
+        output = self.net.apply(
+            {"params": params},
+            x_t,
+            t,
+            window(self.enlarge(batch["low_res"]), batch["crop_yx"]),
+            deterministic=not train,
+            rngs={"dropout": dropout_key},
+        )
+        losses, metrics = process.training_loss(
+            self.schedule,
+            output,
+            x0,
+            x_t,
+            t,
+            noise,
+            objective=self.objective,
+            learned_variance=self.learned_variance,
+            weighting=self.weighting,
+        )
+        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+
+    def sample(
+        self,
+        params: dict,
+        keys: jax.Array,
+        batch: dict,
+        *,
+        num_steps: int | None = None,
+        method: str | None = None,
+        eta: float | None = None,
+    ) -> jax.Array:
+        """Pictures [B, s h, s w, 3] in [-1, 1] for `low_res` [B, h, w, 3] of any size, one key a picture."""
+        # The network was trained on pictures, which have 256 levels.
+        low_res = jnp.round((jnp.clip(batch["low_res"], -1, 1) + 1) * 127.5) / 127.5 - 1
+        low_res_up = self.enlarge(low_res)
+
+        def denoise(x_t, t):
+            output = self.net.apply({"params": params}, x_t, t, low_res_up)
+            return process.to_prediction(self.schedule, output, x_t, t, self.objective, self.learned_variance)
+
+        num_steps = num_steps or self.num_steps
+        # A named list of steps such as fast27 fixes their number; another number falls back to even spacing.
+        spacing = self.spacing if num_steps == self.num_steps else "uniform"
+        x0 = sampling.sample(
+            sampling.clip_x0(denoise, self.schedule),
+            self.schedule,
+            sampling.init_noise(keys, low_res_up.shape[1:]),
+            keys,
+            timesteps=schedules.space_timesteps(num_steps, self.schedule.num_timesteps, spacing),
+            method=method or self.method,
+            eta=self.eta if eta is None else eta,
+            variance="learned" if self.learned_variance else "fixed_small",
+        )
+        return jnp.clip(x0, -1.0, 1.0)
+
+
+def build(
+    *,
+    image_size: int = 256,
+    low_res_size: int = 64,
+    crop_size: int | None = None,
+    channels: int = 320,
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4),
+    num_res_blocks: int = 3,
+    dropout: float = 0.1,
+    scale_shift: bool = True,
+    resize: str = "cubic",
+    schedule: str = "cosine",
+    num_timesteps: int = 1000,
+    objective: str = "eps",
+    learned_variance: bool = False,
+    weighting: str = "uniform",
+    num_steps: int = 27,
+    spacing: str = "uniform",
+    method: str = "ddim",
+    eta: float = 0.0,
+    remat: bool = False,
+    dtype: str = "float32",
+) -> Upsampler:
+    """The upsampler of a config; defaults are Table 3's 64 -> 256. `crop_size` is a quarter of the side unless given.
+
+    Raises ValueError for sizes that cannot go together.
+    """
+    crop_size = crop_size or image_size // 4
+    halvings = 2 ** (len(channel_mult) - 1)
+    if image_size % low_res_size:
+        raise ValueError(f"image_size {image_size} must be a multiple of low_res_size {low_res_size}")
+    if crop_size % halvings or crop_size > image_size:
+        raise ValueError(
+            f"crop_size {crop_size} must be a multiple of {halvings} (the halvings of channel_mult {channel_mult}) "
+            f"and at most image_size {image_size}"
+        )
+    unet = dict(
+        out_channels=6 if learned_variance else 3,
+        channels=channels,
+        channel_mult=tuple(channel_mult),
+        num_res_blocks=num_res_blocks,
+        dropout=dropout,
+        scale_shift=scale_shift,
+        remat=remat,
+    )
+    return Upsampler(
+        net=UpsamplerNet(unet=unet, image_size=image_size, dtype=jnp.dtype(dtype)),
+        schedule=schedules.make_schedule(schedule, num_timesteps),
+        image_size=image_size,
+        low_res_size=low_res_size,
+        crop_size=crop_size,
+        resize=resize,
+        objective=objective,
+        learned_variance=learned_variance,
+        weighting=weighting,
+        num_steps=num_steps,
+        spacing=spacing,
+        method=method,
+        eta=eta,
+    )

@@ -1,0 +1,98 @@
+"""TrainState and the one train step, the same for every stage.
+
+The PRNG is fold_in(key(seed), step), so there is no random state to save. Parameters, their average and the optimizer
+are float32 and sharded alike. A step whose loss or gradient is not finite changes nothing but the counter of such steps.
+"""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training carries from step to step; `bad_steps` counts non-finite steps in a row."""
+
+    step: jax.Array
+    params: dict
+    ema_params: dict
+    opt_state: optax.OptState
+    bad_steps: jax.Array
+
+
+def init_state(stage, optimizer: optax.GradientTransformation, key: jax.Array, batch: dict) -> TrainState:
+    """The state before the first step; the average starts at the parameters."""
+    params = stage.init(key, batch)
+    zero = jnp.zeros((), jnp.int32)
+    ema_params = jax.tree.map(jnp.copy, params)
+    return TrainState(zero, params, ema_params, optimizer.init(params), zero)
+
+
+def ema_decay_at(step: jax.Array, ema_decay: float) -> jax.Array:
+    """min(ema_decay, (1 + step) / (10 + step)): short runs average over what they have (Karras et al., TensorFlow's EMA)."""
+    step = step.astype(jnp.float32)
+    return jnp.minimum(ema_decay, (1 + step) / (10 + step))
+
+
+def _gradients(stage, params, key, batch, grad_accum):
+    """Loss, scalars and gradients of a batch, in `grad_accum` parts one after the other."""
+    value_and_grad = jax.value_and_grad(stage.loss, has_aux=True)
+    if grad_accum == 1:
+        (loss, metrics), grads = value_and_grad(params, key, batch)
+        return loss, metrics, grads
+    # Part i takes every grad_accum-th example, so that a batch sharded over devices stays where it is.
+    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, grad_accum, *x.shape[1:]), 0, 1), batch)
+
+    def add(total, part):
+        (loss, metrics), grads = value_and_grad(params, part[0], part[1])
+        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
+
+    keys = jax.random.split(key, grad_accum)
+    shapes = jax.eval_shape(lambda p: value_and_grad(p, keys[0], jax.tree.map(lambda x: x[0], parts)), params)
+    (loss, metrics), grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, (loss, metrics, grads), (keys, parts))
+    return jax.tree.map(lambda x: x / grad_accum, total)
+
+
+def make_train_step(
+    stage,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    ema_decay: float,
+    grad_accum: int = 1,
+    fill: Callable[[dict, dict], dict] = lambda frozen, batch: batch,
+) -> Callable:
+    """train_step(state, batch, frozen) -> (state, scalars), to be jitted with `state` donated.
+
+    `fill(frozen, batch)` adds what a frozen CLIP contributes to the batch; its parameters are an argument, never a
+    closure constant. A stage that has `project(params)` is projected after each update (CLIP's temperature).
+    """
+    project = getattr(stage, "project", lambda params: params)
+
+    def train_step(state: TrainState, batch: dict, frozen: dict) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        loss, metrics, grads = _gradients(stage, state.params, key, fill(frozen, batch), grad_accum)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = project(optax.apply_updates(state.params, updates))
+        decay = ema_decay_at(state.step, ema_decay)
+        ema_params = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema_params, params)
+
+        def keep(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            ema_params=keep(ema_params, state.ema_params),
+            opt_state=keep(opt_state, state.opt_state),
+            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+        )
+        return state, dict(metrics, loss=loss, grad_norm=grad_norm, bad_steps=state.bad_steps)
+
+    return train_step
