@@ -1,1 +1,1 @@
-"""Gaussian diffusion without networks: noise schedules, training losses and samplers, in jax and numpy only."""
+"""Gaussian diffusion without networks: noise schedules, losses and samplers, in jax and numpy only."""

@@ -7,18 +7,19 @@ A network predicts one of eps, x0, v; given x_t, each of them determines the oth
     x0  = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)  = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v
     eps = (x_t - sqrt(alpha_bar) x0) / sqrt(1 - alpha_bar)   = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) v
 
-A network with a learned variance has twice the channels: the first half is the prediction, the second half is raw, and
-f = (raw + 1) / 2 is the variance fraction, log var = f log beta + (1 - f) log beta_tilde (Nichol & Dhariwal 2021,
-equation 15). f is nominally in [0, 1] and not constrained to it; beta and beta_tilde are those of the sampler's actual
-step, which is why a Prediction carries f and not a variance.
+A network with a learned variance has twice the channels: the first half is the prediction, the second half
+is raw, and f = (raw + 1) / 2 is the variance fraction, log var = f log beta + (1 - f) log beta_tilde
+(Nichol & Dhariwal 2021, equation 15). f is nominally in [0, 1] and not constrained to it; beta and
+beta_tilde are those of the sampler's actual step, which is why a Prediction carries f and not a variance.
 
 The loss of one example at time t is
 
-    w_t mean((target - prediction)^2)  +  vlb_weight T vb_t            (the second term with a learned variance only)
+    w_t mean((target - prediction)^2)  +  vlb_weight T vb_t      (the second with a learned variance only)
 
-where vb_t, in bits per dimension, is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for t > 0 and -log2 p(x0 | x_1) at
-t = 0. T vb_t at a uniform t estimates the variational bound, so vlb_weight is lambda = 0.001 of L_hybrid. The mean of p
-is behind a stop-gradient there: the bound trains the variance alone (ibid., section 3.1).
+where vb_t, in bits per dimension, is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for t > 0, and at t = 0 the
+bits that a discretised p(x0 | x_t) needs for 8-bit pixels. T vb_t at a uniform t estimates the variational
+bound, so vlb_weight is lambda = 0.001 of L_hybrid. The mean of p is behind a stop-gradient there: the bound
+trains the variance alone (ibid., section 3.1).
 """
 
 import difflib
@@ -62,8 +63,8 @@ def to_prediction(
 ) -> Prediction:
     """The Prediction in a network's output for x_t [B, ..., C] at times t [B].
 
-    output: [B, ..., C], or [B, ..., 2C] with a learned variance; any float type, float32 from here on. Raises ValueError
-    for another shape or an unknown objective.
+    output: [B, ..., C], or [B, ..., 2C] with a learned variance; any float type, float32 from here on.
+    Raises ValueError for another shape or an unknown objective.
     """
     prediction, var_frac = split_output(output, x_t.shape, learned_variance)
     x_t = x_t.astype(jnp.float32)
@@ -91,19 +92,20 @@ def training_loss(
     vlb_weight: float = 1e-3,
     data: str = "pixels",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss [B] float32 of every example, and its parts [B]: 'mse' (unweighted) and, with a learned variance, 'vb'.
+    """Loss [B] float32 of every example, and its parts [B]: 'mse' and, with a learned variance, 'vb'.
 
-    output is the network's for x_t = q_sample(schedule, x0, t, noise); shapes as in `to_prediction`. weighting: see
-    `loss_weights`. vlb_weight is lambda of L_hybrid (1e-3, that is T / 1000 of one term). data is 'pixels' (8-bit values
-    in [-1, 1]) or 'latents' (anything else, such as embeddings): a learned variance needs pixels, as its term at t = 0
-    is the likelihood of 8-bit values. Raises ValueError for settings that cannot go together.
+    output is the network's for x_t = q_sample(schedule, x0, t, noise); shapes as in `to_prediction`.
+    weighting: see `loss_weights`. vlb_weight is lambda of L_hybrid (1e-3, that is T / 1000 of one term).
+    data is 'pixels' (8-bit values in [-1, 1]) or 'latents' (anything else, such as embeddings): a learned
+    variance needs pixels, as its term at t = 0 is the likelihood of 8-bit values. Raises ValueError for
+    settings that cannot go together.
     """
     if data not in ("pixels", "latents"):
         raise ValueError(_unknown("data", data, ("pixels", "latents")))
     if learned_variance and (data != "pixels" or x0.ndim != 4):
         raise ValueError(
-            "a learned variance is trained on the likelihood of 8-bit pixels [B, H, W, C], which is not defined for "
-            f"{data} of shape {x0.shape}: set learned_variance=False"
+            "a learned variance is trained on the likelihood of 8-bit pixels [B, H, W, C], which is not "
+            f"defined for {data} of shape {x0.shape}: set learned_variance=False"
         )
     x0, x_t, noise = (y.astype(jnp.float32) for y in (x0, x_t, noise))
     prediction, var_frac = split_output(output, x_t.shape, learned_variance)
@@ -129,9 +131,10 @@ def training_loss(
 def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarray:
     """w_t [T] float64 for the squared error in the objective's own variable.
 
-    'uniform' is 1. The others weigh the error in x0 by a function of the signal-to-noise ratio, and are carried over to
-    the objective (error in x0 = error in eps / SNR = error in v / (SNR + 1)): 'min_snr' is min(SNR, 5) (Hang et al.
-    2023), 'p2' is SNR / (1 + SNR), that is 1 / (1 + SNR) on the error in eps (Choi et al. 2022, k = gamma = 1).
+    'uniform' is 1. The others weigh the error in x0 by a function of the signal-to-noise ratio, and are
+    carried over to the objective (error in x0 = error in eps / SNR = error in v / (SNR + 1)): 'min_snr' is
+    min(SNR, 5) (Hang et al. 2023), 'p2' is SNR / (1 + SNR), that is 1 / (1 + SNR) on the error in eps (Choi
+    et al. 2022, k = gamma = 1).
     """
     snr = schedule.snr
     if objective not in OBJECTIVES:
@@ -152,7 +155,7 @@ def vb_bits_per_dim(
 ) -> jax.Array:
     """The term of the variational bound at t [B], in bits per dimension: [B] float32.
 
-    x0: 8-bit pixels in [-1, 1], [B, H, W, C]; prediction has a var_frac. Not clipped: this is what is trained.
+    x0: 8-bit pixels in [-1, 1], [B, H, W, C]; prediction has a var_frac. Nothing is clipped, as in training.
     """
     tables = two_time(schedule, np.arange(schedule.num_timesteps)[::-1])
     log_beta = _at(tables.log_beta[::-1], t, x0.ndim)
@@ -170,9 +173,9 @@ def vb_bits_per_dim(
 
 
 def discretized_log_likelihood(x0: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
-    """log of the mass that N(mean, exp(log_std)^2) puts on the 8-bit bin of x0 (in [-1, 1], bins 2/255 wide), in nats.
+    """log of the mass, in nats, that N(mean, exp(log_std)^2) puts on the 8-bit bin of x0.
 
-    The outermost bins reach to infinity (Ho et al. 2020, equation 13). The normal distribution function is
+    x0 is in [-1, 1] and bins are 2/255 wide; the outermost bins reach to infinity (Ho et al. 2020, equation 13). The normal distribution function is
     (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2, and masses are held above 1e-12, where gradients end.
     """
     inv_std = jnp.exp(-log_std)
@@ -185,12 +188,12 @@ def discretized_log_likelihood(x0: jax.Array, mean: jax.Array, log_std: jax.Arra
 def split_output(
     output: jax.Array, shape: tuple[int, ...], learned_variance: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The prediction and the variance fraction (or None) in a network's output for an x_t of `shape`, in float32."""
+    """The prediction and the variance fraction (or None), float32, in an output for x_t of `shape`."""
     expected = (*shape[:-1], shape[-1] * (2 if learned_variance else 1))
     if output.shape != expected:
         raise ValueError(
-            f"the network's output has shape {output.shape}, but with learned_variance={learned_variance} and x_t of "
-            f"shape {shape} it must be {expected}"
+            f"the network's output has shape {output.shape}, but with learned_variance={learned_variance} "
+            f"and x_t of shape {shape} it must be {expected}"
         )
     output = output.astype(jnp.float32)
     if not learned_variance:
@@ -200,7 +203,7 @@ def split_output(
 
 
 def signal_and_sigma(schedule: Schedule, t: jax.Array, ndim: int) -> tuple[jax.Array, jax.Array]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t [B], float32, shaped to broadcast over [B, ...] of `ndim` axes."""
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t [B], float32, of shape [B, 1, ...] with `ndim` axes."""
     return _at(np.sqrt(schedule.alpha_bar), t, ndim), _at(np.sqrt(1.0 - schedule.alpha_bar), t, ndim)
 
 

@@ -1,15 +1,16 @@
 """Samplers as functions, and what is wrapped around a denoiser before it is sampled.
 
-A denoiser is denoise(x_t [B, ...], t [B] int32) -> Prediction; t is always an original time of the schedule. A step goes
-from a kept time t to the next one s < t, the last step to the clean end, alpha_bar = 1. With the two-time posterior of
-`schedules` and z ~ N(0, I), none at the last step,
+A denoiser is denoise(x_t [B, ...], t [B] int32) -> Prediction; t is always an original time of the
+schedule. A step goes from a kept time t to the next one s < t, the last step to the clean end, where
+alpha_bar is 1. With the two-time posterior of `schedules` and z ~ N(0, I), none at the last step,
 
     ddpm   x_s = coef_x0 x0 + coef_x_t x_t + sqrt(var) z
            var = beta_tilde (fixed_small), beta (fixed_large), beta^f beta_tilde^(1-f) (learned)
-    ddim   x_s = sqrt(alpha_bar[s]) x0 + sqrt(1 - alpha_bar[s] - sigma^2) eps + sigma z,   sigma = eta sqrt(beta_tilde)
+    ddim   x_s = sqrt(alpha_bar[s]) x0 + sqrt(1 - alpha_bar[s] - sigma^2) eps + sigma z
+           sigma = eta sqrt(beta_tilde)
 
-(Ho et al. 2020; Nichol & Dhariwal 2021; Song et al. 2021, equation 12.) Guidance, clipping and thresholding are
-wrappers around the denoiser, so their order is visible where they are applied: guide first, then clip.
+(Ho et al. 2020; Nichol & Dhariwal 2021; Song et al. 2021, equation 12.) Guidance, clipping and thresholding
+are wrappers around the denoiser, so their order is visible where they are applied: guide first, then clip.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ _INIT_FOLD = 2**31 - 1
 
 
 def init_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """x_T ~ N(0, I): [B, *shape] float32 from per-sample keys [B], independent of the noise that `sample` adds."""
+    """x_T ~ N(0, I), [B, *shape] float32, from per-sample keys [B]; independent of the noise in `sample`."""
     return _normal(keys, _INIT_FOLD, shape)
 
 
@@ -46,11 +47,12 @@ def sample(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Walk x_T [B, ...] down `timesteps` to data x0 [B, ...], float32, in one scan.
 
-    keys: per-sample PRNG keys [B] (typed, or legacy [B, 2]); noise is drawn per sample from its key and the time, so a
-    sample does not depend on the batch it is in. timesteps: host integers, descending (`schedules.space_timesteps`).
-    method: 'ddpm' with `variance` 'learned', 'fixed_small' or 'fixed_large', or 'ddim' with `eta` in [0, 1] (0 is
-    deterministic, 1 is ddpm with the small variance). return_path: also return x after every step, [n, B, ...]; its last
-    entry is x0. Raises ValueError for unknown names and for a learned variance that the denoiser does not predict.
+    keys: per-sample PRNG keys [B] (typed, or legacy [B, 2]); noise is drawn per sample from its key and the
+    time, so a sample does not depend on the batch it is in. timesteps: host integers, descending
+    (`schedules.space_timesteps`). method: 'ddpm' with `variance` 'learned', 'fixed_small' or 'fixed_large',
+    or 'ddim' with `eta` in [0, 1] (0 is deterministic, 1 is ddpm with the small variance). return_path:
+    also return x after every step, [n, B, ...]; its last entry is x0. Raises ValueError for unknown names
+    and for a learned variance that the denoiser does not predict.
     """
     if method not in ("ddpm", "ddim"):
         raise ValueError(f"unknown method {method!r}: choose 'ddpm' or 'ddim'")
@@ -93,12 +95,12 @@ def sample(
 
 
 def invert(denoise: Denoiser, schedule: Schedule, x0: jax.Array, *, timesteps: np.ndarray) -> jax.Array:
-    """The noise x_T [B, ...] from which deterministic DDIM over the same `timesteps` (descending) about returns x0.
+    """The noise x_T [B, ...] from which deterministic DDIM over the same `timesteps` returns to x0 [B, ...].
 
-    The DDIM equation run upwards: x_r = sqrt(alpha_bar[r]) x0 + sqrt(1 - alpha_bar[r]) eps for the next kept time r > t,
-    evaluated at the current t, and alpha_bar = 0 after the last (Dhariwal & Nichol 2021; section 3.3 of DALL-E 2). First
-    order: the error of the round trip about halves when the steps double. Use guidance 1, and in both directions the
-    same wrappers.
+    The DDIM equation run upwards: x_r = sqrt(alpha_bar[r]) x0 + sqrt(1 - alpha_bar[r]) eps for the next
+    kept time r > t, evaluated at the current t, and alpha_bar = 0 after the last (Dhariwal & Nichol 2021;
+    section 3.3 of DALL-E 2). First order: the error of the round trip about halves when the steps double.
+    Use guidance 1, and in both directions the same wrappers.
     """
     tables = two_time(schedule, timesteps)
     alpha_bar = tables.alpha_bar_t[::-1]
@@ -116,7 +118,7 @@ def invert(denoise: Denoiser, schedule: Schedule, x0: jax.Array, *, timesteps: n
 
 
 def guide(cond: Prediction, uncond: Prediction, scale: float | jax.Array) -> Prediction:
-    """Classifier-free guidance, uncond + scale (cond - uncond); scale is a number or [B], and 1 is cond exactly.
+    """Classifier-free guidance, uncond + scale (cond - uncond); scale is a number or [B], 1 is cond exactly.
 
     Only x0 and eps are guided. The variance fraction is the conditional one: extrapolating it leaves [0, 1].
     """
@@ -141,7 +143,7 @@ def guided(
 
 
 def clip_x0(denoise: Denoiser, schedule: Schedule, limit: float | jax.Array = 1.0) -> Denoiser:
-    """The denoiser with x0 clipped to [-limit, limit], and eps as that x0 implies it (else DDIM would not see the clip)."""
+    """The denoiser with x0 clipped to [-limit, limit] and eps re-derived, or DDIM would not see the clip."""
 
     def clipped(x_t, t):
         prediction = denoise(x_t, t)
@@ -151,7 +153,7 @@ def clip_x0(denoise: Denoiser, schedule: Schedule, limit: float | jax.Array = 1.
 
 
 def dynamic_threshold(denoise: Denoiser, schedule: Schedule, percentile: float = 99.5) -> Denoiser:
-    """The denoiser with x0 clipped to [-s, s] and divided by s, s = max(1, percentile of |x0|) of every sample.
+    """The denoiser with x0 clipped to [-s, s] and divided by s, s = max(1, percentile of |x0|), per sample.
 
     For pixels in [-1, 1] under strong guidance (Saharia et al. 2022, section 2.3); percentile is in (0, 100].
     """

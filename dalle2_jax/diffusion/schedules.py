@@ -1,18 +1,19 @@
 """Noise schedules, choices of timesteps, and the posterior between two times: float64 numpy on the host.
 
-A schedule is alpha_bar[t], t = 0..T-1, in q(x_t | x0) = N(sqrt(alpha_bar[t]) x0, (1 - alpha_bar[t]) I). Time t = 0 has
-been noised once; the clean end, before it, has alpha_bar = 1. A sampler walks down some subset of the times; between a
-kept time t and the next one s < t (or the clean end) everything follows from the two alpha_bars:
+A schedule is alpha_bar[t], t = 0..T-1, in q(x_t | x0) = N(sqrt(alpha_bar[t]) x0, (1 - alpha_bar[t]) I).
+Time t = 0 has been noised once; the clean end, before it, has alpha_bar = 1. A sampler walks down some
+subset of the times; between a kept time t and the next one s < t (or the clean end) everything follows from
+the two alpha_bars:
 
     alpha      = alpha_bar[t] / alpha_bar[s]                 the share of the signal that survives from s to t
     beta       = 1 - alpha
-    beta_tilde = beta (1 - alpha_bar[s]) / (1 - alpha_bar[t])                          variance of q(x_s | x_t, x0)
+    beta_tilde = beta (1 - alpha_bar[s]) / (1 - alpha_bar[t])                     variance of q(x_s | x_t, x0)
     mean       = sqrt(alpha_bar[s]) beta / (1 - alpha_bar[t]) x0
-               + sqrt(alpha) (1 - alpha_bar[s]) / (1 - alpha_bar[t]) x_t               mean of q(x_s | x_t, x0)
+               + sqrt(alpha) (1 - alpha_bar[s]) / (1 - alpha_bar[t]) x_t          mean of q(x_s | x_t, x0)
 
-For neighbouring times these are DDPM's tables (Ho et al. 2020, equations 6 and 7), for a subset those of respaced
-betas (Nichol & Dhariwal 2021, section 4), so that respacing is nothing but the choice of timesteps. Float64, because
-computing the tables in float32 costs up to 2e-3 of relative error in beta.
+For neighbouring times these are DDPM's tables (Ho et al. 2020, equations 6 and 7), for a subset those of
+respaced betas (Nichol & Dhariwal 2021, section 4), so that respacing is nothing but the choice of
+timesteps. Float64, because computing the tables in float32 costs up to 2e-3 of relative error in beta.
 """
 
 import dataclasses
@@ -27,9 +28,9 @@ SPACINGS = ("uniform", "trailing", "fast27", "sections:10,10,3,2,2")
 def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
     """The schedule `name` with T = `num_timesteps`.
 
-    'linear' is DDPM's, beta from 1e-4 to 0.02 at T = 1000 and scaled by 1000 / T otherwise; 'cosine' is improved DDPM's
-    (Nichol & Dhariwal 2021, equation 17), beta at most 0.999. Raises ValueError for another name, and for fewer steps
-    than the schedule can be defined on.
+    'linear' is DDPM's, beta from 1e-4 to 0.02 at T = 1000 and scaled by 1000 / T otherwise; 'cosine' is
+    improved DDPM's (Nichol & Dhariwal 2021, equation 17), beta at most 0.999. Raises ValueError for another
+    name, and for fewer steps than the schedule can be defined on.
     """
     if num_timesteps < 1:
         raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
@@ -55,11 +56,11 @@ def space_timesteps(num_steps: int, num_timesteps: int = 1000, spacing: str = "u
     """The timesteps that a sampler visits: `num_steps` distinct original times, int64, descending.
 
     spacing:
-      'uniform'   round(i (T-1) / (n-1)), halves to even, so that both 0 and T-1 are among them; n = 1 gives [T-1];
+      'uniform'   round(i (T-1) / (n-1)), halves to even, so both 0 and T-1 are among them; n = 1 gives [T-1];
       'trailing'  round(T - i T / n) - 1: starts at T-1, ends at about T/n - 1;
-      'sections:a,b,...'  T is cut into equal sections, the cleanest first, that get a, b, ... uniform steps each;
-      'fast27'    GLIDE's 27 steps of 1000: sections 10,10,3,2,2 with 997 in the place of 999, against DDIM's artifacts
-                  from the noisiest times.
+      'sections:a,b,...'  T is cut into equal sections, the cleanest first, with a, b, ... uniform steps;
+      'fast27'    GLIDE's 27 steps of 1000: sections 10,10,3,2,2 with 997 in the place of 999, against DDIM's
+                  artifacts from the noisiest times.
 
     Raises ValueError if the steps do not fit the spacing or the schedule.
     """
@@ -96,9 +97,10 @@ def space_timesteps(num_steps: int, num_timesteps: int = 1000, spacing: str = "u
 def two_time(schedule: "Schedule", timesteps: np.ndarray) -> "TwoTime":
     """The posterior of every step of a walk down `timesteps` [n] (descending) that ends at the clean data.
 
-    The last step has beta_tilde = 0; its logarithm is clipped to the value of the step before it, as a learned variance
-    interpolates between logarithms (improved DDPM). A walk of one step has none before it and takes log beta.
-    Raises ValueError unless the times are integers of the schedule in strictly descending order.
+    The last step has beta_tilde = 0; its logarithm is clipped to the value of the step before it, as a
+    learned variance interpolates between logarithms (improved DDPM). A walk of one step has none before it
+    and takes log beta. Raises ValueError unless the times are integers of the schedule in strictly
+    descending order.
     """
     t = np.asarray(timesteps)
     if t.ndim != 1 or t.size == 0 or not np.issubdtype(t.dtype, np.integer):
@@ -151,7 +153,7 @@ def _did_you_mean(name: str, names: tuple[str, ...]) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """alpha_bar [T], float64, strictly descending in (0, 1). Equal and hashed by value: a static argument of jit."""
+    """alpha_bar [T], float64, strictly descending in (0, 1). Equal and hashed by value, as jit's static."""
 
     name: str
     alpha_bar: np.ndarray
@@ -185,7 +187,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class TwoTime:
-    """Tables [n] of the posterior q(x_s | x_t, x0), one entry a step, in sampling order: t int32, the rest float64.
+    """Tables [n] of the posterior q(x_s | x_t, x0), one entry a step in sampling order; t is int32.
 
     mean = coef_x0 x0 + coef_x_t x_t; a learned variance lies between beta_tilde and beta.
     """
