@@ -1,0 +1,296 @@
+"""Meshes and shardings: the only file that knows that there is more than one device.
+
+A mesh has three axes. `data` repeats the parameters and splits the batch; `fsdp` splits the batch as well, and the
+parameters (each device gathers a layer when it needs it); `tensor` splits the parameters and with them the work inside a
+layer. So the batch is split over (data, fsdp), a parameter over (fsdp, tensor):
+
+    expanding layer  [.., in, out]: (fsdp, tensor)    its output is split by channel over `tensor`
+    contracting layer [.., in, out]: (tensor, fsdp)   consumes that split; one all-reduce per pair of layers
+
+`RULES` says which parameter is which, by name. The optimizer's moments and the EMA hold the parameters' tree inside, so the
+same rules (which look at the end of a path) shard the whole train state alike.
+
+Everything runs under `jax.jit` with `NamedSharding`s; on one device all of this is the identity.
+"""
+
+import contextlib
+import hashlib
+
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# (regex on the end of the path 'a/b/kernel', spec). First match wins. A spec speaks of the last axes of an array, so one
+# rule serves Dense [in, out] and Conv [kh, kw, in, out] kernels, and layers stacked by a scan. Arrays of rank 0 and 1
+# (gains, biases, temperatures, counters) are replicated before any rule is asked.
+RULES = (
+    # positions and learned stand-ins ([L, D], [1, D]): few rows, so only the features are split
+    (r"(^|/)(pos|position|positional)\w*(/embedding)?$", P(None, "fsdp")),
+    (r"(^|/)(class|cls|null|empty|mask|pad|padding|query|final|start)(_\w+)?(/embedding)?$", P(None, "fsdp")),
+    # tables looked up by id [V, D]
+    (r"(^|/|_)embedding$", P("tensor", "fsdp")),
+    # kernels that close a pair of layers
+    (r"(^|/)(out|fc2|conv2|conv_out|time_fc2|\w+_fc2|\w+_out)/kernel$", P("tensor", "fsdp")),
+    # kernels that open one: qkv, q, k, v, kv, text_kv, fc1, conv1, conv_in, emb_proj ..., and any kernel not named above
+    (r"(^|/)(qkv|q|k|v|kv|\w+_kv|fc1|\w+_fc1|conv1|conv_in|\w*proj\w*)/kernel$", P("fsdp", "tensor")),
+    (r"(^|/|_)kernel$", P("fsdp", "tensor")),
+    # gains and biases of layers stacked by a scan (rank 2)
+    (r"(^|/)(scale|bias)$", P()),
+)
+
+
+def initialise(cpu_devices: int | None = None) -> None:
+    """Sets up JAX for this machine; call it before anything is computed. Calling it again does no harm.
+
+    - On a CPU: one XLA device a core, because XLA:CPU uses several threads inside one device poorly; sharding the batch over
+      one device a core is 1.4-2 times faster. The count is a power of two, at most 8, so that usual batch sizes divide.
+      `cpu_devices`, JAX_NUM_CPU_DEVICES or --xla_force_host_platform_device_count in XLA_FLAGS take precedence. On
+      a machine with an accelerator this changes nothing: the CPU is not its default backend.
+    - Compiled programs are kept on disk (they take 10-50 s each on a small machine): $JAX_COMPILATION_CACHE_DIR if set, else
+      $DALLE2_JAX_CACHE/xla, else ~/.cache/dalle2_jax/xla. DALLE2_JAX_CACHE= (empty) turns this off.
+    """
+    _set_cpu_devices(cpu_devices)
+    _set_compilation_cache()
+
+
+def _set_cpu_devices(count: int | None) -> None:
+    asked_in_flags = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if asked_in_flags or (count is None and jax.config.jax_num_cpu_devices > 0):
+        return
+    if count is None:
+        count = min(8, 2 ** int(np.log2(_available_cores())))
+    if count == jax.config.jax_num_cpu_devices:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # the backends are already running
+        logging.info("JAX was already running: it keeps the number of CPU devices that it has")
+
+
+def _available_cores() -> int:
+    """Cores that this process may use: its affinity, and the CPU quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, round(int(quota) / int(period))))
+    return max(1, cores)
+
+
+def _set_compilation_cache() -> None:
+    if not jax.config.jax_compilation_cache_dir:
+        root = os.environ.get("DALLE2_JAX_CACHE")
+        if root == "":
+            return
+        root = Path(root) if root else Path.home() / ".cache" / "dalle2_jax"
+        # Programs for one CPU may hold instructions that another lacks, and home directories are shared between machines.
+        directory = root / "xla" / _cpu_fingerprint()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logging.warning("no compilation cache (set DALLE2_JAX_CACHE to a writable folder): %s", error)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+    # JAX keeps programs that took a second or more. A start of ours compiles dozens of programs below that, which together
+    # are seconds of every start, and each is a small file.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _cpu_fingerprint() -> str:
+    flags = ""
+    with contextlib.suppress(OSError):
+        flags = next((s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("flags")), "")
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
+    """Returns a mesh of all devices (or of `devices`) with axes ('data', 'fsdp', 'tensor'); one size may be -1: the rest.
+
+    Raises:
+      ValueError: when the sizes do not multiply to the number of devices; the message lists what would fit.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if any(not isinstance(size, int | np.integer) or size == 0 or size < -1 for size in sizes.values()):
+        raise ValueError(f"mesh ({asked}): sizes are whole numbers >= 1, or -1 for 'the rest'")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh ({asked}): only one axis may be -1, here {' and '.join(free)} are")
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    count = len(devices)
+    if count % fixed or (not free and fixed != count):
+        raise ValueError(
+            f"mesh ({asked}) does not fit the {count} {devices[0].platform} device(s) here: "
+            + f"data * fsdp * tensor must be {count}. For instance: {_fitting(sizes, count)}; -1 stands for the rest"
+        )
+    if free:
+        sizes[free[0]] = count // fixed
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _fitting(sizes: Mapping[str, int], count: int) -> str:
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    meshes = [(count // (f * t), f, t) for f in divisors for t in divisors if count % (f * t) == 0]
+    wish = [count if sizes[axis] == -1 else sizes[axis] for axis in AXES]
+    meshes.sort(key=lambda mesh: sum(abs(np.log2(a / b)) for a, b in zip(mesh, wish, strict=True)))
+    return " | ".join(f"data={d} fsdp={f} tensor={t}" for d, f, t in meshes[:4])
+
+
+def use_mesh(mesh: Mesh):
+    """Context in which `constrain` acts and in which specs need no mesh: `with use_mesh(mesh): step(state, batch)`."""
+    return jax.set_mesh(mesh)
+
+
+def shardings(abstract_tree: Any, mesh: Mesh) -> Any:
+    """Returns the tree of NamedShardings that `RULES` give to a tree of arrays or ShapeDtypeStructs.
+
+    The tree may be parameters or anything that holds them (a train state, an optimizer state). An axis of the mesh that does
+    not divide the array's axis is left out there, so that any mesh works with any width.
+
+    Raises:
+      ValueError: when no rule matches a leaf of rank 2 or more; it names the leaf.
+    """
+
+    def one(path, leaf):
+        name = path_name(path)
+        return NamedSharding(mesh, fit(spec_for(name, len(leaf.shape)), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, abstract_tree)
+
+
+def spec_for(name: str, rank: int) -> P:
+    """Returns the spec of the first of `RULES` that matches a leaf called `name` ('a/b/kernel'), one entry an axis."""
+    if rank < 2:
+        return P(*(None,) * rank)
+    for pattern, spec in RULES:
+        if re.search(pattern, name):
+            return P(*(None,) * (rank - len(spec)), *tuple(spec)[-rank:])
+    raise ValueError(
+        f"no sharding rule matches the parameter {name!r} (rank {rank}): give the leaf one of the usual names (kernel, bias, "
+        "scale, embedding, positional) or add a line to partition.RULES"
+    )
+
+
+def fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Returns `spec` without the mesh axes that do not divide the array's axis (that axis is then replicated)."""
+    entries = [
+        axes if axes is not None and size and size % _size(mesh, axes) == 0 else None
+        for axes, size in zip(tuple(spec) + (None,) * (len(shape) - len(spec)), shape, strict=True)
+    ]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return P(*entries)
+
+
+def path_name(path: tuple) -> str:
+    """Returns 'a/b/kernel' for a key path of jax.tree_util."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _size(mesh: Any, axes: str | tuple[str, ...]) -> int:
+    axes = (axes,) if isinstance(axes, str) else axes
+    return int(np.prod([mesh.shape[axis] for axis in axes], dtype=int))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: axis 0 split over (data, fsdp), the rest whole."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Returns data * fsdp: a global batch must be a multiple of it."""
+    return _size(mesh, BATCH_AXES)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
+    """Raises ValueError unless a global batch of `batch_size` splits evenly over the mesh; the message says what would."""
+    shards = batch_shards(mesh)
+    if batch_size < 1 or batch_size % shards:
+        below = batch_size // shards * shards
+        near = " or ".join(str(n) for n in (below, below + shards) if n)
+        raise ValueError(
+            f"{name}={batch_size} does not split over the mesh's {shards} batch shards (data={mesh.shape['data']} x "
+            f"fsdp={mesh.shape['fsdp']}): use {near}, or another mesh"
+        )
+
+
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Turns this process's slice of a batch (numpy, axis 0 = examples) into global arrays split over (data, fsdp).
+
+    With one process the slice is the batch. Starts the copies to the devices and returns without waiting for them.
+    """
+    sharding = batch_sharding(mesh)
+    result = {}
+    for name, value in batch.items():
+        value = np.asarray(value)
+        check_batch_size(
+            value.shape[0] * jax.process_count() if value.ndim else 0, mesh, f"rows of batch[{name!r}]"
+        )
+        result[name] = jax.make_array_from_process_local_data(sharding, value)
+    return result
+
+
+def without_index(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the batch without `index` (record numbers, int64), which stays on the host."""
+    return {name: value for name, value in batch.items() if name != "index"}
+
+
+def to_host(tree: Any) -> Any:
+    """Returns the tree with every array whole, in numpy, on every process (all processes must call it)."""
+
+    def one(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            from jax.experimental import multihost_utils
+
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)
+
+
+def constrain(x: jax.Array) -> jax.Array:
+    """Keeps an activation [B, ...] split over (data, fsdp) along axis 0 only; the identity where no mesh is in use.
+
+    Called at the edges of blocks. Without it XLA may let the parameters' split over `fsdp` leak into the activations, and then
+    gathers whole activations ("full rematerialization") where it should gather a kernel.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.ndim == 0:
+        return x
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = tuple(
+        axis for axis in BATCH_AXES if types.get(axis) == AxisType.Auto
+    )  # not inside a shard_map over them
+    if not axes or x.shape[0] % _size(mesh, axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(axes))
+
+
+def process_index() -> int:
+    """Returns this process's number: 0 writes files and prints."""
+    return jax.process_index()
+
+
+def process_count() -> int:
+    """Returns the number of processes (hosts) of the run."""
+    return jax.process_count()
