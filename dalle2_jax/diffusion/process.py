@@ -175,8 +175,9 @@ def vb_bits_per_dim(
 def discretized_log_likelihood(x0: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:
     """log of the mass, in nats, that N(mean, exp(log_std)^2) puts on the 8-bit bin of x0.
 
-    x0 is in [-1, 1] and bins are 2/255 wide; the outermost bins reach to infinity (Ho et al. 2020, equation 13). The normal distribution function is
-    (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2, and masses are held above 1e-12, where gradients end.
+    x0 is in [-1, 1] and bins are 2/255 wide; the outermost bins reach to infinity (Ho et al. 2020, equation
+    13). The normal distribution function is (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2, and masses are
+    held above 1e-12, where gradients end.
     """
     inv_std = jnp.exp(-log_std)
     upper = _normal_cdf((x0 - mean + 1.0 / 255.0) * inv_std)
