@@ -1,0 +1,280 @@
+"""The diffusion prior: caption and CLIP text embedding -> CLIP image embedding (section 2.2 of the paper).
+
+With z the scaled image embedding, y the caption and its CLIP text embedding, t uniform in 0 .. T-1,
+
+    x_t = sqrt(alpha_bar) z + sqrt(1 - alpha_bar) eps,      loss = mean over dimensions of |f(x_t, t, y) - z|^2
+
+The text is dropped, caption and text embedding together, from a tenth of the examples; the noised embedding never is.
+Sampling draws `num_candidates` embeddings a caption and keeps the one whose cosine with the text embedding is largest.
+The paper found that guiding the prior harms, so the guidance scale is 1 unless asked otherwise.
+
+Embeddings are scaled before they are noised, as the noise has unit variance: see `EmbedScale`.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.diffusion import process, sampling, schedules
+from dalle2_jax.nets.transformer import PriorTransformer
+from dalle2_jax.stages import check_settings
+from dalle2_jax.stages.clip import unit_norm
+
+SCALE_MODES = ("paper", "l2", "meanstd")
+# 17.2 was chosen for unit vectors of 1024 entries; what it fixes is the standard deviation of an entry, 17.2 / 32.
+PAPER_STD = 17.2 / 32.0
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedScale:
+    """The affine map of image embeddings to the space in which they are noised, and its inverse; both pure.
+
+    'paper'    x * 17.2 sqrt(E / 1024): a unit vector's entries get standard deviation 0.5375 for every size E
+    'l2'       x * sqrt(E): standard deviation 1
+    'meanstd'  (x - embed_mean) / embed_std by entry, for embeddings that need not be of unit norm; the statistics are
+               parameters without gradient, set by `Prior.fit_stats`
+    """
+
+    mode: str
+    embed_dim: int
+
+    @property
+    def factor(self) -> float:
+        """The factor of 'paper' and 'l2', which the text embedding is multiplied by as well; 1 for 'meanstd'."""
+        std = {"paper": PAPER_STD, "l2": 1.0, "meanstd": 0.0}[self.mode]
+        return std * math.sqrt(self.embed_dim) or 1.0
+
+    def transform(self, params: dict, image_embed: jax.Array) -> jax.Array:
+        """image_embed [..., E] -> z [..., E], float32."""
+        x = image_embed.astype(jnp.float32)
+        if self.mode == "meanstd":
+            mean, std = _stats(params)
+            return (x - mean) / std
+        return x * self.factor
+
+    def inverse(self, params: dict, z: jax.Array) -> jax.Array:
+        """z [..., E] -> image_embed [..., E], float32."""
+        if self.mode == "meanstd":
+            mean, std = _stats(params)
+            return z * std + mean
+        return z / self.factor
+
+
+def _stats(params: dict) -> tuple[jax.Array, jax.Array]:
+    stats = jax.lax.stop_gradient(params["stats"])
+    return stats["embed_mean"], stats["embed_std"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prior:
+    """The prior's network, noise process and sampling defaults; parameters {'net', 'stats'?} go to every call."""
+
+    net: PriorTransformer
+    schedule: schedules.Schedule
+    embed_scale: EmbedScale
+    embed_dim: int
+    context_length: int
+    states_width: int
+    text_drop: float
+    weighting: str
+    num_steps: int
+    spacing: str
+    method: str
+    eta: float
+    num_candidates: int
+    guidance_scale: float
+    clip_range: float | None
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The fields that `loss` reads; `sample` reads the same without `image_embed`."""
+        spec = {
+            "image_embed": jax.ShapeDtypeStruct((batch_size, self.embed_dim), jnp.float32),
+            "text_embed": jax.ShapeDtypeStruct((batch_size, self.embed_dim), jnp.float32),
+            "token_mask": jax.ShapeDtypeStruct((batch_size, self.context_length), jnp.bool_),
+        }
+        if self.states_width:
+            shape = (batch_size, self.context_length, self.states_width)
+            return spec | {"text_states": jax.ShapeDtypeStruct(shape, jnp.float32)}
+        return spec | {"tokens": jax.ShapeDtypeStruct((batch_size, self.context_length), jnp.int32)}
+
+    def init(self, key: jax.Array, batch: dict) -> dict:
+        """Float32 parameters; in mode 'meanstd' with statistics of mean 0 and standard deviation 1, see `fit_stats`."""
+        t = jnp.zeros(batch["image_embed"].shape[0], jnp.int32)
+        drop = jnp.zeros(t.shape, bool)
+        params = {"net": self.net.init(key, batch["image_embed"], t, *self._text(batch), drop)["params"]}
+        if self.embed_scale.mode == "meanstd":
+            params["stats"] = {"embed_mean": jnp.zeros(self.embed_dim), "embed_std": jnp.ones(self.embed_dim)}
+        return params
+
+    def fit_stats(self, params: dict, image_embed: jax.Array) -> dict:
+        """`params` with the mean and standard deviation, by entry, of image_embed [N, E]; thousands of rows are enough.
+
+        Raises ValueError unless the mode is 'meanstd'.
+        """
+        if self.embed_scale.mode != "meanstd":
+            raise ValueError(f"embed_scale.mode {self.embed_scale.mode!r} has no statistics: set it to 'meanstd'")
+        x = jnp.asarray(image_embed, jnp.float32)
+        return params | {"stats": {"embed_mean": x.mean(axis=0), "embed_std": jnp.maximum(x.std(axis=0), 1e-6)}}
+
+    def _text(self, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(text_embed, tokens or states, token_mask) as the network takes them; ValueError for another caption length."""
+        text = batch["text_states"] if self.states_width else batch["tokens"]
+        for length in (text.shape[1], batch["token_mask"].shape[1]):
+            if length != self.context_length:
+                raise ValueError(
+                    f"the prior reads captions of {self.context_length} positions, got {length}: "
+                    "give tokenizer and prior the same context_length"
+                )
+        return batch["text_embed"] * self.embed_scale.factor, text, batch["token_mask"]
+
+    def loss(self, params: dict, key: jax.Array, batch: dict, *, train: bool = True) -> tuple[jax.Array, dict]:
+        """Mean loss over the batch and its scalars; `train=False` drops no text."""
+        size = batch["image_embed"].shape[0]
+        t_key, noise_key, drop_key = jax.random.split(key, 3)
+        t = jax.random.randint(t_key, (size,), 0, self.schedule.num_timesteps)
+        z = self.embed_scale.transform(params, batch["image_embed"])
+        noise = jax.random.normal(noise_key, z.shape)
+        x_t = process.q_sample(self.schedule, z, t, noise)
+        drop = jax.random.bernoulli(drop_key, self.text_drop, (size,)) & train
+        output = self.net.apply({"params": params["net"]}, x_t, t, *self._text(batch), drop)
+        losses, metrics = process.training_loss(
+            self.schedule,
+            output,
+            z,
+            x_t,
+            t,
+            noise,
+            objective="x0",
+            learned_variance=False,
+            weighting=self.weighting,
+            data="latents",
+        )
+        predicted = unit_norm(self.embed_scale.inverse(params, output))
+        metrics = {"loss": losses, **metrics, "cosine": (predicted * unit_norm(batch["image_embed"])).sum(axis=-1)}
+        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+
+    def sample(
+        self,
+        params: dict,
+        keys: jax.Array,
+        batch: dict,
+        *,
+        num_steps: int | None = None,
+        guidance_scale: float | jax.Array | None = None,
+        num_candidates: int | None = None,
+        method: str | None = None,
+        eta: float | None = None,
+    ) -> jax.Array:
+        """Image embeddings [B, E] float32 in CLIP's own scale, one key a caption.
+
+        Reads text_embed, token_mask and tokens (or text_states). A sample depends on its own key and caption alone; the
+        first of n candidates is the only one of one. A guidance scale given as the Python number 1 saves the
+        unconditional half of the work; an array is traced. `method` is 'ddpm' (small fixed variance) or 'ddim' with `eta`.
+        """
+        num_candidates = self.num_candidates if num_candidates is None else num_candidates
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        guided = not (isinstance(scale, int | float) and scale == 1)
+        size = batch["text_embed"].shape[0]
+
+        # Candidates of a caption are neighbours, and so are the conditional and the null half of a candidate: sharding
+        # over the batch never parts them.
+        keys = jax.vmap(lambda key: jax.vmap(lambda c: jax.random.fold_in(key, c))(jnp.arange(num_candidates)))(keys)
+        keys = keys.reshape(size * num_candidates, *keys.shape[2:])
+        text = [jnp.repeat(x, num_candidates * (2 if guided else 1), axis=0) for x in self._text(batch)]
+        drop = jnp.tile(jnp.arange(2) == 1, size * num_candidates) if guided else jnp.zeros(len(text[0]), bool)
+
+        def denoise(x_t, t):
+            if guided:
+                x_t, t = jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2)
+            output = self.net.apply({"params": params["net"]}, x_t, t, *text, drop)
+            prediction = process.to_prediction(self.schedule, output, x_t, t, "x0", False)
+            if not guided:
+                return prediction
+            cond, null = jax.tree.map(lambda y: y[0::2], prediction), jax.tree.map(lambda y: y[1::2], prediction)
+            return sampling.guide(cond, null, jnp.repeat(scale, num_candidates) if jnp.ndim(scale) else scale)
+
+        # Embeddings are not bounded by 1: nothing is clipped unless the weights come with a range.
+        clipped = denoise if self.clip_range is None else sampling.clip_x0(denoise, self.schedule, self.clip_range)
+        z = sampling.sample(
+            clipped,
+            self.schedule,
+            sampling.init_noise(keys, (self.embed_dim,)),
+            keys,
+            timesteps=schedules.space_timesteps(
+                num_steps or self.num_steps, self.schedule.num_timesteps, self.spacing
+            ),
+            method=method or self.method,
+            eta=self.eta if eta is None else eta,
+            variance="fixed_small",
+        )
+        candidates = self.embed_scale.inverse(params, z).reshape(size, num_candidates, self.embed_dim)
+        cosine = (unit_norm(candidates) * unit_norm(batch["text_embed"])[:, None]).sum(axis=-1)
+        return jnp.take_along_axis(candidates, cosine.argmax(axis=1)[:, None, None], axis=1)[:, 0]
+
+
+def build(
+    *,
+    embed_dim: int,
+    text: dict,
+    embed_scale: dict | None = None,
+    text_drop: float = 0.1,
+    schedule: str = "cosine",
+    num_timesteps: int = 1000,
+    weighting: str = "uniform",
+    num_steps: int = 64,
+    spacing: str = "uniform",
+    method: str = "ddpm",
+    eta: float = 0.0,
+    num_candidates: int = 2,
+    guidance_scale: float = 1.0,
+    clip_range: float | None = None,
+    remat: bool = False,
+    dtype: str = "float32",
+) -> Prior:
+    """The prior of a config; defaults are the paper's.
+
+    Args:
+      embed_dim: size of CLIP's embeddings.
+      text: dict(width, depth, num_heads, context_length) of the transformer, with `vocab_size` to learn the caption's
+        token embeddings (the paper's), or `states_width` to read the states of the frozen CLIP's text transformer (then
+        also null_tokens=n, the number of positions that the null caption has; 0 for a prior that is trained here).
+      embed_scale: dict(mode='paper' | 'l2' | 'meanstd'), see EmbedScale; None is 'paper'.
+      text_drop: how often the text is dropped in training.
+      clip_range: bound of |z| in sampling, in the scaled space (Karlo's weights: 5 or 10); None clips nothing.
+      remat: recompute a block's activations in the backward pass.
+      dtype: compute type of the network; norms, softmax, diffusion and loss are float32.
+
+    Raises:
+      ValueError: for settings that are unknown, missing or do not go together.
+    """
+    embed_scale = {"mode": "paper"} if embed_scale is None else embed_scale
+    check_settings(embed_scale, ("mode",), (), "embed_scale")
+    if embed_scale["mode"] not in SCALE_MODES:
+        raise ValueError(f"embed_scale.mode {embed_scale['mode']!r} is unknown; choose one of {SCALE_MODES}")
+    required = ("width", "depth", "num_heads", "context_length")
+    check_settings(text, required, ("vocab_size", "states_width", "null_tokens"), "text")
+    if bool(text.get("vocab_size")) == bool(text.get("states_width")):
+        raise ValueError("text needs either vocab_size (learned token embeddings) or states_width (states of a frozen CLIP)")
+    if text.get("null_tokens") and not text.get("states_width"):
+        raise ValueError("text.null_tokens is for a prior on CLIP's states: set text.states_width, or leave it out")
+    if not 0 <= text_drop < 1:
+        raise ValueError(f"text_drop must be in [0, 1), got {text_drop}")
+    return Prior(
+        net=PriorTransformer(embed_dim=embed_dim, **text, remat=remat, dtype=jnp.dtype(dtype)),
+        schedule=schedules.make_schedule(schedule, num_timesteps),
+        embed_scale=EmbedScale(embed_scale["mode"], embed_dim),
+        embed_dim=embed_dim,
+        context_length=text["context_length"],
+        states_width=text.get("states_width", 0),
+        text_drop=text_drop,
+        weighting=weighting,
+        num_steps=num_steps,
+        spacing=spacing,
+        method=method,
+        eta=eta,
+        num_candidates=num_candidates,
+        guidance_scale=guidance_scale,
+        clip_range=clip_range,
+    )
