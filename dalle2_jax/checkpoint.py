@@ -1,8 +1,9 @@
 """What is written to disk and read back: checkpoints of a training run, and model directories.
 
-A run keeps WORKDIR/checkpoints/STEP/{state, meta}, written by Orbax: asynchronously (training goes on meanwhile), sharded
-(each process writes its part) and atomically (a step counts only once it is committed whole). Leaves are stored under
-flat names such as 'params/conv_in/kernel', so a checkpoint can be read onto any mesh and without the classes it came from.
+A run keeps WORKDIR/checkpoints/STEP/{state, meta}, written by Orbax: asynchronously (training goes on
+meanwhile), sharded (each process writes its part) and atomically (a step counts only once it is committed
+whole). Leaves are stored under flat names such as 'params/conv_in/kernel', so a checkpoint can be read onto
+any mesh and without the classes it came from.
 
 A model directory is what generating needs and nothing else, readable with safetensors and a JSON parser:
 
@@ -53,7 +54,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
 
 
 def check_params(params: Any, abstract: Any, where: str = "the parameters") -> None:
-    """Raises ValueError unless `params` has exactly the leaves and shapes of `abstract`; the message names what differs.
+    """Raises ValueError naming what differs unless `params` has exactly the leaves and shapes of `abstract`.
 
     Args:
       params: pytree of arrays (or of anything with a shape).
@@ -136,7 +137,7 @@ class Checkpointer:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
-        """Starts saving and returns once `state` may be overwritten or donated; False if `step` is there already.
+        """Starts saving; returns once `state` may be overwritten or donated. False if `step` exists already.
 
         Args:
           step: number of finished steps.
@@ -158,7 +159,7 @@ class Checkpointer:
 
         Raises:
           FileNotFoundError: no such checkpoint.
-          ValueError: the checkpoint is damaged, or holds other leaves, shapes or dtypes; the message names them.
+          ValueError: the checkpoint is damaged, or its leaves, shapes or dtypes differ; it says which.
         """
         step = self._manager.latest_step() if step is None else step
         if step is None or step not in self._manager.all_steps():
@@ -196,7 +197,7 @@ class Checkpointer:
 
 
 def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = None) -> dict:
-    """Returns the part of a run's state called `name` ('params', 'ema_params') as nested dicts of host arrays.
+    """Returns the part of a run's state called `name` ('params', 'ema_params') as nested dicts of numpy.
 
     Reads that part alone, needs no class of the state, and does not disturb a run that is still training.
 
@@ -255,7 +256,8 @@ def _check_stored(path: epath.Path, stored: Mapping[str, Any], expected: Mapping
         ][:10]
     if complaints:
         raise ValueError(
-            f"checkpoint {path} does not fit the model: use the config that it was trained with, or another workdir\n"
+            f"checkpoint {path} does not fit the model: use the config that it was trained with, or another "
+            + "workdir\n"
             + "\n".join(complaints)
         )
 
@@ -268,7 +270,7 @@ def _no_checkpoint(directory: epath.Path, step: int | None, steps: list[int]) ->
 
 @contextlib.contextmanager
 def _explain_damage(path: epath.Path) -> Iterator[None]:
-    """Turns the many errors that Orbax and TensorStore raise for missing or damaged files into one that says what to do."""
+    """Turns the many errors of Orbax for missing or damaged files into one that says what to do."""
     try:
         yield
     except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -276,8 +278,8 @@ def _explain_damage(path: epath.Path) -> Iterator[None]:
             raise
         first_line = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"checkpoint {path} cannot be read, it is incomplete or damaged: move that folder away to go on from an earlier "
-            f"step ({type(error).__name__}: {first_line[:300]})"
+            f"checkpoint {path} cannot be read, it is incomplete or damaged: move that folder away to go on "
+            f"from an earlier step ({type(error).__name__}: {first_line[:300]})"
         ) from error
 
 
@@ -373,7 +375,7 @@ def write_index(
     Args:
       directory: the model directory.
       stages: role -> folder (or list of folders, in the order in which they run), relative to the directory:
-        {"clip": "clip", "prior": "prior", "decoder": "decoder", "upsamplers": ["upsampler64", "upsampler256"]}.
+        {"clip": "clip", "decoder": "decoder", "upsamplers": ["upsampler64", "upsampler256"]}.
       tokenizer: the tokenizer's folder, relative.
       extra: more JSON values, such as default sampling settings or a description.
     """
@@ -418,7 +420,8 @@ def read_index(directory: str | os.PathLike) -> dict:
         )
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{directory} has format version {version}, this program reads up to {FORMAT_VERSION}: update dalle2_jax"
+            f"{directory} has format version {version}, this program reads up to {FORMAT_VERSION}: "
+            "update dalle2_jax"
         )
     for role, folders in index["stages"].items():
         for folder in [folders] if isinstance(folders, str) else folders:
@@ -446,7 +449,8 @@ def _inside(directory: epath.Path, folder: Any) -> epath.Path:
         or "://" in folder
     ):
         raise ValueError(
-            f"{directory / INDEX_FILE} names the folder {folder!r}: it must be relative and inside the model directory"
+            f"{directory / INDEX_FILE} names the folder {folder!r}: it must be relative and inside the model "
+            "directory"
         )
     return directory / folder
 

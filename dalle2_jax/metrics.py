@@ -1,12 +1,11 @@
-"""What a run tells: scalars, labelled image grids and text (one `Writer`), speed and time left (one `Progress`).
+"""What a run tells: scalars, labelled image grids, text (one `Writer`), speed and time left (one `Progress`).
 
-Everything goes to WORKDIR: metrics.jsonl (one JSON object a line, easy to read and plot), TensorBoard events, samples/*.png,
-and Weights & Biases where a project is named. Only process 0 writes. A resumed run appends.
+Everything goes to WORKDIR: metrics.jsonl (one JSON object a line, easy to read and plot), TensorBoard events
+and samples/*.png, and to Weights & Biases where a project is named. Only process 0 writes. A resumed run
+appends.
 """
 
 import contextlib
-import functools
-import glob
 import json
 import math
 import os
@@ -19,7 +18,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets. First match in the device's kind wins.
+from dalle2_jax.grid import labelled_grid, save_png
+
+# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets. The first name that is part of the
+# device's kind wins.
 PEAK_FLOPS = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
@@ -33,23 +35,9 @@ PEAK_FLOPS = (
     ("H200", 989e12),
 )
 
-# Fonts with Chinese glyphs where systems usually keep them; Pillow's own font is Latin only.
-_WIDE_FONTS = (
-    "/usr/share/fonts/**/NotoSansCJK*.*c",
-    "/usr/share/fonts/**/NotoSansSC*.*tf",
-    "/usr/share/fonts/**/SourceHanSans*.*",
-    "/usr/share/fonts/**/wqy*.tt*",
-    "/usr/share/fonts/**/DroidSansFallback*.ttf",
-    "/System/Library/Fonts/PingFang.ttc",
-    "/System/Library/Fonts/Hiragino Sans GB.ttc",
-    "/System/Library/Fonts/STHeiti*.ttc",
-    "C:/Windows/Fonts/msyh.tt*",
-    "C:/Windows/Fonts/simsun.ttc",
-)
-
 
 def peak_flops(device_kind: str) -> float | None:
-    """Returns the dense bfloat16 peak of one device in FLOP/s, None if it is not in the table (a CPU, for instance)."""
+    """Returns the dense bfloat16 peak of one device in FLOP/s, None if unknown (a CPU, for instance)."""
     return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
 
 
@@ -65,117 +53,6 @@ def show_duration(seconds: float) -> str:
     if total < 48 * 3600:
         return f"{total // 3600}h{total // 60 % 60:02d}m"
     return f"{total // 86400}d{total // 3600 % 24:02d}h"
-
-
-def labelled_grid(
-    images: np.ndarray,
-    labels: Sequence[str] | None = None,
-    columns: int | None = None,
-    min_size: int = 128,
-    max_lines: int = 4,
-) -> np.ndarray:
-    """Lays out images in a grid, each with its label below.
-
-    Args:
-      images: uint8 [N, H, W, 3].
-      labels: N texts; wrapped to the width of an image, at most `max_lines` lines. None for a bare grid.
-      columns: images a row; about the square root of N by default.
-      min_size: smaller images are enlarged by a whole factor (pixels repeated) until they are at least this wide, so that
-        labels stay readable.
-
-    Returns:
-      uint8 [height, width, 3], black text on white. Characters that no font at hand can draw are left out.
-    """
-    from PIL import Image, ImageDraw
-
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
-        raise ValueError(f"images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}")
-    count = len(images)
-    if labels is not None and len(labels) != count:
-        raise ValueError(f"{count} images but {len(labels)} labels")
-    if columns is not None and columns < 1:
-        raise ValueError(f"columns={columns} must be >= 1")
-    factor = max(1, math.ceil(min_size / images.shape[2]))
-    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    height, width = images.shape[1:3]
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
-    rows = math.ceil(count / columns)
-    size = max(11, min(22, width // 14))
-    gap, leading = max(4, width // 32), size + size // 4
-    wrapped = [_wrap(label, size, width, max_lines) for label in labels or [""] * count]
-    label_height = max(len(lines) for _, lines in wrapped) * leading + (gap // 2 if labels else 0)
-    cell_height, cell_width = height + label_height + gap, width + gap
-    canvas = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, (font, lines) in enumerate(wrapped):
-        x, y = gap + i % columns * cell_width, gap + i // columns * cell_height
-        canvas.paste(Image.fromarray(images[i]), (x, y))
-        for j, line in enumerate(lines):
-            draw.text((x, y + height + gap // 2 + j * leading), line, font=font, fill="black")
-    return np.asarray(canvas)
-
-
-def _wrap(label: str, size: int, width: int, max_lines: int) -> tuple[object, list[str]]:
-    """(font, lines): breaks at spaces, or anywhere in text without spaces, such as Chinese."""
-    text = " ".join(str(label).split())
-    font = _font_for(text, size)
-    text = "".join(c for c in text if c == " " or _has_glyph(font, c)).strip()
-    lines, line = [], ""
-    for word in text.split(" ") if text else []:
-        candidate = f"{line} {word}" if line else word
-        if font.getlength(candidate) <= width:
-            line = candidate
-            continue
-        if line:
-            lines.append(line)
-        while font.getlength(word) > width and len(word) > 1:
-            cut = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-            lines.append(word[:cut])
-            word = word[cut:]
-        line = word
-    lines += [line] if line else []
-    if len(lines) > max_lines:
-        last = lines[max_lines - 1]
-        while last and font.getlength(last + "...") > width:
-            last = last[:-1]
-        lines = lines[: max_lines - 1] + [last + "..."]
-    return font, lines
-
-
-def _font_for(text: str, size: int):
-    default = _default_font(size)
-    if all(c == " " or _has_glyph(default, c) for c in text):
-        return default
-    return _wide_font(size) or default
-
-
-@functools.cache
-def _default_font(size: int):
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size)
-
-
-@functools.cache
-def _wide_font(size: int):
-    from PIL import ImageFont
-
-    for pattern in _WIDE_FONTS:
-        for path in sorted(glob.glob(pattern, recursive=True)):
-            with contextlib.suppress(OSError):
-                return ImageFont.truetype(path, size)
-    return None
-
-
-@functools.lru_cache(maxsize=65536)
-def _has_glyph(font, character: str) -> bool:
-    """Whether a font draws a character as something else than its box for missing ones."""
-    try:
-        missing, drawn = font.getmask("\U0010fffe"), font.getmask(character)
-    except (UnicodeEncodeError, OSError):  # Pillow's bitmap font knows Latin-1 only
-        return False
-    return drawn.size != missing.size or bytes(drawn) != bytes(missing)
 
 
 class Writer:
@@ -275,22 +152,6 @@ class Writer:
             self._wandb.finish()
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray, texts: Mapping[str, str] | None = None) -> None:
-    """Writes uint8 [H, W, 3] as PNG with optional text entries; makes the folder if needed."""
-    import io
-
-    from PIL import Image, PngImagePlugin
-
-    info = PngImagePlugin.PngInfo()
-    for name, text in (texts or {}).items():
-        info.add_itxt(name, text)
-    buffer = io.BytesIO()
-    Image.fromarray(np.asarray(image)).save(buffer, format="PNG", pnginfo=info)
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
-
-
 def _start_wandb(workdir: epath.Path, where: str):
     try:
         import wandb
@@ -311,10 +172,11 @@ def _start_wandb(workdir: epath.Path, where: str):
 class Progress:
     """Measures a loop: steps and examples a second, share of time spent waiting for input, FLOP/s, time left.
 
-    With n steps since the last report, in a time of which w was spent inside `waiting()` and p inside `paused()`:
+    With n steps since the last report, in a time of which w was spent inside `waiting()` and p inside
+    `paused()`:
 
-        steps/s = n / (time - p)        wait = w / (time - p)        MFU = flops_per_step * steps/s / (peak * devices)
-        time left = (total_steps - step) * (time since the start / steps since the start), recent steps weighing more
+        steps/s = n / (time - p)    wait = w / (time - p)    MFU = flops_per_step * steps/s / (peak * devices)
+        time left = (total_steps - step) * (seconds a step, recent ones weighing more, + pauses a step)
 
     Call `report` only after the step's results have reached the host, since JAX computes asynchronously.
 
@@ -322,9 +184,11 @@ class Progress:
       total_steps: the step at which the run ends.
       start_step: the step from which it starts (resumes).
       batch_size: global; 0 if examples/s means nothing.
-      flops_per_step: floating-point operations of a whole step over all devices (a multiply-add is two); None if unknown.
+      flops_per_step: floating-point operations of a whole step over all devices (a multiply-add is two); None
+        if unknown.
       name: opens the console's line.
-      print_every: seconds between lines on the console, so that a fast loop does not flood it; the last step always prints.
+      print_every: seconds between lines on the console, so that a fast loop does not flood it; the last step
+        always prints.
       clock: for tests.
     """
 
@@ -368,7 +232,11 @@ class Progress:
             self._paused += self._clock() - began
 
     def report(self, step: int, **shown: float) -> dict[str, float]:
-        """Returns the speed since the last report as scalars, and prints a line with them and with `shown` (such as the loss)."""
+        """Returns the speed since the last report as scalars; prints them and `shown` (such as the loss).
+
+        Names: speed/steps_per_s, speed/examples_per_s, speed/wait (0..1), speed/seconds_left, and speed/mfu
+        (0..1) or, where the device's peak is unknown, speed/gflops. Empty if `step` has not advanced.
+        """
         now = self._clock()
         steps = step - self._last_step
         if steps <= 0:

@@ -1,6 +1,6 @@
-"""The optimizer: AdamW with decoupled weight decay, a learning-rate schedule and clipping of the gradient's global norm.
+"""The optimizer: AdamW with decoupled weight decay, a learning-rate schedule, clipping of the gradient.
 
-One step of AdamW (Loshchilov & Hutter, arXiv:1711.05101), with g the clipped gradient and n = 1, 2, ... the step:
+One step (Loshchilov & Hutter, arXiv:1711.05101), with g the clipped gradient and n = 1, 2, ... its number:
 
     m = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g^2
     u = (m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + eps)
@@ -26,8 +26,8 @@ def make_schedule(
 ) -> optax.Schedule:
     """Returns lr(n) for n = 0 .. num_steps - 1, float32.
 
-    During the warm-up lr(n) = learning_rate (n + 1) / warmup_steps, so that the first step already moves. After it, with
-    p = (n - warmup_steps) / (num_steps - warmup_steps) in [0, 1]:
+    During the warm-up lr(n) = learning_rate (n + 1) / warmup_steps, so that the first step already moves.
+    After it, with p = (n - warmup_steps) / (num_steps - warmup_steps) in [0, 1]:
       constant: learning_rate
       linear:   learning_rate (1 - p (1 - final_fraction))
       cosine:   learning_rate (final_fraction + (1 - final_fraction) (1 + cos(pi p)) / 2)

@@ -1,21 +1,20 @@
 """Meshes and shardings: the only file that knows that there is more than one device.
 
-A mesh has three axes. `data` repeats the parameters and splits the batch; `fsdp` splits the batch as well, and the
-parameters (each device gathers a layer when it needs it); `tensor` splits the parameters and with them the work inside a
-layer. So the batch is split over (data, fsdp), a parameter over (fsdp, tensor):
+A mesh has three axes. `data` repeats the parameters and splits the batch; `fsdp` splits the batch as well,
+and the parameters (each device gathers a layer when it needs it); `tensor` splits the parameters and with
+them the work inside a layer. So the batch is split over (data, fsdp), a parameter over (fsdp, tensor):
 
     expanding layer  [.., in, out]: (fsdp, tensor)    its output is split by channel over `tensor`
     contracting layer [.., in, out]: (tensor, fsdp)   consumes that split; one all-reduce per pair of layers
 
-`RULES` says which parameter is which, by name. The optimizer's moments and the EMA hold the parameters' tree inside, so the
-same rules (which look at the end of a path) shard the whole train state alike.
+`RULES` says which parameter is which, by name. The optimizer's moments and the EMA hold the parameters' tree
+inside, so the same rules (which look at the end of a path) shard the whole train state alike.
 
 Everything runs under `jax.jit` with `NamedSharding`s; on one device all of this is the identity.
 """
 
 import contextlib
 import hashlib
-
 import os
 import platform
 import re
@@ -29,13 +28,12 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# (regex on the end of the path 'a/b/kernel', spec). First match wins. A spec speaks of the last axes of an array, so one
-# rule serves Dense [in, out] and Conv [kh, kw, in, out] kernels, and layers stacked by a scan. Arrays of rank 0 and 1
-# (gains, biases, temperatures, counters) are replicated before any rule is asked.
+# (regex on the end of the path 'a/b/kernel', spec). First match wins. A spec speaks of the last axes of an
+# array, so one rule serves Dense [in, out] and Conv [kh, kw, in, out] kernels, and layers stacked by a scan.
+# Arrays of rank 0 and 1 (gains, biases, temperatures, counters) are replicated before any rule is asked.
 RULES = (
     # positions and learned stand-ins ([L, D], [1, D]): few rows, so only the features are split
     (r"(^|/)(pos|position|positional)\w*(/embedding)?$", P(None, "fsdp")),
@@ -43,9 +41,10 @@ RULES = (
     # tables looked up by id [V, D]
     (r"(^|/|_)embedding$", P("tensor", "fsdp")),
     # kernels that close a pair of layers
-    (r"(^|/)(out|fc2|conv2|conv_out|time_fc2|\w+_fc2|\w+_out)/kernel$", P("tensor", "fsdp")),
-    # kernels that open one: qkv, q, k, v, kv, text_kv, fc1, conv1, conv_in, emb_proj ..., and any kernel not named above
-    (r"(^|/)(qkv|q|k|v|kv|\w+_kv|fc1|\w+_fc1|conv1|conv_in|\w*proj\w*)/kernel$", P("fsdp", "tensor")),
+    (r"(^|/)(out|fc2|conv2|conv_out|skip|\w+_fc2|\w+_out)/kernel$", P("tensor", "fsdp")),
+    # kernels that open one: qkv, q, k, v, kv, text_kv, fc1, conv1, conv_in, emb_proj ..., and any kernel not
+    # named above
+    (r"(^|/)(qkv|q|k|v|kv|\w+_kv|fc1|\w+_fc1|conv1|conv_in|\w*proj)/kernel$", P("fsdp", "tensor")),
     (r"(^|/|_)kernel$", P("fsdp", "tensor")),
     # gains and biases of layers stacked by a scan (rank 2)
     (r"(^|/)(scale|bias)$", P()),
@@ -55,12 +54,14 @@ RULES = (
 def initialise(cpu_devices: int | None = None) -> None:
     """Sets up JAX for this machine; call it before anything is computed. Calling it again does no harm.
 
-    - On a CPU: one XLA device a core, because XLA:CPU uses several threads inside one device poorly; sharding the batch over
-      one device a core is 1.4-2 times faster. The count is a power of two, at most 8, so that usual batch sizes divide.
-      `cpu_devices`, JAX_NUM_CPU_DEVICES or --xla_force_host_platform_device_count in XLA_FLAGS take precedence. On
-      a machine with an accelerator this changes nothing: the CPU is not its default backend.
-    - Compiled programs are kept on disk (they take 10-50 s each on a small machine): $JAX_COMPILATION_CACHE_DIR if set, else
-      $DALLE2_JAX_CACHE/xla, else ~/.cache/dalle2_jax/xla. DALLE2_JAX_CACHE= (empty) turns this off.
+    - On a CPU: one XLA device a core, because XLA:CPU uses several threads inside one device poorly; sharding
+      the batch over one device a core is 1.4-2 times faster. The count is a power of two, at most 8, so that
+      usual batch sizes divide. `cpu_devices`, JAX_NUM_CPU_DEVICES or --xla_force_host_platform_device_count
+      in XLA_FLAGS take precedence. On a machine with an accelerator this changes nothing: the CPU is not its
+      default backend.
+    - Compiled programs are kept on disk (they take 10-50 s each on a small machine):
+      $JAX_COMPILATION_CACHE_DIR if set, else $DALLE2_JAX_CACHE/xla, else ~/.cache/dalle2_jax/xla.
+      DALLE2_JAX_CACHE= (empty) turns this off.
     """
     _set_cpu_devices(cpu_devices)
     _set_compilation_cache()
@@ -96,7 +97,8 @@ def _set_compilation_cache() -> None:
         if root == "":
             return
         root = Path(root) if root else Path.home() / ".cache" / "dalle2_jax"
-        # Programs for one CPU may hold instructions that another lacks, and home directories are shared between machines.
+        # Programs for one CPU may hold instructions that another lacks, and home directories are shared
+        # between machines.
         directory = root / "xla" / _cpu_fingerprint()
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -104,8 +106,8 @@ def _set_compilation_cache() -> None:
             logging.warning("no compilation cache (set DALLE2_JAX_CACHE to a writable folder): %s", error)
             return
         jax.config.update("jax_compilation_cache_dir", str(directory))
-    # JAX keeps programs that took a second or more. A start of ours compiles dozens of programs below that, which together
-    # are seconds of every start, and each is a small file.
+    # JAX keeps programs that took a second or more. A start of ours compiles dozens of programs below that,
+    # which together are seconds of every start, and each is a small file.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
@@ -117,7 +119,7 @@ def _cpu_fingerprint() -> str:
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """Returns a mesh of all devices (or of `devices`) with axes ('data', 'fsdp', 'tensor'); one size may be -1: the rest.
+    """Returns a mesh of all devices (or of `devices`), axes data, fsdp, tensor; one may be -1: the rest.
 
     Raises:
       ValueError: when the sizes do not multiply to the number of devices; the message lists what would fit.
@@ -135,7 +137,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     if count % fixed or (not free and fixed != count):
         raise ValueError(
             f"mesh ({asked}) does not fit the {count} {devices[0].platform} device(s) here: "
-            + f"data * fsdp * tensor must be {count}. For instance: {_fitting(sizes, count)}; -1 stands for the rest"
+            f"data * fsdp * tensor must be {count}. For instance: {_fitting(sizes, count)} (-1: the rest)"
         )
     if free:
         sizes[free[0]] = count // fixed
@@ -152,15 +154,15 @@ def _fitting(sizes: Mapping[str, int], count: int) -> str:
 
 
 def use_mesh(mesh: Mesh):
-    """Context in which `constrain` acts and in which specs need no mesh: `with use_mesh(mesh): step(state, batch)`."""
+    """Context in which `constrain` acts: `with use_mesh(mesh): step(state, batch)`."""
     return jax.set_mesh(mesh)
 
 
 def shardings(abstract_tree: Any, mesh: Mesh) -> Any:
     """Returns the tree of NamedShardings that `RULES` give to a tree of arrays or ShapeDtypeStructs.
 
-    The tree may be parameters or anything that holds them (a train state, an optimizer state). An axis of the mesh that does
-    not divide the array's axis is left out there, so that any mesh works with any width.
+    The tree may be parameters or anything that holds them (a train state, an optimizer state). An axis of the
+    mesh that does not divide the array's axis is left out there, so that any mesh works with any width.
 
     Raises:
       ValueError: when no rule matches a leaf of rank 2 or more; it names the leaf.
@@ -174,20 +176,20 @@ def shardings(abstract_tree: Any, mesh: Mesh) -> Any:
 
 
 def spec_for(name: str, rank: int) -> P:
-    """Returns the spec of the first of `RULES` that matches a leaf called `name` ('a/b/kernel'), one entry an axis."""
+    """Returns the spec, one entry an axis, of the first of `RULES` that matches the leaf 'a/b/kernel'."""
     if rank < 2:
         return P(*(None,) * rank)
     for pattern, spec in RULES:
         if re.search(pattern, name):
             return P(*(None,) * (rank - len(spec)), *tuple(spec)[-rank:])
     raise ValueError(
-        f"no sharding rule matches the parameter {name!r} (rank {rank}): give the leaf one of the usual names (kernel, bias, "
-        "scale, embedding, positional) or add a line to partition.RULES"
+        f"no sharding rule matches the parameter {name!r} (rank {rank}): give the leaf one of the usual "
+        "names (kernel, bias, scale, embedding, positional) or add a line to partition.RULES"
     )
 
 
 def fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Returns `spec` without the mesh axes that do not divide the array's axis (that axis is then replicated)."""
+    """Returns `spec` without the mesh axes that do not divide their array axis (which is then replicated)."""
     entries = [
         axes if axes is not None and size and size % _size(mesh, axes) == 0 else None
         for axes, size in zip(tuple(spec) + (None,) * (len(shape) - len(spec)), shape, strict=True)
@@ -223,21 +225,21 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
-    """Raises ValueError unless a global batch of `batch_size` splits evenly over the mesh; the message says what would."""
+    """Raises ValueError, saying what would fit, unless a global batch of that size splits over the mesh."""
     shards = batch_shards(mesh)
     if batch_size < 1 or batch_size % shards:
         below = batch_size // shards * shards
         near = " or ".join(str(n) for n in (below, below + shards) if n)
         raise ValueError(
-            f"{name}={batch_size} does not split over the mesh's {shards} batch shards (data={mesh.shape['data']} x "
-            f"fsdp={mesh.shape['fsdp']}): use {near}, or another mesh"
+            f"{name}={batch_size} does not split over the mesh's {shards} batch shards "
+            f"(data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}): use {near}, or another mesh"
         )
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Turns this process's slice of a batch (numpy, axis 0 = examples) into global arrays split over (data, fsdp).
+    """Turns this process's slice of a batch (numpy, axis 0: examples) into global arrays over (data, fsdp).
 
-    With one process the slice is the batch. Starts the copies to the devices and returns without waiting for them.
+    With one process the slice is the batch. Returns without waiting for the copies to the devices.
     """
     sharding = batch_sharding(mesh)
     result = {}
@@ -269,10 +271,11 @@ def to_host(tree: Any) -> Any:
 
 
 def constrain(x: jax.Array) -> jax.Array:
-    """Keeps an activation [B, ...] split over (data, fsdp) along axis 0 only; the identity where no mesh is in use.
+    """Keeps an activation [B, ...] split over (data, fsdp) along axis 0; the identity where no mesh is set.
 
-    Called at the edges of blocks. Without it XLA may let the parameters' split over `fsdp` leak into the activations, and then
-    gathers whole activations ("full rematerialization") where it should gather a kernel.
+    Called at the edges of blocks. Without it XLA may let the parameters' split over `fsdp` leak into the
+    activations, and then gathers whole activations ("full rematerialization") where it should gather a
+    kernel.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or x.ndim == 0:

@@ -1,0 +1,175 @@
+"""Pictures laid out in a grid with their captions below, and PNG files.
+
+Captions are drawn with the font that Pillow carries. Where it lacks a character (Chinese, accents), a font of
+the system is looked for that has it; what no font can draw is left out.
+"""
+
+import contextlib
+import functools
+import glob
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from etils import epath
+
+# Where systems usually keep fonts with more than Latin letters, the most likely to be complete first.
+SYSTEM_FONTS = (
+    "/usr/share/fonts/**/NotoSansCJK*Regular*",
+    "/usr/share/fonts/**/NotoSansSC*Regular*",
+    "/usr/share/fonts/**/SourceHanSans*Regular*",
+    "/usr/share/fonts/**/wqy-*.tt*",
+    "/usr/share/fonts/**/DroidSansFallback*.ttf",
+    "/System/Library/Fonts/PingFang.ttc",
+    "/System/Library/Fonts/Hiragino Sans GB.ttc",
+    "/System/Library/Fonts/STHeiti*.ttc",
+    "C:/Windows/Fonts/msyh.tt*",
+    "C:/Windows/Fonts/simsun.ttc",
+    "/usr/share/fonts/**/DejaVuSans.ttf",
+)
+
+
+def labelled_grid(
+    images: np.ndarray,
+    labels: Sequence[str] | None = None,
+    columns: int | None = None,
+    min_size: int = 128,
+    max_lines: int = 4,
+) -> np.ndarray:
+    """Lays out images in a grid, each with its label below.
+
+    Args:
+      images: uint8 [N, H, W, 3].
+      labels: N texts; wrapped to the width of an image, at most `max_lines` lines. None for a bare grid.
+      columns: images a row; about the square root of N by default.
+      min_size: smaller images are enlarged by a whole factor (pixels repeated) until they are at least this
+        wide, so that labels stay readable.
+
+    Returns:
+      uint8 [height, width, 3], black text on white. Characters that no font at hand can
+      draw are left out, and a label of nothing else becomes its number, '#3'.
+    """
+    from PIL import Image, ImageDraw
+
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
+        raise ValueError(f"images must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}")
+    count = len(images)
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"{count} images but {len(labels)} labels")
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns={columns} must be >= 1")
+    factor = max(1, math.ceil(min_size / images.shape[2]))
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    height, width = images.shape[1:3]
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    size = max(11, min(22, width // 14))
+    gap, leading = max(4, width // 32), size + size // 4
+    texts = labels if labels is not None else [""] * count
+    wrapped = [_wrap(text, size, width, max_lines, f"#{i + 1}") for i, text in enumerate(texts)]
+    label_height = max(len(lines) for _, lines in wrapped) * leading + (gap // 2 if labels is not None else 0)
+    cell_height, cell_width = height + label_height + gap, width + gap
+    canvas = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (font, lines) in enumerate(wrapped):
+        x, y = gap + i % columns * cell_width, gap + i // columns * cell_height
+        canvas.paste(Image.fromarray(images[i]), (x, y))
+        for j, line in enumerate(lines):
+            draw.text((x, y + height + gap // 2 + j * leading), line, font=font, fill="black")
+    return np.asarray(canvas)
+
+
+def _wrap(label: str, size: int, width: int, max_lines: int, fallback: str) -> tuple[object, list[str]]:
+    """(font, lines): breaks at spaces, or anywhere in text without spaces, such as Chinese."""
+    text = " ".join(str(label).split())
+    font = _font_for(text, size)
+    drawable = "".join(c for c in text if c == " " or _has_glyph(font, c))
+    text = " ".join(drawable.split()) or (fallback if text else "")
+    lines, line = [], ""
+    for word in text.split(" ") if text else []:
+        candidate = f"{line} {word}" if line else word
+        if font.getlength(candidate) <= width:
+            line = candidate
+            continue
+        if line:
+            lines.append(line)
+        while font.getlength(word) > width and len(word) > 1:
+            cut = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            lines.append(word[:cut])
+            word = word[cut:]
+        line = word
+    lines += [line] if line else []
+    if len(lines) > max_lines:
+        last = lines[max_lines - 1]
+        while last and font.getlength(last + "...") > width:
+            last = last[:-1]
+        lines = lines[: max_lines - 1] + [last + "..."]
+    return font, lines
+
+
+def _font_for(text: str, size: int):
+    """The first font that draws all of a text, or the one that draws the most of it."""
+    letters = set(text) - {" "}
+    best, best_count = None, -1
+    for font in _fonts(size):
+        count = sum(_has_glyph(font, c) for c in letters)
+        if count > best_count:
+            best, best_count = font, count
+        if count == len(letters):
+            break
+    return best
+
+
+def _fonts(size: int):
+    yield _default_font(size)
+    for path in _system_fonts():
+        with contextlib.suppress(OSError):
+            yield _open_font(path, size)
+
+
+@functools.cache
+def _default_font(size: int):
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+@functools.cache
+def _open_font(path: str, size: int):
+    from PIL import ImageFont
+
+    return ImageFont.truetype(path, size)
+
+
+@functools.cache
+def _system_fonts() -> tuple[str, ...]:
+    paths = [path for pattern in SYSTEM_FONTS for path in sorted(glob.glob(pattern, recursive=True))]
+    return tuple(path for path in paths if path.endswith((".ttf", ".ttc", ".otf")))
+
+
+@functools.lru_cache(maxsize=65536)
+def _has_glyph(font, character: str) -> bool:
+    """Whether a font draws a character as something else than its box for missing ones."""
+    try:
+        missing, drawn = font.getmask("\U0010fffe"), font.getmask(character)
+    except (UnicodeEncodeError, OSError):  # Pillow's bitmap font knows Latin-1 only
+        return False
+    return drawn.size != missing.size or bytes(drawn) != bytes(missing)
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray, texts: Mapping[str, str] | None = None) -> None:
+    """Writes uint8 [H, W, 3] as PNG with optional text entries; makes the folder if needed."""
+    import io
+
+    from PIL import Image, PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    for name, text in (texts or {}).items():
+        info.add_itxt(name, text)
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(buffer, format="PNG", pnginfo=info)
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
