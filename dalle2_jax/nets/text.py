@@ -1,4 +1,4 @@
-"""Text transformers: CLIP's (causal, pooled at the end of text) and GLIDE's (every position sees every other)."""
+"""Text transformers: CLIP's (causal, pooled at the end of text) and GLIDE's (which has no attention mask)."""
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ def last_true(mask: jax.Array) -> jax.Array:
 
 
 class CLIPTextTransformer(nn.Module):
-    """CLIP's text tower: a causal transformer without a padding mask (which causality makes needless for the pooling)."""
+    """CLIP's text tower: causal; it needs no padding mask, as padding stands after the pooled token."""
 
     vocab_size: int
     context_length: int
@@ -28,9 +28,10 @@ class CLIPTextTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """tokens [B, L] int32, token_mask [B, L] -> (embedding [B, E], not normalised; states [B, L, D]), float32.
+        """tokens [B, L] int32, token_mask [B, L] -> (embedding [B, E], states [B, L, D]), float32.
 
-        The states are those after the final layer norm; the one at the last True of token_mask is projected.
+        The embedding is not normalised. The states are those after the final layer norm; the one at the last
+        True of token_mask is projected to the embedding.
         """
         x = TokenEmbedding(self.vocab_size, self.width, self.dtype, name="token_embedding")(tokens)
         position = Embedding((self.context_length, self.width), stddev=0.01, name="position")()
@@ -46,7 +47,7 @@ class CLIPTextTransformer(nn.Module):
 
 
 class GlideTextTransformer(nn.Module):
-    """GLIDE's text transformer: no attention mask, and a learned embedding a position where there is no token.
+    """GLIDE's text transformer: no attention mask, and a learned embedding where there is no token.
 
     A caption that is dropped is the sequence without a token: all its positions hold their padding embedding.
     """

@@ -2,8 +2,8 @@
 
     h = x + attn(norm1(x)),    x' = h + fc2(act(fc1(norm2(h))))
 
-The initialisation is CLIP's: with width w and depth n, qkv and queries of attention have std w^-1/2, the projections
-that write into the residual stream w^-1/2 (2n)^-1/2, and fc1 (2w)^-1/2.
+The initialisation is CLIP's: with width w and depth n, qkv and queries of attention have std w^-1/2, the
+projections that write into the residual stream w^-1/2 (2n)^-1/2, and fc1 (2w)^-1/2.
 """
 
 import flax.linen as nn
@@ -99,7 +99,7 @@ class Block(nn.Module):
 
 
 class TransformerStack(nn.Module):
-    """`depth` blocks called block_0, block_1, ...; with `remat` a block's activations are recomputed, names unchanged."""
+    """Blocks called block_0, block_1, ...; with `remat` their activations are recomputed, names unchanged."""
 
     depth: int
     num_heads: int
@@ -109,7 +109,7 @@ class TransformerStack(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """x [B, N, C] -> [B, N, C] in `dtype`, mask as for Attention. Raises ValueError if heads do not divide C."""
+        """x [B, N, C] -> [B, N, C] in `dtype`, mask as for Attention; ValueError if heads do not divide C."""
         width = x.shape[-1]
         if width % self.num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}: change either")
@@ -124,15 +124,16 @@ class TransformerStack(nn.Module):
 class PriorTransformer(nn.Module):
     """The diffusion prior's network: a causal transformer that predicts the noiseless image embedding.
 
-    The sequence, in order (paper, section 2.2): the encoded caption (context_length positions), the CLIP text embedding,
-    the timestep, the noised image embedding, and a learned query, whose output is the prediction. The caption is encoded
-    either by token embeddings that are learned here (`vocab_size`; the paper's parameter count leaves room for no other
-    encoder), or by projecting the states of a frozen CLIP text transformer (`states_width`; Karlo, Kandinsky). Padded
-    caption positions are never attended to.
+    The sequence, in order (paper, section 2.2): the encoded caption (context_length positions), the CLIP text
+    embedding, the timestep, the noised image embedding, and a learned query, whose output is the prediction.
+    The caption is encoded either by token embeddings that are learned here (`vocab_size`; the paper's
+    parameter count leaves room for no other encoder), or by projecting the states of a frozen CLIP text
+    transformer (`states_width`; Karlo, Kandinsky). Padded caption positions are never attended to.
 
-    Dropping the text replaces the text embedding by a learned vector and the caption by nothing: all its positions are
-    masked, but for the first `null_tokens` of a prior on states, which hold learned states instead (weights that were
-    trained with the caption "" as the null caption keep its states there). The noised embedding is never dropped.
+    Dropping the text replaces the text embedding by a learned vector and the caption by nothing: all its
+    positions are masked, but for the first `null_tokens` of a prior on states, which hold learned states
+    instead (weights that were trained with the caption "" as the null caption keep its states there). The
+    noised embedding is never dropped.
     """
 
     embed_dim: int
@@ -157,11 +158,15 @@ class PriorTransformer(nn.Module):
         token_mask: jax.Array,
         drop_text: jax.Array,
     ) -> jax.Array:
-        """x_t [B, E] (scaled), t [B], text_embed [B, E], token_mask [B, L], drop_text [B] bool -> x0 [B, E] float32.
+        """x_t [B, E] (scaled), t [B], text_embed [B, E], token_mask [B, L], drop_text [B] -> x0 [B, E].
 
-        `text` is tokens [B, L] int32, or states [B, L, states_width] where the prior is built on states.
+        x0 is scaled as x_t is, and float32. `text` is tokens [B, L] int32, or states [B, L, states_width]
+        where the prior is built on states.
         """
-        dense = lambda features, name: layers.Dense(features, dtype=self.dtype, name=name)  # noqa: E731
+
+        def dense(features, name):
+            return layers.Dense(features, dtype=self.dtype, name=name)
+
         drop = drop_text[:, None]
 
         null_embed = Embedding((self.embed_dim,), name="null_text_embed")()

@@ -10,7 +10,7 @@ from dalle2_jax.partition import constrain
 
 
 class ViT(nn.Module):
-    """CLIP's vision transformer: patches, a class token, layer norm before the blocks and after them on the class token."""
+    """CLIP's vision transformer: patches and a class token, a layer norm before the blocks and one after."""
 
     patch_size: int
     width: int
@@ -23,7 +23,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
-        """image [B, H, W, 3], normalised by CLIP's mean and std -> embedding [B, E] float32, not normalised."""
+        """image [B, H, W, 3], normalised by CLIP's mean and std -> embedding [B, E] float32, of any norm."""
         patch, std = (self.patch_size, self.patch_size), self.width**-0.5
         x = nn.Conv(
             self.width,
@@ -51,7 +51,8 @@ class ViT(nn.Module):
 class FrozenBatchNorm(nn.Module):
     """Batch norm with given statistics, for released weights: (x - mean) / sqrt(var + 1e-5) * scale + bias.
 
-    `mean` and `var` are parameters that receive no gradient, so that a checkpoint carries them and training keeps them.
+    `mean` and `var` are parameters that receive no gradient, so that a checkpoint carries them and training
+    keeps them.
     """
 
     @nn.compact
@@ -77,7 +78,7 @@ def _norm(kind: str, name: str) -> nn.Module:
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 to 4 x features; a stride is an average pooling before the last convolution (and the skip's)."""
+    """1x1, 3x3, 1x1 to 4 x features; a stride is a pooling before the last convolution and the skip."""
 
     features: int
     stride: int
@@ -130,11 +131,11 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """CLIP's ResNet: a stem of three convolutions, average pooling before every stride, attention pooling at the end.
+    """CLIP's ResNet: a stem of three convolutions, strides by average pooling, attention pooling at the end.
 
-    The stem divides the side by four, every stage but the first by two, and stage i has 4 * width * 2^i channels out.
-    Released weights have batch norm (`norm='frozen_batch'`); what is trained here has group norm, which needs neither
-    running statistics nor a reduction over devices.
+    The stem divides the side by four, every stage but the first by two, and stage i has 4 * width * 2^i
+    channels out. Released weights have batch norm (`norm='frozen_batch'`); what is trained here has group
+    norm, which needs neither running statistics nor a reduction over devices.
     """
 
     width: int
@@ -147,7 +148,7 @@ class ModifiedResNet(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
-        """image [B, H, W, 3], normalised by CLIP's mean and std -> embedding [B, E] float32, not normalised."""
+        """image [B, H, W, 3], normalised by CLIP's mean and std -> embedding [B, E] float32, of any norm."""
         x = image.astype(self.dtype)
         for i, (features, stride) in enumerate(
             [(self.width // 2, 2), (self.width // 2, 1), (self.width, 1)], 1

@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 def check_settings(
     settings: Mapping, required: Collection[str], optional: Collection[str], what: str
 ) -> None:
-    """Raise ValueError where the sub-config `what` has a key that it does not know (naming the nearest) or lacks one."""
+    """Raise ValueError where the sub-config `what` has an unknown key (naming the nearest) or lacks one."""
     known = (*required, *optional)
     for name in settings:
         if name not in known:

@@ -1,10 +1,12 @@
 """CLIP: image and caption -> unit vectors whose dot product says how well they match (arXiv:2103.00020).
 
-With unit embeddings z_i, z_t of the N pairs of the global batch and the learned temperature tau (`logit_scale`),
+With unit embeddings z_i, z_t of the pairs of the global batch and a learned temperature tau (`logit_scale`),
 
-    logits = exp(tau) z_i z_t^T,    loss = 1/2 mean_rows CE(logits, diagonal) + 1/2 mean_columns CE(logits, diagonal)
+    logits = exp(tau) z_i z_t^T
+    loss   = 1/2 mean_rows CE(logits, diagonal) + 1/2 mean_columns CE(logits, diagonal)
 
-Under jit a batch that is sharded over devices is one array, so this is the loss over the global batch, gradients included.
+Under jit a batch that is sharded over devices is one array, so this is the loss over the global batch,
+gradients included. Accumulating gradients over parts of a batch would make it the loss of the parts.
 """
 
 import dataclasses
@@ -31,10 +33,10 @@ def unit_norm(x: jax.Array) -> jax.Array:
 def contrastive_loss(
     image_embed: jax.Array, text_embed: jax.Array, logit_scale: jax.Array, same: jax.Array | None = None
 ) -> tuple[jax.Array, dict]:
-    """The symmetric cross entropy of unit embeddings [N, E], and its scalars (`logit_scale` is the logarithm).
+    """The symmetric cross entropy of unit embeddings [N, E], and its scalars; `logit_scale` is a logarithm.
 
-    `same` [N, N] bool, symmetric and with a true diagonal, marks pairs whose captions are one and the same: the target
-    of a row is then uniform over them. None: the diagonal.
+    `same` [N, N] bool, symmetric and with a true diagonal, marks pairs whose captions are one and the same:
+    the target of a row is then uniform over them. None: the diagonal.
     """
     similarity = jnp.matmul(
         image_embed, text_embed.T, precision="highest", preferred_element_type=jnp.float32
@@ -61,7 +63,7 @@ def same_captions(tokens: jax.Array) -> jax.Array:
 
 
 def retrieval_accuracy(image_embed: jax.Array, text_embed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(image to text, text to image): the fraction of the pairs [N, E] whose nearest neighbour is their partner."""
+    """(image to text, text to image): the fraction of pairs [N, E] whose nearest match is the partner."""
     similarity = unit_norm(image_embed) @ unit_norm(text_embed).T
     partner = jnp.arange(similarity.shape[0])
     return (similarity.argmax(axis=1) == partner).mean(), (similarity.argmax(axis=0) == partner).mean()
@@ -69,7 +71,7 @@ def retrieval_accuracy(image_embed: jax.Array, text_embed: jax.Array) -> tuple[j
 
 @dataclasses.dataclass(frozen=True)
 class CLIP:
-    """CLIP's two towers and its loss; parameters {'vision', 'text', 'logit_scale'} are passed to every call."""
+    """CLIP's two towers and its loss; parameters {'vision', 'text', 'logit_scale'} go to every call."""
 
     vision: ViT | ModifiedResNet
     text: CLIPTextTransformer
@@ -100,7 +102,7 @@ class CLIP:
     def loss(
         self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
     ) -> tuple[jax.Array, dict]:
-        """The contrastive loss over the batch and its scalars; nothing in it is random, nor differs in training."""
+        """The contrastive loss of the batch and its scalars; `key` and `train` change nothing."""
         del key, train
         image_embed = self.encode_image(params, batch["image"])
         text_embed, _ = self.encode_text(params, batch["tokens"], batch["token_mask"])
@@ -118,7 +120,8 @@ class CLIP:
         """
         if image.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
-                f"CLIP reads pictures of {self.image_size} x {self.image_size} x 3, got {image.shape[1:]}: resize"
+                f"CLIP reads pictures of {self.image_size} x {self.image_size} x 3, got {image.shape[1:]}: "
+                "resize them"
             )
         mean, std = jnp.asarray(self.image_mean, jnp.float32), jnp.asarray(self.image_std, jnp.float32)
         embed = self.vision.apply({"params": params["vision"]}, ((image + 1) / 2 - mean) / std)
@@ -129,7 +132,8 @@ class CLIP:
     ) -> tuple[jax.Array, jax.Array]:
         """tokens [B, L] int32, token_mask [B, L] -> (embedding [B, E], states [B, L, D]), float32.
 
-        The embedding is of unit norm if `normalize`. The states are those after the final layer norm, padding included.
+        The embedding is of unit norm if `normalize`. The states are those after the final layer norm, at the
+        padding too.
         """
         embed, states = self.text.apply({"params": params["text"]}, tokens, token_mask)
         return (unit_norm(embed) if normalize else embed), states
@@ -153,13 +157,14 @@ def build(
     Args:
       embed_dim: size of the embeddings.
       image_size: side of the pictures.
-      vision: dict(kind='vit', patch_size, width, depth, num_heads), or dict(kind='resnet', width, depths, num_heads) with
-        the blocks of each stage in `depths` and norm='group' (the default, to train) or 'frozen_batch' (released weights).
+      vision: dict(kind='vit', patch_size, width, depth, num_heads), or dict(kind='resnet', width, depths,
+        num_heads) with the blocks of each stage in `depths`, and norm='group' (the default, to train) or
+        'frozen_batch' (released weights).
       text: dict(vocab_size, context_length, width, depth, num_heads).
       activation: 'gelu' or 'quick_gelu' (OpenAI's weights), of both transformers.
       image_mean, image_std: of the channels in [0, 1]; pictures are normalised by them inside.
-      same_caption_positive: treat pairs of a batch whose captions are equal as positives of one another rather than as
-        negatives. Ours, not the paper's: for datasets with few distinct captions.
+      same_caption_positive: treat pairs of a batch whose captions are equal as positives of one another, not
+        as negatives. Ours, not the paper's: for datasets with few distinct captions.
       remat: recompute a block's activations in the backward pass.
       dtype: compute type of the towers; norms, softmax and the loss are float32.
 
@@ -181,7 +186,8 @@ def build(
         factor = 2 ** (len(vision["depths"]) + 1)
         if image_size % factor:
             raise ValueError(
-                f"image_size {image_size} is not a multiple of {factor}, which {len(vision['depths'])} stages need"
+                f"image_size {image_size} is not a multiple of {factor}, as the {len(vision['depths'])} stages "
+                "of vision.depths need"
             )
         tower = ModifiedResNet(**options | {"depths": tuple(vision["depths"])}, **common)
     else:

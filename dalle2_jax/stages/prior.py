@@ -2,11 +2,13 @@
 
 With z the scaled image embedding, y the caption and its CLIP text embedding, t uniform in 0 .. T-1,
 
-    x_t = sqrt(alpha_bar) z + sqrt(1 - alpha_bar) eps,      loss = mean over dimensions of |f(x_t, t, y) - z|^2
+    x_t  = sqrt(alpha_bar) z + sqrt(1 - alpha_bar) eps
+    loss = mean over the entries of (f(x_t, t, y) - z)^2
 
-The text is dropped, caption and text embedding together, from a tenth of the examples; the noised embedding never is.
-Sampling draws `num_candidates` embeddings a caption and keeps the one whose cosine with the text embedding is largest.
-The paper found that guiding the prior harms, so the guidance scale is 1 unless asked otherwise.
+The text is dropped, caption and text embedding together, from a tenth of the examples; the noised embedding
+never is. Sampling draws `num_candidates` embeddings a caption and keeps the one whose cosine with the text
+embedding is largest. The paper found that guiding the prior harms, so the guidance scale is 1 unless asked
+otherwise.
 
 Embeddings are scaled before they are noised, as the noise has unit variance: see `EmbedScale`.
 """
@@ -23,7 +25,7 @@ from dalle2_jax.stages import check_settings
 from dalle2_jax.stages.clip import unit_norm
 
 SCALE_MODES = ("paper", "l2", "meanstd")
-# 17.2 was chosen for unit vectors of 1024 entries; what it fixes is the standard deviation of an entry, 17.2 / 32.
+# 17.2 was chosen for unit vectors of 1024 entries; what it fixes is an entry's standard deviation, 17.2 / 32.
 PAPER_STD = 17.2 / 32.0
 
 
@@ -33,8 +35,8 @@ class EmbedScale:
 
     'paper'    x * 17.2 sqrt(E / 1024): a unit vector's entries get standard deviation 0.5375 for every size E
     'l2'       x * sqrt(E): standard deviation 1
-    'meanstd'  (x - embed_mean) / embed_std by entry, for embeddings that need not be of unit norm; the statistics are
-               parameters without gradient, set by `Prior.fit_stats`
+    'meanstd'  (x - embed_mean) / embed_std by entry, for embeddings that need not be of unit norm; the
+               statistics are parameters without gradient, set by `Prior.fit_stats`
     """
 
     mode: str
@@ -42,7 +44,7 @@ class EmbedScale:
 
     @property
     def factor(self) -> float:
-        """The factor of 'paper' and 'l2', which the text embedding is multiplied by as well; 1 for 'meanstd'."""
+        """The factor of 'paper' and 'l2', by which the text embedding is multiplied too; 1 for 'meanstd'."""
         std = {"paper": PAPER_STD, "l2": 1.0, "meanstd": 0.0}[self.mode]
         return std * math.sqrt(self.embed_dim) or 1.0
 
@@ -69,7 +71,10 @@ def _stats(params: dict) -> tuple[jax.Array, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
-    """The prior's network, noise process and sampling defaults; parameters {'net', 'stats'?} go to every call."""
+    """The prior's network, noise process and sampling defaults; parameters go to every call.
+
+    Parameters are {'net': ...}, and in mode 'meanstd' {'net': ..., 'stats': {'embed_mean', 'embed_std'}}.
+    """
 
     net: PriorTransformer
     schedule: schedules.Schedule
@@ -100,7 +105,7 @@ class Prior:
         return spec | {"tokens": jax.ShapeDtypeStruct((batch_size, self.context_length), jnp.int32)}
 
     def init(self, key: jax.Array, batch: dict) -> dict:
-        """Float32 parameters; in mode 'meanstd' with statistics of mean 0 and standard deviation 1, see `fit_stats`."""
+        """Float32 parameters; the statistics of mode 'meanstd' are those of the identity: see `fit_stats`."""
         t = jnp.zeros(batch["image_embed"].shape[0], jnp.int32)
         drop = jnp.zeros(t.shape, bool)
         params = {"net": self.net.init(key, batch["image_embed"], t, *self._text(batch), drop)["params"]}
@@ -109,17 +114,21 @@ class Prior:
         return params
 
     def fit_stats(self, params: dict, image_embed: jax.Array) -> dict:
-        """`params` with the mean and standard deviation, by entry, of image_embed [N, E]; thousands of rows are enough.
+        """`params` with the mean and standard deviation, by entry, of image_embed [N, E].
 
-        Raises ValueError unless the mode is 'meanstd'.
+        A few thousand rows are enough. Raises ValueError unless the mode is 'meanstd'.
         """
         if self.embed_scale.mode != "meanstd":
-            raise ValueError(f"embed_scale.mode {self.embed_scale.mode!r} has no statistics: set it to 'meanstd'")
+            raise ValueError(
+                f"embed_scale.mode {self.embed_scale.mode!r} has no statistics: set it to 'meanstd'"
+            )
         x = jnp.asarray(image_embed, jnp.float32)
-        return params | {"stats": {"embed_mean": x.mean(axis=0), "embed_std": jnp.maximum(x.std(axis=0), 1e-6)}}
+        return params | {
+            "stats": {"embed_mean": x.mean(axis=0), "embed_std": jnp.maximum(x.std(axis=0), 1e-6)}
+        }
 
     def _text(self, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(text_embed, tokens or states, token_mask) as the network takes them; ValueError for another caption length."""
+        """(text_embed, tokens or states, token_mask) for the network; ValueError for another length."""
         text = batch["text_states"] if self.states_width else batch["tokens"]
         for length in (text.shape[1], batch["token_mask"].shape[1]):
             if length != self.context_length:
@@ -129,7 +138,9 @@ class Prior:
                 )
         return batch["text_embed"] * self.embed_scale.factor, text, batch["token_mask"]
 
-    def loss(self, params: dict, key: jax.Array, batch: dict, *, train: bool = True) -> tuple[jax.Array, dict]:
+    def loss(
+        self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
+    ) -> tuple[jax.Array, dict]:
         """Mean loss over the batch and its scalars; `train=False` drops no text."""
         size = batch["image_embed"].shape[0]
         t_key, noise_key, drop_key = jax.random.split(key, 3)
@@ -152,7 +163,8 @@ class Prior:
             data="latents",
         )
         predicted = unit_norm(self.embed_scale.inverse(params, output))
-        metrics = {"loss": losses, **metrics, "cosine": (predicted * unit_norm(batch["image_embed"])).sum(axis=-1)}
+        cosine = (predicted * unit_norm(batch["image_embed"])).sum(axis=-1)
+        metrics = metrics | {"loss": losses, "cosine": cosine}
         return losses.mean(), {name: value.mean() for name, value in metrics.items()}
 
     def sample(
@@ -169,21 +181,24 @@ class Prior:
     ) -> jax.Array:
         """Image embeddings [B, E] float32 in CLIP's own scale, one key a caption.
 
-        Reads text_embed, token_mask and tokens (or text_states). A sample depends on its own key and caption alone; the
-        first of n candidates is the only one of one. A guidance scale given as the Python number 1 saves the
-        unconditional half of the work; an array is traced. `method` is 'ddpm' (small fixed variance) or 'ddim' with `eta`.
+        Reads text_embed, token_mask and tokens (or text_states). A sample depends on its own key and caption
+        alone; the first of n candidates is the only one of one. A guidance scale given as the Python number 1
+        saves the unconditional half of the work; an array is traced. `method` is 'ddpm' (small fixed
+        variance) or 'ddim' with `eta`.
         """
         num_candidates = self.num_candidates if num_candidates is None else num_candidates
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         guided = not (isinstance(scale, int | float) and scale == 1)
         size = batch["text_embed"].shape[0]
 
-        # Candidates of a caption are neighbours, and so are the conditional and the null half of a candidate: sharding
-        # over the batch never parts them.
-        keys = jax.vmap(lambda key: jax.vmap(lambda c: jax.random.fold_in(key, c))(jnp.arange(num_candidates)))(keys)
+        # Candidates of a caption are neighbours, and so are the conditional and the null half of a candidate:
+        # sharding over the batch does not part them.
+        fold_in = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)), in_axes=(0, None))
+        keys = fold_in(keys, jnp.arange(num_candidates))
         keys = keys.reshape(size * num_candidates, *keys.shape[2:])
-        text = [jnp.repeat(x, num_candidates * (2 if guided else 1), axis=0) for x in self._text(batch)]
-        drop = jnp.tile(jnp.arange(2) == 1, size * num_candidates) if guided else jnp.zeros(len(text[0]), bool)
+        halves = jnp.array([False, True] if guided else [False])
+        text = [jnp.repeat(x, num_candidates * len(halves), axis=0) for x in self._text(batch)]
+        drop = jnp.tile(halves, size * num_candidates)
 
         def denoise(x_t, t):
             if guided:
@@ -192,13 +207,15 @@ class Prior:
             prediction = process.to_prediction(self.schedule, output, x_t, t, "x0", False)
             if not guided:
                 return prediction
-            cond, null = jax.tree.map(lambda y: y[0::2], prediction), jax.tree.map(lambda y: y[1::2], prediction)
+            cond = jax.tree.map(lambda y: y[0::2], prediction)
+            null = jax.tree.map(lambda y: y[1::2], prediction)
             return sampling.guide(cond, null, jnp.repeat(scale, num_candidates) if jnp.ndim(scale) else scale)
 
         # Embeddings are not bounded by 1: nothing is clipped unless the weights come with a range.
-        clipped = denoise if self.clip_range is None else sampling.clip_x0(denoise, self.schedule, self.clip_range)
+        if self.clip_range is not None:
+            denoise = sampling.clip_x0(denoise, self.schedule, self.clip_range)
         z = sampling.sample(
-            clipped,
+            denoise,
             self.schedule,
             sampling.init_noise(keys, (self.embed_dim,)),
             keys,
@@ -237,12 +254,16 @@ def build(
 
     Args:
       embed_dim: size of CLIP's embeddings.
-      text: dict(width, depth, num_heads, context_length) of the transformer, with `vocab_size` to learn the caption's
-        token embeddings (the paper's), or `states_width` to read the states of the frozen CLIP's text transformer (then
-        also null_tokens=n, the number of positions that the null caption has; 0 for a prior that is trained here).
+      text: dict(width, depth, num_heads, context_length) of the transformer, with `vocab_size` to learn the
+        caption's token embeddings (the paper's way), or `states_width` to read the states of the frozen
+        CLIP's text transformer (then also null_tokens, the number of positions that the null caption has;
+        0, the default, for a prior that is trained here).
       embed_scale: dict(mode='paper' | 'l2' | 'meanstd'), see EmbedScale; None is 'paper'.
       text_drop: how often the text is dropped in training.
-      clip_range: bound of |z| in sampling, in the scaled space (Karlo's weights: 5 or 10); None clips nothing.
+      schedule, num_timesteps: of the noise, see diffusion.schedules.
+      weighting: of the loss, see diffusion.process.
+      num_steps, spacing, method, eta, num_candidates, guidance_scale: what `sample` does unless told.
+      clip_range: bound of |z| in sampling, in the scaled space (Karlo's weights: 5 or 10); None: no bound.
       remat: recompute a block's activations in the backward pass.
       dtype: compute type of the network; norms, softmax, diffusion and loss are float32.
 
@@ -256,9 +277,13 @@ def build(
     required = ("width", "depth", "num_heads", "context_length")
     check_settings(text, required, ("vocab_size", "states_width", "null_tokens"), "text")
     if bool(text.get("vocab_size")) == bool(text.get("states_width")):
-        raise ValueError("text needs either vocab_size (learned token embeddings) or states_width (states of a frozen CLIP)")
+        raise ValueError(
+            "text needs either vocab_size (learned token embeddings) or states_width (a frozen CLIP's states)"
+        )
     if text.get("null_tokens") and not text.get("states_width"):
-        raise ValueError("text.null_tokens is for a prior on CLIP's states: set text.states_width, or leave it out")
+        raise ValueError(
+            "text.null_tokens is for a prior on CLIP's states: set text.states_width, or leave it out"
+        )
     if not 0 <= text_drop < 1:
         raise ValueError(f"text_drop must be in [0, 1), got {text_drop}")
     return Prior(
