@@ -1,0 +1,293 @@
+"""The noise process, the meaning of outputs, and the losses, against float64 numpy and against what must hold."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.scipy.stats import norm
+
+from dalle2_jax.diffusion import process, schedules
+
+COSINE = schedules.make_schedule("cosine")
+TIMES = jnp.array([0, 1, 37, 500, 900, 999])
+SHAPE = (len(TIMES), 4, 4, 3)
+
+
+def pixels(key, shape=SHAPE):
+    """8-bit values in [-1, 1], both ends among them."""
+    levels = jax.random.randint(key, shape, 0, 256).at[:, 0, 0, 0].set(0).at[:, 0, 0, 1].set(255)
+    return levels / 127.5 - 1.0
+
+
+@pytest.fixture
+def example():
+    x0_key, noise_key, output_key = jax.random.split(jax.random.key(0), 3)
+    x0, noise = pixels(x0_key), jax.random.normal(noise_key, SHAPE)
+    output = jax.random.normal(output_key, (*SHAPE[:-1], 6))
+    return dict(x0=x0, noise=noise, x_t=process.q_sample(COSINE, x0, TIMES, noise), output=output)
+
+
+def loss_of(example, output, objective="eps", learned_variance=True, **options):
+    return process.training_loss(
+        COSINE,
+        output,
+        example["x0"],
+        example["x_t"],
+        TIMES,
+        example["noise"],
+        objective=objective,
+        learned_variance=learned_variance,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("t", [0, 300, 999])
+def test_q_sample_has_the_moments_of_its_definition(t):
+    n = 200_000
+    noise = jax.random.normal(jax.random.key(t), (1, n))
+    x_t = np.asarray(process.q_sample(COSINE, jnp.full((1, n), 0.7), jnp.array([t]), noise))
+    alpha_bar = COSINE.alpha_bar[t]
+    std = math.sqrt(1 - alpha_bar)
+    assert x_t.mean() == pytest.approx(0.7 * math.sqrt(alpha_bar), abs=5 * std / math.sqrt(n))
+    assert x_t.std() == pytest.approx(std, rel=5 / math.sqrt(2 * n))
+
+
+def test_times_are_per_sample(example):
+    """Each row of a batch of mixed times is what it is alone."""
+    for i in range(len(TIMES)):
+        row = slice(i, i + 1)
+        alone = process.q_sample(COSINE, example["x0"][row], TIMES[row], example["noise"][row])
+        np.testing.assert_array_equal(alone, example["x_t"][row])
+
+
+@pytest.mark.parametrize("objective", process.OBJECTIVES)
+def test_the_target_of_every_objective_gives_back_x0_and_eps(example, objective):
+    """To float32's rounding, which 1 / sqrt(alpha_bar) = 2e4 at t = 999 and 1 / sigma = 156 at t = 0 amplify."""
+    signal, sigma = (np.asarray(y, np.float64) for y in process.signal_and_sigma(COSINE, TIMES, 4))
+    x0, noise = np.asarray(example["x0"], np.float64), np.asarray(example["noise"], np.float64)
+    target = {"eps": noise, "x0": x0, "v": signal * noise - sigma * x0}[objective]
+    output = jnp.asarray(target, jnp.float32)
+    prediction = process.to_prediction(COSINE, output, example["x_t"], TIMES, objective, False)
+    assert prediction.var_frac is None
+    rounding = 8e-7
+    x0_gain = {"eps": 1 / signal, "x0": 1.0, "v": 1.0}[objective]
+    eps_gain = {"eps": 1.0, "x0": 1 / sigma, "v": 1.0}[objective]
+    assert np.all(np.abs(prediction.x0 - x0) <= rounding * 4 * x0_gain)
+    assert np.all(np.abs(prediction.eps - noise) <= rounding * 4 * eps_gain)
+
+
+@pytest.mark.parametrize("objective", process.OBJECTIVES)
+def test_x0_and_eps_of_any_output_are_consistent_with_x_t(example, objective):
+    prediction = process.to_prediction(COSINE, example["output"], example["x_t"], TIMES, objective, True)
+    x_t = process.q_sample(COSINE, prediction.x0, TIMES, prediction.eps)
+    np.testing.assert_allclose(x_t, example["x_t"], atol=1e-5)
+
+
+def test_the_second_half_of_the_channels_is_the_variance_fraction(example):
+    prediction = process.to_prediction(COSINE, example["output"], example["x_t"], TIMES, "eps", True)
+    np.testing.assert_array_equal(prediction.eps, example["output"][..., :3])
+    np.testing.assert_allclose(prediction.var_frac, (example["output"][..., 3:] + 1) / 2)
+
+
+@pytest.mark.parametrize("weighting", process.WEIGHTINGS)
+@pytest.mark.parametrize("objective", process.OBJECTIVES)
+def test_a_perfect_output_has_no_loss(example, objective, weighting):
+    signal, sigma = process.signal_and_sigma(COSINE, TIMES, 4)
+    x0, noise = example["x0"], example["noise"]
+    output = {"eps": noise, "x0": x0, "v": signal * noise - sigma * x0}[objective]
+    loss, metrics = loss_of(example, output, objective, False, weighting=weighting)
+    assert loss.shape == metrics["mse"].shape == (len(TIMES),) and loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, 0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "p2"])
+def test_weightings_do_not_depend_on_the_objective(example, weighting):
+    """One guess of x0, expressed as each objective's output, must cost the same at every time."""
+    guess = 0.5 * example["x0"] + 0.1
+    signal, sigma = process.signal_and_sigma(COSINE, TIMES, 4)
+    eps = (example["x_t"] - signal * guess) / sigma
+    outputs = {"eps": eps, "x0": guess, "v": signal * eps - sigma * guess}
+    losses = [loss_of(example, y, name, False, weighting=weighting)[0] for name, y in outputs.items()]
+    # The last time is left out: its error in eps is 5e-5 of eps, which float32 does not resolve.
+    np.testing.assert_allclose(losses[0][:-1], losses[1][:-1], rtol=2e-3)
+    np.testing.assert_allclose(losses[2], losses[1], rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "objective, weighting, expected",
+    [
+        ("eps", "uniform", lambda snr: 1.0),
+        ("eps", "p2", lambda snr: 1 / (1 + snr)),
+        ("eps", "min_snr", lambda snr: min(snr, 5) / snr),
+        ("x0", "min_snr", lambda snr: min(snr, 5)),
+        ("v", "min_snr", lambda snr: min(snr, 5) / (snr + 1)),
+    ],
+)
+def test_weights_are_those_of_their_papers(objective, weighting, expected):
+    weights = process.loss_weights(COSINE, objective, weighting)
+    for t in (0, 250, 999):
+        alpha_bar = COSINE.alpha_bar[t]
+        assert weights[t] == pytest.approx(expected(alpha_bar / (1 - alpha_bar)))
+
+
+def test_loss_is_the_weighted_error_plus_a_thousandth_of_the_bound(example):
+    """With T terms in the bound, one of them at lambda T = T / 1000: 1 for T = 1000."""
+    loss, metrics = loss_of(example, example["output"], weighting="p2")
+    weights = process.loss_weights(COSINE, "eps", "p2")[np.asarray(TIMES)]
+    np.testing.assert_allclose(loss, weights * metrics["mse"] + metrics["vb"], rtol=1e-6)
+    half, _ = loss_of(example, example["output"], weighting="p2", vlb_weight=5e-4)
+    np.testing.assert_allclose(loss - half, 0.5 * metrics["vb"], rtol=1e-4)
+    short = schedules.make_schedule("cosine", 100)
+    t = jnp.array([7] * len(TIMES))
+    x_t = process.q_sample(short, example["x0"], t, example["noise"])
+    arguments = (short, example["output"], example["x0"], x_t, t, example["noise"])
+    loss, metrics = process.training_loss(*arguments, objective="eps", learned_variance=True)
+    np.testing.assert_allclose(loss, metrics["mse"] + 0.1 * metrics["vb"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("objective", process.OBJECTIVES)
+def test_the_bound_is_the_kl_between_textbook_gaussians(example, objective):
+    """KL(N(m1, v1) || N(m2, v2)) in float64, the means from x0, x_t and betas (Ho et al. 2020, equation 7)."""
+    _, metrics = loss_of(example, example["output"], objective)
+    prediction = process.to_prediction(COSINE, example["output"], example["x_t"], TIMES, objective, True)
+    predicted_x0, var_frac, x0, x_t = (
+        np.asarray(y, np.float64) for y in (prediction.x0, prediction.var_frac, example["x0"], example["x_t"])
+    )
+    for i, t in enumerate(np.asarray(TIMES)):
+        if t == 0:
+            continue
+        now, before = COSINE.alpha_bar[t], COSINE.alpha_bar[t - 1]
+        beta = 1 - now / before
+        beta_tilde = beta * (1 - before) / (1 - now)
+
+        def mean(x0, x_t, now=now, before=before, beta=beta):
+            return (math.sqrt(before) * beta * x0 + math.sqrt(1 - beta) * (1 - before) * x_t) / (1 - now)
+
+        v2 = beta ** var_frac[i] * beta_tilde ** (1 - var_frac[i])
+        gap = mean(x0[i], x_t[i]) - mean(predicted_x0[i], x_t[i])
+        kl = 0.5 * (np.log(v2 / beta_tilde) + (beta_tilde + gap**2) / v2 - 1)
+        assert metrics["vb"][i] == pytest.approx(kl.mean() / math.log(2), rel=2e-4, abs=1e-6)
+
+
+def test_the_bound_at_the_first_time_is_the_likelihood_of_8_bit_pixels():
+    """Against bin masses by the exact normal distribution, for predictions within a few bins of the truth."""
+    x0_key, gap_key, raw_key = jax.random.split(jax.random.key(3), 3)
+    shape = (2, 8, 8, 3)
+    x0 = pixels(x0_key, shape)
+    predicted = x0 + 0.006 * jax.random.normal(gap_key, shape)
+    raw = jax.random.uniform(raw_key, shape, minval=-1.0)
+    t = jnp.zeros(2, jnp.int32)
+    # x_t is of no consequence: the mean of the last step is the predicted x0.
+    _, metrics = process.training_loss(
+        COSINE, jnp.concatenate([predicted, raw], -1), x0, x0, t, x0, objective="x0", learned_variance=True
+    )
+    beta = 1 - COSINE.alpha_bar[:2] / np.array([1.0, COSINE.alpha_bar[0]])
+    beta_tilde_1 = beta[1] * (1 - COSINE.alpha_bar[0]) / (1 - COSINE.alpha_bar[1])
+    frac = (np.asarray(raw, np.float64) + 1) / 2
+    std = np.sqrt(beta[0] ** frac * beta_tilde_1 ** (1 - frac))
+    z = np.asarray(x0, np.float64) - np.asarray(predicted, np.float64)
+    cdf = np.vectorize(lambda a: 0.5 * math.erfc(-a / math.sqrt(2)))
+    upper, lower = cdf((z + 1 / 255) / std), cdf((z - 1 / 255) / std)
+    levels = np.rint((np.asarray(x0) + 1) * 127.5)
+    mass = np.where(levels == 0, upper, np.where(levels == 255, 1 - lower, upper - lower))
+    assert (levels == 0).any() and (levels == 255).any()
+    expected = -np.log2(mass).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(metrics["vb"], expected, rtol=5e-3)  # the tanh form is good to about 1e-3
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 0.005), (-0.99, 0.02), (0.4, 0.5), (2.0, 1.0)])
+def test_the_256_bins_share_out_the_whole_mass(mean, std):
+    levels = jnp.arange(256) / 127.5 - 1.0
+    log_mass = process.discretized_log_likelihood(levels, jnp.float32(mean), jnp.float32(math.log(std)))
+    assert float(jnp.exp(log_mass).sum()) == pytest.approx(1.0, abs=1e-4)
+    assert (
+        float(jnp.abs(process._normal_cdf(jnp.linspace(-4, 4, 99)) - norm.cdf(jnp.linspace(-4, 4, 99))).max())
+        < 1e-3
+    )
+
+
+def test_the_mean_half_learns_from_the_error_alone(example):
+    """The bound sees the mean through a stop-gradient; the variance half learns from the bound alone."""
+
+    def mean_loss(output, learned_variance, **options):
+        return loss_of(example, output, learned_variance=learned_variance, **options)[0].mean()
+
+    hybrid = jax.grad(mean_loss)(example["output"], True)
+    simple = jax.grad(mean_loss)(example["output"][..., :3], False)
+    np.testing.assert_array_equal(hybrid[..., :3], simple)
+    assert np.all(np.abs(hybrid[..., 3:]).sum(axis=(1, 2, 3)) > 0)
+    without = jax.grad(mean_loss)(example["output"], True, vlb_weight=0.0)
+    np.testing.assert_array_equal(without[..., 3:], 0.0)
+
+
+def test_the_bound_trains_the_variance_to_the_error():
+    """Where the mean is off by the posterior's own deviation and more, the bound asks for more variance, and for none
+    where the mean is right: the gradient by the raw variance changes sign."""
+    x0, t = jnp.zeros((1, 2, 2, 1)), jnp.array([100])
+    noise = jnp.ones(x0.shape)
+    x_t = process.q_sample(COSINE, x0, t, noise)
+
+    def bound(raw, eps):
+        output = jnp.concatenate([jnp.full(x0.shape, eps), jnp.full(x0.shape, raw)], -1)
+        arguments = (COSINE, output, x0, x_t, t, noise)
+        return process.training_loss(*arguments, objective="eps", learned_variance=True)[1]["vb"].sum()
+
+    assert jax.grad(bound)(0.0, 1.0) > 0
+    assert jax.grad(bound)(0.0, 30.0) < 0
+
+
+def test_bf16_outputs_are_read_in_float32_and_stay_finite(example):
+    output = (10 * example["output"]).astype(jnp.bfloat16)
+    value = jax.value_and_grad(lambda y: loss_of(example, y)[0].sum())
+    loss, gradient = value(output)
+    assert loss.dtype == jnp.float32 and bool(jnp.isfinite(loss)) and bool(jnp.isfinite(gradient).all())
+    np.testing.assert_array_equal(loss, value(output.astype(jnp.float32))[0])
+
+
+def test_loss_is_jittable_over_times(example):
+    jitted = jax.jit(
+        lambda output, x_t, t: process.training_loss(
+            COSINE, output, example["x0"], x_t, t, example["noise"], objective="v", learned_variance=True
+        )
+    )
+    loss, metrics = jitted(example["output"], example["x_t"], TIMES)
+    expected, _ = loss_of(example, example["output"], "v")
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert set(metrics) == {"mse", "vb"}
+
+
+def test_embeddings_have_no_learned_variance():
+    x = jnp.zeros((2, 8))
+    arguments = (jnp.array([1, 2]), x)
+    with pytest.raises(ValueError, match="learned_variance=False"):
+        process.training_loss(
+            COSINE, jnp.zeros((2, 16)), x, x, *arguments, objective="x0", learned_variance=True
+        )
+    latents = jnp.zeros((2, 4, 4, 3))
+    with pytest.raises(ValueError, match="8-bit pixels"):
+        process.training_loss(
+            COSINE,
+            jnp.zeros((2, 4, 4, 6)),
+            latents,
+            latents,
+            jnp.array([1, 2]),
+            latents,
+            objective="eps",
+            learned_variance=True,
+            data="latents",
+        )
+    loss, _ = process.training_loss(COSINE, x, x, x, *arguments, objective="x0", learned_variance=False)
+    assert loss.shape == (2,)
+
+
+def test_mistakes_are_answered_with_what_to_change(example):
+    with pytest.raises(ValueError, match="did you mean 'eps'"):
+        loss_of(example, example["output"], "epsi")
+    with pytest.raises(ValueError, match="did you mean 'min_snr'"):
+        loss_of(example, example["output"], weighting="minsnr")
+    with pytest.raises(ValueError, match=r"must be \(6, 4, 4, 6\)"):
+        loss_of(example, example["output"][..., :3])
+    with pytest.raises(ValueError, match=r"must be \(6, 4, 4, 3\)"):
+        loss_of(example, example["output"], learned_variance=False)
