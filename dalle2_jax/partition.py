@@ -42,10 +42,8 @@ RULES = (
     (r"(^|/|_)embedding$", P("tensor", "fsdp")),
     # kernels that close a pair of layers
     (r"(^|/)(out|fc2|conv2|conv_out|skip|\w+_fc2|\w+_out)/kernel$", P("tensor", "fsdp")),
-    # kernels that open one: qkv, q, k, v, kv, text_kv, fc1, conv1, conv_in, emb_proj ..., and any kernel not
-    # named above
-    (r"(^|/)(qkv|q|k|v|kv|\w+_kv|fc1|\w+_fc1|conv1|conv_in|\w*proj)/kernel$", P("fsdp", "tensor")),
-    (r"(^|/|_)kernel$", P("fsdp", "tensor")),
+    # any other kernel opens a pair: qkv, q, k, v, kv, text_kv, fc1, conv1, conv_in, emb_proj, proj ...
+    (r"(^|/)kernel$", P("fsdp", "tensor")),
     # gains and biases of layers stacked by a scan (rank 2)
     (r"(^|/)(scale|bias)$", P()),
 )

@@ -1,0 +1,9 @@
+"""Every test sees 8 CPU devices and a cache of compiled programs; both must be set before JAX starts."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the tests' numbers are those of a CPU
+
+from dalle2_jax import partition  # noqa: E402 (after the platform is chosen)
+
+partition.initialise(cpu_devices=8)

@@ -1,0 +1,275 @@
+"""Meshes, sharding rules and batches, on the 8 virtual CPU devices of conftest.py."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dalle2_jax import partition
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def mlp_params(width=16):
+    keys = jax.random.split(jax.random.key(0), 2)
+    return {
+        "block": {
+            "fc1": {"kernel": jax.random.normal(keys[0], (8, width)) / 3, "bias": jnp.zeros(width)},
+            "fc2": {"kernel": jax.random.normal(keys[1], (width, 8)) / 4, "bias": jnp.zeros(8)},
+        }
+    }
+
+
+def mlp_loss(params, x):
+    block = params["block"]
+    h = jax.nn.gelu(x @ block["fc1"]["kernel"] + block["fc1"]["bias"])
+    y = partition.constrain(h @ block["fc2"]["kernel"] + block["fc2"]["bias"])
+    return jnp.mean((y - x) ** 2)
+
+
+class TestMesh:
+    @pytest.mark.parametrize(
+        ("asked", "sizes"),
+        [
+            ({}, (8, 1, 1)),
+            ({"data": 1, "fsdp": -1}, (1, 8, 1)),
+            ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+            ({"data": -1, "tensor": 4}, (2, 1, 4)),
+        ],
+    )
+    def test_sizes(self, asked, sizes):
+        mesh = partition.make_mesh(**asked)
+        assert mesh.axis_names == ("data", "fsdp", "tensor")
+        assert tuple(mesh.shape.values()) == sizes
+        assert partition.batch_shards(mesh) == sizes[0] * sizes[1]
+
+    def test_devices_can_be_given(self):
+        mesh = partition.make_mesh(fsdp=2, devices=jax.devices()[:4])
+        assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+
+    @pytest.mark.parametrize("asked", [{"data": 3}, {"data": 4}, {"data": 16}, {"fsdp": 3}, {"data": 1}])
+    def test_sizes_that_do_not_fit_are_refused_with_some_that_do(self, asked):
+        with pytest.raises(ValueError, match="must be 8") as error:
+            partition.make_mesh(**asked)
+        suggestion = str(error.value).split("For instance: ")[1].split(" (-1")[0].split(" | ")[0]
+        sizes = dict(entry.split("=") for entry in suggestion.split())
+        partition.make_mesh(**{axis: int(size) for axis, size in sizes.items()})  # the advice works
+
+    def test_nonsense_is_refused(self):
+        with pytest.raises(ValueError, match="only one axis"):
+            partition.make_mesh(-1, -1, 1)
+        with pytest.raises(ValueError, match="whole numbers"):
+            partition.make_mesh(0, 1, 1)
+        with pytest.raises(ValueError, match="whole numbers"):
+            partition.make_mesh(2.0, 4, 1)
+
+
+class TestRules:
+    @pytest.mark.parametrize(
+        ("name", "rank", "spec"),
+        [
+            ("a/qkv/kernel", 2, P("fsdp", "tensor")),
+            ("a/fc1/kernel", 2, P("fsdp", "tensor")),
+            ("block_0/attn/text_kv/kernel", 2, P("fsdp", "tensor")),
+            ("emb_proj/kernel", 2, P("fsdp", "tensor")),
+            ("conv_in/kernel", 4, P(None, None, "fsdp", "tensor")),
+            ("down_0/conv1/kernel", 4, P(None, None, "fsdp", "tensor")),
+            ("some_new_layer/kernel", 2, P("fsdp", "tensor")),
+            ("a/out/kernel", 2, P("tensor", "fsdp")),
+            ("mlp/fc2/kernel", 2, P("tensor", "fsdp")),
+            ("down_0/conv2/kernel", 4, P(None, None, "tensor", "fsdp")),
+            ("conv_out/kernel", 4, P(None, None, "tensor", "fsdp")),
+            ("layers/fc2/kernel", 3, P(None, "tensor", "fsdp")),  # stacked by a scan
+            ("token_embedding/embedding", 2, P("tensor", "fsdp")),
+            ("position/embedding", 2, P(None, "fsdp")),
+            ("positional", 3, P(None, None, "fsdp")),
+            ("class_token/embedding", 2, P(None, "fsdp")),
+            ("null_text_states/embedding", 2, P(None, "fsdp")),
+            ("layers/norm1/scale", 2, P(None, None)),
+            ("norm1/scale", 1, P(None)),
+            ("logit_scale", 0, P()),
+            ("opt_state/1/0/mu/block/fc2/kernel", 2, P("tensor", "fsdp")),
+        ],
+    )
+    def test_spec_of(self, name, rank, spec):
+        assert partition.spec_for(name, rank) == spec
+
+    def test_names_that_only_resemble_a_closing_layer_are_not_one(self):
+        assert partition.spec_for("without/kernel", 2) == P("fsdp", "tensor")
+        assert partition.spec_for("conv21/kernel", 4) == P(None, None, "fsdp", "tensor")
+
+    def test_leaf_without_a_rule_is_named(self):
+        tree = {"net": {"mystery": shape(4, 4)}}
+        with pytest.raises(ValueError, match="'net/mystery'.*RULES"):
+            partition.shardings(tree, partition.make_mesh())
+
+    def test_axes_that_do_not_divide_are_left_out(self):
+        mesh = partition.make_mesh(1, 4, 2)
+        got = partition.shardings(
+            {"conv_in": {"kernel": shape(3, 3, 3, 6)}, "fc1": {"kernel": shape(8, 5)}}, mesh
+        )
+        assert got["conv_in"]["kernel"].spec == P(
+            None, None, None, "tensor"
+        )  # 3 channels over 4 devices do not go
+        assert got["fc1"]["kernel"].spec == P("fsdp")
+        assert partition.fit(P("fsdp"), (0,), mesh) == P()
+        assert partition.fit(P(("fsdp", "tensor")), (12,), mesh) == P()
+        assert partition.fit(P(("fsdp", "tensor")), (16,), mesh) == P(("fsdp", "tensor"))
+
+    def test_optimizer_and_average_lie_as_the_parameters_do(self):
+        mesh = partition.make_mesh(2, 2, 2)
+        params = jax.eval_shape(mlp_params)
+        opt_state = jax.eval_shape(optax.adamw(1e-3).init, params)
+        state = {"params": params, "ema_params": params, "opt_state": opt_state, "step": shape()}
+        got = partition.shardings(state, mesh)
+        assert got["params"]["block"]["fc1"]["kernel"].spec == P("fsdp", "tensor")
+        assert got["ema_params"] == got["params"]
+        assert got["opt_state"][0].mu == got["params"]
+        assert got["opt_state"][0].nu == got["params"]
+        assert got["step"].spec == P() and got["opt_state"][0].count.spec == P()
+
+    def test_parameters_are_really_split(self):
+        mesh = partition.make_mesh(1, 4, 2)
+        params = mlp_params()
+        placed = jax.device_put(params, partition.shardings(params, mesh))
+        kernel = placed["block"]["fc1"]["kernel"]
+        assert {s.data.shape for s in kernel.addressable_shards} == {(2, 8)}
+        np.testing.assert_array_equal(
+            partition.to_host(placed)["block"]["fc1"]["kernel"], params["block"]["fc1"]["kernel"]
+        )
+
+
+class TestBatch:
+    def test_rows_go_to_devices_in_order(self):
+        mesh = partition.make_mesh(2, 2, 2)
+        image = np.arange(8 * 3, dtype=np.float32).reshape(8, 3)
+        mask = np.eye(8, dtype=bool)
+        batch = partition.to_global({"image": image, "token_mask": mask}, mesh)
+        assert batch["image"].sharding == NamedSharding(mesh, P(("data", "fsdp")))
+        assert batch["token_mask"].dtype == bool
+        np.testing.assert_array_equal(batch["image"], image)
+        assert {s.data.shape for s in batch["image"].addressable_shards} == {(2, 3)}
+        devices = mesh.devices  # [data, fsdp, tensor]: shard (d, f) holds rows 2 (2 d + f) ...
+        for shard in batch["image"].addressable_shards:
+            d, f, _ = np.argwhere(devices == shard.device)[0]
+            assert shard.index[0].start == 2 * (2 * d + f)
+
+    def test_batch_that_does_not_split_is_refused(self):
+        mesh = partition.make_mesh()
+        with pytest.raises(ValueError, match="batch_size=12 .* 8 batch shards .*use 8 or 16"):
+            partition.check_batch_size(12, mesh)
+        with pytest.raises(ValueError, match="use 8, or"):
+            partition.check_batch_size(4, mesh)
+        with pytest.raises(ValueError, match="image"):
+            partition.to_global({"image": np.zeros((12, 2))}, mesh)
+        with pytest.raises(ValueError, match="scalar"):
+            partition.to_global({"scalar": np.float32(1)}, mesh)
+
+    def test_record_numbers_stay_on_the_host(self):
+        assert set(partition.without_index({"index": np.arange(8), "image": np.zeros(8)})) == {"image"}
+
+
+class TestConstrain:
+    def test_identity_without_a_mesh(self):
+        x = jnp.ones((8, 2))
+        assert partition.constrain(x) is x
+
+    def test_splits_the_first_axis_inside_a_mesh(self):
+        mesh = partition.make_mesh(2, 2, 2)
+        with partition.use_mesh(mesh):
+            y = jax.jit(lambda x: partition.constrain(x * 2))(jnp.ones((8, 4, 4, 2)))
+        assert y.sharding.spec == P(("data", "fsdp"))
+
+    def test_identity_where_the_batch_does_not_split(self):
+        with partition.use_mesh(partition.make_mesh()):
+            x = jnp.ones((3, 2))
+            assert partition.constrain(x) is x
+            scalar = jnp.ones(())
+            assert partition.constrain(scalar) is scalar
+
+    def test_gradients_pass(self):
+        with partition.use_mesh(partition.make_mesh()):
+            grad = jax.jit(jax.grad(lambda x: jnp.sum(partition.constrain(x) ** 2)))(jnp.ones((8, 2)))
+        np.testing.assert_array_equal(grad, 2 * np.ones((8, 2)))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)])
+def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes):
+    """Sums over devices reorder additions: equal to a few float32 roundings."""
+    x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    params = mlp_params()
+    loss, grads = jax.jit(jax.value_and_grad(mlp_loss))(params, x)
+    mesh = partition.make_mesh(*sizes)
+    where = partition.shardings(params, mesh)
+    with partition.use_mesh(mesh):
+        placed = jax.device_put(params, where)
+        batch = partition.to_global({"x": x}, mesh)["x"]
+        step = jax.jit(jax.value_and_grad(mlp_loss), out_shardings=(partition.replicated(mesh), where))
+        loss_there, grads_there = step(placed, batch)
+    np.testing.assert_allclose(loss_there, loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), grads_there, grads)
+    assert grads_there["block"]["fc1"]["kernel"].sharding.spec == where["block"]["fc1"]["kernel"].spec
+
+
+REPORT = """
+import json, jax
+from dalle2_jax import partition
+partition.initialise()
+partition.initialise()
+count = len(jax.devices())
+partition.initialise(cpu_devices=5)  # too late: must not raise
+print(json.dumps([count, jax.config.jax_compilation_cache_dir]))
+"""
+
+
+def started_with(tmp_path, **env):
+    keep = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "DALLE2_JAX_CACHE")
+    }
+    keep.pop("JAX_COMPILATION_CACHE_DIR", None)
+    env = (
+        keep | {"JAX_PLATFORMS": "cpu", "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)} | env
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT], env=env, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class TestInitialise:
+    def test_one_device_a_core_and_a_cache(self, tmp_path):
+        count, cache = started_with(tmp_path)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        assert 1 <= count <= min(8, cores) and count & (count - 1) == 0
+        assert cache.startswith(str(tmp_path / ".cache" / "dalle2_jax" / "xla"))
+        assert os.path.isdir(cache)
+
+    def test_the_users_settings_win(self, tmp_path):
+        count, cache = started_with(tmp_path, JAX_NUM_CPU_DEVICES="3", DALLE2_JAX_CACHE="")
+        assert count == 3 and not cache
+        mine = str(tmp_path / "mine")
+        flags = "--xla_force_host_platform_device_count=6"
+        assert started_with(tmp_path, XLA_FLAGS=flags, JAX_COMPILATION_CACHE_DIR=mine) == [6, mine]
+        unwritable = tmp_path / "file"
+        unwritable.write_text("")
+        assert not started_with(tmp_path, DALLE2_JAX_CACHE=str(unwritable))[1]
+
+    def test_container_quota_counts(self, monkeypatch):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+        monkeypatch.setattr(partition.Path, "read_text", lambda self: "350000 100000\n")
+        assert partition._available_cores() == 4
+        monkeypatch.setattr(partition.Path, "read_text", lambda self: "max 100000\n")
+        assert partition._available_cores() == 64
