@@ -1,19 +1,21 @@
 """Captioned drawings of coloured shapes: the grammar, the splits and the renderer.
 
-A scene holds one to three objects, each with a colour, a shape, a size and a place, on a plain background. Neighbours
-in `Scene.objects` stand in a named relation (above, below, left of, right of) that is geometrically unmistakable:
+A scene holds one to three objects, each with a colour, a shape, a size and a place, on a plain background.
+Neighbours in `Scene.objects` stand in a named relation (above, below, left of, right of) that is geometrically
+unmistakable: with diameters d_a and d_b in fractions of the picture's side,
 
-    |offset along the relation's axis| >= (d_a + d_b) / 2 + gap,     |offset across it| <= lean * |offset along it|
+    |offset along the relation's axis| >= (d_a + d_b) / 2 + gap,
+    |offset across it| <= lean * |offset along it|.
 
-with diameters d in fractions of the picture's side. Scene number `index` of a split is a pure function of
-(config, split, index, seed); it is drawn with integer arithmetic (splitmix64), so it is the same on every machine and
-with every version of numpy. Shapes are signed distances in coordinates that do not know the resolution; the 16-pixel
-and the 256-pixel picture of one scene are the same picture.
+Scene number `index` of a split is a pure function of (config, split, index, seed). It is drawn with integer
+arithmetic (splitmix64), so it is the same on every machine and with every version of numpy. Shapes are signed
+distances in coordinates that do not know the resolution; the 16-pixel and the 256-pixel picture of one scene
+are the same picture.
 
-The splits hold combinations out. A colour-shape pair is held out if it is in `HELD_OUT_PAIRS`; a triple
-(shape, relation, shape) is held out by the rule in `is_held_out_triple`. `train` and `validation` never contain
-either; every scene of `test_pairs` has a held-out pair (and no held-out triple); every scene of `test_relations` is
-two objects in a held-out triple (and no held-out pair). Captions are in `scenes_captions`.
+The splits hold combinations out. A colour-shape pair is held out if it is in `HELD_OUT_PAIRS`; a triple (shape,
+relation, shape) is held out by the rule in `is_held_out_triple`. `train` and `validation` never contain either;
+every scene of `test_pairs` has a held-out pair (and no held-out triple); every scene of `test_relations` is two
+objects in a held-out triple (and no held-out pair). The wording of captions is in `scenes_captions`.
 """
 
 import dataclasses
@@ -27,8 +29,8 @@ import numpy as np
 from dalle2_jax.data import scenes_captions
 from dalle2_jax.data.scenes_shapes import SIGNED_DISTANCE
 
-# RGB of objects. Chosen so that the closest two (purple-blue, orange-red, orange-yellow) are still more than 40 apart
-# in CIELAB, and every colour more than 40 from every background.
+# RGB of objects. Every two colours are more than 40 apart in CIELAB (the closest: orange-yellow, purple-blue and
+# orange-red), and every colour is more than 40 from every background.
 COLOURS = {
     "red": (222, 36, 40),
     "orange": (250, 140, 20),
@@ -46,7 +48,8 @@ CONVERSE = {"above": "below", "below": "above", "left of": "right of", "right of
 DETAILS = ("background", "size", "place")
 SPLITS = ("train", "validation", "test_pairs", "test_relations")
 
-# One pair for each colour and one for each shape, an eighth of all 64; five of them fall into the 36 of `quickstart`.
+# One pair for each colour and one for each shape, an eighth of all 64; five of them are among the 36 of the
+# preset 'quickstart'.
 HELD_OUT_PAIRS = (
     ("red", "ring"),
     ("orange", "heart"),
@@ -134,7 +137,8 @@ class SceneConfig:
             raise ValueError(f"count_weights must have 1 to 3 entries, got {len(self.count_weights)}")
         if len(self.sizes) != len(self.count_weights):
             raise ValueError(
-                f"sizes must have one entry for each entry of count_weights ({len(self.count_weights)}), got {len(self.sizes)}"
+                f"sizes must have one entry for each entry of count_weights ({len(self.count_weights)}), "
+                f"got {len(self.sizes)}"
             )
 
     @property
@@ -180,8 +184,8 @@ class Scene:
         )
 
 
-# Objects are large because the base picture of the smallest cascade has 16 x 16 pixels: a pair's ring of diameter
-# 0.4 still has a hole of three pixels.
+# Objects are large because the base picture of the smallest cascade has 16 x 16 pixels: a ring of diameter 0.4
+# there still has a hole of three pixels.
 _QUICKSTART = SceneConfig(
     name="quickstart",
     count_weights=(0.5, 0.5),
@@ -270,7 +274,7 @@ def triples(config: SceneConfig, held_out: bool) -> tuple[tuple[str, str, str], 
 
 
 def relations_between(a: SceneObject, b: SceneObject) -> list[str]:
-    """Every relation of `a` to `b` that could be read off the picture: the axes along which the boxes are disjoint."""
+    """Every relation of `a` to `b` that could be read off the picture: along the axes on which the boxes part."""
     apart = (a.diameter + b.diameter) / 2
     out = []
     if abs(b.y - a.y) >= apart:
@@ -344,8 +348,8 @@ def _has_held_out_triple(objects) -> bool:
 def sample_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> Scene:
     """Scene number `index` of a split: a pure function of its arguments.
 
-    No two objects of a scene share both colour and shape. In three-object scenes a held-out triple is looked for
-    between every two objects, not only between those the caption relates.
+    No two objects of a scene share both colour and shape. In three-object scenes a held-out triple is looked
+    for between every two objects, not only between those the caption relates.
 
     Raises:
       ValueError: `split` is not one of `SPLITS`, or nothing in `config` satisfies it.
@@ -365,16 +369,17 @@ def sample_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> 
             continue
         return Scene(objects, relations, stream.choice(config.backgrounds), config.details)
     raise ValueError(
-        f"no scene of split {split!r} fits config {config.name!r}: make the objects smaller, or allow more shapes and colours"
+        f"no scene of split {split!r} fits config {config.name!r}: make the objects smaller, or allow more shapes "
+        "and colours"
     )
 
 
 def render(scene: Scene, image_size: int) -> np.ndarray:
     """Draws a scene, antialiased: uint8 [image_size, image_size, 3] in sRGB, image_size 8..1024.
 
-    Coverage is 1/2 - distance, clipped to [0, 1], with distance in units of 1/256 of the side (or of a pixel, if that
-    is smaller), averaged over the pixel's subsamples. Hence for image_size 16, 32, 64, 128 the picture is the area
-    average of the 256-pixel picture up to rounding.
+    Coverage is 1/2 - distance, clipped to [0, 1], with distance in units of 1/256 of the side (or of a pixel, if
+    that is smaller), averaged over the pixel's subsamples. Hence for image_size 16, 32, 64, 128 the picture is
+    the area average of the 256-pixel picture up to rounding.
     """
     if not 8 <= image_size <= 1024:
         raise ValueError(f"image_size must lie in 8..1024, got {image_size}")
@@ -417,7 +422,7 @@ def place_name(thing: SceneObject) -> str | None:
 
 
 def captions(scene: Scene, language: str = "en") -> list[str]:
-    """Every caption of a scene, all of them true of it; the first is the plain one ("a red star above a blue ring").
+    """Every caption of a scene, all true of it; the first is the plain one ("a red star above a blue ring").
 
     Args:
       scene: the drawing; `scene.details` says what captions may name besides objects and relations.
@@ -447,11 +452,11 @@ def evaluation_captions(config: SceneConfig, kind: str, n: int, seed: int = 0) -
     """`n` English captions to draw for an evaluation.
 
     Args:
-      kind: 'single_seen' (one object, its colour-shape pair occurs in training), 'single_heldout' (a held-out pair),
-        'pair_seen' (two objects; pairs and triple occur in training), 'pair_heldout_relation' (a held-out triple of
-        seen pairs).
-      n: how many. They are distinct as long as the grammar allows, then repeat. Every combination is used once, in
-        random order and in a random wording, before any is used twice; with two objects there are thousands.
+      kind: 'single_seen' (one object, its colour-shape pair occurs in training), 'single_heldout' (a held-out
+        pair), 'pair_seen' (two objects; pairs and triple occur in training), 'pair_heldout_relation' (a held-out
+        triple of seen pairs).
+      n: how many. They are distinct as long as the grammar allows, then repeat. Every combination is used once,
+        in random order and in a random wording, before any is used twice; of two objects there are thousands.
       seed: another seed, another order.
     """
     check_choice(kind, KINDS, "kind of evaluation captions")
