@@ -1,0 +1,512 @@
+"""Batches as a pure function of (seed, step): tf.data over random-access records.
+
+The record at position p (p = step * batch_size + slot, counted over all epochs) of N records is
+
+    epoch = p // N,    record = permutation_{seed, epoch}(p mod N),
+
+with TensorFlow's stateless `index_shuffle`, so there is no shuffle buffer to save, any step can be the first, and hosts
+take contiguous slices of the same global batch, whatever their number. The augmentation of a record is a
+function of (seed, epoch, record). A record that cannot be used is replaced by the next usable index, the
+same on every run.
+"""
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+from absl import logging
+
+from dalle2_jax.data import sources, transforms
+from dalle2_jax.data.records import BadRecord, Record, RecordSource
+from dalle2_jax.data.transforms import CAPTION, LANGUAGE, Views
+
+FIELDS = ("image", "clip_image", "low_res", "crop_yx", "tokens", "token_mask", "image_embed", "text_embed")
+LANGUAGES_ANY = "any"
+MAX_CAPTION_BYTES = 64 << 10
+BAD_SLACK = 8  # bad records that are borne before the fraction counts
+_PICTURES = ("image", "clip_image", "low_res", "crop_yx")
+_CHUNK = 32  # records a call: amortizes the call's overhead, small enough to spread a batch over the workers
+_KEPT_BAD = 100
+
+
+class TooManyBadRecords(RuntimeError):
+    """The share of unusable records is above data.max_bad_fraction."""
+
+
+class _BadRecords:
+    """Which records were bad and why; thread-safe."""
+
+    def __init__(self, num_records: int, max_fraction: float, refused: dict[str, int]):
+        self._lock = threading.Lock()
+        self._num_records, self._max_fraction = num_records, max_fraction
+        self._slack = BAD_SLACK if max_fraction > 0 else 0
+        self._known: dict[int, str] = {}  # record -> reason
+        self._refused = dict(refused)
+        self._noted = collections.Counter()
+        self._read = 0
+        self.kept: list[dict] = []
+        lost = sum(refused.values())
+        if lost > self._slack and lost > max_fraction * (num_records + lost):
+            self._stop(lost, num_records + lost, "of the dataset's files")
+
+    def reason(self, index: int) -> str | None:
+        return self._known.get(index)
+
+    def add(self, index: int, key: str, error: BadRecord) -> None:
+        with self._lock:
+            if index in self._known:
+                return
+            self._known[index] = error.reason
+            logging.log_first_n(logging.WARNING, "bad record %s: %s", 20, key, error)
+            if len(self.kept) < _KEPT_BAD:
+                self.kept.append(dict(index=index, key=key, reason=error.reason, detail=error.detail))
+
+    def note(self, reason: str) -> None:
+        with self._lock:
+            self._noted[reason] += 1
+
+    def count_read(self, number: int) -> None:
+        """Count records read; raises TooManyBadRecords above the budget."""
+        with self._lock:
+            self._read += number
+            bad = len(self._known)
+            seen = max(min(self._read, self._num_records), bad)
+            if bad > self._slack and bad > self._max_fraction * seen:
+                self._stop(bad, seen, "read")
+
+    def _stop(self, bad: int, seen: int, what: str):
+        examples = "; ".join(f"{item['key']} ({item['reason']} {item['detail']})" for item in self.kept[:5])
+        raise TooManyBadRecords(
+            f"{bad} of {seen} records {what} cannot be used, above data.max_bad_fraction={self._max_fraction}: "
+            f"{self.counts()}. {examples}{'. ' if examples else ''}Mend the dataset, or raise data.max_bad_fraction"
+        )
+
+    def counts(self) -> dict[str, int]:
+        counts = collections.Counter(self._refused)
+        counts.update(self._known.values())
+        counts.update(self._noted)
+        return dict(counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A dataset whose batches are a pure function of the step; made by `make_dataset`."""
+
+    source: RecordSource
+    fields: tuple[str, ...]
+    views: Views
+    image_size: int | None
+    language: str
+    tokenizer: object
+    seed: int
+    num_workers: int
+    _bad: _BadRecords
+
+    @property
+    def num_records(self) -> int:
+        """How many records one epoch has."""
+        return len(self.source)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 that changes when a file of the dataset does (name, size or number of records)."""
+        return self.source.fingerprint
+
+    def bad_records(self) -> dict[str, int]:
+        """{reason: count} of what could not be used so far: refused while indexing, and bad while reading."""
+        return self._bad.counts()
+
+    def bad_record_list(self) -> list[dict]:
+        """The first 100 bad records: index, key, reason, detail."""
+        return list(self._bad.kept)
+
+    def batches(
+        self,
+        batch_size: int,
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        repeat: bool = True,
+        shuffle: bool = True,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Iterate over this host's part of the batches from `start_step` on.
+
+        Args:
+            batch_size: of all hosts together; a multiple of process_count.
+            start_step: the first batch; the sequence is what an uninterrupted run sees from there.
+            process_index, process_count: which contiguous slice of each batch this host reads.
+            repeat: go on over epochs without end, batches across their borders; False stops after one
+                pass, in which the last batch holds what is left (fewer rows, on the last hosts perhaps none).
+            shuffle: False reads the records in their order.
+
+        Yields:
+            The dataset's fields and `index` int64 [b], the record numbers; pictures float32 in [-1, 1].
+
+        Raises:
+            ValueError: batch_size is no multiple of process_count. TooManyBadRecords: above the budget.
+        """
+        if batch_size < 1 or batch_size % process_count:
+            raise ValueError(
+                f"batch_size {batch_size} must be a positive multiple of the {process_count} processes"
+            )
+        positions = dict(batch_size=batch_size, process_index=process_index, process_count=process_count)
+        return self._iterate(start_step, repeat, shuffle, **positions)
+
+    def _iterate(self, start_step, repeat, shuffle, batch_size, process_index, process_count):
+        tf = _tensorflow()
+        failure: list[BaseException] = []
+
+        def load(indices, epochs):
+            try:
+                made = self._load(indices, epochs)
+                return [made[name] for name in signature]
+            except BaseException as error:
+                failure.append(error)
+                raise
+
+        signature = self._signature()
+        local, n = batch_size // process_count, self.num_records
+        chunk = min(local, _CHUNK)
+        first = start_step * local
+        # Local element e is slot e % local of step e // local on this host.
+        stop = None if repeat else _local_elements(n, batch_size, process_index, process_count)
+        seed = np.array([self.seed % 2**32, self.seed // 2**32 % 2**32], np.uint32)
+
+        def locate(chunk_number):
+            element = first + chunk_number * chunk + tf.range(chunk, dtype=tf.int64)
+            if stop is not None:
+                element = element[: tf.maximum(stop - first - chunk_number * chunk, 0)]
+            position = element // local * batch_size + process_index * local + element % local
+            epoch, index = position // n, position % n
+            if shuffle and n > 1:
+                count = tf.shape(index)[0]
+                columns = [tf.fill([count], seed[0]), tf.fill([count], seed[1]), tf.cast(epoch, tf.uint32)]
+                # The raw op, for tf.random.experimental.index_shuffle pads a matrix of seeds on the wrong
+                # axis.
+                index = tf.raw_ops.RandomIndexShuffle(
+                    index=index,
+                    seed=tf.stack(columns, axis=1),
+                    max_index=tf.fill([count], tf.constant(n - 1, tf.int64)),
+                )
+            return index, epoch
+
+        @tf.autograph.experimental.do_not_convert
+        def read(chunk_number):
+            index, epoch = locate(chunk_number)
+            arrays = tf.numpy_function(
+                load, [index, epoch], [dtype for dtype, _ in signature.values()], stateful=False
+            )
+            return {
+                name: tf.ensure_shape(array, (None, *shape))
+                for array, (name, (_, shape)) in zip(arrays, signature.items(), strict=True)
+            }
+
+        @tf.autograph.experimental.do_not_convert
+        def finish(batch):
+            return {
+                name: tf.cast(array, tf.float32) / 127.5 - 1 if array.dtype == tf.uint8 else array
+                for name, array in batch.items()
+            }
+
+        chunks = tf.data.Dataset.range(2**62 if stop is None else max(0, -(-(stop - first) // chunk)))
+        workers = max(1, self.num_workers)
+        dataset = chunks.map(read, num_parallel_calls=workers, deterministic=True)
+        if chunk != local or stop is not None:
+            dataset = dataset.rebatch(local, drop_remainder=False)
+        dataset = dataset.map(finish).prefetch(2)
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        options.threading.private_threadpool_size = workers + 1
+        options.threading.max_intra_op_parallelism = 1
+        dataset = dataset.with_options(options)
+        try:
+            yield from dataset.as_numpy_iterator()
+        except tf.errors.OpError:
+            if failure:
+                raise failure[0] from None
+            raise
+
+    def _signature(self) -> dict[str, tuple[object, tuple]]:
+        """{field: (dtype, shape of one record)} of what `_load` returns."""
+        views = self.views
+        low_res_dtype = np.float32 if views.low_res_blur else np.uint8
+        length = self.tokenizer.context_length if self.tokenizer else None
+        known = {
+            "image": (np.uint8, (views.crop_size or views.image_size,) * 2 + (3,)),
+            "clip_image": (np.uint8, (views.clip_image_size,) * 2 + (3,)),
+            "low_res": (low_res_dtype, (views.low_res_size,) * 2 + (3,)),
+            "crop_yx": (np.int32, (2,)),
+            "tokens": (np.int32, (length,)),
+            "token_mask": (np.bool_, (length,)),
+            "image_embed": (np.float32, (self.source.embed_dims.get("image_embed"),)),
+            "text_embed": (np.float32, (self.source.embed_dims.get("text_embed"),)),
+        }
+        return {name: known[name] for name in self.fields} | {"index": (np.int64, ())}
+
+    def _load(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        """The fields of some records, stacked; bad records replaced."""
+        draws = transforms.uniforms(self.seed, epochs, indices)
+        rows = [self._load_good(int(i), int(e), d) for i, e, d in zip(indices, epochs, draws, strict=True)]
+        self._bad.count_read(len(rows))
+        made = {"index": np.array([row["index"] for row in rows], np.int64)}
+        if self._needs_caption:
+            made["tokens"], made["token_mask"] = self.tokenizer([row["caption"] for row in rows])
+        for name, (dtype, shape) in self._signature().items():
+            if name not in made:
+                stack = made[name] = np.empty((len(rows), *shape), dtype)
+                for slot, row in enumerate(rows):
+                    stack[slot] = row[name]
+        return made
+
+    def _load_good(self, index: int, epoch: int, draws: np.ndarray) -> dict:
+        """The parts of record `index`, or of the first usable one after it."""
+        for offset in range(self.num_records):
+            chosen = (index + offset) % self.num_records
+            if self._bad.reason(chosen):
+                continue
+            if offset:
+                draws = transforms.uniforms(self.seed, epoch, chosen)
+            record = None
+            try:
+                record = self._read(chosen)
+                return self._parts(record, draws) | {"index": chosen}
+            except BadRecord as error:
+                self._bad.add(chosen, record.key if record else self._key(chosen), error)
+                self._bad.count_read(0)
+        raise TooManyBadRecords(f"none of the {self.num_records} records can be used: {self.bad_records()}")
+
+    @property
+    def _needs_caption(self) -> bool:
+        return "tokens" in self.fields or "token_mask" in self.fields
+
+    def _key(self, index: int) -> str:
+        try:
+            return self.source.read(index, image=False, captions=False).key
+        except BadRecord:
+            return f"record {index}"
+
+    def _read(self, index: int) -> Record:
+        needs_image = any(name in self.fields for name in _PICTURES)
+        return self.source.read(index, needs_image, captions=self._needs_caption or self.views.flip)
+
+    def _parts(self, record: Record, draws: np.ndarray) -> dict:
+        """The arrays and the caption of one record. Raises BadRecord."""
+        parts = dict(record.embeds)
+        if self._needs_caption:
+            parts["caption"] = self._choose_caption(record, draws)
+        if record.image is not None:
+            may_flip = self.views.flip and not transforms.names_sides(record.captions)
+            parts |= self.views.make(transforms.decode(record.image), draws, may_flip)
+        return parts
+
+    def _choose_caption(self, record: Record, draws: np.ndarray) -> str:
+        captions = record.captions
+        if self.language == LANGUAGES_ANY:
+            languages = sorted(captions)
+            chosen = languages[int(draws[LANGUAGE] * len(languages))] if languages else ""
+        else:
+            chosen = self.language
+        texts = captions.get(chosen, ())
+        if not texts:
+            raise BadRecord("no_caption", f"language {self.language}; there is {sorted(captions) or 'none'}")
+        text = texts[int(draws[CAPTION] * len(texts))]
+        return _cap_caption(text, self._bad)
+
+    def examples(self, indices) -> dict:
+        """Records as they are, for evaluation: the centre crop, never mirrored, and the first caption.
+
+        Returns:
+            image uint8 [n, S, S, 3] (S = image_size, the full picture) where the source has images and
+            image_size is set; captions, keys: lists of str; index int64 [n]. A bad record is replaced by
+            the next, as in `batches`.
+        """
+        plain = Views(image_size=self.image_size)
+        has_image = self.source.has_images and bool(plain.image_size)
+        images, captions, keys, used = [], [], [], []
+        for index in indices:
+            for offset in range(self.num_records):
+                chosen = (int(index) + offset) % self.num_records
+                try:
+                    record = self.source.read(chosen, image=has_image)
+                    caption = self._choose_caption(record, np.zeros(8))
+                    if has_image:
+                        images.append(plain.make(transforms.decode(record.image), np.zeros(8))["image"])
+                except BadRecord as error:
+                    self._bad.add(chosen, f"record {chosen}", error)
+                    continue
+                captions.append(caption)
+                keys.append(record.key)
+                used.append(chosen)
+                break
+            else:
+                raise TooManyBadRecords(
+                    f"none of the {self.num_records} records can be used: {self.bad_records()}"
+                )
+        made = dict(captions=captions, keys=keys, index=np.array(used, np.int64))
+        return made | ({"image": np.stack(images)} if images else {})
+
+
+def _tensorflow():
+    """TensorFlow, kept off the accelerators, which belong to JAX, and on few threads, for the cores do too."""
+    import tensorflow as tf
+
+    try:
+        tf.config.set_visible_devices([], "GPU")
+        tf.config.set_visible_devices([], "TPU")
+    except (RuntimeError, ValueError) as error:  # it runs already: somebody else's choice stands
+        logging.warning("TensorFlow keeps its devices: %s", error)
+    return tf
+
+
+def _local_elements(n: int, batch_size: int, process_index: int, process_count: int) -> int:
+    """How many records of one pass over n this host reads: full slices, and its part of the last batch."""
+    local, full, rest = batch_size // process_count, n // batch_size, n % batch_size
+    return full * local + min(max(rest - process_index * local, 0), local)
+
+
+def _cap_caption(text: str, bad: _BadRecords | None) -> str:
+    if len(text) * 4 <= MAX_CAPTION_BYTES or len(text.encode("utf-8", "ignore")) <= MAX_CAPTION_BYTES:
+        return text
+    if bad is not None:
+        bad.note("caption_cut")
+    return text.encode("utf-8", "ignore")[:MAX_CAPTION_BYTES].decode("utf-8", "ignore")
+
+
+def iterate_captions(
+    *,
+    source: str,
+    path: str,
+    split: str,
+    language: str = "en",
+    limit: int = 50_000,
+    data_dir: str = "",
+    image_field: str = "",
+    caption_field: str = "",
+    embeddings: str = "",
+    max_bad_fraction: float = 1e-3,
+    num_workers: int = 2,
+    random_crop: bool = False,
+    low_res_blur_sigma: float = 0.6,
+) -> Iterator[str]:
+    """All captions of up to `limit` records spread over the dataset, in their order: what a tokenizer is trained on.
+
+    Takes every setting of `make_dataset` that names the data, so that one config serves both; records
+    without a readable caption are passed over.
+    """
+    opened = sources.open_source(
+        source,
+        path,
+        split,
+        data_dir=data_dir,
+        image_field=image_field,
+        caption_field=caption_field,
+        embeddings=embeddings,
+    )
+    stride = max(1, -(-len(opened) // limit))
+    for index in range(0, len(opened), stride):
+        try:
+            captions = opened.read(index, image=False).captions
+        except BadRecord:
+            continue
+        for chosen in sorted(captions) if language == LANGUAGES_ANY else [language]:
+            for text in captions.get(chosen, ()):
+                yield _cap_caption(text, None)
+
+
+def make_dataset(
+    *,
+    source: str,
+    path: str,
+    split: str,
+    fields: tuple[str, ...],
+    image_size: int | None = None,
+    clip_image_size: int | None = None,
+    low_res_size: int | None = None,
+    crop_size: int | None = None,
+    low_res_blur: float = 0.0,
+    low_res_blur_sigma: float = 0.6,
+    random_crop: bool = False,
+    flip: bool = False,
+    language: str = "en",
+    tokenizer=None,
+    seed: int = 0,
+    max_bad_fraction: float = 1e-3,
+    num_workers: int = 2,
+    data_dir: str = "",
+    image_field: str = "",
+    caption_field: str = "",
+    embeddings: str = "",
+) -> Dataset:
+    """Open a dataset.
+
+    Args:
+        source, path, split, data_dir, image_field, caption_field, embeddings: see `sources.open_source`.
+        fields: what batches hold, of image, clip_image, low_res, crop_yx, tokens, token_mask, image_embed,
+        text_embed. image_size, clip_image_size, low_res_size, crop_size, low_res_blur, low_res_blur_sigma,
+            random_crop, flip: see `transforms.Views`. Where a caption names sides a record is never mirrored.
+        language: whose captions: 'en', 'zh', ..., or 'any' for all of them mixed.
+        tokenizer: needed for tokens and token_mask.
+        max_bad_fraction: share of unusable records above which the run stops; 0 stops at the first.
+        num_workers: threads that read.
+
+    Raises:
+        ValueError: a setting is unknown, missing or impossible; the message says what to change.
+        TooManyBadRecords: indexing alone lost more than the budget.
+    """
+    for field in fields:
+        if field not in FIELDS:
+            raise ValueError(f"field {field!r} is unknown" + sources.did_you_mean(field, FIELDS))
+    needs = dict(
+        image="image_size", clip_image="clip_image_size", low_res="low_res_size", crop_yx="crop_size"
+    )
+    given = dict(
+        image_size=image_size, clip_image_size=clip_image_size, low_res_size=low_res_size, crop_size=crop_size
+    )
+    for field, setting in needs.items():
+        if field in fields and not given[setting]:
+            raise ValueError(f"field {field!r} needs {setting}")
+    if ("low_res" in fields or "crop_yx" in fields) and not image_size:
+        raise ValueError("low_res and crop_yx need image_size, the side of the full picture")
+    if image_size and max(low_res_size or 0, crop_size or 0) > image_size:
+        raise ValueError(
+            f"low_res_size {low_res_size} and crop_size {crop_size} must not exceed image_size {image_size}"
+        )
+    if {"tokens", "token_mask"} & set(fields) and tokenizer is None:
+        raise ValueError("fields tokens and token_mask need a tokenizer")
+    if not 0 <= low_res_blur <= 1 or low_res_blur_sigma <= 0:
+        raise ValueError(
+            f"low_res_blur {low_res_blur} is a probability, low_res_blur_sigma {low_res_blur_sigma} above 0"
+        )
+    opened = sources.open_source(
+        source,
+        path,
+        split,
+        data_dir=data_dir,
+        image_field=image_field,
+        caption_field=caption_field,
+        embeddings=embeddings,
+    )
+    for field in ("image_embed", "text_embed"):
+        if field in fields and field not in opened.embed_dims:
+            raise ValueError(
+                f"field {field!r} is not in the dataset (it has {sorted(opened.embed_dims) or 'no embeddings'}); "
+                "set data.embeddings to a folder that dalle2_jax.embed wrote, or compute it with a CLIP"
+            )
+    if set(_PICTURES) & set(fields) and not opened.has_images:
+        raise ValueError(
+            f"source {source!r} holds no images, but {sorted(set(_PICTURES) & set(fields))} are asked for"
+        )
+    views = Views(
+        image_size=image_size if {"image", "low_res", "crop_yx"} & set(fields) else None,
+        clip_image_size=clip_image_size if "clip_image" in fields else None,
+        low_res_size=low_res_size if "low_res" in fields else None,
+        crop_size=crop_size,
+        low_res_blur=low_res_blur,
+        low_res_blur_sigma=low_res_blur_sigma,
+        random_crop=random_crop,
+        flip=flip,
+    )
+    bad = _BadRecords(len(opened), max_bad_fraction, opened.refused)
+    return Dataset(opened, tuple(fields), views, image_size, language, tokenizer, seed, num_workers, bad)

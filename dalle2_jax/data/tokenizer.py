@@ -1,0 +1,177 @@
+"""Captions to token ids: OpenAI CLIP's byte-pair encoding, or a byte-level one trained on the dataset's captions.
+
+A row is SOT, the caption's tokens, EOT, then zeros; a caption that is too long is cut so that EOT stays.
+SOT and EOT are the two highest ids, EOT the highest, so `tokens.argmax(-1)` is the position of EOT, as
+CLIP pools. The id 0 is also an ordinary token: `token_mask` says which positions are real. Text is cleaned
+alike for both kinds (`clean`), which makes the ids of Hugging Face's CLIP tokenizer equal to OpenAI's.
+
+Saved as tokenizer.json (the `tokenizers` library's format, without SOT and EOT) and tokenizer_config.json.
+"""
+
+import functools
+import html
+import json
+import os
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+KINDS = ("clip", "bpe")
+_SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
+_SPACES = re.compile(r"\s+")
+_MIN_VOCAB = 256 + 2
+
+
+def clean(text: str) -> str:
+    """Repair, unescape twice, squeeze white space and lower, as OpenAI's CLIP; its literal SOT and EOT are taken out."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing to repair
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = _SPACES.sub(" ", text).strip().lower()
+    return text.replace(_SOT, " ").replace(_EOT, " ") if "<|" in text else text
+
+
+class Tokenizer:
+    """A tokenizer with a fixed context length; call it with a list of captions."""
+
+    def __init__(self, encoder, kind: str, vocab_size: int, context_length: int):
+        """encoder: a `tokenizers.Tokenizer` that adds no special tokens; ids vocab_size - 2 and - 1 are SOT and EOT."""
+        if context_length < 3:
+            raise ValueError(
+                f"context_length {context_length} leaves no room between SOT and EOT; give 3 or more"
+            )
+        self.kind, self.vocab_size, self.context_length = kind, vocab_size, context_length
+        self.sot, self.eot = vocab_size - 2, vocab_size - 1
+        self._encoder = encoder
+        self._ids = functools.lru_cache(maxsize=1 << 16)(self._encode)
+
+    def _encode(self, caption: str) -> tuple[int, ...]:
+        return tuple(self._encoder.encode(clean(caption), add_special_tokens=False).ids)
+
+    def __call__(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int32 [B, L], token_mask bool [B, L]) of B captions; a caption beyond L - 2 tokens is cut."""
+        tokens = np.zeros((len(captions), self.context_length), np.int32)
+        token_mask = np.zeros(tokens.shape, bool)
+        for row, caption in enumerate(captions):
+            ids = self._ids(caption)[: self.context_length - 2]
+            tokens[row, : len(ids) + 2] = (self.sot, *ids, self.eot)
+            token_mask[row, : len(ids) + 2] = True
+        return tokens, token_mask
+
+    def decode(self, ids) -> str:
+        """The cleaned caption of one row of ids, up to EOT."""
+        kept = []
+        for number in np.asarray(ids).tolist():
+            if number == self.eot:
+                break
+            if number != self.sot:
+                kept.append(number)
+        if self.kind == "clip":  # the end-of-word mark stands for the space
+            pieces = "".join(self._encoder.id_to_token(number) for number in kept)
+            return _bytes_of(pieces).decode("utf-8", "replace").replace("</w>", " ").strip()
+        return self._encoder.decode(kept, skip_special_tokens=False).strip()
+
+    def save(self, directory) -> None:
+        """Write tokenizer.json and tokenizer_config.json into `directory`."""
+        os.makedirs(directory, exist_ok=True)
+        self._encoder.save(os.path.join(directory, "tokenizer.json"))
+        settings = dict(kind=self.kind, vocab_size=self.vocab_size, context_length=self.context_length)
+        with open(os.path.join(directory, "tokenizer_config.json"), "w", encoding="utf-8") as file:
+            json.dump({"dalle2_jax": settings}, file, indent=2)
+
+
+@functools.cache
+def _byte_characters() -> dict[str, int]:
+    """The character that byte-level BPE writes for each byte: itself where printable, else from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _bytes_of(pieces: str) -> bytes:
+    table = _byte_characters()
+    return bytes(table[character] for character in pieces)
+
+
+def load_tokenizer(path, context_length: int | None = None) -> Tokenizer:
+    """Load a saved tokenizer, or a CLIP tokenizer in Hugging Face's layout.
+
+    Args:
+        path: a folder that `Tokenizer.save` wrote; a folder with vocab.json and merges.txt (or
+            tokenizer.json); or a name on the Hugging Face Hub, such as 'openai/clip-vit-large-patch14'.
+        context_length: tokens a row; None for the saved one, 77 for CLIP.
+
+    Raises:
+        ValueError: the path is neither, or the vocabulary is not laid out as CLIP's.
+    """
+    path = os.fspath(path)
+    settings_path = os.path.join(path, "tokenizer_config.json")
+    if os.path.isfile(settings_path):
+        with open(settings_path, encoding="utf-8") as file:
+            settings = json.load(file).get("dalle2_jax")
+        if settings:
+            import tokenizers
+
+            encoder = tokenizers.Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
+            return Tokenizer(
+                encoder,
+                settings["kind"],
+                settings["vocab_size"],
+                context_length or settings["context_length"],
+            )
+    return _load_clip(path, context_length or 77)
+
+
+def _load_clip(path: str, context_length: int) -> Tokenizer:
+    if os.path.isdir(path) and not {"vocab.json", "tokenizer.json"} & set(os.listdir(path)):
+        raise ValueError(f"{path} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
+    if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ValueError(f"tokenizer folder {path} does not exist")
+    import tokenizers
+    import transformers
+
+    fast = getattr(transformers, "CLIPTokenizerFast", None) or transformers.CLIPTokenizer
+    loaded = fast.from_pretrained(path)
+    ids = loaded.convert_tokens_to_ids([_SOT, _EOT])
+    size = max(loaded.get_vocab().values()) + 1
+    if ids != [size - 2, size - 1]:
+        raise ValueError(
+            f"{path}: SOT and EOT have ids {ids}; in CLIP's vocabulary of {size} they are the two highest"
+        )
+    # A copy: transformers wraps methods of the one that it holds.
+    encoder = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    encoder.no_padding()
+    encoder.no_truncation()
+    return Tokenizer(encoder, "clip", size, context_length)
+
+
+def train_bpe(captions: Iterable[str], vocab_size: int, context_length: int) -> Tokenizer:
+    """Train a byte-level BPE on captions; the same captions give the same tokenizer.
+
+    Any text can be encoded, for every byte is a token. Where the captions yield fewer merges than asked
+    for, the ids in between stay unused, so that `vocab_size` is what was asked for.
+
+    Raises:
+        ValueError: vocab_size below 258 (bytes, SOT, EOT), or no captions.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < _MIN_VOCAB:
+        raise ValueError(f"vocab_size {vocab_size} is below {_MIN_VOCAB}: 256 bytes, SOT and EOT")
+    cleaned = [clean(caption) for caption in captions]
+    if not cleaned:
+        raise ValueError("there are no captions to train the tokenizer on")
+    encoder = tokenizers.Tokenizer(models.BPE())
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    encoder.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        min_frequency=2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    encoder.train_from_iterator(cleaned, trainer)
+    return Tokenizer(encoder, "bpe", vocab_size, context_length)

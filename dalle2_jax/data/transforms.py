@@ -1,0 +1,194 @@
+"""From an encoded picture to the square uint8 arrays that training reads. PIL and numpy only.
+
+One rule for resizing, that of guided-diffusion: while the shorter side is at least twice the target, halve
+the picture with a box filter; then resize bicubically (PIL's, which is antialiased) so that the shorter
+side is the target; then crop the square. The input of CLIP is resized bicubically in one go instead, as
+CLIP was trained. `low_res` is made from the finished full picture, never from a crop of it, so that
+crop(image) and crop_yx refer to the same picture.
+"""
+
+import dataclasses
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dalle2_jax.data import degradations
+from dalle2_jax.data.records import BadRecord
+
+MAX_PIXELS = 50_000_000
+MAX_ASPECT = 20.0
+SIDES = ("left", "right", "左", "右")
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_ORIENTATION = 0x0112
+# The slots of `uniforms`: one draw each, so that a new use of randomness never shifts another.
+CAPTION, LANGUAGE, PLACE_X, PLACE_Y, FLIP, CROP_Y, CROP_X, BLUR = range(8)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's output function on uint64: a bijection whose bits all depend on all input bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def uniforms(seed: int, epoch, index) -> np.ndarray:
+    """Eight numbers in [0, 1) for each (seed, epoch, record), a pure function of the three.
+
+    Args:
+        seed: any integer. epoch, index: integer arrays of one shape [...].
+
+    Returns:
+        float64 [..., 8], the slots CAPTION ... BLUR.
+    """
+    gamma = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        state = _mix(np.uint64(seed % 2**64) + gamma)
+        state = _mix(state ^ (np.asarray(epoch).astype(np.uint64) + np.uint64(1)) * gamma)
+        state = _mix(state ^ (np.asarray(index).astype(np.uint64) + np.uint64(1)) * gamma)
+        slots = _mix(state[..., None] + np.arange(1, 9, dtype=np.uint64) * gamma)
+    return (slots >> np.uint64(11)) * 2.0**-53
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_ASPECT) -> Image.Image:
+    """Decode a PNG, JPEG or WebP file to an upright RGB picture, transparency laid on white.
+
+    The size is read from the header and checked before anything is decoded.
+
+    Raises:
+        BadRecord: empty | undecodable | too_large (pixels) | too_long (aspect) | animated.
+    """
+    if not data:
+        raise BadRecord("empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadRecord("too_large", str(error)) from None
+    except _DECODE_ERRORS as error:
+        raise BadRecord("undecodable", str(error)) from None
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise BadRecord("too_large", f"{width} x {height}")
+    if max(width, height) > max_aspect * min(width, height):
+        raise BadRecord("too_long", f"{width} x {height}")
+    if getattr(picture, "is_animated", False):
+        raise BadRecord("animated", f"{picture.n_frames} frames")
+    try:
+        picture.load()
+        if picture.format != "PNG" or "exif" in picture.info:
+            if picture.getexif().get(_ORIENTATION, 1) != 1:
+                picture = ImageOps.exif_transpose(picture)
+        return _to_rgb(picture)
+    except _DECODE_ERRORS as error:
+        raise BadRecord("undecodable", str(error)) from None
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    if picture.mode.startswith("I") or picture.mode == "F":  # 16 bits a pixel: keep the upper eight
+        return Image.fromarray(
+            (np.asarray(picture).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+        ).convert("RGB")
+    if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def square(
+    picture: Image.Image, size: int, place: tuple[float, float] | None = None, halve: bool = True
+) -> Image.Image:
+    """Resize the shorter side to `size` and crop a square, by the rule of this module.
+
+    Args:
+        size: side of the square in pixels.
+        place: where in the free room the square lies, (x, y) in [0, 1); None for the centre.
+        halve: halve with a box filter first; False resizes bicubically in one go, as CLIP.
+    """
+    while halve and min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    if min(picture.size) != size:
+        scale = size / min(picture.size)
+        new_size = tuple(max(size, round(side * scale)) for side in picture.size)
+        picture = picture.resize(new_size, Image.Resampling.BICUBIC)
+    room_x, room_y = picture.width - size, picture.height - size
+    if not room_x and not room_y:
+        return picture
+    left, top = (
+        (room_x // 2, room_y // 2)
+        if place is None
+        else (int(place[0] * (room_x + 1)), int(place[1] * (room_y + 1)))
+    )
+    return picture.crop((left, top, left + size, top + size))
+
+
+def names_sides(captions: dict[str, tuple[str, ...]]) -> bool:
+    """Whether any caption of a record, in any language, says left or right."""
+    return any(side in text.lower() for texts in captions.values() for text in texts for side in SIDES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """Which pictures to make of one: None leaves a picture out.
+
+    image_size: side of the full picture. crop_size: `image` is a window of this side, at `crop_yx` of the
+    full picture. low_res_size: side of `low_res`. low_res_blur: probability that it is blurred, with
+    `low_res_blur_sigma` pixels. random_crop: whether the square lies anywhere in the picture, or in its
+    centre. flip: mirror half of the pictures.
+    """
+
+    image_size: int | None = None
+    clip_image_size: int | None = None
+    low_res_size: int | None = None
+    crop_size: int | None = None
+    low_res_blur: float = 0.0
+    low_res_blur_sigma: float = 0.6
+    random_crop: bool = False
+    flip: bool = False
+
+    def make(self, picture: Image.Image, draws: np.ndarray, may_flip: bool = True) -> dict[str, np.ndarray]:
+        """The pictures of one record.
+
+        Args:
+            picture: RGB. draws: [8] from `uniforms`. may_flip: False where a caption names sides.
+
+        Returns:
+            image uint8 [H, W, 3], clip_image uint8, low_res uint8 (float32 in [-1, 1] where low_res_blur >
+            0), crop_yx int32 [2]: those that were asked for.
+        """
+        place = (draws[PLACE_X], draws[PLACE_Y]) if self.random_crop else None
+        if self.flip and may_flip and draws[FLIP] < 0.5:
+            picture = ImageOps.mirror(picture)
+        made = {}
+        if self.clip_image_size:
+            made["clip_image"] = np.asarray(square(picture, self.clip_image_size, place, halve=False))
+        if not self.image_size:
+            return made
+        full = square(picture, self.image_size, place)
+        if self.low_res_size:
+            made["low_res"] = self._low_res(full, draws)
+        image = np.asarray(full)
+        if self.crop_size:
+            room = self.image_size - self.crop_size
+            top, left = int(draws[CROP_Y] * (room + 1)), int(draws[CROP_X] * (room + 1))
+            image = image[top : top + self.crop_size, left : left + self.crop_size]
+            made["crop_yx"] = np.array([top, left], np.int32)
+        made["image"] = image
+        return made
+
+    def _low_res(self, full: Image.Image, draws: np.ndarray) -> np.ndarray:
+        low_res = np.asarray(full.resize((self.low_res_size, self.low_res_size), Image.Resampling.BICUBIC))
+        if not self.low_res_blur:
+            return low_res
+        scaled = low_res.astype(np.float32) / 255
+        if draws[BLUR] < self.low_res_blur:
+            scaled = degradations.gaussian_blur(scaled, self.low_res_blur_sigma)
+        return scaled * 2 - 1
