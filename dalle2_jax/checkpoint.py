@@ -121,9 +121,10 @@ class Checkpointer:
             cleanup_tmp_directories=True,  # left by a process that was killed while saving
             async_options=ocp.AsyncOptions(post_finalization_callback=self._committed),
         )
-        self._manager = ocp.CheckpointManager(
-            _absolute(self.directory), options=options, item_names=("state", "meta")
-        )
+        # Named here, not inferred from the first save: a resumed run reads before it writes.
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        path = _absolute(self.directory)
+        self._manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
     def _committed(self) -> None:
         logging.info("committed checkpoint %s", self.directory / str(self._manager.latest_step()))

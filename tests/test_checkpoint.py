@@ -1,0 +1,369 @@
+"""Checkpoints of a run and model directories."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+
+from dalle2_jax import checkpoint, partition
+
+
+def make_params(seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+
+    def array(*shape):
+        return jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)
+
+    return {
+        "conv_in": {"kernel": array(3, 3, 3, 8), "bias": array(8)},
+        "block_0": {"fc1": {"kernel": array(8, 16)}, "norm1": {"scale": array(8)}},
+        "token_embedding": {"embedding": array(24, 8)},
+    }
+
+
+def make_state(mesh, seed=0):
+    params = make_params(seed)
+    state = {
+        "step": jnp.int32(seed),
+        "params": params,
+        "ema_params": make_params(seed + 100),
+        "opt_state": optax.adamw(1e-3).init(params),
+    }
+    return jax.device_put(state, partition.shardings(state, mesh))
+
+
+def abstract(state, mesh):
+    where = partition.shardings(state, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
+
+
+def assert_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype, path
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
+
+
+@pytest.fixture
+def mesh():
+    return partition.make_mesh(2, 4, 1)
+
+
+class TestCheckpointer:
+    def test_restores_to_the_bit_on_another_mesh(self, tmp_path, mesh):
+        state = make_state(mesh, 3)
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            assert saver.latest_step() is None
+            assert saver.save(3, state, {"fingerprint": "abc", "bad_records": {"empty": 2}})
+        for sizes in ((2, 4, 1), (8, 1, 1), (1, 2, 4)):
+            other = partition.make_mesh(*sizes)
+            with checkpoint.Checkpointer(tmp_path) as loader:
+                restored, meta = loader.restore(abstract(state, other))
+            assert meta == {"fingerprint": "abc", "bad_records": {"empty": 2}}
+            assert_same(restored, state)
+            kernel = restored["params"]["block_0"]["fc1"]["kernel"]
+            assert kernel.sharding.mesh.shape == other.shape
+            assert (
+                kernel.sharding.spec
+                == partition.shardings(state, other)["params"]["block_0"]["fc1"]["kernel"].spec
+            )
+
+    def test_saving_is_asynchronous_and_the_state_may_be_donated(self, tmp_path, mesh):
+        """The next step overwrites the state's buffers while they are still being written."""
+        state = make_state(mesh, 1)
+        where = partition.shardings(state, mesh)
+        expected = partition.to_host(state)
+        train_step = jax.jit(
+            lambda s: jax.tree.map(lambda x: x * 2 + 1, s), donate_argnums=0, out_shardings=where
+        )
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            saver.save(1, state, {})
+            for _ in range(3):
+                state = train_step(state)
+            saver.wait()
+            restored, _ = saver.restore(abstract(state, mesh))
+        assert_same(restored, expected)
+
+    def test_only_the_newest_are_kept(self, tmp_path, mesh):
+        state = make_state(mesh)
+        with checkpoint.Checkpointer(tmp_path, max_to_keep=2) as saver:
+            for step in (10, 20, 30):
+                saver.save(step, state, {"at": step})
+            saver.wait()
+            assert saver.all_steps() == [20, 30]
+            assert saver.latest_step() == 30
+            assert saver.restore(abstract(state, mesh), 20)[1] == {"at": 20}
+            assert not saver.save(30, state, {})  # is there already
+        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["20", "30"]
+
+    def test_committed_is_said_only_when_it_is(self, tmp_path, mesh, caplog):
+        with caplog.at_level("INFO", logger="absl"), checkpoint.Checkpointer(tmp_path) as saver:
+            saver.save(7, make_state(mesh), {})
+            saver.wait()
+        lines = [r.getMessage() for r in caplog.records if "committed" in r.getMessage()]
+        assert lines == [f"committed checkpoint {tmp_path / 'checkpoints' / '7'}"]
+
+    def test_no_checkpoint(self, tmp_path, mesh):
+        with checkpoint.Checkpointer(tmp_path) as loader:
+            with pytest.raises(FileNotFoundError, match=f"no committed checkpoint in {tmp_path}"):
+                loader.restore(abstract(make_state(mesh), mesh))
+            loader.save(1, make_state(mesh), {})
+            loader.wait()
+            with pytest.raises(FileNotFoundError, match="step 5 .*there are 1"):
+                loader.restore(abstract(make_state(mesh), mesh), 5)
+
+    def test_other_leaves_shapes_and_dtypes_are_named(self, tmp_path, mesh):
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            saver.save(1, make_state(mesh), {})
+            saver.wait()
+            expected = abstract(make_state(mesh), mesh)
+
+            def complaint(change):
+                tree = jax.tree.map(lambda x: x, expected)
+                change(tree["params"])
+                with pytest.raises(ValueError, match="does not fit the model") as error:
+                    saver.restore(tree)
+                assert str(tmp_path) in str(error.value)
+                return str(error.value)
+
+            leaf = jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=partition.replicated(mesh))
+            half = jax.ShapeDtypeStruct((8, 16), jnp.bfloat16, sharding=partition.replicated(mesh))
+            assert "missing: params/extra [4, 4]" in complaint(lambda p: p.update(extra=leaf))
+            assert "surplus: params/conv_in/bias [8]" in complaint(lambda p: p["conv_in"].pop("bias"))
+            text = complaint(lambda p: p["block_0"]["fc1"].update(kernel=leaf))
+            assert "misshapen: params/block_0/fc1/kernel has [8, 16], the model expects [4, 4]" in text
+            text = complaint(lambda p: p["block_0"]["fc1"].update(kernel=half))
+            assert "dtype: params/block_0/fc1/kernel is float32, the model expects bfloat16" in text
+
+    def test_damage_names_the_path_and_says_what_to_do(self, tmp_path, mesh):
+        state = make_state(mesh)
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            for step in (1, 2, 3):
+                saver.save(step, state, {})
+        data = [
+            p
+            for p in (tmp_path / "checkpoints" / "3" / "state").rglob("*")
+            if p.is_file() and p.parent.name == "d"
+        ]
+        assert data
+        for path in data:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        (tmp_path / "checkpoints" / "2" / "state" / "_METADATA").unlink()
+        with checkpoint.Checkpointer(tmp_path) as loader:
+            for step in (3, 2):
+                with pytest.raises(ValueError, match=rf"checkpoint \S*/checkpoints/{step} .*earlier step"):
+                    loader.restore(abstract(state, mesh), step)
+            assert_same(loader.restore(abstract(state, mesh), 1)[0], state)
+
+    def test_killed_while_saving(self, tmp_path):
+        """The step being written when the process dies does not count, and what it left is cleaned up."""
+        code = f"""
+import os, time
+import numpy as np
+from dalle2_jax import checkpoint
+state = {{"ema_params": {{"kernel": np.arange(4_000_000, dtype=np.float32).reshape(2000, 2000)}}}}
+saver = checkpoint.Checkpointer({str(tmp_path)!r})
+saver.save(1, state, {{}})
+saver.wait()
+saver.save(2, state, {{}})
+while not [n for n in os.listdir({str(tmp_path / "checkpoints")!r}) if n.startswith("2.")]:
+    time.sleep(0.001)
+    if os.path.exists({str(tmp_path / "checkpoints" / "2")!r}):
+        os._exit(3)
+os._exit(9)
+"""
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100
+        )
+        if done.returncode == 3:
+            pytest.skip("the disk was faster than the kill")
+        assert done.returncode == 9, done.stderr
+        directory = tmp_path / "checkpoints"
+        assert any(p.name.startswith("2.") for p in directory.iterdir())  # the fault really happened
+        assert checkpoint.restore_ema_params(tmp_path)["kernel"][1999, 1999] == 3_999_999
+        with checkpoint.Checkpointer(tmp_path) as loader:
+            assert loader.all_steps() == [1]
+            loader.save(2, {"kernel": np.zeros(3)}, {})
+        assert sorted(p.name for p in directory.iterdir()) == ["1", "2"]
+
+
+class TestRestoreSubtree:
+    def test_reads_one_part_without_its_class(self, tmp_path, mesh):
+        state = make_state(mesh, 5)
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            saver.save(5, state, {})
+            saver.wait()
+            got = checkpoint.restore_ema_params(tmp_path)  # while the run still holds the folder
+        assert_same(got, state["ema_params"])
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(got))
+        assert_same(checkpoint.restore_subtree(tmp_path, "params", 5), state["params"])
+
+    def test_errors(self, tmp_path, mesh):
+        with pytest.raises(FileNotFoundError, match="not a training workdir"):
+            checkpoint.restore_ema_params(tmp_path)
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            with pytest.raises(FileNotFoundError, match="no committed checkpoint"):
+                checkpoint.restore_ema_params(tmp_path)
+            saver.save(1, make_state(mesh), {})
+        with pytest.raises(ValueError, match="no 'emma': it has ema_params, opt_state, params, step"):
+            checkpoint.restore_subtree(tmp_path, "emma")
+
+
+class TestStageDirectory:
+    config = {"stage": "clip", "model": {"width": 8, "note": "红色"}}
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_round_trip_is_exact_in_the_stored_dtype(self, tmp_path, dtype):
+        params = make_params()
+        checkpoint.save_stage(tmp_path / "clip", self.config, params, dtype)
+        config, got = checkpoint.load_stage(tmp_path / "clip", keep_dtype=True)
+        assert config == self.config
+        assert_same(got, jax.tree.map(lambda p: np.asarray(p).astype(checkpoint.DTYPES[dtype]), params))
+        _, wide = checkpoint.load_stage(tmp_path / "clip")
+        assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {np.dtype(np.float32)}
+        for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(params), strict=True):
+            # bfloat16 keeps 8 bits, so rounding moves a number by at most 2^-9 of its power of two
+            np.testing.assert_allclose(a, b, rtol=0 if dtype == "float32" else 2**-8, atol=0)
+
+    def test_files_are_plain_safetensors_and_reproducible(self, tmp_path):
+        params = {"b": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3).T}, "count": np.int32([7])}
+        for name in ("one", "two"):
+            checkpoint.save_stage(tmp_path / name, {}, params, "float32")
+        first = (tmp_path / "one" / "model.safetensors").read_bytes()
+        assert first == (tmp_path / "two" / "model.safetensors").read_bytes()
+        read = safetensors.numpy.load(first)
+        assert set(read) == {"b/kernel", "count"}
+        np.testing.assert_array_equal(read["b/kernel"], [[0, 3], [1, 4], [2, 5]])  # not its transpose
+        assert read["count"].dtype == np.int32
+        assert sorted(os.listdir(tmp_path / "one")) == ["config.json", "model.safetensors"]
+
+    def test_saving_bfloat16_again_changes_nothing(self, tmp_path):
+        checkpoint.save_stage(tmp_path / "a", {}, make_params(), "bfloat16")
+        checkpoint.save_stage(tmp_path / "b", {}, checkpoint.load_stage(tmp_path / "a")[1], "bfloat16")
+        names = "a/model.safetensors", "b/model.safetensors"
+        assert (tmp_path / names[0]).read_bytes() == (tmp_path / names[1]).read_bytes()
+
+    def test_sharded_parameters_can_be_saved(self, tmp_path, mesh):
+        state = make_state(mesh, 2)
+        checkpoint.save_stage(tmp_path, {}, state["params"], "float32")
+        assert_same(checkpoint.load_stage(tmp_path)[1], state["params"])
+
+    def test_errors(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="has no config.json"):
+            checkpoint.load_stage(tmp_path / "nowhere")
+        with pytest.raises(ValueError, match="bfloat16, float32"):
+            checkpoint.save_stage(tmp_path, {}, {}, "float16")
+        checkpoint.save_stage(tmp_path, {}, make_params())
+        weights = tmp_path / "model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-10])
+        with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+            checkpoint.load_stage(tmp_path)
+        weights.write_bytes(whole)
+        (tmp_path / "config.json").write_text('{"a": ')
+        with pytest.raises(ValueError, match="config.json is not valid JSON"):
+            checkpoint.load_stage(tmp_path)
+        weights.unlink()
+        with pytest.raises(FileNotFoundError, match="has no model.safetensors"):
+            checkpoint.load_stage(tmp_path)
+
+
+class TestCheckParams:
+    def test_equal_trees_pass(self):
+        params = make_params()
+        checkpoint.check_params(params, jax.eval_shape(lambda: params))
+
+    def test_missing_surplus_and_misshapen_are_named_with_shapes(self):
+        expected = jax.eval_shape(make_params)
+        params = make_params()
+        params["conv_inn"] = params.pop("conv_in")
+        params["block_0"]["fc1"]["kernel"] = jnp.zeros((16, 8))
+        with pytest.raises(ValueError, match="MODEL/clip and the model do not fit") as error:
+            checkpoint.check_params(params, expected, "MODEL/clip")
+        text = str(error.value)
+        assert "missing: conv_in/kernel [3, 3, 3, 8] (is 'conv_inn/kernel' meant for it?)" in text
+        assert "surplus: conv_inn/bias [8]" in text
+        assert "misshapen: block_0/fc1/kernel has [16, 8], the model expects [8, 16]" in text
+
+    def test_a_long_list_is_cut(self):
+        many = {f"layer_{i}": np.zeros(i) for i in range(50)}
+        with pytest.raises(ValueError, match="and 40 more surplus"):
+            checkpoint.check_params(many, {})
+
+
+class TestIndex:
+    stages = {"clip": "clip", "upsamplers": ["up64", "up256"]}
+
+    def write(self, path):
+        for folder in ("clip", "up64", "up256"):
+            checkpoint.save_stage(path / folder, {"stage": folder}, make_params())
+        (path / "tokenizer").mkdir()
+        checkpoint.write_index(path, self.stages, extra={"description": "红"})
+
+    def test_round_trip(self, tmp_path):
+        self.write(tmp_path)
+        index = checkpoint.read_index(tmp_path)
+        assert index["stages"] == self.stages
+        assert index["tokenizer"] == "tokenizer" and index["description"] == "红"
+        assert index["_class_name"] == "UnCLIP" and index["format_version"] == 1
+
+    def test_what_is_missing_is_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no model directory"):
+            checkpoint.read_index(tmp_path / "absent")
+        with pytest.raises(FileNotFoundError, match="not a model directory: it has no model_index.json$"):
+            checkpoint.read_index(tmp_path)
+        self.write(tmp_path)
+        with pytest.raises(FileNotFoundError, match="one stage of a model directory"):
+            checkpoint.read_index(tmp_path / "clip")
+        (tmp_path / "tokenizer").rmdir()
+        with pytest.raises(FileNotFoundError, match="lacks .*tokenizer"):
+            checkpoint.read_index(tmp_path)
+        (tmp_path / "up64" / "model.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match="stage 'upsamplers' lacks .*up64/model.safetensors"):
+            checkpoint.read_index(tmp_path)
+        workdir = tmp_path / "run"
+        (workdir / "checkpoints").mkdir(parents=True)
+        with pytest.raises(FileNotFoundError, match="training workdir: export it"):
+            checkpoint.read_index(workdir)
+
+    @pytest.mark.parametrize("folder", ["../other", "/etc", "a/../../b", "gs://bucket/x", "", 3])
+    def test_folders_outside_are_refused(self, tmp_path, folder):
+        self.write(tmp_path)
+        checkpoint.write_index(tmp_path, {"clip": [folder]})
+        with pytest.raises(ValueError, match="inside the model directory"):
+            checkpoint.read_index(tmp_path)
+
+    def test_foreign_and_newer_indexes_are_refused(self, tmp_path):
+        self.write(tmp_path)
+        path = tmp_path / "model_index.json"
+        good = json.loads(path.read_text())
+        path.write_text(json.dumps(good | {"_class_name": "UnCLIPPipeline"}))
+        with pytest.raises(ValueError, match="not the index of an UnCLIP model"):
+            checkpoint.read_index(tmp_path)
+        path.write_text(json.dumps(good | {"format_version": 2}))
+        with pytest.raises(ValueError, match="format version 2.*update dalle2_jax"):
+            checkpoint.read_index(tmp_path)
+        path.write_text("[]")
+        with pytest.raises(ValueError, match="JSON object"):
+            checkpoint.read_index(tmp_path)
+
+
+def test_bfloat16_rounds_to_nearest_even():
+    """1 + 2^-8 is midway between two bfloat16 numbers: it goes to the even one, 1; a little more goes up."""
+    got = np.float32([1 + 2**-8, 1 + 2**-8 + 2**-20]).astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(got, np.float32([1, 1 + 2**-7]))
+
+
+def test_flatten_and_unflatten_are_inverse():
+    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert checkpoint.flatten(tree) == {"a/b": 1, "a/c/d": 2, "e": 3}
+    assert checkpoint.unflatten(checkpoint.flatten(tree)) == tree

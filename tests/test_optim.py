@@ -1,0 +1,154 @@
+"""The optimizer against AdamW worked out by hand, and the schedules against their formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dalle2_jax import optim
+
+SETTINGS = dict(learning_rate=0.1, num_steps=100, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5)
+
+
+def trees():
+    params = {
+        "kernel": jnp.array([[1.0, -2.0], [3.0, 0.5]]),
+        "bias": jnp.array([0.3, -0.7]),
+        "logit_scale": jnp.array(2.0),
+    }
+    grads = {
+        "kernel": jnp.array([[0.1, 0.2], [-0.3, 0.0]]),
+        "bias": jnp.array([1.0, -1.0]),
+        "logit_scale": jnp.array(0.5),
+    }
+    return params, grads
+
+
+def updated(optimizer, params, grads, steps=1):
+    state = optimizer.init(params)
+    for _ in range(steps):
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def by_hand(p, g, steps, decay, lr=0.1, beta1=0.8, beta2=0.9, eps=1e-3):
+    p, g = np.float64(p), np.float64(g)
+    m = v = np.zeros_like(p)
+    for n in range(1, steps + 1):
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        p = p - lr * (m / (1 - beta1**n) / (np.sqrt(v / (1 - beta2**n)) + eps) + decay * p)
+    return p
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_steps_are_those_of_adamw_and_only_matrices_decay(steps):
+    params, grads = trees()
+    got = updated(optim.make_optimizer(**SETTINGS), params, grads, steps)
+    for name, decay in (("kernel", 0.5), ("bias", 0.0), ("logit_scale", 0.0)):
+        np.testing.assert_allclose(got[name], by_hand(params[name], grads[name], steps, decay), rtol=2e-6)
+
+
+def test_first_step_in_plain_numbers():
+    """Bias correction makes the first step g / (|g| + eps): for g = 1, lr / 1.001."""
+    params, grads = trees()
+    got = updated(optim.make_optimizer(**SETTINGS), params, grads)
+    np.testing.assert_allclose(got["bias"], [0.3 - 0.1 / 1.001, -0.7 + 0.1 / 1.001], rtol=1e-6)
+    np.testing.assert_allclose(
+        got["kernel"][1, 1], 0.5 * (1 - 0.1 * 0.5), rtol=1e-6
+    )  # no gradient: decay alone
+
+
+def test_clipping_scales_the_gradient_to_the_limit():
+    """Seen through a large eps, where the update is nearly g / eps: norm 5 clipped to 1 is a fifth of it."""
+    params = {"kernel": jnp.zeros((1, 2))}
+    grads = {"kernel": jnp.array([[3.0, 4.0]])}
+    settings = dict(learning_rate=1.0, num_steps=10, eps=1e6)
+    whole = updated(optim.make_optimizer(**settings), params, grads)["kernel"]
+    clipped = updated(optim.make_optimizer(**settings, grad_clip=1.0), params, grads)["kernel"]
+    np.testing.assert_allclose(whole / clipped, [[5, 5]], rtol=1e-4)
+    untouched = updated(optim.make_optimizer(**settings, grad_clip=6.0), params, grads)["kernel"]
+    np.testing.assert_array_equal(untouched, whole)
+
+
+def test_decay_mask_follows_the_rank():
+    params, _ = trees()
+    assert optim.decay_mask(params) == {"kernel": True, "bias": False, "logit_scale": False}
+    assert optim.decay_mask(jax.eval_shape(lambda: params)) == {
+        "kernel": True,
+        "bias": False,
+        "logit_scale": False,
+    }
+
+
+def test_all_of_the_state_is_float32():
+    params, _ = trees()
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    state = optim.make_optimizer(**SETTINGS).init(params)
+    moments = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert moments and all(x.dtype == jnp.float32 for x in moments)
+    updates, state = optim.make_optimizer(**SETTINGS).update(half, state, params)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state) if x.ndim)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(updates))
+
+
+def test_the_schedule_reaches_the_optimizer():
+    """With a constant gradient of 1 a step moves by lr(n), up to the rounding of 1 - beta2^n."""
+    settings = dict(learning_rate=0.1, num_steps=10, warmup_steps=2, schedule="linear", eps=1e-12)
+    optimizer, lr = optim.make_optimizer(**settings), optim.make_schedule(0.1, 10, "linear", 2)
+    params = {"kernel": jnp.zeros((2, 2))}
+    state = optimizer.init(params)
+    for n in range(10):
+        updates, state = optimizer.update({"kernel": jnp.ones((2, 2))}, state, params)
+        np.testing.assert_allclose(updates["kernel"], -float(lr(n)), rtol=1e-4)
+
+
+class TestSchedule:
+    def test_warmup_is_linear_and_moves_at_once(self):
+        lr = optim.make_schedule(0.4, 100, "constant", warmup_steps=4)
+        np.testing.assert_allclose([lr(n) for n in range(7)], [0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4], rtol=1e-6)
+
+    def test_cosine(self):
+        """Ten steps of warm-up, then 90: full, half and nothing at their start, middle and end."""
+        lr = optim.make_schedule(2.0, 100, "cosine", warmup_steps=10)
+        np.testing.assert_allclose([lr(9), lr(10), lr(55), lr(100), lr(1000)], [2, 2, 1, 0, 0], atol=1e-6)
+        np.testing.assert_allclose(lr(40), 1 + np.cos(np.pi / 3), rtol=1e-6)
+
+    def test_linear_and_the_floor(self):
+        lr = optim.make_schedule(1.0, 11, "linear", warmup_steps=1, final_fraction=0.2)
+        np.testing.assert_allclose([lr(1), lr(6), lr(11)], [1, 0.6, 0.2], rtol=1e-6)
+        lr = optim.make_schedule(1.0, 10, "cosine", final_fraction=0.2)
+        np.testing.assert_allclose([lr(0), lr(5), lr(10)], [1, 0.6, 0.2], rtol=1e-6)
+
+    def test_warmup_joins_without_a_jump(self):
+        for name in optim.SCHEDULES:
+            lr = optim.make_schedule(1.0, 1000, name, warmup_steps=100)
+            values = np.array([float(lr(n)) for n in range(1000)])
+            assert np.abs(np.diff(values)).max() <= 0.0101
+            assert values.min() >= 0 and values.max() == 1
+
+    def test_it_can_be_traced(self):
+        lr = optim.make_schedule(1.0, 10, "cosine", warmup_steps=2)
+        np.testing.assert_allclose(jax.jit(lr)(jnp.int32(6)), lr(6), rtol=1e-6)
+        assert lr(3).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(schedule="cosin"), "did you mean 'cosine'"),
+        (dict(schedule="zzz"), "use one of constant, cosine, linear"),
+        (dict(learning_rate=0.0), "optim.learning_rate"),
+        (dict(warmup_steps=100), "optim.warmup_steps"),
+        (dict(warmup_steps=-1), "optim.warmup_steps"),
+        (dict(final_fraction=2.0), "optim.final_fraction"),
+        (dict(beta2=1.0), "optim.beta2"),
+        (dict(eps=0.0), "optim.eps"),
+        (dict(weight_decay=-0.1), "optim.weight_decay"),
+        (dict(grad_clip=-1.0), "optim.grad_clip"),
+    ],
+)
+def test_wrong_settings_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        optim.make_optimizer(**(SETTINGS | wrong))
