@@ -186,8 +186,8 @@ def build(
         factor = 2 ** (len(vision["depths"]) + 1)
         if image_size % factor:
             raise ValueError(
-                f"image_size {image_size} is not a multiple of {factor}, as the {len(vision['depths'])} stages "
-                "of vision.depths need"
+                f"image_size {image_size} is not a multiple of {factor}, as "
+                f"{len(vision['depths'])} stages need"
             )
         tower = ModifiedResNet(**options | {"depths": tuple(vision["depths"])}, **common)
     else:
