@@ -75,14 +75,7 @@ class Writer:
         self._file = path.open("a")
         if torn:  # the run was killed in the middle of a line
             self._file.write("\n")
-        try:
-            import tensorboardX
-
-            self._board = tensorboardX.SummaryWriter(os.fspath(self._workdir), flush_secs=30)
-        except ImportError:
-            logging.info(
-                "no TensorBoard events: pip install tensorboardX to have them (metrics.jsonl is written)"
-            )
+        self._board = _start_tensorboard(self._workdir)
         if wandb:
             self._wandb = _start_wandb(self._workdir, wandb)
 
@@ -150,6 +143,24 @@ class Writer:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _start_tensorboard(workdir: epath.Path):
+    # tensorboardX imports torch where it is installed, to draw graphs of torch modules: seconds of every start.
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        import tensorboardX
+    except ImportError:
+        logging.info(
+            "no TensorBoard events: pip install tensorboardX to have them (metrics.jsonl is written)"
+        )
+        return None
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return tensorboardX.SummaryWriter(os.fspath(workdir), flush_secs=30)
 
 
 def _start_wandb(workdir: epath.Path, where: str):
