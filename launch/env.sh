@@ -1,0 +1,69 @@
+# Sourced by the scripts beside it: finds Python, makes an environment and installs the package into it.
+#
+#   ROOT                the repository; the scripts work in it, wherever they are called from
+#   prepare EXTRA,...   makes $VENV hold the package with these extras and puts its programs first in PATH;
+#                       does nothing when setup.py, constraints.txt and the extras are as they were
+#
+#   PYTHON              the interpreter to make the environment with  (default: the first Python 3.11 or 3.12)
+#   DALLE2_JAX_VENV     where the environment is                      (default: .venv in the repository)
+#   EXTRAS              further extras of setup.py, for instance cuda, tpu or oracle
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${DALLE2_JAX_VENV:-$ROOT/.venv}"
+trap 'exit 130' INT # else a pip that was interrupted looks like one that failed, and is retried
+
+say() { printf '\n== %s\n' "$*"; }
+
+fail() {
+  printf '\nerror: %s\n' "$*" >&2
+  exit 1
+}
+
+# Prints the Python to use. A candidate must run (a shim may have nothing behind it) and be able to make environments.
+find_python() {
+  local candidate
+  if [ -n "${PYTHON:-}" ]; then
+    "$PYTHON" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null ||
+      fail "PYTHON=$PYTHON is no Python 3.11 or newer that can make environments (module venv)"
+    echo "$PYTHON"
+    return
+  fi
+  for candidate in python3 python python3.12 python3.11; do
+    if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+      2> /dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  fail "found no Python 3.11 or 3.12 with the module venv: install one (on Debian and Ubuntu: apt-get install" \
+    "python3 python3-venv), or name one with PYTHON=/path/to/python"
+}
+
+# Runs pip, and once more if it failed: a package index may be out of reach for a moment.
+pip_install() {
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@" && return
+  echo "pip failed; once more in 10 seconds" >&2
+  sleep 10
+  "$VENV/bin/python" -m pip install --disable-pip-version-check "$@"
+}
+
+prepare() {
+  local extras="$1${EXTRAS:+,$EXTRAS}" python state stamp began=$SECONDS
+  if [ ! -x "$VENV/bin/python" ]; then
+    python="$(find_python)" || exit 1
+    say "making an environment in $VENV with $("$python" --version)"
+    "$python" -m venv "$VENV" || fail "$python -m venv $VENV failed; remove $VENV before the next try"
+  fi
+  # What is installed is known by the state of the files that decide it, one stamp for each set of extras.
+  state="$ROOT $(cat "$ROOT/setup.py" "$ROOT/constraints.txt" | cksum)"
+  stamp="$VENV/installed-$(echo "$extras" | tr ',' '-')"
+  if [ "$(cat "$stamp" 2> /dev/null)" != "$state" ]; then
+    say "installing dalle2_jax[$extras] into $VENV (some minutes and 2-3 GB the first time)"
+    pip_install --editable "$ROOT[$extras]" --constraint "$ROOT/constraints.txt" ||
+      fail "the installation failed; its last lines above say why. Run the same command again to retry"
+    echo "$state" > "$stamp"
+  fi
+  PATH="$VENV/bin:$PATH"
+  export PATH PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
+  echo "environment: $VENV, $(python --version), ready after $((SECONDS - began)) s"
+}

@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# From a clean machine to pictures: installs, draws with the bundled model, trains the tiny cascade of configs/tiny from
+# nothing (CLIP, prior, decoder, two upsamplers), measures it and draws with it.
+#
+#   bash launch/quickstart.sh
+#
+# At most 25 minutes on two CPU cores after the installation. Interrupt it whenever you like: the same command goes on
+# where it was. Everything is written to quickstart/ in the repository, or to QUICKSTART_DIR.
+# EXTRAS=cuda or EXTRAS=tpu installs JAX for these; see env.sh for PYTHON and DALLE2_JAX_VENV.
+set -euo pipefail
+[ -z "${QUICKSTART_DIR:-}" ] || { mkdir -p "$QUICKSTART_DIR" && QUICKSTART_DIR="$(cd "$QUICKSTART_DIR" && pwd)"; }
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$ROOT"
+DIR="${QUICKSTART_DIR:-quickstart}"
+AGAIN="${QUICKSTART_DIR:+QUICKSTART_DIR='$DIR' }bash launch/quickstart.sh"
+
+# What the last grid shows. The combinations of the last two groups occur in no training picture.
+SEEN=("a red star" "a blue circle" "a red star above a blue ring" "a green circle to the left of an orange triangle")
+NEW_PAIRS=("a yellow star" "a purple cross" "a red ring" "a green square")
+NEW_RELATIONS=("a red star above a blue cross" "a blue star to the left of a red circle")
+NEW_RELATIONS+=("a purple triangle above a green ring" "an orange ring to the left of a purple square")
+
+if [ "$(uname)" = Linux ]; then
+  # Without these, glibc gives every large buffer back and page-faults it in anew: 10-20 % of a training step.
+  export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-268435456}"
+  export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
+fi
+
+steps=10 number=0 child=0 stopped="" key="$(cat configs/common.py configs/tiny/*.py | cksum)"
+
+# Asks the running command to save and end; `step` then ends the script.
+stop() {
+  stopped="$1"
+  [ "$child" = 0 ] || kill -TERM "$child" 2> /dev/null || true
+}
+
+# step NAME COMMAND...: runs the command, unless it is done already, and notes its seconds in timings.txt.
+# "Done" is a note of this command and of everything before it, the recipes included, so a change repeats what follows.
+step() {
+  local name="$1" began=$SECONDS status=0 note="" guard=()
+  shift
+  number=$((number + 1))
+  key="$(echo "$key $*" | cksum)"
+  if [ "$(cat "$DIR/done/$name" 2> /dev/null)" = "$key" ]; then
+    say "[$number/$steps] $name: done before"
+    return
+  fi
+  say "[$number/$steps] $name"
+  printf '   %s\n' "python $*"
+  # The command gets a process group of its own, so that Ctrl-C reaches it once, through `stop`; and where the system
+  # can, it is also asked to end when this script is killed.
+  setpriv --pdeathsig TERM true 2> /dev/null && guard=(setpriv --pdeathsig TERM)
+  set -m
+  ${guard[@]+"${guard[@]}"} python "$@" < /dev/null &
+  child=$!
+  set +m
+  [ -z "$stopped" ] || stop "$stopped"
+  while :; do
+    status=0
+    wait "$child" || status=$?
+    kill -0 "$child" 2> /dev/null || break # `wait` also returns when a signal arrives
+  done
+  child=0
+  if [ -n "$stopped" ] || [ "$status" = 130 ] || [ "$status" = 143 ]; then
+    note="interrupted"
+  elif [ "$status" != 0 ]; then
+    note="failed"
+  fi
+  printf '%-16s %6d s  %s\n' "$name" $((SECONDS - began)) "$note" >> "$DIR/timings.txt"
+  case "$note" in
+    interrupted)
+      printf '\nstopped; go on with\n   %s\n' "$AGAIN" >&2
+      exit 130
+      ;;
+    failed)
+      printf '\nerror: this command failed with status %d:\n   %s\n' "$status" "$VENV/bin/python $*" >&2
+      printf 'Its last lines say why. What was done before is kept; when that is mended, go on with\n   %s\n' "$AGAIN" >&2
+      exit 1
+      ;;
+  esac
+  echo "$key" > "$DIR/done/$name"
+}
+
+train() {
+  local name="$1"
+  shift
+  step "$name" -m dalle2_jax.train --config="configs/tiny/$name.py" --workdir="$DIR/$name" "$@"
+}
+
+prepare train,eval
+mkdir -p "$DIR/done"
+if command -v flock > /dev/null; then
+  exec 9> "$DIR/lock" # held by the running command as well
+  flock -w 60 9 || fail "another quickstart is at work in $DIR"
+fi
+trap 'stop INT' INT
+trap 'stop TERM' TERM
+trap 'stop HUP' HUP
+
+step bundled -m dalle2_jax.generate "a red star above a blue ring" "a yellow circle" "a purple cross on a white background" \
+  "a green triangle to the left of a red square" --n=4 --out="$DIR/bundled"
+echo "   drawn by the bundled model: $DIR/bundled"
+train clip
+train prior --config.clip="$DIR/clip"
+train decoder --config.clip="$DIR/clip"
+train upsampler64
+train upsampler256
+key="$key $(ls "$DIR"/*/checkpoints 2> /dev/null | cksum)" # a stage that was trained on makes another model
+step model -m dalle2_jax.convert workdirs --clip="$DIR/clip" --prior="$DIR/prior" --decoder="$DIR/decoder" \
+  --upsamplers="$DIR/upsampler64,$DIR/upsampler256" --out="$DIR/model"
+step evaluation -m dalle2_jax.evaluate --model="$DIR/model" --metrics=scenes,retrieval --n=128 --out="$DIR/evaluation"
+step pictures -m dalle2_jax.generate --model="$DIR/model" "${SEEN[@]}" "${NEW_PAIRS[@]}" "${NEW_RELATIONS[@]}" \
+  --n=4 --out="$DIR/pictures"
+
+say "pictures"
+echo "   $DIR/pictures    drawn by the model that was just trained, $DIR/model; never seen in training were"
+printf '        %s\n' "${NEW_PAIRS[@]}" "${NEW_RELATIONS[@]}"
+echo "   $DIR/bundled     drawn by the bundled model, which was trained for hours"
+say "score (right according to the checker, of 1; details in $DIR/evaluation)"
+python - "$DIR/evaluation" << 'PYTHON'
+import json, pathlib, sys
+
+def numbers(tree, name=""):
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from numbers(value, f"{name} {key}")
+    elif isinstance(tree, (int, float)) and not isinstance(tree, bool):
+        yield name.strip(), tree
+
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
+    for name, value in numbers(json.loads(path.read_text("utf-8"))):
+        print(f"   {name:40s} {value:.4g}")
+PYTHON
+say "seconds (all of them in $DIR/timings.txt)"
+awk '{ if (!($1 in sum)) order[++n] = $1; sum[$1] += $2; all += $2 }
+     END { for (i = 1; i <= n; i++) printf "   %-16s %6d\n", order[i], sum[order[i]]; printf "   %-16s %6d\n", "all", all }' \
+  "$DIR/timings.txt"
+say "to try next"
+echo "   $VENV/bin/python -m dalle2_jax.generate --model=$DIR/model 'a yellow star above a red ring' --n=8 --out=$DIR/mine"
+echo "   $VENV/bin/python -m dalle2_jax.train --config=configs/tiny/decoder.py --workdir=$DIR/decoder" \
+  "--config.clip=$DIR/clip --config.num_steps=20000   # trains on; then run the quickstart again"
+echo "   $VENV/bin/tensorboard --logdir=$DIR"

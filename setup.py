@@ -1,0 +1,68 @@
+"""The package definition: what generating needs is the base, everything else is an extra.
+
+    pip install -e '.[train,eval,test]' -c constraints.txt
+
+`REQUIRED` and `EXTRAS` are plain literals, because tests/test_package.py reads them without running this file.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+# Loading a model directory and drawing with it. jax 0.10 is the last for Python 3.11.
+REQUIRED = [
+    "absl-py>=2.1",
+    "etils[epath]>=1.9.1",
+    "flax>=0.12",
+    "ftfy>=6.1",
+    "jax>=0.10",
+    "ml_collections>=1.0",
+    "ml_dtypes>=0.5",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.30",
+    "pillow>=11",
+    "safetensors>=0.5",
+    "tokenizers>=0.21",
+]
+
+EXTRAS = {
+    # tf.data reads the data; TensorFlow's own build for GPUs is never wanted beside JAX's
+    "train": [
+        "pyarrow>=18",
+        "tensorboard>=2.19",
+        "tensorboardX>=2.6.2",
+        "tensorflow-cpu>=2.20; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "tensorflow>=2.20; platform_system != 'Linux' or platform_machine != 'x86_64'",
+        "tensorflow-datasets>=4.9.9",
+        "transformers>=4.46,<6",
+    ],
+    "eval": ["scipy>=1.14"],
+    "cuda": ["jax[cuda12]>=0.10"],
+    "tpu": ["jax[tpu]>=0.10"],
+    "wandb": ["wandb>=0.19"],
+    "test": ["packaging>=24", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.17"],
+    # the torch networks that the tests compare with; without them those tests say that they were skipped
+    "oracle": ["diffusers>=0.35", "torch==2.13.0", "transformers>=4.46,<6"],
+}
+EXTRAS["dev"] = sorted({need for name in ("train", "eval", "test", "oracle") for need in EXTRAS[name]})
+
+setup(
+    name="dalle2_jax",
+    version=re.search(r'^__version__ = "(.+)"$', (ROOT / "dalle2_jax/__init__.py").read_text("utf-8"), re.M)[1],
+    description="DALL·E 2 (unCLIP) in JAX: CLIP, diffusion prior, decoder and upsamplers, trained and drawn at any size",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dalle2_jax", "dalle2_jax.*"]),
+    package_data={"dalle2_jax": ["bundled/**/*"]},
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
