@@ -146,7 +146,7 @@ class Writer:
 
 
 def _start_tensorboard(workdir: epath.Path):
-    # tensorboardX imports torch where it is installed, to draw graphs of torch modules: seconds of every start.
+    # tensorboardX imports torch if it is installed, to draw graphs of torch modules: seconds of every start.
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None

@@ -35,17 +35,14 @@ BATCH_AXES = ("data", "fsdp")
 # array, so one rule serves Dense [in, out] and Conv [kh, kw, in, out] kernels, and layers stacked by a scan.
 # Arrays of rank 0 and 1 (gains, biases, temperatures, counters) are replicated before any rule is asked.
 RULES = (
-    # positions and learned stand-ins ([L, D], [1, D]): few rows, so only the features are split
-    (r"(^|/)(pos|position|positional)\w*(/embedding)?$", P(None, "fsdp")),
-    (r"(^|/)(class|cls|null|empty|mask|pad|padding|query|final|start)(_\w+)?(/embedding)?$", P(None, "fsdp")),
+    # positions and learned stand-ins ([L, D]): few rows, so only the features are split
+    (r"(^|/)(position|padding|query|class_token|null_\w+)(/embedding)?$", P(None, "fsdp")),
     # tables looked up by id [V, D]
     (r"(^|/|_)embedding$", P("tensor", "fsdp")),
     # kernels that close a pair of layers
-    (r"(^|/)(out|fc2|conv2|conv_out|skip|\w+_fc2|\w+_out)/kernel$", P("tensor", "fsdp")),
+    (r"(^|/)(out|fc2|\w+_fc2|conv2|conv_out|skip)/kernel$", P("tensor", "fsdp")),
     # any other kernel opens a pair: qkv, q, k, v, kv, text_kv, fc1, conv1, conv_in, emb_proj, proj ...
     (r"(^|/)kernel$", P("fsdp", "tensor")),
-    # gains and biases of layers stacked by a scan (rank 2)
-    (r"(^|/)(scale|bias)$", P()),
 )
 
 

@@ -1,7 +1,10 @@
 """Meshes, sharding rules and batches, on the 8 virtual CPU devices of conftest.py."""
 
+import importlib
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -13,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dalle2_jax import partition
+from dalle2_jax import checkpoint, models, partition
 
 
 def shape(*sizes):
@@ -92,10 +95,9 @@ class TestRules:
             ("layers/fc2/kernel", 3, P(None, "tensor", "fsdp")),  # stacked by a scan
             ("token_embedding/embedding", 2, P("tensor", "fsdp")),
             ("position/embedding", 2, P(None, "fsdp")),
-            ("positional", 3, P(None, None, "fsdp")),
+            ("position", 3, P(None, None, "fsdp")),
             ("class_token/embedding", 2, P(None, "fsdp")),
             ("null_text_states/embedding", 2, P(None, "fsdp")),
-            ("layers/norm1/scale", 2, P(None, None)),
             ("norm1/scale", 1, P(None)),
             ("logit_scale", 0, P()),
             ("opt_state/1/0/mu/block/fc2/kernel", 2, P("tensor", "fsdp")),
@@ -118,9 +120,7 @@ class TestRules:
         got = partition.shardings(
             {"conv_in": {"kernel": shape(3, 3, 3, 6)}, "fc1": {"kernel": shape(8, 5)}}, mesh
         )
-        assert got["conv_in"]["kernel"].spec == P(
-            None, None, None, "tensor"
-        )  # 3 channels over 4 devices do not go
+        assert got["conv_in"]["kernel"].spec == P(None, None, None, "tensor")  # 3 channels over 4
         assert got["fc1"]["kernel"].spec == P("fsdp")
         assert partition.fit(P("fsdp"), (0,), mesh) == P()
         assert partition.fit(P(("fsdp", "tensor")), (12,), mesh) == P()
@@ -147,6 +147,23 @@ class TestRules:
         np.testing.assert_array_equal(
             partition.to_host(placed)["block"]["fc1"]["kernel"], params["block"]["fc1"]["kernel"]
         )
+
+    def test_the_stages_of_the_paper(self):
+        """Every leaf has a rule, every rule a leaf, and each of 8 devices holds hardly more than an eighth."""
+        mesh = partition.make_mesh(1, 4, 2)
+        used = set()
+        for name in ("clip", "prior", "decoder64", "upsampler256", "upsampler1024"):
+            config = importlib.import_module(f"configs.{name}").get_config()
+            params = models.abstract_params(models.build_stage(models.to_plain(config)))
+            where = jax.tree.leaves(partition.shardings(params, mesh))
+            total = held = 0
+            for (leaf_name, leaf), sharding in zip(checkpoint.flatten(params).items(), where, strict=True):
+                total += math.prod(leaf.shape)
+                held += math.prod(sharding.shard_shape(leaf.shape))
+                if len(leaf.shape) > 1:
+                    used.add(next(pattern for pattern, _ in partition.RULES if re.search(pattern, leaf_name)))
+            assert total / 8 <= held < 1.02 * total / 8, name
+        assert used == {pattern for pattern, _ in partition.RULES}
 
 
 class TestBatch:
