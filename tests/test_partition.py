@@ -149,7 +149,7 @@ class TestRules:
         )
 
     def test_the_stages_of_the_paper(self):
-        """Every leaf has a rule, every rule a leaf, and each of 8 devices holds hardly more than an eighth."""
+        """Every leaf has a rule, every rule a leaf, and each of 8 devices holds about an eighth."""
         mesh = partition.make_mesh(1, 4, 2)
         used = set()
         for name in ("clip", "prior", "decoder64", "upsampler256", "upsampler1024"):
