@@ -1,4 +1,5 @@
-"""The noise process, the meaning of outputs, and the losses, against float64 numpy and against what must hold."""
+"""The noise process, the meaning of outputs, and the losses, against float64 numpy and against what must
+hold."""
 
 import math
 
@@ -64,7 +65,8 @@ def test_times_are_per_sample(example):
 
 @pytest.mark.parametrize("objective", process.OBJECTIVES)
 def test_the_target_of_every_objective_gives_back_x0_and_eps(example, objective):
-    """To float32's rounding, which 1 / sqrt(alpha_bar) = 2e4 at t = 999 and 1 / sigma = 156 at t = 0 amplify."""
+    """To float32's rounding, which 1 / sqrt(alpha_bar) = 2e4 at t = 999 and 1 / sigma = 156 at t = 0
+    amplify."""
     signal, sigma = (np.asarray(y, np.float64) for y in process.signal_and_sigma(COSINE, TIMES, 4))
     x0, noise = np.asarray(example["x0"], np.float64), np.asarray(example["noise"], np.float64)
     target = {"eps": noise, "x0": x0, "v": signal * noise - sigma * x0}[objective]
@@ -149,7 +151,8 @@ def test_loss_is_the_weighted_error_plus_a_thousandth_of_the_bound(example):
 
 @pytest.mark.parametrize("objective", process.OBJECTIVES)
 def test_the_bound_is_the_kl_between_textbook_gaussians(example, objective):
-    """KL(N(m1, v1) || N(m2, v2)) in float64, the means from x0, x_t and betas (Ho et al. 2020, equation 7)."""
+    """KL(N(m1, v1) || N(m2, v2)) in float64, the means from x0, x_t and betas (Ho et al. 2020, equation
+    7)."""
     _, metrics = loss_of(example, example["output"], objective)
     prediction = process.to_prediction(COSINE, example["output"], example["x_t"], TIMES, objective, True)
     predicted_x0, var_frac, x0, x_t = (
@@ -223,8 +226,8 @@ def test_the_mean_half_learns_from_the_error_alone(example):
 
 
 def test_the_bound_trains_the_variance_to_the_error():
-    """Where the mean is off by the posterior's own deviation and more, the bound asks for more variance, and for none
-    where the mean is right: the gradient by the raw variance changes sign."""
+    """Where the mean is off by the posterior's own deviation and more, the bound asks for more variance,
+    and for none where the mean is right: the gradient by the raw variance changes sign."""
     x0, t = jnp.zeros((1, 2, 2, 1)), jnp.array([100])
     noise = jnp.ones(x0.shape)
     x_t = process.q_sample(COSINE, x0, t, noise)

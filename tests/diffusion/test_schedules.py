@@ -1,4 +1,5 @@
-"""Noise schedules, choices of timesteps and the two-time posterior against their textbook definitions in float64."""
+"""Noise schedules, choices of timesteps and the two-time posterior against their textbook definitions in
+float64."""
 
 import math
 
@@ -58,7 +59,8 @@ def test_tables_follow_the_textbook_recurrences(name, betas, num_timesteps):
 
 
 def test_cosine_ends_where_its_definition_says():
-    """The last alpha_bar is f(999/1000) / f(0) times the capped 1 - 0.999: the ratio telescopes up to the cap."""
+    """The last alpha_bar is f(999/1000) / f(0) times the capped 1 - 0.999: the ratio telescopes up to the
+    cap."""
     f = [math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (0.0, 0.999)]
     assert COSINE.alpha_bar[-1] == pytest.approx(f[1] / f[0] * 1e-3, rel=1e-9)
     assert COSINE.alpha_bar[-1] == pytest.approx(2.43e-9, rel=1e-3)
