@@ -35,19 +35,19 @@ def contrastive_loss(
 ) -> tuple[jax.Array, dict]:
     """The symmetric cross entropy of unit embeddings [N, E], and its scalars; `logit_scale` is a logarithm.
 
-    `same` [N, N] bool, symmetric and with a true diagonal, marks pairs whose captions are one and the same:
-    the target of a row is then uniform over them. None: the diagonal.
+    `same` [N, N] bool says which captions are equal (None: none are); a match with any of them is accurate.
+    The loss needs no such care: equal captions have equal embeddings, and with targets spread over them it
+    would have the same value, and so the same gradient.
     """
     similarity = jnp.matmul(
         image_embed, text_embed.T, precision="highest", preferred_element_type=jnp.float32
     )
     scale = jnp.exp(logit_scale.astype(jnp.float32))
     logits = scale * similarity
-    same = jnp.eye(logits.shape[0], dtype=bool) if same is None else same
-    target = same / same.sum(axis=1, keepdims=True)
+    same = jnp.eye(len(logits), dtype=bool) if same is None else same
 
     def cross_entropy(logits):
-        return -(target * jax.nn.log_softmax(logits, axis=-1)).sum(axis=-1).mean()
+        return -jnp.diagonal(jax.nn.log_softmax(logits, axis=-1)).mean()
 
     def accuracy(logits):
         return jnp.take_along_axis(same, logits.argmax(axis=-1)[:, None], axis=1).mean()
@@ -80,7 +80,6 @@ class CLIP:
     context_length: int
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
-    same_caption_positive: bool
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads."""
@@ -106,7 +105,7 @@ class CLIP:
         del key, train
         image_embed = self.encode_image(params, batch["image"])
         text_embed, _ = self.encode_text(params, batch["tokens"], batch["token_mask"])
-        same = same_captions(batch["tokens"]) if self.same_caption_positive else None
+        same = same_captions(batch["tokens"])
         return contrastive_loss(image_embed, text_embed, params["logit_scale"], same)
 
     def project(self, params: dict) -> dict:
@@ -148,7 +147,6 @@ def build(
     activation: str = "gelu",
     image_mean: tuple[float, float, float] = IMAGE_MEAN,
     image_std: tuple[float, float, float] = IMAGE_STD,
-    same_caption_positive: bool = False,
     remat: bool = False,
     dtype: str = "float32",
 ) -> CLIP:
@@ -163,8 +161,6 @@ def build(
       text: dict(vocab_size, context_length, width, depth, num_heads).
       activation: 'gelu' or 'quick_gelu' (OpenAI's weights), of both transformers.
       image_mean, image_std: of the channels in [0, 1]; pictures are normalised by them inside.
-      same_caption_positive: treat pairs of a batch whose captions are equal as positives of one another, not
-        as negatives. Ours, not the paper's: for datasets with few distinct captions.
       remat: recompute a block's activations in the backward pass.
       dtype: compute type of the towers; norms, softmax and the loss are float32.
 
@@ -201,5 +197,4 @@ def build(
         context_length=text["context_length"],
         image_mean=tuple(image_mean),
         image_std=tuple(image_std),
-        same_caption_positive=same_caption_positive,
     )

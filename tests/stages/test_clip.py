@@ -1,0 +1,276 @@
+"""The CLIP stage: parity with transformers' CLIPModel, the loss over the global batch, and learning."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dalle2_jax import partition
+from dalle2_jax.stages import clip
+
+KEY = jax.random.key(0)
+LENGTH, VOCAB = 6, 20
+TEXT = dict(vocab_size=VOCAB, context_length=LENGTH, width=16, depth=1, num_heads=2)
+VIT = dict(kind="vit", patch_size=4, width=16, depth=1, num_heads=2)
+RESNET = dict(kind="resnet", width=8, depths=(1, 1), num_heads=4)
+
+
+def build(**changes):
+    return clip.build(**(dict(embed_dim=8, image_size=8, vision=VIT, text=TEXT) | changes))
+
+
+def batch_of(size, image_size=8, key=KEY):
+    image_key, token_key = jax.random.split(key)
+    return {
+        "image": jax.random.uniform(image_key, (size, image_size, image_size, 3), minval=-1, maxval=1),
+        "tokens": jax.random.randint(token_key, (size, LENGTH), 1, VOCAB),
+        "token_mask": jnp.arange(LENGTH) < 2 + jnp.arange(size)[:, None] % (LENGTH - 1),
+    }
+
+
+def unit(key, shape):
+    return clip.unit_norm(jax.random.normal(key, shape))
+
+
+def from_transformers(model):
+    """Parameters of the stage from those of transformers' CLIPModel (names: docs of the released weights)."""
+
+    def numpy(x):
+        return x.detach().numpy()
+
+    def dense(linear):
+        bias = {} if linear.bias is None else {"bias": numpy(linear.bias)}
+        return {"kernel": numpy(linear.weight).T} | bias
+
+    def norm(layer):
+        return {"scale": numpy(layer.weight), "bias": numpy(layer.bias)}
+
+    def blocks(layers):
+        params = {}
+        for i, layer in enumerate(layers):
+            attn = layer.self_attn
+            parts = [dense(attn.q_proj), dense(attn.k_proj), dense(attn.v_proj)]
+            qkv = {name: np.concatenate([p[name] for p in parts], axis=-1) for name in ("kernel", "bias")}
+            params[f"block_{i}"] = {
+                "norm1": norm(layer.layer_norm1),
+                "attn": {"qkv": qkv, "out": dense(attn.out_proj)},
+                "norm2": norm(layer.layer_norm2),
+                "mlp": {"fc1": dense(layer.mlp.fc1), "fc2": dense(layer.mlp.fc2)},
+            }
+        return params
+
+    vision, text = model.vision_model, model.text_model
+    return {
+        "vision": {
+            "patch_embedding": {
+                "kernel": numpy(vision.embeddings.patch_embedding.weight).transpose(2, 3, 1, 0)
+            },
+            "class_token": {"embedding": numpy(vision.embeddings.class_embedding)},
+            "position": {"embedding": numpy(vision.embeddings.position_embedding.weight)},
+            "norm_pre": norm(vision.pre_layrnorm),
+            "transformer": blocks(vision.encoder.layers),
+            "norm_post": norm(vision.post_layernorm),
+            "proj": dense(model.visual_projection),
+        },
+        "text": {
+            "token_embedding": {"embedding": numpy(text.embeddings.token_embedding.weight)},
+            "position": {"embedding": numpy(text.embeddings.position_embedding.weight)},
+            "transformer": blocks(text.encoder.layers),
+            "norm_out": norm(text.final_layer_norm),
+            "proj": dense(model.text_projection),
+        },
+        "logit_scale": numpy(model.logit_scale),
+    }
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_everything_equals_transformers(activation):
+    torch = pytest.importorskip("torch", reason="transformers' CLIPModel is the oracle")
+    transformers = pytest.importorskip("transformers", reason="transformers' CLIPModel is the oracle")
+    common = dict(intermediate_size=64, num_hidden_layers=2, hidden_act=activation, layer_norm_eps=1e-5)
+    config = transformers.CLIPConfig(
+        text_config=common
+        | dict(
+            hidden_size=16,
+            num_attention_heads=4,
+            vocab_size=VOCAB,
+            max_position_embeddings=LENGTH,
+            eos_token_id=VOCAB - 1,
+        ),
+        vision_config=common | dict(hidden_size=16, num_attention_heads=2, image_size=8, patch_size=4),
+        projection_dim=8,
+    )
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "logit_scale":
+                parameter.normal_(std=0.2)
+
+    batch = batch_of(3)
+    last = batch["token_mask"].sum(axis=1) - 1
+    batch["tokens"] = (batch["tokens"] % (VOCAB - 1)).at[jnp.arange(3), last].set(VOCAB - 1)
+    stage = build(vision=VIT | {"depth": 2}, text=TEXT | {"depth": 2, "num_heads": 4}, activation=activation)
+    params = from_transformers(model)
+    pixels = ((np.asarray(batch["image"]) + 1) / 2 - clip.IMAGE_MEAN) / clip.IMAGE_STD
+    with torch.no_grad():
+        expected = model(
+            input_ids=torch.tensor(np.asarray(batch["tokens"]), dtype=torch.long),
+            pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32),
+            return_loss=True,
+        )
+
+    image_embed = stage.encode_image(params, batch["image"])
+    text_embed, states = stage.encode_text(params, batch["tokens"], batch["token_mask"])
+    np.testing.assert_allclose(image_embed, expected.image_embeds.numpy(), atol=1e-5)
+    np.testing.assert_allclose(text_embed, expected.text_embeds.numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        states, expected.text_model_output.last_hidden_state.numpy(), atol=1e-5, rtol=1e-5
+    )
+    loss, metrics = stage.loss(params, KEY, batch)
+    np.testing.assert_allclose(loss, expected.loss.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["logit_scale"], 1 / 0.07, rtol=1e-3)
+
+
+def test_loss_of_known_similarities():
+    """Orthonormal pairs: logits are s on the diagonal and 0 off it, so the loss is log(1 + (N - 1) e^-s)."""
+    embed = jnp.eye(4, 5)
+    loss, metrics = clip.contrastive_loss(embed, embed, jnp.log(3.0))
+    np.testing.assert_allclose(loss, math.log(1 + 3 * math.exp(-3.0)), rtol=1e-6)
+    assert metrics["accuracy_i2t"] == metrics["accuracy_t2i"] == 1.0
+    loss, metrics = clip.contrastive_loss(embed, jnp.roll(embed, 1, axis=0), jnp.log(3.0))
+    np.testing.assert_allclose(loss, 3.0 + math.log(1 + 3 * math.exp(-3.0)), rtol=1e-6)
+    assert metrics["accuracy_i2t"] == metrics["accuracy_t2i"] == 0.0
+
+
+def test_equal_captions_need_no_other_targets():
+    tokens = jnp.array([[1, 2, 0], [3, 4, 0], [1, 2, 0], [3, 0, 0]])
+    same = clip.same_captions(tokens)
+    np.testing.assert_array_equal(same, np.eye(4) + np.array([[0, 0, 1, 0], [0] * 4, [1, 0, 0, 0], [0] * 4]))
+    image, text = unit(KEY, (4, 8)), unit(jax.random.key(1), (4, 8))
+    text = text.at[2].set(text[0])
+    target = same / same.sum(axis=1)
+    logits = 10.0 * image @ text.T
+    spread = -(target * (jax.nn.log_softmax(logits) + jax.nn.log_softmax(logits.T))).sum(axis=1).mean() / 2
+    loss, _ = clip.contrastive_loss(image, text, jnp.log(10.0), same)
+    np.testing.assert_allclose(loss, spread, rtol=1e-5)
+
+
+def test_a_match_with_an_equal_caption_is_accurate():
+    image, text = jnp.eye(3), jnp.eye(3).at[2].set(jnp.eye(3)[0])
+    same = clip.same_captions(jnp.array([[1, 2], [3, 4], [1, 2]]))
+    _, strict = clip.contrastive_loss(image, text, jnp.log(10.0))
+    _, fair = clip.contrastive_loss(image, text, jnp.log(10.0), same)
+    np.testing.assert_allclose([strict["accuracy_t2i"], fair["accuracy_t2i"]], [2 / 3, 1.0], rtol=1e-6)
+
+
+def test_loss_and_gradients_do_not_depend_on_the_number_of_devices():
+    """Trap 19: the softmax runs over the global batch, and gradients flow through all of it."""
+    devices = jax.devices()
+    if len(devices) < 8:
+        pytest.skip("needs 8 devices: run under tests/conftest.py, before anything else starts JAX")
+    stage, batch = build(), batch_of(16)
+    params = jax.jit(stage.init)(KEY, batch)
+    results = []
+    for data, fsdp in ((1, 1), (2, 4)):
+        mesh = partition.make_mesh(data=data, fsdp=fsdp, devices=devices[: data * fsdp])
+        with partition.use_mesh(mesh):
+            placed = jax.device_put(params, partition.shardings(params, mesh))
+            parts = partition.to_global({name: np.asarray(x) for name, x in batch.items()}, mesh)
+            step = jax.jit(jax.value_and_grad(stage.loss, has_aux=True))
+            results.append(jax.device_get(step(placed, KEY, parts)))
+    one, eight = results
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max()), one, eight
+    )
+    # A softmax within each device's two examples would be another number: at most log 2 where all look alike.
+    assert one[0][0] > 2.0
+
+
+def test_temperature_starts_at_0_07_and_never_exceeds_100():
+    stage, batch = build(), batch_of(2)
+    params = jax.jit(stage.init)(KEY, batch)
+    np.testing.assert_allclose(jnp.exp(params["logit_scale"]), 1 / 0.07, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, stage.project(params), params)
+    high = stage.project(params | {"logit_scale": jnp.float32(7.0)})
+    np.testing.assert_allclose(jnp.exp(high["logit_scale"]), 100.0, rtol=1e-6)
+    assert params["logit_scale"] < 3  # project did not write into its argument
+
+
+def test_embeddings_are_of_unit_norm_unless_asked_otherwise():
+    stage, batch = build(), batch_of(3)
+    params = jax.jit(stage.init)(KEY, batch)
+    image = stage.encode_image(params, batch["image"])
+    text, states = stage.encode_text(params, batch["tokens"], batch["token_mask"])
+    np.testing.assert_allclose(jnp.linalg.norm(image, axis=1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(text, axis=1), 1.0, rtol=1e-5)
+    assert states.shape == (3, LENGTH, 16)
+    raw = stage.encode_image(params, batch["image"], normalize=False)
+    assert np.abs(jnp.linalg.norm(raw, axis=1) - 1).max() > 1e-3
+    np.testing.assert_allclose(clip.unit_norm(raw), image, atol=1e-6)
+
+
+def test_retrieval_accuracy_counts_both_directions():
+    text = jnp.eye(3)
+    image = jnp.array([[1.0, 0.2, 0], [0.9, 0.1, 0], [0, 0, 1]])  # image 1 looks like caption 0
+    i2t, t2i = clip.retrieval_accuracy(image, text)
+    np.testing.assert_allclose([i2t, t2i], [2 / 3, 1 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("vision, image_size", [(VIT, 8), (RESNET, 16)], ids=["vit", "resnet"])
+def test_eight_pairs_are_learned(vision, image_size):
+    stage, batch = build(vision=vision, image_size=image_size), batch_of(8, image_size)
+    params = jax.jit(stage.init)(KEY, batch)
+    optimizer = optax.adam(3e-3)
+
+    def step(carry, _):
+        params, state = carry
+        (loss, metrics), grads = jax.value_and_grad(stage.loss, has_aux=True)(params, KEY, batch)
+        updates, state = optimizer.update(grads, state)
+        return (stage.project(optax.apply_updates(params, updates)), state), metrics
+
+    carry = params, optimizer.init(params)
+    _, metrics = jax.jit(lambda c: jax.lax.scan(step, c, length=60))(carry)
+    assert metrics["loss"][0] > 1.5
+    assert metrics["loss"][-1] < 0.1
+    assert metrics["accuracy_i2t"][-1] == metrics["accuracy_t2i"][-1] == 1.0
+
+
+def count(stage):
+    params = jax.eval_shape(stage.init, KEY, stage.batch_spec(1))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+
+def test_sizes_of_the_papers_clip_and_of_a_released_one():
+    text = dict(vocab_size=49408, context_length=77, width=1024, depth=24, num_heads=16)
+    vit_h = dict(kind="vit", patch_size=16, width=1280, depth=32, num_heads=16)
+    assert round(count(clip.build(embed_dim=1024, image_size=256, vision=vit_h, text=text)) / 1e6) == 986
+    text = dict(vocab_size=49408, context_length=77, width=768, depth=12, num_heads=12)
+    vit_l = dict(kind="vit", patch_size=14, width=1024, depth=24, num_heads=16)
+    assert count(clip.build(embed_dim=768, image_size=224, vision=vit_l, text=text)) == 427_616_513
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(vision=VIT | {"pach_size": 4}), "did you mean vision.patch_size"),
+        (dict(vision={"kind": "vit", "width": 8}), "vision lacks vision.patch_size, vision.depth"),
+        (dict(vision=VIT | {"kind": "cnn"}), "vision.kind 'cnn' is unknown"),
+        (dict(text=TEXT | {"deph": 2}), "did you mean text.depth"),
+        (dict(image_size=10), "image_size 10 is not a multiple of vision.patch_size 4"),
+        (dict(vision=RESNET, image_size=12), "image_size 12 is not a multiple of 8"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(**changes)
+
+
+def test_pictures_of_another_size_are_refused():
+    stage = build()
+    params = jax.eval_shape(stage.init, KEY, stage.batch_spec(2))
+    with pytest.raises(ValueError, match="reads pictures of 8 x 8 x 3"):
+        stage.encode_image(params, jnp.zeros((2, 16, 16, 3)))
