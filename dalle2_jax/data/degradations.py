@@ -1,6 +1,6 @@
 """Corruptions of the low-resolution picture in upsampler training; pictures are float32 [h, w, 3] in [0, 1].
 
-The blur of the 64 -> 256 upsampler (spec of the paper, Appendix C; SR3, Section 3) is a Gaussian of 3 x 3
+The blur of the 64 -> 256 upsampler (the paper, Section 2.1 and Appendix C) is a Gaussian of 3 x 3
 taps: g(k) = exp(-k^2 / (2 sigma^2)) / sum, k in {-1, 0, 1}; sigma 0.6 gives (0.1664, 0.6672, 0.1664).
 """
 
@@ -16,7 +16,7 @@ def gaussian_taps(sigma: float) -> tuple[float, float, float]:
 
 
 def gaussian_blur(picture: np.ndarray, sigma: float) -> np.ndarray:
-    """Blur with 3 x 3 Gaussian taps; the border is mirrored without repeating its pixel. float32 [h, w, 3] in and out."""
+    """Blur float32 [h, w, 3] with 3 x 3 Gaussian taps; the border is mirrored without repeating its pixel."""
     side, centre, _ = gaussian_taps(sigma)
     for axis in (0, 1):
         pad = [(1, 1) if a == axis else (0, 0) for a in range(3)]

@@ -4,90 +4,30 @@ The record at position p (p = step * batch_size + slot, counted over all epochs)
 
     epoch = p // N,    record = permutation_{seed, epoch}(p mod N),
 
-with TensorFlow's stateless `index_shuffle`, so there is no shuffle buffer to save, any step can be the first, and hosts
-take contiguous slices of the same global batch, whatever their number. The augmentation of a record is a
-function of (seed, epoch, record). A record that cannot be used is replaced by the next usable index, the
-same on every run.
+with TensorFlow's stateless `index_shuffle`, so there is no shuffle buffer to save, any step can be the first,
+and hosts take contiguous slices of the same global batch, whatever their number. The augmentation of a
+record is a function of (seed, epoch, record). A record that cannot be used is replaced by the next usable
+index, the same on every run.
 """
 
-import collections
 import dataclasses
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 from absl import logging
 
 from dalle2_jax.data import sources, transforms
+from dalle2_jax.data.budget import Budget, TooManyBadRecords
 from dalle2_jax.data.records import BadRecord, Record, RecordSource
 from dalle2_jax.data.transforms import CAPTION, LANGUAGE, Views
 
 FIELDS = ("image", "clip_image", "low_res", "crop_yx", "tokens", "token_mask", "image_embed", "text_embed")
-LANGUAGES_ANY = "any"
+ANY_LANGUAGE = "any"
 MAX_CAPTION_BYTES = 64 << 10
-BAD_SLACK = 8  # bad records that are borne before the fraction counts
 _PICTURES = ("image", "clip_image", "low_res", "crop_yx")
-_CHUNK = 32  # records a call: amortizes the call's overhead, small enough to spread a batch over the workers
-_KEPT_BAD = 100
-
-
-class TooManyBadRecords(RuntimeError):
-    """The share of unusable records is above data.max_bad_fraction."""
-
-
-class _BadRecords:
-    """Which records were bad and why; thread-safe."""
-
-    def __init__(self, num_records: int, max_fraction: float, refused: dict[str, int]):
-        self._lock = threading.Lock()
-        self._num_records, self._max_fraction = num_records, max_fraction
-        self._slack = BAD_SLACK if max_fraction > 0 else 0
-        self._known: dict[int, str] = {}  # record -> reason
-        self._refused = dict(refused)
-        self._noted = collections.Counter()
-        self._read = 0
-        self.kept: list[dict] = []
-        lost = sum(refused.values())
-        if lost > self._slack and lost > max_fraction * (num_records + lost):
-            self._stop(lost, num_records + lost, "of the dataset's files")
-
-    def reason(self, index: int) -> str | None:
-        return self._known.get(index)
-
-    def add(self, index: int, key: str, error: BadRecord) -> None:
-        with self._lock:
-            if index in self._known:
-                return
-            self._known[index] = error.reason
-            logging.log_first_n(logging.WARNING, "bad record %s: %s", 20, key, error)
-            if len(self.kept) < _KEPT_BAD:
-                self.kept.append(dict(index=index, key=key, reason=error.reason, detail=error.detail))
-
-    def note(self, reason: str) -> None:
-        with self._lock:
-            self._noted[reason] += 1
-
-    def count_read(self, number: int) -> None:
-        """Count records read; raises TooManyBadRecords above the budget."""
-        with self._lock:
-            self._read += number
-            bad = len(self._known)
-            seen = max(min(self._read, self._num_records), bad)
-            if bad > self._slack and bad > self._max_fraction * seen:
-                self._stop(bad, seen, "read")
-
-    def _stop(self, bad: int, seen: int, what: str):
-        examples = "; ".join(f"{item['key']} ({item['reason']} {item['detail']})" for item in self.kept[:5])
-        raise TooManyBadRecords(
-            f"{bad} of {seen} records {what} cannot be used, above data.max_bad_fraction={self._max_fraction}: "
-            f"{self.counts()}. {examples}{'. ' if examples else ''}Mend the dataset, or raise data.max_bad_fraction"
-        )
-
-    def counts(self) -> dict[str, int]:
-        counts = collections.Counter(self._refused)
-        counts.update(self._known.values())
-        counts.update(self._noted)
-        return dict(counts)
+# Records a call: enough to amortize the call, few enough to spread a batch over the workers, and to bound
+# memory.
+_CHUNK, _CHUNK_PIXELS = 32, 1 << 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +42,7 @@ class Dataset:
     tokenizer: object
     seed: int
     num_workers: int
-    _bad: _BadRecords
+    _bad: Budget
 
     @property
     def num_records(self) -> int:
@@ -168,7 +108,8 @@ class Dataset:
 
         signature = self._signature()
         local, n = batch_size // process_count, self.num_records
-        chunk = min(local, _CHUNK)
+        side = max(self.views.image_size or 1, self.views.clip_image_size or 1)
+        chunk = max(1, min(local, _CHUNK, _CHUNK_PIXELS // side**2))
         first = start_step * local
         # Local element e is slot e % local of step e // local on this host.
         stop = None if repeat else _local_elements(n, batch_size, process_index, process_count)
@@ -303,7 +244,7 @@ class Dataset:
 
     def _choose_caption(self, record: Record, draws: np.ndarray) -> str:
         captions = record.captions
-        if self.language == LANGUAGES_ANY:
+        if self.language == ANY_LANGUAGE:
             languages = sorted(captions)
             chosen = languages[int(draws[LANGUAGE] * len(languages))] if languages else ""
         else:
@@ -315,41 +256,36 @@ class Dataset:
         return _cap_caption(text, self._bad)
 
     def examples(self, indices) -> dict:
-        """Records as they are, for evaluation: the centre crop, never mirrored, and the first caption.
+        """Records as they are, for evaluation: the centre crop, never mirrored, with the first caption.
+
+        Args:
+            indices: record numbers.
 
         Returns:
-            image uint8 [n, S, S, 3] (S = image_size, the full picture) where the source has images and
-            image_size is set; captions, keys: lists of str; index int64 [n]. A bad record is replaced by
-            the next, as in `batches`.
+            captions, keys: lists of str; index: int64 [n], the record numbers; where the dataset has an
+            image_size, image: uint8 [n, image_size, image_size, 3]. A record that cannot be used is left
+            out, so compare `index`.
         """
-        plain = Views(image_size=self.image_size)
-        has_image = self.source.has_images and bool(plain.image_size)
+        plain = Views(image_size=self.image_size if self.source.has_images else None)
         images, captions, keys, used = [], [], [], []
-        for index in indices:
-            for offset in range(self.num_records):
-                chosen = (int(index) + offset) % self.num_records
-                try:
-                    record = self.source.read(chosen, image=has_image)
-                    caption = self._choose_caption(record, np.zeros(8))
-                    if has_image:
-                        images.append(plain.make(transforms.decode(record.image), np.zeros(8))["image"])
-                except BadRecord as error:
-                    self._bad.add(chosen, f"record {chosen}", error)
-                    continue
-                captions.append(caption)
-                keys.append(record.key)
-                used.append(chosen)
-                break
-            else:
-                raise TooManyBadRecords(
-                    f"none of the {self.num_records} records can be used: {self.bad_records()}"
-                )
+        for index in map(int, indices):
+            try:
+                record = self.source.read(index, image=bool(plain.image_size))
+                caption = self._choose_caption(record, np.zeros(8))
+                if plain.image_size:
+                    images.append(plain.make(transforms.decode(record.image), np.zeros(8))["image"])
+            except BadRecord as error:
+                logging.warning("example %d is left out: %s", index, error)
+                continue
+            captions.append(caption)
+            keys.append(record.key)
+            used.append(index)
         made = dict(captions=captions, keys=keys, index=np.array(used, np.int64))
         return made | ({"image": np.stack(images)} if images else {})
 
 
 def _tensorflow():
-    """TensorFlow, kept off the accelerators, which belong to JAX, and on few threads, for the cores do too."""
+    """TensorFlow, kept off the accelerators: they belong to JAX."""
     import tensorflow as tf
 
     try:
@@ -366,7 +302,22 @@ def _local_elements(n: int, batch_size: int, process_index: int, process_count: 
     return full * local + min(max(rest - process_index * local, 0), local)
 
 
-def _cap_caption(text: str, bad: _BadRecords | None) -> str:
+def _check_language(source: RecordSource, language: str) -> None:
+    """Raise ValueError where the first records have captions, but none in the language."""
+    found = set()
+    for index in range(min(len(source), 16)):
+        try:
+            found |= source.read(index, image=False).captions.keys()
+        except BadRecord:
+            continue
+    if found and language not in (found | {ANY_LANGUAGE}):
+        raise ValueError(
+            f"data.language {language!r}: the first records have no such captions"
+            + sources.did_you_mean(language, found | {ANY_LANGUAGE})
+        )
+
+
+def _cap_caption(text: str, bad: Budget | None) -> str:
     if len(text) * 4 <= MAX_CAPTION_BYTES or len(text.encode("utf-8", "ignore")) <= MAX_CAPTION_BYTES:
         return text
     if bad is not None:
@@ -385,12 +336,13 @@ def iterate_captions(
     image_field: str = "",
     caption_field: str = "",
     embeddings: str = "",
+    verify_sha256: bool = False,
     max_bad_fraction: float = 1e-3,
     num_workers: int = 2,
     random_crop: bool = False,
     low_res_blur_sigma: float = 0.6,
 ) -> Iterator[str]:
-    """All captions of up to `limit` records spread over the dataset, in their order: what a tokenizer is trained on.
+    """All captions of up to `limit` records spread over the dataset: what a tokenizer is trained on.
 
     Takes every setting of `make_dataset` that names the data, so that one config serves both; records
     without a readable caption are passed over.
@@ -410,7 +362,7 @@ def iterate_captions(
             captions = opened.read(index, image=False).captions
         except BadRecord:
             continue
-        for chosen in sorted(captions) if language == LANGUAGES_ANY else [language]:
+        for chosen in sorted(captions) if language == ANY_LANGUAGE else [language]:
             for text in captions.get(chosen, ()):
                 yield _cap_caption(text, None)
 
@@ -438,14 +390,16 @@ def make_dataset(
     image_field: str = "",
     caption_field: str = "",
     embeddings: str = "",
+    verify_sha256: bool = False,
 ) -> Dataset:
     """Open a dataset.
 
     Args:
-        source, path, split, data_dir, image_field, caption_field, embeddings: see `sources.open_source`.
-        fields: what batches hold, of image, clip_image, low_res, crop_yx, tokens, token_mask, image_embed,
-        text_embed. image_size, clip_image_size, low_res_size, crop_size, low_res_blur, low_res_blur_sigma,
-            random_crop, flip: see `transforms.Views`. Where a caption names sides a record is never mirrored.
+        source, path, split, data_dir, image_field, caption_field, embeddings, verify_sha256: see
+        `sources.open_source`. fields: what batches hold, of image, clip_image, low_res, crop_yx, tokens,
+        token_mask, image_embed, text_embed. image_size, clip_image_size, low_res_size, crop_size,
+            low_res_blur, low_res_blur_sigma, random_crop, flip: see `transforms.Views`. Where a caption
+            names sides a record is never mirrored.
         language: whose captions: 'en', 'zh', ..., or 'any' for all of them mixed.
         tokenizer: needed for tokens and token_mask.
         max_bad_fraction: share of unusable records above which the run stops; 0 stops at the first.
@@ -491,13 +445,15 @@ def make_dataset(
     for field in ("image_embed", "text_embed"):
         if field in fields and field not in opened.embed_dims:
             raise ValueError(
-                f"field {field!r} is not in the dataset (it has {sorted(opened.embed_dims) or 'no embeddings'}); "
+                f"field {field!r} is not in the dataset (there is {sorted(opened.embed_dims) or 'none'}); "
                 "set data.embeddings to a folder that dalle2_jax.embed wrote, or compute it with a CLIP"
             )
     if set(_PICTURES) & set(fields) and not opened.has_images:
         raise ValueError(
             f"source {source!r} holds no images, but {sorted(set(_PICTURES) & set(fields))} are asked for"
         )
+    if {"tokens", "token_mask"} & set(fields):
+        _check_language(opened, language)
     views = Views(
         image_size=image_size if {"image", "low_res", "crop_yx"} & set(fields) else None,
         clip_image_size=clip_image_size if "clip_image" in fields else None,
@@ -508,5 +464,5 @@ def make_dataset(
         random_crop=random_crop,
         flip=flip,
     )
-    bad = _BadRecords(len(opened), max_bad_fraction, opened.refused)
+    bad = Budget(len(opened), max_bad_fraction, opened.refused)
     return Dataset(opened, tuple(fields), views, image_size, language, tokenizer, seed, num_workers, bad)

@@ -13,19 +13,25 @@ rotate_right(c, 15) + 0xA282EAD8.
 import collections
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import struct
 import threading
-from collections.abc import Iterable
+import time
+import zipfile
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
+from absl import logging
 
 MAX_MEMBER_BYTES = 64 << 20
 MAX_MEMBERS = 1_000_000  # of one tar shard; img2dataset writes 30,000
 MAX_HEADER_BYTES = 64 << 10  # of a pax or long-name header
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_CACHED_FROM = 16  # files
+_INDEX_VERSION = 1  # of what `Index.rows` means
 _SAFE_NAME = re.compile(r"[0-9A-Za-z_./-]+")
 _REGULAR, _DIRECTORY = (b"0", b"\0", b"7"), b"5"
 _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
@@ -41,11 +47,11 @@ class BadRecord(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One record as stored. image: the encoded file, or None where not asked for; captions: {language: texts}."""
+    """One record as stored; `image` is the encoded file, or None where not asked for."""
 
     key: str
     image: bytes | None = None
-    captions: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    captions: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # by language
     embeds: dict[str, np.ndarray] = dataclasses.field(
         default_factory=dict
     )  # image_embed, text_embed: float32 [E]
@@ -90,7 +96,7 @@ class Files:
         self._open = collections.OrderedDict()  # file number -> [descriptor, readers]
 
     def read(self, file: int, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset` of file number `file`. Raises BadRecord('truncated') where the file ends before."""
+        """`size` bytes at `offset` of file number `file`. Raises BadRecord('truncated') past its end."""
         with self._lock:
             entry = self._open.get(file)
             if entry is None:
@@ -121,11 +127,14 @@ class Files:
 
 
 def _number(field: bytes) -> int:
-    """The number in a tar header field: octal text, or base 256 where the first bit is set. Raises ValueError."""
+    """A tar header's number: octal text, or base 256 where the first bit is set. Raises ValueError."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     text = field.split(b"\0")[0].strip()
-    return int(text, 8) if text else 0
+    number = int(text, 8) if text else 0
+    if number < 0:
+        raise ValueError(f"negative number {text}")
+    return number
 
 
 def _checksum_ok(header: bytes) -> bool:
@@ -151,7 +160,7 @@ def _pax_fields(data: bytes) -> dict[bytes, bytes]:
 
 
 def _tar_members(file, size: int, refused: collections.Counter):
-    """Yield (name bytes, type, data offset, data size) of each member of an open tar; counts damage in `refused`."""
+    """Yield (name, type, data offset, data size) of each member of an open tar; count damage in `refused`."""
     offset, long_name, pax = 0, None, {}
     for _ in range(MAX_MEMBERS):
         file.seek(offset)
@@ -162,8 +171,8 @@ def _tar_members(file, size: int, refused: collections.Counter):
         if not header.strip(b"\0"):
             return
         try:
-            member_size = _number(pax.get(b"size", b"") and b"%o" % int(pax[b"size"]) or header[124:136])
-            damaged = not _checksum_ok(header)
+            member_size = int(pax[b"size"]) if b"size" in pax else _number(header[124:136])
+            damaged = member_size < 0 or not _checksum_ok(header)
         except ValueError:
             damaged = True
         if damaged:
@@ -233,7 +242,7 @@ def index_tar(path: str) -> Index:
                 stem, _, extension = base.partition(".")
                 extension = extension.lower()
                 column = 0 if extension in IMAGE_EXTENSIONS else {"txt": 2, "json": 4}.get(extension)
-                if column is None:
+                if column is None or not stem:  # other files, and hidden ones such as ._KEY.jpg
                     continue
                 row = samples.setdefault(f"{folder}/{stem}", [0, -1, 0, -1, 0, -1])
                 if row[column + 1] >= 0:
@@ -268,9 +277,10 @@ def masked_crc32c(data: bytes) -> int:
 
 
 def index_tfrecord(path: str) -> Index:
-    """Index one TFRecord file: a row (offset, size) a record. A cut or damaged file keeps the records before it.
+    """Index one TFRecord file: a row (offset, size) a record.
 
-    A file that was cut exactly between two records looks whole: compare the count with a manifest.
+    A cut or damaged file keeps the records before the damage. A file that was cut exactly between two
+    records looks whole: compare the count with a manifest.
     """
     rows, refused, offset = [], collections.Counter(), 0
     with open(path, "rb") as file:
@@ -294,3 +304,44 @@ def index_tfrecord(path: str) -> Index:
                 rows.append((offset + 12, length))
             offset += 16 + length
     return Index(np.asarray(rows, np.int64).reshape(-1, 2), dict(refused))
+
+
+def cache_dir() -> str:
+    """Where prepared data and indexes lie: $DALLE2_JAX_CACHE, else the user's cache directory."""
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dalle2_jax")
+    return os.environ.get("DALLE2_JAX_CACHE") or default
+
+
+def scan(paths: list[str], index_file: Callable[[str], Index]) -> list[Index]:
+    """Index files with `index_file`; where they are many, the indexes are kept in the cache directory."""
+    if len(paths) < _CACHED_FROM:
+        return [index_file(path) for path in paths]
+    indexes, started, told = [], time.monotonic(), 0.0
+    for number, path in enumerate(paths):
+        indexes.append(_cached_index(path, index_file))
+        if time.monotonic() - started > told + 10:
+            told = time.monotonic() - started
+            logging.info("indexed %d of %d files, once, in %.0f s", number + 1, len(paths), told)
+    return indexes
+
+
+def _cached_index(path: str, index_file: Callable[[str], Index]) -> Index:
+    state = os.stat(path)
+    identity = [_INDEX_VERSION, index_file.__name__, os.path.abspath(path), state.st_size, state.st_mtime_ns]
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest() + ".npz"
+    cached = os.path.join(cache_dir(), "index", name)
+    try:
+        with np.load(cached, allow_pickle=False) as stored:
+            return Index(stored["rows"], json.loads(stored["refused"].item()))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # absent, or cut by a crash: made again
+    index = index_file(path)
+    partial = f"{cached}.{os.getpid()}.{threading.get_ident()}"
+    try:
+        os.makedirs(os.path.dirname(cached), exist_ok=True)
+        with open(partial, "wb") as file:
+            np.savez(file, rows=index.rows, refused=np.array(json.dumps(index.refused)))
+        os.replace(partial, cached)
+    except OSError as error:
+        logging.log_first_n(logging.WARNING, "indexes are not cached: %s", 1, error)
+    return index

@@ -1,4 +1,4 @@
-"""Captions to token ids: OpenAI CLIP's byte-pair encoding, or a byte-level one trained on the dataset's captions.
+"""Captions to token ids: OpenAI CLIP's byte-pair encoding, or a byte-level one trained on captions.
 
 A row is SOT, the caption's tokens, EOT, then zeros; a caption that is too long is cut so that EOT stays.
 SOT and EOT are the two highest ids, EOT the highest, so `tokens.argmax(-1)` is the position of EOT, as
@@ -24,7 +24,7 @@ _MIN_VOCAB = 256 + 2
 
 
 def clean(text: str) -> str:
-    """Repair, unescape twice, squeeze white space and lower, as OpenAI's CLIP; its literal SOT and EOT are taken out."""
+    """Repair, unescape twice, squeeze white space, lower, as OpenAI's CLIP; a literal SOT or EOT goes."""
     if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing to repair
         import ftfy
 
@@ -37,7 +37,7 @@ class Tokenizer:
     """A tokenizer with a fixed context length; call it with a list of captions."""
 
     def __init__(self, encoder, kind: str, vocab_size: int, context_length: int):
-        """encoder: a `tokenizers.Tokenizer` that adds no special tokens; ids vocab_size - 2 and - 1 are SOT and EOT."""
+        """encoder: a `tokenizers.Tokenizer`; the ids vocab_size - 2 and vocab_size - 1 are SOT and EOT."""
         if context_length < 3:
             raise ValueError(
                 f"context_length {context_length} leaves no room between SOT and EOT; give 3 or more"
@@ -45,17 +45,21 @@ class Tokenizer:
         self.kind, self.vocab_size, self.context_length = kind, vocab_size, context_length
         self.sot, self.eot = vocab_size - 2, vocab_size - 1
         self._encoder = encoder
-        self._ids = functools.lru_cache(maxsize=1 << 16)(self._encode)
+        self._cached = functools.lru_cache(maxsize=1 << 15)(self._encode)
 
     def _encode(self, caption: str) -> tuple[int, ...]:
-        return tuple(self._encoder.encode(clean(caption), add_special_tokens=False).ids)
+        ids = self._encoder.encode(clean(caption), add_special_tokens=False).ids
+        return tuple(ids[: self.context_length - 2])
+
+    def _ids(self, caption: str) -> tuple[int, ...]:
+        return self._cached(caption) if len(caption) < 1000 else self._encode(caption)
 
     def __call__(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int32 [B, L], token_mask bool [B, L]) of B captions; a caption beyond L - 2 tokens is cut."""
+        """(tokens int32 [B, L], token_mask bool [B, L]) of B captions, cut after L - 2 tokens."""
         tokens = np.zeros((len(captions), self.context_length), np.int32)
         token_mask = np.zeros(tokens.shape, bool)
         for row, caption in enumerate(captions):
-            ids = self._ids(caption)[: self.context_length - 2]
+            ids = self._ids(caption)
             tokens[row, : len(ids) + 2] = (self.sot, *ids, self.eot)
             token_mask[row, : len(ids) + 2] = True
         return tokens, token_mask

@@ -9,8 +9,8 @@ crop(image) and crop_yx refer to the same picture.
 
 import dataclasses
 import io
+import re
 import struct
-import warnings
 import zlib
 
 import numpy as np
@@ -21,10 +21,19 @@ from dalle2_jax.data.records import BadRecord
 
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 20.0
-SIDES = ("left", "right", "左", "右")
+_SIDES = re.compile(r"\b(?:left|right)|左|右", re.IGNORECASE)  # also leftmost, right-handed; not bright
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _ORIENTATION = 0x0112
+_TURNS = {  # EXIF orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # The slots of `uniforms`: one draw each, so that a new use of randomness never shifts another.
 CAPTION, LANGUAGE, PLACE_X, PLACE_Y, FLIP, CROP_Y, CROP_X, BLUR = range(8)
 
@@ -65,10 +74,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_AS
     if not data:
         raise BadRecord("empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Image.DecompressionBombError as error:
+        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadRecord("too_large", str(error)) from None
     except _DECODE_ERRORS as error:
         raise BadRecord("undecodable", str(error)) from None
@@ -77,16 +84,25 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_AS
         raise BadRecord("too_large", f"{width} x {height}")
     if max(width, height) > max_aspect * min(width, height):
         raise BadRecord("too_long", f"{width} x {height}")
-    if getattr(picture, "is_animated", False):
+    if (
+        getattr(picture, "is_animated", False) and picture.format != "MPO"
+    ):  # of a camera's MPO, take the first
         raise BadRecord("animated", f"{picture.n_frames} frames")
     try:
         picture.load()
-        if picture.format != "PNG" or "exif" in picture.info:
-            if picture.getexif().get(_ORIENTATION, 1) != 1:
-                picture = ImageOps.exif_transpose(picture)
-        return _to_rgb(picture)
+        turn = _TURNS.get(_orientation(picture)) if "exif" in picture.info else None
+        picture = _to_rgb(picture)
+        return picture if turn is None else picture.transpose(turn)
     except _DECODE_ERRORS as error:
         raise BadRecord("undecodable", str(error)) from None
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where the EXIF data cannot be read."""
+    try:
+        return picture.getexif().get(_ORIENTATION, 1)
+    except (*_DECODE_ERRORS, KeyError, TypeError):
+        return 1
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -132,7 +148,7 @@ def square(
 
 def names_sides(captions: dict[str, tuple[str, ...]]) -> bool:
     """Whether any caption of a record, in any language, says left or right."""
-    return any(side in text.lower() for texts in captions.values() for text in texts for side in SIDES)
+    return any(_SIDES.search(text) for texts in captions.values() for text in texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +177,8 @@ class Views:
             picture: RGB. draws: [8] from `uniforms`. may_flip: False where a caption names sides.
 
         Returns:
-            image uint8 [H, W, 3], clip_image uint8, low_res uint8 (float32 in [-1, 1] where low_res_blur >
-            0), crop_yx int32 [2]: those that were asked for.
+            image uint8 [H, W, 3], clip_image uint8, low_res uint8 (float32 in [-1, 1] where low_res_blur is
+            above 0), crop_yx int32 [2]: those that were asked for.
         """
         place = (draws[PLACE_X], draws[PLACE_Y]) if self.random_crop else None
         if self.flip and may_flip and draws[FLIP] < 0.5:

@@ -1,0 +1,80 @@
+"""The error budget of a dataset: which records could not be used, why, and when that is too many."""
+
+import collections
+import threading
+
+from absl import logging
+
+from dalle2_jax.data.records import BadRecord
+
+BAD_SLACK = 8  # bad records that are borne before the fraction counts
+_KEPT_BAD = 100
+
+
+class TooManyBadRecords(RuntimeError):
+    """The share of unusable records is above data.max_bad_fraction."""
+
+
+class Budget:
+    """Counts what could not be used, by reason, and raises TooManyBadRecords; safe to use from many threads.
+
+    The run stops when more than `max_fraction` of the records seen are bad, and more than BAD_SLACK of
+    them (none where max_fraction is 0). A record counts once, however often it comes.
+    """
+
+    def __init__(self, num_records: int, max_fraction: float, refused: dict[str, int]):
+        """refused: what indexing lost already, by reason."""
+        self._lock = threading.Lock()
+        self._num_records, self._max_fraction = num_records, max_fraction
+        self._slack = BAD_SLACK if max_fraction > 0 else 0
+        self._known: dict[int, str] = {}  # record -> reason
+        self._refused = dict(refused)
+        self._noted = collections.Counter()
+        self._read = 0
+        self.kept: list[dict] = []
+        lost = sum(refused.values())
+        if lost > self._slack and lost > max_fraction * (num_records + lost):
+            self._stop(lost, num_records + lost, "of the dataset's files")
+
+    def reason(self, index: int) -> str | None:
+        """Why record `index` is known to be bad, or None."""
+        return self._known.get(index)
+
+    def add(self, index: int, key: str, error: BadRecord) -> None:
+        """Count record `index`, once."""
+        with self._lock:
+            if index in self._known:
+                return
+            self._known[index] = error.reason
+            logging.log_first_n(logging.WARNING, "bad record %s: %s", 20, key, error)
+            if len(self.kept) < _KEPT_BAD:
+                self.kept.append(dict(index=index, key=key, reason=error.reason, detail=error.detail))
+
+    def note(self, reason: str) -> None:
+        """Count something that does not make a record unusable."""
+        with self._lock:
+            self._noted[reason] += 1
+
+    def count_read(self, number: int) -> None:
+        """Count records read; raises TooManyBadRecords above the budget."""
+        with self._lock:
+            self._read += number
+            bad = len(self._known)
+            seen = max(min(self._read, self._num_records), bad)
+            if bad > self._slack and bad > self._max_fraction * seen:
+                self._stop(bad, seen, "read")
+
+    def _stop(self, bad: int, seen: int, what: str):
+        examples = "; ".join(f"{item['key']} ({item['reason']} {item['detail']})" for item in self.kept[:5])
+        raise TooManyBadRecords(
+            f"{bad} of {seen} records {what} cannot be used, above data.max_bad_fraction="
+            f"{self._max_fraction}: {self.counts()}. {examples}{'. ' if examples else ''}"
+            "Mend the dataset, or raise data.max_bad_fraction"
+        )
+
+    def counts(self) -> dict[str, int]:
+        """{reason: count} of everything so far."""
+        counts = collections.Counter(self._refused)
+        counts.update(self._known.values())
+        counts.update(self._noted)
+        return dict(counts)
