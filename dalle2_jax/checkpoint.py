@@ -5,6 +5,10 @@ meanwhile), sharded (each process writes its part) and atomically (a step counts
 whole). Leaves are stored under flat names such as 'params/conv_in/kernel', so a checkpoint can be read onto
 any mesh and without the classes it came from.
 
+Orbax does not notice flipped bits in its files, so `meta` carries a checksum of every leaf, compared on
+reading. With w_i the bits of element i as an unsigned number, it is sum_i w_i (2 i + 1) mod 2^32: a changed
+bit always changes it (the weights are odd), and devices that hold parts of an array just add up theirs.
+
 A model directory is what generating needs and nothing else, readable with safetensors and a JSON parser:
 
     MODEL/model_index.json                      which stages there are, and where
@@ -51,6 +55,41 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
+
+
+def checksum(x: Any) -> Any:
+    """Returns the checksum above of an array, uint32: in numpy for numpy, in JAX for a tracer."""
+    xp = np if isinstance(x, np.ndarray) else jax.numpy
+    kind = np.dtype(f"uint{8 * x.dtype.itemsize}")
+    if x.dtype == bool:
+        bits = x.astype(kind)
+    else:
+        bits = x.view(kind) if xp is np else jax.lax.bitcast_convert_type(x, kind)
+    index = xp.zeros((), np.uint32)  # of each element in row-major order, without gathering the array
+    for axis, size in enumerate(x.shape):
+        along = xp.arange(size, dtype=np.uint32).reshape((size,) + (1,) * (x.ndim - axis - 1))
+        index = index * np.uint32(size) + along
+    return (bits.astype(np.uint32) * (2 * index + 1)).sum(dtype=np.uint32)
+
+
+def checksums(flat: Mapping[str, Any]) -> dict[str, int]:
+    """Returns {name: checksum}; of arrays on accelerators or other hosts, computed where they are."""
+    host = {
+        name: np.asarray(leaf)
+        for name, leaf in flat.items()
+        if not isinstance(leaf, jax.Array)
+        or (leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices()))
+    }
+    sums = {name: int(checksum(leaf)) for name, leaf in host.items()}
+    rest = {name: leaf for name, leaf in flat.items() if name not in host}
+    if rest:
+        sums |= {name: int(value) for name, value in jax.device_get(_device_checksums(rest)).items()}
+    return {name: sums[name] for name in flat}
+
+
+@jax.jit
+def _device_checksums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: checksum(leaf) for name, leaf in flat.items()}
 
 
 def check_params(params: Any, abstract: Any, where: str = "the parameters") -> None:
@@ -147,9 +186,10 @@ class Checkpointer:
         """
         if step in self._manager.all_steps():
             return False
-        args = self._ocp.args
+        args, flat = self._ocp.args, flatten(state)
+        contents = {"meta": dict(meta), "checksums": checksums(flat)}
         return self._manager.save(
-            step, args=args.Composite(state=args.PyTreeSave(flatten(state)), meta=args.JsonSave(dict(meta)))
+            step, args=args.Composite(state=args.PyTreeSave(flat), meta=args.JsonSave(contents))
         )
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
@@ -179,8 +219,9 @@ class Checkpointer:
                     state=args.PyTreeRestore(expected, restore_args=restore_args), meta=args.JsonRestore()
                 ),
             )
-        leaves = [restored["state"][name] for name in expected]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), dict(restored["meta"])
+        flat = {name: restored["state"][name] for name in expected}
+        _check_sums(path, flat, restored["meta"]["checksums"])
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), flat.values()), restored["meta"]["meta"]
 
     def wait(self) -> None:
         """Waits until the save in progress is committed; raises what went wrong with it."""
@@ -236,6 +277,9 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
             _absolute(path / "state"),
             args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True),
         )
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            sums = reader.restore(_absolute(path / "meta"))["checksums"]
+    _check_sums(path, {leaf: flat[leaf] for leaf in wanted}, sums)
     return unflatten({leaf.removeprefix(f"{name}/"): flat[leaf] for leaf in wanted})
 
 
@@ -260,6 +304,15 @@ def _check_stored(path: epath.Path, stored: Mapping[str, Any], expected: Mapping
             f"checkpoint {path} does not fit the model: use the config that it was trained with, or another "
             + "workdir\n"
             + "\n".join(complaints)
+        )
+
+
+def _check_sums(path: epath.Path, flat: Mapping[str, Any], sums: Mapping[str, int]) -> None:
+    changed = [name for name, value in checksums(flat).items() if value != sums.get(name)]
+    if changed:
+        raise ValueError(
+            f"checkpoint {path} is damaged: {len(changed)} leaves are not what was saved "
+            f"({', '.join(changed[:5])}). Move that folder away to go on from an earlier step"
         )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle2_jax import checkpoint, partition
 
@@ -163,6 +164,29 @@ class TestCheckpointer:
                     loader.restore(abstract(state, mesh), step)
             assert_same(loader.restore(abstract(state, mesh), 1)[0], state)
 
+    def test_a_flipped_bit_is_found_and_its_leaf_named(self, tmp_path, mesh):
+        """Orbax's data is compressed, so a state with one other bit gets the checksums of the first."""
+        state = make_state(mesh)
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            saver.save(1, state, {})
+            bits = np.array(state["ema_params"]["conv_in"]["bias"])
+            bits.view(np.uint32)[3] ^= 1
+            state["ema_params"]["conv_in"]["bias"] = jnp.asarray(bits)
+            saver.save(2, state, {})
+        first, second = (tmp_path / "checkpoints" / step / "meta" / "metadata" for step in "12")
+        sums = [json.loads(path.read_text())["checksums"] for path in (first, second)]
+        assert [name for name in sums[0] if sums[0][name] != sums[1][name]] == ["ema_params/conv_in/bias"]
+        second.write_text(first.read_text())
+        with checkpoint.Checkpointer(tmp_path) as loader:
+            with pytest.raises(
+                ValueError, match=r"checkpoints/2 is damaged: 1 leaves .*\(ema_params/conv_in/bias\)"
+            ):
+                loader.restore(abstract(state, mesh))
+            loader.restore(abstract(state, mesh), 1)
+        with pytest.raises(ValueError, match="damaged"):
+            checkpoint.restore_ema_params(tmp_path)
+        checkpoint.restore_subtree(tmp_path, "params")  # not damaged
+
     def test_killed_while_saving(self, tmp_path):
         """The step being written when the process dies does not count, and what it left is cleaned up."""
         code = f"""
@@ -194,6 +218,32 @@ os._exit(9)
             assert loader.all_steps() == [1]
             loader.save(2, {"kernel": np.zeros(3)}, {})
         assert sorted(p.name for p in directory.iterdir()) == ["1", "2"]
+
+
+class TestChecksum:
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8, bool])
+    def test_host_and_devices_agree_however_the_array_is_split(self, mesh, dtype):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 6)) * 100).astype(dtype)
+        expected = int(checkpoint.checksum(np.asarray(x)))
+        for spec in (PartitionSpec(), PartitionSpec("fsdp", "data"), PartitionSpec(None, ("data",), None)):
+            placed = jax.device_put(x, NamedSharding(mesh, spec))
+            assert int(jax.jit(checkpoint.checksum)(placed)) == expected
+            assert checkpoint.checksums({"x": placed}) == {"x": expected}
+
+    def test_by_hand(self):
+        """Bits 5, 7, 2^31 with weights 1, 3, 5: 5 + 21 + 5 * 2^31 = 26 + 2^31 modulo 2^32."""
+        assert int(checkpoint.checksum(np.uint32([5, 7, 2**31]))) == 26 + 2**31
+        assert int(checkpoint.checksum(np.float32(1.0).reshape(()))) == 0x3F800000
+
+    def test_every_bit_and_the_order_count(self):
+        x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+        whole = int(checkpoint.checksum(x))
+        for element in range(15):
+            for bit in range(32):
+                changed = x.copy()
+                changed.view(np.uint32).flat[element] ^= np.uint32(1 << bit)
+                assert int(checkpoint.checksum(changed)) != whole
+        assert int(checkpoint.checksum(x[::-1].copy())) != whole
 
 
 class TestRestoreSubtree:
