@@ -1,0 +1,217 @@
+"""A model directory, opened: its stages, their weights on the devices, functions compiled for micro-batches.
+
+Rows (captions, pictures) run in micro-batches of a fixed size that are split over the devices. A compiled
+function is kept for every (stage, settings, shapes).
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+
+from dalle2_jax import checkpoint, models, partition
+from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+BUNDLED = Path(__file__).parent / "bundled"
+BATCH_SIZE = 8
+BASE_STAGES = ("clip", "prior", "decoder")
+# progress(stage, rows done, rows in all, seconds in this stage without compiling)
+Progress = Callable[[str, int, int, float], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What `rows` rows of `steps` network steps each took, in seconds, without and for compiling."""
+
+    rows: int
+    steps: int
+    seconds: float
+    compile_seconds: float
+
+
+def check_cascade(configs: dict[str, dict], stages: dict, vocab_size: int) -> None:
+    """Raise ValueError unless the stages of a model fit together.
+
+    Args:
+      configs: name -> stored config; the names are clip, prior, decoder, and the upsamplers' in their order.
+      stages: the same names -> what `models.build_stage` makes of them.
+      vocab_size: of the model's tokenizer.
+    """
+    clip, prior = stages.get("clip"), stages.get("prior")
+    for name in ("prior", "decoder"):
+        if clip is not None and name in stages and stages[name].embed_dim != clip.embed_dim:
+            raise ValueError(
+                f"the {name} has embeddings of {stages[name].embed_dim} entries, CLIP of {clip.embed_dim}: "
+                f"use the CLIP that the {name} was trained with"
+            )
+    if clip is not None and prior is not None and prior.states_width:
+        if prior.context_length != clip.context_length:
+            raise ValueError(
+                f"the prior reads CLIP's states at {prior.context_length} positions, CLIP has "
+                f"{clip.context_length}: train them with one context_length"
+            )
+    for name, config in configs.items():
+        known = (config["model"].get("text") or {}).get("vocab_size")
+        if known and vocab_size > known:
+            raise ValueError(
+                f"the tokenizer has {vocab_size} tokens, the {name} knows {known}: "
+                "use the tokenizer that it was trained with"
+            )
+    side, previous = getattr(stages.get("decoder"), "image_size", None), "decoder"
+    for name, stage in stages.items():
+        if name in BASE_STAGES:
+            continue
+        if side is not None and stage.low_res_size != side:
+            raise ValueError(
+                f"{name} enlarges pictures of side {stage.low_res_size}, the {previous} draws side {side}: "
+                "give the upsamplers in order, each starting where the one before ends"
+            )
+        side, previous = stage.image_size, name
+
+
+def _read_stages(directory: epath.Path, index: dict, dtype: str | None) -> tuple[dict, dict, dict]:
+    """(folders, configs, stages) by stage name, in the order in which they run."""
+    named = index["stages"]
+    folders = {name: named[name] for name in BASE_STAGES if name in named}
+    folders |= {folder: folder for folder in named.get("upsamplers", [])}
+    configs, stages = {}, {}
+    for name, folder in folders.items():
+        path = directory / folder / checkpoint.CONFIG_FILE
+        try:
+            config = json.loads(path.read_text())
+            if dtype is not None:
+                config["model"]["dtype"] = dtype
+            stages[name] = models.build_stage(config)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error!r}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        configs[name] = config
+    return folders, configs, stages
+
+
+class Cascade:
+    """The stages of a model directory. Make one with `Cascade.open`.
+
+    Attributes:
+      name: the model's name.
+      configs, stages: stage name -> stored config, built stage. Upsamplers are named as their folders and
+        come last, in the order in which they run.
+      mesh: the devices that share a batch.
+    """
+
+    def __init__(self, directory: epath.Path, index: dict, folders: dict, configs: dict, stages: dict, mesh):
+        self.directory, self.name = directory, index.get("name") or directory.name
+        self.configs, self.stages, self.mesh = configs, stages, mesh
+        self._tokenizer_path = directory / index.get("tokenizer", "tokenizer")
+        self._folders = folders
+        self._params: dict = {}
+        self._programs: dict = {}
+        self._tokenizers: dict = {}
+
+    @staticmethod
+    def open(model_dir: str | os.PathLike | None, dtype: str | None = None, mesh=None) -> "Cascade":
+        """Open a model directory; see `UnCLIP.load`."""
+        if model_dir is None:
+            if not (BUNDLED / checkpoint.INDEX_FILE).exists():
+                raise FileNotFoundError(
+                    "this installation came without the bundled model (the package's folder 'bundled'): give "
+                    "a model directory, such as `python -m dalle2_jax.convert workdirs` writes"
+                )
+            model_dir = BUNDLED
+        directory = epath.Path(model_dir)
+        index = checkpoint.read_index(directory)
+        folders, configs, stages = _read_stages(directory, index, dtype)
+        mesh = partition.make_mesh() if mesh is None else mesh
+        cascade = Cascade(directory, index, folders, configs, stages, mesh)
+        check_cascade(configs, stages, cascade.tokenizer(3).vocab_size)
+        return cascade
+
+    @property
+    def upsamplers(self) -> tuple[str, ...]:
+        """Names of the upsamplers, in the order in which they run."""
+        return tuple(name for name in self.stages if name not in BASE_STAGES)
+
+    def stage(self, name: str):
+        """The stage called `name`; ValueError if the model lacks it."""
+        if name not in self.stages:
+            raise ValueError(f"model {self.name!r} has no {name}: it has {', '.join(self.stages)}")
+        return self.stages[name]
+
+    def params(self, name: str) -> dict:
+        """A stage's parameters, whole on every device; read at first use."""
+        if name not in self._params:
+            stage = self.stage(name)
+            path = self.directory / self._folders[name]
+            _, params = checkpoint.load_stage(path)
+            checkpoint.check_params(params, models.abstract_params(stage), os.fspath(path))
+            self._params[name] = jax.device_put(params, partition.replicated(self.mesh))
+        return self._params[name]
+
+    def tokenizer(self, context_length: int) -> Tokenizer:
+        """The model's tokenizer with this context length."""
+        if context_length not in self._tokenizers:
+            self._tokenizers[context_length] = load_tokenizer(self._tokenizer_path, context_length)
+        return self._tokenizers[context_length]
+
+    def _micro_batch(self, count: int, batch_size: int | None) -> int:
+        """Rows of a micro-batch: a multiple of the mesh's batch shards, no more than `count` needs."""
+        shards = partition.batch_shards(self.mesh)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be 1 or more")
+        wanted = min(batch_size or max(BATCH_SIZE, shards), count)
+        return -(-wanted // shards) * shards
+
+    def run(
+        self,
+        name: str,
+        function: Callable,
+        rows: dict[str, np.ndarray],
+        *,
+        settings: tuple,
+        scalars: dict[str, float] | None = None,
+        label: str | None = None,
+        steps: int = 1,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ):
+        """(function(params, batch, scalars) of all rows as numpy, Timing).
+
+        Args:
+          name: the stage whose parameters `function` gets.
+          function: traced once for each micro-batch shape; returns arrays of one row for each row of `batch`.
+          rows: arrays [N, ...]. The last micro-batch is filled up with copies of the last row.
+          settings: hashable, all that `function` closes over: it names the compiled program.
+          scalars: numbers that are traced, so that no value needs a new program.
+          label, steps: for the timing and for `progress`.
+          batch_size: rows at a time, rounded up to a multiple of the devices; None: 8, or one a device.
+        """
+        count = len(next(iter(rows.values())))
+        size = self._micro_batch(count, batch_size)
+        params = self.params(name)
+        scalars = {key: np.float32(value) for key, value in (scalars or {}).items()}
+        scalars = jax.device_put(scalars, partition.replicated(self.mesh))
+        outputs, seconds, compile_seconds = [], 0.0, 0.0
+        for start in range(0, count, size):
+            chosen = np.minimum(np.arange(start, start + size), count - 1)
+            batch = partition.to_global({key: value[chosen] for key, value in rows.items()}, self.mesh)
+            program = (name, settings, tuple((key, value.shape) for key, value in sorted(batch.items())))
+            if program not in self._programs:
+                began = time.monotonic()
+                with partition.use_mesh(self.mesh):
+                    jitted = jax.jit(function, out_shardings=partition.batch_sharding(self.mesh))
+                    self._programs[program] = jitted.lower(params, batch, scalars).compile()
+                compile_seconds += time.monotonic() - began
+            began = time.monotonic()
+            outputs.append(partition.to_host(self._programs[program](params, batch, scalars)))
+            seconds += time.monotonic() - began
+            if progress is not None:
+                progress(label or name, min(start + size, count), count, seconds)
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
+        return joined, Timing(count, steps, seconds, compile_seconds)

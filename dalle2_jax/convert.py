@@ -1,0 +1,157 @@
+"""python -m dalle2_jax.convert SUBCOMMAND ...: weights in, model directories out.
+
+    python -m dalle2_jax.convert workdirs --clip=W --prior=W --decoder=W --upsamplers=W1,W2 --out=MODEL
+
+takes the averaged parameters of training workdirs. A model directory holds, for each stage, weights and the
+config that rebuilds it, and the tokenizer (see checkpoint.py); nothing of the machine that trained it.
+"""
+
+import argparse
+import os
+import re
+import sys
+
+from absl import logging
+from etils import epath
+
+import dalle2_jax
+from dalle2_jax import checkpoint, models, partition
+from dalle2_jax.cascade import check_cascade
+from dalle2_jax.data.tokenizer import load_tokenizer
+
+DTYPES = tuple(checkpoint.DTYPES)
+
+
+def without_paths(value):
+    """A config whose texts that look like paths are reduced to their last name; no model depends on them."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and re.search(r"[/\\~]", value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1].lstrip("~")
+    return value
+
+
+def convert_workdirs(
+    out: str | os.PathLike,
+    *,
+    clip: str,
+    prior: str,
+    decoder: str,
+    upsamplers: tuple[str, ...] = (),
+    dtype: str = "bfloat16",
+    name: str = "",
+) -> None:
+    """Write a model directory from training workdirs.
+
+    Args:
+      out: the directory; made if absent. Files of the same names are replaced.
+      clip, prior, decoder: workdirs, or model directories that hold the stage.
+      upsamplers: workdirs, in the order in which they run.
+      dtype: 'bfloat16' (half the size) or 'float32' (exact).
+      name: of the model; by default the last name of `out`.
+
+    Raises:
+      FileNotFoundError, ValueError: a workdir lacks something, or the stages do not fit together.
+    """
+    out = epath.Path(out)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    if models.is_workdir(out):
+        raise ValueError(f"{out} is a training workdir: write the model directory elsewhere")
+    wanted = [("clip", clip), ("prior", prior), ("decoder", decoder)] + [("upsampler", w) for w in upsamplers]
+    configs, stages, weights, steps = {}, {}, {}, {}
+    for role, source in wanted:
+        stage, config, params = models.load_stage(source, role)
+        folder = f"upsampler{stage.image_size}" if role == "upsampler" else role
+        if folder in stages:
+            raise ValueError(
+                f"two upsamplers draw {stage.image_size} x {stage.image_size}: {source} is one too many"
+            )
+        configs[folder], stages[folder], weights[folder] = config, stage, params
+        steps[folder] = _trained_steps(source, folder)
+        logging.info("read %s from %s", folder, source)
+    tokenizer = _shared_tokenizer([source for _, source in wanted[:3]])
+    check_cascade(configs, stages, tokenizer.vocab_size)
+
+    for folder, config in configs.items():
+        checkpoint.save_stage(out / folder, without_paths(config) | {"wandb": ""}, weights[folder], dtype)
+    (out / "tokenizer").mkdir(parents=True, exist_ok=True)
+    tokenizer.save(out / "tokenizer")
+    layout = {"clip": "clip", "prior": "prior", "decoder": "decoder"}
+    layout["upsamplers"] = [folder for folder in stages if folder not in layout]
+    extra = {"name": name or out.name, "dalle2_jax_version": dalle2_jax.__version__, "trained_steps": steps}
+    checkpoint.write_index(out, layout, extra=extra)
+
+
+def _shared_tokenizer(sources: list[str]):
+    """The one tokenizer of the stages that read captions, at the longest of their contexts."""
+    folders = [epath.Path(source) / "tokenizer" for source in sources]
+    loaded = [load_tokenizer(folder) for folder in folders]
+    for source, folder in zip(sources[1:], folders[1:], strict=True):
+        if (folder / "tokenizer.json").read_bytes() != (folders[0] / "tokenizer.json").read_bytes():
+            raise ValueError(
+                f"{source} was trained with another tokenizer than {sources[0]}: train all stages with one "
+                "CLIP (--config.clip), which hands its tokenizer on"
+            )
+    return max(loaded, key=lambda tokenizer: tokenizer.context_length)
+
+
+def _trained_steps(source: str, folder: str) -> int | None:
+    """The step whose average `models.load_stage` read; for a model directory what its index says."""
+    if models.is_workdir(source):
+        names = [path.name for path in (epath.Path(source) / "checkpoints").iterdir()]
+        return max(int(name) for name in names if name.isdigit())
+    return checkpoint.read_index(source).get("trained_steps", {}).get(folder)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line; one subcommand a source of weights."""
+    parser = argparse.ArgumentParser(prog="python -m dalle2_jax.convert", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    workdirs = commands.add_parser(
+        "workdirs", aliases=["export"], help="averaged weights of training workdirs"
+    )
+    for role in ("clip", "prior", "decoder"):
+        workdirs.add_argument(f"--{role}", required=True, metavar="W", help=f"workdir of the {role}")
+    workdirs.add_argument(
+        "--upsamplers", default="", metavar="W1,W2", help="workdirs of the upsamplers, in their order"
+    )
+    workdirs.add_argument("--out", required=True, metavar="MODEL", help="model directory to write")
+    workdirs.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
+    workdirs.add_argument("--name", default="", help="name of the model; by default the last name of --out")
+    workdirs.set_defaults(run=_run_workdirs)
+    return parser
+
+
+def _run_workdirs(options: argparse.Namespace) -> None:
+    convert_workdirs(
+        options.out,
+        clip=options.clip,
+        prior=options.prior,
+        decoder=options.decoder,
+        upsamplers=tuple(part for part in options.upsamplers.split(",") if part),
+        dtype=options.dtype,
+        name=options.name,
+    )
+    size = sum(path.stat().length for path in epath.Path(options.out).glob("**/*") if path.is_file())
+    print(f"wrote {options.out} ({size / 1e6:.1f} MB)")
+    print(f'draw with it: python -m dalle2_jax.generate --model={options.out} "a red star above a blue ring"')
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; 0, or 2 after an error in what was asked for."""
+    options = make_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    partition.initialise()
+    logging.set_verbosity(logging.INFO)
+    raise SystemExit(main())

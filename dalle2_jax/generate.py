@@ -1,0 +1,158 @@
+"""python -m dalle2_jax.generate [--model=DIR] "caption" ["caption" ...] [--n=4 --seed=0 --out=outputs ...]
+
+Draws captions with a model directory, or with the small model that comes with the package. --out gets every
+picture as PNG (with the settings inside), a labelled grid.png, and generate.json, which says what made them.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+from etils import epath
+
+import dalle2_jax
+from dalle2_jax import metrics, partition, pipeline
+
+
+def slug(caption: str, length: int = 48) -> str:
+    """A caption as part of a file name: words joined by '-', letters of any script."""
+    return "-".join(re.findall(r"\w+", caption.lower()))[:length].rstrip("-") or "picture"
+
+
+def report(result: pipeline.Result, name: str) -> dict:
+    """What made the pictures of `result`, JSON values."""
+    return {
+        "model": name,
+        "seed": result.seed,
+        "settings": result.settings,
+        "timings": {
+            stage: {
+                "rows": timing.rows,
+                "steps": timing.steps,
+                "seconds": round(timing.seconds, 4),
+                "seconds_per_row": round(timing.seconds / timing.rows, 4),
+                "compile_seconds": round(timing.compile_seconds, 4),
+            }
+            for stage, timing in result.timings.items()
+        },
+        "seconds_per_picture": round(sum(t.seconds for t in result.timings.values()) / len(result.images), 4),
+        "versions": {
+            "dalle2_jax": dalle2_jax.__version__,
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+            "python": sys.version.split()[0],
+        },
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def write_pictures(out: str | os.PathLike, result: pipeline.Result, name: str) -> list[epath.Path]:
+    """Write the pictures, grid.png and generate.json of `result` into `out`; the pictures' paths.
+
+    Files of the same names are replaced, others left alone: generate.json lists what belongs to it.
+    """
+    out = epath.Path(out)
+    summary = report(result, name)
+    paths, pictures = [], []
+    for i, (image, caption, number) in enumerate(
+        zip(result.images, result.captions, result.numbers, strict=True)
+    ):
+        path = out / f"{i:04d}_{slug(caption)}.png"
+        made = {"caption": caption, "number": number, "seed": result.seed}
+        texts = {
+            "caption": caption,
+            "dalle2_jax": json.dumps(made | {"model": name, "settings": result.settings}),
+        }
+        metrics.save_png(path, image, texts)
+        paths.append(path)
+        pictures.append({"file": path.name} | made)
+    columns = max(result.numbers) + 1
+    grid = metrics.labelled_grid(result.images, result.captions, columns if columns > 1 else None)
+    metrics.save_png(out / "grid.png", grid, {"captions": json.dumps(result.captions, ensure_ascii=False)})
+    summary = {"pictures": pictures, "grid": "grid.png"} | summary
+    (out / "generate.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return paths
+
+
+class StageLines:
+    """Prints a line a stage on a terminal of any kind: pictures done, seconds, seconds a picture."""
+
+    def __init__(self, file=None, clock=time.monotonic, every: float = 5.0):
+        self._file, self._clock, self._every, self._last = file or sys.stdout, clock, every, float("-inf")
+
+    def __call__(self, stage: str, done: int, total: int, seconds: float) -> None:
+        now = self._clock()
+        if done < total and now - self._last < self._every:
+            return
+        self._last = now
+        print(
+            f"{stage:>12} {done}/{total} pictures, {seconds:.2f} s, {seconds / done:.3f} s a picture",
+            file=self._file,
+            flush=True,
+        )
+
+
+FLAGS = flags.FLAGS
+
+
+def main(argv):
+    captions = argv[1:]
+    steps = [int(number) for number in FLAGS.upsampler_steps] if FLAGS.upsampler_steps else None
+    settings = dict(
+        seed=FLAGS.seed,
+        n=FLAGS.n,
+        guidance_scale=FLAGS.guidance_scale,
+        prior_guidance_scale=FLAGS.prior_guidance_scale,
+        prior_steps=FLAGS.prior_steps,
+        decoder_steps=FLAGS.decoder_steps,
+        upsampler_steps=steps,
+        method=FLAGS.method,
+        eta=FLAGS.eta,
+    )
+    try:
+        pipeline.check_captions(captions)
+        partition.initialise()
+        began = time.monotonic()
+        model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype)
+        for line in model.cut_captions(captions):
+            print(f"note: {line}", flush=True)
+        result = model.text_to_image(captions, **settings, batch_size=FLAGS.batch_size, progress=StageLines())
+        paths = write_pictures(FLAGS.out, result, model.name)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from (error if FLAGS.debug else None)
+    compiling = sum(timing.compile_seconds for timing in result.timings.values())
+    sampling = sum(timing.seconds for timing in result.timings.values())
+    print(
+        f"{len(paths)} picture(s) of {model.image_size} x {model.image_size} in "
+        f"{time.monotonic() - began:.1f} s (compiling {compiling:.1f} s, {sampling / len(paths):.2f} s a "
+        f"picture): {epath.Path(FLAGS.out) / 'grid.png'}"
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "model", None, "Model directory; by default the small model that comes with the package."
+    )
+    flags.DEFINE_string("out", "outputs", "Where pictures, grid.png and generate.json go.")
+    flags.DEFINE_integer("n", 1, "Pictures a caption.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed; the same seed and caption give the same picture.")
+    flags.DEFINE_float(
+        "guidance_scale", None, "Guidance of the decoder, 1 is none; by default the model's own."
+    )
+    flags.DEFINE_float("prior_guidance_scale", None, "Guidance of the prior; by default the model's own.")
+    flags.DEFINE_integer("prior_steps", None, "Steps of the prior.")
+    flags.DEFINE_integer("decoder_steps", None, "Steps of the decoder.")
+    flags.DEFINE_alias("steps", "decoder_steps")
+    flags.DEFINE_list("upsampler_steps", None, "Steps of the upsamplers, one number each, such as 27,15.")
+    flags.DEFINE_enum("method", None, ["ddpm", "ddim"], "Sampler of the decoder.")
+    flags.DEFINE_float("eta", None, "Noise of DDIM in the decoder, 0 (none) to 1.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; by default as trained.")
+    flags.DEFINE_integer("batch_size", None, "Pictures at a time, rounded up to a multiple of the devices.")
+    flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
+    app.run(main)

@@ -1,0 +1,490 @@
+"""UnCLIP: a model directory that draws captions through the whole cascade.
+
+    caption --CLIP text--> text embedding --prior--> image embedding --decoder--> base --upsamplers--> picture
+
+Each stage samples in one compiled function that holds one `lax.scan`; parameters, the pictures' keys and the
+guidance scale are its arguments. Picture i of a caption has the key
+
+    fold_in(fold_in(key(seed), i), number of the stage)
+
+so the same seed and caption give the same picture whatever else is drawn with it. Between stages pictures
+have 256 levels, as training pictures have. Nothing here needs TensorFlow.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle2_jax.cascade import BASE_STAGES, Cascade, Progress, Timing
+
+MAX_CAPTION = 1000
+# A stage's number in the keys; upsampler k is 2 + k.
+_PRIOR, _DECODER, _UPSAMPLER = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Drawn pictures, n of each caption side by side.
+
+    Attributes:
+      captions: N captions, one a picture.
+      numbers: N picture numbers, 0 .. n-1 within a caption; with seed and settings they fix the picture.
+      seed: the seed of all of them.
+      image_embeds: [N, E] float32, the prior's, in CLIP's own scale.
+      base: uint8 [N, h, w, 3], the decoder's pictures.
+      images: uint8 [N, H, W, 3], after the last upsampler (`base` if there is none).
+      settings: stage -> what it was run with, JSON values.
+      timings: stage -> Timing, in the order in which they ran; 'text' is CLIP reading the captions.
+    """
+
+    captions: tuple[str, ...]
+    numbers: tuple[int, ...]
+    seed: int
+    image_embeds: np.ndarray
+    base: np.ndarray
+    images: np.ndarray
+    settings: dict
+    timings: dict[str, Timing]
+
+
+def check_captions(captions: Sequence[str]) -> None:
+    """Raise ValueError for no captions, an empty one, or one of more than MAX_CAPTION characters."""
+    if isinstance(captions, str):
+        raise ValueError("captions must be a list of texts, not one text")
+    if not len(captions):
+        raise ValueError("give at least one caption")
+    for i, caption in enumerate(captions, 1):
+        if not isinstance(caption, str):
+            raise ValueError(f"caption {i} is {caption!r}: captions must be texts")
+        if not caption.strip():
+            raise ValueError(f"caption {i} is empty: say what to draw")
+        if len(caption) > MAX_CAPTION:
+            raise ValueError(f"caption {i} has {len(caption)} characters: at most {MAX_CAPTION} are allowed")
+
+
+def check_method(method: str, eta: float | None) -> None:
+    """Raise ValueError for an unknown sampler, or an eta that it has no use for."""
+    if method not in ("ddpm", "ddim"):
+        raise ValueError(f"method {method!r} is unknown; choose 'ddpm' or 'ddim'")
+    if eta is not None and not 0 <= eta <= 1:
+        raise ValueError(f"eta {eta} must lie in 0 .. 1")
+    if eta is not None and method == "ddpm":
+        raise ValueError(f"eta {eta} has no meaning for method 'ddpm': use method 'ddim', or leave eta out")
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """[-1, 1] floats to the nearest of 256 levels."""
+    return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 to float32 in [-1, 1]; `to_uint8` undoes it."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def clip_square(image, size: int) -> np.ndarray:
+    """A PIL picture or uint8 [H, W, 3] as CLIP reads it: uint8 [size, size, 3], bicubic, central square."""
+    from PIL import Image, ImageOps
+
+    from dalle2_jax.data import transforms
+
+    if isinstance(image, Image.Image):
+        image = transforms._to_rgb(ImageOps.exif_transpose(image))
+    else:
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(f"a picture must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+        image = Image.fromarray(image)
+    return np.asarray(transforms.square(image, size, halve=False))
+
+
+def picture_keys(seed: int, numbers: Sequence[int], stage_number: int) -> np.ndarray:
+    """Key data, uint32 [N, ...], of the pictures with these numbers within their captions."""
+
+    def one(number):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), stage_number)
+        return jax.random.key_data(key)
+
+    return np.asarray(jax.vmap(one)(jnp.asarray(numbers, jnp.uint32)))
+
+
+def _guidance(scale: float) -> tuple[dict, str]:
+    """(scalars to trace, name of the program): a scale of 1 has its own program, without the null half."""
+    return ({}, "unguided") if scale == 1 else ({"guidance_scale": scale}, "guided")
+
+
+class UnCLIP:
+    """A model that draws. Make one with `UnCLIP.load`."""
+
+    def __init__(self, cascade: Cascade):
+        self.cascade = cascade
+
+    @staticmethod
+    def load(model_dir: str | os.PathLike | None = None, dtype: str | None = None, mesh=None) -> "UnCLIP":
+        """Open a model directory; weights are read when a stage is first used.
+
+        Args:
+          model_dir: the directory; None for the small model that comes with the package.
+          dtype: compute type of the networks, 'float32' or 'bfloat16'; None: as trained.
+          mesh: devices that share the pictures of a batch; None: all of them.
+
+        Raises:
+          FileNotFoundError: no such directory, or a part of it is missing.
+          ValueError: a part is damaged, or the stages do not fit together.
+        """
+        return UnCLIP(Cascade.open(model_dir, dtype, mesh))
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.cascade.name
+
+    @property
+    def image_size(self) -> int:
+        """Side of the finished picture."""
+        return self.cascade.stage((("decoder",) + self.cascade.upsamplers)[-1]).image_size
+
+    def cut_captions(self, captions: Sequence[str]) -> list[str]:
+        """A line for each caption that is longer than a stage reads, saying what is left of it."""
+        stages = self.cascade.stages
+        reads = {name: getattr(stages.get(name), "context_length", None) for name in BASE_STAGES}
+        # A token stands for at least one byte, a character for at most four.
+        lengths = self.cascade.tokenizer(4 * MAX_CAPTION + 2)(list(captions))[1].sum(axis=1)
+        lines = []
+        for i, (caption, length) in enumerate(zip(captions, lengths, strict=True), 1):
+            short = {name: limit for name, limit in reads.items() if limit and limit < length}
+            if short:
+                name = min(short, key=short.get)
+                tokenizer = self.cascade.tokenizer(short[name])
+                read = tokenizer.decode(tokenizer([caption])[0][0])
+                lines.append(
+                    f"caption {i} is too long by {length - short[name]} tokens: {name} reads only {read!r}"
+                )
+        return lines
+
+    def settings(
+        self,
+        *,
+        guidance_scale: float | None = None,
+        prior_guidance_scale: float | None = None,
+        prior_steps: int | None = None,
+        decoder_steps: int | None = None,
+        upsampler_steps: Sequence[int] | None = None,
+        method: str | None = None,
+        eta: float | None = None,
+    ) -> dict[str, dict]:
+        """stage -> what `text_to_image` runs it with for these arguments, the model's own values filled in.
+
+        Raises ValueError for what this model cannot do.
+        """
+
+        def own(value, default):
+            return default if value is None else value
+
+        cascade = self.cascade
+        prior, decoder, upsamplers = cascade.stage("prior"), cascade.stage("decoder"), cascade.upsamplers
+        if upsampler_steps is not None and len(upsampler_steps) != len(upsamplers):
+            raise ValueError(
+                f"upsampler_steps has {len(upsampler_steps)} numbers, model {self.name!r} has "
+                f"{len(upsamplers)} upsampler(s): give one a stage"
+            )
+        settings = {
+            "prior": dict(
+                num_steps=own(prior_steps, prior.num_steps),
+                guidance_scale=float(own(prior_guidance_scale, prior.guidance_scale)),
+                num_candidates=prior.num_candidates,
+                method=prior.method,
+                eta=prior.eta,
+            ),
+            "decoder": dict(
+                num_steps=own(decoder_steps, decoder.num_steps),
+                guidance_scale=float(own(guidance_scale, decoder.guidance_scale)),
+                method=method or decoder.method,
+                eta=own(eta, decoder.eta),
+            ),
+        }
+        check_method(method or decoder.method, eta)
+        for name, steps in zip(upsamplers, upsampler_steps or [None] * len(upsamplers), strict=True):
+            stage = cascade.stage(name)
+            settings[name] = dict(num_steps=own(steps, stage.num_steps), method=stage.method, eta=stage.eta)
+        for name, values in settings.items():
+            most = cascade.stage(name).schedule.num_timesteps
+            if not 1 <= values["num_steps"] <= most:
+                raise ValueError(f"{name}: {values['num_steps']} steps are not possible; give 1 .. {most}")
+            scale = values.get("guidance_scale", 1)
+            if not 0 <= scale <= 100:
+                raise ValueError(
+                    f"{name}: guidance_scale {scale} must lie in 0 .. 100; 1 is none, 2 to 5 are usual"
+                )
+        return settings
+
+    def encode_text(
+        self, captions: Sequence[str], batch_size: int | None = None, progress: Progress | None = None
+    ) -> tuple[tuple[np.ndarray, np.ndarray], Timing]:
+        """((text_embed [N, E] of unit norm, text_states [N, L, D]) of captions by CLIP, float32; Timing)."""
+        check_captions(captions)
+        clip = self.cascade.stage("clip")
+        tokens, token_mask = self.cascade.tokenizer(clip.context_length)(list(captions))
+
+        def function(params, batch, scalars):
+            return clip.encode_text(params, batch["tokens"], batch["token_mask"])
+
+        rows = {"tokens": tokens, "token_mask": token_mask}
+        return self.cascade.run(
+            "clip", function, rows, settings=("text",), label="text", batch_size=batch_size, progress=progress
+        )
+
+    def encode_image(self, images, batch_size: int | None = None) -> np.ndarray:
+        """Image embeddings [N, E] float32 of unit norm, by CLIP.
+
+        Args:
+          images: uint8 [N, H, W, 3], or a sequence of PIL pictures and uint8 [H, W, 3] of any sizes; each is
+            resized bicubically to CLIP's size and its central square taken, as in training.
+          batch_size: pictures at a time.
+        """
+        clip = self.cascade.stage("clip")
+        small = np.stack([clip_square(image, clip.image_size) for image in images])
+
+        def function(params, batch, scalars):
+            return clip.encode_image(params, to_float(batch["image"]))
+
+        rows = {"image": small}
+        return self.cascade.run("clip", function, rows, settings=("image",), batch_size=batch_size)[0]
+
+    def sample_prior(
+        self,
+        captions: Sequence[str],
+        *,
+        seed: int = 0,
+        n: int = 1,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_candidates: int | None = None,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[np.ndarray, dict[str, Timing]]:
+        """(n image embeddings of each caption, [N, E] float32 in CLIP's own scale; stage -> Timing)."""
+        prior = self.cascade.stage("prior")
+        own = self.settings(prior_steps=num_steps, prior_guidance_scale=guidance_scale)["prior"]
+        steps, count = own["num_steps"], num_candidates or own["num_candidates"]
+        scalars, program = _guidance(own["guidance_scale"])
+        (text_embed, text_states), text_timing = self.encode_text(captions, batch_size, progress)
+        tokens, token_mask = self.cascade.tokenizer(prior.context_length)(list(captions))
+        rows = {"text_embed": text_embed, "token_mask": token_mask}
+        rows |= {"text_states": text_states} if prior.states_width else {"tokens": tokens}
+        rows = {name: np.repeat(value, n, axis=0) for name, value in rows.items()}
+        rows["keys"] = picture_keys(seed, list(range(n)) * len(captions), _PRIOR)
+
+        def function(params, batch, scalars):
+            batch = dict(batch)
+            keys = jax.random.wrap_key_data(batch.pop("keys"))
+            scale = scalars.get("guidance_scale", 1)
+            return prior.sample(
+                params, keys, batch, num_steps=steps, guidance_scale=scale, num_candidates=count
+            )
+
+        embeds, timing = self.cascade.run(
+            "prior",
+            function,
+            rows,
+            settings=(steps, program, count),
+            scalars=scalars,
+            steps=steps,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return embeds, {"text": text_timing, "prior": timing}
+
+    def decode(
+        self,
+        image_embeds: np.ndarray,
+        captions: Sequence[str] | None = None,
+        *,
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        method: str | None = None,
+        eta: float | None = None,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[np.ndarray, Timing]:
+        """(base pictures uint8 [N, h, w, 3] of image embeddings, Timing).
+
+        Args:
+          image_embeds: [N, E] in CLIP's own scale.
+          captions: N of them, or None for the null caption.
+          seed, numbers: picture i has the key of (seed, numbers[i]); by default 0 .. N-1.
+          num_steps, guidance_scale, method, eta: instead of the decoder's own settings.
+          batch_size, progress: see `text_to_image`.
+        """
+        decoder = self.cascade.stage("decoder")
+        image_embeds = np.asarray(image_embeds, np.float32)
+        if image_embeds.ndim != 2 or image_embeds.shape[1] != decoder.embed_dim:
+            raise ValueError(f"image_embeds must be [N, {decoder.embed_dim}], not {list(image_embeds.shape)}")
+        count = len(image_embeds)
+        numbers = range(count) if numbers is None else numbers
+        if len(numbers) != count or (captions is not None and len(captions) != count):
+            raise ValueError(f"{count} image embeddings need as many captions and numbers")
+        own = self.settings(decoder_steps=num_steps, guidance_scale=guidance_scale, method=method, eta=eta)
+        own = own["decoder"]
+        steps = own["num_steps"]
+        scalars, program = _guidance(own["guidance_scale"])
+        rows = {"image_embed": image_embeds, "keys": picture_keys(seed, list(numbers), _DECODER)}
+        if decoder.context_length is not None:
+            if captions is None:
+                shape = (count, decoder.context_length)
+                tokens, token_mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+            else:
+                tokens, token_mask = self.cascade.tokenizer(decoder.context_length)(list(captions))
+            rows |= {"tokens": tokens, "token_mask": token_mask}
+
+        def function(params, batch, scalars):
+            batch = dict(batch)
+            keys = jax.random.wrap_key_data(batch.pop("keys"))
+            images = decoder.sample(
+                params,
+                keys,
+                batch,
+                num_steps=steps,
+                guidance_scale=scalars.get("guidance_scale", 1),
+                method=own["method"],
+                eta=own["eta"],
+            )
+            return to_uint8(images)
+
+        return self.cascade.run(
+            "decoder",
+            function,
+            rows,
+            settings=(steps, program, own["method"], own["eta"]),
+            scalars=scalars,
+            steps=steps,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def upsample(
+        self,
+        images: np.ndarray,
+        *,
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        num_steps: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[np.ndarray, dict[str, Timing]]:
+        """(pictures of the decoder's size, uint8 [N, h, w, 3], through all upsamplers; stage -> Timing).
+
+        The other arguments are as for `decode`; `num_steps` has one number an upsampler.
+        """
+        own = self.settings(upsampler_steps=num_steps)
+        numbers = list(range(len(images)) if numbers is None else numbers)
+        images, timings = np.asarray(images), {}
+        for k, name in enumerate(self.cascade.upsamplers):
+            stage, steps = self.cascade.stage(name), own[name]["num_steps"]
+
+            def function(params, batch, scalars, stage=stage, steps=steps):
+                keys = jax.random.wrap_key_data(batch["keys"])
+                low_res = {"low_res": to_float(batch["low_res"])}
+                return to_uint8(stage.sample(params, keys, low_res, num_steps=steps))
+
+            rows = {"low_res": images, "keys": picture_keys(seed, numbers, _UPSAMPLER + k)}
+            images, timings[name] = self.cascade.run(
+                name,
+                function,
+                rows,
+                settings=(steps,),
+                steps=steps,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        return images, timings
+
+    def text_to_image(
+        self,
+        captions: Sequence[str],
+        *,
+        seed: int = 0,
+        n: int = 1,
+        guidance_scale: float | None = None,
+        prior_guidance_scale: float | None = None,
+        prior_steps: int | None = None,
+        decoder_steps: int | None = None,
+        upsampler_steps: Sequence[int] | None = None,
+        method: str | None = None,
+        eta: float | None = None,
+        upsample: bool = True,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Draw n pictures of each caption.
+
+        Args:
+          captions: texts of at most MAX_CAPTION characters.
+          seed: 0 .. 2**32 - 1; with a picture's number within its caption, all of its randomness.
+          n: pictures a caption.
+          guidance_scale, prior_guidance_scale: of decoder and prior; 1 is none. None: the model's own.
+          prior_steps, decoder_steps, upsampler_steps: network steps, one number an upsampler; or None.
+          method, eta: of the decoder: 'ddpm', or 'ddim' with eta in [0, 1]; or None.
+          upsample: False stops at the base pictures.
+          batch_size: pictures at a time, rounded up to a multiple of the devices; None: 8, or one a device.
+          progress: called as progress(stage, pictures done, pictures in all, seconds in this stage).
+
+        Raises:
+          ValueError: for captions or settings that are not allowed, before anything is computed.
+        """
+        check_captions(captions)
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed {seed} must lie in 0 .. {2**32 - 1}")
+        if n < 1:
+            raise ValueError(f"n {n} must be 1 or more pictures a caption")
+        settings = self.settings(
+            guidance_scale=guidance_scale,
+            prior_guidance_scale=prior_guidance_scale,
+            prior_steps=prior_steps,
+            decoder_steps=decoder_steps,
+            upsampler_steps=upsampler_steps,
+            method=method,
+            eta=eta,
+        )
+        numbers = tuple(range(n)) * len(captions)
+        repeated = tuple(caption for caption in captions for _ in range(n))
+        image_embeds, timings = self.sample_prior(
+            captions,
+            seed=seed,
+            n=n,
+            num_steps=prior_steps,
+            guidance_scale=prior_guidance_scale,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        base, timings["decoder"] = self.decode(
+            image_embeds,
+            repeated,
+            seed=seed,
+            numbers=numbers,
+            num_steps=decoder_steps,
+            guidance_scale=guidance_scale,
+            method=method,
+            eta=eta,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        images = base
+        if upsample:
+            images, more = self.upsample(
+                base,
+                seed=seed,
+                numbers=numbers,
+                num_steps=upsampler_steps,
+                batch_size=batch_size,
+                progress=progress,
+            )
+            timings |= more
+        settings = {name: values for name, values in settings.items() if name in timings}
+        return Result(repeated, numbers, seed, image_embeds, base, images, settings, timings)

@@ -1,0 +1,56 @@
+"""A model directory with random weights, small enough to sample from in a second."""
+
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dalle2_jax import checkpoint, models
+from dalle2_jax.data.tokenizer import train_bpe
+
+CAPTIONS = [
+    "a red star above a blue ring",
+    "a yellow circle",
+    "a drawing of a green cross left of a purple square",
+]
+RECIPES = {"clip": "clip", "prior": "prior", "decoder": "decoder64", "upsampler64": "upsampler256"}
+
+
+def configs() -> dict[str, dict]:
+    """Stage -> the `debug` preset of its recipe: 16 x 16, one upsampler to 64 x 64."""
+    made = {}
+    for folder, recipe in RECIPES.items():
+        config = importlib.import_module(f"configs.{recipe}").get_config("debug")
+        made[folder] = json.loads(json.dumps(models.to_plain(config)))
+    return made
+
+
+def random_params(stage, seed: int) -> dict:
+    """Random float32 parameters with the shapes of `init`, none of them zero; nothing is compiled."""
+    draw = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        noise = draw.standard_normal(leaf.shape).astype(np.float32)
+        if path[-1].key == "scale":
+            return 1 + 0.1 * noise
+        return noise / np.sqrt(np.prod(leaf.shape[:-1]) or 1) if leaf.ndim > 1 else 0.1 * noise
+
+    return jax.tree_util.tree_map_with_path(one, models.abstract_params(stage))
+
+
+def tokenizer():
+    """A byte-level BPE trained on CAPTIONS, of the size that the recipes expect."""
+    return train_bpe(CAPTIONS * 4, vocab_size=512, context_length=32)
+
+
+def make_model(directory: Path, dtype: str = "float32") -> Path:
+    """Write the model directory; returns `directory`."""
+    for seed, (folder, config) in enumerate(configs().items()):
+        stage = models.build_stage(config)
+        checkpoint.save_stage(directory / folder, config, random_params(stage, seed), dtype)
+    tokenizer().save(directory / "tokenizer")
+    stages = {name: name for name in ("clip", "prior", "decoder")} | {"upsamplers": ["upsampler64"]}
+    checkpoint.write_index(directory, stages, extra={"name": "tiny"})
+    return directory
