@@ -1,8 +1,9 @@
 """What `scenes` may say about a drawing, in English and Chinese.
 
-`phrases` lists every wording of the same facts: the plain one first, then the other wordings that name objects
-and relations alone, then those that also name the background (about a third of all). Every wording names every
-object and every relation. In a chain of three, A r B s C, the relations are r between A and B, s between B and C.
+`phrases` lists every wording of the same facts: the plain one first, then the other wordings that name
+objects and relations alone, then those that also name the background (about a third of all). Every wording
+names every object and every relation. In a chain of three, A r B s C, the relations are r between A and B,
+s between B and C.
 """
 
 LANGUAGES = ("en", "zh")

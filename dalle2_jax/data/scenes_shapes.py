@@ -2,8 +2,8 @@
 
 `SIGNED_DISTANCE[shape](u, v)` takes broadcastable coordinates, u to the right and v down, in units of the
 object's diameter with its centre at 0, and returns a distance in the same units: negative inside, every shape
-within [-1/2, 1/2]^2. Only the zero set and the unit slope beside it matter for antialiasing, so corners may be
-mitred.
+within [-1/2, 1/2]^2. Only the zero set and the unit slope beside it matter for antialiasing, so corners may
+be mitred.
 """
 
 import math
@@ -23,7 +23,8 @@ def _star(u, v):
     inner = 0.45 * outer
     v = v - outer * (1 - math.cos(math.pi / 5)) / 2  # centres the box
     p, q = np.abs(u), -v
-    # Folds the plane into the 36 degrees beside the upper tip, by reflections in lines 108 and 36 degrees from it.
+    # Folds the plane into the 36 degrees beside the upper tip, by reflections in lines 108 and 36 degrees
+    # from it.
     for angle in (3 * math.pi / 5, math.pi / 5):
         nu, nv = math.cos(angle), -math.sin(angle)
         beyond = 2 * np.maximum(nu * p + nv * q, 0)
