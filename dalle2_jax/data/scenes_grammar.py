@@ -1,0 +1,214 @@
+"""The grammar of `scenes`: colours, shapes, relations, presets, and which combinations training never sees.
+
+A colour-shape pair is held out if it is in `HELD_OUT_PAIRS`. A triple (shape, relation, shape) is held out
+by the rule in `is_held_out_triple`. Everything here is data and plain functions of it; drawing and sampling
+are in `scenes`.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+
+# RGB of objects. Every two colours are more than 40 apart in CIELAB (the closest: orange-yellow,
+# purple-blue and orange-red), and every colour is more than 40 from every background.
+COLOURS = {
+    "red": (222, 36, 40),
+    "orange": (250, 140, 20),
+    "yellow": (250, 222, 40),
+    "green": (36, 160, 60),
+    "cyan": (40, 205, 220),
+    "blue": (30, 86, 228),
+    "purple": (158, 36, 188),
+    "pink": (255, 150, 200),
+}
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
+BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128), "brown": (104, 70, 44)}
+RELATIONS = ("above", "below", "left of", "right of")
+CONVERSE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+DETAILS = ("background", "size", "place")
+SPLITS = ("train", "validation", "test_pairs", "test_relations")
+
+# One pair for each colour and one for each shape, an eighth of all 64; five of them are among the 36 of the
+# preset 'quickstart'.
+HELD_OUT_PAIRS = (
+    ("red", "ring"),
+    ("orange", "heart"),
+    ("yellow", "star"),
+    ("green", "square"),
+    ("cyan", "circle"),
+    ("blue", "triangle"),
+    ("purple", "cross"),
+    ("pink", "diamond"),
+)
+
+
+def canonical_triple(shape_a: str, relation: str, shape_b: str) -> tuple[str, str, str]:
+    """The same fact said with `above` or `left of`: (a, below, b) is (b, above, a)."""
+    if relation in ("below", "right of"):
+        return shape_b, CONVERSE[relation], shape_a
+    return shape_a, relation, shape_b
+
+
+def is_held_out_triple(shape_a: str, relation: str, shape_b: str) -> bool:
+    """Whether a relation between two shapes never occurs in training.
+
+    With i and j the places of the two shapes in `SHAPES` and r = 0 for above, 1 for left of (after
+    `canonical_triple`), a triple is held out when 3 i + 7 j + 5 r = 4 (mod 10).
+    """
+    a, relation, b = canonical_triple(shape_a, relation, shape_b)
+    code = 3 * SHAPES.index(a) + 7 * SHAPES.index(b) + 5 * (relation == "left of")
+    return code % 10 == 4
+
+
+def check_choice(value: str, choices, what: str) -> str:
+    """`value` if it is one of `choices`, else a ValueError that names the closest one."""
+    if value in choices:
+        return value
+    close = difflib.get_close_matches(str(value), list(choices), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"unknown {what} {value!r}{hint} (choose from {', '.join(choices)})")
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeRange:
+    """A named range of diameters, in fractions of the picture's side."""
+
+    name: str
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneConfig:
+    """What scenes may contain.
+
+    Attributes:
+      name: name of the preset; part of the data set's identity.
+      count_weights: probability of 1, 2, 3 objects; its length is the largest number of objects.
+      colours, shapes, backgrounds: names from `COLOURS`, `SHAPES`, `BACKGROUNDS`.
+      sizes: for 1, 2, 3 objects the ranges a diameter is drawn from (one of them at random, then uniformly).
+      details: which of `DETAILS` captions may name besides objects and relations.
+      margin: least distance of an object's box from the picture's edge, fraction of the side.
+      gap: least distance between two objects' boxes along the axis of their relation, fraction of the side.
+      lean: largest offset across a relation's axis, as a fraction of the offset along it.
+    """
+
+    name: str
+    count_weights: tuple[float, ...]
+    colours: tuple[str, ...]
+    shapes: tuple[str, ...]
+    backgrounds: tuple[str, ...]
+    sizes: tuple[tuple[SizeRange, ...], ...]
+    details: tuple[str, ...] = ("background",)
+    margin: float = 0.02
+    gap: float = 0.06
+    lean: float = 0.4
+
+    def __post_init__(self):
+        for field, choices in (
+            ("colours", COLOURS),
+            ("shapes", SHAPES),
+            ("backgrounds", BACKGROUNDS),
+            ("details", DETAILS),
+        ):
+            for value in getattr(self, field):
+                check_choice(value, choices, f"{field} entry")
+        if not 1 <= len(self.count_weights) <= 3:
+            raise ValueError(f"count_weights must have 1 to 3 entries, got {len(self.count_weights)}")
+        if len(self.sizes) != len(self.count_weights):
+            raise ValueError(
+                f"sizes must have one entry for each entry of count_weights ({len(self.count_weights)}), "
+                f"got {len(self.sizes)}"
+            )
+
+    @property
+    def max_objects(self) -> int:
+        return len(self.count_weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneObject:
+    """One object: names, centre (x right, y down) and diameter in fractions of the picture's side."""
+
+    colour: str
+    shape: str
+    size: str
+    x: float
+    y: float
+    diameter: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A drawing: `relations[k]` says how `objects[k]` stands to `objects[k + 1]`.
+
+    `details` are the entries of `DETAILS` that captions of this scene may name.
+    """
+
+    objects: tuple[SceneObject, ...]
+    relations: tuple[str, ...]
+    background: str
+    details: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> "Scene":
+        fields = json.loads(text)
+        return Scene(
+            objects=tuple(SceneObject(**entry) for entry in fields["objects"]),
+            relations=tuple(fields["relations"]),
+            background=fields["background"],
+            details=tuple(fields["details"]),
+        )
+
+
+# Objects are large because the base picture of the smallest cascade has 16 x 16 pixels: a ring of diameter
+# 0.4 there still has a hole of three pixels.
+_QUICKSTART = SceneConfig(
+    name="quickstart",
+    count_weights=(0.5, 0.5),
+    colours=("red", "orange", "yellow", "green", "blue", "purple"),
+    shapes=("circle", "square", "triangle", "star", "ring", "cross"),
+    backgrounds=("white", "black", "grey"),
+    sizes=((SizeRange("large", 0.45, 0.65),), (SizeRange("large", 0.38, 0.44),)),
+)
+_FULL_SIZES = (
+    SizeRange("small", 0.14, 0.18),
+    SizeRange("medium", 0.22, 0.27),
+    SizeRange("large", 0.32, 0.38),
+)
+_FULL = SceneConfig(
+    name="full",
+    count_weights=(0.3, 0.4, 0.3),
+    colours=tuple(COLOURS),
+    shapes=SHAPES,
+    backgrounds=tuple(BACKGROUNDS),
+    sizes=(_FULL_SIZES,) * 3,
+    details=DETAILS,
+    gap=0.05,
+)
+PRESETS = {config.name: config for config in (_QUICKSTART, _FULL)}
+
+
+def preset(name: str) -> SceneConfig:
+    """The named `SceneConfig`: 'quickstart' or 'full'."""
+    return PRESETS[check_choice(name, PRESETS, "preset of scenes")]
+
+
+@functools.cache
+def pairs(config: SceneConfig, held_out: bool) -> tuple[tuple[str, str], ...]:
+    """The (colour, shape) pairs of `config` that are held out, or those that are not."""
+    every = [(colour, shape) for colour in config.colours for shape in config.shapes]
+    return tuple(pair for pair in every if (pair in HELD_OUT_PAIRS) == held_out)
+
+
+@functools.cache
+def triples(config: SceneConfig, held_out: bool) -> tuple[tuple[str, str, str], ...]:
+    """The canonical (shape, relation, shape) triples of `config` that are held out, or those that are not."""
+    every = [
+        (a, relation, b) for a in config.shapes for relation in ("above", "left of") for b in config.shapes
+    ]
+    return tuple(triple for triple in every if is_held_out_triple(*triple) == held_out)
