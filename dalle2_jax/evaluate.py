@@ -1,0 +1,179 @@
+"""python -m dalle2_jax.evaluate [--model=DIR] --metrics=scenes,retrieval [--n=128 --seed=0 --out=evaluation]
+
+Measures a model directory and writes report.json, with labelled grids of what was judged.
+
+  scenes     draws n captions, n/4 of each kind (single_seen, single_heldout: one object whose colour-shape pair
+             training has or has not; pair_seen, pair_heldout_relation: two objects whose relation it has or has not),
+             and lets the checker read colour, shape and relation off the pictures
+  retrieval  CLIP looks for the caption of each of 100 scenes of the validation and test splits
+"""
+
+import json
+import os
+import sys
+import time
+
+from absl import app, flags
+from etils import epath
+
+from dalle2_jax import metrics, partition, pipeline
+from dalle2_jax.data import scenes
+from dalle2_jax.generate import StageLines
+
+METRICS = ("scenes", "retrieval")
+GRID_PICTURES = 64
+
+
+def scenes_of(model: pipeline.UnCLIP, name: str | None = None) -> tuple[scenes.SceneConfig, int]:
+    """(grammar of scenes, side of the pictures) that a model was trained on, or the grammar called `name`.
+
+    Raises ValueError for a model that was not trained on scenes, unless a name is given.
+    """
+    data = model.cascade.configs["clip"]["data"]
+    stored, _, side = data["path"].partition("_")
+    if name is None and data["source"] != "scenes":
+        raise ValueError(
+            f"model {model.name!r} was not trained on scenes: say which ones with --scenes=quickstart"
+        )
+    return scenes.preset(name or stored), int(side) if side.isdigit() else model.image_size
+
+
+def evaluate_scenes(
+    model: pipeline.UnCLIP,
+    out: str | os.PathLike,
+    *,
+    config: scenes.SceneConfig,
+    n: int,
+    seed: int = 0,
+    batch_size: int | None = None,
+    settings: dict | None = None,
+    progress=None,
+) -> dict:
+    """Draw `n` captions, check them, write the pictures as grids; the scores of `scene_scores.score`.
+
+    Args:
+      settings: keywords of `UnCLIP.text_to_image` that say how to draw.
+    """
+    from dalle2_jax.evals import scene_scores
+    from dalle2_jax.evals.scenes import check
+
+    captions, kinds = scene_scores.draw_captions(config, n, seed)
+    result = model.text_to_image(
+        captions, seed=seed, batch_size=batch_size, progress=progress, **(settings or {})
+    )
+    verdicts = [check(image, caption) for image, caption in zip(result.images, captions, strict=True)]
+    pictures = []
+    for kind in dict.fromkeys(kinds):
+        rows = [i for i, label in enumerate(kinds) if label == kind]
+        labels = [f"{_mark(verdicts[i])}: {captions[i]}" for i in rows]
+        shown = rows[:GRID_PICTURES]
+        grid = metrics.labelled_grid(result.images[shown], labels[: len(shown)])
+        metrics.save_png(epath.Path(out) / f"scenes_{kind}.png", grid, {"captions": json.dumps(labels)})
+        pictures += [{"kind": kind, "caption": captions[i], "verdict": _mark(verdicts[i])} for i in rows]
+    lines = "".join(json.dumps(picture, ensure_ascii=False) + "\n" for picture in pictures)
+    (epath.Path(out) / "scenes.jsonl").write_text(lines)
+    return scene_scores.score(verdicts, kinds)
+
+
+def _mark(verdict) -> str:
+    wrong = [name for name in ("colour", "shape", "relation") if getattr(verdict, name) is False]
+    return "right" if verdict.all else f"WRONG {', '.join(wrong)}".rstrip()
+
+
+def evaluate_retrieval(
+    model: pipeline.UnCLIP,
+    *,
+    config: scenes.SceneConfig,
+    image_size: int,
+    n: int = 100,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> dict:
+    """The numbers of `retrieval.retrieval` for `n` scenes that training never saw, drawn with `image_size` pixels."""
+    from dalle2_jax.evals import retrieval
+
+    chosen, captions = retrieval.unseen_scenes(config, n, seed)
+    images = [scenes.render(scene, image_size) for scene in chosen]
+    (text_embed, _), _ = model.encode_text(captions, batch_size)
+    return retrieval.retrieval(model.encode_image(images, batch_size), text_embed)
+
+
+FLAGS = flags.FLAGS
+
+
+def main(argv):
+    from dalle2_jax.evals import scene_scores
+
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected arguments {argv[1:]}: captions are for dalle2_jax.generate")
+        for name in FLAGS.metrics:
+            scenes.check_choice(name, METRICS, "metric")
+        partition.initialise()
+        began = time.monotonic()
+        model = pipeline.UnCLIP.load(FLAGS.model)
+        steps = [int(number) for number in FLAGS.upsampler_steps] if FLAGS.upsampler_steps else None
+        settings = dict(
+            guidance_scale=FLAGS.guidance_scale,
+            prior_guidance_scale=FLAGS.prior_guidance_scale,
+            prior_steps=FLAGS.prior_steps,
+            decoder_steps=FLAGS.decoder_steps,
+            upsampler_steps=steps,
+        )
+        used = model.settings(**settings)
+        config, image_size = scenes_of(model, FLAGS.scenes)
+        report = {"model": model.name, "scenes_config": config.name, "settings": used}
+        measured = {}
+        if "scenes" in FLAGS.metrics:
+            measured["scenes"] = evaluate_scenes(
+                model,
+                FLAGS.out,
+                config=config,
+                n=FLAGS.n,
+                seed=FLAGS.seed,
+                batch_size=FLAGS.batch_size,
+                settings=settings,
+                progress=StageLines(),
+            )
+            print(scene_scores.table(measured["scenes"]))
+        if "retrieval" in FLAGS.metrics:
+            measured["retrieval"] = evaluate_retrieval(
+                model, config=config, image_size=image_size, seed=FLAGS.seed, batch_size=FLAGS.batch_size
+            )
+            found = measured["retrieval"]
+            print(
+                f"retrieval among {found['n']}: image to text {found['image_to_text']:.3f}, "
+                f"text to image {found['text_to_image']:.3f}"
+            )
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from (error if FLAGS.debug else None)
+    report |= {"seed": FLAGS.seed, "seconds": round(time.monotonic() - began, 1)}
+    out = epath.Path(FLAGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(measured | report, indent=2, ensure_ascii=False) + "\n")
+    print(f"wrote {out / 'report.json'}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "model", None, "Model directory; by default the small model that comes with the package."
+    )
+    flags.DEFINE_string("out", "evaluation", "Where report.json and the grids go.")
+    flags.DEFINE_list("metrics", list(METRICS), f"Which of {', '.join(METRICS)}.")
+    flags.DEFINE_integer("n", 128, "Captions to draw for `scenes`, in all.", lower_bound=4)
+    flags.DEFINE_integer("seed", 0, "Seed of captions and pictures.", lower_bound=0)
+    flags.DEFINE_string(
+        "scenes", None, "Grammar of the captions; by default the one the model was trained on."
+    )
+    flags.DEFINE_float(
+        "guidance_scale", None, "Guidance of the decoder, 1 is none; by default the model's own."
+    )
+    flags.DEFINE_float("prior_guidance_scale", None, "Guidance of the prior; by default the model's own.")
+    flags.DEFINE_integer("prior_steps", None, "Steps of the prior.")
+    flags.DEFINE_integer("decoder_steps", None, "Steps of the decoder.")
+    flags.DEFINE_alias("steps", "decoder_steps")
+    flags.DEFINE_list("upsampler_steps", None, "Steps of the upsamplers, one number each, such as 27,15.")
+    flags.DEFINE_integer("batch_size", None, "Pictures at a time, rounded up to a multiple of the devices.")
+    flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
+    app.run(main)
