@@ -2,9 +2,9 @@
 
 Measures a model directory and writes report.json, with labelled grids of what was judged.
 
-  scenes     draws n captions, n/4 of each kind (single_seen, single_heldout: one object whose colour-shape pair
-             training has or has not; pair_seen, pair_heldout_relation: two objects whose relation it has or has not),
-             and lets the checker read colour, shape and relation off the pictures
+  scenes     draws n captions, n/4 of each kind (single_seen, single_heldout: one object whose colour and shape
+             training showed together or never; pair_seen, pair_heldout_relation: two objects whose relation it
+             showed or never), and lets the checker read colour, shape and relation off the pictures
   retrieval  CLIP looks for the caption of each of 100 scenes of the validation and test splits
 """
 
@@ -89,7 +89,7 @@ def evaluate_retrieval(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> dict:
-    """The numbers of `retrieval.retrieval` for `n` scenes that training never saw, drawn with `image_size` pixels."""
+    """The numbers of `retrieval.retrieval` for `n` scenes that training never saw, rendered at `image_size`."""
     from dalle2_jax.evals import retrieval
 
     chosen, captions = retrieval.unseen_scenes(config, n, seed)

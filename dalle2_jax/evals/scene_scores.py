@@ -1,7 +1,7 @@
 """How often drawn scenes are right: the checker's verdicts counted by kind of caption, with intervals.
 
-A share p = k / n of independent pictures gets Wilson's interval (Wilson 1927): the shares q for which p lies within
-z standard deviations sqrt(q (1 - q) / n) of q,
+A share p = k / n of independent pictures gets Wilson's interval (Wilson 1927): the shares q for which p lies
+within z standard deviations sqrt(q (1 - q) / n) of q,
 
     (p + z^2 / 2n  +-  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),      z = 1.96 for 95 %
 """
@@ -29,7 +29,7 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def draw_captions(config: scenes.SceneConfig, n: int, seed: int) -> tuple[list[str], list[str]]:
-    """(captions, kinds) of `n` captions in all, split as evenly as possible over the kinds that `config` has."""
+    """(captions, kinds) of `n` captions in all, split evenly over the kinds that `config` has."""
     kinds = [kind for kind in scenes.KINDS if kind.startswith("single") or config.max_objects > 1]
     captions, labels = [], []
     for i, kind in enumerate(kinds):
