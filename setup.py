@@ -2,7 +2,7 @@
 
     pip install -e '.[train,eval,test]' -c constraints.txt
 
-`REQUIRED` and `EXTRAS` are plain literals, because tests/test_package.py reads them without running this file.
+`REQUIRED` and `EXTRAS` are plain literals, so that tests/test_package.py can read them without running this.
 """
 
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-ROOT = Path(__file__).resolve().parent
+INIT = (Path(__file__).resolve().parent / "dalle2_jax/__init__.py").read_text("utf-8")
 
 # Loading a model directory and drawing with it. jax 0.10 is the last for Python 3.11.
 REQUIRED = [
@@ -32,6 +32,8 @@ REQUIRED = [
 EXTRAS = {
     # tf.data reads the data; TensorFlow's own build for GPUs is never wanted beside JAX's
     "train": [
+        "importlib-resources>=6",  # which tensorflow-datasets imports and does not ask for
+        "protobuf>=5",
         "pyarrow>=18",
         "tensorboard>=2.19",
         "tensorboardX>=2.6.2",
@@ -52,8 +54,8 @@ EXTRAS["dev"] = sorted({need for name in ("train", "eval", "test", "oracle") for
 
 setup(
     name="dalle2_jax",
-    version=re.search(r'^__version__ = "(.+)"$', (ROOT / "dalle2_jax/__init__.py").read_text("utf-8"), re.M)[1],
-    description="DALL·E 2 (unCLIP) in JAX: CLIP, diffusion prior, decoder and upsamplers, trained and drawn at any size",
+    version=re.search(r'^__version__ = "(.+)"$', INIT, re.M)[1],
+    description="DALL·E 2 (unCLIP) in JAX: CLIP, diffusion prior, decoder and upsamplers, one training loop",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dalle2_jax", "dalle2_jax.*"]),

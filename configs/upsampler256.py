@@ -29,7 +29,7 @@ def get_config(preset: str = ""):
         remat=True,
         dtype="bfloat16",
     )
-    config.data.low_res_blur = 0.6
+    config.data.low_res_blur = 1.0
     config.optim.update(learning_rate=1.2e-4, beta2=0.999, eps=1e-8, weight_decay=0.0)
     config.batch_size = 1024
     config.num_steps = 1_000_000

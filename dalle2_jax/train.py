@@ -151,7 +151,7 @@ class Evaluation:
         self._raw = [next(batches) for _ in range(config["eval_batches"])]
         self._batches = [partition.to_global(partition.without_index(raw), mesh) for raw in self._raw]
         count = min(config["num_samples"], config["batch_size"])
-        self._labels = dataset.captions(self._raw[0]["index"][:count])
+        self._labels = dataset.examples(self._raw[0]["index"][:count])["captions"]
         fill = functools.partial(clip.fill, needed=needed) if clip else lambda params, batch: batch
 
         @jax.jit
@@ -190,11 +190,9 @@ def train(config: dict, workdir: str) -> None:
     workdir = epath.Path(workdir)
     check_resume(workdir, config)
     mesh = partition.make_mesh(**config["mesh"])
-    if config["batch_size"] % (partition.batch_shards(mesh) * config["grad_accum"]):
-        raise ValueError(
-            f"batch_size {config['batch_size']} must be a multiple of {partition.batch_shards(mesh)} (mesh data x fsdp) times "
-            f"grad_accum {config['grad_accum']}"
-        )
+    if config["batch_size"] % config["grad_accum"]:
+        raise ValueError(f"batch_size {config['batch_size']} is not a multiple of grad_accum {config['grad_accum']}")
+    partition.check_batch_size(config["batch_size"] // config["grad_accum"], mesh, "batch_size / grad_accum")
     stage = models.build_stage(config)
     clip, frozen = None, {}
     if config["clip"]:
