@@ -37,8 +37,8 @@ BATCH_AXES = ("data", "fsdp")
 RULES = (
     # positions and learned stand-ins [L, D]: few rows, added to activations, which must not inherit a split
     (r"(^|/)(position|padding|query|class_token|null_\w+)(/embedding)?$", P()),
-    # tables looked up by id [V, D]
-    (r"(^|/|_)embedding$", P("tensor", "fsdp")),
+    # tables looked up by id [V, D]: were D over `fsdp`, every device would gather the whole output gradient
+    (r"(^|/|_)embedding$", P("fsdp", "tensor")),
     # kernels that close a pair of layers
     (r"(^|/)(out|fc2|\w+_fc2|conv2|conv_out|skip)/kernel$", P("tensor", "fsdp")),
     # any other kernel opens a pair: qkv, q, k, v, kv, text_kv, fc1, conv1, conv_in, emb_proj, proj ...

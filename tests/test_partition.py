@@ -93,7 +93,7 @@ class TestRules:
             ("down_0/conv2/kernel", 4, P(None, None, "tensor", "fsdp")),
             ("conv_out/kernel", 4, P(None, None, "tensor", "fsdp")),
             ("layers/fc2/kernel", 3, P(None, "tensor", "fsdp")),  # stacked by a scan
-            ("token_embedding/embedding", 2, P("tensor", "fsdp")),
+            ("token_embedding/embedding", 2, P("fsdp", "tensor")),
             ("position/embedding", 2, P(None, None)),
             ("position", 3, P(None, None, None)),
             ("class_token/embedding", 2, P(None, None)),
@@ -236,6 +236,36 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes):
     np.testing.assert_allclose(loss_there, loss, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), grads_there, grads)
     assert grads_there["block"]["fc1"]["kernel"].sharding.spec == where["block"]["fc1"]["kernel"].spec
+
+
+def compiled_messages(capfd, mesh, table_spec):
+    """What XLA says while it compiles the gradient of an embedding and two layers."""
+    params = mlp_params() | {"token_embedding": {"embedding": jnp.ones((32, 8)) / 3}}
+    where = partition.shardings(params, mesh)
+    where["token_embedding"]["embedding"] = NamedSharding(mesh, table_spec)
+    tokens = partition.to_global({"tokens": np.arange(8 * 4, dtype=np.int32).reshape(8, 4)}, mesh)["tokens"]
+
+    def loss(params, tokens):
+        x = partition.constrain(params["token_embedding"]["embedding"][tokens])
+        return mlp_loss(params, x)
+
+    capfd.readouterr()
+    with partition.use_mesh(mesh):
+        step = jax.jit(jax.grad(loss), in_shardings=(where, tokens.sharding), out_shardings=where)
+        step.lower(params, tokens).compile()
+    return capfd.readouterr().err
+
+
+def test_embedding_tables_do_not_gather_activations(capfd):
+    mesh = partition.make_mesh(2, 4, 1)
+    table = partition.spec_for("token_embedding/embedding", 2)
+    cached = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)  # a program from the cache has nothing to say
+    try:
+        assert "rematerialization" in compiled_messages(capfd, mesh, P(None, "fsdp"))  # what is to be avoided
+        assert "rematerialization" not in compiled_messages(capfd, mesh, table)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cached)
 
 
 REPORT = """
