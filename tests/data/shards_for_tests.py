@@ -1,0 +1,81 @@
+"""Small shards for the data tests: pictures whose colour tells their number, and tars with any fault."""
+
+import io
+import json
+import struct
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+from dalle2_jax.data import records
+
+
+def colour_of(number: int) -> tuple[int, int, int]:
+    """A colour that no other number below 4096 has, far from what compression of a flat PNG could change."""
+    return (number % 16 * 16, number // 16 % 16 * 16, number // 256 * 16)
+
+
+def encode(picture, format: str = "PNG", **options) -> bytes:
+    """The file of a PIL picture."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def flat_png(number: int, size=(8, 8)) -> bytes:
+    """A PNG of one colour, that of `number`."""
+    return encode(Image.new("RGB", size, colour_of(number)))
+
+
+def noise_picture(size, seed: int = 0) -> Image.Image:
+    """A picture (width, height) of random pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def write_tar(path, members) -> None:
+    """A tar of (name, bytes) pairs or of ready tarfile.TarInfo."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+                continue
+            info = tarfile.TarInfo(member[0])
+            info.size = len(member[1])
+            tar.addfile(info, io.BytesIO(member[1]))
+
+
+def sample(number: int, caption: str | None = None, image: bytes | None = None, **fields):
+    """The members of one img2dataset sample; its caption says its number."""
+    key = f"{number:09d}"
+    caption = f"caption {number}" if caption is None else caption
+    fields = {"caption": caption, "key": key, **fields}
+    return [
+        (f"{key}.png", flat_png(number) if image is None else image),
+        (f"{key}.txt", caption.encode()),
+        (f"{key}.json", json.dumps(fields).encode()),
+    ]
+
+
+def write_samples(path, numbers) -> None:
+    """A tar of the samples of these numbers."""
+    write_tar(path, [member for number in numbers for member in sample(number)])
+
+
+def tfrecord_frame(payload: bytes) -> bytes:
+    """One TFRecord."""
+    length = struct.pack("<Q", len(payload))
+    crcs = (struct.pack("<I", records.masked_crc32c(data)) for data in (length, payload))
+    return length + next(crcs) + payload + next(crcs)
+
+
+class WordTokenizer:
+    """Stands for a tokenizer: the token is the number that ends the caption."""
+
+    context_length, vocab_size = 4, 5000
+
+    def __call__(self, captions):
+        tokens = np.zeros((len(captions), 4), np.int32)
+        tokens[:, 0] = [int(caption.split()[-1]) for caption in captions]
+        return tokens, tokens > 0

@@ -1,0 +1,413 @@
+"""Sources are random access, refuse what is unsafe, count what is lost, and say what exists."""
+
+import json
+import os
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+
+from dalle2_jax.data import records, shards, sources
+from dalle2_jax.data.records import BadRecord
+from tests.data import shards_for_tests as made
+
+
+def open_tar(path, split=""):
+    return sources.open_source("tar", str(path), split)
+
+
+def test_tar_records_are_what_tarfile_reads(tmp_path):
+    made.write_samples(tmp_path / "00000.tar", range(5))
+    made.write_tar(
+        tmp_path / "00001.tar", made.sample(5, "a bridge", caption_zh="桥", captions=["a bridge", "an arch"])
+    )
+    source = open_tar(tmp_path)
+    assert len(source) == 6 and not source.refused
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        for index in range(5):
+            record = source.read(index)
+            assert record.key == f"00000.tar:{index:09d}"
+            assert record.image == tar.extractfile(f"{index:09d}.png").read()
+            assert record.captions == {"en": (f"caption {index}",)}
+    assert source.read(5).captions == {"en": ("a bridge", "an arch"), "zh": ("桥",)}
+    assert source.read(5, image=False).image is None and source.read(5, captions=False).captions == {}
+
+
+def test_long_names_of_both_extensions_are_read(tmp_path):
+    for name, tar_format in (("gnu", tarfile.GNU_FORMAT), ("pax", tarfile.PAX_FORMAT)):
+        path = tmp_path / f"{name}.tar"
+        with tarfile.open(path, "w", format=tar_format) as tar:
+            for member, data in made.sample(7):
+                info = tarfile.TarInfo("folder/" * 30 + member)
+                info.size = len(data)
+                tar.addfile(info, made.io.BytesIO(data))
+        source = open_tar(path)
+        assert len(source) == 1 and source.read(0).captions == {"en": ("caption 7",)}
+
+
+@pytest.mark.parametrize("where", ["in a member", "in a header", "between members", "before the end marks"])
+def test_truncated_tar(tmp_path, where):
+    path = tmp_path / "00000.tar"
+    made.write_samples(path, range(10))
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    third = members[9]  # the picture of sample 3
+    end = members[-1].offset_data + (members[-1].size + 511) // 512 * 512
+    cut = {
+        "in a member": third.offset_data + third.size // 2,
+        "in a header": third.offset + 100,
+        "between members": third.offset,
+        "before the end marks": end,
+    }[where]
+    os.truncate(path, cut)
+    source = open_tar(path)
+    assert source.refused == {"truncated_archive": 1}
+    assert len(source) == (10 if where == "before the end marks" else 3)
+    assert source.read(2).captions == {"en": ("caption 2",)}
+
+
+def test_damaged_tar_header_is_counted(tmp_path):
+    path = tmp_path / "00000.tar"
+    made.write_samples(path, range(4))
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[6].offset
+    with open(path, "r+b") as file:
+        file.seek(offset + 3)
+        file.write(b"X")
+    source = open_tar(path)
+    assert source.refused == {"damaged_archive": 1} and len(source) == 2
+
+
+def test_fewer_samples_than_the_manifest(tmp_path):
+    made.write_samples(tmp_path / "00000.tar", range(4))
+    (tmp_path / "00000_stats.json").write_text(json.dumps({"successes": 9}))
+    assert open_tar(tmp_path).refused == {"missing_from_shard": 5}
+
+
+def test_tar_traversal_links_and_devices_are_refused(tmp_path):
+    def special(name, kind, target=""):
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, target
+        return info
+
+    outside = tmp_path / "outside.png"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    faults = [
+        ("../outside.png", made.flat_png(1)),
+        ("/etc/outside.png", made.flat_png(1)),
+        ("a/../../b.png", made.flat_png(1)),
+        ("a b$(touch x).png", made.flat_png(1)),
+        special("s.png", tarfile.SYMTYPE, "/etc/passwd"),
+        special("h.png", tarfile.LNKTYPE, "000000000.png"),
+        special("c.png", tarfile.CHRTYPE),
+        special("f.png", tarfile.FIFOTYPE),
+        special("folder", tarfile.DIRTYPE),
+    ]
+    made.write_tar(folder / "00000.tar", [*faults, *made.sample(3)])
+    source = open_tar(folder)
+    assert source.refused == {"unsafe_name": 4, "not_a_regular_file": 4}
+    assert len(source) == 1 and source.read(0).key == "00000.tar:000000003"
+    assert not outside.exists() and os.listdir(folder) == ["00000.tar"]
+
+
+def test_tar_huge_member(tmp_path):
+    path = tmp_path / "00000.tar"
+    huge = tarfile.TarInfo("000000000.png")
+    huge.size = records.MAX_MEMBER_BYTES + 1
+    with open(path, "wb") as file:  # sparse: the member's bytes are a hole
+        file.write(huge.tobuf())
+        file.seek(512 + (huge.size + 511) // 512 * 512)
+        for name, data in made.sample(1):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.write(info.tobuf() + data + bytes(-len(data) % 512))
+        file.write(bytes(1024))
+    source = open_tar(path)
+    assert source.refused == {"member_too_large": 1}
+    assert len(source) == 1 and source.read(0).captions == {"en": ("caption 1",)}
+
+
+def test_negative_pax_size_does_not_loop(tmp_path):
+    path = tmp_path / "00000.tar"
+    info = tarfile.TarInfo("000000001.png")
+    info.pax_headers = {"size": "-1024"}
+    path.write_bytes(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    with pytest.raises(ValueError, match="damaged_archive"):
+        open_tar(path)
+
+
+def test_compressed_tar_says_what_to_do(tmp_path):
+    with tarfile.open(tmp_path / "00000.tar", "w:gz"):
+        pass
+    with pytest.raises(ValueError, match="decompress it"):
+        open_tar(tmp_path)
+
+
+def write_tfrecord(path, numbers):
+    """img2dataset's TFRecord variant; returns where each record begins."""
+    example_pb2 = pytest.importorskip("tensorflow.core.example.example_pb2", reason="needs TensorFlow")
+    starts, offset = [], 0
+    with open(path, "wb") as file:
+        for number in numbers:
+            example = example_pb2.Example()
+            for name, value in {
+                "key": b"%09d" % number,
+                "png": made.flat_png(number),
+                "txt": b"caption %d" % number,
+                "caption_zh": f"图 {number}".encode(),
+            }.items():
+                example.features.feature[name].bytes_list.value.append(value)
+            frame = made.tfrecord_frame(example.SerializeToString())
+            starts.append(offset)
+            offset += file.write(frame)
+    return starts
+
+
+def test_tfrecord_equals_what_tensorflow_reads(tmp_path):
+    path = tmp_path / "00000.tfrecord"
+    write_tfrecord(path, range(6))
+    import tensorflow as tf
+
+    source = sources.open_source("tfrecord", str(tmp_path), "")
+    raw = [
+        bytes(item) for item in tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    ]  # checks our checksums too
+    assert len(source) == len(raw) == 6
+    for index in range(6):
+        record = source.read(index)
+        assert record.image == made.flat_png(index) and record.key == f"{index:09d}"
+        assert record.captions == {"en": (f"caption {index}",), "zh": (f"图 {index}",)}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_truncated_tfrecord(tmp_path, inside):
+    path = tmp_path / "00000.tfrecord"
+    starts = write_tfrecord(path, range(6))
+    (tmp_path / "00000_stats.json").write_text(json.dumps({"successes": 6}))
+    os.truncate(path, starts[4] + (20 if inside else 0))
+    source = sources.open_source("tfrecord", str(tmp_path), "")
+    assert len(source) == 4
+    # A cut on a boundary shows only in the manifest.
+    assert source.refused == (
+        {"truncated_archive": 1, "missing_from_shard": 2} if inside else {"missing_from_shard": 2}
+    )
+
+
+def test_flipped_bits_in_tfrecord(tmp_path):
+    path = tmp_path / "00000.tfrecord"
+    starts = write_tfrecord(path, range(6))
+    data = bytearray(path.read_bytes())
+    data[starts[2] + 12] ^= 0xFF  # the first byte of a payload: only that record is lost
+    path.write_bytes(data)
+    source = sources.open_source("tfrecord", str(tmp_path), "")
+    with pytest.raises(BadRecord, match="invalid_proto"):
+        source.read(2)
+    assert source.read(3).captions["en"] == ("caption 3",)
+    data[starts[4]] ^= 1  # a length: nothing says where the next record begins
+    path.write_bytes(data)
+    source = sources.open_source("tfrecord", str(tmp_path), "")
+    assert len(source) == 4 and source.refused == {"damaged_archive": 1}
+
+
+def write_embeddings(folder, rows=(5, 3), dim=4, text_rows=None):
+    """Shards of embeddings whose values tell their record, and jsonl metadata; 12 shards sort numerically."""
+    first = 0
+    for shard, count in enumerate(rows):
+        for name, shift in (("img_emb", 0), ("text_emb", 1000)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            count_here = (text_rows or rows)[shard] if name == "text_emb" else count
+            values = np.arange(first, first + count_here)[:, None] + shift + np.zeros(dim)
+            np.save(folder / name / f"{name}_{shard}.npy", values.astype(np.float16))
+        (folder / "metadata").mkdir(exist_ok=True)
+        lines = [json.dumps({"caption": f"caption {first + i}", "caption_zh": None}) for i in range(count)]
+        (folder / "metadata" / f"metadata_{shard}.jsonl").write_text("\n".join(lines) + "\n")
+        first += count
+
+
+def test_embeddings_are_read_in_numeric_order(tmp_path):
+    write_embeddings(tmp_path, rows=(2,) * 12)
+    source = sources.open_source("embeddings", str(tmp_path), "")
+    assert len(source) == 24 and source.embed_dims == {"image_embed": 4, "text_embed": 4}
+    for index in (0, 5, 23):
+        record = source.read(index, image=False)
+        assert record.captions == {"en": (f"caption {index}",)}
+        np.testing.assert_array_equal(record.embeds["image_embed"], np.full(4, index, np.float32))
+        np.testing.assert_array_equal(record.embeds["text_embed"], np.full(4, index + 1000, np.float32))
+
+
+def test_parquet_metadata(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="metadata as parquet needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="metadata as parquet needs pyarrow")
+
+    write_embeddings(tmp_path, rows=(3,))
+    os.remove(tmp_path / "metadata" / "metadata_0.jsonl")
+    table = pyarrow.table({"url": ["u"] * 3, "caption": ["a", "b", None]})
+    parquet.write_table(table, tmp_path / "metadata" / "metadata_0.parquet")
+    source = sources.open_source("embeddings", str(tmp_path), "")
+    assert source.read(1, image=False).captions == {"en": ("b",)}
+    assert source.read(2, image=False).captions == {}
+
+
+class Payload:
+    """Unpickling this would create the canary file."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (open, (self.canary, "w"))
+
+
+def test_npy_with_pickle_is_not_executed(tmp_path):
+    canary = tmp_path / "canary"
+    write_embeddings(tmp_path / "emb", rows=(1,))
+    np.save(
+        tmp_path / "emb" / "img_emb" / "img_emb_0.npy",
+        np.array([Payload(str(canary))], object),
+        allow_pickle=True,
+    )
+    with pytest.raises(ValueError, match="no plain array of numbers"):
+        sources.open_source("embeddings", str(tmp_path / "emb"), "")
+    assert not canary.exists()
+    np.load(tmp_path / "emb" / "img_emb" / "img_emb_0.npy", allow_pickle=True)  # the payload was live
+    assert canary.exists()
+
+
+def test_embedding_shard_mismatch(tmp_path):
+    write_embeddings(tmp_path / "a", rows=(5, 3), text_rows=(5, 2))
+    with pytest.raises(ValueError, match="differ in rows"):
+        sources.open_source("embeddings", str(tmp_path / "a"), "")
+    write_embeddings(tmp_path / "b", rows=(5, 3))
+    made.write_samples(tmp_path / "00000.tar", range(9))
+    with pytest.raises(ValueError, match="8 embeddings, the dataset 9 records"):
+        sources.open_source("tar", str(tmp_path / "00000.tar"), "", embeddings=str(tmp_path / "b"))
+    made.write_samples(tmp_path / "00000.tar", range(8))
+    source = sources.open_source("tar", str(tmp_path / "00000.tar"), "", embeddings=str(tmp_path / "b"))
+    assert source.read(6).embeds["image_embed"][0] == 6 and source.read(6).captions == {"en": ("caption 6",)}
+    metadata = tmp_path / "b" / "metadata" / "metadata_1.jsonl"
+    metadata.write_text(metadata.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="8 embeddings but captions"):
+        sources.open_source("embeddings", str(tmp_path / "b"), "")
+
+
+def test_embedding_that_is_not_finite_is_a_bad_record(tmp_path):
+    write_embeddings(tmp_path, rows=(4,))
+    np.save(tmp_path / "img_emb" / "img_emb_0.npy", np.array([[0.0], [np.nan], [1.0], [2.0]], np.float32))
+    source = sources.open_source("embeddings", str(tmp_path), "")
+    assert source.read(0, image=False).embeds["image_embed"] == 0
+    with pytest.raises(BadRecord, match="embedding_not_finite"):
+        source.read(1, image=False)
+
+
+def test_bad_captions(tmp_path):
+    cases = [b"\xff\xfe not text", b"", b"   \n", b"ok"]
+    members = []
+    for number, text in enumerate(cases):
+        members += [(f"{number:03d}.png", made.flat_png(number)), (f"{number:03d}.txt", text)]
+    members += [("100.png", made.flat_png(1)), ("100.json", b"{not json"), ("101.png", made.flat_png(2))]
+    members += [("102.txt", b"no picture")]
+    made.write_tar(tmp_path / "00000.tar", members)
+    source = open_tar(tmp_path)
+    assert len(source) == 6 and source.refused == {"no_image": 1}
+    with pytest.raises(BadRecord, match="invalid_utf8"):
+        source.read(0)
+    assert [source.read(index).captions for index in (1, 2, 3, 5)] == [{}, {}, {"en": ("ok",)}, {}]
+    with pytest.raises(BadRecord, match="invalid_json"):
+        source.read(4)
+
+
+def test_fingerprint_follows_content_not_place(tmp_path):
+    prints = []
+    for folder, numbers in (("a", range(4)), ("b", range(4)), ("c", range(5))):
+        (tmp_path / folder).mkdir()
+        made.write_samples(tmp_path / folder / "00000.tar", numbers)
+        prints.append(open_tar(tmp_path / folder).fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+    os.rename(tmp_path / "a" / "00000.tar", tmp_path / "a" / "00001.tar")
+    assert open_tar(tmp_path / "a").fingerprint != prints[0]
+
+
+def test_splits_and_misspellings(tmp_path):
+    for name in ("train-00000", "train-00001", "val-00000"):
+        made.write_samples(tmp_path / f"{name}.tar", range(2))
+    assert len(open_tar(tmp_path, "train")) == 4 and len(open_tar(tmp_path, "")) == 6
+    assert len(open_tar(tmp_path / "train-*1.tar")) == 2
+    with pytest.raises(ValueError, match=r"did you mean 'train'\? There is: train, val"):
+        open_tar(tmp_path, "trian")
+    with pytest.raises(ValueError, match=r"(?s)no file matches .*val-00000.tar"):
+        open_tar(tmp_path / "tra-*.tar")
+    with pytest.raises(ValueError, match=f"does not exist; did you mean '{tmp_path.name}'"):
+        open_tar(tmp_path.parent / (tmp_path.name + "x"))
+    with pytest.raises(ValueError, match=r"holds no \*.tfrecord"):
+        sources.open_source("tfrecord", str(tmp_path), "")
+    with pytest.raises(ValueError, match="did you mean 'tar'"):
+        sources.open_source("tarr", str(tmp_path), "")
+    with pytest.raises(ValueError, match="mount the bucket"):
+        open_tar("gs://bucket/data")
+
+
+def test_indexes_of_many_files_are_cached_and_follow_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("DALLE2_JAX_CACHE", str(tmp_path / "cache"))
+    scanned = []
+
+    def index_file(path):
+        scanned.append(path)
+        return records.index_tar(path)
+
+    paths = [str(tmp_path / f"{number:05d}.tar") for number in range(20)]
+    for number, path in enumerate(paths):
+        made.write_samples(path, [number])
+    first = records.scan(paths, index_file)
+    assert len(scanned) == 20
+    again = records.scan(paths, index_file)
+    assert len(scanned) == 20
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.rows, other.rows)
+        assert one.refused == other.refused
+    made.write_samples(paths[3], [3, 4])
+    cached = sorted((tmp_path / "cache" / "index").iterdir())
+    cached[0].write_bytes(cached[0].read_bytes()[:50])  # as a crash would leave it
+    rows = [len(index.rows) for index in records.scan(paths, index_file)]
+    assert rows == [2 if number == 3 else 1 for number in range(20)]
+    assert len(scanned) in (21, 22) and paths[3] in scanned[20:]
+
+
+def test_files_are_read_by_many_threads_with_few_descriptors(tmp_path):
+    paths = []
+    for number in range(12):
+        paths.append(str(tmp_path / str(number)))
+        with open(paths[-1], "wb") as file:
+            file.write(bytes([number]) * 100)
+    files = records.Files(paths, limit=2)
+    wrong = []
+
+    def read():
+        for step in range(300):
+            number = step * 7 % 12
+            if files.read(number, 10, 50) != bytes([number]) * 50:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(files._open) <= 2 + len(threads)
+    with pytest.raises(BadRecord, match="truncated"):
+        files.read(0, 90, 50)
+
+
+def test_caption_fields_by_name():
+    names = [
+        "caption",
+        "caption_zh",
+        "captions/text",
+        "txt",
+        "text",
+        "captions_fr",
+        "uncaptioned",
+        "text_embedding",
+    ]
+    assert [shards.language_of(name) for name in names] == ["en", "zh", "en", "en", "en", "fr", None, None]
