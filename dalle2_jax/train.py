@@ -36,6 +36,7 @@ FREE_ON_RESUME = (
     "mesh",
 )
 MAX_BAD_STEPS = 8
+TOKENIZER_RECORDS = 10_000  # spread over the dataset; a vocabulary needs no more
 
 
 class Interrupted:
@@ -91,7 +92,7 @@ def make_tokenizer(config: dict, workdir: epath.Path, clip_path: str):
     elif settings["path"]:
         made = tokenizer.load_tokenizer(settings["path"], settings["context_length"])
     else:
-        captions = pipeline.iterate_captions(**pipeline_source(config), split=config["data"]["split"])
+        captions = pipeline.iterate_captions(**pipeline_source(config), split=config["data"]["split"], limit=TOKENIZER_RECORDS)
         made = tokenizer.train_bpe(captions, settings["vocab_size"], settings["context_length"])
     if jax.process_index() == 0:
         made.save(workdir / "tokenizer")

@@ -47,6 +47,17 @@ class Prediction(NamedTuple):
     var_frac: jax.Array | None = None
 
 
+def draw_timesteps(key: jax.Array, size: int, num_timesteps: int, *, train: bool) -> jax.Array:
+    """Times [size] int32 for a loss: uniform at random in training, else spread evenly over 0..T-1.
+
+    With the same times for every evaluation a validation loss differs between two models, not between two
+    draws.
+    """
+    if train:
+        return jax.random.randint(key, (size,), 0, num_timesteps)
+    return (jnp.arange(size) * 2 + 1) * num_timesteps // (2 * size)
+
+
 def q_sample(schedule: Schedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
     """x_t [B, ...] float32 for data x0 [B, ...], times t [B] int and standard normal noise [B, ...]."""
     signal, sigma = signal_and_sigma(schedule, t, x0.ndim)

@@ -56,7 +56,7 @@ class Decoder:
         """Mean loss over the batch and its scalars. `train=False` keeps conditions and units (no dropping, no dropout)."""
         size = batch["image"].shape[0]
         t_key, noise_key, image_key, text_key, dropout_key = jax.random.split(key, 5)
-        t = jax.random.randint(t_key, (size,), 0, self.schedule.num_timesteps)
+        t = process.draw_timesteps(t_key, size, self.schedule.num_timesteps, train=train)
         noise = jax.random.normal(noise_key, batch["image"].shape)
         x_t = process.q_sample(self.schedule, batch["image"], t, noise)
         drop_image = jax.random.bernoulli(image_key, self.image_drop, (size,)) & train

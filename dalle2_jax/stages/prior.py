@@ -144,7 +144,7 @@ class Prior:
         """Mean loss over the batch and its scalars; `train=False` drops no text."""
         size = batch["image_embed"].shape[0]
         t_key, noise_key, drop_key = jax.random.split(key, 3)
-        t = jax.random.randint(t_key, (size,), 0, self.schedule.num_timesteps)
+        t = process.draw_timesteps(t_key, size, self.schedule.num_timesteps, train=train)
         z = self.embed_scale.transform(params, batch["image_embed"])
         noise = jax.random.normal(noise_key, z.shape)
         x_t = process.q_sample(self.schedule, z, t, noise)

@@ -55,7 +55,7 @@ class Upsampler:
         """Mean loss over the batch and its scalars; `image` is the window at `crop_yx` of the full-size picture."""
         t_key, noise_key, dropout_key = jax.random.split(key, 3)
         x0 = batch["image"]
-        t = jax.random.randint(t_key, (x0.shape[0],), 0, self.schedule.num_timesteps)
+        t = process.draw_timesteps(t_key, x0.shape[0], self.schedule.num_timesteps, train=train)
         noise = jax.random.normal(noise_key, x0.shape)
         x_t = process.q_sample(self.schedule, x0, t, noise)
         window = jax.vmap(lambda full, yx: jax.lax.dynamic_slice(full, (yx[0], yx[1], 0), x0.shape[1:]))
