@@ -39,26 +39,31 @@ find_python() {
     "python3 python3-venv), or name one with PYTHON=/path/to/python"
 }
 
-# Runs pip, and once more if it failed: a package index may be out of reach for a moment.
+# Runs pip, and once more if it failed: a package index may be out of reach for a moment. Shows the large downloads.
 pip_install() {
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@" && return
-  echo "pip failed; once more in 10 seconds" >&2
-  sleep 10
-  "$VENV/bin/python" -m pip install --disable-pip-version-check "$@"
+  local try
+  for try in first second; do
+    "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" |
+      awk '/(Downloading|Using cached) .* MB/ || /^(Installing|Successfully|Building)/ { print "  ", substr($0, 1, 100) }'
+    [ "${PIPESTATUS[0]}" = 0 ] && return
+    [ "$try" = second ] && return 1
+    echo "pip failed; once more in 10 seconds" >&2
+    sleep 10
+  done
 }
 
 prepare() {
   local extras="$1${EXTRAS:+,$EXTRAS}" python state stamp began=$SECONDS
-  if [ ! -x "$VENV/bin/python" ]; then
+  if ! "$VENV/bin/python" -m pip --version > /dev/null 2>&1; then # absent, or its making was interrupted
     python="$(find_python)" || exit 1
     say "making an environment in $VENV with $("$python" --version)"
-    "$python" -m venv "$VENV" || fail "$python -m venv $VENV failed; remove $VENV before the next try"
+    "$python" -m venv "$VENV" || fail "$python -m venv $VENV failed; its lines above say why"
   fi
   # What is installed is known by the state of the files that decide it, one stamp for each set of extras.
   state="$ROOT $(cat "$ROOT/setup.py" "$ROOT/constraints.txt" | cksum)"
   stamp="$VENV/installed-$(echo "$extras" | tr ',' '-')"
   if [ "$(cat "$stamp" 2> /dev/null)" != "$state" ]; then
-    say "installing dalle2_jax[$extras] into $VENV (some minutes and 2-3 GB the first time)"
+    say "installing dalle2_jax[$extras] into $VENV (minutes and some GB the first time)"
     pip_install --editable "$ROOT[$extras]" --constraint "$ROOT/constraints.txt" ||
       fail "the installation failed; its last lines above say why. Run the same command again to retry"
     echo "$state" > "$stamp"

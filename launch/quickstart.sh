@@ -26,7 +26,16 @@ if [ "$(uname)" = Linux ]; then
   export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
 fi
 
-steps=10 number=0 child=0 stopped="" key="$(cat configs/common.py configs/tiny/*.py | cksum)"
+steps=9 number=0 child=0 stopped="" key="$(cat configs/common.py configs/tiny/*.py | cksum)"
+
+# Prints a command so that it can be pasted into a shell.
+quoted() {
+  local word line="" plain='^[A-Za-z0-9_./,:=@%+-]+$'
+  for word; do
+    if [[ $word =~ $plain ]]; then line="$line $word"; else line="$line '${word//\'/\'\\\'\'}'"; fi
+  done
+  echo "${line# }"
+}
 
 # Asks the running command to save and end; `step` then ends the script.
 stop() {
@@ -46,7 +55,7 @@ step() {
     return
   fi
   say "[$number/$steps] $name"
-  printf '   %s\n' "python $*"
+  echo "   $(quoted python "$@")"
   # The command gets a process group of its own, so that Ctrl-C reaches it once, through `stop`; and where the system
   # can, it is also asked to end when this script is killed.
   setpriv --pdeathsig TERM true 2> /dev/null && guard=(setpriv --pdeathsig TERM)
@@ -73,7 +82,7 @@ step() {
       exit 130
       ;;
     failed)
-      printf '\nerror: this command failed with status %d:\n   %s\n' "$status" "$VENV/bin/python $*" >&2
+      printf '\nerror: this command failed with status %d:\n   %s\n' "$status" "$(quoted "$VENV/bin/python" "$@")" >&2
       printf 'Its last lines say why. What was done before is kept; when that is mended, go on with\n   %s\n' "$AGAIN" >&2
       exit 1
       ;;
@@ -99,7 +108,7 @@ trap 'stop HUP' HUP
 
 step bundled -m dalle2_jax.generate "a red star above a blue ring" "a yellow circle" "a purple cross on a white background" \
   "a green triangle to the left of a red square" --n=4 --out="$DIR/bundled"
-echo "   drawn by the bundled model: $DIR/bundled"
+echo "   drawn by the bundled model: $DIR/bundled/grid.png"
 train clip
 train prior --config.clip="$DIR/clip"
 train decoder --config.clip="$DIR/clip"
@@ -113,24 +122,11 @@ step pictures -m dalle2_jax.generate --model="$DIR/model" "${SEEN[@]}" "${NEW_PA
   --n=4 --out="$DIR/pictures"
 
 say "pictures"
-echo "   $DIR/pictures    drawn by the model that was just trained, $DIR/model; never seen in training were"
+echo "   $DIR/pictures/grid.png    by the model that was just trained, $DIR/model; training never showed"
 printf '        %s\n' "${NEW_PAIRS[@]}" "${NEW_RELATIONS[@]}"
-echo "   $DIR/bundled     drawn by the bundled model, which was trained for hours"
-say "score (right according to the checker, of 1; details in $DIR/evaluation)"
-python - "$DIR/evaluation" << 'PYTHON'
-import json, pathlib, sys
-
-def numbers(tree, name=""):
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from numbers(value, f"{name} {key}")
-    elif isinstance(tree, (int, float)) and not isinstance(tree, bool):
-        yield name.strip(), tree
-
-for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
-    for name, value in numbers(json.loads(path.read_text("utf-8"))):
-        print(f"   {name:40s} {value:.4g}")
-PYTHON
+echo "   $DIR/bundled/grid.png     by the bundled model, which was trained for hours"
+say "score (the checker's reading of $DIR/evaluation/*.png; more in report.json there)"
+sed 's/^/   /' "$DIR/evaluation/report.txt"
 say "seconds (all of them in $DIR/timings.txt)"
 awk '{ if (!($1 in sum)) order[++n] = $1; sum[$1] += $2; all += $2 }
      END { for (i = 1; i <= n; i++) printf "   %-16s %6d\n", order[i], sum[order[i]]; printf "   %-16s %6d\n", "all", all }' \

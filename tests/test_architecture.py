@@ -1,0 +1,301 @@
+"""Who may import whom (docs/design.md), read from the sources with `ast`.
+
+    nets       -> jax, flax; of the package only nets and partition.constrain
+    diffusion  -> jax, numpy; knows no network
+    stages     -> nets, diffusion, jax, numpy
+    data, partition, checkpoint, metrics, grid, optim -> no stage, no net
+    nobody     -> configs, torch, pickle;  outside nets -> flax.linen;  outside data -> TensorFlow
+
+An import counts wherever it stands, inside functions too. What loads when a module is imported (imports
+outside functions, followed through the package) is checked apart: generating needs neither TensorFlow nor any extra.
+"""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "dalle2_jax"
+TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_metadata", "keras")
+# Modules that define a class on top of TensorFlow Datasets; only functions import these.
+MAY_LOAD_TENSORFLOW = ("dalle2_jax.data.scenes_builder",)
+# Heavy or optional: imported by the function that needs them, so that a module can be read without them.
+INSIDE_FUNCTIONS = (
+    *TENSORFLOW,
+    "transformers",
+    "diffusers",
+    "wandb",
+    "tensorboard",
+    "tensorboardX",
+    "pyarrow",
+    "gradio",
+)
+NO_MODELS = ("data", "partition", "checkpoint", "metrics", "grid", "optim")
+COMMANDS_WITHOUT_TENSORFLOW = ("generate", "pipeline", "models", "convert")
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """`module` is a full name; of `from a.b import c`, where c may be a module or a thing in one, `a.b.c`."""
+
+    module: str
+    line: int
+    in_function: bool
+
+    def within(self, *names: str) -> bool:
+        return any(self.module == name or self.module.startswith(name + ".") for name in names)
+
+
+def imports(source: str, module: str, is_package: bool = False) -> list[Import]:
+    """Every import of a module: statements (relative ones made absolute), import_module(), __import__()."""
+    found = []
+
+    def visit(node: ast.AST, in_function: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, node.lineno, in_function) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = module.split(".")[
+                    : None if is_package and node.level == 1 else -(node.level - is_package)
+                ]
+                base = ".".join([*above, base] if base else above)
+            found.extend(Import(f"{base}.{alias.name}", node.lineno, in_function) for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                found.append(Import(node.args[0].value, node.lineno, in_function))
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            in_function = True  # never executed
+        inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse(source), False)
+    return found
+
+
+def is_standard(entry: Import) -> bool:
+    return entry.module.split(".")[0] in sys.stdlib_module_names
+
+
+def package_part(module: str) -> str:
+    """'nets' of dalle2_jax.nets.unet, 'optim' of dalle2_jax.optim."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def violations(module: str, source: str, is_package: bool = False) -> list[str]:
+    """What `module` imports against the rules, each as 'module:line imports x: why not'."""
+    part = package_part(module)
+    own = tuple(f"{PACKAGE}.{name}" for name in ("nets", "diffusion", "stages"))
+    allowed = {  # everything that a folder may import besides the standard library
+        "nets": ("jax", "flax", "dalle2_jax.nets", "dalle2_jax.partition.constrain"),
+        "diffusion": ("jax", "numpy", "dalle2_jax.diffusion"),
+        "stages": ("jax", "numpy", *own),
+    }
+    out = []
+    for entry in imports(source, module, is_package):
+        why = []
+        if part in allowed and not is_standard(entry) and not entry.within(*allowed[part]):
+            why.append(f"{part} may import {', '.join(allowed[part])}")
+        if part in NO_MODELS and entry.within(f"{PACKAGE}.stages", f"{PACKAGE}.nets"):
+            why.append(f"{part} knows no stage and no net")
+        if entry.within("configs"):
+            why.append("nobody imports configs")
+        if entry.within("torch", "torchvision"):
+            why.append("torch is for tests alone")
+        if entry.within("pickle", "cloudpickle", "dill", "joblib"):
+            why.append("reading a pickle runs its code")
+        if entry.within("flax.linen") and part != "nets":
+            why.append("flax.linen is imported in nets alone")
+        if entry.within(*TENSORFLOW) and part != "data":
+            why.append("TensorFlow is imported in data alone")
+        if entry.within(*INSIDE_FUNCTIONS) and not entry.in_function and module not in MAY_LOAD_TENSORFLOW:
+            why.append("only inside the functions that need it")
+        if entry.within(*MAY_LOAD_TENSORFLOW) and not entry.in_function:
+            why.append("it loads TensorFlow: only inside functions")
+        if module == f"{PACKAGE}.evals.scenes" and entry.within(f"{PACKAGE}.data", *own):
+            why.append("the checker of scenes must not know how they are drawn")
+        out += [f"{module}:{entry.line} imports {entry.module}: {reason}" for reason in why]
+    return out
+
+
+def sources() -> dict[str, tuple[str, bool]]:
+    """Of every module of the package: its source, and whether it is a package."""
+    out = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        out[".".join(parts[:-1] if is_package else parts)] = path.read_text("utf-8"), is_package
+    return out
+
+
+def loaded_by(module: str, modules: dict[str, tuple[str, bool]]) -> dict[str, list[Import]]:
+    """Every module of the package that importing `module` loads, with its imports outside functions."""
+    out, waiting = {}, [module]
+    while waiting:
+        name = waiting.pop()
+        if name in out or name not in modules:
+            continue
+        out[name] = [
+            entry for entry in imports(modules[name][0], name, modules[name][1]) if not entry.in_function
+        ]
+        for entry in (*out[name], Import(name, 0, False)):
+            parts = entry.module.split(".")
+            waiting += [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return out
+
+
+MODULES = sources()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_the_permitted_way(module):
+    source, is_package = MODULES[module]
+    assert not violations(module, source, is_package)
+
+
+@pytest.mark.parametrize(
+    "command", [name for name in COMMANDS_WITHOUT_TENSORFLOW if f"{PACKAGE}.{name}" in MODULES]
+)
+def test_what_generating_loads_is_in_the_base_of_setup_py(command):
+    # names of distributions that differ from what is imported
+    distributions = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint"}
+    tree = ast.parse((ROOT / "setup.py").read_text("utf-8"))
+    required = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "REQUIRED"
+    )
+    base = {name.split(">")[0].split("[")[0] for name in required}
+    assert "jax" in base
+    for module, entries in loaded_by(f"{PACKAGE}.{command}", MODULES).items():
+        for entry in entries:
+            top = entry.module.split(".")[0]
+            known = top == PACKAGE or is_standard(entry) or distributions.get(top, top) in base
+            assert known, f"{module}:{entry.line} imports {top}, which only an extra of setup.py installs"
+
+
+def test_every_module_can_be_imported_where_tensorflow_and_torch_are_not_installed():
+    code = f"""
+        import importlib, sys
+
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {(*TENSORFLOW, "torch", "transformers", "wandb", "tensorboardX")!r}:
+                    raise ModuleNotFoundError(f"{{name}} is blocked by the test")
+
+        sys.meta_path.insert(0, Absent())
+        for blocked in ("tensorflow", "torch"):
+            try:
+                importlib.import_module(blocked)
+            except ModuleNotFoundError:
+                continue
+            sys.exit(f"{{blocked}} was not blocked")
+        for module in {[name for name in MODULES if name not in MAY_LOAD_TENSORFLOW]!r}:
+            importlib.import_module(module)
+        print("imported all")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "imported all" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "reason"),
+    [
+        ("dalle2_jax.nets.unet", "import numpy as np", "nets may import"),
+        ("dalle2_jax.nets.unet", "from dalle2_jax.diffusion import process", "nets may import"),
+        ("dalle2_jax.nets.unet", "from dalle2_jax import partition", "nets may import"),
+        ("dalle2_jax.nets.unet", "from dalle2_jax.partition import make_mesh", "nets may import"),
+        ("dalle2_jax.nets.unet", "from ..partition import make_mesh", "nets may import"),
+        ("dalle2_jax.diffusion.process", "import flax", "diffusion may import"),
+        (
+            "dalle2_jax.diffusion.process",
+            "def f():\n  from dalle2_jax.nets import unet",
+            "diffusion may import",
+        ),
+        ("dalle2_jax.stages.prior", "import optax", "stages may import"),
+        ("dalle2_jax.stages.prior", "from dalle2_jax import checkpoint", "stages may import"),
+        ("dalle2_jax.data.pipeline", "from dalle2_jax.stages import clip", "no stage and no net"),
+        ("dalle2_jax.checkpoint", "from dalle2_jax import nets", "no stage and no net"),
+        ("dalle2_jax.metrics", "def f():\n  import dalle2_jax.nets.unet", "no stage and no net"),
+        ("dalle2_jax.train", "from configs.tiny import clip", "nobody imports configs"),
+        (
+            "dalle2_jax.train",
+            "import importlib\nimportlib.import_module('configs.clip')",
+            "nobody imports configs",
+        ),
+        ("dalle2_jax.convert", "def f():\n  import torch", "tests alone"),
+        ("dalle2_jax.convert", "import torch.nn as nn", "tests alone"),
+        ("dalle2_jax.checkpoint", "import pickle", "runs its code"),
+        ("dalle2_jax.state", "import flax.linen as nn", "nets alone"),
+        ("dalle2_jax.state", "from flax import linen", "nets alone"),
+        ("dalle2_jax.metrics", "def f():\n  import tensorflow as tf", "data alone"),
+        ("dalle2_jax.data.pipeline", "import tensorflow as tf", "only inside the functions"),
+        (
+            "dalle2_jax.data.pipeline",
+            "try:\n  import tensorflow_datasets\nexcept ImportError: pass",
+            "only inside",
+        ),
+        ("dalle2_jax.data.pipeline", "class A:\n  import tensorflow", "only inside the functions"),
+        ("dalle2_jax.data.tokenizer", "from transformers import CLIPTokenizer", "only inside the functions"),
+        ("dalle2_jax.data.sources", "from dalle2_jax.data import scenes_builder", "loads TensorFlow"),
+        ("dalle2_jax.evals.scenes", "from dalle2_jax.data import scenes", "how they are drawn"),
+    ],
+)
+def test_the_check_finds(module, source, reason):
+    assert any(reason in line for line in violations(module, source))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dalle2_jax.nets.unet", "import math\nimport jax\nimport flax.linen as nn"),
+        (
+            "dalle2_jax.nets.unet",
+            "from dalle2_jax.nets.layers import Dense\nfrom dalle2_jax.partition import constrain",
+        ),
+        ("dalle2_jax.nets.unet", "from . import layers"),
+        (
+            "dalle2_jax.stages.prior",
+            "from dalle2_jax.diffusion import sampling\nfrom dalle2_jax.nets import text",
+        ),
+        ("dalle2_jax.data.pipeline", "def f():\n  import tensorflow as tf\n  import tensorflow_datasets"),
+        ("dalle2_jax.data.pipeline", "def f():\n  from dalle2_jax.data import scenes_builder"),
+        ("dalle2_jax.data.scenes_builder", "import tensorflow_datasets as tfds"),
+        ("dalle2_jax.state", "import flax.struct"),
+        ("dalle2_jax.train", "import configs_of_others"),
+    ],
+)
+def test_the_check_permits(module, source):
+    assert not violations(module, source)
+
+
+def test_relative_imports_are_resolved():
+    assert imports("from . import a", "p.q.m")[0].module == "p.q.a"
+    assert imports("from ..b import a", "p.q.m")[0].module == "p.b.a"
+    assert imports("from . import a", "p.q", is_package=True)[0].module == "p.q.a"
+    assert imports("from .. import a", "p.q", is_package=True)[0].module == "p.a"
+
+
+def test_what_a_module_loads_is_followed_through_the_package():
+    modules = {
+        "dalle2_jax": ("", True),
+        "dalle2_jax.generate": (
+            "from dalle2_jax.data import pipeline\ndef f():\n  import dalle2_jax.train",
+            False,
+        ),
+        "dalle2_jax.data": ("", True),
+        "dalle2_jax.data.pipeline": ("import tensorflow", False),
+        "dalle2_jax.train": ("", False),
+    }
+    loaded = loaded_by("dalle2_jax.generate", modules)
+    assert set(loaded) == set(modules) - {"dalle2_jax.train"}
+    assert [entry.module for entry in loaded["dalle2_jax.data.pipeline"]] == ["tensorflow"]
