@@ -1,0 +1,268 @@
+"""The diffusion prior: scaling of embeddings, what sampling depends on, and learning."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dalle2_jax.stages import prior
+from dalle2_jax.stages.clip import unit_norm
+
+KEY = jax.random.key(0)
+LENGTH, VOCAB, EMBED = 5, 11, 16
+TEXT = dict(width=32, depth=1, num_heads=2, vocab_size=VOCAB, context_length=LENGTH)
+STATES = dict(width=32, depth=1, num_heads=2, states_width=6, context_length=LENGTH)
+
+
+def build(**changes):
+    return prior.build(**(dict(embed_dim=EMBED, text=TEXT, num_steps=4) | changes))
+
+
+def batch_of(size, key=KEY):
+    k = jax.random.split(key, 4)
+    return {
+        "image_embed": unit_norm(jax.random.normal(k[0], (size, EMBED))),
+        "text_embed": unit_norm(jax.random.normal(k[1], (size, EMBED))),
+        "tokens": jax.random.randint(k[2], (size, LENGTH), 0, VOCAB),
+        "text_states": jax.random.normal(k[3], (size, LENGTH, 6)),
+        "token_mask": jnp.arange(LENGTH) < 2 + jnp.arange(size)[:, None] % 4,
+    }
+
+
+def random_params(stage):
+    """Parameters of the right names and shapes, all random (cheaper than `init`, and no bias is zero)."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(stage.init, KEY, stage.batch_spec(1))
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), shapes)
+
+
+def other_captions(batch):
+    """The same batch with the captions of other rows."""
+    return batch | {name: jnp.roll(batch[name], 1, axis=0) for name in ("tokens", "text_embed", "token_mask")}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """(stage, parameters, metrics, batch, sample) after 150 steps on eight captions, 8 times in a batch."""
+    stage, batch = build(num_steps=8), batch_of(8)
+    params = jax.jit(stage.init)(KEY, batch)
+    optimizer = optax.adam(3e-3)
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, 8, axis=0), batch)
+
+    def step(carry, key):
+        params, state = carry
+        (_, metrics), grads = jax.value_and_grad(stage.loss, has_aux=True)(params, key, repeated)
+        updates, state = optimizer.update(grads, state)
+        return (optax.apply_updates(params, updates), state), metrics
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jax.random.split(KEY, 150)))
+    (params, _), metrics = run((params, optimizer.init(params)))
+
+    def sample(keys, batch, guidance_scale=1.0):
+        return stage.sample(params, keys, batch, guidance_scale=jnp.float32(guidance_scale))
+
+    return stage, params, metrics, batch, jax.jit(sample)
+
+
+def test_eight_embeddings_are_learned(trained):
+    """And trap 8: samples have CLIP's own scale, here a norm of 1 and not 17.2 sqrt(16 / 1024) = 2.15."""
+    _, _, metrics, batch, sample = trained
+    assert metrics["loss"][0] > 0.5
+    assert metrics["loss"][-20:].mean() < 0.05
+    samples = sample(jax.random.split(KEY, 8), batch)
+    assert samples.shape == (8, EMBED) and samples.dtype == jnp.float32
+    similarity = unit_norm(samples) @ batch["image_embed"].T
+    np.testing.assert_array_equal(similarity.argmax(axis=1), np.arange(8))
+    assert jnp.diagonal(similarity).min() > 0.9
+    np.testing.assert_allclose(jnp.linalg.norm(samples, axis=1), 1.0, atol=0.15)
+
+
+def test_a_sample_depends_on_its_own_key_and_caption_alone(trained):
+    *_, batch, sample = trained
+    keys = jax.random.split(KEY, 8)
+    whole = sample(keys, batch)
+    own = jnp.arange(8) < 3
+    others = jax.tree.map(
+        lambda x, y: jnp.where(own.reshape(-1, *[1] * (x.ndim - 1)), x, y), batch, other_captions(batch)
+    )
+    other_keys = jnp.where(own, keys, jax.random.split(jax.random.key(1), 8))
+    changed = sample(other_keys, others)
+    np.testing.assert_allclose(whole[:3], changed[:3], atol=1e-5)
+    assert (np.abs(whole - changed)[3:].max(axis=1) > 1e-2).all()
+    assert (np.abs(whole - sample(jax.random.split(jax.random.key(1), 8), batch)).max(axis=1) > 1e-4).all()
+
+
+def test_guidance_0_drops_the_text():
+    """With one candidate nothing else brings the text back in (the choice of a candidate would)."""
+    stage, batch = build(num_candidates=1), batch_of(3)
+    params, keys = random_params(stage), jax.random.split(KEY, 3)
+    sample = jax.jit(lambda batch, scale: stage.sample(params, keys, batch, guidance_scale=scale))
+    zero = jnp.zeros(3)
+    null, cond = sample(batch, zero), sample(batch, zero + 1)
+    np.testing.assert_allclose(null, sample(other_captions(batch), zero), atol=1e-6)
+    assert np.abs(cond - sample(other_captions(batch), zero + 1)).max() > 1e-3
+    # A scale of the number 1 leaves out the null half, and means the same; scales may differ between rows.
+    plain = jax.jit(stage.sample)(params, keys, batch)
+    np.testing.assert_allclose(plain, cond, atol=1e-5)
+    mixed = sample(batch, jnp.array([0.0, 1.0, 3.0]))
+    np.testing.assert_allclose(mixed[:2], jnp.stack([null[0], cond[1]]), atol=1e-5)
+    assert np.abs(mixed[2] - cond[2]).max() > 1e-3
+
+
+def test_the_candidate_nearest_to_the_text_is_kept():
+    stage, batch = build(num_steps=1), batch_of(4)
+    params, keys = random_params(stage), jax.random.split(KEY, 4)
+
+    def cosine(num_candidates):
+        samples = jax.jit(lambda: stage.sample(params, keys, batch, num_candidates=num_candidates))()
+        return samples, (unit_norm(samples) * batch["text_embed"]).sum(axis=1)
+
+    one, eight = cosine(1), cosine(8)
+    assert (eight[1] >= one[1] - 1e-6).all() and eight[1].mean() > one[1].mean() + 0.005
+    # The first of eight is the one of one: where the cosine did not grow, it was kept.
+    same = np.isclose(one[0], eight[0], atol=1e-5).all(axis=1)
+    np.testing.assert_array_equal(same, np.isclose(one[1], eight[1], atol=1e-6))
+
+
+def test_method_and_eta_reach_the_sampler():
+    stage, batch = build(num_candidates=1, num_steps=2), batch_of(2)
+    params, keys = random_params(stage), jax.random.split(KEY, 2)
+    ddpm, ddim = (
+        jax.jit(lambda m=m: stage.sample(params, keys, batch, method=m))() for m in ("ddpm", "ddim")
+    )
+    assert np.abs(ddpm - ddim).max() > 1e-4
+    with pytest.raises(ValueError, match="eta must be in"):
+        stage.sample(params, keys, batch, method="ddim", eta=2.0)
+
+
+@pytest.mark.parametrize("dim", [64, 768, 1024])
+@pytest.mark.parametrize("mode, std", [("paper", 0.5375), ("l2", 1.0), ("meanstd", 1.0)])
+def test_scaled_embeddings_have_the_standard_deviation_of_their_mode(mode, std, dim):
+    """Trap 7."""
+    embed = unit_norm(jax.random.normal(KEY, (2000, dim)))
+    scale = prior.EmbedScale(mode, dim)
+    params = {}
+    if mode == "meanstd":
+        embed = embed * 10 + jnp.linspace(-3, 3, dim)
+        stage = prior.build(embed_dim=dim, text=TEXT, embed_scale=dict(mode=mode))
+        params = stage.fit_stats({"net": {}}, embed)
+    before = np.array(embed)
+    z = scale.transform(params, embed)
+    np.testing.assert_allclose(z.std(), std, rtol=0.05)
+    np.testing.assert_allclose(z.std(axis=0), std, rtol=0.1)
+    np.testing.assert_allclose(z.mean(axis=0), 0.0, atol=0.1)
+    np.testing.assert_allclose(scale.inverse(params, z), embed, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(embed, before)
+    np.testing.assert_array_equal(z, scale.transform(params, embed))
+
+
+def test_the_papers_factor_is_17_2_at_its_own_size():
+    np.testing.assert_allclose(prior.EmbedScale("paper", 1024).factor, 17.2, rtol=1e-12)
+    np.testing.assert_allclose(prior.EmbedScale("paper", 768).factor, 14.90, atol=5e-3)
+
+
+def test_statistics_are_kept_by_training_and_used_by_sampling():
+    stage, batch = build(embed_scale=dict(mode="meanstd"), num_candidates=1, num_steps=2), batch_of(4)
+    params = random_params(stage)
+    params["stats"] = {"embed_mean": jnp.zeros(EMBED), "embed_std": jnp.ones(EMBED)}
+    fitted = stage.fit_stats(params, 5 * batch["image_embed"] + 2)
+    assert jnp.abs(params["stats"]["embed_mean"]).max() == 0.0  # the argument is as it was
+    stats = fitted["stats"]
+    np.testing.assert_allclose(stats["embed_mean"], 5 * batch["image_embed"].mean(axis=0) + 2, rtol=1e-5)
+    gradient, _ = jax.jit(jax.grad(stage.loss, has_aux=True))(fitted, KEY, batch)
+    assert all((x == 0).all() for x in gradient["stats"].values())
+    assert jnp.abs(gradient["net"]["out_proj"]["kernel"]).max() > 0.0
+    keys, sample = jax.random.split(KEY, 4), jax.jit(stage.sample)
+    expected = sample(params, keys, batch) * stats["embed_std"] + stats["embed_mean"]
+    np.testing.assert_allclose(sample(fitted, keys, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("clip_range, expected", [(None, 3.0), (2.0, 2.0)])
+def test_nothing_is_clipped_unless_asked(clip_range, expected):
+    """Scaled embeddings exceed 1: a network whose prediction is constantly 3 must be heard."""
+    stage = build(embed_scale=dict(mode="l2"), clip_range=clip_range, num_candidates=1, num_steps=2)
+    params = random_params(stage)
+    params["net"]["out_proj"] = {"kernel": jnp.zeros((32, EMBED)), "bias": jnp.full(EMBED, 3.0)}
+    samples = jax.jit(stage.sample)(params, jax.random.split(KEY, 2), batch_of(2))
+    np.testing.assert_allclose(samples * stage.embed_scale.factor, expected, rtol=1e-4)
+
+
+def test_loss_is_the_plain_squared_error_of_x0():
+    """Scaled unit vectors have a mean square of (17.2 / 32)^2, which is the loss of an output of zero."""
+    stage, batch = build(), batch_of(6)
+    params = random_params(stage)
+    params["net"]["out_proj"] = jax.tree.map(jnp.zeros_like, params["net"]["out_proj"])
+    loss, metrics = jax.jit(stage.loss)(params, KEY, batch)
+    np.testing.assert_allclose(loss, (17.2 / 32) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], metrics["mse"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("text", [TEXT, STATES | {"null_tokens": 2}], ids=["tokens", "states"])
+def test_text_is_dropped_in_training_only(text):
+    stage, batch = build(text=text, text_drop=0.999999), batch_of(4)
+    params = random_params(stage)
+    batch = {name: batch[name] for name in stage.batch_spec(4)}  # nothing else is read
+    words = "text_states" if "text_states" in batch else "tokens"
+    both = jax.jit(lambda b: [stage.loss(params, KEY, b, train=train)[0] for train in (True, False)])
+    training, evaluation = both(batch)
+    for name in (words, "text_embed"):
+        other = both(batch | {name: jnp.roll(batch[name], 1, axis=0)})
+        assert other[0] == training and other[1] != evaluation
+
+
+def test_remat_and_bfloat16_keep_names_and_meaning():
+    plain, other, batch = build(), build(remat=True, dtype="bfloat16"), batch_of(4)
+    params = random_params(plain)
+    shapes = jax.eval_shape(other.init, KEY, batch)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    loss, _ = jax.jit(other.loss)(params, KEY, batch)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, jax.jit(plain.loss)(params, KEY, batch)[0], rtol=0.05)
+
+
+def count(stage):
+    params = jax.eval_shape(stage.init, KEY, stage.batch_spec(1))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params["net"]))
+
+
+def test_sizes_of_the_papers_prior_and_of_a_released_one():
+    transformer = dict(width=2048, depth=24, num_heads=32)
+    paper = prior.build(embed_dim=1024, text=transformer | dict(vocab_size=49408, context_length=256))
+    # 24 blocks of 12 w^2 + 13 w are the paper's 1B; the rest is the token table and projections.
+    blocks = 24 * (12 * 2048**2 + 13 * 2048)
+    assert 1.2e9 < blocks < 1.22e9
+    assert count(paper) - blocks - 49408 * 2048 < 0.02e9
+    released = transformer | dict(depth=20, states_width=768, context_length=77, null_tokens=2)
+    karlo = prior.build(embed_dim=768, text=released, embed_scale=dict(mode="meanstd"))
+    nulls, stats = 768 + 2 * 768, 2 * 768
+    assert count(karlo) - nulls + stats == 1_022_030_080
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(text=TEXT | {"widht": 3}), "did you mean text.width"),
+        (dict(text=TEXT | {"states_width": 6}), "either vocab_size .* or states_width"),
+        (dict(text=TEXT | {"null_tokens": 2}), "text.null_tokens is for a prior on CLIP's states"),
+        (dict(embed_scale=dict(mode="papr")), "embed_scale.mode 'papr' is unknown"),
+        (dict(text_drop=1.0), "text_drop must be in"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(**changes)
+
+
+def test_a_caption_of_another_length_is_refused():
+    stage, batch = build(), batch_of(2)
+    batch = batch | {"tokens": batch["tokens"][:, :3], "token_mask": batch["token_mask"][:, :3]}
+    with pytest.raises(ValueError, match="captions of 5 positions, got 3"):
+        jax.eval_shape(stage.init, KEY, batch)
+
+
+def test_statistics_are_for_their_mode_only():
+    with pytest.raises(ValueError, match="set it to 'meanstd'"):
+        build().fit_stats({}, jnp.zeros((2, EMBED)))
