@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -152,7 +153,7 @@ class TestRules:
         """Every leaf has a rule, every rule a leaf, and each of 8 devices holds about an eighth."""
         mesh = partition.make_mesh(1, 4, 2)
         used = set()
-        for name in ("clip", "prior", "decoder64", "upsampler256", "upsampler1024"):
+        for name in ("clip", "prior", "decoder64", "upsampler256"):
             config = importlib.import_module(f"configs.{name}").get_config()
             params = models.abstract_params(models.build_stage(models.to_plain(config)))
             where = jax.tree.leaves(partition.shardings(params, mesh))
@@ -261,11 +262,13 @@ def test_embedding_tables_do_not_gather_activations(capfd):
     table = partition.spec_for("token_embedding/embedding", 2)
     cached = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)  # a program from the cache has nothing to say
+    compilation_cache.reset_cache()
     try:
         assert "rematerialization" in compiled_messages(capfd, mesh, P(None, "fsdp"))  # what is to be avoided
         assert "rematerialization" not in compiled_messages(capfd, mesh, table)
     finally:
         jax.config.update("jax_compilation_cache_dir", cached)
+        compilation_cache.reset_cache()
 
 
 REPORT = """
