@@ -58,6 +58,7 @@ prepare() {
     python="$(find_python)" || exit 1
     say "making an environment in $VENV with $("$python" --version)"
     "$python" -m venv "$VENV" || fail "$python -m venv $VENV failed; its lines above say why"
+    "$VENV/bin/python" -m pip --version > /dev/null || fail "$VENV has no pip; remove it and run this again"
   fi
   # What is installed is known by the state of the files that decide it, one stamp for each set of extras.
   state="$ROOT $(cat "$ROOT/setup.py" "$ROOT/constraints.txt" | cksum)"

@@ -7,7 +7,7 @@
     nobody     -> configs, torch, pickle;  outside nets -> flax.linen;  outside data -> TensorFlow
 
 An import counts wherever it stands, inside functions too. What loads when a module is imported (imports
-outside functions, followed through the package) is checked apart: generating needs neither TensorFlow nor any extra.
+outside functions, followed through the package) is checked apart: generating needs no TensorFlow, no extra.
 """
 
 import ast
