@@ -1,7 +1,9 @@
 """The dataset `scenes` as a tensorflow-datasets builder: drawn on this machine, nothing is downloaded.
 
 A config is a preset of the grammar at one picture size, such as 'quickstart_64'; example i of a split is
-`scenes.sample_scene(preset, split, i)`, so pictures of one scene at different sizes agree.
+`scenes.sample_scene(preset, split, i)` and stays in that order, so pictures of one scene at different sizes agree.
+`caption` and `caption_zh` are the plain wordings, `captions` and `captions_zh` all of them, `scene` is
+`Scene.to_json()`. This module imports TensorFlow; `scenes` does not.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ from PIL import Image
 
 from dalle2_jax.data import scenes
 
+# Examples in each of validation, test_pairs and test_relations (fewer, if there are fewer to train on).
 HELD_OUT_EXAMPLES = 512
 
 
@@ -55,6 +58,8 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
+                    "caption": text,
+                    "caption_zh": text,
                     "captions": tfds.features.Sequence(text),
                     "captions_zh": tfds.features.Sequence(text),
                     "scene": text,
@@ -67,7 +72,9 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         count = self.builder_config.num_examples
         return {
-            split: self._generate_examples(split, count if split == "train" else min(count, HELD_OUT_EXAMPLES))
+            split: self._generate_examples(
+                split, count if split == "train" else min(count, HELD_OUT_EXAMPLES)
+            )
             for split in scenes.SPLITS
         }
 
@@ -75,12 +82,15 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         config = scenes.preset(self.builder_config.preset)
         for index in range(count):
             scene = scenes.sample_scene(config, split, index)
+            english, chinese = scenes.captions(scene, "en"), scenes.captions(scene, "zh")
             yield (
                 index,
                 {
                     "image": encode_png(scenes.render(scene, self.builder_config.image_size)),
-                    "captions": scenes.captions(scene, "en"),
-                    "captions_zh": scenes.captions(scene, "zh"),
+                    "caption": english[0],
+                    "caption_zh": chinese[0],
+                    "captions": english,
+                    "captions_zh": chinese,
                     "scene": scene.to_json(),
                 },
             )
