@@ -1,10 +1,10 @@
 """python -m dalle2_jax.evaluate [--model=DIR] --metrics=scenes,retrieval [--n=128 --seed=0 --out=evaluation]
 
-Measures a model directory and writes report.json, with labelled grids of what was judged.
+Measures a model directory; writes report.json, its table report.txt, and labelled grids of what was judged.
 
-  scenes     draws n captions, n/4 of each kind (single_seen, single_heldout: one object whose colour and shape
-             training showed together or never; pair_seen, pair_heldout_relation: two objects whose relation it
-             showed or never), and lets the checker read colour, shape and relation off the pictures
+  scenes     draws n captions, n/4 of each kind (single_seen, single_heldout: one object whose colour and
+             shape training showed together or never; pair_seen, pair_heldout_relation: two objects whose
+             relation it showed or never), and lets the checker read the pictures
   retrieval  CLIP looks for the caption of each of 100 scenes of the validation and test splits
 """
 
@@ -13,7 +13,7 @@ import os
 import sys
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 
 from dalle2_jax import metrics, partition, pipeline
@@ -89,7 +89,7 @@ def evaluate_retrieval(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> dict:
-    """The numbers of `retrieval.retrieval` for `n` scenes that training never saw, rendered at `image_size`."""
+    """The numbers of `retrieval.retrieval` for `n` unseen scenes, rendered at `image_size`."""
     from dalle2_jax.evals import retrieval
 
     chosen, captions = retrieval.unseen_scenes(config, n, seed)
@@ -123,7 +123,7 @@ def main(argv):
         used = model.settings(**settings)
         config, image_size = scenes_of(model, FLAGS.scenes)
         report = {"model": model.name, "scenes_config": config.name, "settings": used}
-        measured = {}
+        measured, lines = {}, []
         if "scenes" in FLAGS.metrics:
             measured["scenes"] = evaluate_scenes(
                 model,
@@ -135,13 +135,13 @@ def main(argv):
                 settings=settings,
                 progress=StageLines(),
             )
-            print(scene_scores.table(measured["scenes"]))
+            lines.append(scene_scores.table(measured["scenes"]))
         if "retrieval" in FLAGS.metrics:
             measured["retrieval"] = evaluate_retrieval(
                 model, config=config, image_size=image_size, seed=FLAGS.seed, batch_size=FLAGS.batch_size
             )
             found = measured["retrieval"]
-            print(
+            lines.append(
                 f"retrieval among {found['n']}: image to text {found['image_to_text']:.3f}, "
                 f"text to image {found['text_to_image']:.3f}"
             )
@@ -152,7 +152,9 @@ def main(argv):
     out = epath.Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(measured | report, indent=2, ensure_ascii=False) + "\n")
-    print(f"wrote {out / 'report.json'}")
+    (out / "report.txt").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    print(f"wrote {out / 'report.json'}, the table in report.txt")
 
 
 if __name__ == "__main__":
@@ -176,4 +178,5 @@ if __name__ == "__main__":
     flags.DEFINE_list("upsampler_steps", None, "Steps of the upsamplers, one number each, such as 27,15.")
     flags.DEFINE_integer("batch_size", None, "Pictures at a time, rounded up to a multiple of the devices.")
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
+    logging.set_verbosity(logging.WARNING)  # not every backend that JAX looks for in vain
     app.run(main)

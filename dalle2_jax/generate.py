@@ -12,7 +12,7 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 
 import dalle2_jax
@@ -155,4 +155,5 @@ if __name__ == "__main__":
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; by default as trained.")
     flags.DEFINE_integer("batch_size", None, "Pictures at a time, rounded up to a multiple of the devices.")
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
+    logging.set_verbosity(logging.WARNING)  # not every backend that JAX looks for in vain
     app.run(main)

@@ -15,15 +15,21 @@ CAPTIONS = [
     "a yellow circle",
     "a drawing of a green cross left of a purple square",
 ]
-RECIPES = {"clip": "clip", "prior": "prior", "decoder": "decoder64", "upsampler64": "upsampler256"}
+RECIPES = {"clip": "clip", "prior": "prior", "decoder": "decoder64", "upsampler32": "upsampler256"}
+# Less than the presets have, so that a stage compiles in a few seconds.
+SMALLER = {
+    "decoder": dict(image_size=8, channel_mult=[1], attention_resolutions=[8]),
+    "upsampler32": dict(image_size=32, low_res_size=8, crop_size=8, channel_mult=[1]),
+}
 
 
 def configs() -> dict[str, dict]:
-    """Stage -> the `debug` preset of its recipe: 16 x 16, one upsampler to 64 x 64."""
+    """Stage -> the `debug` preset of its recipe, made smaller: 8 x 8, one upsampler to 32 x 32."""
     made = {}
     for folder, recipe in RECIPES.items():
         config = importlib.import_module(f"configs.{recipe}").get_config("debug")
         made[folder] = json.loads(json.dumps(models.to_plain(config)))
+        made[folder]["model"] |= SMALLER.get(folder, {})
     return made
 
 
@@ -51,6 +57,6 @@ def make_model(directory: Path, dtype: str = "float32") -> Path:
         stage = models.build_stage(config)
         checkpoint.save_stage(directory / folder, config, random_params(stage, seed), dtype)
     tokenizer().save(directory / "tokenizer")
-    stages = {name: name for name in ("clip", "prior", "decoder")} | {"upsamplers": ["upsampler64"]}
+    stages = {name: name for name in ("clip", "prior", "decoder")} | {"upsamplers": ["upsampler32"]}
     checkpoint.write_index(directory, stages, extra={"name": "tiny"})
     return directory
