@@ -18,7 +18,7 @@ from etils import epath
 
 from dalle2_jax import metrics, partition, pipeline
 from dalle2_jax.data import scenes
-from dalle2_jax.generate import StageLines
+from dalle2_jax.generate import StageLines, define_sampling_flags, sampling_settings
 
 METRICS = ("scenes", "retrieval")
 GRID_PICTURES = 64
@@ -111,15 +111,8 @@ def main(argv):
             scenes.check_choice(name, METRICS, "metric")
         partition.initialise()
         began = time.monotonic()
-        model = pipeline.UnCLIP.load(FLAGS.model)
-        steps = [int(number) for number in FLAGS.upsampler_steps] if FLAGS.upsampler_steps else None
-        settings = dict(
-            guidance_scale=FLAGS.guidance_scale,
-            prior_guidance_scale=FLAGS.prior_guidance_scale,
-            prior_steps=FLAGS.prior_steps,
-            decoder_steps=FLAGS.decoder_steps,
-            upsampler_steps=steps,
-        )
+        settings = sampling_settings()
+        model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype)
         used = model.settings(**settings)
         config, image_size = scenes_of(model, FLAGS.scenes)
         report = {"model": model.name, "scenes_config": config.name, "settings": used}
@@ -158,25 +151,11 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "model", None, "Model directory; by default the small model that comes with the package."
-    )
-    flags.DEFINE_string("out", "evaluation", "Where report.json and the grids go.")
+    define_sampling_flags()
+    flags.DEFINE_string("out", "evaluation", "Where the report and the grids go.")
     flags.DEFINE_list("metrics", list(METRICS), f"Which of {', '.join(METRICS)}.")
     flags.DEFINE_integer("n", 128, "Captions to draw for `scenes`, in all.", lower_bound=4)
     flags.DEFINE_integer("seed", 0, "Seed of captions and pictures.", lower_bound=0)
-    flags.DEFINE_string(
-        "scenes", None, "Grammar of the captions; by default the one the model was trained on."
-    )
-    flags.DEFINE_float(
-        "guidance_scale", None, "Guidance of the decoder, 1 is none; by default the model's own."
-    )
-    flags.DEFINE_float("prior_guidance_scale", None, "Guidance of the prior; by default the model's own.")
-    flags.DEFINE_integer("prior_steps", None, "Steps of the prior.")
-    flags.DEFINE_integer("decoder_steps", None, "Steps of the decoder.")
-    flags.DEFINE_alias("steps", "decoder_steps")
-    flags.DEFINE_list("upsampler_steps", None, "Steps of the upsamplers, one number each, such as 27,15.")
-    flags.DEFINE_integer("batch_size", None, "Pictures at a time, rounded up to a multiple of the devices.")
-    flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
+    flags.DEFINE_string("scenes", None, "Grammar of the captions; default: the one the model was trained on.")
     logging.set_verbosity(logging.WARNING)  # not every backend that JAX looks for in vain
     app.run(main)

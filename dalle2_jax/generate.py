@@ -100,28 +100,60 @@ class StageLines:
 FLAGS = flags.FLAGS
 
 
-def main(argv):
-    captions = argv[1:]
-    steps = [int(number) for number in FLAGS.upsampler_steps] if FLAGS.upsampler_steps else None
-    settings = dict(
-        seed=FLAGS.seed,
-        n=FLAGS.n,
+def define_sampling_flags() -> None:
+    """Define the flags that say how to draw; `sampling_settings` reads them."""
+    flags.DEFINE_string(
+        "model", None, "Model directory; by default the small model that comes with the package."
+    )
+    flags.DEFINE_float(
+        "guidance_scale", None, "Guidance of the decoder, 1 is none; default: the model's own."
+    )
+    flags.DEFINE_float("prior_guidance_scale", None, "Guidance of the prior; default: the model's own.")
+    flags.DEFINE_integer("prior_steps", None, "Steps of the prior.")
+    flags.DEFINE_integer("decoder_steps", None, "Steps of the decoder.")
+    flags.DEFINE_alias("steps", "decoder_steps")
+    flags.DEFINE_list("upsampler_steps", None, "Steps of the upsamplers, one number each, such as 27,15.")
+    flags.DEFINE_enum("method", None, ["ddpm", "ddim"], "Sampler of the decoder.")
+    flags.DEFINE_float("eta", None, "Noise of DDIM in the decoder, 0 (none) to 1.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: as trained.")
+    flags.DEFINE_integer("batch_size", None, "Pictures at a time, rounded up to a multiple of the devices.")
+    flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
+
+
+def sampling_settings() -> dict:
+    """The keywords of `UnCLIP.settings` that the flags give; ValueError for steps that are no numbers."""
+    steps = FLAGS.upsampler_steps
+    if steps is not None and not all(text.strip().isdigit() for text in steps):
+        raise ValueError(f"upsampler_steps {','.join(steps)!r} must be whole numbers, such as 27,15")
+    return dict(
         guidance_scale=FLAGS.guidance_scale,
         prior_guidance_scale=FLAGS.prior_guidance_scale,
         prior_steps=FLAGS.prior_steps,
         decoder_steps=FLAGS.decoder_steps,
-        upsampler_steps=steps,
+        upsampler_steps=None if steps is None else [int(text) for text in steps],
         method=FLAGS.method,
         eta=FLAGS.eta,
     )
+
+
+def main(argv):
+    captions = argv[1:]
     try:
         pipeline.check_captions(captions)
+        settings = sampling_settings()
         partition.initialise()
         began = time.monotonic()
         model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype)
         for line in model.cut_captions(captions):
             print(f"note: {line}", flush=True)
-        result = model.text_to_image(captions, **settings, batch_size=FLAGS.batch_size, progress=StageLines())
+        result = model.text_to_image(
+            captions,
+            **settings,
+            seed=FLAGS.seed,
+            n=FLAGS.n,
+            batch_size=FLAGS.batch_size,
+            progress=StageLines(),
+        )
         paths = write_pictures(FLAGS.out, result, model.name)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -129,31 +161,16 @@ def main(argv):
     compiling = sum(timing.compile_seconds for timing in result.timings.values())
     sampling = sum(timing.seconds for timing in result.timings.values())
     print(
-        f"{len(paths)} picture(s) of {model.image_size} x {model.image_size} in "
+        f"{len(paths)} picture{'s' * (len(paths) > 1)} of {model.image_size} x {model.image_size} in "
         f"{time.monotonic() - began:.1f} s (compiling {compiling:.1f} s, {sampling / len(paths):.2f} s a "
         f"picture): {epath.Path(FLAGS.out) / 'grid.png'}"
     )
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "model", None, "Model directory; by default the small model that comes with the package."
-    )
+    define_sampling_flags()
     flags.DEFINE_string("out", "outputs", "Where pictures, grid.png and generate.json go.")
     flags.DEFINE_integer("n", 1, "Pictures a caption.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed; the same seed and caption give the same picture.")
-    flags.DEFINE_float(
-        "guidance_scale", None, "Guidance of the decoder, 1 is none; by default the model's own."
-    )
-    flags.DEFINE_float("prior_guidance_scale", None, "Guidance of the prior; by default the model's own.")
-    flags.DEFINE_integer("prior_steps", None, "Steps of the prior.")
-    flags.DEFINE_integer("decoder_steps", None, "Steps of the decoder.")
-    flags.DEFINE_alias("steps", "decoder_steps")
-    flags.DEFINE_list("upsampler_steps", None, "Steps of the upsamplers, one number each, such as 27,15.")
-    flags.DEFINE_enum("method", None, ["ddpm", "ddim"], "Sampler of the decoder.")
-    flags.DEFINE_float("eta", None, "Noise of DDIM in the decoder, 0 (none) to 1.")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; by default as trained.")
-    flags.DEFINE_integer("batch_size", None, "Pictures at a time, rounded up to a multiple of the devices.")
-    flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
     logging.set_verbosity(logging.WARNING)  # not every backend that JAX looks for in vain
     app.run(main)

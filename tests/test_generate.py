@@ -1,0 +1,147 @@
+"""The command that draws: what it writes, what it refuses, and that it does so without TensorFlow."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle2_jax import generate, pipeline
+from dalle2_jax.cascade import Timing
+from tests.tiny_model import CAPTIONS, make_model
+
+ROOT = Path(__file__).parent.parent
+# A name that is None in sys.modules cannot be imported.
+BLOCKED = """
+import runpy, sys
+for name in ("tensorflow", "tensorflow_datasets", "torch", "transformers", "orbax", "orbax.checkpoint"):
+    sys.modules[name] = None
+runpy.run_module("dalle2_jax.generate", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs the command, on one device, where the blocked packages cannot be imported."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+    run = [sys.executable, "-c", BLOCKED, *arguments]
+    return subprocess.run(run, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_draws_without_tensorflow(directory, tmp_path):
+    done = command(
+        f"--model={directory}",
+        "--n=2",
+        "--seed=7",
+        "--guidance_scale=2",
+        "--prior_steps=2",
+        "--steps=2",
+        "--upsampler_steps=2",
+        "--out=drawn",
+        CAPTIONS[0],
+        "一个红色的圆",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "drawn"
+    report = json.loads((out / "generate.json").read_text())
+    files = [picture["file"] for picture in report["pictures"]]
+    assert files == [
+        "0000_a-red-star-above-a-blue-ring.png",
+        "0001_a-red-star-above-a-blue-ring.png",
+        "0002_一个红色的圆.png",
+        "0003_一个红色的圆.png",
+    ]
+    assert {path.name for path in out.iterdir()} == {*files, "grid.png", "generate.json"}
+    pictures = [Image.open(out / file) for file in files]
+    assert all(picture.size == (32, 32) and picture.mode == "RGB" for picture in pictures)
+    assert pictures[2].text["caption"] == "一个红色的圆"
+    inside = json.loads(pictures[1].text["dalle2_jax"])
+    assert (inside["seed"], inside["number"], inside["model"]) == (7, 1, "tiny")
+    assert inside["settings"] == report["settings"]
+    assert report["settings"]["decoder"]["guidance_scale"] == 2.0
+    assert [report["settings"][name]["num_steps"] for name in ("prior", "decoder", "upsampler32")] == [
+        2,
+        2,
+        2,
+    ]
+    assert set(report["timings"]) == {"text", "prior", "decoder", "upsampler32"}
+    for stage in report["timings"]:
+        assert stage in done.stdout
+    assert "4 pictures of 32 x 32" in done.stdout and "s a picture" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([" "], "caption 1 is empty"),
+        ([], "at least one caption"),
+        (["--model=absent", "a star"], "no model directory absent"),
+        (["--upsampler_steps=2,x", "a star"], "upsampler_steps"),
+    ],
+)
+def test_mistakes_end_with_a_message(arguments, message, tmp_path):
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def result(captions, n=1) -> pipeline.Result:
+    """A drawing that nobody drew."""
+    count = len(captions) * n
+    images = np.random.default_rng(0).integers(0, 255, (count, 16, 16, 3)).astype(np.uint8)
+    timings = {"text": Timing(1, 1, 0.5, 2.0), "decoder": Timing(count, 9, 3.0 * count, 4.0)}
+    repeated = tuple(caption for caption in captions for _ in range(n))
+    embeds = np.zeros((count, 4), np.float32)
+    return pipeline.Result(repeated, tuple(range(n)) * len(captions), 3, embeds, images, images, {}, timings)
+
+
+def test_pictures_are_stored_exactly(tmp_path):
+    drawn = result(["a/../b", "a/../b"])
+    paths = generate.write_pictures(tmp_path, drawn, "model")
+    assert [path.name for path in paths] == ["0000_a-b.png", "0001_a-b.png"]
+    for path, image in zip(paths, drawn.images, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), image)
+
+
+def test_seconds_are_counted_without_compiling():
+    report = generate.report(result(["a", "b"]), "model")
+    assert report["timings"]["decoder"]["seconds_per_row"] == 3.0
+    assert report["timings"]["decoder"]["compile_seconds"] == 4.0
+    assert report["seconds_per_picture"] == pytest.approx((0.5 + 6.0) / 2)
+
+
+@pytest.mark.parametrize(
+    ("caption", "name"),
+    [
+        ("A red star!", "a-red-star"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("???", "picture"),
+        ("红色 的圆", "红色-的圆"),
+        ("x" * 1000, "x" * 48),
+        ("字" * 1000, "字" * 48),
+    ],
+)
+def test_slug(caption, name):
+    assert generate.slug(caption) == name
+    assert len(f"0000_{name}.png".encode()) < 255  # what file systems allow
+
+
+def test_a_long_stage_prints_now_and_then():
+    times = iter([0.0, 1.0, 6.0, 7.0])
+    file = io.StringIO()
+    lines = generate.StageLines(file, clock=lambda: next(times), every=5.0)
+    for done in (1, 2, 3, 4):
+        lines("decoder", done, 4, 2.0 * done)
+    assert [line.split()[1] for line in file.getvalue().splitlines()] == ["1/4", "3/4", "4/4"]
+    assert "2.000 s a picture" in file.getvalue()
