@@ -1,0 +1,127 @@
+"""Which of eight shapes a soft mask shows: matching against masks that this file draws itself, as polygons.
+
+A mask is brought to a standard position and size with its own moments: its centroid goes to the middle of a
+GRID x GRID picture and its root-mean-square radius r becomes GRID / (2 REACH) pixels. Templates are drawn in several
+proportions (thin and fat stars, narrow and wide rings, ...), blurred by several widths and standardised in the same
+way, so that a blurred star is compared with blurred stars. The answer is the template with the highest
+cosine of its mask to the mask asked about.
+"""
+
+import functools
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+GRID = 32
+REACH = 2.2  # half the grid's side, in root-mean-square radii; the tips of a star are at about 2
+BLURS = (0.0, 0.15, 0.28, 0.4)  # in root-mean-square radii
+_CANVAS = 192
+
+
+def _polygon(points) -> np.ndarray:
+    """A filled polygon, float32 mask in [0, 1]; points (x right, y down), the shape's size is about 1."""
+    scale, centre = 0.4 * _CANVAS * 4, _CANVAS * 2
+    canvas = Image.new("L", (_CANVAS * 4, _CANVAS * 4))
+    ImageDraw.Draw(canvas).polygon([(centre + scale * x, centre + scale * y) for x, y in points], fill=255)
+    return np.asarray(canvas.resize((_CANVAS, _CANVAS), Image.BOX), np.float32) / 255
+
+
+def _regular(count: int, radii=(0.5,), turn: float = 0.0):
+    """Points on circles of the given radii in turn, from the top clockwise."""
+    return [
+        (radii[k % len(radii)] * math.sin(angle), -radii[k % len(radii)] * math.cos(angle))
+        for k, angle in enumerate(turn + 2 * math.pi * np.arange(count) / count)
+    ]
+
+
+def _heart(lobe: float):
+    """The curve x = sin^3 s, y = cos s - lobe cos 2s - ..., the usual parametric heart with lobes of that depth."""
+    s = np.linspace(0, 2 * math.pi, 120, endpoint=False)
+    y = 13 * np.cos(s) - 5 * lobe * np.cos(2 * s) - 2 * np.cos(3 * s) - np.cos(4 * s)
+    return list(zip(0.5 * np.sin(s) ** 3, -y / 32, strict=True))
+
+
+def _tipped_heart(depth: float):
+    """Two half discs on the upper sides of a square that stands on its corner; `depth` stretches it downwards."""
+    angle = np.linspace(-0.75 * math.pi, 0.25 * math.pi, 40)
+    radius, middle = 0.5 / math.sqrt(2) / 1.2, 0.25 / 1.2
+    right = [(middle + radius * math.cos(a), -middle + radius * math.sin(a)) for a in angle]
+    right = [(x, y) for x, y in right if x >= 0]
+    return [*right, (0, 0.5 / 1.2 * depth), *[(-x, y) for x, y in reversed(right)]]
+
+
+def _plus(arm: float):
+    a, b = arm / 2, 0.5
+    return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+
+
+def _masks():
+    """(shape, mask) in several proportions each."""
+    disc = _polygon(_regular(90))
+    yield "circle", disc
+    yield "square", _polygon([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
+    for height in (0.8, 0.9, 1.0):
+        yield "triangle", _polygon([(0, -height / 2), (0.5, height / 2), (-0.5, height / 2)])
+    for notch in (0.39, 0.46, 0.53):
+        yield "star", _polygon(_regular(10, (0.5, 0.5 * notch)))
+    for hole in (0.4, 0.5, 0.6, 0.7):
+        yield "ring", disc - _polygon(_regular(90, (0.5 * hole,)))
+    for arm in (0.27, 0.34, 0.41):
+        yield "cross", _polygon(_plus(arm))
+    yield "heart", _polygon(_heart(1.0))
+    for depth in (0.95, 1.1):
+        yield "heart", _polygon(_tipped_heart(depth))
+    for width in (0.6, 0.72, 0.85, 1.0):
+        yield "diamond", _polygon([(0, -0.5), (width / 2, 0), (0, 0.5), (-width / 2, 0)])
+
+
+def standardise(mask: np.ndarray) -> np.ndarray | None:
+    """A mask float [H, W] in [0, 1] at its standard place and size, unit norm [GRID^2]; None if it is empty."""
+    total = mask.sum()
+    if total < 1e-3:
+        return None
+    h, w = mask.shape
+    ys, xs = np.arange(h, dtype=np.float32), np.arange(w, dtype=np.float32)
+    rows, columns = mask.sum(1), mask.sum(0)
+    y, x = (rows * ys).sum() / total, (columns * xs).sum() / total
+    variance = (rows * (ys - y) ** 2).sum() / total + (columns * (xs - x) ** 2).sum() / total
+    step = 2 * REACH * math.sqrt(max(variance, 1e-3)) / GRID
+    # Linear interpolation by two small matrices: the grid is axis-parallel, so it is separable.
+    offsets = (np.arange(GRID) - (GRID - 1) / 2) * step
+    picked = _hat(y + offsets, h) @ mask @ _hat(x + offsets, w).T
+    norm = np.linalg.norm(picked)
+    return (picked / norm).ravel() if norm > 1e-6 else None
+
+
+def _hat(positions: np.ndarray, length: int) -> np.ndarray:
+    """Rows of linear-interpolation weights at the given positions, averaging over a step where that is wider."""
+    width = max(1.0, float(positions[1] - positions[0]))
+    weights = np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(length)) / width)
+    return (weights / width).astype(np.float32)
+
+
+@functools.cache
+def _templates() -> tuple[tuple[str, ...], np.ndarray]:
+    names, rows = [], []
+    for name, mask in _masks():
+        total = mask.sum()
+        y, x = np.indices(mask.shape)
+        cy, cx = (mask * y).sum() / total, (mask * x).sum() / total
+        radius = math.sqrt((mask * ((y - cy) ** 2 + (x - cx) ** 2)).sum() / total)
+        for blur in BLURS:
+            names.append(name)
+            rows.append(standardise(ndimage.gaussian_filter(mask, blur * radius)))
+    return tuple(names), np.stack(rows)
+
+
+def classify(mask: np.ndarray) -> tuple[str | None, float]:
+    """(shape, cosine) of the best template for a mask float [H, W] in [0, 1]; (None, 0.) for an empty mask."""
+    row = standardise(mask)
+    if row is None:
+        return None, 0.0
+    names, rows = _templates()
+    scores = rows @ row
+    best = int(np.argmax(scores))
+    return names[best], float(scores[best])
