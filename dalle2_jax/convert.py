@@ -135,7 +135,7 @@ def _run_workdirs(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         name=options.name,
     )
-    size = sum(path.stat().length for path in epath.Path(options.out).glob("**/*") if path.is_file())
+    size = sum(path.stat().length for path in epath.Path(options.out).glob("*/*"))
     print(f"wrote {options.out} ({size / 1e6:.1f} MB)")
     print(f'draw with it: python -m dalle2_jax.generate --model={options.out} "a red star above a blue ring"')
 

@@ -18,6 +18,7 @@ from etils import epath
 
 from dalle2_jax import metrics, partition, pipeline
 from dalle2_jax.data import scenes
+from dalle2_jax.evals import retrieval, scene_scores
 from dalle2_jax.generate import StageLines, define_sampling_flags, sampling_settings
 
 METRICS = ("scenes", "retrieval")
@@ -31,9 +32,10 @@ def scenes_of(model: pipeline.UnCLIP, name: str | None = None) -> tuple[scenes.S
     """
     data = model.cascade.configs["clip"]["data"]
     stored, _, side = data["path"].partition("_")
-    if name is None and data["source"] != "scenes":
+    if name is None and (data["source"] != "scenes" or stored not in scenes.PRESETS):
         raise ValueError(
-            f"model {model.name!r} was not trained on scenes: say which ones with --scenes=quickstart"
+            f"model {model.name!r} was trained on {data['path']!r} of source {data['source']!r}: say which "
+            f"scenes to draw with --scenes={'|'.join(scenes.PRESETS)}"
         )
     return scenes.preset(name or stored), int(side) if side.isdigit() else model.image_size
 
@@ -54,8 +56,10 @@ def evaluate_scenes(
     Args:
       settings: keywords of `UnCLIP.text_to_image` that say how to draw.
     """
-    from dalle2_jax.evals import scene_scores
-    from dalle2_jax.evals.scenes import check
+    try:
+        from dalle2_jax.evals.scenes import check
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the checker needs {error.name}: pip install 'dalle2_jax[eval]'") from error
 
     captions, kinds = scene_scores.draw_captions(config, n, seed)
     result = model.text_to_image(
@@ -76,8 +80,9 @@ def evaluate_scenes(
 
 
 def _mark(verdict) -> str:
-    wrong = [name for name in ("colour", "shape", "relation") if getattr(verdict, name) is False]
-    return "right" if verdict.all else f"WRONG {', '.join(wrong)}".rstrip()
+    wrong = [name for name, right in scene_scores.verdict_aspects(verdict).items() if right is False]
+    wrong = [name for name in wrong if name not in ("named", "correct")]
+    return "right" if verdict.correct else f"WRONG {', '.join(wrong)}".rstrip()
 
 
 def evaluate_retrieval(
@@ -90,8 +95,6 @@ def evaluate_retrieval(
     batch_size: int | None = None,
 ) -> dict:
     """The numbers of `retrieval.retrieval` for `n` unseen scenes, rendered at `image_size`."""
-    from dalle2_jax.evals import retrieval
-
     chosen, captions = retrieval.unseen_scenes(config, n, seed)
     images = [scenes.render(scene, image_size) for scene in chosen]
     (text_embed, _), _ = model.encode_text(captions, batch_size)
@@ -102,8 +105,6 @@ FLAGS = flags.FLAGS
 
 
 def main(argv):
-    from dalle2_jax.evals import scene_scores
-
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}: captions are for dalle2_jax.generate")

@@ -38,10 +38,14 @@ def random_params(stage, seed: int) -> dict:
     draw = np.random.default_rng(seed)
 
     def one(path, leaf):
-        noise = draw.standard_normal(leaf.shape).astype(np.float32)
+        noise = np.asarray(draw.standard_normal(leaf.shape), np.float32)
         if path[-1].key == "scale":
-            return 1 + 0.1 * noise
-        return noise / np.sqrt(np.prod(leaf.shape[:-1]) or 1) if leaf.ndim > 1 else 0.1 * noise
+            return np.float32(1) + np.float32(0.1) * noise
+        return (
+            noise / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
+            if leaf.ndim > 1
+            else np.float32(0.1) * noise
+        )
 
     return jax.tree_util.tree_map_with_path(one, models.abstract_params(stage))
 

@@ -26,6 +26,8 @@ def unseen_scenes(
 
     They come from the splits in turn. Raises ValueError where `config` has not as many facts.
     """
+    if config.max_objects < 2:
+        splits = tuple(split for split in splits if split != "test_relations")
     chosen, captions, used = [], [], set()
     draw = np.random.default_rng(seed)
     for i in range(100 * count):

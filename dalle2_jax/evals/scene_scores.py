@@ -13,7 +13,10 @@ import numpy as np
 
 from dalle2_jax.data import scenes
 
-ASPECTS = ("colour", "shape", "relation", "all")
+# Of a verdict of `evals.scenes.check`. `named` is colour, shape and relation at once; `correct` asks for all
+# that the caption says, and that nothing else is in the picture.
+JUDGED = ("colour", "shape", "relation", "count", "background", "correct")
+ASPECTS = ("colour", "shape", "relation", "named", "count", "background", "correct")
 
 
 def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
@@ -39,11 +42,18 @@ def draw_captions(config: scenes.SceneConfig, n: int, seed: int) -> tuple[list[s
     return captions, labels
 
 
+def verdict_aspects(verdict) -> dict[str, bool | None]:
+    """aspect -> whether it is right, None where the caption does not say."""
+    judged = {aspect: getattr(verdict, aspect) for aspect in JUDGED}
+    named = all(judged[aspect] is not False for aspect in ("colour", "shape", "relation"))
+    return judged | {"named": named}
+
+
 def score(verdicts: Sequence, kinds: Sequence[str]) -> dict:
-    """kind -> {'n', 'colour', 'shape', 'relation', 'all', 'interval': {aspect -> [low, high]}}.
+    """kind -> {'n', each of ASPECTS, 'interval': {aspect -> [low, high]}}.
 
     Args:
-      verdicts: of the checker: for each aspect True, False, or None where the caption does not name it.
+      verdicts: of `evals.scenes.check`.
       kinds: of the captions, in the order of `verdicts`.
 
     Returns:
@@ -51,12 +61,12 @@ def score(verdicts: Sequence, kinds: Sequence[str]) -> dict:
     """
     result = {}
     for kind in dict.fromkeys(kinds):
-        chosen = [verdict for verdict, label in zip(verdicts, kinds, strict=True) if label == kind]
+        chosen = [
+            verdict_aspects(verdict) for verdict, label in zip(verdicts, kinds, strict=True) if label == kind
+        ]
         entry, intervals = {"n": len(chosen)}, {}
         for aspect in ASPECTS:
-            judged = [
-                bool(value) for value in (getattr(verdict, aspect) for verdict in chosen) if value is not None
-            ]
+            judged = [bool(value) for value in (verdict[aspect] for verdict in chosen) if value is not None]
             entry[aspect] = float(np.mean(judged)) if judged else None
             if judged:
                 intervals[aspect] = [round(bound, 4) for bound in wilson(sum(judged), len(judged))]
@@ -65,10 +75,10 @@ def score(verdicts: Sequence, kinds: Sequence[str]) -> dict:
 
 
 def table(scores: dict) -> str:
-    """The scores of `score` as lines of text, the interval of `all` behind it."""
-    lines = [f"{'':24}{'n':>6}" + "".join(f"{aspect:>10}" for aspect in ASPECTS) + "   95 % interval of all"]
+    """The scores of `score` as lines of text, the interval of `named` behind."""
+    lines = [f"{'':24}{'n':>6}" + "".join(f"{aspect:>11}" for aspect in ASPECTS) + "   95 % of named"]
     for kind, entry in scores.items():
-        shares = "".join(f"{'-' if entry[a] is None else format(entry[a], '.3f'):>10}" for a in ASPECTS)
-        low, high = entry["interval"]["all"]
+        shares = "".join(f"{'-' if entry[a] is None else format(entry[a], '.3f'):>11}" for a in ASPECTS)
+        low, high = entry["interval"]["named"]
         lines.append(f"{kind:24}{entry['n']:>6}{shares}   {low:.3f} .. {high:.3f}")
     return "\n".join(lines)

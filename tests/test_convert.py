@@ -1,0 +1,164 @@
+"""From training workdirs to a model directory: the weights, nothing of the machine, and clear errors."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from dalle2_jax import checkpoint, convert, models, pipeline
+from tests import tiny_model
+
+SECRET = "/home/somebody/private"
+
+
+def make_workdir(directory, folder, *, step=2, tokenizer=None, **model_changes):
+    """A workdir as training leaves it, without training: the average differs from the last parameters."""
+    config = tiny_model.configs()[folder]
+    config["model"] |= model_changes
+    config |= {"clip": f"{SECRET}/clip", "init_from": f"{SECRET}/before/", "wandb": "somebody/project"}
+    config["data"] |= {"data_dir": f"{SECRET}/data", "path": f"{SECRET}/shards/{{0..9}}.tar"}
+    stage = models.build_stage(config)
+    params = tiny_model.random_params(stage, 0)
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    (tokenizer or tiny_model.tokenizer()).save(directory / "tokenizer")
+    ema_params = jax.tree.map(lambda x: x + 1, params)
+    with checkpoint.Checkpointer(directory, 1) as checkpointer:
+        checkpointer.save(step, {"params": params, "ema_params": ema_params}, {})
+    return ema_params
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory):
+    """(folder of the workdirs, stage -> averaged parameters)."""
+    root = tmp_path_factory.mktemp("workdirs")
+    return root, {name: make_workdir(root / name, name) for name in tiny_model.RECIPES}
+
+
+def sources(root, **changes) -> dict:
+    roles = {role: str(root / role) for role in ("clip", "prior", "decoder")}
+    return roles | {"upsamplers": (str(root / "upsampler32"),)} | changes
+
+
+@pytest.fixture(scope="module")
+def converted(workdirs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "mine"
+    convert.convert_workdirs(out, **sources(workdirs[0]), dtype="float32")
+    return out
+
+
+def test_float32_weights_are_the_averages_to_the_bit(workdirs, converted):
+    for name, params in workdirs[1].items():
+        _, stored = checkpoint.load_stage(converted / name, keep_dtype=True)
+        jax.tree.map(np.testing.assert_array_equal, stored, params)
+
+
+def test_bfloat16_weights_are_the_averages_rounded(workdirs, tmp_path):
+    convert.convert_workdirs(tmp_path / "half", **sources(workdirs[0]), name="small")
+    for name, params in workdirs[1].items():
+        _, stored = checkpoint.load_stage(tmp_path / "half" / name)
+        # 8 bits of mantissa, rounded to nearest: half a unit of 2^-7 at most
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), stored, params)
+    size = (tmp_path / "half" / "clip" / "model.safetensors").stat().st_size
+    assert size < 0.6 * sum(4 * x.size for x in jax.tree.leaves(workdirs[1]["clip"]))
+    assert checkpoint.read_index(tmp_path / "half")["name"] == "small"
+
+
+def test_the_index_says_what_there_is(converted):
+    index = checkpoint.read_index(converted)
+    assert index["stages"] == {
+        "clip": "clip",
+        "prior": "prior",
+        "decoder": "decoder",
+        "upsamplers": ["upsampler32"],
+    }
+    assert index["name"] == "mine"
+    assert index["trained_steps"] == dict.fromkeys(tiny_model.RECIPES, 2)
+
+
+def test_nothing_of_the_machine_is_in_it(converted):
+    files = [path for path in converted.rglob("*") if path.is_file()]
+    assert len(files) == 1 + 2 * 4 + 2
+    for path in files:
+        data = path.read_bytes()
+        for secret in (b"/home", b"somebody", str(converted.parent).encode()):
+            assert secret not in data, path
+    config = json.loads((converted / "prior" / "config.json").read_text())
+    assert config["clip"] == "clip" and config["init_from"] == "before"
+    assert config["data"]["path"] == "{0..9}.tar" and config["optim"]["learning_rate"] > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ("/a/b/c", "c"),
+        ("a/b/", "b"),
+        ("gs://bucket/run/clip", "clip"),
+        ("C:\\runs\\clip", "clip"),
+        ("~", ""),
+        ("~/clip", "clip"),
+        ("quickstart_64", "quickstart_64"),
+        ("a caption, of words", "a caption, of words"),
+        (["x/y", 1, None, 2.5, True], ["y", 1, None, 2.5, True]),
+        ({"a": {"b": "x/y"}}, {"a": {"b": "y"}}),
+    ],
+)
+def test_without_paths(value, kept):
+    assert convert.without_paths(value) == kept
+
+
+def test_what_is_written_can_be_opened_and_written_again(converted, tmp_path):
+    model = pipeline.UnCLIP.load(converted)
+    assert model.name == "mine" and model.image_size == 32
+    again = sources(
+        converted.parent, **dict.fromkeys(("clip", "prior", "decoder"), str(converted)), upsamplers=()
+    )
+    convert.convert_workdirs(tmp_path / "again", **again, dtype="float32")
+    for name in ("clip/model.safetensors", "decoder/config.json", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (converted / name).read_bytes()
+    index = checkpoint.read_index(tmp_path / "again")
+    assert index["trained_steps"]["decoder"] == 2 and index["stages"]["upsamplers"] == []
+
+
+def test_stages_that_do_not_fit_are_refused(workdirs, tmp_path):
+    root = workdirs[0]
+
+    def refused(message, **changes):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            convert.convert_workdirs(tmp_path / "out", **sources(root, **changes))
+        assert not (tmp_path / "out").exists()
+
+    make_workdir(tmp_path / "other_size", "decoder", embed_dim=16)
+    refused("the decoder has embeddings of 16", decoder=str(tmp_path / "other_size"))
+    make_workdir(tmp_path / "other_start", "upsampler32", low_res_size=16)
+    refused("upsampler32 enlarges pictures of side 16", upsamplers=(str(tmp_path / "other_start"),))
+    refused("two upsamplers draw 32 x 32", upsamplers=(str(root / "upsampler32"),) * 2)
+    other = tiny_model.train_bpe(["completely different words"] * 5, vocab_size=512, context_length=32)
+    make_workdir(tmp_path / "other_words", "prior", tokenizer=other)
+    refused("other_words was trained with another tokenizer", prior=str(tmp_path / "other_words"))
+    refused("holds a 'prior', not a 'decoder'", decoder=str(root / "prior"))
+    refused("no model directory", clip=str(tmp_path / "absent"))
+    refused("dtype 'float16'", dtype="float16")
+    half_made = shutil.copytree(root / "clip", tmp_path / "half_made")
+    shutil.rmtree(half_made / "checkpoints" / "2")
+    refused("no committed checkpoint", clip=str(half_made))
+
+
+def test_a_workdir_is_not_overwritten(workdirs):
+    root = workdirs[0]
+    with pytest.raises(ValueError, match="is a training workdir"):
+        convert.convert_workdirs(root / "clip", **sources(root))
+
+
+def test_the_command(workdirs, tmp_path, capsys):
+    root, out = workdirs[0], tmp_path / "model"
+    roles = [f"--{role}={root / role}" for role in ("clip", "prior", "decoder")]
+    arguments = [*roles, f"--upsamplers={root / 'upsampler32'}", f"--out={out}", "--dtype=float32"]
+    assert convert.main(["workdirs", *arguments]) == 0
+    assert "--model=" in capsys.readouterr().out and (out / "upsampler32" / "config.json").exists()
+    assert convert.main(["workdirs", *arguments, f"--clip={root / 'prior'}"]) == 2
+    assert "holds a 'prior', not a 'clip'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        convert.main(["workdir"])

@@ -1,0 +1,150 @@
+"""Measuring a model: counts and intervals, captions, and what a model with random weights scores."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle2_jax import evaluate, pipeline
+from dalle2_jax.data import scenes
+from dalle2_jax.evals import retrieval, scene_scores
+from tests.tiny_model import make_model
+
+CONFIG = scenes.preset("quickstart")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the checker returns, as far as it is counted."""
+
+    colour: bool = True
+    shape: bool = True
+    relation: bool | None = None
+    count: bool = True
+    background: bool | None = None
+
+    @property
+    def correct(self) -> bool:
+        return all(value is not False for value in dataclasses.astuple(self))
+
+
+def test_wilson_solves_its_own_equation():
+    """At its ends the observed share is exactly z standard deviations away."""
+    z = 1.959964
+    for right, count in ((26, 32), (1, 10), (500, 1000)):
+        for end in scene_scores.wilson(right, count):
+            assert abs(right / count - end) == pytest.approx(z * math.sqrt(end * (1 - end) / count))
+    assert scene_scores.wilson(0, 10)[0] == 0 and scene_scores.wilson(10, 10)[1] == pytest.approx(1)
+    assert scene_scores.wilson(0, 0) == (0, 1)
+    with pytest.raises(ValueError, match="11 of 10"):
+        scene_scores.wilson(11, 10)
+
+
+def test_scores_are_counted_by_kind():
+    single = [Verdict(), Verdict(colour=False), Verdict(shape=False, background=True), Verdict(count=False)]
+    pair = [Verdict(relation=True), Verdict(relation=False)]
+    scores = scene_scores.score(single + pair, ["single"] * 4 + ["pair"] * 2)
+    assert scores["single"]["n"] == 4
+    assert [scores["single"][a] for a in ("colour", "shape", "named", "count", "correct")] == [
+        0.75,
+        0.75,
+        0.5,
+        0.75,
+        0.25,
+    ]
+    assert scores["single"]["relation"] is None and scores["single"]["background"] == 1.0
+    assert scores["pair"]["relation"] == 0.5 and scores["pair"]["named"] == 0.5
+    assert "relation" not in scores["single"]["interval"]
+    low, high = scores["single"]["interval"]["named"]
+    assert low < 0.5 < high
+    lines = scene_scores.table(scores).splitlines()
+    assert len(lines) == 3 and "-" in lines[1] and "0.500" in lines[2]
+
+
+def test_captions_are_split_over_the_kinds():
+    captions, kinds = scene_scores.draw_captions(CONFIG, 130, seed=3)
+    assert [kinds.count(kind) for kind in scenes.KINDS] == [33, 33, 32, 32]
+    assert captions == scene_scores.draw_captions(CONFIG, 130, seed=3)[0]
+    assert captions != scene_scores.draw_captions(CONFIG, 130, seed=4)[0]
+
+
+def test_retrieval_asks_for_different_facts():
+    chosen, captions = retrieval.unseen_scenes(CONFIG, 100, seed=1)
+    assert len(set(captions)) == 100
+    assert len({retrieval.facts(scene) for scene in chosen}) == 100
+    counts = {len(scene.objects) for scene in chosen}
+    assert counts == {1, 2}
+    with pytest.raises(ValueError, match="distinct facts"):
+        retrieval.unseen_scenes(dataclasses.replace(CONFIG, count_weights=(1.0,), sizes=CONFIG.sizes[:1]), 60)
+
+
+def test_one_fact_said_twice_is_one_fact():
+    def thing(colour, shape):
+        return scenes.SceneObject(colour, shape, "large", 0.5, 0.5, 0.4)
+
+    star, ring = thing("red", "star"), thing("blue", "ring")
+    first = scenes.Scene((star, ring), ("above",), "white")
+    assert retrieval.facts(first) == retrieval.facts(scenes.Scene((ring, star), ("below",), "black"))
+    assert retrieval.facts(first) != retrieval.facts(scenes.Scene((star, ring), ("below",), "white"))
+    assert retrieval.facts(first) != retrieval.facts(scenes.Scene((star, ring), ("left of",), "white"))
+
+
+def test_retrieval_counts_both_ways():
+    image = np.eye(4, dtype=np.float32)
+    text = image[[0, 1, 1, 3]] * 5 + 0.01  # the third text is the second's
+    found = retrieval.retrieval(image, text)
+    assert found["text_to_image"] == 0.75 and found["n"] == 4
+    assert found["image_to_text"] == 0.75  # nothing matches the third picture: its first is taken
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return pipeline.UnCLIP.load(make_model(tmp_path_factory.mktemp("tiny")))
+
+
+def test_perfect_pictures_score_one(model, monkeypatch, tmp_path):
+    """With the renderer in place of the model, the judge finds everything right."""
+    pytest.importorskip("scipy", reason="the checker needs scipy")
+
+    def draw(captions, **_):
+        drawn = []
+        for caption in captions:
+            words = caption.split()
+            colour, shape = next(p for p in zip(words, words[1:], strict=False) if p[1] in scenes.SHAPES)
+            background = next((word for word in words if word in scenes.BACKGROUNDS), "white")
+            thing = scenes.SceneObject(colour, shape, "large", 0.5, 0.5, 0.55)
+            drawn.append(scenes.render(scenes.Scene((thing,), (), background), 64))
+        images = np.stack(drawn)
+        embeds = np.zeros((len(images), 4), np.float32)
+        return pipeline.Result(tuple(captions), (0,) * len(images), 0, embeds, images, images, {}, {})
+
+    monkeypatch.setattr(model, "text_to_image", draw)
+    one_object = dataclasses.replace(CONFIG, count_weights=(1.0,), sizes=CONFIG.sizes[:1])
+    scores = evaluate.evaluate_scenes(model, tmp_path, config=one_object, n=12)
+    assert {kind: entry["correct"] for kind, entry in scores.items()} == dict(
+        single_seen=1.0, single_heldout=1.0
+    )
+    grid = Image.open(tmp_path / "scenes_single_seen.png")
+    assert all(label.startswith("right: ") for label in json.loads(grid.text["captions"]))
+    assert len((tmp_path / "scenes.jsonl").read_text().splitlines()) == 12
+
+
+def test_random_weights_draw_nothing_right(model, tmp_path):
+    pytest.importorskip("scipy", reason="the checker needs scipy")
+    scores = evaluate.evaluate_scenes(model, tmp_path, config=CONFIG, n=8, settings=dict(guidance_scale=2.0))
+    assert list(scores) == list(scenes.KINDS)
+    assert all(entry["named"] == 0 and entry["n"] == 2 for entry in scores.values())
+    found = evaluate.evaluate_retrieval(model, config=CONFIG, image_size=64, n=20)
+    assert found["n"] == 20 and found["image_to_text"] < 0.5
+
+
+def test_the_scenes_of_a_model_are_known_or_asked_for(model):
+    with pytest.raises(ValueError, match="trained on 'debug_64' of source 'scenes'.*--scenes=quickstart"):
+        evaluate.scenes_of(model)
+    config, side = evaluate.scenes_of(model, "full")
+    assert config.name == "full" and side == 64
+    with pytest.raises(ValueError, match="did you mean 'quickstart'"):
+        evaluate.scenes_of(model, "quickstrat")
