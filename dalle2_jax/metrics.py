@@ -75,9 +75,9 @@ class Writer:
         self._file = path.open("a")
         if torn:  # the run was killed in the middle of a line
             self._file.write("\n")
-        self._board = _start_tensorboard(self._workdir)
         if wandb:
             self._wandb = _start_wandb(self._workdir, wandb)
+        self._board = _start_tensorboard(self._workdir)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes {name: number} of one step; names such as 'train/loss'."""

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -239,8 +238,8 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes):
     assert grads_there["block"]["fc1"]["kernel"].sharding.spec == where["block"]["fc1"]["kernel"].spec
 
 
-def compiled_messages(capfd, mesh, table_spec):
-    """What XLA says while it compiles the gradient of an embedding and two layers."""
+def gathered_shapes(mesh, table_spec):
+    """Shapes that devices gather in the gradient of an embedding and two layers, and the parameters' shapes."""
     params = mlp_params() | {"token_embedding": {"embedding": jnp.ones((32, 8)) / 3}}
     where = partition.shardings(params, mesh)
     where["token_embedding"]["embedding"] = NamedSharding(mesh, table_spec)
@@ -250,25 +249,20 @@ def compiled_messages(capfd, mesh, table_spec):
         x = partition.constrain(params["token_embedding"]["embedding"][tokens])
         return mlp_loss(params, x)
 
-    capfd.readouterr()
     with partition.use_mesh(mesh):
         step = jax.jit(jax.grad(loss), in_shardings=(where, tokens.sharding), out_shardings=where)
-        step.lower(params, tokens).compile()
-    return capfd.readouterr().err
+        program = step.lower(params, tokens).compile().as_text()
+    found = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", program)
+    return {tuple(map(int, sizes.split(","))) for sizes in found}, {x.shape for x in jax.tree.leaves(params)}
 
 
-def test_embedding_tables_do_not_gather_activations(capfd):
+def test_fsdp_gathers_parameters_and_never_activations():
     mesh = partition.make_mesh(2, 4, 1)
-    table = partition.spec_for("token_embedding/embedding", 2)
-    cached = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)  # a program from the cache has nothing to say
-    compilation_cache.reset_cache()
-    try:
-        assert "rematerialization" in compiled_messages(capfd, mesh, P(None, "fsdp"))  # what is to be avoided
-        assert "rematerialization" not in compiled_messages(capfd, mesh, table)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", cached)
-        compilation_cache.reset_cache()
+    gathered, parameters = gathered_shapes(mesh, partition.spec_for("token_embedding/embedding", 2))
+    assert gathered and gathered <= parameters
+    if jax.__version_info__ < (0, 11):  # what the rule avoids; later versions of XLA find a way round it
+        gathered, parameters = gathered_shapes(mesh, P(None, "fsdp"))
+        assert (8, 4, 8) in gathered
 
 
 REPORT = """
