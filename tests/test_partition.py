@@ -239,7 +239,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes):
 
 
 def gathered_shapes(mesh, table_spec):
-    """Shapes that devices gather in the gradient of an embedding and two layers, and the parameters' shapes."""
+    """Shapes that devices gather in the gradient of an embedding and two layers, and the parameters'."""
     params = mlp_params() | {"token_embedding": {"embedding": jnp.ones((32, 8)) / 3}}
     where = partition.shardings(params, mesh)
     where["token_embedding"]["embedding"] = NamedSharding(mesh, table_spec)
