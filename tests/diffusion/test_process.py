@@ -44,6 +44,17 @@ def loss_of(example, output, objective="eps", learned_variance=True, **options):
     )
 
 
+def test_times_cover_the_schedule_at_random_in_training_and_evenly_otherwise():
+    key = jax.random.key(0)
+    drawn = process.draw_timesteps(key, 20_000, 1000, train=True)
+    assert (int(drawn.min()), int(drawn.max())) == (0, 999)
+    assert float(drawn.mean()) == pytest.approx(499.5, abs=5 * 1000 / math.sqrt(12 * 20_000))
+    fixed = process.draw_timesteps(key, 4, 1000, train=False)
+    assert fixed.tolist() == [125, 375, 625, 875]  # the middles of four quarters, whatever the key
+    assert process.draw_timesteps(jax.random.key(1), 4, 1000, train=False).tolist() == fixed.tolist()
+    assert drawn.dtype == fixed.dtype == jnp.int32
+
+
 @pytest.mark.parametrize("t", [0, 300, 999])
 def test_q_sample_has_the_moments_of_its_definition(t):
     n = 200_000
