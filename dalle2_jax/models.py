@@ -52,7 +52,9 @@ def build_stage(config: dict):
     name = config["stage"]
     if name not in STAGES:
         near = difflib.get_close_matches(str(name), STAGES, n=1)
-        raise ValueError(f"stage {name!r} is unknown; {f'did you mean {near[0]!r}?' if near else f'there are {STAGES}'}")
+        raise ValueError(
+            f"stage {name!r} is unknown; {f'did you mean {near[0]!r}?' if near else f'there are {STAGES}'}"
+        )
     module = importlib.import_module(f"dalle2_jax.stages.{name}")
     model = _to_arguments(to_plain(config["model"]))
     check_keywords(module.build, model, "model")

@@ -76,7 +76,8 @@ def check_resume(workdir: epath.Path, config: dict) -> None:
     ]
     if differing:
         raise ValueError(
-            f"{workdir} was trained with another config; use another --workdir, or set these back:\n" + "\n".join(differing)
+            f"{workdir} was trained with another config; use another --workdir, or set these back:\n"
+            + "\n".join(differing)
         )
 
 
@@ -92,7 +93,9 @@ def make_tokenizer(config: dict, workdir: epath.Path, clip_path: str):
     elif settings["path"]:
         made = tokenizer.load_tokenizer(settings["path"], settings["context_length"])
     else:
-        captions = pipeline.iterate_captions(**pipeline_source(config), split=config["data"]["split"], limit=TOKENIZER_RECORDS)
+        captions = pipeline.iterate_captions(
+            **pipeline_source(config), split=config["data"]["split"], limit=TOKENIZER_RECORDS
+        )
         made = tokenizer.train_bpe(captions, settings["vocab_size"], settings["context_length"])
     if jax.process_index() == 0:
         made.save(workdir / "tokenizer")
@@ -101,7 +104,9 @@ def make_tokenizer(config: dict, workdir: epath.Path, clip_path: str):
 
 def pipeline_source(config: dict) -> dict:
     """The keywords of config.data that name the dataset itself."""
-    return {k: v for k, v in config["data"].items() if k not in ("split", "eval_split", "flip", "low_res_blur")}
+    return {
+        k: v for k, v in config["data"].items() if k not in ("split", "eval_split", "flip", "low_res_blur")
+    }
 
 
 def make_datasets(config: dict, stage, clip, tokenizer):
@@ -192,7 +197,9 @@ def train(config: dict, workdir: str) -> None:
     check_resume(workdir, config)
     mesh = partition.make_mesh(**config["mesh"])
     if config["batch_size"] % config["grad_accum"]:
-        raise ValueError(f"batch_size {config['batch_size']} is not a multiple of grad_accum {config['grad_accum']}")
+        raise ValueError(
+            f"batch_size {config['batch_size']} is not a multiple of grad_accum {config['grad_accum']}"
+        )
     partition.check_batch_size(config["batch_size"] // config["grad_accum"], mesh, "batch_size / grad_accum")
     stage = models.build_stage(config)
     clip, frozen = None, {}
@@ -218,7 +225,9 @@ def train(config: dict, workdir: str) -> None:
     )
     abstract = jax.eval_shape(init)
     shardings = partition.shardings(abstract, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
     checkpointer = checkpoint.Checkpointer(workdir, config["keep_checkpoints"])
     start = checkpointer.latest_step()
     if start is None:
@@ -255,7 +264,12 @@ def train(config: dict, workdir: str) -> None:
     needed = set(stage.batch_spec(1))
     fill = functools.partial(clip.fill, needed=needed) if clip else lambda params, batch: batch
     step_function = state.make_train_step(
-        stage, optimizer, seed=config["seed"], ema_decay=config["ema_decay"], grad_accum=config["grad_accum"], fill=fill
+        stage,
+        optimizer,
+        seed=config["seed"],
+        ema_decay=config["ema_decay"],
+        grad_accum=config["grad_accum"],
+        fill=fill,
     )
     jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, partition.replicated(mesh)))
     per_host = dict(process_index=jax.process_index(), process_count=jax.process_count())
@@ -270,9 +284,15 @@ def train(config: dict, workdir: str) -> None:
             lowered = jitted.lower(train_state, batch, frozen)
             flops = (lowered.cost_analysis() or {}).get("flops", 0.0)
             step_compiled = lowered.compile()
-            logging.info("compiled the train step in %.1f s (%.1f GFLOP)", time.monotonic() - began, flops / 1e9)
+            logging.info(
+                "compiled the train step in %.1f s (%.1f GFLOP)", time.monotonic() - began, flops / 1e9
+            )
             progress = metrics.Progress(
-                config["num_steps"], start, batch_size=config["batch_size"], flops_per_step=flops, name=config["stage"]
+                config["num_steps"],
+                start,
+                batch_size=config["batch_size"],
+                flops_per_step=flops,
+                name=config["stage"],
             )
             for step in range(start + 1, config["num_steps"] + 1):
                 if config["profile_at"] and step == config["profile_at"]:
@@ -329,14 +349,20 @@ def main(argv):
         train(config, FLAGS.workdir)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         logging.error("%s", error)
-        raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from (error if FLAGS.debug else None)
+        raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from (
+            error if FLAGS.debug else None
+        )
 
 
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:preset]; override with --config.a.b=value.")
-    flags.DEFINE_string("workdir", None, "Where checkpoints, logs and samples go; an existing one is resumed.")
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, FILE.py[:preset]; override with --config.a.b=value."
+    )
+    flags.DEFINE_string(
+        "workdir", None, "Where checkpoints, logs and samples go; an existing one is resumed."
+    )
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
     flags.mark_flags_as_required(["config", "workdir"])
     logging.set_verbosity(logging.INFO)

@@ -69,12 +69,24 @@ class GroupNorm(nn.Module):
         mean, var = (s.reshape(-1, groups, channels // groups) for s in (mean, var))
         group_mean = mean.mean(axis=-1, keepdims=True)
         group_var = (var + jnp.square(mean - group_mean)).mean(axis=-1, keepdims=True)
-        gain = jnp.broadcast_to(jax.lax.rsqrt(group_var + NORM_EPSILON), mean.shape).reshape(-1, channels) * scale
+        gain = (
+            jnp.broadcast_to(jax.lax.rsqrt(group_var + NORM_EPSILON), mean.shape).reshape(-1, channels)
+            * scale
+        )
         shift = bias - jnp.broadcast_to(group_mean, mean.shape).reshape(-1, channels) * gain
         return x * jnp.expand_dims(gain, axes) + jnp.expand_dims(shift, axes)
 
 
-def conv(features: int, kernel_size: int = 3, *, stride: int = 1, dtype, name: str, zero: bool = False, bias: bool = True):
+def conv(
+    features: int,
+    kernel_size: int = 3,
+    *,
+    stride: int = 1,
+    dtype,
+    name: str,
+    zero: bool = False,
+    bias: bool = True,
+):
     """A square convolution with symmetric padding (torch's convention, also for stride 2)."""
     pad = kernel_size // 2
     return nn.Conv(

@@ -61,11 +61,15 @@ class AttentionBlock(nn.Module):
         mask = None
         if context is not None:
             text_k, text_v = jnp.split(
-                layers.Dense(2 * channels, dtype=self.dtype, name="text_kv")(context.astype(self.dtype)), 2, axis=-1
+                layers.Dense(2 * channels, dtype=self.dtype, name="text_kv")(context.astype(self.dtype)),
+                2,
+                axis=-1,
             )
             k, v = jnp.concatenate([text_k, k], axis=1), jnp.concatenate([text_v, v], axis=1)
             if context_mask is not None:
-                mask = jnp.pad(context_mask, ((0, 0), (0, height * width)), constant_values=True)[:, None, None, :]
+                mask = jnp.pad(context_mask, ((0, 0), (0, height * width)), constant_values=True)[
+                    :, None, None, :
+                ]
         q, k, v = (layers.split_heads(y, min(self.head_dim, channels)) for y in (q, k, v))
         h = layers.attention(q, k, v, mask)
         h = layers.Dense(channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")(h)
@@ -120,7 +124,9 @@ class UNet(nn.Module):
             return attention_block(self.head_dim, self.dtype, name=name)(h, context, context_mask)
 
         emb = emb.astype(self.dtype)
-        h = layers.conv(self.channels * self.channel_mult[0], dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
+        h = layers.conv(self.channels * self.channel_mult[0], dtype=self.dtype, name="conv_in")(
+            x.astype(self.dtype)
+        )
         skips = [h]
         for level, mult in enumerate(self.channel_mult):
             for j in range(self.num_res_blocks):
@@ -145,7 +151,9 @@ class UNet(nn.Module):
                 h = res(f"up_{level}_up", self.channels * mult, "up")(h)
 
         h = nn.silu(layers.GroupNorm(name="norm_out")(h)).astype(self.dtype)
-        return layers.conv(self.out_channels, dtype=self.dtype, name="conv_out", zero=True)(h).astype(jnp.float32)
+        return layers.conv(self.out_channels, dtype=self.dtype, name="conv_out", zero=True)(h).astype(
+            jnp.float32
+        )
 
 
 class TimeEmbedding(nn.Module):
@@ -185,7 +193,9 @@ class DecoderNet(nn.Module):
         self.token_width = self.text["width"] if self.text else 4 * channels
         self.image_emb_proj = layers.Dense(4 * channels, dtype=self.dtype)
         self.image_token_proj = layers.Dense(self.num_image_tokens * self.token_width, dtype=self.dtype)
-        self.null_image_embed = self.param("null_image_embed", nn.initializers.normal(0.02), (self.embed_dim,), jnp.float32)
+        self.null_image_embed = self.param(
+            "null_image_embed", nn.initializers.normal(0.02), (self.embed_dim,), jnp.float32
+        )
         if self.text:
             self.text_net = GlideTextTransformer(**self.text, dtype=self.dtype)
             self.text_emb_proj = layers.Dense(4 * channels, dtype=self.dtype)
@@ -212,7 +222,17 @@ class DecoderNet(nn.Module):
             x_t, self.time(t) + emb, context, image_size=self.image_size, deterministic=deterministic
         )
 
-    def __call__(self, x_t, t, image_embed, drop_image, tokens=None, token_mask=None, drop_text=None, deterministic=True):
+    def __call__(
+        self,
+        x_t,
+        t,
+        image_embed,
+        drop_image,
+        tokens=None,
+        token_mask=None,
+        drop_text=None,
+        deterministic=True,
+    ):
         """Both halves at once: what training uses."""
         condition = self.condition(image_embed, drop_image, tokens, token_mask, drop_text)
         return self.denoise(x_t, t, condition, deterministic=deterministic)

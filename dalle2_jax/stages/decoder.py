@@ -52,7 +52,9 @@ class Decoder:
         text = (batch.get("tokens"), batch.get("token_mask"), drop)
         return self.net.init(key, batch["image"], t, batch["image_embed"], drop, *text)["params"]
 
-    def loss(self, params: dict, key: jax.Array, batch: dict, *, train: bool = True) -> tuple[jax.Array, dict]:
+    def loss(
+        self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
+    ) -> tuple[jax.Array, dict]:
         """Mean loss over the batch and its scalars. `train=False` keeps conditions and units (no dropping, no dropout)."""
         size = batch["image"].shape[0]
         t_key, noise_key, image_key, text_key, dropout_key = jax.random.split(key, 5)
@@ -116,16 +118,23 @@ class Decoder:
         conditions = condition(False)
         if guided:
             # One batch of both halves, kept side by side so that sharding over the batch splits the pairs evenly.
-            conditions = jax.tree.map(lambda c, n: jnp.stack([c, n], 1).reshape(-1, *c.shape[1:]), conditions, condition(True))
+            conditions = jax.tree.map(
+                lambda c, n: jnp.stack([c, n], 1).reshape(-1, *c.shape[1:]), conditions, condition(True)
+            )
 
         def denoise(x_t, t):
             if guided:
                 x_t, t = jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2)
             output = self.net.apply({"params": params}, x_t, t, conditions, method="denoise")
-            prediction = process.to_prediction(self.schedule, output, x_t, t, self.objective, self.learned_variance)
+            prediction = process.to_prediction(
+                self.schedule, output, x_t, t, self.objective, self.learned_variance
+            )
             if not guided:
                 return prediction
-            cond, null = jax.tree.map(lambda y: y[0::2], prediction), jax.tree.map(lambda y: y[1::2], prediction)
+            cond, null = (
+                jax.tree.map(lambda y: y[0::2], prediction),
+                jax.tree.map(lambda y: y[1::2], prediction),
+            )
             return sampling.guide(cond, null, scale)
 
         x_T = sampling.init_noise(keys, (side, side, 3))

@@ -36,7 +36,9 @@ class Upsampler:
         """The fields that `loss` reads; `sample` reads `low_res` alone."""
         return {
             "image": jax.ShapeDtypeStruct((batch_size, self.crop_size, self.crop_size, 3), jnp.float32),
-            "low_res": jax.ShapeDtypeStruct((batch_size, self.low_res_size, self.low_res_size, 3), jnp.float32),
+            "low_res": jax.ShapeDtypeStruct(
+                (batch_size, self.low_res_size, self.low_res_size, 3), jnp.float32
+            ),
             "crop_yx": jax.ShapeDtypeStruct((batch_size, 2), jnp.int32),
         }
 
@@ -51,7 +53,9 @@ class Upsampler:
         t = jnp.zeros(batch["image"].shape[0], jnp.int32)
         return self.net.init(key, batch["image"], t, batch["image"])["params"]
 
-    def loss(self, params: dict, key: jax.Array, batch: dict, *, train: bool = True) -> tuple[jax.Array, dict]:
+    def loss(
+        self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
+    ) -> tuple[jax.Array, dict]:
         """Mean loss over the batch and its scalars; `image` is the window at `crop_yx` of the full-size picture."""
         t_key, noise_key, dropout_key = jax.random.split(key, 3)
         x0 = batch["image"]

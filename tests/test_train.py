@@ -1,0 +1,149 @@
+"""The loop: exact resume, the same on other device counts, clear refusals, and an interruption that loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import upsampler256
+from dalle2_jax import checkpoint, models, train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def recipe(num_steps: int, **changes) -> dict:
+    """The debug preset of the first upsampler (it needs no CLIP) for `num_steps` steps, one checkpoint a step."""
+    config = upsampler256.get_config("debug")
+    config.update(
+        num_steps=num_steps, checkpoint_every=1, eval_every=100, sample_every=100, keep_checkpoints=10
+    )
+    config.update(**changes)
+    return models.to_plain(config)
+
+
+def stored_state(workdir, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, by path."""
+    names = ("params", "ema_params", "opt_state")
+    trees = {name: checkpoint.restore_subtree(workdir, name, step) for name in names}
+    flat, _ = jax.tree_util.tree_flatten_with_path(trees)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+
+def logged(workdir, name: str) -> dict[int, float]:
+    """{step: value} of a scalar in metrics.jsonl."""
+    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    train.train(recipe(4), str(workdir))
+    return workdir
+
+
+def test_four_steps_equal_two_a_stop_and_two(four_steps, tmp_path):
+    train.train(recipe(2), str(tmp_path))
+    between = stored_state(tmp_path, 2)
+    train.train(recipe(4), str(tmp_path))
+    whole, resumed = stored_state(four_steps, 4), stored_state(tmp_path, 4)
+    assert whole.keys() == resumed.keys() and len(whole) > 100
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], resumed[name], err_msg=name)
+    assert any((between[name] != whole[name]).any() for name in whole if "params" in name)
+    # The loss of the third step is that of the third batch: the data went on where it was, not from the start.
+    assert logged(four_steps, "train/loss") == logged(tmp_path, "train/loss")
+
+
+def test_a_finished_run_does_nothing(four_steps):
+    before = sorted(path.name for path in (four_steps / "checkpoints").iterdir())
+    train.train(recipe(4), str(four_steps))
+    assert sorted(path.name for path in (four_steps / "checkpoints").iterdir()) == before
+
+
+def test_another_config_on_resume_is_refused_with_the_differences(four_steps):
+    changed = recipe(4)
+    changed["model"]["channels"] = 32
+    changed["optim"]["learning_rate"] = 0.5
+    with pytest.raises(ValueError, match=r"model.channels: 16 in the workdir, 32 now") as error:
+        train.train(changed, str(four_steps))
+    assert "optim.learning_rate" in str(error.value)
+
+
+def run_command(workdir, *overrides: str, devices: int = 1) -> subprocess.Popen:
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    environment.pop("XLA_FLAGS", None)
+    command = [
+        sys.executable,
+        "-m",
+        "dalle2_jax.train",
+        "--config=configs/upsampler256.py:debug",
+        f"--workdir={workdir}",
+    ]
+    return subprocess.Popen(
+        command + list(overrides),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_one_device_trains_like_eight(four_steps, tmp_path):
+    process = run_command(tmp_path, "--config.num_steps=4", "--config.checkpoint_every=4")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    one, eight = logged(tmp_path, "train/loss"), logged(four_steps, "train/loss")
+    assert one.keys() == eight.keys() == {1, 2, 3, 4}
+    for step in one:
+        assert one[step] == pytest.approx(eight[step], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--config.model.chanels=8", "chanels"),
+        ("--config.data.path=debug_46", "debug_64"),
+        ("--config.mesh.tensor=3", "mesh"),
+        ("--config.batch_size=7", "batch_size"),
+        ("--config.init_from=nowhere", "nowhere"),
+    ],
+)
+def test_impossible_settings_stop_at_once(override, said, tmp_path):
+    process = run_command(tmp_path / "work", override, devices=2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    assert said in output and "compiled the train step" not in output
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path):
+    process = run_command(tmp_path, "--config.num_steps=100000", "--config.checkpoint_every=100000")
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.2)
+    assert process.poll() is None, process.communicate()[0]
+    while time.monotonic() < deadline and not logged(tmp_path, "train/loss"):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    saved = checkpoint.Checkpointer(tmp_path, 3).latest_step()
+    assert saved is not None and saved == max(logged(tmp_path, "train/loss"))
+
+
+def test_init_from_starts_from_the_parameters(four_steps, tmp_path):
+    train.train(
+        recipe(1, init_from=str(four_steps), optim=dict(recipe(1)["optim"], learning_rate=1e-9)),
+        str(tmp_path),
+    )
+    source, started = stored_state(four_steps, 4), stored_state(tmp_path, 1)
+    name = next(n for n in source if n.startswith("['ema_params']") and n.endswith("['kernel']"))
+    np.testing.assert_allclose(source[name], started[name.replace("ema_params", "params", 1)], atol=1e-6)
