@@ -1,4 +1,4 @@
-"""What is written to disk and read back: checkpoints of a training run, and model directories.
+"""Checkpoints: the train state of a run, saved and restored.
 
 A run keeps WORKDIR/checkpoints/STEP/{state, meta}, written by Orbax: asynchronously (training goes on
 meanwhile), sharded (each process writes its part) and atomically (a step counts only once it is committed
@@ -8,53 +8,25 @@ any mesh and without the classes it came from.
 Orbax does not notice flipped bits in its files, so `meta` carries a checksum of every leaf, compared on
 reading. With w_i the bits of element i as an unsigned number, it is sum_i w_i (2 i + 1) mod 2^32: a changed
 bit always changes it (the weights are odd), and devices that hold parts of an array just add up theirs.
-
-A model directory is what generating needs and nothing else, readable with safetensors and a JSON parser:
-
-    MODEL/model_index.json                      which stages there are, and where
-    MODEL/<stage>/config.json                   the config that the stage was trained with
-    MODEL/<stage>/model.safetensors             its averaged weights under flat names, bfloat16 or float32
-    MODEL/tokenizer/                            see data/tokenizer.py
 """
 
 import contextlib
-import difflib
-import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from absl import logging
 from etils import epath
 
-from dalle2_jax import partition
-
-FORMAT_VERSION = 1
-INDEX_FILE, CONFIG_FILE, WEIGHTS_FILE = "model_index.json", "config.json", "model.safetensors"
-DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """Returns {'a/b/kernel': leaf} of any pytree, in its own order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {partition.path_name(path): leaf for path, leaf in leaves}
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict:
-    """Returns the nested dicts of {'a/b/kernel': leaf}."""
-    tree: dict = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+# the other half of what is written to disk, for callers that know it as checkpoint.load_stage and so on
+from dalle2_jax.modeldir import check_params as check_params
+from dalle2_jax.modeldir import differences, flatten, unflatten
+from dalle2_jax.modeldir import load_stage as load_stage
+from dalle2_jax.modeldir import read_index as read_index
+from dalle2_jax.modeldir import save_stage as save_stage
+from dalle2_jax.modeldir import write_index as write_index
 
 
 def checksum(x: Any) -> Any:
@@ -90,54 +62,6 @@ def checksums(flat: Mapping[str, Any]) -> dict[str, int]:
 @jax.jit
 def _device_checksums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: checksum(leaf) for name, leaf in flat.items()}
-
-
-def check_params(params: Any, abstract: Any, where: str = "the parameters") -> None:
-    """Raises ValueError naming what differs unless `params` has exactly the leaves and shapes of `abstract`.
-
-    Args:
-      params: pytree of arrays (or of anything with a shape).
-      abstract: the same pytree as the model defines it, of arrays or ShapeDtypeStructs.
-      where: what the message calls `params`, for instance its path.
-    """
-    found = {name: tuple(np.shape(leaf)) for name, leaf in flatten(params).items()}
-    expected = {name: tuple(leaf.shape) for name, leaf in flatten(abstract).items()}
-    complaints = _differences(found, expected)
-    if complaints:
-        raise ValueError(
-            f"{where} and the model do not fit together (was it made with another config?):\n"
-            + "\n".join(complaints)
-        )
-
-
-def _differences(found: Mapping[str, tuple], expected: Mapping[str, tuple], limit: int = 10) -> list[str]:
-    """Lines that name the missing, surplus and misshapen leaves, at most `limit` of each."""
-    missing = sorted(expected.keys() - found.keys())
-    surplus = sorted(found.keys() - expected.keys())
-    misshapen = sorted(name for name in found.keys() & expected.keys() if found[name] != expected[name])
-    lines = []
-    for title, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)):
-        for name in names[:limit]:
-            if title == "missing":
-                near = difflib.get_close_matches(name, surplus, n=1)
-                hint = f" (is {near[0]!r} meant for it?)" if near else ""
-                lines.append(f"  missing: {name} {_show(expected[name])}{hint}")
-            elif title == "surplus":
-                lines.append(f"  surplus: {name} {_show(found[name])}")
-            else:
-                lines.append(
-                    f"  misshapen: {name} has {_show(found[name])}, the model expects {_show(expected[name])}"
-                )
-        if len(names) > limit:
-            lines.append(f"  ... and {len(names) - limit} more {title}")
-    return lines
-
-
-def _show(shape: tuple) -> str:
-    return "[" + ", ".join(str(entry) for entry in shape) + "]"
-
-
-# Checkpoints of a run.
 
 
 class Checkpointer:
@@ -289,7 +213,7 @@ def restore_ema_params(workdir: str | os.PathLike, step: int | None = None) -> d
 
 
 def _check_stored(path: epath.Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    complaints = _differences(
+    complaints = differences(
         {name: tuple(leaf.shape) for name, leaf in stored.items()},
         {name: tuple(leaf.shape) for name, leaf in expected.items()},
     )
@@ -351,188 +275,3 @@ def _quiet_orbax() -> None:
 
 def _not_orbax_chatter(record: Any) -> bool:
     return record.levelno > 20 or f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-# Model directories.
-
-
-def save_stage(
-    directory: str | os.PathLike, config: Mapping[str, Any], params: Any, dtype: str = "bfloat16"
-) -> None:
-    """Writes a stage's config.json and model.safetensors; the same input gives the same bytes.
-
-    Args:
-      directory: made if absent; files of the same name are replaced.
-      config: JSON values that are enough to rebuild the stage.
-      params: nested dict of arrays; floating leaves are stored as `dtype`, others as they are.
-      dtype: 'bfloat16' (half the size, 8 bits of precision) or 'float32' (exact).
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
-    import safetensors.numpy
-
-    def stored(leaf) -> np.ndarray:
-        leaf = np.asarray(leaf)
-        if leaf.dtype == ml_dtypes.bfloat16 or np.issubdtype(leaf.dtype, np.floating):
-            leaf = leaf.astype(DTYPES[dtype])
-        return np.require(leaf, requirements="C")
-
-    directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    flat = {name: stored(leaf) for name, leaf in sorted(flatten(partition.to_host(params)).items())}
-    _replace(directory / WEIGHTS_FILE, safetensors.numpy.save(flat, metadata={"format": "np"}))
-    _replace(directory / CONFIG_FILE, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def load_stage(directory: str | os.PathLike, keep_dtype: bool = False) -> tuple[dict, dict]:
-    """Returns (config, params) of a stage's directory: plain JSON values, and nested dicts of numpy arrays.
-
-    Floating leaves come as float32 whatever they are stored in, unless `keep_dtype`.
-
-    Raises:
-      FileNotFoundError: no such directory, or a file is missing in it.
-      ValueError: a file is damaged.
-    """
-    import safetensors
-
-    directory = epath.Path(directory)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (directory / name).exists():
-            raise FileNotFoundError(f"{directory} is not a stage of a model directory: it has no {name}")
-    config = _read_json(directory / CONFIG_FILE)
-    flat = {}
-    with _local_copy(directory / WEIGHTS_FILE) as path:
-        try:
-            with safetensors.safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    flat[name] = file.get_tensor(name)
-        except safetensors.SafetensorError as error:
-            raise ValueError(
-                f"{directory / WEIGHTS_FILE} is not a whole safetensors file: {error}"
-            ) from error
-    if not keep_dtype:
-        narrow = (ml_dtypes.bfloat16, np.float16)
-        flat = {
-            name: leaf.astype(np.float32) if leaf.dtype in narrow else leaf for name, leaf in flat.items()
-        }
-    return config, unflatten(flat)
-
-
-def write_index(
-    directory: str | os.PathLike,
-    stages: Mapping[str, Any],
-    tokenizer: str = "tokenizer",
-    extra: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes MODEL/model_index.json.
-
-    Args:
-      directory: the model directory.
-      stages: role -> folder (or list of folders, in the order in which they run), relative to the directory:
-        {"clip": "clip", "decoder": "decoder", "upsamplers": ["upsampler64", "upsampler256"]}.
-      tokenizer: the tokenizer's folder, relative.
-      extra: more JSON values, such as default sampling settings or a description.
-    """
-    directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    index = {
-        "_class_name": "UnCLIP",
-        "format_version": FORMAT_VERSION,
-        "stages": dict(stages),
-        "tokenizer": tokenizer,
-    }
-    index |= dict(extra or {})
-    _replace(directory / INDEX_FILE, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def read_index(directory: str | os.PathLike) -> dict:
-    """Returns the contents of MODEL/model_index.json after checking that all that it names is there.
-
-    Raises:
-      FileNotFoundError: not a model directory, or a stage's or the tokenizer's folder or file is missing.
-      ValueError: a damaged index, or one of a newer version.
-    """
-    directory = epath.Path(directory)
-    if not directory.exists():
-        raise FileNotFoundError(f"no model directory {directory}")
-    if not (directory / INDEX_FILE).exists():
-        hint = ""
-        if (directory / "checkpoints").exists():
-            hint = "; it is a training workdir: export it with `python -m dalle2_jax.convert export`"
-        elif (directory / WEIGHTS_FILE).exists():
-            hint = "; it is one stage of a model directory: give the folder above it"
-        raise FileNotFoundError(f"{directory} is not a model directory: it has no {INDEX_FILE}{hint}")
-    index = _read_json(directory / INDEX_FILE)
-    version = index.get("format_version")
-    if (
-        index.get("_class_name") != "UnCLIP"
-        or not isinstance(index.get("stages"), dict)
-        or not isinstance(version, int)
-    ):
-        raise ValueError(
-            f"{directory / INDEX_FILE} is not the index of an UnCLIP model directory of this project"
-        )
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{directory} has format version {version}, this program reads up to {FORMAT_VERSION}: "
-            "update dalle2_jax"
-        )
-    for role, folders in index["stages"].items():
-        for folder in [folders] if isinstance(folders, str) else folders:
-            for name in (CONFIG_FILE, WEIGHTS_FILE):
-                path = _inside(directory, folder) / name
-                if not path.exists():
-                    raise FileNotFoundError(
-                        f"model directory {directory} is incomplete: stage {role!r} lacks {path}"
-                    )
-    tokenizer = index.get("tokenizer")
-    if tokenizer and not _inside(directory, tokenizer).exists():
-        raise FileNotFoundError(
-            f"model directory {directory} is incomplete: it lacks {directory / tokenizer}"
-        )
-    return index
-
-
-def _inside(directory: epath.Path, folder: Any) -> epath.Path:
-    """A model directory may come from anyone: what its index names must lie inside it."""
-    if (
-        not isinstance(folder, str)
-        or not folder
-        or Path(folder).is_absolute()
-        or ".." in Path(folder).parts
-        or "://" in folder
-    ):
-        raise ValueError(
-            f"{directory / INDEX_FILE} names the folder {folder!r}: it must be relative and inside the model "
-            "directory"
-        )
-    return directory / folder
-
-
-def _read_json(path: epath.Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _replace(path: epath.Path, data: bytes) -> None:
-    """Writes a file in one stroke: a reader sees the old one or the new one, never a part."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    temporary.write_bytes(data)
-    temporary.replace(path)
-
-
-@contextlib.contextmanager
-def _local_copy(path: epath.Path) -> Iterator[str]:
-    """Path of a local file with the contents of `path`, which may lie in a bucket."""
-    if "://" not in os.fspath(path):
-        yield os.fspath(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / path.name
-        path.copy(local)
-        yield str(local)
