@@ -2,8 +2,8 @@
 
     python -m dalle2_jax.train --config=configs/clip.py --workdir=DIR --config.data.path=SHARDS
 
-Learning rate 3e-4; what the paper does not restate is CLIP's: batch 32768, weight decay 0.2 off gains and biases,
-warm-up 2000, cosine decay. `:debug` is the same code in small, for a laptop.
+Learning rate 3e-4; what the paper does not restate is CLIP's: batch 32768, weight decay 0.2 off gains and
+biases, warm-up 2000, cosine decay. `:debug` is the same code in small, for a laptop.
 """
 
 from configs import common

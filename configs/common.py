@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
             flip=False,  # never where captions name sides
         )
     )
-    # With a path (folder or hub name) that tokenizer is used; without one, the frozen CLIP's, or a byte-level BPE of
-    # vocab_size tokens trained on the dataset's captions.
+    # With a path (folder or hub name) that tokenizer is used; without one, the frozen CLIP's, or a
+    # byte-level BPE of vocab_size tokens trained on the dataset's captions.
     config.tokenizer = ConfigDict(dict(path="", vocab_size=49408, context_length=77))
     config.optim = ConfigDict(  # keywords of dalle2_jax.optim.make_optimizer
         dict(

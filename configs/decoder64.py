@@ -1,9 +1,10 @@
 """The decoder of the paper: 64 x 64, 3.5B parameters (Table 3, fourth column).
 
-    python -m dalle2_jax.train --config=configs/decoder64.py --workdir=DIR --config.clip=CLIP --config.data.path=SHARDS
+    python -m dalle2_jax.train --config=configs/decoder64.py --workdir=DIR --config.clip=CLIP
+    --config.data.path=SHARDS
 
-800K steps of 2048 pictures. The paper gives no learning-rate schedule: a warm-up of 10K steps and a constant rate are
-ours. `:debug` is the same code in small, for a laptop.
+800K steps of 2048 pictures. The paper gives no learning-rate schedule: a warm-up of 10K steps and a constant
+rate are ours. `:debug` is the same code in small, for a laptop.
 """
 
 from configs import common

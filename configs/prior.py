@@ -1,9 +1,10 @@
 """The diffusion prior of the paper: 24 x 2048 causal transformer, 1B parameters (Table 3, third column).
 
-    python -m dalle2_jax.train --config=configs/prior.py --workdir=DIR --config.clip=CLIP --config.data.path=SHARDS
+    python -m dalle2_jax.train --config=configs/prior.py --workdir=DIR --config.clip=CLIP
+    --config.data.path=SHARDS
 
-600K steps of 4096 pairs, sampled with 64 strided steps, of two candidates the one closer to the text kept. `:debug` is
-the same code in small, for a laptop.
+600K steps of 4096 pairs, sampled with 64 strided steps, of two candidates the one closer to the text kept.
+`:debug` is the same code in small, for a laptop.
 """
 
 from configs import common

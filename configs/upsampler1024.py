@@ -2,8 +2,8 @@
 
     python -m dalle2_jax.train --config=configs/upsampler1024.py --workdir=DIR --config.data.path=SHARDS
 
-1M steps of 512 crops of 256 x 256, a linear noise schedule, sampled with 15 DDIM steps. `:debug` is the same code in
-small, for a laptop.
+1M steps of 512 crops of 256 x 256, a linear noise schedule, sampled with 15 DDIM steps. `:debug` is the same
+code in small, for a laptop.
 """
 
 from configs import common

@@ -2,8 +2,8 @@
 
     python -m dalle2_jax.train --config=configs/upsampler256.py --workdir=DIR --config.data.path=SHARDS
 
-1M steps of 1024 crops of 64 x 64, the small picture blurred (kernel 3, sigma 0.6), sampled with 27 DDIM steps (GLIDE's
-list). `:debug` is the same code in small, for a laptop.
+1M steps of 1024 crops of 64 x 64, the small picture blurred (kernel 3, sigma 0.6), sampled with 27 DDIM
+steps (GLIDE's list). `:debug` is the same code in small, for a laptop.
 """
 
 from configs import common

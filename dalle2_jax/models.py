@@ -1,4 +1,5 @@
-"""From a config to a stage, from a directory to trained parameters, and what a frozen CLIP adds to a batch."""
+"""From a config to a stage, from a directory to trained parameters, and what a frozen CLIP adds to a
+batch."""
 
 import dataclasses
 import difflib
@@ -17,7 +18,8 @@ CLIP_FIELDS = ("image_embed", "text_embed", "text_states")
 
 
 def check_keywords(function, keywords: dict, what: str) -> None:
-    """Raise ValueError for a keyword that `function` does not take, or one that it lacks, naming the nearest one."""
+    """Raise ValueError for a keyword that `function` does not take, or one that it lacks, naming the nearest
+    one."""
     parameters = inspect.signature(function).parameters
     for name in keywords:
         if name not in parameters:
@@ -48,7 +50,8 @@ def _to_arguments(value):
 
 
 def build_stage(config: dict):
-    """The stage that `config['stage']` names, built from `config['model']`; ValueError says which setting is wrong."""
+    """The stage that `config['stage']` names, built from `config['model']`; ValueError says which setting is
+    wrong."""
     name = config["stage"]
     if name not in STAGES:
         near = difflib.get_close_matches(str(name), STAGES, n=1)
@@ -67,9 +70,11 @@ def is_workdir(path) -> bool:
 
 
 def load_stage(path, name: str):
-    """(stage, config, parameters) of a training workdir (its newest average) or of stage `name` of a model directory.
+    """(stage, config, parameters) of a training workdir (its newest average) or of stage `name` of a model
+    directory.
 
-    Parameters are float32 arrays on the host. Raises FileNotFoundError or ValueError that says what `path` lacks.
+    Parameters are float32 arrays on the host. Raises FileNotFoundError or ValueError that says what `path`
+    lacks.
     """
     path = epath.Path(path)
     if is_workdir(path):
@@ -99,7 +104,8 @@ def zeros(spec: dict) -> dict:
 
 
 def crop_tokens(tokens: jax.Array, token_mask: jax.Array, context_length: int) -> tuple[jax.Array, jax.Array]:
-    """The first `context_length` tokens, a caption that is cut ending in its end-of-text token (the highest id).
+    """The first `context_length` tokens, a caption that is cut ending in its end-of-text token (the highest
+    id).
 
     tokens [B, L] int32, token_mask [B, L] bool; shorter ones are padded with 0.
     """
@@ -125,7 +131,8 @@ class FrozenClip:
         return reads | ({"tokens", "token_mask"} if needed & {"text_embed", "text_states"} else set())
 
     def fill(self, params: dict, batch: dict, needed: set[str]) -> dict:
-        """`batch` with image_embed, text_embed and text_states where `needed` and absent; drops clip_image."""
+        """`batch` with image_embed, text_embed and text_states where `needed` and absent; drops
+        clip_image."""
         batch = dict(batch)
         clip_image = batch.pop("clip_image", None)
         if "image_embed" in needed and "image_embed" not in batch:

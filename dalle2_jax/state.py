@@ -1,7 +1,8 @@
 """TrainState and the one train step, the same for every stage.
 
-The PRNG is fold_in(key(seed), step), so there is no random state to save. Parameters, their average and the optimizer
-are float32 and sharded alike. A step whose loss or gradient is not finite changes nothing but the counter of such steps.
+The PRNG is fold_in(key(seed), step), so there is no random state to save. Parameters, their average and the
+optimizer are float32 and sharded alike. A step whose loss or gradient is not finite changes nothing but the
+counter of such steps.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,8 @@ def init_state(stage, optimizer: optax.GradientTransformation, key: jax.Array, b
 
 
 def ema_decay_at(step: jax.Array, ema_decay: float) -> jax.Array:
-    """min(ema_decay, (1 + step) / (10 + step)): short runs average over what they have (Karras et al., TensorFlow's EMA)."""
+    """min(ema_decay, (1 + step) / (10 + step)): short runs average over what they have (Karras et al.,
+    TensorFlow's EMA)."""
     step = step.astype(jnp.float32)
     return jnp.minimum(ema_decay, (1 + step) / (10 + step))
 
@@ -68,8 +70,8 @@ def make_train_step(
 ) -> Callable:
     """train_step(state, batch, frozen) -> (state, scalars), to be jitted with `state` donated.
 
-    `fill(frozen, batch)` adds what a frozen CLIP contributes to the batch; its parameters are an argument, never a
-    closure constant. A stage that has `project(params)` is projected after each update (CLIP's temperature).
+    `fill(frozen, batch)` adds what a frozen CLIP contributes to the batch; its parameters are an argument,
+    never a closure constant. A stage that has `project(params)` is projected after each update (CLIP's temperature).
     """
     project = getattr(stage, "project", lambda params: params)
 

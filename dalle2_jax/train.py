@@ -1,8 +1,8 @@
 """python -m dalle2_jax.train --config=configs/X.py[:preset] --workdir=DIR [--config.a.b=value ...]
 
-Trains one stage; the loop is the same for all of them. Running the same command again goes on from the last committed
-checkpoint with exactly the next batch. DIR gets config.json, tokenizer/, checkpoints/, metrics.jsonl, TensorBoard
-events, samples/ and, on request, profile/.
+Trains one stage; the loop is the same for all of them. Running the same command again goes on from the last
+committed checkpoint with exactly the next batch. DIR gets config.json, tokenizer/, checkpoints/,
+metrics.jsonl, TensorBoard events, samples/ and, on request, profile/.
 """
 
 import functools
@@ -40,7 +40,8 @@ TOKENIZER_RECORDS = 10_000  # spread over the dataset; a vocabulary needs no mor
 
 
 class Interrupted:
-    """Notes SIGTERM and SIGINT, so that the loop finishes its step and saves; a second signal ends the process at once."""
+    """Notes SIGTERM and SIGINT, so that the loop finishes its step and saves; a second signal ends the
+    process at once."""
 
     def __init__(self):
         self.signal = None
@@ -58,7 +59,8 @@ class Interrupted:
 
 
 def check_resume(workdir: epath.Path, config: dict) -> None:
-    """Raise ValueError listing the settings in which `config` differs from the one that the workdir was trained with."""
+    """Raise ValueError listing the settings in which `config` differs from the one that the workdir was
+    trained with."""
     stored_path = workdir / "config.json"
     if not stored_path.exists():
         return
@@ -82,7 +84,8 @@ def check_resume(workdir: epath.Path, config: dict) -> None:
 
 
 def make_tokenizer(config: dict, workdir: epath.Path, clip_path: str):
-    """The tokenizer of the workdir, of the frozen CLIP, or the one that the config describes (saved in the workdir)."""
+    """The tokenizer of the workdir, of the frozen CLIP, or the one that the config describes (saved in the
+    workdir)."""
     from dalle2_jax.data import pipeline, tokenizer
 
     settings = dict(config["tokenizer"])
@@ -121,7 +124,8 @@ def make_datasets(config: dict, stage, clip, tokenizer):
         if config["data"]["source"] != "embeddings":
             wanted = sorted(set(spec) & set(models.CLIP_FIELDS))
             raise ValueError(
-                f"stage {config['stage']!r} needs {wanted}: give --config.clip=WORKDIR_OR_MODEL of a trained CLIP, or train "
+                f"stage {config['stage']!r} needs {wanted}: give --config.clip=WORKDIR_OR_MODEL of a trained "
+                "CLIP, or train "
                 "from precomputed embeddings (--config.data.source=embeddings)"
             )
         fields = set(spec)
@@ -147,7 +151,8 @@ def to_uint8(images) -> np.ndarray:
 
 
 class Evaluation:
-    """Validation loss at fixed timesteps with fixed noise, and samples for fixed captions, both from the average."""
+    """Validation loss at fixed timesteps with fixed noise, and samples for fixed captions, both from the
+    average."""
 
     def __init__(self, config, stage, clip, dataset, mesh):
         self._stage, self._config = stage, config
@@ -179,7 +184,8 @@ class Evaluation:
         return {f"eval/{name}": float(np.mean([r[name] for r in results])) for name in results[0]}
 
     def samples(self, params, frozen, writer, step) -> None:
-        """A labelled grid for a stage that draws, the cosine to the true embedding for a prior, nothing for CLIP."""
+        """A labelled grid for a stage that draws, the cosine to the true embedding for a prior, nothing for
+        CLIP."""
         if not hasattr(self._stage, "sample"):
             return
         drawn, filled = self._sample(params, frozen, self._batches[0])
@@ -215,7 +221,8 @@ def train(config: dict, workdir: str) -> None:
     vocab_size = config["model"].get("text", {}) and config["model"]["text"].get("vocab_size")
     if vocab_size and tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, model.text.vocab_size is {vocab_size}: raise it to "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, model.text.vocab_size is "
+            f"{vocab_size}: raise it to "
             f"{tokenizer.vocab_size}"
         )
 
@@ -243,7 +250,8 @@ def train(config: dict, workdir: str) -> None:
         train_state, meta = checkpointer.restore(abstract)
         if meta["fingerprint"] != dataset.fingerprint:
             raise ValueError(
-                f"the dataset has changed since step {start} of {workdir}: fingerprint {meta['fingerprint'][:12]} then, "
+                f"the dataset has changed since step {start} of {workdir}: fingerprint "
+                f"{meta['fingerprint'][:12]} then, "
                 f"{dataset.fingerprint[:12]} now; restore the data or use another --workdir"
             )
     frozen = jax.device_put(frozen, partition.replicated(mesh))
@@ -310,8 +318,10 @@ def train(config: dict, workdir: str) -> None:
                     host = {f"train/{k}": float(v) for k, v in jax.device_get(scalars).items()}
                     if host["train/bad_steps"] >= MAX_BAD_STEPS:
                         raise FloatingPointError(
-                            f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite (step {step}); the "
-                            f"last good state is checkpoint {checkpointer.latest_step()}. Lower optim.learning_rate or set "
+                            f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite "
+                            f"(step {step}); the "
+                            f"last good state is checkpoint {checkpointer.latest_step()}. Lower "
+                            "optim.learning_rate or set "
                             "optim.grad_clip"
                         )
                     bad = {f"data/bad_{reason}": n for reason, n in dataset.bad_records().items()}

@@ -1,4 +1,5 @@
-"""The loop: exact resume, the same on other device counts, clear refusals, and an interruption that loses nothing."""
+"""The loop: exact resume, the same on other device counts, clear refusals, and an interruption that loses
+nothing."""
 
 import json
 import os
@@ -19,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def recipe(num_steps: int, **changes) -> dict:
-    """The debug preset of the first upsampler (it needs no CLIP) for `num_steps` steps, one checkpoint a step."""
+    """The debug preset of the first upsampler (it needs no CLIP) for `num_steps` steps, one checkpoint a
+    step."""
     config = upsampler256.get_config("debug")
     config.update(
         num_steps=num_steps, checkpoint_every=1, eval_every=100, sample_every=100, keep_checkpoints=10
@@ -58,7 +60,8 @@ def test_four_steps_equal_two_a_stop_and_two(four_steps, tmp_path):
     for name in whole:
         np.testing.assert_array_equal(whole[name], resumed[name], err_msg=name)
     assert any((between[name] != whole[name]).any() for name in whole if "params" in name)
-    # The loss of the third step is that of the third batch: the data went on where it was, not from the start.
+    # The loss of the third step is that of the third batch: the data went on where it was, not from the
+    # start.
     assert logged(four_steps, "train/loss") == logged(tmp_path, "train/loss")
 
 

@@ -1,4 +1,5 @@
-"""The bundled model's upsampler256: the quickstart's, trained for longer and on captions in English and Chinese.
+"""The bundled model's upsampler256: the quickstart's, trained for longer and on captions in English and
+Chinese.
 
 python -m dalle2_jax.train --config=configs/bundled/upsampler256.py --workdir=DIR
 """

@@ -1,4 +1,5 @@
-"""What the recipes of the quickstart share: the paper's cascade at 16 -> 64 -> 256 on scenes, for two CPU cores."""
+"""What the recipes of the quickstart share: the paper's cascade at 16 -> 64 -> 256 on scenes, for two CPU
+cores."""
 
 from configs import common
 

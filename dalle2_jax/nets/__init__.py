@@ -1,1 +1,2 @@
-"""Networks as Flax Linen modules: the only folder that imports flax.linen, and the one that knows no diffusion."""
+"""Networks as Flax Linen modules: the only folder that imports flax.linen, and the one that knows no
+diffusion."""

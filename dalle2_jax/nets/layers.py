@@ -1,7 +1,7 @@
 """Layers that every network shares, with the numerics of the published weights fixed in one place.
 
-Parameters are float32; `dtype` is the compute type. Norms, softmax and timestep embeddings are float32 whatever
-`dtype` is. Layer and group norm use epsilon 1e-5, GELU is exact unless a network asks for QuickGELU.
+Parameters are float32; `dtype` is the compute type. Norms, softmax and timestep embeddings are float32
+whatever `dtype` is. Layer and group norm use epsilon 1e-5, GELU is exact unless a network asks for QuickGELU.
 """
 
 import math
@@ -31,14 +31,16 @@ _ACTIVATIONS: dict[str, Callable] = {
 
 
 def activation(name: str) -> Callable:
-    """The activation called `name`: 'gelu' (exact), 'quick_gelu' or 'silu'. Raises ValueError for another name."""
+    """The activation called `name`: 'gelu' (exact), 'quick_gelu' or 'silu'. Raises ValueError for another
+    name."""
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation {name!r} is unknown; choose one of {sorted(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
 def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
-    """Sinusoids of t [B] as [B, dim] float32, cosines before sines (ADM's order), zero-padded when dim is odd."""
+    """Sinusoids of t [B] as [B, dim] float32, cosines before sines (ADM's order), zero-padded when dim is
+    odd."""
     half = dim // 2
     freqs = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     args = t.astype(jnp.float32)[:, None] * freqs[None]
@@ -47,7 +49,8 @@ def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> 
 
 
 def num_groups(channels: int) -> int:
-    """ADM's 32 groups; narrower layers keep at least four channels a group, so that a group norm is no instance norm."""
+    """ADM's 32 groups; narrower layers keep at least four channels a group, so that a group norm is no
+    instance norm."""
     return math.gcd(channels, min(32, max(1, channels // 4)))
 
 
@@ -62,8 +65,9 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         x = x.astype(jnp.float32)
         axes = tuple(range(1, x.ndim - 1))
-        # Statistics of channels first, then of groups of channels: reductions that keep the channels minor are several
-        # times faster on a CPU than those over [positions, channels of a group], and the merge is exact.
+        # Statistics of channels first, then of groups of channels: reductions that keep the channels minor
+        # are several times faster on a CPU than those over [positions, channels of a group], and the merge
+        # is exact.
         mean = x.mean(axis=axes)
         var = jnp.square(x - jnp.expand_dims(mean, axes)).mean(axis=axes)
         mean, var = (s.reshape(-1, groups, channels // groups) for s in (mean, var))
@@ -110,8 +114,8 @@ def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Scaled dot-product attention with a float32 softmax.
 
-    q [B, N, H, D], k and v [B, M, H, D], mask broadcastable to [B, H, N, M] (True = attend). Returns [B, N, H * D] in
-    the type of v. A row whose keys are all masked gets finite values, not NaN.
+    q [B, N, H, D], k and v [B, M, H, D], mask broadcastable to [B, H, N, M] (True = attend). Returns [B, N,
+    H * D] in the type of v. A row whose keys are all masked gets finite values, not NaN.
     """
     if mask is not None:
         mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))

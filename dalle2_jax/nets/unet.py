@@ -1,10 +1,11 @@
 """The ADM U-Net and the two denoisers made of it: the text- and image-conditional decoder, and the upsampler.
 
-Section 2 of the paper, with the architecture of ADM (arXiv 2105.05233) and the text pathway of GLIDE (arXiv 2112.10741).
+Section 2 of the paper, with the architecture of ADM (arXiv 2105.05233) and the text pathway of GLIDE (arXiv
+2112.10741).
 A level is `num_res_blocks` residual blocks (attention behind each where the level's side is in
-`attention_resolutions`), then a residual block that halves the side. The way up has one block more a level, each fed
-[h, skip]. The timestep embedding, to which a stage adds its other conditions, sets scale and shift of every block.
-Names of blocks are the interface of checkpoints, sharding rules and weight importers.
+`attention_resolutions`), then a residual block that halves the side. The way up has one block more a level,
+each fed [h, skip]. The timestep embedding, to which a stage adds its other conditions, sets scale and shift
+of every block. Names of blocks are the interface of checkpoints, sharding rules and weight importers.
 """
 
 import flax.linen as nn
@@ -17,7 +18,8 @@ from dalle2_jax.partition import constrain
 
 
 class ResBlock(nn.Module):
-    """ADM residual block; `resample` is '' or 'down' or 'up' and acts on both branches before the first convolution."""
+    """ADM residual block; `resample` is '' or 'down' or 'up' and acts on both branches before the first
+    convolution."""
 
     channels: int
     dropout: float = 0.0
@@ -47,7 +49,8 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over positions whose keys and values are preceded by those of the context tokens (GLIDE)."""
+    """Self-attention over positions whose keys and values are preceded by those of the context tokens
+    (GLIDE)."""
 
     head_dim: int
     dtype: jnp.dtype = jnp.float32
@@ -103,13 +106,14 @@ class UNet(nn.Module):
     ) -> jax.Array:
         """x [B, H, W, C_in], emb [B, E], context [B, K, D] -> [B, H, W, out_channels] float32.
 
-        `image_size` is the side that `attention_resolutions` refer to (it fixes the levels that attend, whatever the
-        size of x). Raises ValueError when H or W cannot be halved often enough.
+        `image_size` is the side that `attention_resolutions` refer to (it fixes the levels that attend,
+        whatever the size of x). Raises ValueError when H or W cannot be halved often enough.
         """
         levels = len(self.channel_mult)
         if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
             raise ValueError(
-                f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, got {x.shape[1:3]}"
+                f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, "
+                f"got {x.shape[1:3]}"
             )
         res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
         attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
@@ -171,11 +175,13 @@ class TimeEmbedding(nn.Module):
 
 
 class DecoderNet(nn.Module):
-    """The decoder's denoiser: U-Net, GLIDE text transformer, and the two paths of the image embedding (section 2.1).
+    """The decoder's denoiser: U-Net, GLIDE text transformer, and the two paths of the image embedding
+    (section 2.1).
 
-    `condition` runs once for a picture, `denoise` at every step. The null image embedding is a learned vector before
-    the projections, so that the added and the token path are nulled together (trap 9); the null caption is the
-    sequence without a real token, which the text transformer fills with its padding embedding.
+    `condition` runs once for a picture, `denoise` at every step. The null image embedding is a learned
+    vector before the projections, so that the added and the token path are nulled together (trap 9); the
+    null caption is the sequence without a real token, which the text transformer fills with its padding
+    embedding.
     """
 
     unet: dict
@@ -203,7 +209,8 @@ class DecoderNet(nn.Module):
     def condition(self, image_embed, drop_image, tokens=None, token_mask=None, drop_text=None):
         """The condition of a batch: (added embedding [B, 4C], context [B, K, D]).
 
-        image_embed [B, E] (unit norm), drop_image [B] bool, tokens [B, L], token_mask [B, L], drop_text [B] bool.
+        image_embed [B, E] (unit norm), drop_image [B] bool, tokens [B, L], token_mask [B, L], drop_text [B]
+        bool.
         """
         # Unit-norm embeddings have entries of about 1 / sqrt(E); the projections want unit variance.
         z = jnp.where(drop_image[:, None], self.null_image_embed, image_embed * self.embed_dim**0.5)
@@ -239,7 +246,8 @@ class DecoderNet(nn.Module):
 
 
 class UpsamplerNet(nn.Module):
-    """An upsampler's denoiser: an unconditional ADM U-Net that sees [x_t, upsampled low_res] in its channels."""
+    """An upsampler's denoiser: an unconditional ADM U-Net that sees [x_t, upsampled low_res] in its
+    channels."""
 
     unet: dict
     image_size: int

@@ -1,8 +1,9 @@
 """The decoder: CLIP image embedding and caption -> base picture (section 2.1 of the paper).
 
-A GLIDE-shaped diffusion model. The image embedding is projected and added to the timestep embedding, and projected to
-four tokens in front of the text transformer's outputs, which every attention layer reads. In training the image
-embedding is dropped with probability 0.1 and the caption, independently, with 0.5; classifier-free guidance drops both.
+A GLIDE-shaped diffusion model. The image embedding is projected and added to the timestep embedding, and
+projected to four tokens in front of the text transformer's outputs, which every attention layer reads. In
+training the image embedding is dropped with probability 0.1 and the caption, independently, with 0.5;
+classifier-free guidance drops both.
 """
 
 import dataclasses
@@ -55,7 +56,8 @@ class Decoder:
     def loss(
         self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
     ) -> tuple[jax.Array, dict]:
-        """Mean loss over the batch and its scalars. `train=False` keeps conditions and units (no dropping, no dropout)."""
+        """Mean loss over the batch and its scalars. `train=False` keeps conditions and units (no dropping,
+        no dropout)."""
         size = batch["image"].shape[0]
         t_key, noise_key, image_key, text_key, dropout_key = jax.random.split(key, 5)
         t = process.draw_timesteps(t_key, size, self.schedule.num_timesteps, train=train)
@@ -102,7 +104,8 @@ class Decoder:
     ) -> jax.Array:
         """Pictures [B, H, W, 3] in [-1, 1] for `image_embed` and the caption, one key a picture.
 
-        A guidance scale given as the Python number 1 saves the unconditional half of the work; an array is traced.
+        A guidance scale given as the Python number 1 saves the unconditional half of the work; an array is
+        traced.
         """
         num_steps = num_steps or self.num_steps
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
@@ -117,7 +120,8 @@ class Decoder:
 
         conditions = condition(False)
         if guided:
-            # One batch of both halves, kept side by side so that sharding over the batch splits the pairs evenly.
+            # One batch of both halves, kept side by side so that sharding over the batch splits the pairs
+            # evenly.
             conditions = jax.tree.map(
                 lambda c, n: jnp.stack([c, n], 1).reshape(-1, *c.shape[1:]), conditions, condition(True)
             )
@@ -180,14 +184,16 @@ def build(
     remat: bool = False,
     dtype: str = "float32",
 ) -> Decoder:
-    """The decoder of a config; defaults are Table 3's, but `text` (keywords of GlideTextTransformer), which it needs.
+    """The decoder of a config; defaults are Table 3's, but `text` (keywords of GlideTextTransformer), which
+    it needs.
 
-    `text=None` builds a decoder that reads the image embedding alone. Raises ValueError for settings that cannot go
-    together.
+    `text=None` builds a decoder that reads the image embedding alone. Raises ValueError for settings that
+    cannot go together.
     """
     if image_size % 2 ** (len(channel_mult) - 1):
         raise ValueError(
-            f"image_size {image_size} cannot be halved {len(channel_mult) - 1} times: shorten channel_mult {channel_mult} "
+            f"image_size {image_size} cannot be halved {len(channel_mult) - 1} times: shorten "
+            f"channel_mult {channel_mult} "
             f"or make image_size a multiple of {2 ** (len(channel_mult) - 1)}"
         )
     unet = dict(

@@ -1,8 +1,9 @@
 """The upsamplers: picture -> picture of four times the side (section 2.1 of the paper).
 
-An ADM U-Net without attention and without text sees the noised picture beside the upsampled small one. It is trained
-on crops of a quarter of the side. The small picture always arrives whole and is enlarged here, in training as in
-sampling, and then cropped with the window of the target: enlarging a crop would differ at its border (trap 17).
+An ADM U-Net without attention and without text sees the noised picture beside the upsampled small one. It is
+trained on crops of a quarter of the side. The small picture always arrives whole and is enlarged here, in
+training as in sampling, and then cropped with the window of the target: enlarging a crop would differ at its
+border (trap 17).
 """
 
 import dataclasses
@@ -56,7 +57,8 @@ class Upsampler:
     def loss(
         self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
     ) -> tuple[jax.Array, dict]:
-        """Mean loss over the batch and its scalars; `image` is the window at `crop_yx` of the full-size picture."""
+        """Mean loss over the batch and its scalars; `image` is the window at `crop_yx` of the full-size
+        picture."""
         t_key, noise_key, dropout_key = jax.random.split(key, 3)
         x0 = batch["image"]
         t = process.draw_timesteps(t_key, x0.shape[0], self.schedule.num_timesteps, train=train)
@@ -142,7 +144,8 @@ def build(
     remat: bool = False,
     dtype: str = "float32",
 ) -> Upsampler:
-    """The upsampler of a config; defaults are Table 3's 64 -> 256. `crop_size` is a quarter of the side unless given.
+    """The upsampler of a config; defaults are Table 3's 64 -> 256. `crop_size` is a quarter of the side
+    unless given.
 
     Raises ValueError for sizes that cannot go together.
     """
@@ -152,7 +155,8 @@ def build(
         raise ValueError(f"image_size {image_size} must be a multiple of low_res_size {low_res_size}")
     if crop_size % halvings or crop_size > image_size:
         raise ValueError(
-            f"crop_size {crop_size} must be a multiple of {halvings} (the halvings of channel_mult {channel_mult}) "
+            f"crop_size {crop_size} must be a multiple of {halvings} (the halvings of "
+            f"channel_mult {channel_mult}) "
             f"and at most image_size {image_size}"
         )
     unet = dict(
