@@ -11,6 +11,6 @@ def get_config(preset: str = ""):
     config = decoder.get_config(preset)
     config.data.language = "any"
     config.checkpoint_every = 500
-    config.num_steps, config.batch_size = 5000, 64
+    config.num_steps, config.batch_size = 3200, 64
     config.ema_decay = 0.998
     return config

@@ -1,0 +1,21 @@
+"""CLIP on emoji: a convolutional image tower at 64 x 64.
+
+python -m dalle2_jax.train --config=configs/emoji/clip.py --workdir=DIR --config.data.path=SHARDS
+"""
+
+from configs.emoji import common
+
+
+def get_config(preset: str = ""):
+    """No presets."""
+    common.common.check_preset(preset, ())
+    config = common.get_config(num_steps=3000, batch_size=128, learning_rate=1e-3)
+    config.stage = "clip"
+    config.model = dict(
+        embed_dim=common.EMBED_DIM,
+        image_size=64,
+        vision=dict(kind="resnet", width=24, depths=(1, 1, 1), num_heads=4),
+        text=common.TEXT,
+    )
+    config.optim.update(beta2=0.98, weight_decay=0.2)
+    return config

@@ -1,0 +1,24 @@
+"""Diffusion prior on emoji.
+
+python -m dalle2_jax.train --config=configs/emoji/prior.py --workdir=DIR --config.clip=CLIP \
+    --config.data.path=SHARDS
+"""
+
+from configs.emoji import common
+
+
+def get_config(preset: str = ""):
+    """No presets."""
+    common.common.check_preset(preset, ())
+    config = common.get_config(num_steps=5000, batch_size=64, learning_rate=5e-4)
+    config.stage = "prior"
+    config.model = dict(
+        embed_dim=common.EMBED_DIM,
+        text=dict(vocab_size=2048, context_length=32, width=192, depth=4, num_heads=6),
+        text_drop=0.1,
+        num_steps=64,
+        num_candidates=2,
+        guidance_scale=1.0,
+    )
+    config.optim.beta2 = 0.98
+    return config
