@@ -252,6 +252,16 @@ def without_index(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value for name, value in batch.items() if name != "index"}
 
 
+def host_slice() -> dict:
+    """Which part of each batch this process reads."""
+    return dict(process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def on_devices(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
+    """A host batch as global arrays, without the record numbers."""
+    return to_global(without_index(batch), mesh)
+
+
 def to_host(tree: Any) -> Any:
     """Returns the tree with every array whole, in numpy, on every process (all processes must call it)."""
 

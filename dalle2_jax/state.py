@@ -71,7 +71,8 @@ def make_train_step(
     """train_step(state, batch, frozen) -> (state, scalars), to be jitted with `state` donated.
 
     `fill(frozen, batch)` adds what a frozen CLIP contributes to the batch; its parameters are an argument,
-    never a closure constant. A stage that has `project(params)` is projected after each update (CLIP's temperature).
+    never a closure constant. A stage that has `project(params)` is projected after each update
+    (CLIP's temperature).
     """
     project = getattr(stage, "project", lambda params: params)
 

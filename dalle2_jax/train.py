@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from dalle2_jax import checkpoint, metrics, models, optim, partition, state
+from dalle2_jax import checkpoint, metrics, models, optim, partition, state, validation
 
 # Settings that may differ between a run and its resumption: none of them changes what a step computes.
 FREE_ON_RESUME = (
@@ -36,6 +36,7 @@ FREE_ON_RESUME = (
     "mesh",
 )
 MAX_BAD_STEPS = 8
+STATS_ROWS = 4096  # image embeddings that statistics are taken from
 TOKENIZER_RECORDS = 10_000  # spread over the dataset; a vocabulary needs no more
 
 
@@ -145,56 +146,52 @@ def make_datasets(config: dict, stage, clip, tokenizer):
     return train, pipeline.make_dataset(split=config["data"]["eval_split"], **held_out)
 
 
-def to_uint8(images) -> np.ndarray:
-    """[-1, 1] floats to 8-bit levels, rounded."""
-    return np.asarray(jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5)).astype(np.uint8)
+def check_settings(config: dict, stage, mesh) -> None:
+    """Raise ValueError for settings that cannot go together, before anything is read or compiled."""
+    models.check_keywords(optim.make_optimizer, dict(config["optim"], num_steps=1), "optim")
+    if config["batch_size"] % config["grad_accum"]:
+        raise ValueError(
+            f"batch_size {config['batch_size']} is not a multiple of grad_accum {config['grad_accum']}"
+        )
+    partition.check_batch_size(config["batch_size"] // config["grad_accum"], mesh, "batch_size / grad_accum")
+    if config["grad_accum"] > 1 and getattr(stage, "whole_batch", False):
+        raise ValueError(
+            f"the loss of stage {config['stage']!r} compares all examples of a batch, which cannot be cut: "
+            "set grad_accum=1 (model.remat=True saves memory)"
+        )
 
 
-class Evaluation:
-    """Validation loss at fixed timesteps with fixed noise, and samples for fixed captions, both from the
-    average."""
+def check_vocabulary(config: dict, tokenizer) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the stage's text network has embeddings."""
+    vocab_size = (config["model"].get("text") or {}).get("vocab_size")
+    if vocab_size and tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, model.text.vocab_size is {vocab_size}: "
+            f"raise it to {tokenizer.vocab_size}"
+        )
 
-    def __init__(self, config, stage, clip, dataset, mesh):
-        self._stage, self._config = stage, config
-        needed = set(stage.batch_spec(1))
-        per_host = dict(process_index=jax.process_index(), process_count=jax.process_count())
-        batches = dataset.batches(config["batch_size"], **per_host)
-        self._raw = [next(batches) for _ in range(config["eval_batches"])]
-        self._batches = [partition.to_global(partition.without_index(raw), mesh) for raw in self._raw]
-        count = min(config["num_samples"], config["batch_size"])
-        self._labels = dataset.examples(self._raw[0]["index"][:count])["captions"]
-        fill = functools.partial(clip.fill, needed=needed) if clip else lambda params, batch: batch
 
-        @jax.jit
-        def evaluate(params, frozen, batch):
-            _, scalars = stage.loss(params, jax.random.key(0), fill(frozen, batch), train=False)
-            return scalars
+def with_stats(config: dict, stage, params: dict, frozen: dict, fill, dataset, mesh) -> dict:
+    """`params` with the statistics of the image embeddings, for a prior that normalises by them."""
+    batches = dataset.batches(config["batch_size"], **partition.host_slice())
+    embed = jax.jit(lambda frozen, batch: fill(frozen, batch)["image_embed"])
+    count = -(-STATS_ROWS // config["batch_size"])
+    rows = [embed(frozen, partition.on_devices(next(batches), mesh)) for _ in range(count)]
+    return stage.fit_stats(params, np.concatenate([partition.to_host(x) for x in rows]))
 
-        @jax.jit
-        def sample(params, frozen, batch):
-            filled = fill(frozen, {name: value[:count] for name, value in batch.items()})
-            keys = jax.random.split(jax.random.key(config["seed"]), count)
-            return stage.sample(params, keys, filled), filled
 
-        self._evaluate, self._sample = evaluate, sample
-
-    def losses(self, params, frozen) -> dict:
-        """Mean of the stage's scalars over the fixed validation batches."""
-        results = [jax.device_get(self._evaluate(params, frozen, batch)) for batch in self._batches]
-        return {f"eval/{name}": float(np.mean([r[name] for r in results])) for name in results[0]}
-
-    def samples(self, params, frozen, writer, step) -> None:
-        """A labelled grid for a stage that draws, the cosine to the true embedding for a prior, nothing for
-        CLIP."""
-        if not hasattr(self._stage, "sample"):
-            return
-        drawn, filled = self._sample(params, frozen, self._batches[0])
-        if drawn.ndim == 4:
-            writer.images(step, "samples", to_uint8(drawn), self._labels)
-        else:
-            true = filled["image_embed"]
-            cosine = (drawn * true).sum(-1) / jnp.linalg.norm(drawn, axis=-1) / jnp.linalg.norm(true, axis=-1)
-            writer.scalars(step, {"eval/sample_cosine": float(cosine.mean())})
+def first_state(config: dict, stage, init, shardings, frozen: dict, fill, dataset, mesh) -> state.TrainState:
+    """The state before the first step: fresh, or with the parameters of `init_from`."""
+    train_state = jax.jit(init, out_shardings=shardings)()
+    params = train_state.params
+    if config["init_from"]:
+        _, _, params = models.load_stage(config["init_from"], config["stage"])
+    elif hasattr(stage, "fit_stats") and stage.embed_scale.mode == "meanstd":
+        params = with_stats(config, stage, params, frozen, fill, dataset, mesh)
+    else:
+        return train_state
+    params = jax.device_put(params, shardings.params)
+    return train_state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
 
 def train(config: dict, workdir: str) -> None:
@@ -202,59 +199,31 @@ def train(config: dict, workdir: str) -> None:
     workdir = epath.Path(workdir)
     check_resume(workdir, config)
     mesh = partition.make_mesh(**config["mesh"])
-    if config["batch_size"] % config["grad_accum"]:
-        raise ValueError(
-            f"batch_size {config['batch_size']} is not a multiple of grad_accum {config['grad_accum']}"
-        )
-    partition.check_batch_size(config["batch_size"] // config["grad_accum"], mesh, "batch_size / grad_accum")
     stage = models.build_stage(config)
-    clip, frozen = None, {}
+    check_settings(config, stage, mesh)
+    clip, frozen, fill = None, {}, lambda params, batch: batch
     if config["clip"]:
         clip_stage, _, frozen = models.load_stage(config["clip"], "clip")
         clip = models.FrozenClip(clip_stage)
-    models.check_keywords(optim.make_optimizer, dict(config["optim"], num_steps=1), "optim")
-    optimizer = optim.make_optimizer(**config["optim"], num_steps=config["num_steps"])
+        fill = functools.partial(clip.fill, needed=set(stage.batch_spec(1)))
+    if config["init_from"]:  # looked at now, so that a wrong path stops before data is read
+        models.load_stage(config["init_from"], config["stage"])
 
     workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(config, workdir, config["clip"])
+    check_vocabulary(config, tokenizer)
     dataset, eval_dataset = make_datasets(config, stage, clip, tokenizer)
-    vocab_size = config["model"].get("text", {}) and config["model"]["text"].get("vocab_size")
-    if vocab_size and tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, model.text.vocab_size is "
-            f"{vocab_size}: raise it to "
-            f"{tokenizer.vocab_size}"
-        )
+    frozen = jax.device_put(frozen, partition.replicated(mesh))
 
     # Parameters are born sharded: shapes, then shardings, then a jitted init that writes straight into them.
+    optimizer = optim.make_optimizer(**config["optim"], num_steps=config["num_steps"])
     init = functools.partial(
         state.init_state, stage, optimizer, jax.random.key(config["seed"]), models.zeros(stage.batch_spec(1))
     )
     abstract = jax.eval_shape(init)
     shardings = partition.shardings(abstract, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
     checkpointer = checkpoint.Checkpointer(workdir, config["keep_checkpoints"])
-    start = checkpointer.latest_step()
-    if start is None:
-        train_state = jax.jit(init, out_shardings=shardings)()
-        if config["init_from"]:
-            _, _, loaded = models.load_stage(config["init_from"], config["stage"])
-            loaded = jax.device_put(loaded, shardings.params)
-            train_state = train_state.replace(params=loaded, ema_params=jax.tree.map(jnp.copy, loaded))
-        start = 0
-        if jax.process_index() == 0:
-            (workdir / "config.json").write_text(json.dumps(config, indent=1))
-    else:
-        train_state, meta = checkpointer.restore(abstract)
-        if meta["fingerprint"] != dataset.fingerprint:
-            raise ValueError(
-                f"the dataset has changed since step {start} of {workdir}: fingerprint "
-                f"{meta['fingerprint'][:12]} then, "
-                f"{dataset.fingerprint[:12]} now; restore the data or use another --workdir"
-            )
-    frozen = jax.device_put(frozen, partition.replicated(mesh))
+    start = checkpointer.latest_step() or 0
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
     logging.info(
         "%s: %.2fM parameters, %d records, mesh %s, steps %d -> %d",
@@ -267,10 +236,24 @@ def train(config: dict, workdir: str) -> None:
     )
     if start >= config["num_steps"]:
         logging.info("%s is finished at step %d; raise --config.num_steps to go on", workdir, start)
+        checkpointer.close()
         return
+    if start == 0:
+        train_state = first_state(config, stage, init, shardings, frozen, fill, dataset, mesh)
+        if jax.process_index() == 0:
+            (workdir / "config.json").write_text(json.dumps(config, indent=1))
+    else:
+        abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        train_state, meta = checkpointer.restore(abstract)
+        if meta["fingerprint"] != dataset.fingerprint:
+            raise ValueError(
+                f"the dataset has changed since step {start} of {workdir}: fingerprint "
+                f"{meta['fingerprint'][:12]} then, {dataset.fingerprint[:12]} now; restore the data or use "
+                "another --workdir"
+            )
 
-    needed = set(stage.batch_spec(1))
-    fill = functools.partial(clip.fill, needed=needed) if clip else lambda params, batch: batch
     step_function = state.make_train_step(
         stage,
         optimizer,
@@ -280,63 +263,78 @@ def train(config: dict, workdir: str) -> None:
         fill=fill,
     )
     jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, partition.replicated(mesh)))
-    per_host = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    batches = dataset.batches(config["batch_size"], start_step=start, **per_host)
+    with partition.use_mesh(mesh):
+        evaluation = validation.Validation(config, stage, fill, eval_dataset, mesh)
+        run_steps(
+            config, workdir, dataset, jitted, train_state, frozen, start, checkpointer, evaluation, mesh
+        )
+
+
+def run_steps(
+    config: dict,
+    workdir: epath.Path,
+    dataset,
+    jitted,
+    train_state: state.TrainState,
+    frozen: dict,
+    start: int,
+    checkpointer: checkpoint.Checkpointer,
+    evaluation: validation.Validation,
+    mesh,
+) -> None:
+    """The loop from step `start` to the last or to a signal; it saves, evaluates, draws and reports."""
+    batches = dataset.batches(config["batch_size"], start_step=start, **partition.host_slice())
     writer = metrics.Writer(workdir, wandb=config["wandb"] or None)
     interrupted = Interrupted()
     try:
-        with partition.use_mesh(mesh):
-            evaluation = Evaluation(config, stage, clip, eval_dataset, mesh)
-            batch = partition.to_global(partition.without_index(next(batches)), mesh)
-            began = time.monotonic()
-            lowered = jitted.lower(train_state, batch, frozen)
-            flops = (lowered.cost_analysis() or {}).get("flops", 0.0)
-            step_compiled = lowered.compile()
-            logging.info(
-                "compiled the train step in %.1f s (%.1f GFLOP)", time.monotonic() - began, flops / 1e9
-            )
-            progress = metrics.Progress(
-                config["num_steps"],
-                start,
-                batch_size=config["batch_size"],
-                flops_per_step=flops,
-                name=config["stage"],
-            )
-            for step in range(start + 1, config["num_steps"] + 1):
-                if config["profile_at"] and step == config["profile_at"]:
-                    jax.profiler.start_trace(str(workdir / "profile"))
-                train_state, scalars = step_compiled(train_state, batch, frozen)
-                if config["profile_at"] and step == config["profile_at"] + config["profile_steps"] - 1:
-                    jax.block_until_ready(scalars)
-                    jax.profiler.stop_trace()
-                last = step == config["num_steps"] or interrupted.signal is not None
-                if not last:
-                    with progress.waiting():
-                        raw = next(batches)
-                    batch = partition.to_global(partition.without_index(raw), mesh)
-                if last or step % config["log_every"] == 0:
-                    host = {f"train/{k}": float(v) for k, v in jax.device_get(scalars).items()}
-                    if host["train/bad_steps"] >= MAX_BAD_STEPS:
-                        raise FloatingPointError(
-                            f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite "
-                            f"(step {step}); the "
-                            f"last good state is checkpoint {checkpointer.latest_step()}. Lower "
-                            "optim.learning_rate or set "
-                            "optim.grad_clip"
-                        )
-                    bad = {f"data/bad_{reason}": n for reason, n in dataset.bad_records().items()}
-                    writer.scalars(step, host | bad | progress.report(step, loss=host["train/loss"]))
-                if (last and not interrupted.signal) or step % config["eval_every"] == 0:
-                    with progress.paused():
+        batch = partition.on_devices(next(batches), mesh)
+        began = time.monotonic()
+        lowered = jitted.lower(train_state, batch, frozen)
+        flops = (lowered.cost_analysis() or {}).get("flops", 0.0)
+        compiled = lowered.compile()
+        logging.info("compiled the train step in %.1f s (%.1f GFLOP)", time.monotonic() - began, flops / 1e9)
+        progress = metrics.Progress(
+            config["num_steps"],
+            start,
+            batch_size=config["batch_size"],
+            flops_per_step=flops,
+            name=config["stage"],
+        )
+        for step in range(start + 1, config["num_steps"] + 1):
+            if step == config["profile_at"]:
+                jax.profiler.start_trace(str(workdir / "profile"))
+            train_state, scalars = compiled(train_state, batch, frozen)
+            if config["profile_at"] and step == config["profile_at"] + config["profile_steps"] - 1:
+                jax.block_until_ready(scalars)
+                jax.profiler.stop_trace()
+            finished = step == config["num_steps"]
+            last = finished or interrupted.signal is not None
+            if not last:
+                with progress.waiting():
+                    raw = next(batches)
+                batch = partition.on_devices(raw, mesh)
+            if last or step % config["log_every"] == 0:
+                host = {f"train/{k}": float(v) for k, v in jax.device_get(scalars).items()}
+                if host["train/bad_steps"] >= MAX_BAD_STEPS:
+                    raise FloatingPointError(
+                        f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite (step "
+                        f"{step}); the last good state is checkpoint {checkpointer.latest_step()}. Lower "
+                        "optim.learning_rate or set optim.grad_clip"
+                    )
+                bad = {f"data/bad_{reason}": n for reason, n in dataset.bad_records().items()}
+                writer.scalars(step, host | bad | progress.report(step, loss=host["train/loss"]))
+            # A run that was interrupted saves first and leaves the rest to its resumption.
+            if not last or finished:
+                with progress.paused():
+                    if finished or step % config["eval_every"] == 0:
                         writer.scalars(step, evaluation.losses(train_state.ema_params, frozen))
-                if (last and not interrupted.signal) or step % config["sample_every"] == 0:
-                    with progress.paused():
+                    if finished or step % config["sample_every"] == 0:
                         evaluation.samples(train_state.ema_params, frozen, writer, step)
-                if last or step % config["checkpoint_every"] == 0:
-                    meta = dict(step=step, fingerprint=dataset.fingerprint, bad_records=dataset.bad_records())
-                    checkpointer.save(step, train_state, meta)
-                if interrupted.signal is not None:
-                    break
+            if last or step % config["checkpoint_every"] == 0:
+                meta = dict(step=step, fingerprint=dataset.fingerprint, bad_records=dataset.bad_records())
+                checkpointer.save(step, train_state, meta)
+            if last:
+                break
         checkpointer.wait()
         if interrupted.signal is not None:
             logging.warning("stopped at step %d, saved; run the same command to go on", step)
@@ -346,7 +344,7 @@ def train(config: dict, workdir: str) -> None:
         interrupted.restore()
         checkpointer.close()
         writer.close()
-    if interrupted.signal == signal.SIGINT:
+    if interrupted.signal == signal.SIGINT and step < config["num_steps"]:
         raise SystemExit(130)
 
 

@@ -1,7 +1,7 @@
 """What the emoji recipes share: Noto Emoji at 32 -> 128, captions in English and Chinese, tar shards.
 
-The shards hold `train-*.tar` and `val-*.tar` as img2dataset writes them, with `caption` and `caption_zh` in the JSON
-of a record; give their folder with --config.data.path.
+The shards hold `train-*.tar` and `val-*.tar` as img2dataset writes them, with `caption` and `caption_zh` in
+the JSON of a record; give their folder with --config.data.path.
 """
 
 from configs import common

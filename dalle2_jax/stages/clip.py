@@ -81,6 +81,9 @@ class CLIP:
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
 
+    # The loss contrasts all pairs of a batch: it is not the mean of the losses of its parts.
+    whole_batch = True
+
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads."""
         return {

@@ -1,0 +1,56 @@
+"""What training looks at on the way: the loss on fixed validation batches, and samples for fixed captions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle2_jax import partition
+
+
+def to_uint8(images) -> np.ndarray:
+    """[-1, 1] floats to 8-bit levels, rounded."""
+    return np.asarray(jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5)).astype(np.uint8)
+
+
+class Validation:
+    """Validation loss at fixed timesteps with fixed noise, and samples for fixed captions, both from the
+    average."""
+
+    def __init__(self, config, stage, fill, dataset, mesh):
+        self._stage = stage
+        batches = dataset.batches(config["batch_size"], **partition.host_slice())
+        raw = [next(batches) for _ in range(config["eval_batches"])]
+        self._batches = [partition.on_devices(batch, mesh) for batch in raw]
+        count = min(config["num_samples"], config["batch_size"])
+        self._labels = dataset.examples(raw[0]["index"][:count])["captions"]
+
+        @jax.jit
+        def evaluate(params, frozen, batch):
+            _, scalars = stage.loss(params, jax.random.key(0), fill(frozen, batch), train=False)
+            return scalars
+
+        @jax.jit
+        def sample(params, frozen, batch):
+            filled = fill(frozen, {name: value[:count] for name, value in batch.items()})
+            keys = jax.random.split(jax.random.key(config["seed"]), count)
+            return stage.sample(params, keys, filled), filled
+
+        self._evaluate, self._sample = evaluate, sample
+
+    def losses(self, params, frozen) -> dict:
+        """Mean of the stage's scalars over the fixed validation batches."""
+        results = [jax.device_get(self._evaluate(params, frozen, batch)) for batch in self._batches]
+        return {f"eval/{name}": float(np.mean([r[name] for r in results])) for name in results[0]}
+
+    def samples(self, params, frozen, writer, step) -> None:
+        """A labelled grid for a stage that draws, the cosine to the true embedding for a prior, nothing for
+        CLIP."""
+        if not hasattr(self._stage, "sample"):
+            return
+        drawn, filled = self._sample(params, frozen, self._batches[0])
+        if drawn.ndim == 4:
+            writer.images(step, "samples", to_uint8(drawn), self._labels)
+        else:
+            true = filled["image_embed"]
+            cosine = (drawn * true).sum(-1) / jnp.linalg.norm(drawn, axis=-1) / jnp.linalg.norm(true, axis=-1)
+            writer.scalars(step, {"eval/sample_cosine": float(cosine.mean())})
