@@ -44,7 +44,7 @@ pip_install() {
   local try
   for try in first second; do
     "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" |
-      awk '/(Downloading|Using cached) .* MB/ || /^(Installing|Successfully|Building)/ { print "  ", substr($0, 1, 100) }'
+      grep --line-buffered -E '(Downloading|Using cached) .* MB|^Building '
     [ "${PIPESTATUS[0]}" = 0 ] && return
     [ "$try" = second ] && return 1
     echo "pip failed; once more in 10 seconds" >&2
@@ -70,6 +70,8 @@ prepare() {
     echo "$state" > "$stamp"
   fi
   PATH="$VENV/bin:$PATH"
-  export PATH PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
+  export PATH PYTHONUNBUFFERED=1
+  # TensorFlow reads data here and nothing else: it need not tell about its kernels
+  export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}" TF_ENABLE_ONEDNN_OPTS="${TF_ENABLE_ONEDNN_OPTS:-0}"
   echo "environment: $VENV, $(python --version), ready after $((SECONDS - began)) s"
 }

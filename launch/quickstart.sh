@@ -37,10 +37,13 @@ quoted() {
   echo "${line# }"
 }
 
-# Asks the running command to save and end; `step` then ends the script.
+# Asks the running command to save and end, the second time ends it; `step` then ends the script.
 stop() {
-  stopped="$1"
-  [ "$child" = 0 ] || kill -TERM "$child" 2> /dev/null || true
+  local signal=TERM
+  [ -z "$stopped" ] || signal=KILL
+  [ -n "$stopped" ] || echo "stopping: what runs saves first; a compilation ends first (again to stop at once)" >&2
+  stopped=yes
+  [ "$child" = 0 ] || kill -"$signal" "$child" 2> /dev/null || true
 }
 
 # step NAME COMMAND...: runs the command, unless it is done already, and notes its seconds in timings.txt.
@@ -63,7 +66,7 @@ step() {
   ${guard[@]+"${guard[@]}"} python "$@" < /dev/null &
   child=$!
   set +m
-  [ -z "$stopped" ] || stop "$stopped"
+  [ -z "$stopped" ] || kill -TERM "$child" # asked between two commands
   while :; do
     status=0
     wait "$child" || status=$?
@@ -102,9 +105,7 @@ if command -v flock > /dev/null; then
   exec 9> "$DIR/lock" # held by the running command as well
   flock -w 60 9 || fail "another quickstart is at work in $DIR"
 fi
-trap 'stop INT' INT
-trap 'stop TERM' TERM
-trap 'stop HUP' HUP
+trap stop INT TERM HUP
 
 step bundled -m dalle2_jax.generate "a red star above a blue ring" "a yellow circle" "a purple cross on a white background" \
   "a green triangle to the left of a red square" --n=4 --out="$DIR/bundled"
@@ -132,7 +133,8 @@ awk '{ if (!($1 in sum)) order[++n] = $1; sum[$1] += $2; all += $2 }
      END { for (i = 1; i <= n; i++) printf "   %-16s %6d\n", order[i], sum[order[i]]; printf "   %-16s %6d\n", "all", all }' \
   "$DIR/timings.txt"
 say "to try next"
-echo "   $VENV/bin/python -m dalle2_jax.generate --model=$DIR/model 'a yellow star above a red ring' --n=8 --out=$DIR/mine"
-echo "   $VENV/bin/python -m dalle2_jax.train --config=configs/tiny/decoder.py --workdir=$DIR/decoder" \
-  "--config.clip=$DIR/clip --config.num_steps=20000   # trains on; then run the quickstart again"
-echo "   $VENV/bin/tensorboard --logdir=$DIR"
+P="$VENV/bin/python"
+echo "   $(quoted "$P" -m dalle2_jax.generate --model="$DIR/model" "a yellow star above a red ring" --n=8 --out="$DIR/mine")"
+echo "   $(quoted "$P" -m dalle2_jax.train --config=configs/tiny/decoder.py --workdir="$DIR/decoder" \
+  --config.clip="$DIR/clip" --config.num_steps=20000)   # trains on; then run the quickstart again"
+echo "   $(quoted "$VENV/bin/tensorboard" --logdir="$DIR")"
