@@ -11,5 +11,5 @@ def get_config(preset: str = ""):
     config = prior.get_config(preset)
     config.data.language = "any"
     config.checkpoint_every = 500
-    config.num_steps = 4000
+    config.num_steps = 2500
     return config
