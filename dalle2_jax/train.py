@@ -113,23 +113,24 @@ def pipeline_source(config: dict) -> dict:
     }
 
 
-def make_datasets(config: dict, stage, clip, tokenizer):
-    """(training, validation) datasets with the fields that the stage needs and no others."""
+def dataset_fields(config: dict, stage, clip) -> set[str]:
+    """What the dataset has to provide: the stage's fields, or what the frozen CLIP computes them from."""
+    spec = set(stage.batch_spec(1))
+    embeddings = spec & set(models.CLIP_FIELDS)
+    if clip is not None:
+        return spec - embeddings | clip.fields(embeddings)
+    if embeddings and config["data"]["source"] != "embeddings":
+        raise ValueError(
+            f"stage {config['stage']!r} needs {sorted(embeddings)}: give --config.clip=WORKDIR_OR_MODEL of a "
+            "trained CLIP, or train from precomputed embeddings (--config.data.source=embeddings)"
+        )
+    return spec
+
+
+def make_datasets(config: dict, stage, clip, fields: set[str], tokenizer):
+    """(training, validation) datasets with these fields."""
     from dalle2_jax.data import pipeline
 
-    spec = stage.batch_spec(1)
-    fields = set(spec) - set(models.CLIP_FIELDS)
-    if clip is not None:
-        fields |= clip.fields(set(spec) & set(models.CLIP_FIELDS))
-    elif set(spec) & set(models.CLIP_FIELDS):
-        if config["data"]["source"] != "embeddings":
-            wanted = sorted(set(spec) & set(models.CLIP_FIELDS))
-            raise ValueError(
-                f"stage {config['stage']!r} needs {wanted}: give --config.clip=WORKDIR_OR_MODEL of a trained "
-                "CLIP, or train "
-                "from precomputed embeddings (--config.data.source=embeddings)"
-            )
-        fields = set(spec)
     options = {k: v for k, v in config["data"].items() if k not in ("split", "eval_split")}
     options |= dict(
         fields=tuple(sorted(fields)),
@@ -206,13 +207,16 @@ def train(config: dict, workdir: str) -> None:
         clip_stage, _, frozen = models.load_stage(config["clip"], "clip")
         clip = models.FrozenClip(clip_stage)
         fill = functools.partial(clip.fill, needed=set(stage.batch_spec(1)))
+    fields = dataset_fields(config, stage, clip)
     if config["init_from"]:  # looked at now, so that a wrong path stops before data is read
         models.load_stage(config["init_from"], config["stage"])
 
     workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(config, workdir, config["clip"])
-    check_vocabulary(config, tokenizer)
-    dataset, eval_dataset = make_datasets(config, stage, clip, tokenizer)
+    tokenizer = None
+    if "tokens" in fields:
+        tokenizer = make_tokenizer(config, workdir, config["clip"])
+        check_vocabulary(config, tokenizer)
+    dataset, eval_dataset = make_datasets(config, stage, clip, fields, tokenizer)
     frozen = jax.device_put(frozen, partition.replicated(mesh))
 
     # Parameters are born sharded: shapes, then shardings, then a jitted init that writes straight into them.
