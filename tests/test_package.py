@@ -79,9 +79,10 @@ def tracked_files() -> list[Path]:
 
 
 def machine_paths(text: str) -> list[str]:
-    """Absolute paths below somebody's home or workplace."""
+    """Absolute paths below someone's home or workplace; examples write /home/somebody."""
     return re.findall(
-        r"(?<![\w.$}/-])(?:/(?:work|root|home/\w+|Users/\w+|tmp/\w+)/[\w.-]+|[A-Z]:\\Users)", text
+        r"(?<![\w.$}/-])(?:/(?:work|root|home/(?!somebody/)\w+|Users/\w+|tmp/\w+)/[\w.-]+|[A-Z]:\\Users)",
+        text,
     )
 
 
