@@ -1,7 +1,7 @@
 """The dataset `scenes` as a tensorflow-datasets builder: drawn on this machine, nothing is downloaded.
 
 A config is a preset of the grammar at one picture size, such as 'quickstart_64'; example i of a split is
-`scenes.sample_scene(preset, split, i)` and stays in that order, so pictures of one scene at different sizes agree.
+`scenes.sample_scene(preset, split, i)`, in that order, so pictures of one scene at different sizes agree.
 `caption` and `caption_zh` are the plain wordings, `captions` and `captions_zh` all of them, `scene` is
 `Scene.to_json()`. This module imports TensorFlow; `scenes` does not.
 """

@@ -1,8 +1,9 @@
 """Is a picture of a scene what its caption says? A judge that sees pixels only.
 
-It shares no code and no table with the renderer: `scenes_parser` reads the caption, this file finds the objects, and
-`scenes_shapes` names their shapes. A picture is I = b + a (c - b) at every pixel, with background b, an object's
-colour c and its coverage a in [0, 1]; antialiasing, blur and upsampling change a, not the direction of I - b. So
+It shares no code and no table with the renderer: `scenes_parser` reads the caption, this file finds the
+objects, and `scenes_shapes` names their shapes. A picture is I = b + a (c - b) at every pixel, with
+background b, an object's colour c and its coverage a in [0, 1]; antialiasing, blur and upsampling change a,
+not the direction of I - b. So
 
 1. b is the commonest colour of the border;
 2. pixels away from b are sorted by the direction of I - b, which separates objects of different colours;
@@ -36,16 +37,22 @@ COLOURS = {
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128), "brown": (104, 70, 44)}
 
 SIDE = 128  # working size
-FAINT = 36.0  # RGB distance from the background below which a pixel is background
-SAME_COLOUR = math.radians(8)  # directions closer than this are one colour; the closest two colours are 12 apart
+FAINT = 36.0  # pixels nearer to the background in RGB belong to it
+# Directions closer than this are one colour; the closest two colours (orange and yellow on black) are 12.6
+# degrees apart.
+SAME_COLOUR = math.radians(8)
 SPECK = 0.0022  # smallest object, fraction of the picture's area
-LARGEST_COLOUR_ERROR = 40.0  # CIELAB distance from the nearest prototype beyond which a colour has no name
-LEAST_MATCH = 0.93  # cosine with the best template below which a shape has no name
+THIN = 2  # working pixels: what is nowhere deeper than this is the fringe between two blurred objects
+LARGEST_COLOUR_ERROR = 40.0  # in CIELAB; a colour farther from every prototype has no name
+# A shape has a name if it looks almost exactly like a template, or fairly like one and clearly less like any
+# other shape: a wobbly cross is a cross, something between a star and a disc is neither.
+ALMOST_EXACT = 0.985
+LEAST_MATCH, LEAST_MARGIN = 0.92, 0.015
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """An object in a picture: names (None where nothing fits), centroid and larger side of its box in [0, 1]."""
+    """An object in a picture: names (None where nothing fits), centroid, larger side of its box in [0, 1]."""
 
     colour: str | None
     shape: str | None
@@ -62,7 +69,7 @@ class Verdict:
     Attributes:
       objects_found: every object of the picture.
       background_found: name of the background, or None if the border has no one colour.
-      colour, shape: every named object has a partner in the picture with the right colour, with the right shape.
+      colour, shape: every named object has a partner in the picture of the right colour, of the right shape.
       relation: every relation holds between the partners.
       count: the picture holds exactly the named objects.
       background, size, place: as named.
@@ -128,15 +135,22 @@ def _working_picture(image: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] to float32 [SIDE, SIDE, 3], noise smoothed away."""
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 8:
-        raise ValueError(f"image must be uint8 [H, W, 3] of at least 8 x 8 pixels, got {image.dtype} {image.shape}")
+        raise ValueError(
+            f"image must be uint8 [H, W, 3] of at least 8 x 8 pixels, got {image.dtype} {image.shape}"
+        )
     if image.shape[:2] != (SIDE, SIDE):
         image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.BICUBIC))
     picture = image.astype(np.float32)
-    # Noise by the median second difference: 0 in a clean drawing, as most of it is flat.
-    second = picture[:, 2:] - 2 * picture[:, 1:-1] + picture[:, :-2]
-    if np.median(np.abs(second)) > 2:
+    if _roughness(picture) > 2:
         picture = ndimage.gaussian_filter(picture, (1.2, 1.2, 0))
+        if _roughness(picture[:, ::4]) > 6:
+            picture = ndimage.gaussian_filter(picture, (1.2, 1.2, 0))
     return picture
+
+
+def _roughness(picture: np.ndarray) -> float:
+    """Median second difference along rows: the level of noise; 0 in a clean drawing, most of it is flat."""
+    return float(np.median(np.abs(picture[:, 2:] - 2 * picture[:, 1:-1] + picture[:, :-2])))
 
 
 def _background(picture: np.ndarray) -> np.ndarray | None:
@@ -157,11 +171,13 @@ def _directions(offsets: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Unit directions [K, 3] of the colours present among offsets I - b [N, 3] from the background."""
     prototypes = np.array(list(COLOURS.values()), np.float32) - background
     means = prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)
+    # Strong pixels count for more: weak ones are edges, where noise and neighbours turn the direction.
+    weighted = offsets * np.linalg.norm(offsets, axis=1, keepdims=True)
     for _ in range(3):
         label = np.argmax(offsets @ means.T, 1)
-        sums = np.stack([offsets[label == k].sum(0) for k in range(len(means))])
+        sums = np.stack([weighted[label == k].sum(0) for k in range(len(means))])
         weights = np.linalg.norm(sums, axis=1)
-        keep = weights > 1e-3
+        keep = weights > 1e-3 * weights.sum()
         means, weights = sums[keep] / weights[keep, None], weights[keep]
         # One colour between two prototypes was dealt to both: join the closest two while they are close.
         while len(means) > 1:
@@ -175,22 +191,22 @@ def _directions(offsets: np.ndarray, background: np.ndarray) -> np.ndarray:
     return means
 
 
-def _measure(picture, background, region, allowed, scale) -> Found:
-    """One object: `region` [h, w] is its mask a > 1/2 in a window, `allowed` the pixels that may belong to it."""
+def _measure(picture, background, region, allowed) -> Found:
+    """One object in a window: `region` [h, w] is its mask a > 1/2, `allowed` the pixels it may reach."""
     offset = picture - background
-    strength = np.linalg.norm(offset, axis=-1)
-    inside = strength[region]
-    deep = region & (strength >= np.quantile(inside, 0.6))
+    strength = np.sqrt((offset * offset).sum(-1))
+    deep = region & (strength >= np.quantile(strength[region], 0.6))
     colour = np.median(picture[deep], 0)
     ray = colour - background
     coverage = np.clip(offset @ ray / (ray @ ray), 0, 1) * allowed
-    shape, match = scenes_shapes.classify(coverage)
+    shape, match, margin = scenes_shapes.classify(coverage)
+    clear = match >= ALMOST_EXACT or (match >= LEAST_MATCH and margin >= LEAST_MARGIN)
     ys, xs = np.nonzero(region)
     # A thin object that was blurred never reaches its own colour: the colour may lie farther along the ray.
     candidates = background + ray * np.linspace(1, 1.25, 6)[:, None]
     return Found(
         colour=_name(candidates, "colour"),
-        shape=shape if match >= LEAST_MATCH else None,
+        shape=shape if clear else None,
         x=float(xs.mean() + 0.5) / SIDE,
         y=float(ys.mean() + 0.5) / SIDE,
         extent=float(max(np.ptp(xs), np.ptp(ys)) + 1) / SIDE,
@@ -206,7 +222,7 @@ def find_objects(image: np.ndarray) -> tuple[tuple[Found, ...], str | None]:
         return (), None
     background_name = _name(background, "background")
     offset = picture - background
-    strength = np.linalg.norm(offset, axis=-1)
+    strength = np.sqrt((offset * offset).sum(-1))
     foreground = strength > FAINT
     if not foreground.any():
         return (), background_name
@@ -214,29 +230,38 @@ def find_objects(image: np.ndarray) -> tuple[tuple[Found, ...], str | None]:
     label = np.argmax(offset @ means.T, -1)
     found = []
     for k in range(len(means)):
-        mine = foreground & (label == k)
-        parts, count = ndimage.label(mine)
+        parts, _ = ndimage.label(foreground & (label == k))
         for index, window in enumerate(ndimage.find_objects(parts)):
             part = parts[window] == index + 1
             if part.sum() < SPECK * SIDE**2:
                 continue
-            top = np.quantile(strength[window][part], 0.9)
-            regions, count = ndimage.label(part & (strength[window] > top / 2))
-            sizes = np.bincount(regions.ravel(), minlength=count + 1)[1:]
-            for r in range(count):
-                if sizes[r] < SPECK * SIDE**2:
-                    continue
-                region = regions == r + 1
-                if ndimage.distance_transform_cdt(np.pad(region, 1)).max() < 2.5:
-                    continue
-                allowed = part
-                found.append((window, region, allowed))
-    objects = []
-    for window, region, allowed in found:
-        rows, columns = window
-        thing = _measure(picture[window], background, region, allowed, SIDE)
-        objects.append(dataclasses.replace(thing, x=thing.x + columns.start / SIDE, y=thing.y + rows.start / SIDE))
-    return tuple(objects), background_name
+            for region, allowed in _split(part, strength[window]):
+                thing = _measure(picture[window], background, region, allowed)
+                rows, columns = window
+                thing = dataclasses.replace(
+                    thing, x=thing.x + columns.start / SIDE, y=thing.y + rows.start / SIDE
+                )
+                found.append(thing)
+    return tuple(found), background_name
+
+
+def _split(part: np.ndarray, strength: np.ndarray):
+    """The objects in one connected part of one colour: (mask a > 1/2, pixels it may reach) of each."""
+    top = np.quantile(strength[part], 0.9)
+    regions, count = ndimage.label(part & (strength > top / 2))
+    sizes = np.bincount(regions.ravel(), minlength=count + 1)
+    keep = [
+        r
+        for r in range(1, count + 1)
+        if sizes[r] >= SPECK * SIDE**2
+        and ndimage.distance_transform_cdt(np.pad(regions == r, 1)).max() > THIN
+    ]
+    if len(keep) < 2:
+        return [(regions == r, part) for r in keep]
+    # Halos that meet: each pixel goes to the nearest of the objects.
+    nearest = ndimage.distance_transform_edt(~np.isin(regions, keep), False, True)
+    owner = regions[tuple(nearest)]
+    return [(regions == r, part & (owner == r)) for r in keep]
 
 
 def _holds(a: Found, relation: str, b: Found) -> bool:
@@ -264,8 +289,8 @@ def _size_name(thing: Found) -> str:
 def check(image: np.ndarray, caption: str) -> Verdict:
     """Judges a picture uint8 [H, W, 3] of 16 to 1024 pixels by its English caption.
 
-    Named objects are given partners in the picture so that as much as possible is right. With an object missing,
-    `colour` and `shape` are false; with one too many, only `count` is.
+    Named objects are given partners in the picture so that as much as possible is right. With an object
+    missing, `colour` and `shape` are false; with one too many, only `count` is.
 
     Raises:
       ValueError: the caption has a word or a form that `scenes_parser` does not know.

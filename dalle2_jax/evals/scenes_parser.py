@@ -1,14 +1,14 @@
 """What a caption of a scene says: a parser for English, written apart from the code that writes the captions.
 
 It reads the wordings of the data set ("a red star above a blue ring", "red star over blue ring on white",
-"a picture of a red star with a blue ring below it", ...) and what people type in that manner, with a few synonyms
-(gray, disc, plus, big, underneath, ...). A word it does not know is an error, so that nothing is judged by half of
-its caption.
+"a picture of a red star with a blue ring below it", ...) and what people type in that manner, with a few
+synonyms (gray, disc, plus, big, underneath, ...). A word it does not know is an error, so that nothing is
+judged by half of its caption.
 
 A caption becomes a row of items: objects, relations, "it" relations ("below it", "to its left"), "and",
 backgrounds and places. A relation holds between the object before it and the object after it; after "and" its
-subject is that of the relation before ("a star above a ring and left of a cross"). "A with B below it" and "A and
-below it B" both say that B is below A.
+subject is that of the relation before ("a star above a ring and left of a cross"). "A with B below it" and "A
+and below it B" both say that B is below A.
 """
 
 import dataclasses
@@ -147,7 +147,7 @@ def _items(caption: str) -> list[tuple[str, object]]:
                     f"({', '.join(BACKGROUNDS)})"
                 )
             continue
-        if size and w in SHAPES or w in SHAPES:
+        if w in SHAPES:
             items.append(("object", Named(None, w, size)))
             size, i = None, i + 1
         elif w in ("above", "below"):
@@ -170,7 +170,7 @@ def _items(caption: str) -> list[tuple[str, object]]:
 
 
 def _side(words: list[str], i: int, items: list) -> int:
-    """Reads 'left of', 'on top of', 'to its right', 'top left corner', 'centre' at words[i]; where it ends."""
+    """Reads 'left of', 'on top of', 'its right', 'top left corner', 'centre' at words[i]; where it ends."""
     w = words[i]
     rest = words[i + 1 : i + 3]
     if w == "top" and rest[:1] == ["of"]:

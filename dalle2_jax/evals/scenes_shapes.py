@@ -1,10 +1,10 @@
 """Which of eight shapes a soft mask shows: matching against masks that this file draws itself, as polygons.
 
-A mask is brought to a standard position and size with its own moments: its centroid goes to the middle of a
-GRID x GRID picture and its root-mean-square radius r becomes GRID / (2 REACH) pixels. Templates are drawn in several
-proportions (thin and fat stars, narrow and wide rings, ...), blurred by several widths and standardised in the same
-way, so that a blurred star is compared with blurred stars. The answer is the template with the highest
-cosine of its mask to the mask asked about.
+A mask is brought to a standard position and size with its own moments: its centroid goes to the middle of
+a GRID x GRID picture and its root-mean-square radius becomes GRID / (2 REACH) pixels. Templates are drawn in
+several proportions (thin and fat stars, narrow and wide rings, ...), blurred by several widths and
+standardised in the same way, so that a blurred star is compared with blurred stars. The answer is the
+template with the highest cosine of its mask to the mask asked about.
 """
 
 import functools
@@ -28,23 +28,28 @@ def _polygon(points) -> np.ndarray:
     return np.asarray(canvas.resize((_CANVAS, _CANVAS), Image.BOX), np.float32) / 255
 
 
-def _regular(count: int, radii=(0.5,), turn: float = 0.0):
-    """Points on circles of the given radii in turn, from the top clockwise."""
+def _box(width: float, height: float) -> np.ndarray:
+    x, y = width / 2, height / 2
+    return _polygon([(-x, -y), (x, -y), (x, y), (-x, y)])
+
+
+def _around(count: int, *radii: float):
+    """`count` points around the centre, evenly, from the top clockwise, with the given radii in turn."""
     return [
         (radii[k % len(radii)] * math.sin(angle), -radii[k % len(radii)] * math.cos(angle))
-        for k, angle in enumerate(turn + 2 * math.pi * np.arange(count) / count)
+        for k, angle in enumerate(2 * math.pi * np.arange(count) / count)
     ]
 
 
-def _heart(lobe: float):
-    """The curve x = sin^3 s, y = cos s - lobe cos 2s - ..., the usual parametric heart with lobes of that depth."""
+def _curved_heart():
+    """The curve x = 16 sin^3 s, y = 13 cos s - 5 cos 2s - 2 cos 3s - cos 4s (upwards)."""
     s = np.linspace(0, 2 * math.pi, 120, endpoint=False)
-    y = 13 * np.cos(s) - 5 * lobe * np.cos(2 * s) - 2 * np.cos(3 * s) - np.cos(4 * s)
+    y = 13 * np.cos(s) - 5 * np.cos(2 * s) - 2 * np.cos(3 * s) - np.cos(4 * s)
     return list(zip(0.5 * np.sin(s) ** 3, -y / 32, strict=True))
 
 
-def _tipped_heart(depth: float):
-    """Two half discs on the upper sides of a square that stands on its corner; `depth` stretches it downwards."""
+def _round_heart(depth: float):
+    """Half discs on the upper sides of a square on its corner; `depth` stretches its lower half."""
     angle = np.linspace(-0.75 * math.pi, 0.25 * math.pi, 40)
     radius, middle = 0.5 / math.sqrt(2) / 1.2, 0.25 / 1.2
     right = [(middle + radius * math.cos(a), -middle + radius * math.sin(a)) for a in angle]
@@ -52,33 +57,28 @@ def _tipped_heart(depth: float):
     return [*right, (0, 0.5 / 1.2 * depth), *[(-x, y) for x, y in reversed(right)]]
 
 
-def _plus(arm: float):
-    a, b = arm / 2, 0.5
-    return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
-
-
 def _masks():
     """(shape, mask) in several proportions each."""
-    disc = _polygon(_regular(90))
+    disc = _polygon(_around(90, 0.5))
     yield "circle", disc
-    yield "square", _polygon([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
+    yield "square", _box(1, 1)
     for height in (0.8, 0.9, 1.0):
         yield "triangle", _polygon([(0, -height / 2), (0.5, height / 2), (-0.5, height / 2)])
     for notch in (0.39, 0.46, 0.53):
-        yield "star", _polygon(_regular(10, (0.5, 0.5 * notch)))
+        yield "star", _polygon(_around(10, 0.5, 0.5 * notch))
     for hole in (0.4, 0.5, 0.6, 0.7):
-        yield "ring", disc - _polygon(_regular(90, (0.5 * hole,)))
+        yield "ring", disc - _polygon(_around(90, 0.5 * hole))
     for arm in (0.27, 0.34, 0.41):
-        yield "cross", _polygon(_plus(arm))
-    yield "heart", _polygon(_heart(1.0))
+        yield "cross", np.maximum(_box(1, arm), _box(arm, 1))
+    yield "heart", _polygon(_curved_heart())
     for depth in (0.95, 1.1):
-        yield "heart", _polygon(_tipped_heart(depth))
+        yield "heart", _polygon(_round_heart(depth))
     for width in (0.6, 0.72, 0.85, 1.0):
-        yield "diamond", _polygon([(0, -0.5), (width / 2, 0), (0, 0.5), (-width / 2, 0)])
+        yield "diamond", _polygon(_around(4, 0.5, width / 2))
 
 
 def standardise(mask: np.ndarray) -> np.ndarray | None:
-    """A mask float [H, W] in [0, 1] at its standard place and size, unit norm [GRID^2]; None if it is empty."""
+    """A mask float [H, W] in [0, 1] at its standard place and size, unit norm [GRID^2]; None if empty."""
     total = mask.sum()
     if total < 1e-3:
         return None
@@ -96,7 +96,7 @@ def standardise(mask: np.ndarray) -> np.ndarray | None:
 
 
 def _hat(positions: np.ndarray, length: int) -> np.ndarray:
-    """Rows of linear-interpolation weights at the given positions, averaging over a step where that is wider."""
+    """Rows of linear-interpolation weights at the positions, averaging over a step where that is wider."""
     width = max(1.0, float(positions[1] - positions[0]))
     weights = np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(length)) / width)
     return (weights / width).astype(np.float32)
@@ -116,12 +116,18 @@ def _templates() -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(names), np.stack(rows)
 
 
-def classify(mask: np.ndarray) -> tuple[str | None, float]:
-    """(shape, cosine) of the best template for a mask float [H, W] in [0, 1]; (None, 0.) for an empty mask."""
+def classify(mask: np.ndarray) -> tuple[str | None, float, float]:
+    """The shape of a mask float [H, W] in [0, 1].
+
+    Returns:
+      (shape, match, margin): the shape of the best template, the cosine with it, and by how much the best
+      template of any other shape falls short of that. (None, 0.0, 0.0) for an empty mask.
+    """
     row = standardise(mask)
     if row is None:
-        return None, 0.0
+        return None, 0.0, 0.0
     names, rows = _templates()
     scores = rows @ row
     best = int(np.argmax(scores))
-    return names[best], float(scores[best])
+    others = max(score for name, score in zip(names, scores, strict=True) if name != names[best])
+    return names[best], float(scores[best]), float(scores[best] - others)
