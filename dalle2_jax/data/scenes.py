@@ -160,8 +160,8 @@ def _place(config: SceneConfig, stream: Stream, names, relations) -> tuple[Scene
     return objects
 
 
-def _draw_names(config: SceneConfig, split: str, stream: Stream):
-    """Draws (colour, shape) of each object and the relations along the chain, as the split wants them."""
+def _draw_names(config: SceneConfig, split: str, count: int, stream: Stream):
+    """Draws (colour, shape) of `count` objects and the relations along the chain, as the split wants them."""
     seen = pairs(config, False)
     if split == "test_relations":
         a, relation, b = stream.choice(triples(config, True))
@@ -169,7 +169,6 @@ def _draw_names(config: SceneConfig, split: str, stream: Stream):
             a, relation, b = b, CONVERSE[relation], a
         names = [stream.choice([pair for pair in seen if pair[1] == shape]) for shape in (a, b)]
         return names, (relation,)
-    count = 1 + stream.weighted(config.count_weights)
     if split == "test_pairs":
         names = [stream.choice(pairs(config, True))]
         names += [stream.choice(seen + pairs(config, True)) for _ in range(count - 1)]
@@ -203,8 +202,10 @@ def sample_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> 
             f"split 'test_relations' needs scenes of two objects; config {config.name!r} has one"
         )
     stream = Stream(seed, SPLITS.index(split) + 1, index)
+    # Drawn once: drawing it anew after every rejected scene would make scenes of few objects more frequent.
+    count = 2 if split == "test_relations" else 1 + stream.weighted(config.count_weights)
     for _ in range(10_000):
-        names, relations = _draw_names(config, split, stream)
+        names, relations = _draw_names(config, split, count, stream)
         if len(set(names)) < len(names):
             continue
         objects = _place(config, stream, names, relations)
