@@ -4,9 +4,11 @@ Rows (captions, pictures) run in micro-batches of a fixed size that are split ov
 function is kept for every (stage, settings, shapes).
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dalle2_jax import checkpoint, models, partition
+from dalle2_jax import modeldir, models, partition
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -26,8 +28,39 @@ Progress = Callable[[str, int, int, float], None]
 
 
 @dataclasses.dataclass(frozen=True)
+class Task:
+    """What to do with rows.
+
+    Attributes:
+      name: the stage whose parameters `function` gets.
+      function: (params, batch, scalars) -> arrays of one row for each row of the batch.
+      settings: hashable, all that `function` closes over: with name, rows and scalars it names the program.
+      rows: name -> shape of one row, and type.
+      scalars: numpy numbers that are traced, so that no value needs a new program.
+      steps: network steps a row. label: what to call it; the stage's name if empty.
+    """
+
+    name: str
+    function: Callable
+    settings: tuple
+    rows: dict[str, jax.ShapeDtypeStruct]
+    scalars: dict[str, np.generic] = dataclasses.field(default_factory=dict)
+    steps: int = 1
+    label: str = ""
+
+    @property
+    def key(self) -> tuple:
+        """The name of the program."""
+        rows = tuple((name, spec.shape, str(spec.dtype)) for name, spec in sorted(self.rows.items()))
+        return self.name, self.settings, rows, tuple(sorted(self.scalars))
+
+
+@dataclasses.dataclass(frozen=True)
 class Timing:
-    """What `rows` rows of `steps` network steps each took, in seconds, without and for compiling."""
+    """What `rows` rows of `steps` network steps each took, in seconds, without and for compiling.
+
+    Compiling counts as long as it was waited for.
+    """
 
     rows: int
     steps: int
@@ -82,7 +115,7 @@ def _read_stages(directory: epath.Path, index: dict, dtype: str | None) -> tuple
     folders |= {folder: folder for folder in named.get("upsamplers", [])}
     configs, stages = {}, {}
     for name, folder in folders.items():
-        path = directory / folder / checkpoint.CONFIG_FILE
+        path = directory / folder / modeldir.CONFIG_FILE
         try:
             config = json.loads(path.read_text())
             if dtype is not None:
@@ -114,19 +147,21 @@ class Cascade:
         self._params: dict = {}
         self._programs: dict = {}
         self._tokenizers: dict = {}
+        self._lock, self._param_locks = threading.Lock(), {name: threading.Lock() for name in stages}
+        self._workers = concurrent.futures.ThreadPoolExecutor(2, "compile")
 
     @staticmethod
     def open(model_dir: str | os.PathLike | None, dtype: str | None = None, mesh=None) -> "Cascade":
         """Open a model directory; see `UnCLIP.load`."""
         if model_dir is None:
-            if not (BUNDLED / checkpoint.INDEX_FILE).exists():
+            if not (BUNDLED / modeldir.INDEX_FILE).exists():
                 raise FileNotFoundError(
                     "this installation came without the bundled model (the package's folder 'bundled'): give "
                     "a model directory, such as `python -m dalle2_jax.convert workdirs` writes"
                 )
             model_dir = BUNDLED
         directory = epath.Path(model_dir)
-        index = checkpoint.read_index(directory)
+        index = modeldir.read_index(directory)
         folders, configs, stages = _read_stages(directory, index, dtype)
         mesh = partition.make_mesh() if mesh is None else mesh
         cascade = Cascade(directory, index, folders, configs, stages, mesh)
@@ -146,12 +181,13 @@ class Cascade:
 
     def params(self, name: str) -> dict:
         """A stage's parameters, whole on every device; read at first use."""
-        if name not in self._params:
-            stage = self.stage(name)
-            path = self.directory / self._folders[name]
-            _, params = checkpoint.load_stage(path)
-            checkpoint.check_params(params, models.abstract_params(stage), os.fspath(path))
-            self._params[name] = jax.device_put(params, partition.replicated(self.mesh))
+        stage = self.stage(name)
+        with self._param_locks[name]:
+            if name not in self._params:
+                path = self.directory / self._folders[name]
+                _, params = modeldir.load_stage(path)
+                modeldir.check_params(params, models.abstract_params(stage), os.fspath(path))
+                self._params[name] = jax.device_put(params, partition.replicated(self.mesh))
         return self._params[name]
 
     def tokenizer(self, context_length: int) -> Tokenizer:
@@ -168,50 +204,67 @@ class Cascade:
         wanted = min(batch_size or max(BATCH_SIZE, shards), count)
         return -(-wanted // shards) * shards
 
+    def _compile(self, task: Task, size: int):
+        """The compiled function of a task for micro-batches of `size` rows."""
+        rows, whole = partition.batch_sharding(self.mesh), partition.replicated(self.mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((size, *spec.shape), spec.dtype, sharding=rows)
+            for name, spec in task.rows.items()
+        }
+        scalars = {
+            name: jax.ShapeDtypeStruct((), value.dtype, sharding=whole)
+            for name, value in task.scalars.items()
+        }
+        params = self.params(task.name)
+        with partition.use_mesh(self.mesh):
+            return jax.jit(task.function, out_shardings=rows).lower(params, batch, scalars).compile()
+
+    def prepare(self, task: Task, count: int, batch_size: int | None = None) -> None:
+        """Start reading a stage's weights and compiling a task for `count` rows, beside what runs
+        meanwhile."""
+        size = self._micro_batch(count, batch_size)
+        with self._lock:
+            if (task.key, size) not in self._programs:
+                self._programs[task.key, size] = self._workers.submit(self._compile, task, size)
+
     def run(
         self,
-        name: str,
-        function: Callable,
+        task: Task,
         rows: dict[str, np.ndarray],
         *,
-        settings: tuple,
-        scalars: dict[str, float] | None = None,
-        label: str | None = None,
-        steps: int = 1,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ):
-        """(function(params, batch, scalars) of all rows as numpy, Timing).
+        """(task.function of all rows as numpy, Timing).
 
         Args:
-          name: the stage whose parameters `function` gets.
-          function: traced once for each micro-batch shape; returns arrays of one row for each row of `batch`.
-          rows: arrays [N, ...]. The last micro-batch is filled up with copies of the last row.
-          settings: hashable, all that `function` closes over: it names the compiled program.
-          scalars: numbers that are traced, so that no value needs a new program.
-          label, steps: for the timing and for `progress`.
-          batch_size: rows at a time, rounded up to a multiple of the devices; None: 8, or one a device.
+          task: what to do.
+          rows: arrays [N, ...] as task.rows says. The last micro-batch is filled up with copies of the last
+          row. batch_size: rows at a time, rounded up to a multiple of the devices; None: 8, or one a device.
+          progress: called after every micro-batch.
         """
         count = len(next(iter(rows.values())))
         size = self._micro_batch(count, batch_size)
-        params = self.params(name)
-        scalars = {key: np.float32(value) for key, value in (scalars or {}).items()}
-        scalars = jax.device_put(scalars, partition.replicated(self.mesh))
-        outputs, seconds, compile_seconds = [], 0.0, 0.0
+        began = time.monotonic()
+        self.prepare(task, count, batch_size)
+        try:
+            program = self._programs[task.key, size].result()
+        except BaseException:  # what waits to be compiled would hold up the end of the program
+            with self._lock:
+                self._programs = {key: made for key, made in self._programs.items() if not made.cancel()}
+                self._programs.pop((task.key, size), None)
+            raise
+        compile_seconds = time.monotonic() - began
+        params = self.params(task.name)
+        scalars = jax.device_put(task.scalars, partition.replicated(self.mesh))
+        outputs, seconds = [], 0.0
         for start in range(0, count, size):
-            chosen = np.minimum(np.arange(start, start + size), count - 1)
-            batch = partition.to_global({key: value[chosen] for key, value in rows.items()}, self.mesh)
-            program = (name, settings, tuple((key, value.shape) for key, value in sorted(batch.items())))
-            if program not in self._programs:
-                began = time.monotonic()
-                with partition.use_mesh(self.mesh):
-                    jitted = jax.jit(function, out_shardings=partition.batch_sharding(self.mesh))
-                    self._programs[program] = jitted.lower(params, batch, scalars).compile()
-                compile_seconds += time.monotonic() - began
             began = time.monotonic()
-            outputs.append(partition.to_host(self._programs[program](params, batch, scalars)))
+            chosen = np.minimum(np.arange(start, start + size), count - 1)
+            batch = {name: value[chosen].astype(task.rows[name].dtype) for name, value in rows.items()}
+            outputs.append(partition.to_host(program(params, partition.to_global(batch, self.mesh), scalars)))
             seconds += time.monotonic() - began
             if progress is not None:
-                progress(label or name, min(start + size, count), count, seconds)
+                progress(task.label or task.name, min(start + size, count), count, seconds)
         joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
-        return joined, Timing(count, steps, seconds, compile_seconds)
+        return joined, Timing(count, task.steps, seconds, compile_seconds)

@@ -3,7 +3,7 @@
     python -m dalle2_jax.convert workdirs --clip=W --prior=W --decoder=W --upsamplers=W1,W2 --out=MODEL
 
 takes the averaged parameters of training workdirs. A model directory holds, for each stage, weights and the
-config that rebuilds it, and the tokenizer (see checkpoint.py); nothing of the machine that trained it.
+config that rebuilds it, and the tokenizer (see modeldir.py); nothing of the machine that trained it.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from absl import logging
 from etils import epath
 
 import dalle2_jax
-from dalle2_jax import checkpoint, models, partition
+from dalle2_jax import modeldir, models, partition
 from dalle2_jax.cascade import check_cascade
 from dalle2_jax.data.tokenizer import load_tokenizer
 
-DTYPES = tuple(checkpoint.DTYPES)
+DTYPES = tuple(modeldir.DTYPES)
 
 
 def without_paths(value):
@@ -76,13 +76,13 @@ def convert_workdirs(
     check_cascade(configs, stages, tokenizer.vocab_size)
 
     for folder, config in configs.items():
-        checkpoint.save_stage(out / folder, without_paths(config) | {"wandb": ""}, weights[folder], dtype)
+        modeldir.save_stage(out / folder, without_paths(config) | {"wandb": ""}, weights[folder], dtype)
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "tokenizer")
     layout = {"clip": "clip", "prior": "prior", "decoder": "decoder"}
     layout["upsamplers"] = [folder for folder in stages if folder not in layout]
     extra = {"name": name or out.name, "dalle2_jax_version": dalle2_jax.__version__, "trained_steps": steps}
-    checkpoint.write_index(out, layout, extra=extra)
+    modeldir.write_index(out, layout, extra=extra)
 
 
 def _shared_tokenizer(sources: list[str]):
@@ -103,7 +103,7 @@ def _trained_steps(source: str, folder: str) -> int | None:
     if models.is_workdir(source):
         names = [path.name for path in (epath.Path(source) / "checkpoints").iterdir()]
         return max(int(name) for name in names if name.isdigit())
-    return checkpoint.read_index(source).get("trained_steps", {}).get(folder)
+    return modeldir.read_index(source).get("trained_steps", {}).get(folder)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.cascade import BASE_STAGES, Cascade, Progress, Timing
+from dalle2_jax.cascade import BASE_STAGES, Cascade, Progress, Task, Timing
 
 MAX_CAPTION = 1000
 # A stage's number in the keys; upsampler k is 2 + k.
@@ -102,19 +102,27 @@ def clip_square(image, size: int) -> np.ndarray:
     return np.asarray(transforms.square(image, size, halve=False))
 
 
-def picture_keys(seed: int, numbers: Sequence[int], stage_number: int) -> np.ndarray:
-    """Key data, uint32 [N, ...], of the pictures with these numbers within their captions."""
+def picture_keys(seed: jax.Array, numbers: jax.Array, stage_number: int) -> jax.Array:
+    """Keys [N] of the pictures with these numbers [N] within their captions; to be traced."""
 
     def one(number):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), stage_number)
-        return jax.random.key_data(key)
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), stage_number)
 
-    return np.asarray(jax.vmap(one)(jnp.asarray(numbers, jnp.uint32)))
+    return jax.vmap(one)(numbers)
 
 
-def _guidance(scale: float) -> tuple[dict, str]:
-    """(scalars to trace, name of the program): a scale of 1 has its own program, without the null half."""
-    return ({}, "unguided") if scale == 1 else ({"guidance_scale": scale}, "guided")
+def _spec(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _token_specs(context_length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {"tokens": _spec((context_length,), np.int32), "token_mask": _spec((context_length,), np.bool_)}
+
+
+def _drawing_scalars(seed: int, guidance_scale: float) -> dict[str, np.generic]:
+    """What is traced; a guidance scale of 1 is not, as it has its own program, without the null half."""
+    scalars = {"seed": np.uint32(seed)}
+    return scalars if guidance_scale == 1 else scalars | {"guidance_scale": np.float32(guidance_scale)}
 
 
 class UnCLIP:
@@ -222,21 +230,79 @@ class UnCLIP:
                 )
         return settings
 
+    def _text_task(self) -> Task:
+        clip = self.cascade.stage("clip")
+
+        def function(params, batch, scalars):
+            return clip.encode_text(params, batch["tokens"], batch["token_mask"])
+
+        return Task("clip", function, ("text",), _token_specs(clip.context_length), label="text")
+
+    def _prior_task(self, seed: int, own: dict) -> Task:
+        """`own` is the prior's part of `settings`."""
+        prior, clip = self.cascade.stage("prior"), self.cascade.stage("clip")
+        steps, count = own["num_steps"], own["num_candidates"]
+        rows = {"number": _spec((), np.uint32)} | _token_specs(prior.context_length)
+        rows["text_embed"] = _spec((clip.embed_dim,), np.float32)
+        if prior.states_width:
+            del rows["tokens"]
+            rows["text_states"] = _spec((prior.context_length, prior.states_width), np.float32)
+
+        def function(params, batch, scalars):
+            keys = picture_keys(scalars["seed"], batch["number"], _PRIOR)
+            scale = scalars.get("guidance_scale", 1)
+            return prior.sample(
+                params, keys, batch, num_steps=steps, guidance_scale=scale, num_candidates=count
+            )
+
+        scalars = _drawing_scalars(seed, own["guidance_scale"])
+        return Task("prior", function, (steps, count), rows, scalars, steps)
+
+    def _decoder_task(self, seed: int, own: dict) -> Task:
+        """`own` is the decoder's part of `settings`."""
+        decoder = self.cascade.stage("decoder")
+        steps, method, eta = own["num_steps"], own["method"], own["eta"]
+        rows = {"number": _spec((), np.uint32), "image_embed": _spec((decoder.embed_dim,), np.float32)}
+        if decoder.context_length is not None:
+            rows |= _token_specs(decoder.context_length)
+
+        def function(params, batch, scalars):
+            keys = picture_keys(scalars["seed"], batch["number"], _DECODER)
+            scale = scalars.get("guidance_scale", 1)
+            images = decoder.sample(
+                params, keys, batch, num_steps=steps, guidance_scale=scale, method=method, eta=eta
+            )
+            return to_uint8(images)
+
+        scalars = _drawing_scalars(seed, own["guidance_scale"])
+        return Task("decoder", function, (steps, method, eta), rows, scalars, steps)
+
+    def _upsampler_task(self, name: str, seed: int, own: dict, low_res_shape: tuple[int, ...]) -> Task:
+        """`own` is the upsampler's part of `settings`."""
+        stage, steps = self.cascade.stage(name), own["num_steps"]
+        number = _UPSAMPLER + self.cascade.upsamplers.index(name)
+        rows = {"number": _spec((), np.uint32), "low_res": _spec(low_res_shape, np.uint8)}
+
+        def function(params, batch, scalars):
+            keys = picture_keys(scalars["seed"], batch["number"], number)
+            return to_uint8(
+                stage.sample(params, keys, {"low_res": to_float(batch["low_res"])}, num_steps=steps)
+            )
+
+        return Task(name, function, (steps,), rows, {"seed": np.uint32(seed)}, steps)
+
     def encode_text(
         self, captions: Sequence[str], batch_size: int | None = None, progress: Progress | None = None
     ) -> tuple[tuple[np.ndarray, np.ndarray], Timing]:
         """((text_embed [N, E] of unit norm, text_states [N, L, D]) of captions by CLIP, float32; Timing)."""
         check_captions(captions)
-        clip = self.cascade.stage("clip")
-        tokens, token_mask = self.cascade.tokenizer(clip.context_length)(list(captions))
-
-        def function(params, batch, scalars):
-            return clip.encode_text(params, batch["tokens"], batch["token_mask"])
-
+        tokens, token_mask = self._tokens("clip", captions)
         rows = {"tokens": tokens, "token_mask": token_mask}
-        return self.cascade.run(
-            "clip", function, rows, settings=("text",), label="text", batch_size=batch_size, progress=progress
-        )
+        return self.cascade.run(self._text_task(), rows, batch_size=batch_size, progress=progress)
+
+    def _tokens(self, name: str, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, token_mask) of captions at the context length of a stage."""
+        return self.cascade.tokenizer(self.cascade.stage(name).context_length)(list(captions))
 
     def encode_image(self, images, batch_size: int | None = None) -> np.ndarray:
         """Image embeddings [N, E] float32 of unit norm, by CLIP.
@@ -252,8 +318,8 @@ class UnCLIP:
         def function(params, batch, scalars):
             return clip.encode_image(params, to_float(batch["image"]))
 
-        rows = {"image": small}
-        return self.cascade.run("clip", function, rows, settings=("image",), batch_size=batch_size)[0]
+        task = Task("clip", function, ("image",), {"image": _spec(small.shape[1:], np.uint8)})
+        return self.cascade.run(task, {"image": small}, batch_size=batch_size)[0]
 
     def sample_prior(
         self,
@@ -263,40 +329,18 @@ class UnCLIP:
         n: int = 1,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
-        num_candidates: int | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> tuple[np.ndarray, dict[str, Timing]]:
         """(n image embeddings of each caption, [N, E] float32 in CLIP's own scale; stage -> Timing)."""
-        prior = self.cascade.stage("prior")
         own = self.settings(prior_steps=num_steps, prior_guidance_scale=guidance_scale)["prior"]
-        steps, count = own["num_steps"], num_candidates or own["num_candidates"]
-        scalars, program = _guidance(own["guidance_scale"])
         (text_embed, text_states), text_timing = self.encode_text(captions, batch_size, progress)
-        tokens, token_mask = self.cascade.tokenizer(prior.context_length)(list(captions))
-        rows = {"text_embed": text_embed, "token_mask": token_mask}
-        rows |= {"text_states": text_states} if prior.states_width else {"tokens": tokens}
-        rows = {name: np.repeat(value, n, axis=0) for name, value in rows.items()}
-        rows["keys"] = picture_keys(seed, list(range(n)) * len(captions), _PRIOR)
-
-        def function(params, batch, scalars):
-            batch = dict(batch)
-            keys = jax.random.wrap_key_data(batch.pop("keys"))
-            scale = scalars.get("guidance_scale", 1)
-            return prior.sample(
-                params, keys, batch, num_steps=steps, guidance_scale=scale, num_candidates=count
-            )
-
-        embeds, timing = self.cascade.run(
-            "prior",
-            function,
-            rows,
-            settings=(steps, program, count),
-            scalars=scalars,
-            steps=steps,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        tokens, token_mask = self._tokens("prior", captions)
+        known = dict(tokens=tokens, token_mask=token_mask, text_embed=text_embed, text_states=text_states)
+        task = self._prior_task(seed, own)
+        rows = {name: np.repeat(value, n, axis=0) for name, value in known.items() if name in task.rows}
+        rows["number"] = np.tile(np.arange(n), len(captions))
+        embeds, timing = self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
         return embeds, {"text": text_timing, "prior": timing}
 
     def decode(
@@ -327,46 +371,18 @@ class UnCLIP:
         if image_embeds.ndim != 2 or image_embeds.shape[1] != decoder.embed_dim:
             raise ValueError(f"image_embeds must be [N, {decoder.embed_dim}], not {list(image_embeds.shape)}")
         count = len(image_embeds)
-        numbers = range(count) if numbers is None else numbers
+        numbers = np.arange(count) if numbers is None else np.asarray(numbers)
         if len(numbers) != count or (captions is not None and len(captions) != count):
             raise ValueError(f"{count} image embeddings need as many captions and numbers")
         own = self.settings(decoder_steps=num_steps, guidance_scale=guidance_scale, method=method, eta=eta)
-        own = own["decoder"]
-        steps = own["num_steps"]
-        scalars, program = _guidance(own["guidance_scale"])
-        rows = {"image_embed": image_embeds, "keys": picture_keys(seed, list(numbers), _DECODER)}
-        if decoder.context_length is not None:
-            if captions is None:
-                shape = (count, decoder.context_length)
-                tokens, token_mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-            else:
-                tokens, token_mask = self.cascade.tokenizer(decoder.context_length)(list(captions))
-            rows |= {"tokens": tokens, "token_mask": token_mask}
-
-        def function(params, batch, scalars):
-            batch = dict(batch)
-            keys = jax.random.wrap_key_data(batch.pop("keys"))
-            images = decoder.sample(
-                params,
-                keys,
-                batch,
-                num_steps=steps,
-                guidance_scale=scalars.get("guidance_scale", 1),
-                method=own["method"],
-                eta=own["eta"],
-            )
-            return to_uint8(images)
-
-        return self.cascade.run(
-            "decoder",
-            function,
-            rows,
-            settings=(steps, program, own["method"], own["eta"]),
-            scalars=scalars,
-            steps=steps,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        task = self._decoder_task(seed, own["decoder"])
+        rows = {"image_embed": image_embeds, "number": numbers}
+        if decoder.context_length is not None and captions is not None:
+            rows["tokens"], rows["token_mask"] = self._tokens("decoder", captions)
+        elif decoder.context_length is not None:
+            rows["tokens"] = np.zeros((count, decoder.context_length), np.int32)
+            rows["token_mask"] = np.zeros((count, decoder.context_length), bool)
+        return self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
 
     def upsample(
         self,
@@ -383,26 +399,14 @@ class UnCLIP:
         The other arguments are as for `decode`; `num_steps` has one number an upsampler.
         """
         own = self.settings(upsampler_steps=num_steps)
-        numbers = list(range(len(images)) if numbers is None else numbers)
         images, timings = np.asarray(images), {}
-        for k, name in enumerate(self.cascade.upsamplers):
-            stage, steps = self.cascade.stage(name), own[name]["num_steps"]
-
-            def function(params, batch, scalars, stage=stage, steps=steps):
-                keys = jax.random.wrap_key_data(batch["keys"])
-                low_res = {"low_res": to_float(batch["low_res"])}
-                return to_uint8(stage.sample(params, keys, low_res, num_steps=steps))
-
-            rows = {"low_res": images, "keys": picture_keys(seed, numbers, _UPSAMPLER + k)}
-            images, timings[name] = self.cascade.run(
-                name,
-                function,
-                rows,
-                settings=(steps,),
-                steps=steps,
-                batch_size=batch_size,
-                progress=progress,
-            )
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images must be uint8 [N, h, w, 3], not {images.dtype} {list(images.shape)}")
+        numbers = np.arange(len(images)) if numbers is None else np.asarray(numbers)
+        for name in self.cascade.upsamplers:
+            task = self._upsampler_task(name, seed, own[name], images.shape[1:])
+            rows = {"low_res": images, "number": numbers}
+            images, timings[name] = self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
         return images, timings
 
     def text_to_image(
@@ -452,6 +456,16 @@ class UnCLIP:
             method=method,
             eta=eta,
         )
+        # All stages are compiled at once, the later ones while the earlier ones run.
+        count, prepare = n * len(captions), self.cascade.prepare
+        prepare(self._text_task(), len(captions), batch_size)
+        prepare(self._prior_task(seed, settings["prior"]), count, batch_size)
+        prepare(self._decoder_task(seed, settings["decoder"]), count, batch_size)
+        side = self.cascade.stage("decoder").image_size
+        for name in self.cascade.upsamplers if upsample else ():
+            prepare(self._upsampler_task(name, seed, settings[name], (side, side, 3)), count, batch_size)
+            side = self.cascade.stage(name).image_size
+
         numbers = tuple(range(n)) * len(captions)
         repeated = tuple(caption for caption in captions for _ in range(n))
         image_embeds, timings = self.sample_prior(

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dalle2_jax import checkpoint, convert, models, pipeline
+from dalle2_jax import checkpoint, convert, modeldir, models, pipeline
 from tests import tiny_model
 
 SECRET = "/home/somebody/private"
@@ -51,23 +51,23 @@ def converted(workdirs, tmp_path_factory):
 
 def test_float32_weights_are_the_averages_to_the_bit(workdirs, converted):
     for name, params in workdirs[1].items():
-        _, stored = checkpoint.load_stage(converted / name, keep_dtype=True)
+        _, stored = modeldir.load_stage(converted / name, keep_dtype=True)
         jax.tree.map(np.testing.assert_array_equal, stored, params)
 
 
 def test_bfloat16_weights_are_the_averages_rounded(workdirs, tmp_path):
     convert.convert_workdirs(tmp_path / "half", **sources(workdirs[0]), name="small")
     for name, params in workdirs[1].items():
-        _, stored = checkpoint.load_stage(tmp_path / "half" / name)
+        _, stored = modeldir.load_stage(tmp_path / "half" / name)
         # 8 bits of mantissa, rounded to nearest: half a unit of 2^-7 at most
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), stored, params)
     size = (tmp_path / "half" / "clip" / "model.safetensors").stat().st_size
     assert size < 0.6 * sum(4 * x.size for x in jax.tree.leaves(workdirs[1]["clip"]))
-    assert checkpoint.read_index(tmp_path / "half")["name"] == "small"
+    assert modeldir.read_index(tmp_path / "half")["name"] == "small"
 
 
 def test_the_index_says_what_there_is(converted):
-    index = checkpoint.read_index(converted)
+    index = modeldir.read_index(converted)
     assert index["stages"] == {
         "clip": "clip",
         "prior": "prior",
@@ -118,7 +118,7 @@ def test_what_is_written_can_be_opened_and_written_again(converted, tmp_path):
     convert.convert_workdirs(tmp_path / "again", **again, dtype="float32")
     for name in ("clip/model.safetensors", "decoder/config.json", "tokenizer/tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (converted / name).read_bytes()
-    index = checkpoint.read_index(tmp_path / "again")
+    index = modeldir.read_index(tmp_path / "again")
     assert index["trained_steps"]["decoder"] == 2 and index["stages"]["upsamplers"] == []
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax import models, partition, pipeline
-from dalle2_jax.cascade import Timing, check_cascade
+from dalle2_jax.cascade import Task, Timing, check_cascade
 from dalle2_jax.diffusion import schedules
 from tests.tiny_model import CAPTIONS, make_model
 
@@ -53,7 +53,7 @@ def test_pictures_of_a_caption_and_of_captions_differ(drawn):
 def test_the_same_seed_gives_the_same_pictures_and_another_does_not(model, drawn):
     again = model.text_to_image(CAPTIONS, n=2, seed=5)
     np.testing.assert_array_equal(again.images, drawn.images)
-    assert sum(timing.compile_seconds for timing in again.timings.values()) == 0
+    assert sum(timing.compile_seconds for timing in again.timings.values()) < 0.01
     other = model.text_to_image(CAPTIONS, n=2, seed=6)
     assert min(levels(a, b) for a, b in zip(other.base, drawn.base, strict=True)) > 20
 
@@ -78,7 +78,7 @@ def test_guidance_changes_the_picture_and_compiles_nothing(model, drawn):
     strong = model.text_to_image(CAPTIONS, n=2, seed=5, guidance_scale=6.0)
     assert strong.settings["decoder"]["guidance_scale"] == 6.0
     assert levels(strong.base, drawn.base) > 20
-    assert strong.timings["decoder"].compile_seconds == 0
+    assert strong.timings["decoder"].compile_seconds < 0.01
 
 
 def test_a_guidance_scale_of_one_is_no_guidance(model):
@@ -238,12 +238,13 @@ def test_a_stage_that_is_missing_is_named(directory, tmp_path):
 def test_steps_reach_the_schedule(model, monkeypatch):
     asked = []
 
-    def trace(name, function, rows, *, settings, scalars=None, steps=1, **_):
+    def trace(task, rows, **_):
         """`Cascade.run` without compiling and running."""
-        output = jax.eval_shape(function, model.cascade.params(name), rows, scalars or {})
-        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), output), Timing(1, steps, 0.0, 0.0)
+        output = jax.eval_shape(task.function, model.cascade.params(task.name), rows, task.scalars)
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), output), Timing(1, task.steps, 0.0, 0.0)
 
     monkeypatch.setattr(model.cascade, "run", trace)
+    monkeypatch.setattr(model.cascade, "prepare", lambda *_: None)
     original = schedules.space_timesteps
     monkeypatch.setattr(schedules, "space_timesteps", lambda n, *rest: asked.append(n) or original(n, *rest))
     result = model.text_to_image(["a"], prior_steps=2, decoder_steps=3, upsampler_steps=[5])
@@ -252,3 +253,21 @@ def test_steps_reach_the_schedule(model, monkeypatch):
     result = model.text_to_image(["a"], upsample=False)
     assert asked == [4, 4] and list(result.settings) == ["prior", "decoder"]
     np.testing.assert_array_equal(result.images, result.base)
+
+
+def test_a_program_that_failed_is_tried_again(model):
+    tries = []
+
+    def function(params, batch, scalars):
+        tries.append(1)
+        if len(tries) == 1:
+            raise RuntimeError("out of memory")
+        return batch["x"] + scalars["add"]
+
+    rows = {"x": jax.ShapeDtypeStruct((), np.float32)}
+    task = Task("clip", function, ("test",), rows, {"add": np.float32(2)})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.cascade.run(task, {"x": np.arange(3)})
+    output, timing = model.cascade.run(task, {"x": np.arange(3)})
+    np.testing.assert_array_equal(output, [2, 3, 4])
+    assert len(tries) == 2 and timing.rows == 3

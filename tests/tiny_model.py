@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dalle2_jax import checkpoint, models
+from dalle2_jax import modeldir, models
 from dalle2_jax.data.tokenizer import train_bpe
 
 CAPTIONS = [
@@ -59,8 +59,8 @@ def make_model(directory: Path, dtype: str = "float32") -> Path:
     """Write the model directory; returns `directory`."""
     for seed, (folder, config) in enumerate(configs().items()):
         stage = models.build_stage(config)
-        checkpoint.save_stage(directory / folder, config, random_params(stage, seed), dtype)
+        modeldir.save_stage(directory / folder, config, random_params(stage, seed), dtype)
     tokenizer().save(directory / "tokenizer")
     stages = {name: name for name in ("clip", "prior", "decoder")} | {"upsamplers": ["upsampler32"]}
-    checkpoint.write_index(directory, stages, extra={"name": "tiny"})
+    modeldir.write_index(directory, stages, extra={"name": "tiny"})
     return directory
