@@ -7,7 +7,7 @@ from absl import logging
 
 from dalle2_jax.data.records import BadRecord
 
-BAD_SLACK = 8  # bad records that are borne before the fraction counts
+BAD_SLACK = 8  # bad records that are borne beyond the fraction, for small numbers scatter
 _KEPT_BAD = 100
 
 
@@ -33,7 +33,7 @@ class Budget:
         self._read = 0
         self.kept: list[dict] = []
         lost = sum(refused.values())
-        if lost > self._slack and lost > max_fraction * (num_records + lost):
+        if lost > self._slack + max_fraction * (num_records + lost):
             self._stop(lost, num_records + lost, "of the dataset's files")
 
     def reason(self, index: int) -> str | None:
@@ -55,13 +55,17 @@ class Budget:
         with self._lock:
             self._noted[reason] += 1
 
-    def count_read(self, number: int) -> None:
-        """Count records read; raises TooManyBadRecords above the budget."""
+    def count_read(self) -> None:
+        """Count a record read, good or bad."""
         with self._lock:
-            self._read += number
+            self._read += 1
+
+    def check(self) -> None:
+        """Raise TooManyBadRecords above the budget."""
+        with self._lock:
             bad = len(self._known)
             seen = max(min(self._read, self._num_records), bad)
-            if bad > self._slack and bad > self._max_fraction * seen:
+            if bad > self._slack + self._max_fraction * seen:
                 self._stop(bad, seen, "read")
 
     def _stop(self, bad: int, seen: int, what: str):

@@ -1,13 +1,8 @@
-"""Batches as a pure function of (seed, step): tf.data over random-access records.
+"""Datasets of batches: records read, checked, cut to size and tokenized.
 
-The record at position p (p = step * batch_size + slot, counted over all epochs) of N records is
-
-    epoch = p // N,    record = permutation_{seed, epoch}(p mod N),
-
-with TensorFlow's stateless `index_shuffle`, so there is no shuffle buffer to save, any step can be the first,
-and hosts take contiguous slices of the same global batch, whatever their number. The augmentation of a
-record is a function of (seed, epoch, record). A record that cannot be used is replaced by the next usable
-index, the same on every run.
+`stream` says which record comes when. The augmentation of a record is a function of (seed, epoch, record).
+A record that cannot be used is replaced by the next usable one, the same on every run, and counted
+(`budget`).
 """
 
 import dataclasses
@@ -16,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
-from dalle2_jax.data import sources, transforms
+from dalle2_jax.data import sources, stream, transforms
 from dalle2_jax.data.budget import Budget, TooManyBadRecords
 from dalle2_jax.data.records import BadRecord, Record, RecordSource
 from dalle2_jax.data.transforms import CAPTION, LANGUAGE, Views
@@ -91,83 +86,21 @@ class Dataset:
             raise ValueError(
                 f"batch_size {batch_size} must be a positive multiple of the {process_count} processes"
             )
-        positions = dict(batch_size=batch_size, process_index=process_index, process_count=process_count)
-        return self._iterate(start_step, repeat, shuffle, **positions)
-
-    def _iterate(self, start_step, repeat, shuffle, batch_size, process_index, process_count):
-        tf = _tensorflow()
-        failure: list[BaseException] = []
-
-        def load(indices, epochs):
-            try:
-                made = self._load(indices, epochs)
-                return [made[name] for name in signature]
-            except BaseException as error:
-                failure.append(error)
-                raise
-
-        signature = self._signature()
-        local, n = batch_size // process_count, self.num_records
         side = max(self.views.image_size or 1, self.views.clip_image_size or 1)
-        chunk = max(1, min(local, _CHUNK, _CHUNK_PIXELS // side**2))
-        first = start_step * local
-        # Local element e is slot e % local of step e // local on this host.
-        stop = None if repeat else _local_elements(n, batch_size, process_index, process_count)
-        seed = np.array([self.seed % 2**32, self.seed // 2**32 % 2**32], np.uint32)
-
-        def locate(chunk_number):
-            element = first + chunk_number * chunk + tf.range(chunk, dtype=tf.int64)
-            if stop is not None:
-                element = element[: tf.maximum(stop - first - chunk_number * chunk, 0)]
-            position = element // local * batch_size + process_index * local + element % local
-            epoch, index = position // n, position % n
-            if shuffle and n > 1:
-                count = tf.shape(index)[0]
-                columns = [tf.fill([count], seed[0]), tf.fill([count], seed[1]), tf.cast(epoch, tf.uint32)]
-                # The raw op, for tf.random.experimental.index_shuffle pads a matrix of seeds on the wrong
-                # axis.
-                index = tf.raw_ops.RandomIndexShuffle(
-                    index=index,
-                    seed=tf.stack(columns, axis=1),
-                    max_index=tf.fill([count], tf.constant(n - 1, tf.int64)),
-                )
-            return index, epoch
-
-        @tf.autograph.experimental.do_not_convert
-        def read(chunk_number):
-            index, epoch = locate(chunk_number)
-            arrays = tf.numpy_function(
-                load, [index, epoch], [dtype for dtype, _ in signature.values()], stateful=False
-            )
-            return {
-                name: tf.ensure_shape(array, (None, *shape))
-                for array, (name, (_, shape)) in zip(arrays, signature.items(), strict=True)
-            }
-
-        @tf.autograph.experimental.do_not_convert
-        def finish(batch):
-            return {
-                name: tf.cast(array, tf.float32) / 127.5 - 1 if array.dtype == tf.uint8 else array
-                for name, array in batch.items()
-            }
-
-        chunks = tf.data.Dataset.range(2**62 if stop is None else max(0, -(-(stop - first) // chunk)))
-        workers = max(1, self.num_workers)
-        dataset = chunks.map(read, num_parallel_calls=workers, deterministic=True)
-        if chunk != local or stop is not None:
-            dataset = dataset.rebatch(local, drop_remainder=False)
-        dataset = dataset.map(finish).prefetch(2)
-        options = tf.data.Options()
-        options.autotune.enabled = False
-        options.threading.private_threadpool_size = workers + 1
-        options.threading.max_intra_op_parallelism = 1
-        dataset = dataset.with_options(options)
-        try:
-            yield from dataset.as_numpy_iterator()
-        except tf.errors.OpError:
-            if failure:
-                raise failure[0] from None
-            raise
+        return stream.batches(
+            self._load,
+            self._signature(),
+            num_records=self.num_records,
+            seed=self.seed,
+            batch_size=batch_size,
+            start_step=start_step,
+            process_index=process_index,
+            process_count=process_count,
+            repeat=repeat,
+            shuffle=shuffle,
+            chunk=max(1, min(_CHUNK, _CHUNK_PIXELS // side**2)),
+            num_workers=max(1, self.num_workers),
+        )
 
     def _signature(self) -> dict[str, tuple[object, tuple]]:
         """{field: (dtype, shape of one record)} of what `_load` returns."""
@@ -190,7 +123,6 @@ class Dataset:
         """The fields of some records, stacked; bad records replaced."""
         draws = transforms.uniforms(self.seed, epochs, indices)
         rows = [self._load_good(int(i), int(e), d) for i, e, d in zip(indices, epochs, draws, strict=True)]
-        self._bad.count_read(len(rows))
         made = {"index": np.array([row["index"] for row in rows], np.int64)}
         if self._needs_caption:
             made["tokens"], made["token_mask"] = self.tokenizer([row["caption"] for row in rows])
@@ -210,12 +142,13 @@ class Dataset:
             if offset:
                 draws = transforms.uniforms(self.seed, epoch, chosen)
             record = None
+            self._bad.count_read()
             try:
                 record = self._read(chosen)
                 return self._parts(record, draws) | {"index": chosen}
             except BadRecord as error:
                 self._bad.add(chosen, record.key if record else self._key(chosen), error)
-                self._bad.count_read(0)
+                self._bad.check()
         raise TooManyBadRecords(f"none of the {self.num_records} records can be used: {self.bad_records()}")
 
     @property
@@ -284,24 +217,6 @@ class Dataset:
         return made | ({"image": np.stack(images)} if images else {})
 
 
-def _tensorflow():
-    """TensorFlow, kept off the accelerators: they belong to JAX."""
-    import tensorflow as tf
-
-    try:
-        tf.config.set_visible_devices([], "GPU")
-        tf.config.set_visible_devices([], "TPU")
-    except (RuntimeError, ValueError) as error:  # it runs already: somebody else's choice stands
-        logging.warning("TensorFlow keeps its devices: %s", error)
-    return tf
-
-
-def _local_elements(n: int, batch_size: int, process_index: int, process_count: int) -> int:
-    """How many records of one pass over n this host reads: full slices, and its part of the last batch."""
-    local, full, rest = batch_size // process_count, n // batch_size, n % batch_size
-    return full * local + min(max(rest - process_index * local, 0), local)
-
-
 def _check_language(source: RecordSource, language: str) -> None:
     """Raise ValueError where the first records have captions, but none in the language."""
     found = set()
@@ -355,6 +270,7 @@ def iterate_captions(
         image_field=image_field,
         caption_field=caption_field,
         embeddings=embeddings,
+        verify_sha256=verify_sha256,
     )
     stride = max(1, -(-len(opened) // limit))
     for index in range(0, len(opened), stride):
@@ -441,6 +357,7 @@ def make_dataset(
         image_field=image_field,
         caption_field=caption_field,
         embeddings=embeddings,
+        verify_sha256=verify_sha256,
     )
     for field in ("image_embed", "text_embed"):
         if field in fields and field not in opened.embed_dims:

@@ -14,7 +14,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dalle2_jax.data import degradations
 from dalle2_jax.data.records import BadRecord
@@ -77,6 +77,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_AS
         picture = Image.open(io.BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadRecord("too_large", str(error)) from None
+    except UnidentifiedImageError:
+        raise BadRecord("undecodable", "no PNG, JPEG or WebP file") from None
     except _DECODE_ERRORS as error:
         raise BadRecord("undecodable", str(error)) from None
     width, height = picture.size

@@ -1,4 +1,4 @@
-"""Token ids equal OpenAI's, rows are well formed, and a saved tokenizer needs neither transformers nor training."""
+"""Token ids equal OpenAI's, rows are well formed, and a saved tokenizer needs no transformers."""
 
 import gzip
 import json
@@ -70,7 +70,7 @@ def clip(clip_folder):
 
 
 def reference_ids(text: str, merges, vocabulary) -> list[int]:
-    """Byte-pair encoding spelled out: split into words, then join the pair of lowest rank until none is left."""
+    """Byte-pair encoding spelled out: split into words, join the pair of lowest rank until none is left."""
     regex = pytest.importorskip("regex", reason="the reference needs \\p classes")
     rank = {pair: number for number, pair in enumerate(merges)}
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"

@@ -154,7 +154,7 @@ def test_resizing_is_antialiased(size):
 
 
 def test_windows_line_up_with_the_full_picture():
-    """At any pixel offset `image` is the window of the full picture at crop_yx, and low_res is of the whole."""
+    """At any offset `image` is the window of the full picture at crop_yx, and low_res is of the whole."""
     picture = noise_picture((90, 130), 3)
     full = Views(image_size=64, low_res_size=16).make(picture, CENTRE)
     corners = set()
