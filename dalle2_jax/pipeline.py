@@ -2,28 +2,20 @@
 
     caption --CLIP text--> text embedding --prior--> image embedding --decoder--> base --upsamplers--> picture
 
-Each stage samples in one compiled function that holds one `lax.scan`; parameters, the pictures' keys and the
-guidance scale are its arguments. Picture i of a caption has the key
-
-    fold_in(fold_in(key(seed), i), number of the stage)
-
-so the same seed and caption give the same picture whatever else is drawn with it. Between stages pictures
-have 256 levels, as training pictures have. Nothing here needs TensorFlow.
+Each stage samples in one compiled function that holds one `lax.scan` (see tasks.py). The same seed and
+caption give the same picture whatever else is drawn with it. Nothing here needs TensorFlow.
 """
 
 import dataclasses
 import os
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.cascade import BASE_STAGES, Cascade, Progress, Task, Timing
+from dalle2_jax import tasks
+from dalle2_jax.cascade import BASE_STAGES, Cascade, Progress, Timing
 
 MAX_CAPTION = 1000
-# A stage's number in the keys; upsampler k is 2 + k.
-_PRIOR, _DECODER, _UPSAMPLER = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +68,6 @@ def check_method(method: str, eta: float | None) -> None:
         raise ValueError(f"eta {eta} has no meaning for method 'ddpm': use method 'ddim', or leave eta out")
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
-    """[-1, 1] floats to the nearest of 256 levels."""
-    return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 to float32 in [-1, 1]; `to_uint8` undoes it."""
-    return images.astype(jnp.float32) / 127.5 - 1
-
-
 def clip_square(image, size: int) -> np.ndarray:
     """A PIL picture or uint8 [H, W, 3] as CLIP reads it: uint8 [size, size, 3], bicubic, central square."""
     from PIL import Image, ImageOps
@@ -100,29 +82,6 @@ def clip_square(image, size: int) -> np.ndarray:
             raise ValueError(f"a picture must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
         image = Image.fromarray(image)
     return np.asarray(transforms.square(image, size, halve=False))
-
-
-def picture_keys(seed: jax.Array, numbers: jax.Array, stage_number: int) -> jax.Array:
-    """Keys [N] of the pictures with these numbers [N] within their captions; to be traced."""
-
-    def one(number):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), stage_number)
-
-    return jax.vmap(one)(numbers)
-
-
-def _spec(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _token_specs(context_length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return {"tokens": _spec((context_length,), np.int32), "token_mask": _spec((context_length,), np.bool_)}
-
-
-def _drawing_scalars(seed: int, guidance_scale: float) -> dict[str, np.generic]:
-    """What is traced; a guidance scale of 1 is not, as it has its own program, without the null half."""
-    scalars = {"seed": np.uint32(seed)}
-    return scalars if guidance_scale == 1 else scalars | {"guidance_scale": np.float32(guidance_scale)}
 
 
 class UnCLIP:
@@ -230,67 +189,6 @@ class UnCLIP:
                 )
         return settings
 
-    def _text_task(self) -> Task:
-        clip = self.cascade.stage("clip")
-
-        def function(params, batch, scalars):
-            return clip.encode_text(params, batch["tokens"], batch["token_mask"])
-
-        return Task("clip", function, ("text",), _token_specs(clip.context_length), label="text")
-
-    def _prior_task(self, seed: int, own: dict) -> Task:
-        """`own` is the prior's part of `settings`."""
-        prior, clip = self.cascade.stage("prior"), self.cascade.stage("clip")
-        steps, count = own["num_steps"], own["num_candidates"]
-        rows = {"number": _spec((), np.uint32)} | _token_specs(prior.context_length)
-        rows["text_embed"] = _spec((clip.embed_dim,), np.float32)
-        if prior.states_width:
-            del rows["tokens"]
-            rows["text_states"] = _spec((prior.context_length, prior.states_width), np.float32)
-
-        def function(params, batch, scalars):
-            keys = picture_keys(scalars["seed"], batch["number"], _PRIOR)
-            scale = scalars.get("guidance_scale", 1)
-            return prior.sample(
-                params, keys, batch, num_steps=steps, guidance_scale=scale, num_candidates=count
-            )
-
-        scalars = _drawing_scalars(seed, own["guidance_scale"])
-        return Task("prior", function, (steps, count), rows, scalars, steps)
-
-    def _decoder_task(self, seed: int, own: dict) -> Task:
-        """`own` is the decoder's part of `settings`."""
-        decoder = self.cascade.stage("decoder")
-        steps, method, eta = own["num_steps"], own["method"], own["eta"]
-        rows = {"number": _spec((), np.uint32), "image_embed": _spec((decoder.embed_dim,), np.float32)}
-        if decoder.context_length is not None:
-            rows |= _token_specs(decoder.context_length)
-
-        def function(params, batch, scalars):
-            keys = picture_keys(scalars["seed"], batch["number"], _DECODER)
-            scale = scalars.get("guidance_scale", 1)
-            images = decoder.sample(
-                params, keys, batch, num_steps=steps, guidance_scale=scale, method=method, eta=eta
-            )
-            return to_uint8(images)
-
-        scalars = _drawing_scalars(seed, own["guidance_scale"])
-        return Task("decoder", function, (steps, method, eta), rows, scalars, steps)
-
-    def _upsampler_task(self, name: str, seed: int, own: dict, low_res_shape: tuple[int, ...]) -> Task:
-        """`own` is the upsampler's part of `settings`."""
-        stage, steps = self.cascade.stage(name), own["num_steps"]
-        number = _UPSAMPLER + self.cascade.upsamplers.index(name)
-        rows = {"number": _spec((), np.uint32), "low_res": _spec(low_res_shape, np.uint8)}
-
-        def function(params, batch, scalars):
-            keys = picture_keys(scalars["seed"], batch["number"], number)
-            return to_uint8(
-                stage.sample(params, keys, {"low_res": to_float(batch["low_res"])}, num_steps=steps)
-            )
-
-        return Task(name, function, (steps,), rows, {"seed": np.uint32(seed)}, steps)
-
     def encode_text(
         self, captions: Sequence[str], batch_size: int | None = None, progress: Progress | None = None
     ) -> tuple[tuple[np.ndarray, np.ndarray], Timing]:
@@ -298,7 +196,7 @@ class UnCLIP:
         check_captions(captions)
         tokens, token_mask = self._tokens("clip", captions)
         rows = {"tokens": tokens, "token_mask": token_mask}
-        return self.cascade.run(self._text_task(), rows, batch_size=batch_size, progress=progress)
+        return self.cascade.run(tasks.text_task(self.cascade), rows, batch_size=batch_size, progress=progress)
 
     def _tokens(self, name: str, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, token_mask) of captions at the context length of a stage."""
@@ -312,14 +210,9 @@ class UnCLIP:
             resized bicubically to CLIP's size and its central square taken, as in training.
           batch_size: pictures at a time.
         """
-        clip = self.cascade.stage("clip")
-        small = np.stack([clip_square(image, clip.image_size) for image in images])
-
-        def function(params, batch, scalars):
-            return clip.encode_image(params, to_float(batch["image"]))
-
-        task = Task("clip", function, ("image",), {"image": _spec(small.shape[1:], np.uint8)})
-        return self.cascade.run(task, {"image": small}, batch_size=batch_size)[0]
+        size = self.cascade.stage("clip").image_size
+        small = np.stack([clip_square(image, size) for image in images])
+        return self.cascade.run(tasks.image_task(self.cascade), {"image": small}, batch_size=batch_size)[0]
 
     def sample_prior(
         self,
@@ -337,7 +230,7 @@ class UnCLIP:
         (text_embed, text_states), text_timing = self.encode_text(captions, batch_size, progress)
         tokens, token_mask = self._tokens("prior", captions)
         known = dict(tokens=tokens, token_mask=token_mask, text_embed=text_embed, text_states=text_states)
-        task = self._prior_task(seed, own)
+        task = tasks.prior_task(self.cascade, seed, own)
         rows = {name: np.repeat(value, n, axis=0) for name, value in known.items() if name in task.rows}
         rows["number"] = np.tile(np.arange(n), len(captions))
         embeds, timing = self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
@@ -375,7 +268,7 @@ class UnCLIP:
         if len(numbers) != count or (captions is not None and len(captions) != count):
             raise ValueError(f"{count} image embeddings need as many captions and numbers")
         own = self.settings(decoder_steps=num_steps, guidance_scale=guidance_scale, method=method, eta=eta)
-        task = self._decoder_task(seed, own["decoder"])
+        task = tasks.decoder_task(self.cascade, seed, own["decoder"])
         rows = {"image_embed": image_embeds, "number": numbers}
         if decoder.context_length is not None and captions is not None:
             rows["tokens"], rows["token_mask"] = self._tokens("decoder", captions)
@@ -404,7 +297,7 @@ class UnCLIP:
             raise ValueError(f"images must be uint8 [N, h, w, 3], not {images.dtype} {list(images.shape)}")
         numbers = np.arange(len(images)) if numbers is None else np.asarray(numbers)
         for name in self.cascade.upsamplers:
-            task = self._upsampler_task(name, seed, own[name], images.shape[1:])
+            task = tasks.upsampler_task(self.cascade, name, seed, own[name], images.shape[1:])
             rows = {"low_res": images, "number": numbers}
             images, timings[name] = self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
         return images, timings
@@ -458,12 +351,16 @@ class UnCLIP:
         )
         # All stages are compiled at once, the later ones while the earlier ones run.
         count, prepare = n * len(captions), self.cascade.prepare
-        prepare(self._text_task(), len(captions), batch_size)
-        prepare(self._prior_task(seed, settings["prior"]), count, batch_size)
-        prepare(self._decoder_task(seed, settings["decoder"]), count, batch_size)
+        prepare(tasks.text_task(self.cascade), len(captions), batch_size)
+        prepare(tasks.prior_task(self.cascade, seed, settings["prior"]), count, batch_size)
+        prepare(tasks.decoder_task(self.cascade, seed, settings["decoder"]), count, batch_size)
         side = self.cascade.stage("decoder").image_size
         for name in self.cascade.upsamplers if upsample else ():
-            prepare(self._upsampler_task(name, seed, settings[name], (side, side, 3)), count, batch_size)
+            prepare(
+                tasks.upsampler_task(self.cascade, name, seed, settings[name], (side, side, 3)),
+                count,
+                batch_size,
+            )
             side = self.cascade.stage(name).image_size
 
         numbers = tuple(range(n)) * len(captions)

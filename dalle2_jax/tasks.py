@@ -1,0 +1,122 @@
+"""What the stages of a cascade compute for one micro-batch: the functions that are compiled.
+
+Picture `number` of a caption has the key fold_in(fold_in(key(seed), number), number of the stage), so a
+picture depends on its caption, the seed and the settings alone. Seed and guidance scale are traced. Pictures
+enter and leave with 256 levels, as training pictures have them. `own` is the stage's part of
+`UnCLIP.settings`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle2_jax.cascade import Cascade, Task
+
+# A stage's number in the keys; upsampler k is 2 + k.
+_PRIOR, _DECODER, _UPSAMPLER = 0, 1, 2
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """[-1, 1] floats to the nearest of 256 levels."""
+    return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 to float32 in [-1, 1]; `to_uint8` undoes it."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def picture_keys(seed: jax.Array, numbers: jax.Array, stage_number: int) -> jax.Array:
+    """Keys [N] of the pictures with these numbers [N] within their captions; to be traced."""
+
+    def one(number):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), stage_number)
+
+    return jax.vmap(one)(numbers)
+
+
+def _spec(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _token_specs(context_length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {"tokens": _spec((context_length,), np.int32), "token_mask": _spec((context_length,), np.bool_)}
+
+
+def _drawing_scalars(seed: int, guidance_scale: float) -> dict[str, np.generic]:
+    """What is traced; a guidance scale of 1 is not, as it has its own program, without the null half."""
+    scalars = {"seed": np.uint32(seed)}
+    return scalars if guidance_scale == 1 else scalars | {"guidance_scale": np.float32(guidance_scale)}
+
+
+def text_task(cascade: Cascade) -> Task:
+    """tokens, token_mask -> (text_embed, text_states), by CLIP."""
+    clip = cascade.stage("clip")
+
+    def function(params, batch, scalars):
+        return clip.encode_text(params, batch["tokens"], batch["token_mask"])
+
+    return Task("clip", function, ("text",), _token_specs(clip.context_length), label="text")
+
+
+def prior_task(cascade: Cascade, seed: int, own: dict) -> Task:
+    """number, token_mask, text_embed and tokens or text_states -> image_embed."""
+    prior, clip = cascade.stage("prior"), cascade.stage("clip")
+    steps, count = own["num_steps"], own["num_candidates"]
+    rows = {"number": _spec((), np.uint32)} | _token_specs(prior.context_length)
+    rows["text_embed"] = _spec((clip.embed_dim,), np.float32)
+    if prior.states_width:
+        del rows["tokens"]
+        rows["text_states"] = _spec((prior.context_length, prior.states_width), np.float32)
+
+    def function(params, batch, scalars):
+        keys = picture_keys(scalars["seed"], batch["number"], _PRIOR)
+        scale = scalars.get("guidance_scale", 1)
+        return prior.sample(params, keys, batch, num_steps=steps, guidance_scale=scale, num_candidates=count)
+
+    scalars = _drawing_scalars(seed, own["guidance_scale"])
+    return Task("prior", function, (steps, count), rows, scalars, steps)
+
+
+def decoder_task(cascade: Cascade, seed: int, own: dict) -> Task:
+    """number, image_embed, tokens, token_mask -> base picture in uint8."""
+    decoder = cascade.stage("decoder")
+    steps, method, eta = own["num_steps"], own["method"], own["eta"]
+    rows = {"number": _spec((), np.uint32), "image_embed": _spec((decoder.embed_dim,), np.float32)}
+    if decoder.context_length is not None:
+        rows |= _token_specs(decoder.context_length)
+
+    def function(params, batch, scalars):
+        keys = picture_keys(scalars["seed"], batch["number"], _DECODER)
+        scale = scalars.get("guidance_scale", 1)
+        images = decoder.sample(
+            params, keys, batch, num_steps=steps, guidance_scale=scale, method=method, eta=eta
+        )
+        return to_uint8(images)
+
+    scalars = _drawing_scalars(seed, own["guidance_scale"])
+    return Task("decoder", function, (steps, method, eta), rows, scalars, steps)
+
+
+def upsampler_task(cascade: Cascade, name: str, seed: int, own: dict, low_res_shape: tuple[int, ...]) -> Task:
+    """number, low_res in uint8 -> larger picture in uint8."""
+    stage, steps = cascade.stage(name), own["num_steps"]
+    number = _UPSAMPLER + cascade.upsamplers.index(name)
+    rows = {"number": _spec((), np.uint32), "low_res": _spec(low_res_shape, np.uint8)}
+
+    def function(params, batch, scalars):
+        keys = picture_keys(scalars["seed"], batch["number"], number)
+        return to_uint8(stage.sample(params, keys, {"low_res": to_float(batch["low_res"])}, num_steps=steps))
+
+    return Task(name, function, (steps,), rows, {"seed": np.uint32(seed)}, steps)
+
+
+def image_task(cascade: Cascade) -> Task:
+    """image in uint8, of CLIP's size -> image_embed."""
+    clip = cascade.stage("clip")
+
+    def function(params, batch, scalars):
+        return clip.encode_image(params, to_float(batch["image"]))
+
+    rows = {"image": _spec((clip.image_size, clip.image_size, 3), np.uint8)}
+    return Task("clip", function, ("image",), rows, label="image")
