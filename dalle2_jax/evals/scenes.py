@@ -170,7 +170,8 @@ def _background(picture: np.ndarray) -> np.ndarray | None:
 def _directions(offsets: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Unit directions [K, 3] of the colours present among offsets I - b [N, 3] from the background."""
     prototypes = np.array(list(COLOURS.values()), np.float32) - background
-    means = prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)
+    # The background itself may be red: that prototype has no direction, and gets no pixels.
+    means = prototypes / np.maximum(np.linalg.norm(prototypes, axis=1, keepdims=True), 1e-3)
     # Strong pixels count for more: weak ones are edges, where noise and neighbours turn the direction.
     weighted = offsets * np.linalg.norm(offsets, axis=1, keepdims=True)
     for _ in range(3):
@@ -259,7 +260,9 @@ def _split(part: np.ndarray, strength: np.ndarray):
     if len(keep) < 2:
         return [(regions == r, part) for r in keep]
     # Halos that meet: each pixel goes to the nearest of the objects.
-    nearest = ndimage.distance_transform_edt(~np.isin(regions, keep), False, True)
+    nearest = ndimage.distance_transform_edt(
+        ~np.isin(regions, keep), return_distances=False, return_indices=True
+    )
     owner = regions[tuple(nearest)]
     return [(regions == r, part & (owner == r)) for r in keep]
 

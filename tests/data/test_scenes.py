@@ -1,4 +1,4 @@
-"""The scenes: sampling is pure, splits hold out what they say, pictures agree over sizes, captions are whole."""
+"""The scenes: sampling is pure, splits hold out what they say, sizes agree, captions are whole."""
 
 import dataclasses
 import math
