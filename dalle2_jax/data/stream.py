@@ -4,9 +4,9 @@ The record at position p (p = step * batch_size + slot, counted over all epochs)
 
     epoch = p // N,    record = permutation_{seed, epoch}(p mod N),
 
-with TensorFlow's stateless index shuffle. There is no shuffle buffer to save, any step can be the first,
-and a host that reads slots [i b, (i + 1) b) of each batch sees its slice of the same global batch, whatever the number of
-hosts.
+with TensorFlow's stateless index shuffle. There is no shuffle buffer to save, any step can be the first, and
+a host that reads slots [i b, (i + 1) b) of each batch sees its slice of the same global batch, whatever the
+number of hosts.
 """
 
 import atexit

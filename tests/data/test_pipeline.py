@@ -471,6 +471,10 @@ def test_scenes_are_prepared_once_by_whoever_comes_first(tmp_path, monkeypatch):
         sources.open_source("scenes", "debug_64", "validaton")
     with pytest.raises(ValueError, match=r"did you mean 'debug_64'"):
         sources.open_source("scenes", "debug64", "train")
+    through_tfds = sources.open_source("tfds", "scenes/debug_64", "train", data_dir=str(tmp_path / "tfds"))
+    assert through_tfds.read(5) == opened[0].read(5)
+    with pytest.raises(ValueError, match="tfds knows no dataset 'coco_caption'"):
+        sources.open_source("tfds", "coco_caption", "train", data_dir=str(tmp_path / "tfds"))
     file = next((tmp_path / "tfds" / "scenes").rglob("*validation*.tfrecord*"))
     os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(ValueError, match="where its manifest has"):
@@ -499,7 +503,7 @@ def test_fields_of_tfds_datasets_are_detected_or_given():
 
 
 def test_a_program_ends_while_threads_read():
-    """Shutting down, Python keeps its lock from the reading threads: an open stream must not wait for them."""
+    """At its end Python keeps its lock from the reading threads: an open stream must not wait for them."""
     program = (
         "import time\n"
         "import numpy as np\n"
