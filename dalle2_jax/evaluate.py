@@ -116,12 +116,14 @@ def main(argv):
         model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype)
         used = model.settings(**settings)
         config, image_size = scenes_of(model, FLAGS.scenes)
+        out = epath.Path(FLAGS.out)
+        out.mkdir(parents=True, exist_ok=True)
         report = {"model": model.name, "scenes_config": config.name, "settings": used}
         measured, lines = {}, []
         if "scenes" in FLAGS.metrics:
             measured["scenes"] = evaluate_scenes(
                 model,
-                FLAGS.out,
+                out,
                 config=config,
                 n=FLAGS.n,
                 seed=FLAGS.seed,
@@ -139,12 +141,10 @@ def main(argv):
                 f"retrieval among {found['n']}: image to text {found['image_to_text']:.3f}, "
                 f"text to image {found['text_to_image']:.3f}"
             )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from (error if FLAGS.debug else None)
     report |= {"seed": FLAGS.seed, "seconds": round(time.monotonic() - began, 1)}
-    out = epath.Path(FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(measured | report, indent=2, ensure_ascii=False) + "\n")
     (out / "report.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -146,6 +146,7 @@ def main(argv):
         model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype)
         for line in model.cut_captions(captions):
             print(f"note: {line}", flush=True)
+        epath.Path(FLAGS.out).mkdir(parents=True, exist_ok=True)  # now, not after an hour of drawing
         result = model.text_to_image(
             captions,
             **settings,
@@ -155,7 +156,7 @@ def main(argv):
             progress=StageLines(),
         )
         paths = write_pictures(FLAGS.out, result, model.name)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from (error if FLAGS.debug else None)
     compiling = sum(timing.compile_seconds for timing in result.timings.values())

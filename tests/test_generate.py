@@ -86,7 +86,7 @@ def test_the_command_draws_without_tensorflow(directory, tmp_path):
         ([" "], "caption 1 is empty"),
         ([], "at least one caption"),
         (["--model=absent", "a star"], "no model directory absent"),
-        (["--upsampler_steps=2,x", "a star"], "upsampler_steps"),
+        (["--upsampler_steps=2,x", "a star"], "upsampler_steps '2,x' must be whole numbers"),
     ],
 )
 def test_mistakes_end_with_a_message(arguments, message, tmp_path):
