@@ -12,5 +12,5 @@ def get_config(preset: str = ""):
     config = upsampler256.get_config(preset)
     config.data.language = "any"
     config.checkpoint_every = 500
-    config.num_steps = 800
+    config.num_steps = 400
     return config
