@@ -71,7 +71,7 @@ def convert_workdirs(
             )
         configs[folder], stages[folder], weights[folder] = config, stage, params
         steps[folder] = _trained_steps(source, folder)
-        logging.info("read %s from %s", folder, source)
+        print(f"read {folder} from {source}", flush=True)
     tokenizer = _shared_tokenizer([source for _, source in wanted[:3]])
     check_cascade(configs, stages, tokenizer.vocab_size)
 
@@ -153,5 +153,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     partition.initialise()
-    logging.set_verbosity(logging.INFO)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant to be so
     raise SystemExit(main())
