@@ -1,0 +1,421 @@
+"""What README.md and docs say, held against the code: commands, settings, files, links.
+
+Flags are read from the modules' sources; settings from the configs and from the signatures that they fill.
+"""
+
+import ast
+import functools
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from configs import common
+from dalle2_jax import models
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = "python -m dalle2_jax."
+# Keywords of make_dataset that train.py fills in, from the stage and the config.
+FILLED_IN = {
+    "fields",
+    "image_size",
+    "clip_image_size",
+    "low_res_size",
+    "crop_size",
+    "tokenizer",
+    "seed",
+}
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+def module_path(module: str) -> Path:
+    return ROOT / (module.replace(".", "/") + ".py")
+
+
+# Commands
+
+
+def commands(text: str) -> list[tuple[list[str], bool]]:
+    """(words behind 'python -m', whether it is a whole command) of each command in a page.
+
+    A command in a block of bash is whole, one within a line of text may leave arguments out.
+    """
+    found = []
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if COMMAND in line:
+                words = shlex.split(line, comments=True)
+                if "-m" in words:
+                    found.append((words[words.index("-m") + 1 :], True))
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    for span in re.findall(r"`([^`\n]+)`", prose):
+        if span.startswith(COMMAND):
+            found.append((shlex.split(span)[2:], False))
+    return found
+
+
+def text_arguments(call: ast.Call, loops: dict[str, list[str]]) -> list[str]:
+    """The texts that a call's first argument may be; f"--{role}" in a loop over constants is several."""
+    first = call.args[0] if call.args else None
+    if isinstance(first, ast.Constant) and isinstance(first.value, str):
+        return [first.value]
+    if isinstance(first, ast.JoinedStr):
+        texts = [""]
+        for part in first.values:
+            if isinstance(part, ast.Constant):
+                texts = [text + part.value for text in texts]
+            else:
+                texts = [text + value for text in texts for value in loops.get(ast.unparse(part.value), [])]
+        return texts
+    return []
+
+
+def constants(node: ast.AST) -> list:
+    return [element.value for element in node.elts] if isinstance(node, ast.List | ast.Tuple) else []
+
+
+def defined_flags(node: ast.AST) -> dict:
+    """Of the code below `node`: {'flags': {name: kind}, 'choices', 'required', 'subcommands'}.
+
+    kind is absl's ('string', 'integer', 'bool', 'config_file', ...), or 'argparse'.
+    """
+    loops = {
+        loop.target.id: constants(loop.iter)
+        for loop in ast.walk(node)
+        if isinstance(loop, ast.For) and isinstance(loop.target, ast.Name)
+    }
+    found = {"flags": {}, "choices": {}, "required": set(), "subcommands": set()}
+    for call in ast.walk(node):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+            continue
+        name, texts = call.func.attr, text_arguments(call, loops)
+        options = {keyword.arg: keyword.value for keyword in call.keywords}
+        if name.startswith("DEFINE_"):
+            for text in texts:
+                found["flags"][text] = name.removeprefix("DEFINE_")
+                if name == "DEFINE_enum":
+                    found["choices"][text] = constants(call.args[2])
+        elif name == "add_argument":
+            for text in texts:
+                found["flags"][text.removeprefix("--")] = "argparse"
+                if "required" in options:
+                    found["required"].add(text.removeprefix("--"))
+        elif name == "add_parser":
+            found["subcommands"].update(texts + constants(options.get("aliases")))
+        elif name == "mark_flags_as_required":
+            found["required"].update(constants(call.args[0]))
+    return found
+
+
+@functools.cache
+def flags_of(module: str) -> dict:
+    """`defined_flags` of a command, with those of the functions define_... that it takes from another."""
+    tree = tree_of(module_path(module))
+    found = defined_flags(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dalle2_jax."):
+            for name in (alias.name for alias in node.names if alias.name.startswith("define_")):
+                functions = tree_of(module_path(node.module)).body
+                taken = defined_flags(next(f for f in functions if getattr(f, "name", "") == name))
+                found["flags"] |= taken["flags"]
+                found["choices"] |= taken["choices"]
+    return found
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{'a.b': value}; an empty dict is a value."""
+    flat = {}
+    for name, value in tree.items():
+        inner = isinstance(value, dict) and value
+        flat |= flatten(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return flat
+
+
+@functools.cache
+def recipe(where: str) -> dict:
+    """The settings of FILE.py[:preset], flat; ValueError says why there is none."""
+    name, _, preset = where.partition(":")
+    if not (ROOT / name).is_file():
+        raise ValueError(f"there is no {name}")
+    module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+    return flatten(module.get_config(preset).to_dict())
+
+
+def value_problem(value: str, known) -> str:
+    """Why a setting's text cannot take the place of the value `known`; '' if it can."""
+    try:
+        if isinstance(known, bool):
+            return "" if value.lower() in ("true", "false") else f"{value!r} is no truth value"
+        if isinstance(known, int | float):
+            type(known)(value)
+        if isinstance(known, tuple):
+            ast.literal_eval(value)
+    except (ValueError, SyntaxError) as error:
+        return str(error)
+    return ""
+
+
+def flag_problem(kind: str, value: str | None, choices: list) -> str:
+    if kind == "bool":
+        return ""
+    if value is None:
+        return "lacks a value"
+    if choices and value not in choices:
+        return f"{value!r} is none of {choices}"
+    return value_problem(value, {"integer": 0, "float": 0.0}.get(kind, ""))
+
+
+def problems(words: list[str], whole: bool = True) -> list[str]:
+    """What is wrong with the command `python -m WORDS`."""
+    module, *arguments = words
+    if not module_path(module).is_file():
+        return [f"there is no module {module}"]
+    known = flags_of(module)
+    given, positional, found = {}, [], []
+    for word in arguments:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            given[name] = value if equals else None
+        elif word != "...":
+            positional.append(word)
+    settings = {name: value for name, value in given.items() if name.startswith("config.")}
+    for name in given.keys() - settings.keys():
+        if name not in known["flags"]:
+            found.append(f"{module} has no flag --{name}")
+            continue
+        why = flag_problem(known["flags"][name], given[name], known["choices"].get(name, []))
+        found += [f"--{name}: {why}"] if why else []
+    if "config" in known["flags"] and "config" in given:
+        try:
+            recipe(given["config"] or "")
+        except ValueError as error:
+            return [*found, str(error)]
+        for name, value in settings.items():
+            setting = name.removeprefix("config.")
+            if setting not in recipe(given["config"]):
+                found.append(f"{given['config']} has no setting {setting}")
+            else:
+                why = value_problem(value or "", recipe(given["config"])[setting])
+                found += [f"--{name}: {why}"] if why else []
+    elif settings and "config" not in known["flags"]:
+        found.append(f"{module} has no settings {sorted(settings)}")
+    if whole:
+        found += [f"--{name} is missing" for name in sorted(known["required"] - given.keys())]
+    if known["subcommands"]:
+        if positional and positional[0] not in known["subcommands"]:
+            found.append(f"{module} has no subcommand {positional[0]}")
+    elif positional and module in ("dalle2_jax.train", "dalle2_jax.evaluate"):
+        found.append(f"{module} takes no {positional}")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_right(page):
+    wrong = [
+        f"python -m {' '.join(words)}: {why}"
+        for words, whole in commands(page.read_text("utf-8"))
+        for why in problems(words, whole)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_pages_have_commands():
+    found = {words[0] for page in PAGES for words, whole in commands(page.read_text("utf-8")) if whole}
+    assert found == {f"dalle2_jax.{name}" for name in ("train", "generate", "evaluate", "convert")}
+    assert len(commands((ROOT / "README.md").read_text("utf-8"))) >= 8
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("dalle2_jax.paint 'a star'", "no module"),
+        ("dalle2_jax.generate 'a star' --nn=4", "no flag --nn"),
+        ("dalle2_jax.generate 'a star' --n=four", "invalid literal"),
+        ("dalle2_jax.generate 'a star' --out", "lacks a value"),
+        ("dalle2_jax.generate 'a star' --method=plms", "none of"),
+        ("dalle2_jax.generate 'a star' --metrics=scenes", "no flag --metrics"),
+        ("dalle2_jax.evaluate 'a star'", "takes no"),
+        ("dalle2_jax.convert workdirs --clip=a --prior=b --out=c", "--decoder is missing"),
+        ("dalle2_jax.convert openai --clip=a --prior=b --decoder=c --out=d", "no subcommand"),
+        ("dalle2_jax.train --config=configs/clip.py", "--workdir is missing"),
+        ("dalle2_jax.train --config=configs/klip.py --workdir=d", "no configs/klip.py"),
+        ("dalle2_jax.train --config=configs/clip.py:big --workdir=d", "preset 'big' is unknown"),
+        ("dalle2_jax.train --config=configs/clip.py --workdir=d --config.data.pth=x", "no setting data.pth"),
+        ("dalle2_jax.train --config=configs/clip.py --workdir=d --config.mesh.fsdp=all", "invalid literal"),
+    ],
+)
+def test_the_check_of_commands_finds(command, why):
+    found = problems(shlex.split(command))
+    assert len(found) == 1 and why in found[0]
+
+
+def test_commands_are_read_from_blocks_and_lines():
+    text = f"Run `{COMMAND}train`.\n```bash\nX=1 {COMMAND}generate 'a b' \\\n    --n=2  # two\n```\n"
+    assert commands(text) == [(["dalle2_jax.generate", "a b", "--n=2"], True), (["dalle2_jax.train"], False)]
+    assert flags_of("dalle2_jax.evaluate")["flags"]["upsampler_steps"] == "list"  # taken from generate
+
+
+def test_settings_named_in_the_text_exist():
+    names = set()
+    for path in (ROOT / "configs").rglob("*.py"):
+        if path.name not in ("__init__.py", "common.py"):
+            flat = recipe(path.relative_to(ROOT).as_posix())
+            names |= {".".join(name.split(".")[:end]) for name in flat for end in range(1, 5)}
+    for page in PAGES:
+        named = set(re.findall(r"--config\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)", page.read_text("utf-8")))
+        named -= {"a.b"}  # stands for any
+        assert named <= names, f"{page.name}: {sorted(named - names)}"
+
+
+def test_readme_names_the_two_commands():
+    text = (ROOT / "README.md").read_text("utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+    assert "bash launch/quickstart.sh" in blocks[0] and "bash launch/test.sh" in blocks[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_scripts_and_extras_exist(page):
+    text = page.read_text("utf-8")
+    for script in re.findall(r"launch/[\w.-]+\.sh", text):
+        assert (ROOT / script).is_file(), script
+    setup = tree_of(ROOT / "setup.py")
+    extras = next(
+        ast.literal_eval(node.value)
+        for node in setup.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "EXTRAS"
+    )
+    for group in re.findall(r"(?:EXTRAS=|\.\[|dalle2_jax\[)([a-z,]+)", text):
+        assert set(group.split(",")) <= {*extras, "dev"}, group
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if not re.match(r"[a-z]+:|#", target):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
+
+
+# Settings
+
+
+def tables(text: str, heading: str) -> dict[str, str]:
+    """{name: second cell} of the rows `| `name` | ... |` under a heading, up to the next one."""
+    section = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", text, re.M | re.S)
+    assert section, f"no heading {heading!r}"
+    return dict(re.findall(r"^\| `([\w.]+)` \|([^|]*)\|", section[1], re.M))
+
+
+def shown(cell: str) -> str:
+    return cell.strip().strip("`")
+
+
+@functools.cache
+def signature(module: str, function: str) -> dict[str, str]:
+    """{keyword: its default as it is written, '' if it has none} of a function."""
+    tree = tree_of(module_path(module))
+    node = next(f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == function)
+    pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    return {argument.arg: ast.unparse(default) if default else "" for argument, default in pairs}
+
+
+def differing(documented: dict[str, str], actual: dict[str, str]) -> list[str]:
+    names = documented.keys() | actual.keys()
+    return [
+        f"{name}: {documented.get(name, 'absent')!r} in the text, {actual.get(name, 'absent')!r} in the code"
+        for name in sorted(names)
+        if documented.get(name) != actual.get(name)
+    ]
+
+
+def test_common_settings_are_documented():
+    documented = tables((ROOT / "docs/training.md").read_text("utf-8"), "Settings")
+    documented = {name: shown(cell) for name, cell in documented.items()}
+    actual = {name: repr(value) for name, value in flatten(common.get_config().to_dict()).items()}
+    optimizer = signature("dalle2_jax.optim", "make_optimizer")
+    actual |= {
+        f"optim.{name}": default
+        for name, default in optimizer.items()
+        if f"optim.{name}" not in actual and name != "num_steps"
+    }
+    assert not differing(documented, actual)
+
+
+@pytest.mark.parametrize("stage", models.STAGES)
+def test_settings_of_stages_are_documented(stage):
+    article = "an" if stage[0] in "aeiou" else "a"
+    text = (ROOT / "docs/training.md").read_text("utf-8")
+    documented = {k: shown(v) for k, v in tables(text, f"`model` of {article} {stage}").items()}
+    assert not differing(documented, signature(f"dalle2_jax.stages.{stage}", "build"))
+
+
+def test_settings_of_data_are_documented():
+    documented = tables((ROOT / "docs/data.md").read_text("utf-8"), "Settings")
+    actual = signature("dalle2_jax.data.pipeline", "make_dataset")
+    assert set(actual) > FILLED_IN
+    actual = {name: default for name, default in actual.items() if name not in FILLED_IN}
+    assert not differing({name: shown(cell) for name, cell in documented.items()}, actual)
+
+
+def test_flags_of_generate_are_documented():
+    text = (ROOT / "docs/models.md").read_text("utf-8")
+    rows = re.findall(r"^\| ((?:`--\w+`(?:, )?)+) \|", text, re.M)
+    documented = {name for row in rows for name in re.findall(r"--(\w+)", row)}
+    assert documented == flags_of("dalle2_jax.generate")["flags"].keys()
+
+
+def test_settings_that_may_differ_on_resume_are_documented():
+    text = (ROOT / "docs/training.md").read_text("utf-8")
+    listed = re.search(r"Settings that may differ: (.*?)\. Any", text, re.S)[1]
+    assigned = next(
+        node.value
+        for node in tree_of(ROOT / "dalle2_jax/train.py").body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FREE_ON_RESUME"
+    )
+    assert re.findall(r"`(\w+)`", listed) == constants(assigned)
+
+
+def test_reasons_of_bad_records_are_documented():
+    code = "".join(path.read_text("utf-8") for path in (ROOT / "dalle2_jax/data").glob("*.py"))
+    reasons = set(re.findall(r'BadRecord\(\s*"(\w+)"|refused\["(\w+)"\]|\.note\("(\w+)"\)', code))
+    reasons = {name for match in reasons for name in match if name}
+    assert len(reasons) > 15
+    section = (ROOT / "docs/data.md").read_text("utf-8").partition("## Bad records")[2].partition("\n## ")[0]
+    documented = {
+        name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert documented == reasons
+
+
+# The house
+
+
+def test_the_tree_of_the_design_is_the_packages():
+    text = (ROOT / "docs/design.md").read_text("utf-8")
+    block = re.search(r"^dalle2_jax/\n(.*?)^configs/", text, re.M | re.S)[1]
+    documented, folder = set(), ""
+    for line in block.splitlines():
+        indent, name = re.match(r"( +)(\S+)", line).groups()
+        if name.endswith("/"):
+            folder = name
+        else:
+            documented.add((folder if len(indent) > 2 else "") + name)
+    package = ROOT / "dalle2_jax"
+    actual = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    assert documented == {name for name in actual if not name.endswith("__init__.py")}
+
+
+def test_the_checks_of_settings_find():
+    assert tables("# A\n| `x` | `1` | y |\n# B\n| `z` | 2 | |\n", "A") == {"x": " `1` "}
+    assert differing({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"}) == [
+        "b: '2' in the text, '3' in the code",
+        "c: 'absent' in the text, '4' in the code",
+    ]
+    assert value_problem("1.5", 3) and value_problem("(1", (1,)) and value_problem("yes", True)
+    assert not value_problem("1.5", 3.0) and not value_problem("$DATA", "")
