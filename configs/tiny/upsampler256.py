@@ -10,7 +10,7 @@ from configs.tiny import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=600, batch_size=16, learning_rate=2e-3)
+    config = common.get_config(num_steps=250, batch_size=16, learning_rate=2e-3)
     config.stage = "upsampler"
     config.model = dict(
         image_size=256,
@@ -21,7 +21,7 @@ def get_config(preset: str = ""):
         num_res_blocks=1,
         dropout=0.0,
         objective="v",
-        num_steps=8,
+        num_steps=3,
         spacing="uniform",
         method="ddim",
     )
