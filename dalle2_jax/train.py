@@ -244,8 +244,6 @@ def train(config: dict, workdir: str) -> None:
         return
     if start == 0:
         train_state = first_state(config, stage, init, shardings, frozen, fill, dataset, mesh)
-        if jax.process_index() == 0:
-            (workdir / "config.json").write_text(json.dumps(config, indent=1))
     else:
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
@@ -258,6 +256,8 @@ def train(config: dict, workdir: str) -> None:
                 "another --workdir"
             )
 
+    if jax.process_index() == 0:  # also on resume, where free settings may have changed
+        (workdir / "config.json").write_text(json.dumps(config, indent=1))
     step_function = state.make_train_step(
         stage,
         optimizer,

@@ -125,7 +125,7 @@ step pictures -m dalle2_jax.generate --model="$DIR/model" "${SEEN[@]}" "${NEW_PA
 say "pictures"
 echo "   $DIR/pictures/grid.png    by the model that was just trained, $DIR/model; training never showed"
 printf '        %s\n' "${NEW_PAIRS[@]}" "${NEW_RELATIONS[@]}"
-echo "   $DIR/bundled/grid.png     by the bundled model, which was trained for hours"
+echo "   $DIR/bundled/grid.png     by the bundled model"
 say "score (the checker's reading of $DIR/evaluation/*.png; more in report.json there)"
 sed 's/^/   /' "$DIR/evaluation/report.txt"
 say "seconds (all of them in $DIR/timings.txt)"

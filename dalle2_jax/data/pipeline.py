@@ -363,7 +363,7 @@ def make_dataset(
         if field in fields and field not in opened.embed_dims:
             raise ValueError(
                 f"field {field!r} is not in the dataset (there is {sorted(opened.embed_dims) or 'none'}); "
-                "set data.embeddings to a folder that dalle2_jax.embed wrote, or compute it with a CLIP"
+                "set data.embeddings to a folder of embeddings, or compute it with a CLIP"
             )
     if set(_PICTURES) & set(fields) and not opened.has_images:
         raise ValueError(
