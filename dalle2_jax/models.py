@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from dalle2_jax import checkpoint
+from dalle2_jax import checkpoint, modeldir
 
 STAGES = ("clip", "prior", "decoder", "upsampler")
 CLIP_FIELDS = ("image_embed", "text_embed", "text_states")
@@ -69,12 +69,36 @@ def is_workdir(path) -> bool:
     return (epath.Path(path) / "config.json").exists() and (epath.Path(path) / "checkpoints").exists()
 
 
-def load_stage(path, name: str):
-    """(stage, config, parameters) of a training workdir (its newest average) or of stage `name` of a model
-    directory.
+def _stage_folder(path: epath.Path, name: str) -> epath.Path:
+    """The folder of stage `name` in the model directory `path`, or `path` if it is such a folder itself."""
+    if (path / modeldir.WEIGHTS_FILE).exists():
+        return path
+    folders, upsamplers = {}, []
+    for role, value in modeldir.read_index(path)["stages"].items():
+        if isinstance(value, str):
+            folders[role] = value
+        else:
+            folders |= {folder: folder for folder in value}
+            upsamplers += value
+    if name == "upsampler" and name not in folders and len(upsamplers) > 1:
+        raise ValueError(
+            f"{path} holds {len(upsamplers)} upsamplers: give one of "
+            f"{', '.join(str(path / folder) for folder in upsamplers)}"
+        )
+    if name == "upsampler" and upsamplers:
+        return path / folders.get(name, upsamplers[0])
+    if name not in folders:
+        raise ValueError(f"{path} holds no stage {name!r}; it has {sorted(folders)}")
+    return path / folders[name]
 
-    Parameters are float32 arrays on the host. Raises FileNotFoundError or ValueError that says what `path`
-    lacks.
+
+def load_stage(path, name: str):
+    """(stage, config, parameters) of a training workdir (its newest average), of stage `name` of a model
+    directory, or of a stage's folder in one.
+
+    name: 'clip', 'prior', 'decoder', 'upsampler' or, of a model directory with several, 'upsampler64' and the
+    like. Parameters are float32 arrays on the host. Raises FileNotFoundError or ValueError that says what
+    `path` lacks.
     """
     path = epath.Path(path)
     if is_workdir(path):
@@ -82,14 +106,11 @@ def load_stage(path, name: str):
         stage = build_stage(config)
         params = checkpoint.restore_ema_params(path)
     else:
-        index = checkpoint.read_index(path)
-        if name not in index["stages"]:
-            raise ValueError(f"{path} holds no stage {name!r}; it has {sorted(index['stages'])}")
-        config, params = checkpoint.load_stage(path / index["stages"][name])
+        config, params = modeldir.load_stage(_stage_folder(path, name))
         stage = build_stage(config)
     if config["stage"] != name.rstrip("0123456789"):
         raise ValueError(f"{path} holds a {config['stage']!r}, not a {name!r}")
-    checkpoint.check_params(params, abstract_params(stage))
+    modeldir.check_params(params, abstract_params(stage), str(path))
     return stage, config, params
 
 

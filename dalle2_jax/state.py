@@ -27,9 +27,14 @@ class TrainState:
 def init_state(stage, optimizer: optax.GradientTransformation, key: jax.Array, batch: dict) -> TrainState:
     """The state before the first step; the average starts at the parameters."""
     params = stage.init(key, batch)
-    zero = jnp.zeros((), jnp.int32)
-    ema_params = jax.tree.map(jnp.copy, params)
-    return TrainState(zero, params, ema_params, optimizer.init(params), zero)
+    # No two leaves may share a buffer: the step donates its state.
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        bad_steps=jnp.zeros((), jnp.int32),
+    )
 
 
 def ema_decay_at(step: jax.Array, ema_decay: float) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.diffusion import process, sampling, schedules
 from dalle2_jax.nets.unet import DecoderNet
+from dalle2_jax.stages import check_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +197,9 @@ def build(
             f"channel_mult {channel_mult} "
             f"or make image_size a multiple of {2 ** (len(channel_mult) - 1)}"
         )
+    if text:
+        required = ("vocab_size", "context_length", "width", "depth", "num_heads")
+        check_settings(text, required, ("activation",), "text")
     unet = dict(
         out_channels=6 if learned_variance else 3,
         channels=channels,

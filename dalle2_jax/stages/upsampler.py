@@ -106,8 +106,9 @@ class Upsampler:
             return process.to_prediction(self.schedule, output, x_t, t, self.objective, self.learned_variance)
 
         num_steps = num_steps or self.num_steps
-        # A named list of steps such as fast27 fixes their number; another number falls back to even spacing.
-        spacing = self.spacing if num_steps == self.num_steps else "uniform"
+        # A list of steps such as fast27 fixes their number; another number falls back to even spacing.
+        fits = num_steps == self.num_steps or self.spacing in ("uniform", "trailing")
+        spacing = self.spacing if fits else "uniform"
         x0 = sampling.sample(
             sampling.clip_x0(denoise, self.schedule),
             self.schedule,

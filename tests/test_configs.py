@@ -1,0 +1,257 @@
+"""Recipes: each builds at full size without computing anything, and the paper's agree with its Table 3."""
+
+import functools
+import importlib
+import json
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import common
+from dalle2_jax import models, optim
+from dalle2_jax.data import pipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
+    for path in ROOT.glob("configs/**/*.py")
+    if path.stem not in ("__init__", "common")
+)
+PAPER = (
+    "configs.clip",
+    "configs.prior",
+    "configs.decoder64",
+    "configs.upsampler256",
+    "configs.upsampler1024",
+)
+CASES = [(recipe, "") for recipe in RECIPES] + [(recipe, "debug") for recipe in PAPER]
+# Cascades: CLIP, prior, decoder, upsamplers.
+CASCADES = {
+    "paper": PAPER,
+    **{
+        folder: tuple(
+            sorted(
+                (name for name in RECIPES if name.startswith(f"configs.{folder}.")),
+                key=lambda name: (
+                    ["clip", "prior", "decoder", "upsampler"].index(name.split(".")[-1].rstrip("0123456789")),
+                    int("0" + "".join(c for c in name if c.isdigit())),
+                ),
+            )
+        )
+        for folder in ("tiny", "bundled", "emoji")
+    },
+}
+
+# Table 3 of arXiv 2204.06125, in its words and order, for the stages that we have.
+TABLE = """
+                          | prior  | decoder64 | upsampler256 | upsampler1024
+Diffusion steps           | 1000   | 1000      | 1000         | 1000
+Noise schedule            | cosine | cosine    | cosine       | linear
+Sampling steps            | 64     | 250       | 27           | 15
+Sampling variance method  | -      | learned   | ddim         | ddim
+Crop fraction             | -      | -         | 0.25         | 0.25
+Channels                  | -      | 512       | 320          | 192
+Depth                     | -      | 3         | 3            | 2
+Channels multiple         | -      | 1,2,3,4   | 1,2,3,4      | 1,1,2,2,4,4
+Heads channels            | -      | 64        | -            | -
+Attention resolution      | -      | 32,16,8   | -            | -
+Text encoder context      | 256    | 256       | -            | -
+Text encoder width        | 2048   | 2048      | -            | -
+Text encoder depth        | 24     | 24        | -            | -
+Text encoder heads        | 32     | 32        | -            | -
+Dropout                   | -      | 0.1       | 0.1          | -
+Weight decay              | 6.0e-2 | -         | -            | -
+Batch size                | 4096   | 2048      | 1024         | 512
+Iterations                | 600000 | 800000    | 1000000      | 1000000
+Learning rate             | 1.1e-4 | 1.2e-4    | 1.2e-4       | 1.0e-4
+Adam beta2                | 0.96   | 0.999     | 0.999        | 0.999
+Adam epsilon              | 1.0e-6 | 1.0e-8    | 1.0e-8       | 1.0e-8
+EMA decay                 | 0.9999 | 0.9999    | 0.9999       | 0.9999
+"""
+
+
+def config_of(recipe: str, preset: str = "") -> dict:
+    """A recipe as the plain types that are stored with its checkpoints."""
+    return json.loads(json.dumps(models.to_plain(importlib.import_module(recipe).get_config(preset))))
+
+
+@functools.cache
+def _abstract(stage_and_model: str):
+    stage = models.build_stage(json.loads(stage_and_model))
+    return stage, models.abstract_params(stage)
+
+
+def abstract(config: dict):
+    """(stage, shapes of its parameters) of a config; equal models are traced once."""
+    return _abstract(json.dumps({name: config[name] for name in ("stage", "model")}, sort_keys=True))
+
+
+def count(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("recipe, preset", CASES)
+def test_a_recipe_builds_at_full_size(recipe, preset):
+    config = config_of(recipe, preset)
+    stage, params = abstract(config)
+    assert count(params) > 1000
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jax.numpy.dtype("float32")}
+    assert set(stage.batch_spec(2)) <= {*pipeline.FIELDS, "text_states"}
+
+
+@pytest.mark.parametrize("recipe, preset", CASES)
+def test_keywords_of_a_recipe_are_those_of_what_it_configures(recipe, preset):
+    config = config_of(recipe, preset)
+    assert set(config) == set(common.get_config())  # the loop reads these and no others
+    options = {name: value for name, value in config["data"].items() if name != "eval_split"}
+    models.check_keywords(pipeline.make_dataset, options | {"fields": ()}, "data")
+    assert not {"fields", "tokenizer", "seed", "image_size", "crop_size"} & set(
+        options
+    )  # the loop sets these
+    optim.make_optimizer(**config["optim"], num_steps=config["num_steps"])
+    assert set(config["mesh"]) == {"data", "fsdp", "tensor"}
+    assert set(config["tokenizer"]) == {"path", "vocab_size", "context_length"}
+
+
+@pytest.mark.parametrize("recipe, preset", CASES)
+def test_numbers_of_a_recipe_fit_together(recipe, preset):
+    config = config_of(recipe, preset)
+    assert config["num_steps"] > 0 and 0 < config["ema_decay"] < 1
+    # Eight devices, or a pod: any power of two up to a chip an example.
+    assert config["batch_size"] % (8 * config["grad_accum"]) == 0
+    text = config["model"].get("text")
+    if text:
+        assert text["context_length"] == config["tokenizer"]["context_length"]
+        assert text["vocab_size"] >= config["tokenizer"]["vocab_size"]
+    if preset == "debug":
+        assert config["num_steps"] == 2 and config["data"]["source"] == "scenes"
+        assert count(abstract(config)[1]) < 1e6
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_unknown_presets_are_refused(recipe):
+    with pytest.raises(ValueError, match="preset 'debgu' is unknown"):
+        importlib.import_module(recipe).get_config("debgu")
+
+
+@pytest.mark.parametrize("preset", ["", "debug"])
+@pytest.mark.parametrize("cascade", CASCADES)
+def test_stages_of_a_cascade_fit_together(cascade, preset):
+    if preset and cascade != "paper":
+        pytest.skip("only the paper's recipes have presets")
+    clip, prior, decoder, *upsamplers = [config_of(recipe, preset)["model"] for recipe in CASCADES[cascade]]
+    assert clip["embed_dim"] == prior["embed_dim"] == decoder["embed_dim"]
+    assert upsamplers
+    if preset:
+        return  # each debug preset stands alone
+    side = decoder["image_size"]
+    for upsampler in upsamplers:
+        assert upsampler["low_res_size"] == side
+        side = upsampler["image_size"]
+    languages = {config_of(recipe)["data"]["language"] for recipe in CASCADES[cascade]}
+    assert len(languages) == 1
+
+
+# --- the paper ---
+
+
+def column(recipe: str) -> dict[str, str]:
+    """A stage's column of the table."""
+    head, *lines = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip("\n").splitlines()]
+    return {line[0]: line[head.index(recipe)] for line in lines}
+
+
+def in_the_papers_words(config: dict) -> dict[str, object]:
+    """What `column` says, read from a config; None where it has no such setting."""
+    stage, _ = abstract(config)
+    model, settings = config["model"], config["optim"]
+    text = model.get("text") or {}
+    image_size, crop_size = model.get("image_size"), model.get("crop_size")
+    variance = None
+    if config["stage"] != "prior":
+        learned = stage.method == "ddpm" and stage.learned_variance
+        variance = "learned" if learned else stage.method
+    return {
+        "Diffusion steps": stage.schedule.num_timesteps,
+        "Noise schedule": model["schedule"],
+        "Sampling steps": stage.num_steps,
+        "Sampling variance method": variance,
+        "Crop fraction": crop_size and crop_size / image_size,
+        "Channels": model.get("channels"),
+        "Depth": model.get("num_res_blocks"),
+        "Channels multiple": model.get("channel_mult"),
+        "Heads channels": model.get("head_dim"),
+        "Attention resolution": model.get("attention_resolutions"),
+        "Text encoder context": text.get("context_length"),
+        "Text encoder width": text.get("width"),
+        "Text encoder depth": text.get("depth"),
+        "Text encoder heads": text.get("num_heads"),
+        "Dropout": model.get("dropout"),
+        "Weight decay": settings["weight_decay"],
+        "Batch size": config["batch_size"],
+        "Iterations": config["num_steps"],
+        "Learning rate": settings["learning_rate"],
+        "Adam beta2": settings["beta2"],
+        "Adam epsilon": settings["eps"],
+        "EMA decay": config["ema_decay"],
+    }
+
+
+@pytest.mark.parametrize("recipe", PAPER[1:])
+def test_the_papers_recipes_hold_table_3(recipe):
+    config = config_of(recipe)
+    said = in_the_papers_words(config)
+    expected = column(recipe.removeprefix("configs."))
+    assert set(said) == set(expected)
+    for name, cell in expected.items():
+        value = said[name]
+        if cell == "-":
+            assert not value, name
+        elif isinstance(value, list):
+            assert value == [int(part) for part in cell.split(",")], name
+        elif isinstance(value, str):
+            assert value == cell, name
+        else:
+            assert value == float(cell), name
+    assert config["optim"]["beta1"] == 0.9
+
+
+def test_the_papers_dropping_rates_guidance_and_clip():
+    """Sections 1.3, 1.4 and 1.7 of the facts, where Table 3 is silent."""
+    decoder, prior, clip = (config_of(f"configs.{name}") for name in ("decoder64", "prior", "clip"))
+    assert (decoder["model"]["image_drop"], decoder["model"]["text_drop"]) == (0.1, 0.5)
+    assert (prior["model"]["text_drop"], prior["model"]["num_candidates"]) == (0.1, 2)
+    assert abstract(decoder)[0].net.num_image_tokens == 4
+    assert clip["optim"]["learning_rate"] == 3e-4
+    assert (clip["model"]["embed_dim"], clip["model"]["image_size"]) == (1024, 256)
+    for name in ("upsampler256", "upsampler1024"):
+        assert config_of(f"configs.{name}")["data"]["low_res_blur"] == 1.0
+
+
+def sizes() -> dict[str, tuple[int, float, float]]:
+    """What is counted -> (parameters, expected, tolerance)."""
+    trees = {name: abstract(config_of(name))[1] for name in PAPER}
+    decoder, prior = trees["configs.decoder64"], trees["configs.prior"]
+    blocks = prior["net"]["transformer"]
+    return {
+        "decoder": (count(decoder), 3.555e9, 0.02),
+        "  its text transformer": (count(decoder["text_net"]), 1.317e9, 0.02),
+        "  the rest of it": (count(decoder) - count(decoder["text_net"]), 2.238e9, 0.02),
+        "upsampler 64 -> 256": (count(trees["configs.upsampler256"]), 730e6, 0.01),
+        "upsampler 256 -> 1024": (count(trees["configs.upsampler1024"]), 282e6, 0.01),
+        "prior's transformer": (count(blocks), 1.21e9, 0.01),
+        "CLIP": (count(trees["configs.clip"]), 986e6, 0.01),
+    }
+
+
+def test_the_papers_stages_have_the_papers_sizes(capsys):
+    """Expected: section 1.1 of the facts, recomputed from the published code at Table 3's sizes."""
+    counted = sizes()
+    with capsys.disabled():
+        print()
+        for name, (number, expected, _) in counted.items():
+            print(f"{name:24s} {number:13,d} parameters, expected {expected / 1e6:7,.0f}M")
+    for name, (number, expected, tolerance) in counted.items():
+        assert abs(number / expected - 1) < tolerance, name

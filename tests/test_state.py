@@ -1,0 +1,227 @@
+"""The train step: its average of the parameters, accumulation of gradients, and steps that are not finite."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dalle2_jax import optim, state
+
+KEY = jax.random.key(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A stage that fits batch['y'] by a two-layer network of batch['x']; with `noise` its loss is random."""
+
+    noise: float = 0.0
+
+    def init(self, key, batch):
+        a, b = jax.random.split(key)
+        return {"one": jax.random.normal(a, (3, 4)), "two": {"kernel": jax.random.normal(b, (4, 2))}}
+
+    def loss(self, params, key, batch, *, train=True):
+        draw = jax.random.normal(key)
+        out = jnp.tanh(batch["x"] @ params["one"]) @ params["two"]["kernel"]
+        loss = jnp.square(out - batch["y"]).mean() + self.noise * draw * params["one"].sum()
+        return loss, {"size": jnp.abs(out).mean(), "draw": draw, "draw_squared": draw**2}
+
+
+class Bounded(Line):
+    """Its parameters are kept at 0.01 or below, as CLIP's temperature is kept at 100."""
+
+    def project(self, params):
+        return jax.tree.map(lambda p: jnp.minimum(p, 0.01), params)
+
+
+def batch_of(size, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "x": rng.standard_normal((size, 3)).astype(np.float32),
+        "y": rng.standard_normal((size, 2)).astype(np.float32),
+    }
+
+
+def adam(**changes):
+    return optim.make_optimizer(learning_rate=1e-2, num_steps=100, **changes)
+
+
+def start(stage=None, optimizer=None):
+    return state.init_state(stage or Line(), optimizer or adam(), KEY, batch_of(8))
+
+
+def step_of(stage=None, optimizer=None, **options):
+    settings = dict(seed=0, ema_decay=0.9) | options
+    step = jax.jit(state.make_train_step(stage or Line(), optimizer or adam(), **settings))
+    return lambda train_state, batch, frozen=None: step(train_state, batch, frozen or {})
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def differ(a, b):
+    return any(
+        (np.asarray(x) != np.asarray(y)).any() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    )
+
+
+# --- the average ---
+
+
+def test_the_average_starts_at_the_parameters_but_is_no_alias():
+    """The step donates its state: a buffer that is there twice cannot be donated."""
+    first = start()
+    assert_equal(first.params, first.ema_params)
+    pairs = zip(jax.tree.leaves(first.params), jax.tree.leaves(first.ema_params), strict=True)
+    assert all(a is not b for a, b in pairs)
+    donating = jax.jit(state.make_train_step(Line(), adam(), seed=0, ema_decay=0.9), donate_argnums=0)
+    assert donating(first, batch_of(8), {})[0].step == 1
+
+
+@pytest.mark.parametrize(
+    "decay, first_step, number", [(0.9999, 10**6, 1000), (0.9999, 0, 500), (0.9, 0, 300)]
+)
+def test_the_average_has_its_closed_form(decay, first_step, number):
+    """Trap 18. Of parameters that stay at 2, an average that starts at 1 is 2 - prod d_k after n steps, with
+    d_k = min(decay, (1 + k) / (10 + k)).
+
+    The product of (1 + k) / (10 + k) over k < m is m! 9! / (m + 9)!; decay takes over at the first k with
+    (1 - decay) k >= 10 decay - 1. In bfloat16 the average would stay at 1 for good: 0.9999 rounds to 1.
+    """
+    frozen = optax.sgd(0.0)
+    train_step = state.make_train_step(Line(), frozen, seed=0, ema_decay=decay)
+    ones = jax.tree.map(jnp.ones_like, start(optimizer=frozen).params)
+    begin = state.TrainState(
+        jnp.int32(first_step), jax.tree.map(lambda x: 2 * x, ones), ones, frozen.init(ones), jnp.int32(0)
+    )
+    batch = batch_of(2)
+    run = jax.jit(
+        lambda s: jax.lax.scan(lambda s, _: (train_step(s, batch, {})[0], None), s, length=number)[0]
+    )
+    end = run(begin)
+    assert end.step == first_step + number
+    crossing = max(0, math.ceil((10 * decay - 1) / (1 - decay) - 1e-6) - first_step)
+    warm = min(crossing, number)
+    product = math.exp(math.lgamma(warm + 1) + math.lgamma(10) - math.lgamma(warm + 10)) * decay ** (
+        number - warm
+    )
+    for leaf in jax.tree.leaves(end.ema_params):
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_allclose(leaf, 2 - product, rtol=1e-4)
+    if first_step:
+        np.testing.assert_allclose(2 - product, 1.09517, atol=1e-5)
+
+
+def test_the_average_follows_moving_parameters():
+    train_state, train_step, decay = start(), step_of(ema_decay=0.5), 0.5
+    expected = jax.tree.map(np.float64, train_state.params)
+    for k in range(12):
+        train_state, _ = train_step(train_state, batch_of(8, seed=k))
+        d = min(decay, (1 + k) / (10 + k))
+        expected = jax.tree.map(
+            lambda e, p, d=d: d * e + (1 - d) * np.float64(p), expected, train_state.params
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), train_state.ema_params, expected)
+    assert differ(train_state.ema_params, train_state.params)
+
+
+# --- accumulation ---
+
+
+@pytest.mark.parametrize("grad_accum", [2, 4])
+def test_accumulated_parts_equal_the_whole_batch(grad_accum):
+    whole, whole_scalars = step_of()(start(), batch_of(8))
+    parts, scalars = step_of(grad_accum=grad_accum)(start(), batch_of(8))
+    for name in ("loss", "grad_norm", "size"):
+        np.testing.assert_allclose(scalars[name], whole_scalars[name], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), parts, whole)
+    assert differ(whole.params, start().params)
+
+
+def test_parts_draw_different_noise():
+    """The variance of the parts' draws is the mean of squares less the square of the mean."""
+    _, scalars = step_of(grad_accum=4)(start(), batch_of(8))
+    assert scalars["draw_squared"] - scalars["draw"] ** 2 > 1e-3
+
+
+def test_noise_is_a_function_of_seed_and_step():
+    train_step, other_seed = step_of(), step_of(seed=1)
+    first, scalars = train_step(start(), batch_of(8))
+    assert train_step(start(), batch_of(8))[1]["draw"] == scalars["draw"]
+    assert train_step(first, batch_of(8))[1]["draw"] != scalars["draw"]
+    assert other_seed(start(), batch_of(8))[1]["draw"] != scalars["draw"]
+
+
+# --- steps that are not finite ---
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(value, grad_accum):
+    train_step, good = step_of(grad_accum=grad_accum), batch_of(8)
+    before, _ = train_step(start(), good)
+    bad = batch_of(8) | {"y": np.where(np.arange(16).reshape(8, 2) == 5, np.float32(value), good["y"])}
+    after = before
+    for count in (1, 2):
+        after, scalars = train_step(after, bad)
+        assert_equal(
+            (after.params, after.ema_params, after.opt_state),
+            (before.params, before.ema_params, before.opt_state),
+        )
+        assert after.bad_steps == scalars["bad_steps"] == count
+        assert after.step == before.step + count  # the next step draws other noise and reads the next batch
+    recovered, scalars = train_step(after, good)
+    assert recovered.bad_steps == scalars["bad_steps"] == 0
+    assert np.isfinite(scalars["loss"]) and differ(recovered.params, before.params)
+    # But for the average's warm-up, which counts steps, it is as if the bad ones had never been.
+    expected, _ = train_step(before, good)
+    assert_equal((recovered.params, recovered.opt_state), (expected.params, expected.opt_state))
+
+
+class Root(Line):
+    """sqrt has an infinite slope at 0: the loss is finite where its gradient is not."""
+
+    def loss(self, params, key, batch, *, train=True):
+        return jnp.sqrt(jnp.square(params["one"] * batch["x"][0, 0]).sum()), {}
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_caught():
+    batch = batch_of(8) | {"x": np.zeros((8, 3), np.float32)}
+    after, scalars = step_of(Root())(start(), batch)
+    assert np.isfinite(scalars["loss"]) and not np.isfinite(scalars["grad_norm"])
+    assert_equal(after.params, start().params)
+    assert after.bad_steps == 1
+
+
+# --- the rest of a step ---
+
+
+def test_parameters_are_projected_after_the_update_and_before_the_average():
+    train_state, _ = step_of(Bounded())(start(), batch_of(8))
+    free, _ = step_of()(start(), batch_of(8))
+    assert max(leaf.max() for leaf in jax.tree.leaves(free.params)) > 0.1
+    assert_equal(train_state.params, Bounded().project(free.params))
+    expected = jax.tree.map(lambda e, p: 0.1 * e + 0.9 * p, start().params, train_state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), train_state.ema_params, expected)
+
+
+def test_frozen_parameters_fill_the_batch():
+    def fill(frozen, batch):
+        return {"x": batch["z"] * frozen["gain"], "y": batch["y"]}
+
+    batch = batch_of(8)
+    given = {"z": batch["x"] / 4, "y": batch["y"]}
+    filled, _ = step_of(fill=fill)(start(), given, {"gain": jnp.float32(4)})
+    assert_equal(filled, step_of()(start(), batch)[0])
+
+
+def test_everything_is_float32_whatever_the_batch_is():
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), batch_of(8))
+    train_state, _ = step_of()(start(), half)
+    leaves = jax.tree.leaves((train_state.params, train_state.ema_params, train_state.opt_state))
+    assert {leaf.dtype for leaf in leaves} <= {jnp.dtype("float32"), jnp.dtype("int32")}
