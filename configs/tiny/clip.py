@@ -11,7 +11,7 @@ from configs.tiny import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=1000, batch_size=128, learning_rate=2e-3)
+    config = common.get_config(num_steps=800, batch_size=128, learning_rate=2e-3)
     config.stage = "clip"
     config.model = dict(
         embed_dim=common.EMBED_DIM,
