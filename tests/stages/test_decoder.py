@@ -1,0 +1,355 @@
+"""The decoder: what its output and its samples depend on, and learning."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dalle2_jax.stages import decoder
+
+KEY = jax.random.key(0)
+CHEAP_KEY = jax.random.key(0, impl="rbg")  # programs full of the default's draws take long to compile
+SIDE, LENGTH, VOCAB, EMBED = 8, 5, 11, 6
+TEXT = dict(vocab_size=VOCAB, context_length=LENGTH, width=8, depth=1, num_heads=2)
+
+
+def build(**changes):
+    settings = dict(
+        image_size=SIDE,
+        embed_dim=EMBED,
+        channels=8,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(4,),
+        head_dim=8,
+        dropout=0.0,
+        text=TEXT,
+        num_steps=3,
+    )
+    return decoder.build(**settings | changes)
+
+
+def build_flat(**changes):
+    """A decoder of one level, which compiles faster: for what is outside the network."""
+    return build(**dict(channel_mult=(1,), attention_resolutions=(SIDE,)) | changes)
+
+
+def batch_of(size, seed=0):
+    rng = np.random.default_rng(seed)
+    embed = rng.standard_normal((size, EMBED))
+    batch = {
+        "image": rng.uniform(-1, 1, (size, SIDE, SIDE, 3)).astype(np.float32),
+        "image_embed": (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float32),
+        "tokens": rng.integers(1, VOCAB, (size, LENGTH)).astype(np.int32),
+        "token_mask": np.arange(LENGTH) < 2 + np.arange(size)[:, None] % 3,
+    }
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def random_params(stage):
+    """Random parameters, none of them zero: fresh ones ignore every condition, as the last layer of every
+    branch starts at zero."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(stage.init, KEY, stage.batch_spec(1))
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), shapes)
+
+
+def gap(a, b):
+    """Largest difference of every row."""
+    return np.abs(np.asarray(a) - np.asarray(b)).reshape(len(a), -1).max(axis=1)
+
+
+# --- one application of the network ---
+
+
+@pytest.fixture(scope="module")
+def network():
+    """(apply(params, batch, drop_image, drop_text) -> output, params, batch of 3)."""
+    stage, batch = build(), batch_of(3)
+
+    @jax.jit
+    def apply(params, batch, drop_image, drop_text):
+        arguments = (batch["image_embed"], drop_image, batch["tokens"], batch["token_mask"], drop_text)
+        return stage.net.apply({"params": params}, batch["image"], jnp.array([10, 400, 990]), *arguments)
+
+    return apply, random_params(stage), batch
+
+
+NO, YES = np.zeros(3, bool), np.ones(3, bool)
+
+
+def other_images(batch):
+    return batch | {"image_embed": jnp.roll(batch["image_embed"], 1, axis=0)}
+
+
+def other_captions(batch):
+    return batch | {name: jnp.roll(batch[name], 1, axis=0) for name in ("tokens", "token_mask")}
+
+
+def test_the_output_has_three_channels_and_three_of_variance(network):
+    apply, params, batch = network
+    out = apply(params, batch, NO, NO)
+    assert out.shape == (3, SIDE, SIDE, 6) and out.dtype == jnp.float32
+    plain = jax.eval_shape(build(learned_variance=False).init, KEY, batch)
+    assert plain["net"]["conv_out"]["kernel"].shape[-1] == 3
+
+
+def test_every_condition_changes_the_output(network):
+    apply, params, batch = network
+    out = apply(params, batch, NO, NO)
+    assert (gap(out, apply(params, other_images(batch), NO, NO)) > 1e-3).all()
+    assert (gap(out, apply(params, other_captions(batch), NO, NO)) > 1e-3).all()
+
+
+@pytest.mark.parametrize("path", ["added", "tokens", "both"])
+def test_a_dropped_image_embedding_is_dropped_from_both_paths(network, path):
+    """Trap 9. Each path alone carries the embedding, and each alone is silent when it is dropped."""
+    apply, params, batch = network
+    silenced = {"added": ["image_token_proj"], "tokens": ["image_emb_proj"], "both": []}[path]
+    params = params | {name: jax.tree.map(jnp.zeros_like, params[name]) for name in silenced}
+    other = other_images(batch)
+    assert (gap(apply(params, batch, NO, NO), apply(params, other, NO, NO)) > 1e-3).all()
+    np.testing.assert_array_equal(apply(params, batch, YES, NO), apply(params, other, YES, NO))
+    assert (gap(apply(params, batch, YES, NO), apply(params, batch, NO, NO)) > 1e-3).all()
+
+
+def test_a_dropped_caption_is_dropped_and_the_image_stays(network):
+    apply, params, batch = network
+    dropped = apply(params, batch, NO, YES)
+    np.testing.assert_array_equal(dropped, apply(params, other_captions(batch), NO, YES))
+    assert (gap(dropped, apply(params, batch, NO, NO)) > 1e-3).all()
+    # Trap 10: the image's tokens are never masked with the text's.
+    params = params | {"image_emb_proj": jax.tree.map(jnp.zeros_like, params["image_emb_proj"])}
+    seen = apply(params, batch, NO, YES)
+    assert (gap(seen, apply(params, other_images(batch), NO, YES)) > 1e-3).all()
+    # A dropped caption is the caption without a token.
+    empty = batch | {"token_mask": jnp.zeros_like(batch["token_mask"])}
+    np.testing.assert_array_equal(seen, apply(params, empty, NO, NO))
+
+
+def test_rows_are_dropped_one_by_one(network):
+    apply, params, batch = network
+    drop = np.array([True, False, True])
+    mixed, kept = apply(params, batch, drop, ~drop), apply(params, batch, NO, ~drop)
+    np.testing.assert_array_equal(gap(mixed, kept) > 1e-3, drop)
+    np.testing.assert_array_equal(gap(mixed, apply(params, batch, drop, NO)) > 1e-3, ~drop)
+
+
+def test_ids_of_padding_do_not_matter(network):
+    """Trap 10."""
+    apply, params, batch = network
+    real = batch["token_mask"]
+    out = apply(params, batch, NO, NO)
+    other_padding = batch | {"tokens": jnp.where(real, batch["tokens"], 3)}
+    np.testing.assert_array_equal(out, apply(params, other_padding, NO, NO))
+    other_words = batch | {"tokens": jnp.where(real, (batch["tokens"] + 1) % VOCAB, batch["tokens"])}
+    assert (gap(out, apply(params, other_words, NO, NO)) > 1e-3).all()
+
+
+# --- the loss ---
+
+
+def losses(stage, params):
+    """batch -> (training loss, evaluation loss)."""
+
+    def both(batch):
+        return [stage.loss(params, CHEAP_KEY, batch, train=train)[0] for train in (True, False)]
+
+    return jax.jit(both)
+
+
+@pytest.fixture(scope="module")
+def calm():
+    """(params, batch, losses) of a decoder that drops nothing."""
+    stage, batch = build_flat(image_drop=0.0, text_drop=0.0), batch_of(4)
+    params = random_params(stage)
+    return params, batch, losses(stage, params)
+
+
+def test_conditions_and_units_are_dropped_in_training_only(calm):
+    params, batch, plain = calm
+    dropping = losses(build_flat(image_drop=0.999999, text_drop=0.999999, dropout=0.5), params)
+    training, evaluation = dropping(batch)
+    assert training != plain(batch)[0]
+    np.testing.assert_allclose(evaluation, plain(batch)[1], rtol=1e-5)
+    assert dropping(batch) == [training, evaluation]
+    for other in (other_images(batch), other_captions(batch)):
+        assert dropping(other)[0] == training
+        assert abs(dropping(other)[1] - evaluation) > 1e-6 < abs(plain(other)[0] - plain(batch)[0])
+
+
+def test_remat_and_bfloat16_keep_names_and_meaning(calm):
+    params, batch, plain = calm
+    stage = build_flat(image_drop=0.0, text_drop=0.0, remat=True, dtype="bfloat16")
+    shapes = jax.eval_shape(stage.init, KEY, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), params
+    )
+    out = jax.jit(lambda: stage.loss(params, CHEAP_KEY, batch))()[0]
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, plain(batch)[0], rtol=0.05)
+
+
+@dataclasses.dataclass
+class Spy:
+    """A network that notes with which conditions it is called, and predicts zero."""
+
+    seen: list
+
+    def apply(self, variables, x_t, t, image_embed, drop_image, tokens, token_mask, drop_text, **options):
+        self.seen.append((t, drop_image, drop_text, options["deterministic"]))
+        return jnp.zeros((*x_t.shape[:3], 6))
+
+
+def test_conditions_are_dropped_as_often_as_in_the_paper_and_independently():
+    """10 %, 50 %, and so 5 % both (section 1.4 of the facts): three standard errors of 20 000 draws."""
+    stage = dataclasses.replace(build(num_res_blocks=1), net=Spy([]))
+    batch = batch_of(1)
+    many = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (20_000, *x.shape[1:])), batch | {"image": jnp.zeros((1, 1, 1, 3))}
+    )
+    stage.loss({}, KEY, many)
+    stage.loss({}, KEY, many, train=False)
+    (t, image, text, deterministic), (spread, no_image, no_text, certain) = stage.net.seen
+    for dropped, share in ((image, 0.1), (text, 0.5), (image & text, 0.05)):
+        assert abs(dropped.mean() - share) < 3 * (share * (1 - share) / 20_000) ** 0.5
+    assert not no_image.any() and not no_text.any()
+    assert (deterministic, certain) == (False, True)
+    for times in (t, spread):
+        assert times.min() == 0 and times.max() == 999 and abs(times.mean() - 499.5) < 7
+
+
+# --- sampling ---
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    """(stage, params, batch of 3, keys, sample(keys, batch, scale)) with a traced guidance scale."""
+    stage, batch = build_flat(), batch_of(3)
+    params = random_params(stage)
+
+    @jax.jit
+    def sample(keys, batch, scale):
+        return stage.sample(params, keys, batch, guidance_scale=scale)
+
+    return stage, params, batch, jax.random.split(KEY, 3), sample
+
+
+def test_a_sample_depends_on_its_own_key_and_condition_alone(sampler):
+    _, _, batch, keys, sample = sampler
+    scale = jnp.full(3, 2.0)
+    whole = sample(keys, batch, scale)
+    assert whole.shape == (3, SIDE, SIDE, 3) and np.abs(whole).max() <= 1.0
+    np.testing.assert_array_equal(whole, sample(keys, batch, scale))
+    first = jnp.arange(3) == 0
+
+    def mixed(ours, others):
+        return jax.tree.map(
+            lambda x, y: jnp.where(first.reshape(-1, *[1] * (x.ndim - 1)), x, y), ours, others
+        )
+
+    other_keys = jax.random.split(jax.random.key(1), 3)
+    changed = sample(mixed(keys, other_keys), mixed(batch, batch_of(3, seed=1)), scale)
+    np.testing.assert_allclose(changed[0], whole[0], atol=1e-5)
+    assert (gap(changed, whole)[1:] > 1e-2).all()
+    assert (gap(sample(other_keys, batch, scale), whole) > 1e-2).all()
+    assert (gap(sample(keys, other_images(batch), scale), whole) > 1e-3).all()
+    assert (gap(sample(keys, other_captions(batch), scale), whole) > 1e-3).all()
+
+
+def test_guidance_of_1_guides_nothing(sampler):
+    stage, params, batch, keys, sample = sampler
+    cond = sample(keys, batch, jnp.ones(3))
+    # The number 1 leaves out the null half; scales may differ between rows.
+    plain = jax.jit(lambda: stage.sample(params, keys, batch, guidance_scale=1))()
+    np.testing.assert_allclose(plain, cond, atol=1e-5)
+    mixed = sample(keys, batch, jnp.array([1.0, 2.0, 3.0]))
+    np.testing.assert_array_equal(gap(mixed, cond) > 1e-3, [False, True, True])
+
+
+def test_guidance_of_0_drops_both_conditions(sampler):
+    """With DDIM, which has no use for the variance: that is the conditional branch's at every scale."""
+    stage, params, batch, keys, _ = sampler
+
+    @jax.jit
+    def sample(batch, scale):
+        return stage.sample(params, keys, batch, guidance_scale=scale, method="ddim", num_steps=2)
+
+    null, other = sample(batch, 0.0), other_captions(other_images(batch))
+    np.testing.assert_allclose(null, sample(other, 0.0), atol=1e-5)
+    assert (gap(null, sample(batch, 1.0)) > 1e-3).all()
+    assert (gap(sample(other, 1.0), sample(batch, 1.0)) > 1e-3).all()
+
+
+def test_a_decoder_draws_other_sizes_too(sampler):
+    stage, params, batch, keys, _ = sampler
+    out = jax.eval_shape(lambda: stage.sample(params, keys, batch, image_size=2 * SIDE))
+    assert out.shape == (3, 2 * SIDE, 2 * SIDE, 3)
+
+
+# --- learning ---
+
+
+def test_eight_pictures_are_learned():
+    """Squares of one colour on another at 4 x 4, from their embeddings; then each is drawn from its own."""
+    stage = build_flat(
+        image_size=4,
+        attention_resolutions=(4,),
+        channels=16,
+        text=None,
+        objective="v",
+        learned_variance=False,
+        method="ddim",
+        num_steps=10,
+    )
+    colours = np.random.default_rng(0).choice([-0.9, -0.3, 0.3, 0.9], (2, 8, 1, 1, 3))
+    inside = np.pad(np.ones((2, 2), bool), 1)[None, :, :, None]
+    images = jnp.asarray(np.where(inside, *colours), jnp.float32)
+    batch = {"image": images, "image_embed": batch_of(8)["image_embed"]}
+    params = jax.jit(lambda: stage.init(CHEAP_KEY, batch))()
+    optimizer = optax.adam(4e-3)
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), batch)
+
+    def step(carry, key):
+        params, state = carry
+        (loss, _), grads = jax.value_and_grad(stage.loss, has_aux=True)(params, key, repeated)
+        updates, state = optimizer.update(grads, state)
+        return (optax.apply_updates(params, updates), state), loss
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jax.random.split(CHEAP_KEY, 300)))
+    (params, _), history = run((params, optimizer.init(params)))
+    # A fresh network predicts 0, whose error is alpha_bar + (1 - alpha_bar) E x0^2, between 0.45 and 1.
+    assert 0.45 < history[0] < 1.0
+    assert history[-30:].mean() < 0.2 * history[0]
+
+    keys = jax.random.split(KEY, 8)
+    sample = jax.jit(lambda batch: stage.sample(params, keys, batch, guidance_scale=1))
+
+    def nearest(batch):
+        distance = np.square(sample(batch)[:, None] - images[None]).mean(axis=(2, 3, 4))
+        return distance.argmin(axis=1), distance.min(axis=1).mean()
+
+    which, error = nearest(batch)
+    np.testing.assert_array_equal(which, np.arange(8))
+    assert error < 0.1  # pictures of random colours are 0.9 apart
+    np.testing.assert_array_equal(nearest(other_images(batch))[0], np.roll(np.arange(8), 1))
+
+
+# --- settings ---
+
+
+def test_sides_that_cannot_be_halved_are_refused():
+    with pytest.raises(ValueError, match="image_size 6 cannot be halved 2 times: shorten channel_mult"):
+        build(image_size=6, channel_mult=(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [(TEXT | {"widht": 8}, "did you mean text.width"), ({"vocab_size": 3}, "text lacks text.context_length")],
+)
+def test_text_settings_that_cannot_work_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        build(text=text)

@@ -1,0 +1,250 @@
+"""The upsampler: that the small picture lies under the large one in training as in sampling, and learning.
+
+Pictures made from crops and whole ones cannot be compared pixel by pixel, not even away from borders: group
+norm takes its statistics over all positions of its input. What is compared is the network's input.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dalle2_jax.diffusion import schedules
+from dalle2_jax.stages import upsampler
+
+KEY = jax.random.key(0)
+CHEAP_KEY = jax.random.key(0, impl="rbg")  # programs full of the default's draws take long to compile
+RNG = np.random.default_rng(0)
+
+
+def build(**changes):
+    settings = dict(
+        image_size=16,
+        low_res_size=4,
+        crop_size=8,
+        channels=16,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        dropout=0.0,
+        objective="v",
+        num_steps=10,
+    )
+    return upsampler.build(**settings | changes)
+
+
+def pictures(*shape):
+    """Uniform in [-1, 1]."""
+    return RNG.uniform(-1, 1, shape).astype(np.float32)
+
+
+def cubic_matrix(size, factor):
+    """[factor size, size] weights of Keys' cubic kernel (a = -1/2), pixel centres at halves, renormalised
+    where the kernel leaves the picture."""
+    centre = (np.arange(factor * size) + 0.5) / factor - 0.5
+    d = np.abs(centre[:, None] - np.arange(size))
+    near, far = 1.5 * d**3 - 2.5 * d**2 + 1, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
+    weights = np.where(d <= 1, near, np.where(d <= 2, far, 0.0))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def enlarged(low_res, factor=4):
+    """low_res [B, h, w, C] in float64, `factor` times as large."""
+    rows, columns = (cubic_matrix(size, factor) for size in low_res.shape[1:3])
+    return np.einsum("yh,bhwc,xw->byxc", rows, low_res.astype(np.float64), columns)
+
+
+@dataclasses.dataclass
+class Spy:
+    """A network that notes the small picture that it is given, and returns it."""
+
+    seen: list
+
+    def apply(self, variables, x_t, t, low_res_up, **options):
+        self.seen.append(low_res_up)
+        return low_res_up
+
+
+def spying(**changes):
+    """An upsampler whose network's prediction of x0 is its own input."""
+    return dataclasses.replace(build(objective="x0", **changes), net=Spy([]))
+
+
+@pytest.mark.parametrize("low_res_size, crop_size", [(4, 8), (8, 4)])
+def test_the_input_is_the_targets_window_of_the_enlarged_picture(low_res_size, crop_size):
+    """Trap 17, for 100 random windows: never an enlarged crop, never another row's."""
+    stage = spying(low_res_size=low_res_size, crop_size=crop_size)
+    low_res = pictures(100, low_res_size, low_res_size, 3)
+    yx = RNG.integers(0, 16 - crop_size + 1, (100, 2)).astype(np.int32)
+    image = jnp.zeros((100, crop_size, crop_size, 3))
+    stage.loss({}, KEY, {"image": image, "low_res": jnp.asarray(low_res), "crop_yx": jnp.asarray(yx)})
+    full = enlarged(low_res, 16 // low_res_size)
+    expected = [f[y : y + crop_size, x : x + crop_size] for f, (y, x) in zip(full, yx, strict=True)]
+    np.testing.assert_allclose(stage.net.seen[0], np.stack(expected), atol=1e-5)
+
+
+def test_the_input_lies_on_the_target_without_a_shift():
+    """A slope survives averaging and cubic enlarging exactly (but for the border): one and the same slope is
+    seen in the picture and in the network's input. Half a pixel of shift would be 1/64."""
+    stage = spying(image_size=64, low_res_size=16, crop_size=16)
+    y, x = np.meshgrid(*[(np.arange(64) + 0.5) / 32 - 1] * 2, indexing="ij")
+    full = np.stack([y, x, (x + y) / 2], axis=-1)
+    low_res = full.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
+    corners = RNG.integers(8, 64 - 16 - 8 + 1, (20, 2)).astype(np.int32)
+    image = np.stack([full[y : y + 16, x : x + 16] for y, x in corners])
+    low_res = jnp.broadcast_to(jnp.asarray(low_res, jnp.float32), (20, 16, 16, 3))
+    image = jnp.asarray(image, jnp.float32)
+    stage.loss({}, KEY, {"image": image, "low_res": low_res, "crop_yx": jnp.asarray(corners)})
+    np.testing.assert_allclose(stage.net.seen[0], image, atol=1e-5)
+
+
+def test_sampling_sees_the_same_enlarged_picture_whole_of_any_size():
+    """The sample of a network that repeats its input is that input, to the last step's clip."""
+    low_res = np.rint((pictures(2, 6, 3, 3) + 1) * 127.5) / 127.5 - 1
+    out = spying().sample({}, jax.random.split(KEY, 2), {"low_res": jnp.asarray(low_res, jnp.float32)})
+    np.testing.assert_allclose(out, np.clip(enlarged(low_res), -1, 1), atol=1e-5)
+
+
+def test_sampling_rounds_the_small_picture_to_256_levels():
+    """Upsamplers are trained on pictures with 256 levels, and fed by a sampler that knows none."""
+    low_res = np.linspace(-1.2, 1.2, 2 * 4 * 4 * 3, dtype=np.float32).reshape(2, 4, 4, 3)
+    stage, keys = spying(resize="nearest"), jax.random.split(KEY, 2)
+    out = np.asarray(stage.sample({}, keys, {"low_res": jnp.asarray(low_res)}))
+    levels = (out + 1) * 127.5
+    np.testing.assert_allclose(levels, np.rint(levels), atol=1e-3)
+    assert np.abs(out[:, ::4, ::4] - np.clip(low_res, -1, 1)).max() <= 0.5 / 127.5 + 1e-5
+
+
+def test_resize_names_the_filter():
+    """ADM and GLIDE enlarge linearly, the released unCLIP weights with a cubic."""
+    low_res = jnp.asarray(pictures(1, 4, 4, 3))
+    linear = build(resize="linear").enlarge(low_res)
+    # Row 2 of 16 is centred an eighth of a small pixel behind the centre of the first.
+    weights = np.array([0.875, 0.125])
+    expected = np.einsum("h,w,hwc->c", weights, weights, low_res[0, :2, :2])
+    np.testing.assert_allclose(linear[0, 2, 2], expected, atol=1e-6)
+    assert np.abs(linear - build().enlarge(low_res)).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "spacing, num_steps, asked, visited",
+    [("fast27", 27, None, "fast27"), ("fast27", 27, 9, "uniform"), ("trailing", 5, 9, "trailing")],
+)
+def test_another_number_of_steps_keeps_a_spacing_that_has_one(
+    spacing, num_steps, asked, visited, monkeypatch
+):
+    seen = []
+    original = schedules.space_timesteps
+    monkeypatch.setattr(schedules, "space_timesteps", lambda *a: seen.append(original(*a)) or seen[-1])
+    stage = spying(spacing=spacing, num_steps=num_steps)
+    batch = {"low_res": jnp.zeros((1, 4, 4, 3))}
+    jax.eval_shape(lambda: stage.sample({}, jax.random.split(KEY, 1), batch, num_steps=asked))
+    np.testing.assert_array_equal(seen[0], original(asked or num_steps, 1000, visited))
+
+
+# --- learning ---
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """(stage, parameters, losses, full pictures, small pictures) after 300 steps on crops of eight pictures
+    with a sharp edge, which enlarging blurs."""
+    stage = build()
+    y, x = np.meshgrid(np.arange(16), np.arange(16), indexing="ij")
+    edges = RNG.integers(3, 13, 8)
+    full = np.where([(x > e) if i % 2 else (y > e) for i, e in enumerate(edges)], 0.8, -0.8)[..., None]
+    full = np.broadcast_to(full, (8, 16, 16, 3)).astype(np.float32)
+    low_res = full.reshape(8, 4, 4, 4, 4, 3).mean(axis=(2, 4))
+    shapes = stage.batch_spec(1)
+    params = jax.jit(
+        lambda: stage.init(CHEAP_KEY, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+    )()
+    optimizer = optax.adam(4e-3)
+    crop = jax.vmap(lambda f, yx: jax.lax.dynamic_slice(f, (yx[0], yx[1], 0), (8, 8, 3)))
+
+    def step(carry, key):
+        params, state = carry
+        yx = jax.random.randint(jax.random.fold_in(key, 1), (16, 2), 0, 9)
+        images = crop(jnp.tile(full, (2, 1, 1, 1)), yx)
+        batch = {"image": images, "low_res": jnp.tile(low_res, (2, 1, 1, 1)), "crop_yx": yx}
+        (loss, _), grads = jax.value_and_grad(stage.loss, has_aux=True)(params, key, batch)
+        updates, state = optimizer.update(grads, state)
+        return (optax.apply_updates(params, updates), state), loss
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jax.random.split(CHEAP_KEY, 300)))
+    (params, _), history = run((params, optimizer.init(params)))
+    sample = jax.jit(lambda keys, low_res: stage.sample(params, keys, {"low_res": low_res}))
+    return stage, params, history, full, low_res, sample
+
+
+def test_eight_pictures_are_sharpened(trained):
+    """From crops of 8 x 8 to whole pictures of 16 x 16, nearer to the truth than enlarging alone."""
+    _, _, history, full, low_res, sample = trained
+    assert history[-20:].mean() < 0.2 * history[0]
+    out = sample(jax.random.split(KEY, 8), low_res)
+    assert out.shape == full.shape and np.abs(out).max() <= 1.0
+    blurred = np.square(enlarged(low_res) - full).mean()
+    assert np.square(out - full).mean() < 0.5 * blurred
+
+
+def test_a_sample_depends_on_its_own_key_and_picture_alone(trained):
+    *_, low_res, sample = trained
+    keys = jax.random.split(KEY, 8)
+    out = sample(keys, low_res)
+    np.testing.assert_array_equal(out, sample(keys, low_res))
+    own = np.arange(8) < 3
+    other_keys = jax.random.split(jax.random.key(1), 8)
+    mixed_keys = jnp.where(own, keys, other_keys)
+    mixed = sample(mixed_keys, np.where(own[:, None, None, None], low_res, -low_res))
+    np.testing.assert_allclose(mixed[:3], out[:3], atol=1e-4)
+    changed = np.abs(np.asarray(out) - np.asarray(sample(other_keys, low_res))).max(axis=(1, 2, 3))
+    assert (changed > 1e-4).all() and np.abs(mixed - out)[3:].max() > 0.5
+
+
+def test_evaluation_has_no_dropout():
+    stage, calm = build(dropout=0.5), build()
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(stage.init, KEY, stage.batch_spec(1))
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), shapes)
+    batch = {
+        "image": jnp.asarray(pictures(2, 8, 8, 3)),
+        "low_res": jnp.asarray(pictures(2, 4, 4, 3)),
+        "crop_yx": jnp.array([[0, 8], [3, 1]], jnp.int32),
+    }
+
+    def both(stage):
+        return jax.jit(
+            lambda: [stage.loss(params, CHEAP_KEY, batch, train=train)[0] for train in (True, False)]
+        )()
+
+    (wild, evaluation), (plain, expected) = both(stage), both(calm)
+    np.testing.assert_allclose(evaluation, expected, rtol=1e-6)
+    assert abs(wild - plain) > 1e-4
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(low_res_size=5), "image_size 16 must be a multiple of low_res_size 5"),
+        (
+            dict(crop_size=7, channel_mult=(1, 2)),
+            "crop_size 7 must be a multiple of 2 .* at most image_size 16",
+        ),
+        (dict(crop_size=32), "crop_size 32 must be"),
+    ],
+)
+def test_sizes_that_cannot_work_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(**changes)
+
+
+def test_the_crop_is_a_quarter_of_the_side_unless_given():
+    """Table 3 of the paper."""
+    assert upsampler.build().crop_size == 64
+    assert upsampler.build(image_size=1024, low_res_size=256).crop_size == 256
+    assert upsampler.build().batch_spec(2)["image"].shape == (2, 64, 64, 3)
