@@ -152,45 +152,41 @@ def test_ids_of_padding_do_not_matter(network):
 # --- the loss ---
 
 
-def losses(stage, params):
-    """batch -> (training loss, evaluation loss)."""
-
-    def both(batch):
-        return [stage.loss(params, CHEAP_KEY, batch, train=train)[0] for train in (True, False)]
-
-    return jax.jit(both)
+def evaluate(stage, params):
+    """batch -> evaluation loss."""
+    return jax.jit(lambda batch: stage.loss(params, CHEAP_KEY, batch, train=False)[0])
 
 
 @pytest.fixture(scope="module")
 def calm():
-    """(params, batch, losses) of a decoder that drops nothing."""
+    """(params, batch, evaluation loss) of a decoder that drops nothing in training either."""
     stage, batch = build_flat(image_drop=0.0, text_drop=0.0), batch_of(4)
     params = random_params(stage)
-    return params, batch, losses(stage, params)
+    return params, batch, evaluate(stage, params)(batch)
 
 
 def test_conditions_and_units_are_dropped_in_training_only(calm):
-    params, batch, plain = calm
-    dropping = losses(build_flat(image_drop=0.999999, text_drop=0.999999, dropout=0.5), params)
-    training, evaluation = dropping(batch)
-    assert training != plain(batch)[0]
-    np.testing.assert_allclose(evaluation, plain(batch)[1], rtol=1e-5)
-    assert dropping(batch) == [training, evaluation]
+    params, batch, expected = calm
+    stage = build_flat(image_drop=0.999999, text_drop=0.999999, dropout=0.5)
+    training = jax.jit(lambda batch: stage.loss(params, CHEAP_KEY, batch)[0])
+    evaluation = evaluate(stage, params)
+    np.testing.assert_allclose(evaluation(batch), expected, rtol=1e-5)
+    assert evaluation(batch) == evaluation(batch) and training(batch) == training(batch)
     for other in (other_images(batch), other_captions(batch)):
-        assert dropping(other)[0] == training
-        assert abs(dropping(other)[1] - evaluation) > 1e-6 < abs(plain(other)[0] - plain(batch)[0])
+        assert training(other) == training(batch)
+        assert abs(evaluation(other) - expected) > 1e-6
 
 
 def test_remat_and_bfloat16_keep_names_and_meaning(calm):
-    params, batch, plain = calm
-    stage = build_flat(image_drop=0.0, text_drop=0.0, remat=True, dtype="bfloat16")
+    params, batch, expected = calm
+    stage = build_flat(remat=True, dtype="bfloat16")
     shapes = jax.eval_shape(stage.init, KEY, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
         lambda x: (x.shape, x.dtype), params
     )
-    out = jax.jit(lambda: stage.loss(params, CHEAP_KEY, batch))()[0]
-    assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out, plain(batch)[0], rtol=0.05)
+    loss = evaluate(stage, params)(batch)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, expected, rtol=0.05)
 
 
 @dataclasses.dataclass
@@ -201,12 +197,12 @@ class Spy:
 
     def apply(self, variables, x_t, t, image_embed, drop_image, tokens, token_mask, drop_text, **options):
         self.seen.append((t, drop_image, drop_text, options["deterministic"]))
-        return jnp.zeros((*x_t.shape[:3], 6))
+        return jnp.zeros_like(x_t)
 
 
 def test_conditions_are_dropped_as_often_as_in_the_paper_and_independently():
     """10 %, 50 %, and so 5 % both (section 1.4 of the facts): three standard errors of 20 000 draws."""
-    stage = dataclasses.replace(build(num_res_blocks=1), net=Spy([]))
+    stage = dataclasses.replace(build(learned_variance=False), net=Spy([]))
     batch = batch_of(1)
     many = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (20_000, *x.shape[1:])), batch | {"image": jnp.zeros((1, 1, 1, 3))}
@@ -310,7 +306,7 @@ def test_eight_pictures_are_learned():
     images = jnp.asarray(np.where(inside, *colours), jnp.float32)
     batch = {"image": images, "image_embed": batch_of(8)["image_embed"]}
     params = jax.jit(lambda: stage.init(CHEAP_KEY, batch))()
-    optimizer = optax.adam(4e-3)
+    optimizer = optax.adam(6e-3)
     repeated = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), batch)
 
     def step(carry, key):
@@ -319,11 +315,11 @@ def test_eight_pictures_are_learned():
         updates, state = optimizer.update(grads, state)
         return (optax.apply_updates(params, updates), state), loss
 
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jax.random.split(CHEAP_KEY, 300)))
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jax.random.split(CHEAP_KEY, 220)))
     (params, _), history = run((params, optimizer.init(params)))
     # A fresh network predicts 0, whose error is alpha_bar + (1 - alpha_bar) E x0^2, between 0.45 and 1.
     assert 0.45 < history[0] < 1.0
-    assert history[-30:].mean() < 0.2 * history[0]
+    assert history[-20:].mean() < 0.2 * history[0]
 
     keys = jax.random.split(KEY, 8)
     sample = jax.jit(lambda batch: stage.sample(params, keys, batch, guidance_scale=1))
