@@ -1,6 +1,7 @@
 """The train step: its average of the parameters, accumulation of gradients, and steps that are not finite."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -46,17 +47,18 @@ def batch_of(size, seed=0):
     }
 
 
-def adam(**changes):
-    return optim.make_optimizer(learning_rate=1e-2, num_steps=100, **changes)
+OPTIMIZER = optim.make_optimizer(learning_rate=1e-2, num_steps=100)
 
 
-def start(stage=None, optimizer=None):
-    return state.init_state(stage or Line(), optimizer or adam(), KEY, batch_of(8))
+def start(stage=None, optimizer=OPTIMIZER):
+    return state.init_state(stage or Line(), optimizer, KEY, batch_of(8))
 
 
-def step_of(stage=None, optimizer=None, **options):
+@functools.cache
+def step_of(stage=None, **options):
+    """train_step(state, batch, frozen={}), compiled once for all tests."""
     settings = dict(seed=0, ema_decay=0.9) | options
-    step = jax.jit(state.make_train_step(stage or Line(), optimizer or adam(), **settings))
+    step = jax.jit(state.make_train_step(stage or Line(), OPTIMIZER, **settings))
     return lambda train_state, batch, frozen=None: step(train_state, batch, frozen or {})
 
 
@@ -79,7 +81,7 @@ def test_the_average_starts_at_the_parameters_but_is_no_alias():
     assert_equal(first.params, first.ema_params)
     pairs = zip(jax.tree.leaves(first.params), jax.tree.leaves(first.ema_params), strict=True)
     assert all(a is not b for a, b in pairs)
-    donating = jax.jit(state.make_train_step(Line(), adam(), seed=0, ema_decay=0.9), donate_argnums=0)
+    donating = jax.jit(state.make_train_step(Line(), OPTIMIZER, seed=0, ema_decay=0.9), donate_argnums=0)
     assert donating(first, batch_of(8), {})[0].step == 1
 
 

@@ -203,23 +203,22 @@ def test_what_is_zero_at_the_start():
     assert len(branches) == 5 + 4 and zero == branches | {"conv_out"}
 
 
+def build(**changes):
+    """A U-Net of one level that attends in the middle, which compiles fast."""
+    settings = dict(channel_mult=(1,), attention_resolutions=(1,), head_dim=4, dropout=0.5)
+    return UNet(6, 8, num_res_blocks=1, **settings | changes)
+
+
 @pytest.fixture(scope="module")
 def small():
-    """(build, arguments, params) of a U-Net with every kind of block; `changes` may take some away."""
-
-    def build(**changes):
-        settings = dict(channel_mult=(1, 2), attention_resolutions=(4,), head_dim=8, dropout=0.5)
-        return UNet(6, 8, num_res_blocks=1, **settings | changes)
-
+    """(arguments, random parameters) of `build()`."""
     args = (normal(2, SIDE, SIDE, 3), normal(2, 32), normal(2, 3, CONTEXT))
-    return build, args, random_params(build(), *args, image_size=SIDE)
+    return args, random_params(build(), *args, image_size=SIDE)
 
 
 def test_remat_changes_neither_names_nor_gradients(small):
     """With dropout, whose second draw has to be the first."""
-    build, args, params = small
-    one_level = dict(channel_mult=(1,), attention_resolutions=(SIDE,))
-    inner = random_params(build(**one_level), *args, image_size=SIDE)
+    args, params = small
 
     def gradient(net):
         def loss(params):
@@ -228,16 +227,30 @@ def test_remat_changes_neither_names_nor_gradients(small):
             )
             return jnp.square(out).mean()
 
-        return jax.jit(jax.value_and_grad(loss))(inner)
+        return jax.jit(jax.value_and_grad(loss))(params)
 
-    plain, remat = gradient(build(**one_level)), gradient(build(**one_level, remat=True))
+    plain, remat = gradient(build()), gradient(build(remat=True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)
-    names = jax.eval_shape(lambda: build(remat=True).init(KEY, *args, image_size=SIDE))["params"]
-    assert jax.tree.map(jnp.shape, names) == jax.tree.map(jnp.shape, params)
+    everything = dict(channel_mult=(1, 2), attention_resolutions=(8, 4))
+    names, remat_names = (
+        jax.eval_shape(lambda net=net: net.init(KEY, *args, image_size=SIDE))
+        for net in (build(**everything), build(**everything, remat=True))
+    )
+    assert jax.tree.map(jnp.shape, names) == jax.tree.map(jnp.shape, remat_names)
+
+
+def test_dropout_acts_unless_deterministic():
+    x, emb = jnp.asarray(normal(1, 4, 4, 8)), jnp.asarray(normal(1, 4))
+    still, wild = ResBlock(8), ResBlock(8, dropout=0.5)
+    params = random_params(still, x, emb, True)
+    out = still.apply({"params": params}, x, emb, True)
+    np.testing.assert_array_equal(out, wild.apply({"params": params}, x, emb, True))
+    dropped = wild.apply({"params": params}, x, emb, False, rngs={"dropout": KEY})
+    assert np.abs(dropped - out).max() > 1e-2
 
 
 def test_bfloat16_keeps_float32_parameters_and_outputs(small):
-    build, args, params = small
+    args, params = small
 
     def apply(net):
         return jax.jit(lambda params: net.apply({"params": params}, *args, image_size=SIDE))(params)
@@ -253,9 +266,11 @@ def test_bfloat16_keeps_float32_parameters_and_outputs(small):
 
 def test_image_size_and_not_the_input_says_where_attention_is(small):
     """So that a network can be run at another size than it was trained at."""
-    build, args, params = small
+    args, _ = small
+    net = build(channel_mult=(1, 2), attention_resolutions=(4,))
+    shapes = jax.eval_shape(lambda: net.init(KEY, *args, image_size=SIDE))
     large = [jnp.zeros((1, 2 * SIDE, SIDE, 3)), *(x[:1] for x in args[1:])]
-    out = jax.eval_shape(lambda p: build().apply({"params": p}, *large, image_size=SIDE), params)
+    out = jax.eval_shape(lambda variables: net.apply(variables, *large, image_size=SIDE), shapes)
     assert out.shape == (1, 2 * SIDE, SIDE, 6)
 
 
@@ -268,7 +283,6 @@ def test_additive_blocks_have_half_the_projection():
         assert shapes["emb_proj"]["kernel"].shape == (4, width)
 
 
-def test_sides_that_cannot_be_halved_are_refused(small):
-    build, args, params = small
+def test_sides_that_cannot_be_halved_are_refused():
     with pytest.raises(ValueError, match="2 levels needs sides that are multiples of 2, got"):
-        build().apply({"params": params}, jnp.zeros((2, 5, 8, 3)), *args[1:], image_size=SIDE)
+        build(channel_mult=(1, 2)).init(KEY, jnp.zeros((2, 5, 8, 3)), jnp.zeros((2, 4)), image_size=SIDE)

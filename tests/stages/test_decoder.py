@@ -33,8 +33,9 @@ def build(**changes):
 
 
 def build_flat(**changes):
-    """A decoder of one level, which compiles faster: for what is outside the network."""
-    return build(**dict(channel_mult=(1,), attention_resolutions=(SIDE,)) | changes)
+    """A decoder of one level that attends in the middle alone, for what is outside the network: it compiles
+    faster."""
+    return build(**dict(channel_mult=(1,), attention_resolutions=(1,)) | changes)
 
 
 def batch_of(size, seed=0):
@@ -152,41 +153,24 @@ def test_ids_of_padding_do_not_matter(network):
 # --- the loss ---
 
 
-def evaluate(stage, params):
-    """batch -> evaluation loss."""
-    return jax.jit(lambda batch: stage.loss(params, CHEAP_KEY, batch, train=False)[0])
-
-
-@pytest.fixture(scope="module")
-def calm():
-    """(params, batch, evaluation loss) of a decoder that drops nothing in training either."""
-    stage, batch = build_flat(image_drop=0.0, text_drop=0.0), batch_of(4)
-    params = random_params(stage)
-    return params, batch, evaluate(stage, params)(batch)
-
-
-def test_conditions_and_units_are_dropped_in_training_only(calm):
-    params, batch, expected = calm
-    stage = build_flat(image_drop=0.999999, text_drop=0.999999, dropout=0.5)
-    training = jax.jit(lambda batch: stage.loss(params, CHEAP_KEY, batch)[0])
-    evaluation = evaluate(stage, params)
-    np.testing.assert_allclose(evaluation(batch), expected, rtol=1e-5)
-    assert evaluation(batch) == evaluation(batch) and training(batch) == training(batch)
-    for other in (other_images(batch), other_captions(batch)):
-        assert training(other) == training(batch)
-        assert abs(evaluation(other) - expected) > 1e-6
-
-
-def test_remat_and_bfloat16_keep_names_and_meaning(calm):
-    params, batch, expected = calm
-    stage = build_flat(remat=True, dtype="bfloat16")
-    shapes = jax.eval_shape(stage.init, KEY, batch)
+def test_remat_bfloat16_and_dropping_change_neither_names_nor_evaluation():
+    plain, batch = build_flat(), batch_of(4)
+    other = build_flat(remat=True, dtype="bfloat16", dropout=0.9, image_drop=0.999999, text_drop=0.999999)
+    params = random_params(plain)
+    shapes = jax.eval_shape(other.init, KEY, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
         lambda x: (x.shape, x.dtype), params
     )
-    loss = evaluate(stage, params)(batch)
-    assert loss.dtype == jnp.float32
-    np.testing.assert_allclose(loss, expected, rtol=0.05)
+
+    def evaluate(stage):
+        return jax.jit(lambda batch: stage.loss(params, CHEAP_KEY, batch, train=False)[0])
+
+    evaluation, expected = evaluate(other), evaluate(plain)(batch)
+    assert evaluation(batch).dtype == jnp.float32
+    np.testing.assert_allclose(evaluation(batch), expected, rtol=0.03)
+    for changed in (other_images(batch), other_captions(batch)):
+        assert evaluation(changed) != evaluation(batch)
+    assert evaluation(batch) == evaluation(batch)
 
 
 @dataclasses.dataclass
@@ -293,7 +277,6 @@ def test_eight_pictures_are_learned():
     """Squares of one colour on another at 4 x 4, from their embeddings; then each is drawn from its own."""
     stage = build_flat(
         image_size=4,
-        attention_resolutions=(4,),
         channels=16,
         text=None,
         objective="v",
