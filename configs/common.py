@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
             eps=1e-8,
             weight_decay=0.0,
             grad_clip=1.0,
+            muon_learning_rate=0.0,
         )
     )
     config.batch_size = 0  # global, in examples

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with decoupled weight decay, a learning-rate schedule, clipping of the gradient.
+"""The optimizer: AdamW with decoupled weight decay, or Muon for kernels; schedule and clipping of the gradient.
 
 One step (Loshchilov & Hutter, arXiv:1711.05101), with g the clipped gradient and n = 1, 2, ... its number:
 
@@ -6,13 +6,21 @@ One step (Loshchilov & Hutter, arXiv:1711.05101), with g the clipped gradient an
     u = (m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + eps)
     params = params - lr(n - 1) (u + weight_decay params)
 
+With `muon_learning_rate` the kernels inside networks (those that map hidden channels to hidden channels) take
+Muon's steps instead (Jordan et al. 2024, as in optax.contrib): the momentum, made orthogonal by Newton-Schulz
+iterations. A convolution counts as the matrix [height x width x in, out]. Small networks need about half the
+steps; the iterations cost as much as some ten passes over the parameters a step.
+
 Weight decay is left off gains, biases and temperatures, that is off every array of rank 0 and 1, as CLIP does
 (arXiv:2103.00020, section 2.5). Moments are float32 whatever the gradients are.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -65,6 +73,16 @@ def decay_mask(params) -> object:
     return jax.tree.map(lambda p: len(p.shape) >= 2, params)
 
 
+def is_hidden_kernel(path, p) -> bool:
+    """Whether Muon may step an array: kernels, but those between a network and its input or output."""
+    name = "/".join(str(getattr(key, "key", key)) for key in path)
+    return len(p.shape) >= 2 and re.search(r"(^|/)(?!conv_in|conv_out)\w+/kernel$", name) is not None
+
+
+def _matrix_view(p) -> contrib.MuonDimensionNumbers:
+    return contrib.MuonDimensionNumbers(tuple(range(len(p.shape) - 1)), len(p.shape) - 1)
+
+
 def make_optimizer(
     *,
     learning_rate: float,
@@ -77,6 +95,7 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     grad_clip: float | None = None,
+    muon_learning_rate: float = 0.0,
 ) -> optax.GradientTransformation:
     """Returns the optax transformation of the module's docstring, with the learning rate of `make_schedule`.
 
@@ -88,6 +107,8 @@ def make_optimizer(
       beta1, beta2, eps: of Adam, each beta in [0, 1).
       weight_decay: decoupled, multiplied by the learning rate; only on arrays of rank 2 and more.
       grad_clip: largest global norm of the gradient; None or 0 for no clipping.
+      muon_learning_rate: peak for the arrays of `is_hidden_kernel`, on the same schedule (0.02 is usual, being
+        multiplied by sqrt(max(1, out / in)) and an orthogonal matrix); 0 for AdamW everywhere.
 
     Raises:
       ValueError: for a value outside its range; the message names the setting.
@@ -101,10 +122,29 @@ def make_optimizer(
         raise ValueError(f"optim.weight_decay={weight_decay} must be >= 0 (0 for none)")
     if grad_clip is not None and grad_clip < 0:
         raise ValueError(f"optim.grad_clip={grad_clip} must be >= 0 (0 or None for none)")
-    lr = make_schedule(learning_rate, num_steps, schedule, warmup_steps, final_fraction)
-    steps = [optax.clip_by_global_norm(grad_clip)] if grad_clip else []
-    steps.append(optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps, mu_dtype=jnp.float32))
+    if muon_learning_rate < 0:
+        raise ValueError(f"optim.muon_learning_rate={muon_learning_rate} must be >= 0 (0 for AdamW alone)")
+
+    def scheduled(peak):
+        return make_schedule(peak, num_steps, schedule, warmup_steps, final_fraction)
+
+    steps = [optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps, mu_dtype=jnp.float32)]
     if weight_decay:
         steps.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
-    steps.append(optax.scale_by_learning_rate(lr))
-    return optax.chain(*steps)
+    steps.append(optax.scale_by_learning_rate(scheduled(learning_rate)))
+    optimizer = optax.chain(*steps)
+    if muon_learning_rate:
+        muon = contrib.muon(
+            scheduled(muon_learning_rate),
+            weight_decay=weight_decay,
+            mu_dtype=jnp.float32,
+            muon_weight_dimension_numbers=lambda params: jax.tree.map(_matrix_view, params),
+        )
+
+        def labels(params):
+            return jax.tree_util.tree_map_with_path(
+                lambda path, p: "muon" if is_hidden_kernel(path, p) else "adam", params
+            )
+
+        optimizer = optax.partition({"muon": muon, "adam": optimizer}, labels)
+    return optax.chain(optax.clip_by_global_norm(grad_clip), optimizer) if grad_clip else optimizer

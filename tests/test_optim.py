@@ -60,6 +60,34 @@ def test_first_step_in_plain_numbers():
     )  # no gradient: decay alone
 
 
+def test_muon_steps_hidden_kernels_orthogonally_and_adam_the_rest():
+    shapes = {
+        "net": {
+            "conv_in": {"kernel": (3, 3, 3, 8), "bias": (8,)},
+            "conv1": {"kernel": (3, 3, 4, 8)},
+            "fc1": {"kernel": (6, 24)},
+            "embedding": (10, 6),
+        }
+    }
+    leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    draw = [jax.random.normal(key, shape) for key, shape in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(structure, draw)
+    grads = jax.tree.map(lambda p: p + 0.5, params)
+    settings = dict(learning_rate=0.1, num_steps=10, eps=1e-8)
+    adam = updated(optim.make_optimizer(**settings), params, grads)["net"]
+    muon = updated(optim.make_optimizer(**settings, muon_learning_rate=0.01), params, grads)["net"]
+    for got, kept, scale in (
+        (muon["conv1"]["kernel"], params["net"]["conv1"]["kernel"], 1.0),
+        (muon["fc1"]["kernel"], params["net"]["fc1"]["kernel"], 2.0),  # sqrt(24 / 6)
+    ):
+        step = np.asarray(got - kept).reshape(-1, got.shape[-1])
+        values = np.linalg.svd(step, compute_uv=False) / (0.01 * scale)
+        assert values.min() > 0.5 and values.max() < 1.3  # what five Newton-Schulz iterations promise
+    for name in ("conv_in", "embedding"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), muon[name], adam[name])
+
+
 def test_clipping_scales_the_gradient_to_the_limit():
     """Seen through a large eps, where the update is nearly g / eps: norm 5 clipped to 1 is a fifth of it."""
     params = {"kernel": jnp.zeros((1, 2))}
@@ -147,6 +175,7 @@ class TestSchedule:
         (dict(eps=0.0), "optim.eps"),
         (dict(weight_decay=-0.1), "optim.weight_decay"),
         (dict(grad_clip=-1.0), "optim.grad_clip"),
+        (dict(muon_learning_rate=-1.0), "optim.muon_learning_rate"),
     ],
 )
 def test_wrong_settings_are_named(wrong, message):

@@ -1,4 +1,4 @@
-"""The bundled model's prior: the quickstart's, trained for longer and on captions in English and Chinese.
+"""The bundled model's prior: the quickstart's, trained for longer.
 
 python -m dalle2_jax.train --config=configs/bundled/prior.py --workdir=DIR --config.clip=CLIP
 """
@@ -9,7 +9,6 @@ from configs.tiny import prior
 def get_config(preset: str = ""):
     """No presets."""
     config = prior.get_config(preset)
-    config.data.language = "any"
     config.checkpoint_every = 500
-    config.num_steps = 2500
+    config.num_steps = 2000
     return config

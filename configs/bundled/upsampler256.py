@@ -1,5 +1,4 @@
-"""The bundled model's upsampler256: the quickstart's, trained for longer and on captions in English and
-Chinese.
+"""The bundled model's upsampler256: the quickstart's, trained for longer.
 
 python -m dalle2_jax.train --config=configs/bundled/upsampler256.py --workdir=DIR
 """
@@ -10,7 +9,6 @@ from configs.tiny import upsampler256
 def get_config(preset: str = ""):
     """No presets."""
     config = upsampler256.get_config(preset)
-    config.data.language = "any"
     config.checkpoint_every = 500
     config.num_steps = 400
     return config

@@ -147,7 +147,10 @@ def _place(config: SceneConfig, stream: Stream, names, relations) -> tuple[Scene
         high = max(p[axis] + d / 2 for p, d in zip(xy, diameters, strict=True))
         if high - low > room:
             return None
-        shift.append(stream.uniform(config.margin - low, 1 - config.margin - high))
+        middle = 0.5 - (low + high) / 2
+        least = max(config.margin - low, middle - config.spread)
+        most = min(1 - config.margin - high, middle + config.spread)
+        shift.append(stream.uniform(least, most))
     objects = tuple(
         SceneObject(colour, shape, size.name, round(x + shift[0], 5), round(y + shift[1], 5), round(d, 5))
         for (colour, shape), size, (x, y), d in zip(names, drawn, xy, diameters, strict=True)

@@ -92,6 +92,8 @@ class SceneConfig:
       margin: least distance of an object's box from the picture's edge, fraction of the side.
       gap: least distance between two objects' boxes along the axis of their relation, fraction of the side.
       lean: largest offset across a relation's axis, as a fraction of the offset along it.
+      spread: largest distance of the objects' common box from the middle of the picture along an axis,
+        fraction of the side.
     """
 
     name: str
@@ -104,6 +106,7 @@ class SceneConfig:
     margin: float = 0.02
     gap: float = 0.06
     lean: float = 0.4
+    spread: float = 1.0
 
     def __post_init__(self):
         for field, choices in (
@@ -165,15 +168,17 @@ class Scene:
         )
 
 
-# Objects are large because the base picture of the smallest cascade has 16 x 16 pixels: a ring of diameter
-# 0.4 there still has a hole of three pixels.
+# Objects are large and near the middle because the base picture of the smallest cascade has 16 x 16 pixels (a
+# ring of diameter 0.4 there has a hole of three) and is learned in minutes.
 _QUICKSTART = SceneConfig(
     name="quickstart",
-    count_weights=(0.5, 0.5),
+    count_weights=(0.35, 0.65),
     colours=("red", "orange", "yellow", "green", "blue", "purple"),
     shapes=("circle", "square", "triangle", "star", "ring", "cross"),
     backgrounds=("white", "black", "grey"),
-    sizes=((SizeRange("large", 0.45, 0.65),), (SizeRange("large", 0.38, 0.44),)),
+    sizes=((SizeRange("large", 0.6, 0.7),), (SizeRange("large", 0.42, 0.45),)),
+    lean=0.1,
+    spread=0.05,
 )
 _FULL_SIZES = (
     SizeRange("small", 0.14, 0.18),
