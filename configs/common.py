@@ -16,6 +16,12 @@ def get_config() -> ConfigDict:
             eval_split="validation",
             language="en",  # en | zh | any
             flip=False,  # never where captions name sides
+            data_dir="",
+            image_field="",
+            caption_field="",
+            verify_sha256=False,
+            max_bad_fraction=1e-3,
+            num_workers=2,
         )
     )
     # With a path (folder or hub name) that tokenizer is used; without one, the frozen CLIP's, or a
@@ -25,6 +31,7 @@ def get_config() -> ConfigDict:
         dict(
             learning_rate=1.2e-4,
             schedule="constant",
+            final_fraction=0.0,
             warmup_steps=10_000,
             beta1=0.9,
             beta2=0.999,

@@ -75,7 +75,7 @@ def clip_square(image, size: int) -> np.ndarray:
     from dalle2_jax.data import transforms
 
     if isinstance(image, Image.Image):
-        image = transforms._to_rgb(ImageOps.exif_transpose(image))
+        image = transforms.to_rgb(ImageOps.exif_transpose(image))
     else:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:

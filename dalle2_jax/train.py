@@ -348,8 +348,8 @@ def run_steps(
         interrupted.restore()
         checkpointer.close()
         writer.close()
-    if interrupted.signal == signal.SIGINT and step < config["num_steps"]:
-        raise SystemExit(130)
+    if interrupted.signal is not None and step < config["num_steps"]:
+        raise SystemExit(128 + interrupted.signal)
 
 
 def main(argv):

@@ -93,7 +93,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_AS
     try:
         picture.load()
         turn = _TURNS.get(_orientation(picture)) if "exif" in picture.info else None
-        picture = _to_rgb(picture)
+        picture = to_rgb(picture)
         return picture if turn is None else picture.transpose(turn)
     except _DECODE_ERRORS as error:
         raise BadRecord("undecodable", str(error)) from None
@@ -107,7 +107,8 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any mode as RGB: the upper eight of 16 bits, transparency laid on white."""
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode.startswith("I") or picture.mode == "F":  # 16 bits a pixel: keep the upper eight
