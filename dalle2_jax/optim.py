@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with decoupled weight decay, or Muon for kernels; schedule and clipping of the gradient.
+"""The optimizer: AdamW with decoupled weight decay, Muon for kernels on request; schedules and clipping.
 
 One step (Loshchilov & Hutter, arXiv:1711.05101), with g the clipped gradient and n = 1, 2, ... its number:
 
@@ -107,8 +107,8 @@ def make_optimizer(
       beta1, beta2, eps: of Adam, each beta in [0, 1).
       weight_decay: decoupled, multiplied by the learning rate; only on arrays of rank 2 and more.
       grad_clip: largest global norm of the gradient; None or 0 for no clipping.
-      muon_learning_rate: peak for the arrays of `is_hidden_kernel`, on the same schedule (0.02 is usual, being
-        multiplied by sqrt(max(1, out / in)) and an orthogonal matrix); 0 for AdamW everywhere.
+      muon_learning_rate: peak for the arrays of `is_hidden_kernel`, on the same schedule; it multiplies
+        sqrt(max(1, out / in)) and an orthogonal matrix, so 0.02 is usual. 0 for AdamW everywhere.
 
     Raises:
       ValueError: for a value outside its range; the message names the setting.

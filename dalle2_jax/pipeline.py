@@ -161,25 +161,27 @@ class UnCLIP:
             )
         settings = {
             "prior": dict(
-                num_steps=own(prior_steps, prior.num_steps),
+                num_steps=own(prior_steps, prior.diffusion.num_steps),
                 guidance_scale=float(own(prior_guidance_scale, prior.guidance_scale)),
                 num_candidates=prior.num_candidates,
-                method=prior.method,
-                eta=prior.eta,
+                method=prior.diffusion.method,
+                eta=prior.diffusion.eta,
             ),
             "decoder": dict(
-                num_steps=own(decoder_steps, decoder.num_steps),
+                num_steps=own(decoder_steps, decoder.diffusion.num_steps),
                 guidance_scale=float(own(guidance_scale, decoder.guidance_scale)),
-                method=method or decoder.method,
-                eta=own(eta, decoder.eta),
+                method=method or decoder.diffusion.method,
+                eta=own(eta, decoder.diffusion.eta),
             ),
         }
-        check_method(method or decoder.method, eta)
+        check_method(method or decoder.diffusion.method, eta)
         for name, steps in zip(upsamplers, upsampler_steps or [None] * len(upsamplers), strict=True):
-            stage = cascade.stage(name)
-            settings[name] = dict(num_steps=own(steps, stage.num_steps), method=stage.method, eta=stage.eta)
+            own_settings = cascade.stage(name).diffusion
+            settings[name] = dict(
+                num_steps=own(steps, own_settings.num_steps), method=own_settings.method, eta=own_settings.eta
+            )
         for name, values in settings.items():
-            most = cascade.stage(name).schedule.num_timesteps
+            most = cascade.stage(name).diffusion.schedule.num_timesteps
             if not 1 <= values["num_steps"] <= most:
                 raise ValueError(f"{name}: {values['num_steps']} steps are not possible; give 1 .. {most}")
             scale = values.get("guidance_scale", 1)

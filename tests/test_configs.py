@@ -171,12 +171,12 @@ def in_the_papers_words(config: dict) -> dict[str, object]:
     image_size, crop_size = model.get("image_size"), model.get("crop_size")
     variance = None
     if config["stage"] != "prior":
-        learned = stage.method == "ddpm" and stage.learned_variance
-        variance = "learned" if learned else stage.method
+        learned = stage.diffusion.method == "ddpm" and stage.diffusion.learned_variance
+        variance = "learned" if learned else stage.diffusion.method
     return {
-        "Diffusion steps": stage.schedule.num_timesteps,
+        "Diffusion steps": stage.diffusion.schedule.num_timesteps,
         "Noise schedule": model["schedule"],
-        "Sampling steps": stage.num_steps,
+        "Sampling steps": stage.diffusion.num_steps,
         "Sampling variance method": variance,
         "Crop fraction": crop_size and crop_size / image_size,
         "Channels": model.get("channels"),

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.diffusion import process, sampling, schedules
+from dalle2_jax.diffusion import gaussian, schedules
 from dalle2_jax.nets.unet import DecoderNet
 from dalle2_jax.stages import check_settings
 
@@ -21,19 +21,12 @@ class Decoder:
     """A decoder's network, noise process and sampling defaults; parameters are passed to every call."""
 
     net: DecoderNet
-    schedule: schedules.Schedule
+    diffusion: gaussian.GaussianDiffusion
     image_size: int
     embed_dim: int
     context_length: int | None
     image_drop: float
     text_drop: float
-    objective: str
-    learned_variance: bool
-    weighting: str
-    num_steps: int
-    spacing: str
-    method: str
-    eta: float
     guidance_scale: float
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -60,35 +53,25 @@ class Decoder:
         """Mean loss over the batch and its scalars. `train=False` keeps conditions and units (no dropping,
         no dropout)."""
         size = batch["image"].shape[0]
-        t_key, noise_key, image_key, text_key, dropout_key = jax.random.split(key, 5)
-        t = process.draw_timesteps(t_key, size, self.schedule.num_timesteps, train=train)
-        noise = jax.random.normal(noise_key, batch["image"].shape)
-        x_t = process.q_sample(self.schedule, batch["image"], t, noise)
+        diffusion_key, image_key, text_key, dropout_key = jax.random.split(key, 4)
         drop_image = jax.random.bernoulli(image_key, self.image_drop, (size,)) & train
         drop_text = jax.random.bernoulli(text_key, self.text_drop, (size,)) & train
-        output = self.net.apply(
-            {"params": params},
-            x_t,
-            t,
-            batch["image_embed"],
-            drop_image,
-            batch.get("tokens"),
-            batch.get("token_mask"),
-            drop_text,
-            deterministic=not train,
-            rngs={"dropout": dropout_key},
-        )
-        losses, metrics = process.training_loss(
-            self.schedule,
-            output,
-            batch["image"],
-            x_t,
-            t,
-            noise,
-            objective=self.objective,
-            learned_variance=self.learned_variance,
-            weighting=self.weighting,
-        )
+
+        def network(x_t, t):
+            return self.net.apply(
+                {"params": params},
+                x_t,
+                t,
+                batch["image_embed"],
+                drop_image,
+                batch.get("tokens"),
+                batch.get("token_mask"),
+                drop_text,
+                deterministic=not train,
+                rngs={"dropout": dropout_key},
+            )
+
+        losses, metrics, _ = self.diffusion.loss(diffusion_key, network, batch["image"], train=train)
         return losses.mean(), {name: value.mean() for name, value in metrics.items()}
 
     def sample(
@@ -108,9 +91,8 @@ class Decoder:
         A guidance scale given as the Python number 1 saves the unconditional half of the work; an array is
         traced.
         """
-        num_steps = num_steps or self.num_steps
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        guided = not (isinstance(scale, int | float) and scale == 1)
+        guided = gaussian.is_guided(scale)
         size = batch["image_embed"].shape[0]
         side = image_size or self.image_size
 
@@ -119,40 +101,15 @@ class Decoder:
             text = (batch.get("tokens"), batch.get("token_mask"), drop)
             return self.net.apply({"params": params}, batch["image_embed"], drop, *text, method="condition")
 
-        conditions = condition(False)
-        if guided:
-            # One batch of both halves, kept side by side so that sharding over the batch splits the pairs
-            # evenly.
-            conditions = jax.tree.map(
-                lambda c, n: jnp.stack([c, n], 1).reshape(-1, *c.shape[1:]), conditions, condition(True)
-            )
-
-        def denoise(x_t, t):
-            if guided:
-                x_t, t = jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2)
-            output = self.net.apply({"params": params}, x_t, t, conditions, method="denoise")
-            prediction = process.to_prediction(
-                self.schedule, output, x_t, t, self.objective, self.learned_variance
-            )
-            if not guided:
-                return prediction
-            cond, null = (
-                jax.tree.map(lambda y: y[0::2], prediction),
-                jax.tree.map(lambda y: y[1::2], prediction),
-            )
-            return sampling.guide(cond, null, scale)
-
-        x_T = sampling.init_noise(keys, (side, side, 3))
-        timesteps = schedules.space_timesteps(num_steps, self.schedule.num_timesteps, self.spacing)
-        x0 = sampling.sample(
-            sampling.clip_x0(denoise, self.schedule),
-            self.schedule,
-            x_T,
+        conditions = gaussian.interleave(condition(False), condition(True)) if guided else condition(False)
+        x0 = self.diffusion.sample(
+            lambda x_t, t: self.net.apply({"params": params}, x_t, t, conditions, method="denoise"),
             keys,
-            timesteps=timesteps,
-            method=method or self.method,
-            eta=self.eta if eta is None else eta,
-            variance="learned" if self.learned_variance else "fixed_small",
+            (side, side, 3),
+            guidance_scale=scale if guided else None,
+            num_steps=num_steps,
+            method=method,
+            eta=eta,
         )
         return jnp.clip(x0, -1.0, 1.0)
 
@@ -220,18 +177,20 @@ def build(
             num_image_tokens=num_image_tokens,
             dtype=jnp.dtype(dtype),
         ),
-        schedule=schedules.make_schedule(schedule, num_timesteps),
+        diffusion=gaussian.GaussianDiffusion(
+            schedule=schedules.make_schedule(schedule, num_timesteps),
+            objective=objective,
+            learned_variance=learned_variance,
+            weighting=weighting,
+            num_steps=num_steps,
+            spacing=spacing,
+            method=method,
+            eta=eta,
+        ),
         image_size=image_size,
         embed_dim=embed_dim,
         context_length=text["context_length"] if text else None,
         image_drop=image_drop,
         text_drop=text_drop,
-        objective=objective,
-        learned_variance=learned_variance,
-        weighting=weighting,
-        num_steps=num_steps,
-        spacing=spacing,
-        method=method,
-        eta=eta,
         guidance_scale=guidance_scale,
     )

@@ -19,7 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.diffusion import process, sampling, schedules
+from dalle2_jax.diffusion import gaussian, schedules
 from dalle2_jax.nets.transformer import PriorTransformer
 from dalle2_jax.stages import check_settings
 from dalle2_jax.stages.clip import unit_norm
@@ -77,20 +77,14 @@ class Prior:
     """
 
     net: PriorTransformer
-    schedule: schedules.Schedule
+    diffusion: gaussian.GaussianDiffusion
     embed_scale: EmbedScale
     embed_dim: int
     context_length: int
     states_width: int
     text_drop: float
-    weighting: str
-    num_steps: int
-    spacing: str
-    method: str
-    eta: float
     num_candidates: int
     guidance_scale: float
-    clip_range: float | None
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without `image_embed`."""
@@ -143,25 +137,14 @@ class Prior:
     ) -> tuple[jax.Array, dict]:
         """Mean loss over the batch and its scalars; `train=False` drops no text."""
         size = batch["image_embed"].shape[0]
-        t_key, noise_key, drop_key = jax.random.split(key, 3)
-        t = process.draw_timesteps(t_key, size, self.schedule.num_timesteps, train=train)
+        diffusion_key, drop_key = jax.random.split(key)
         z = self.embed_scale.transform(params, batch["image_embed"])
-        noise = jax.random.normal(noise_key, z.shape)
-        x_t = process.q_sample(self.schedule, z, t, noise)
         drop = jax.random.bernoulli(drop_key, self.text_drop, (size,)) & train
-        output = self.net.apply({"params": params["net"]}, x_t, t, *self._text(batch), drop)
-        losses, metrics = process.training_loss(
-            self.schedule,
-            output,
-            z,
-            x_t,
-            t,
-            noise,
-            objective="x0",
-            learned_variance=False,
-            weighting=self.weighting,
-            data="latents",
-        )
+
+        def network(x_t, t):
+            return self.net.apply({"params": params["net"]}, x_t, t, *self._text(batch), drop)
+
+        losses, metrics, output = self.diffusion.loss(diffusion_key, network, z, train=train)
         predicted = unit_norm(self.embed_scale.inverse(params, output))
         cosine = (predicted * unit_norm(batch["image_embed"])).sum(axis=-1)
         metrics = metrics | {"loss": losses, "cosine": cosine}
@@ -188,7 +171,7 @@ class Prior:
         """
         num_candidates = self.num_candidates if num_candidates is None else num_candidates
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        guided = not (isinstance(scale, int | float) and scale == 1)
+        guided = gaussian.is_guided(scale)
         size = batch["text_embed"].shape[0]
 
         # Candidates of a caption are neighbours, and so are the conditional and the null half of a candidate:
@@ -200,31 +183,16 @@ class Prior:
         text = [jnp.repeat(x, num_candidates * len(halves), axis=0) for x in self._text(batch)]
         drop = jnp.tile(halves, size * num_candidates)
 
-        def denoise(x_t, t):
-            if guided:
-                x_t, t = jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2)
-            output = self.net.apply({"params": params["net"]}, x_t, t, *text, drop)
-            prediction = process.to_prediction(self.schedule, output, x_t, t, "x0", False)
-            if not guided:
-                return prediction
-            cond = jax.tree.map(lambda y: y[0::2], prediction)
-            null = jax.tree.map(lambda y: y[1::2], prediction)
-            return sampling.guide(cond, null, jnp.repeat(scale, num_candidates) if jnp.ndim(scale) else scale)
-
-        # Embeddings are not bounded by 1: nothing is clipped unless the weights come with a range.
-        if self.clip_range is not None:
-            denoise = sampling.clip_x0(denoise, self.schedule, self.clip_range)
-        z = sampling.sample(
-            denoise,
-            self.schedule,
-            sampling.init_noise(keys, (self.embed_dim,)),
+        z = self.diffusion.sample(
+            lambda x_t, t: self.net.apply({"params": params["net"]}, x_t, t, *text, drop),
             keys,
-            timesteps=schedules.space_timesteps(
-                num_steps or self.num_steps, self.schedule.num_timesteps, self.spacing
-            ),
-            method=method or self.method,
-            eta=self.eta if eta is None else eta,
-            variance="fixed_small",
+            (self.embed_dim,),
+            guidance_scale=(jnp.repeat(scale, num_candidates) if jnp.ndim(scale) else scale)
+            if guided
+            else None,
+            num_steps=num_steps,
+            method=method,
+            eta=eta,
         )
         candidates = self.embed_scale.inverse(params, z).reshape(size, num_candidates, self.embed_dim)
         cosine = (unit_norm(candidates) * unit_norm(batch["text_embed"])[:, None]).sum(axis=-1)
@@ -288,18 +256,24 @@ def build(
         raise ValueError(f"text_drop must be in [0, 1), got {text_drop}")
     return Prior(
         net=PriorTransformer(embed_dim=embed_dim, **text, remat=remat, dtype=jnp.dtype(dtype)),
-        schedule=schedules.make_schedule(schedule, num_timesteps),
+        # Embeddings are not bounded by 1: nothing is clipped unless the weights come with a range.
+        diffusion=gaussian.GaussianDiffusion(
+            schedule=schedules.make_schedule(schedule, num_timesteps),
+            objective="x0",
+            learned_variance=False,
+            weighting=weighting,
+            num_steps=num_steps,
+            spacing=spacing,
+            method=method,
+            eta=eta,
+            limit=clip_range,
+            data="latents",
+        ),
         embed_scale=EmbedScale(embed_scale["mode"], embed_dim),
         embed_dim=embed_dim,
         context_length=text["context_length"],
         states_width=text.get("states_width", 0),
         text_drop=text_drop,
-        weighting=weighting,
-        num_steps=num_steps,
-        spacing=spacing,
-        method=method,
-        eta=eta,
         num_candidates=num_candidates,
         guidance_scale=guidance_scale,
-        clip_range=clip_range,
     )

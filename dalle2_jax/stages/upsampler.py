@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.diffusion import process, sampling, schedules
+from dalle2_jax.diffusion import gaussian, schedules
 from dalle2_jax.nets.unet import UpsamplerNet
 
 
@@ -20,18 +20,11 @@ class Upsampler:
     """An upsampler's network, noise process and sampling defaults; parameters are passed to every call."""
 
     net: UpsamplerNet
-    schedule: schedules.Schedule
+    diffusion: gaussian.GaussianDiffusion
     image_size: int
     low_res_size: int
     crop_size: int
     resize: str
-    objective: str
-    learned_variance: bool
-    weighting: str
-    num_steps: int
-    spacing: str
-    method: str
-    eta: float
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads `low_res` alone."""
@@ -59,31 +52,16 @@ class Upsampler:
     ) -> tuple[jax.Array, dict]:
         """Mean loss over the batch and its scalars; `image` is the window at `crop_yx` of the full-size
         picture."""
-        t_key, noise_key, dropout_key = jax.random.split(key, 3)
-        x0 = batch["image"]
-        t = process.draw_timesteps(t_key, x0.shape[0], self.schedule.num_timesteps, train=train)
-        noise = jax.random.normal(noise_key, x0.shape)
-        x_t = process.q_sample(self.schedule, x0, t, noise)
-        window = jax.vmap(lambda full, yx: jax.lax.dynamic_slice(full, (yx[0], yx[1], 0), x0.shape[1:]))
-        output = self.net.apply(
-            {"params": params},
-            x_t,
-            t,
-            window(self.enlarge(batch["low_res"]), batch["crop_yx"]),
-            deterministic=not train,
-            rngs={"dropout": dropout_key},
-        )
-        losses, metrics = process.training_loss(
-            self.schedule,
-            output,
-            x0,
-            x_t,
-            t,
-            noise,
-            objective=self.objective,
-            learned_variance=self.learned_variance,
-            weighting=self.weighting,
-        )
+        diffusion_key, dropout_key = jax.random.split(key)
+        size = batch["image"].shape[1:]
+        window = jax.vmap(lambda full, yx: jax.lax.dynamic_slice(full, (yx[0], yx[1], 0), size))
+        low_res_up = window(self.enlarge(batch["low_res"]), batch["crop_yx"])
+
+        def network(x_t, t):
+            rngs = {"dropout": dropout_key}
+            return self.net.apply({"params": params}, x_t, t, low_res_up, deterministic=not train, rngs=rngs)
+
+        losses, metrics, _ = self.diffusion.loss(diffusion_key, network, batch["image"], train=train)
         return losses.mean(), {name: value.mean() for name, value in metrics.items()}
 
     def sample(
@@ -101,23 +79,13 @@ class Upsampler:
         low_res = jnp.round((jnp.clip(batch["low_res"], -1, 1) + 1) * 127.5) / 127.5 - 1
         low_res_up = self.enlarge(low_res)
 
-        def denoise(x_t, t):
-            output = self.net.apply({"params": params}, x_t, t, low_res_up)
-            return process.to_prediction(self.schedule, output, x_t, t, self.objective, self.learned_variance)
-
-        num_steps = num_steps or self.num_steps
-        # A list of steps such as fast27 fixes their number; another number falls back to even spacing.
-        fits = num_steps == self.num_steps or self.spacing in ("uniform", "trailing")
-        spacing = self.spacing if fits else "uniform"
-        x0 = sampling.sample(
-            sampling.clip_x0(denoise, self.schedule),
-            self.schedule,
-            sampling.init_noise(keys, low_res_up.shape[1:]),
+        x0 = self.diffusion.sample(
+            lambda x_t, t: self.net.apply({"params": params}, x_t, t, low_res_up),
             keys,
-            timesteps=schedules.space_timesteps(num_steps, self.schedule.num_timesteps, spacing),
-            method=method or self.method,
-            eta=self.eta if eta is None else eta,
-            variance="learned" if self.learned_variance else "fixed_small",
+            low_res_up.shape[1:],
+            num_steps=num_steps,
+            method=method,
+            eta=eta,
         )
         return jnp.clip(x0, -1.0, 1.0)
 
@@ -171,16 +139,18 @@ def build(
     )
     return Upsampler(
         net=UpsamplerNet(unet=unet, image_size=image_size, dtype=jnp.dtype(dtype)),
-        schedule=schedules.make_schedule(schedule, num_timesteps),
+        diffusion=gaussian.GaussianDiffusion(
+            schedule=schedules.make_schedule(schedule, num_timesteps),
+            objective=objective,
+            learned_variance=learned_variance,
+            weighting=weighting,
+            num_steps=num_steps,
+            spacing=spacing,
+            method=method,
+            eta=eta,
+        ),
         image_size=image_size,
         low_res_size=low_res_size,
         crop_size=crop_size,
         resize=resize,
-        objective=objective,
-        learned_variance=learned_variance,
-        weighting=weighting,
-        num_steps=num_steps,
-        spacing=spacing,
-        method=method,
-        eta=eta,
     )

@@ -73,6 +73,10 @@ def test_geometry(config, split):
             assert ranges[thing.size].low - 1e-4 <= thing.diameter <= ranges[thing.size].high + 1e-4
             reach = thing.diameter / 2 + config.margin - 1e-4
             assert reach <= thing.x <= 1 - reach and reach <= thing.y <= 1 - reach
+        for places in zip(*((thing.x, thing.y) for thing in scene.objects), strict=True):
+            boxed = [(place, thing.diameter / 2) for place, thing in zip(places, scene.objects, strict=True)]
+            middle = (min(p - r for p, r in boxed) + max(p + r for p, r in boxed)) / 2
+            assert abs(middle - 0.5) <= config.spread + 1e-3
         for i, a in enumerate(scene.objects):
             for b in scene.objects[i + 1 :]:
                 apart = (a.diameter + b.diameter) / 2 + config.gap - 1e-3
