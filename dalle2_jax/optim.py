@@ -6,10 +6,9 @@ One step (Loshchilov & Hutter, arXiv:1711.05101), with g the clipped gradient an
     u = (m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + eps)
     params = params - lr(n - 1) (u + weight_decay params)
 
-With `muon_learning_rate` the kernels inside networks (those that map hidden channels to hidden channels) take
-Muon's steps instead (Jordan et al. 2024, as in optax.contrib): the momentum, made orthogonal by Newton-Schulz
-iterations. A convolution counts as the matrix [height x width x in, out]. Small networks need about half the
-steps; the iterations cost as much as some ten passes over the parameters a step.
+With `muon_learning_rate` the kernels of hidden layers take Muon's steps instead (Jordan et al. 2024, as in
+optax.contrib): the momentum, made orthogonal by Newton-Schulz iterations. A convolution counts as the matrix
+[height x width x in, out]. A small U-Net then needs about half the steps, each a quarter longer.
 
 Weight decay is left off gains, biases and temperatures, that is off every array of rank 0 and 1, as CLIP does
 (arXiv:2103.00020, section 2.5). Moments are float32 whatever the gradients are.
@@ -21,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
+
+from dalle2_jax import partition
 
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -79,8 +80,48 @@ def is_hidden_kernel(path, p) -> bool:
     return len(p.shape) >= 2 and re.search(r"(^|/)(?!conv_in|conv_out)\w+/kernel$", name) is not None
 
 
-def _matrix_view(p) -> contrib.MuonDimensionNumbers:
-    return contrib.MuonDimensionNumbers(tuple(range(len(p.shape) - 1)), len(p.shape) - 1)
+def _scale_by_muon() -> optax.GradientTransformation:
+    """Muon's direction for a tree of kernels, times sqrt(max(1, out / in)).
+
+    Kernels are looked at as matrices, and those of one shape are handled as one array [k, in, out]: fewer and
+    larger products, which are split over the devices where these outnumber one. Preconditioning by AOL saves
+    one of the five Newton-Schulz iterations (arXiv:2512.04632).
+    """
+
+    def stack(tree):
+        groups = {}
+        for leaf in jax.tree.leaves(tree):
+            matrix = leaf.reshape(-1, leaf.shape[-1])
+            groups.setdefault("{}x{}".format(*matrix.shape), []).append(matrix)
+        # Zeros, which stay zeros, fill up to a number that a few devices can share evenly.
+        return {
+            shape: {"kernel": jnp.pad(jnp.stack(group), ((0, len(group) % 2), (0, 0), (0, 0)))}
+            for shape, group in groups.items()
+        }
+
+    def unstack(groups, like):
+        taken = {shape: iter(group["kernel"]) for shape, group in groups.items()}
+        leaves, structure = jax.tree.flatten(like)
+        matrices = [f"{x.size // x.shape[-1]}x{x.shape[-1]}" for x in leaves]
+        matrices = [next(taken[shape]) for shape in matrices]
+        return structure.unflatten([m.reshape(x.shape) for m, x in zip(matrices, leaves, strict=True)])
+
+    views = contrib.MuonDimensionNumbers((1,), (2,))
+    inner = contrib.scale_by_muon(
+        ns_steps=4,
+        preconditioning="aol",
+        mu_dtype=jnp.float32,
+        weight_dimension_numbers=lambda groups: {shape: {"kernel": views} for shape in groups},
+    )
+
+    def update(updates, state, params=None):
+        groups = jax.tree.map(partition.constrain, stack(updates))
+        groups, state = inner.update(groups, state)
+        directions = unstack(groups, updates)
+        gain = jax.tree.map(lambda x: max(1.0, x.shape[-1] / (x.size / x.shape[-1])) ** 0.5, updates)
+        return jax.tree.map(lambda x, c: c * x, directions, gain), state
+
+    return optax.GradientTransformation(lambda params: inner.init(stack(params)), update)
 
 
 def make_optimizer(
@@ -125,26 +166,21 @@ def make_optimizer(
     if muon_learning_rate < 0:
         raise ValueError(f"optim.muon_learning_rate={muon_learning_rate} must be >= 0 (0 for AdamW alone)")
 
-    def scheduled(peak):
-        return make_schedule(peak, num_steps, schedule, warmup_steps, final_fraction)
+    def chain(direction, peak):
+        """Direction, weight decay, learning rate."""
+        decay = [optax.add_decayed_weights(weight_decay, mask=decay_mask)] if weight_decay else []
+        rate = make_schedule(peak, num_steps, schedule, warmup_steps, final_fraction)
+        return optax.chain(direction, *decay, optax.scale_by_learning_rate(rate))
 
-    steps = [optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps, mu_dtype=jnp.float32)]
-    if weight_decay:
-        steps.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
-    steps.append(optax.scale_by_learning_rate(scheduled(learning_rate)))
-    optimizer = optax.chain(*steps)
+    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps, mu_dtype=jnp.float32)
+    optimizer = chain(adam, learning_rate)
     if muon_learning_rate:
-        muon = contrib.muon(
-            scheduled(muon_learning_rate),
-            weight_decay=weight_decay,
-            mu_dtype=jnp.float32,
-            muon_weight_dimension_numbers=lambda params: jax.tree.map(_matrix_view, params),
-        )
 
         def labels(params):
             return jax.tree_util.tree_map_with_path(
                 lambda path, p: "muon" if is_hidden_kernel(path, p) else "adam", params
             )
 
+        muon = chain(_scale_by_muon(), muon_learning_rate)
         optimizer = optax.partition({"muon": muon, "adam": optimizer}, labels)
     return optax.chain(optax.clip_by_global_norm(grad_clip), optimizer) if grad_clip else optimizer

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from dalle2_jax import optim
+from dalle2_jax import optim, partition
 
 SETTINGS = dict(learning_rate=0.1, num_steps=100, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5)
 
@@ -86,6 +86,20 @@ def test_muon_steps_hidden_kernels_orthogonally_and_adam_the_rest():
         assert values.min() > 0.5 and values.max() < 1.3  # what five Newton-Schulz iterations promise
     for name in ("conv_in", "embedding"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), muon[name], adam[name])
+
+
+def test_muon_is_the_same_with_kernels_shared_over_devices():
+    key = jax.random.key(1)
+    params = {f"block_{i}": {"kernel": jax.random.normal(key, (2, 3, 8)) * (i + 1)} for i in range(3)}
+    optimizer = optim.make_optimizer(**SETTINGS | dict(weight_decay=0.0), muon_learning_rate=0.01)
+    alone = updated(optimizer, params, params, steps=2)
+    with partition.use_mesh(partition.make_mesh(2, devices=jax.devices()[:2])):
+        shared = jax.jit(lambda params: updated(optimizer, params, params, steps=2))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone, shared)
+    state = jax.eval_shape(optimizer.init, params)
+    assert partition.shardings(state, partition.make_mesh(1, fsdp=8))  # every array has a rule
+    state = jax.eval_shape(optimizer.init, params)
+    assert partition.shardings(state, partition.make_mesh(fsdp=8, data=1))  # every array has a rule
 
 
 def test_clipping_scales_the_gradient_to_the_limit():

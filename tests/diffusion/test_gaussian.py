@@ -1,0 +1,87 @@
+"""The diffusion of a stage: guidance by interleaved halves, the clip, and what the loss measures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax.diffusion import gaussian, schedules
+
+SHAPE = (4, 4, 3)
+
+
+def diffusion(**changes):
+    settings = dict(
+        schedule=schedules.make_schedule("cosine", 50),
+        objective="x0",
+        learned_variance=False,
+        weighting="uniform",
+        num_steps=5,
+        spacing="uniform",
+        method="ddim",
+        eta=0.0,
+    )
+    return gaussian.GaussianDiffusion(**settings | changes)
+
+
+def two_minds(conditional, unconditional, seen=None):
+    """A network that predicts x0 as one constant in even rows and another in odd ones."""
+
+    def network(x_t, t):
+        if seen is not None:
+            seen.append(x_t.shape[0])
+        value = jnp.where(jnp.arange(x_t.shape[0]) % 2 == 0, conditional, unconditional)
+        return jnp.broadcast_to(value[:, None, None, None], x_t.shape)
+
+    return network
+
+
+def keys(n):
+    return jax.random.split(jax.random.key(0), n)
+
+
+@pytest.mark.parametrize("scale, expected", [(1.0, 0.2), (3.0, 0.4), (20.0, 1.0)])
+def test_guidance_goes_from_odd_rows_beyond_even_rows_and_is_clipped(scale, expected):
+    seen = []
+    x0 = diffusion().sample(two_minds(0.2, 0.1, seen), keys(3), SHAPE, guidance_scale=scale)
+    assert x0.shape == (3, *SHAPE) and set(seen) == {6}
+    np.testing.assert_allclose(x0, expected, atol=1e-5)
+
+
+def test_scale_may_differ_by_example_and_limits_may_be_absent():
+    scale = jnp.array([1.0, 20.0])
+    x0 = diffusion(limit=None).sample(two_minds(0.2, 0.1), keys(2), SHAPE, guidance_scale=scale)
+    np.testing.assert_allclose(x0[:, 0, 0, 0], [0.2, 2.1], atol=1e-5)
+
+
+def test_without_guidance_the_network_sees_each_example_once():
+    seen = []
+    x0 = diffusion().sample(two_minds(0.2, 0.1, seen), keys(2), SHAPE)
+    assert set(seen) == {2}
+    np.testing.assert_allclose(x0[:, 0, 0, 0], [0.2, 0.1], atol=1e-5)
+
+
+def test_halves_are_neighbours():
+    both = gaussian.interleave((jnp.arange(3), jnp.ones((3, 2))), (jnp.arange(3) + 10, jnp.zeros((3, 2))))
+    np.testing.assert_array_equal(both[0], [0, 10, 1, 11, 2, 12])
+    np.testing.assert_array_equal(both[1][:, 0], [1, 0, 1, 0, 1, 0])
+
+
+def test_only_the_number_one_needs_no_unconditional_half():
+    assert not gaussian.is_guided(1) and not gaussian.is_guided(1.0)
+    assert gaussian.is_guided(0.5) and gaussian.is_guided(jnp.float32(1.0))
+
+
+def test_the_loss_is_the_error_of_the_objective():
+    x0 = jnp.full((4, *SHAPE), 0.5)
+    losses, metrics, output = diffusion().loss(jax.random.key(0), two_minds(0.2, 0.4), x0, train=False)
+    np.testing.assert_allclose(losses, [0.09, 0.01, 0.09, 0.01], atol=1e-6)
+    np.testing.assert_array_equal(metrics["mse"], losses)
+    assert output.shape == x0.shape
+
+
+def test_a_list_of_steps_gives_way_to_another_number():
+    steps = diffusion(schedule=schedules.make_schedule("cosine", 1000), spacing="fast27", num_steps=27)
+    for num_steps in (None, 4):
+        x0 = steps.sample(two_minds(0.2, 0.1), keys(1), SHAPE, num_steps=num_steps)
+        np.testing.assert_allclose(x0, 0.2, atol=1e-5)
