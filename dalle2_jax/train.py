@@ -217,6 +217,8 @@ def train(config: dict, workdir: str) -> None:
         tokenizer = make_tokenizer(config, workdir, config["clip"])
         check_vocabulary(config, tokenizer)
     dataset, eval_dataset = make_datasets(config, stage, clip, fields, tokenizer)
+    if dataset.fingerprint == eval_dataset.fingerprint:
+        logging.warning("validation reads the very records that training reads: see data.eval_split")
     frozen = jax.device_put(frozen, partition.replicated(mesh))
 
     # Parameters are born sharded: shapes, then shardings, then a jitted init that writes straight into them.
