@@ -4,7 +4,8 @@ python -m dalle2_jax.train --config=configs/tiny/decoder.py --workdir=DIR --conf
 
 At this size a network that predicts v learns the background, which eps leaves to the first, noisiest steps;
 the paper's learned variance matters to samplers of many steps and is left out here. Muon needs about half
-the steps of AdamW. Both conditions are dropped often enough that guidance has an unconditional network to lean on.
+the steps of AdamW. Both conditions are dropped often enough that guidance has an unconditional network to
+lean on.
 """
 
 from configs.tiny import common
