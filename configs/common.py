@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
             verify_sha256=False,
             max_bad_fraction=1e-3,
             num_workers=2,
+            group=1,
         )
     )
     # With a path (folder or hub name) that tokenizer is used; without one, the frozen CLIP's, or a

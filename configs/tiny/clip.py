@@ -20,5 +20,6 @@ def get_config(preset: str = ""):
         text=common.TEXT,
     )
     config.optim.update(beta2=0.98, weight_decay=0.05)
+    config.data.group = 2  # a scene and its twin, which tells the same of the other object
     config.ema_decay = 0.99
     return config

@@ -37,6 +37,7 @@ class Dataset:
     tokenizer: object
     seed: int
     num_workers: int
+    group: int
     _bad: Budget
 
     @property
@@ -100,6 +101,7 @@ class Dataset:
             shuffle=shuffle,
             chunk=max(1, min(_CHUNK, _CHUNK_PIXELS // side**2)),
             num_workers=max(1, self.num_workers),
+            group=self.group,
         )
 
     def _signature(self) -> dict[str, tuple[object, tuple]]:
@@ -254,6 +256,7 @@ def iterate_captions(
     verify_sha256: bool = False,
     max_bad_fraction: float = 1e-3,
     num_workers: int = 2,
+    group: int = 1,
     random_crop: bool = False,
     low_res_blur_sigma: float = 0.6,
 ) -> Iterator[str]:
@@ -302,6 +305,7 @@ def make_dataset(
     seed: int = 0,
     max_bad_fraction: float = 1e-3,
     num_workers: int = 2,
+    group: int = 1,
     data_dir: str = "",
     image_field: str = "",
     caption_field: str = "",
@@ -320,11 +324,14 @@ def make_dataset(
         tokenizer: needed for tokens and token_mask.
         max_bad_fraction: share of unusable records above which the run stops; 0 stops at the first.
         num_workers: threads that read.
+        group: so many successive records stay together in the shuffled order; see `stream`.
 
     Raises:
         ValueError: a setting is unknown, missing or impossible; the message says what to change.
         TooManyBadRecords: indexing alone lost more than the budget.
     """
+    if group < 1:
+        raise ValueError(f"data.group={group} must be at least 1, which keeps no records together")
     for field in fields:
         if field not in FIELDS:
             raise ValueError(f"field {field!r} is unknown" + sources.did_you_mean(field, FIELDS))
@@ -382,4 +389,6 @@ def make_dataset(
         flip=flip,
     )
     bad = Budget(len(opened), max_bad_fraction, opened.refused)
-    return Dataset(opened, tuple(fields), views, image_size, language, tokenizer, seed, num_workers, bad)
+    return Dataset(
+        opened, tuple(fields), views, image_size, language, tokenizer, seed, num_workers, group, bad
+    )

@@ -19,6 +19,7 @@ contain either; every scene of `test_pairs` has a held-out pair (and no held-out
 `scenes_captions`.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -190,6 +191,18 @@ def _has_held_out_triple(objects) -> bool:
     )
 
 
+def exchanged(scene: Scene) -> Scene | None:
+    """The scene with colour and shape of its two objects exchanged; None for another number of objects."""
+    if len(scene.objects) != 2:
+        return None
+    a, b = scene.objects
+    objects = (
+        dataclasses.replace(a, colour=b.colour, shape=b.shape),
+        dataclasses.replace(b, colour=a.colour, shape=a.shape),
+    )
+    return dataclasses.replace(scene, objects=objects)
+
+
 def sample_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> Scene:
     """Scene number `index` of a split: a pure function of its arguments.
 
@@ -200,6 +213,10 @@ def sample_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> 
       ValueError: `split` is not one of `SPLITS`, or nothing in `config` satisfies it.
     """
     check_choice(split, SPLITS, "split of scenes")
+    if config.twins and split == "train" and index % 2:
+        twin = exchanged(sample_scene(config, split, index - 1, seed))
+        if twin is not None and not _has_held_out_triple(twin.objects):
+            return twin
     if split == "test_relations" and config.max_objects < 2:
         raise ValueError(
             f"split 'test_relations' needs scenes of two objects; config {config.name!r} has one"

@@ -94,6 +94,9 @@ class SceneConfig:
       lean: largest offset across a relation's axis, as a fraction of the offset along it.
       spread: largest distance of the objects' common box from the middle of the picture along an axis,
         fraction of the side.
+      twins: whether every second scene of `train` is, where it can be, the one before it with the names of
+        its two objects exchanged: a hard negative, without which a contrastive model does not learn which
+        object is which.
     """
 
     name: str
@@ -107,6 +110,7 @@ class SceneConfig:
     gap: float = 0.06
     lean: float = 0.4
     spread: float = 1.0
+    twins: bool = False
 
     def __post_init__(self):
         for field, choices in (
@@ -172,13 +176,14 @@ class Scene:
 # ring of diameter 0.4 there has a hole of three) and is learned in minutes.
 _QUICKSTART = SceneConfig(
     name="quickstart",
-    count_weights=(0.35, 0.65),
+    count_weights=(0.5, 0.5),  # twins make it more pairs
     colours=("red", "orange", "yellow", "green", "blue", "purple"),
     shapes=("circle", "square", "triangle", "star", "ring", "cross"),
     backgrounds=("white", "black", "grey"),
     sizes=((SizeRange("large", 0.6, 0.7),), (SizeRange("large", 0.42, 0.45),)),
     lean=0.1,
     spread=0.05,
+    twins=True,
 )
 _FULL_SIZES = (
     SizeRange("small", 0.14, 0.18),

@@ -4,9 +4,10 @@ The record at position p (p = step * batch_size + slot, counted over all epochs)
 
     epoch = p // N,    record = permutation_{seed, epoch}(p mod N),
 
-with TensorFlow's stateless index shuffle. There is no shuffle buffer to save, any step can be the first, and
-a host that reads slots [i b, (i + 1) b) of each batch sees its slice of the same global batch, whatever the
-number of hosts.
+with TensorFlow's stateless index shuffle. With `group` g > 1 it is groups of g successive records that are
+permuted, so that these meet in one batch; the N mod g records after the last whole group are left out.
+There is no shuffle buffer to save, any step can be the first, and a host that reads slots [i b, (i + 1) b) of
+each batch sees its slice of the same global batch, whatever the number of hosts.
 """
 
 import atexit
@@ -106,6 +107,7 @@ def batches(
     shuffle: bool,
     chunk: int,
     num_workers: int,
+    group: int = 1,
 ) -> Stream:
     """Stream the batches of `load` in the order of this module, read by `num_workers` threads.
 
@@ -113,10 +115,11 @@ def batches(
         load: (record numbers int64 [n], epochs int64 [n]) -> the fields, stacked; called from several
         threads. signature: {field: (dtype, shape of one record)} of what it returns; uint8 becomes float32
         in [-1, 1]. batch_size, start_step, process_index, process_count, repeat, shuffle: see
-        `pipeline.Dataset.batches`. chunk: at most so many records a call of `load`.
+        `pipeline.Dataset.batches`. chunk: at most so many records a call of `load`. group: see above.
     """
     tf = _tensorflow()
-    local, n = batch_size // process_count, num_records
+    group = min(group, num_records)
+    local, n = batch_size // process_count, num_records // group * group
     chunk = min(local, chunk)
     # Local element e is slot e % local of this host's part of step e // local.
     first = start_step * local
@@ -137,8 +140,8 @@ def batches(
             element = element[: tf.maximum(stop - first - chunk_number * chunk, 0)]
         position = element // local * batch_size + process_index * local + element % local
         epoch, index = position // n, position % n
-        if shuffle and n > 1:
-            index = _shuffle(tf, index, epoch, seed, n)
+        if shuffle and n > group:
+            index = _shuffle(tf, index // group, epoch, seed, n // group) * group + index % group
         return index, epoch
 
     @tf.autograph.experimental.do_not_convert

@@ -152,6 +152,21 @@ def test_one_pass_holds_every_record_once(shards):
     assert list(data.batches(5, start_step=9, repeat=False)) == []
 
 
+def test_a_group_stays_together_and_groups_are_shuffled(shards):
+    data = dataset(shards, ("tokens",), group=3)  # of 23 records, 21 are in whole groups
+    epochs = np.concatenate(ids(take(data.batches(21), 3))).reshape(3, 7, 3)
+    for groups in epochs:
+        np.testing.assert_array_equal(groups, groups[:, :1] + np.arange(3))
+        assert sorted(groups[:, 0]) == list(range(0, 21, 3))
+    assert len({tuple(groups[:, 0]) for groups in epochs}) == 3
+    hosts = [take(data.batches(14, process_index=i, process_count=2), 3) for i in range(2)]
+    whole = take(data.batches(14), 3)
+    for step, batch in enumerate(whole):
+        np.testing.assert_array_equal(np.concatenate([h[step]["index"] for h in hosts]), batch["index"])
+    with pytest.raises(ValueError, match="data.group=0"):
+        dataset(shards, ("tokens",), group=0)
+
+
 def test_tiny_datasets_and_large_batches(tmp_path):
     for count in (1, 2, 3):
         made.write_samples(tmp_path / "00000.tar", range(count))

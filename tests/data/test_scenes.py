@@ -91,6 +91,26 @@ def test_geometry(config, split):
             assert abs(across) <= config.lean * along + 1e-3
 
 
+def test_twins_tell_the_same_of_the_other_object():
+    config = scenes.preset("quickstart")
+    found = 0
+    for index in range(0, 200, 2):
+        scene, twin = (scenes.sample_scene(config, "train", index + i) for i in (0, 1))
+        if len(scene.objects) != 2 or twin.background != scene.background:
+            continue
+        if [thing.x for thing in twin.objects] != [thing.x for thing in scene.objects]:
+            continue  # the exchange would have made a held-out triple
+        found += 1
+        names = [[(thing.colour, thing.shape) for thing in s.objects] for s in (scene, twin)]
+        assert names[0] == names[1][::-1] and names[0] != names[1]
+        assert twin.relations == scene.relations and scenes.exchanged(twin) == scene
+    assert found > 30
+    assert scenes.exchanged(scenes.Scene(scene.objects[:1], (), "white")) is None
+    assert scenes.sample_scene(config, "validation", 1) != scenes.exchanged(
+        scenes.sample_scene(config, "validation", 0)
+    )
+
+
 # Splits
 
 
