@@ -10,5 +10,5 @@ def get_config(preset: str = ""):
     """No presets."""
     config = prior.get_config(preset)
     config.checkpoint_every = 500
-    config.num_steps = 2000
+    config.num_steps = 4000
     return config

@@ -19,5 +19,5 @@ def get_config(preset: str = ""):
         num_candidates=2,
         guidance_scale=1.0,
     )
-    config.optim.update(beta2=0.98, weight_decay=0.01)
+    config.optim.update(beta2=0.98, weight_decay=0.01, muon_learning_rate=0.02)
     return config
