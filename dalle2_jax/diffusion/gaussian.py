@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dalle2_jax.diffusion import process, sampling, schedules
 
@@ -17,7 +18,10 @@ class GaussianDiffusion:
     """What the diffusion stages have in common; see `schedules`, `process` and `sampling` for each setting.
 
     `num_steps`, `spacing`, `method` and `eta` are what `sample` does unless told. `limit` bounds |x0| in
-    sampling (None: no bound); `data` is 'pixels' or 'latents'.
+    sampling (None: no bound), and `threshold` in (0, 100] is the percentile of dynamic thresholding in its
+    place. `data` is 'pixels' or 'latents', `data_variance` that of an entry, which bounds method 'analytic'.
+    `loss_kind` is 'hybrid' (the weighted error, with a little of the bound where the variance is learned) or
+    'vlb' (the bound, its times drawn by importance).
     """
 
     schedule: schedules.Schedule
@@ -30,13 +34,42 @@ class GaussianDiffusion:
     eta: float
     limit: float | None = 1.0
     data: str = "pixels"
+    data_variance: float = 1.0
+    threshold: float | None = None
+    loss_kind: str = "hybrid"
+
+    def __post_init__(self):
+        if self.method not in sampling.METHODS:
+            raise ValueError(
+                f"method {self.method!r} is unknown: choose one of {', '.join(sampling.METHODS)}"
+            )
+        if self.loss_kind not in ("hybrid", "vlb"):
+            raise ValueError(f"loss {self.loss_kind!r} is unknown: choose 'hybrid' or 'vlb'")
+        if self.loss_kind == "vlb" and not self.learned_variance:
+            raise ValueError("loss 'vlb' is the bound of a learned variance: set learned_variance=True")
+        if self.threshold is not None and (self.limit is None or not 0 < self.threshold <= 100):
+            raise ValueError(f"threshold {self.threshold} must be a percentile in (0, 100], of pixels")
 
     def loss(
-        self, key: jax.Array, network: Network, x0: jax.Array, *, train: bool
+        self,
+        key: jax.Array,
+        network: Network,
+        x0: jax.Array,
+        *,
+        train: bool,
+        history: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-        """(loss [B], its parts [B], the network's output) at one time an example; see `draw_timesteps`."""
+        """(loss [B], its parts [B], the network's output) at one time an example; see `draw_timesteps`.
+
+        With a `history` (of 'vlb', in training) times are drawn by importance, and among the parts is
+        'observed': the times and values by which `process.observe` brings it up to date.
+        """
         t_key, noise_key = jax.random.split(key)
-        t = process.draw_timesteps(t_key, x0.shape[0], self.schedule.num_timesteps, train=train)
+        by_importance = train and history is not None
+        if by_importance:
+            t, weight = process.draw_by_importance(t_key, x0.shape[0], history)
+        else:
+            t = process.draw_timesteps(t_key, x0.shape[0], self.schedule.num_timesteps, train=train)
         noise = jax.random.normal(noise_key, x0.shape)
         x_t = process.q_sample(self.schedule, x0, t, noise)
         output = network(x_t, t)
@@ -50,8 +83,12 @@ class GaussianDiffusion:
             objective=self.objective,
             learned_variance=self.learned_variance,
             weighting=self.weighting,
+            bound_alone=self.loss_kind == "vlb",
             data=self.data,
         )
+        if by_importance:
+            metrics["observed"] = {"t": t, "values": losses}
+            losses = losses * weight
         return losses, metrics, output
 
     def sample(
@@ -64,8 +101,13 @@ class GaussianDiffusion:
         num_steps: int | None = None,
         method: str | None = None,
         eta: float | None = None,
+        eps_sq: jax.Array | None = None,
+        log_p: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+        log_p_scale: float | jax.Array = 1.0,
     ) -> jax.Array:
-        """x0 [B, *shape] float32, one key an example.
+        """x0 [B, *shape] float32, one key an example; `eps_sq` [T] is for method 'analytic'.
+
+        log_p(x_t [B, ...], t [B]) -> [B] steers the samples to where it is large: see `sampling.steered`.
 
         With a guidance scale (a number or [B]) the network is given 2 B rows, of which every second one is to
         be without condition: `interleave` puts conditions into that order, in which sharding over the batch
@@ -81,22 +123,52 @@ class GaussianDiffusion:
             return jax.tree.map(lambda y: y[0::2], both), jax.tree.map(lambda y: y[1::2], both)
 
         denoiser = denoise if guidance_scale is None else sampling.guided(pair, guidance_scale)
-        if self.limit is not None:
+        if log_p is not None:
+            denoiser = sampling.steered(denoiser, self.schedule, log_p, log_p_scale)
+        if self.threshold is not None:
+            denoiser = sampling.dynamic_threshold(denoiser, self.schedule, self.threshold)
+        elif self.limit is not None:
             denoiser = sampling.clip_x0(denoiser, self.schedule, self.limit)
-        num_steps = num_steps or self.num_steps
-        # A list of steps such as fast27 fixes their number; another number falls back to even spacing.
-        fits = num_steps == self.num_steps or self.spacing in ("uniform", "trailing")
-        spacing = self.spacing if fits else "uniform"
         return sampling.sample(
             denoiser,
             self.schedule,
             sampling.init_noise(keys, shape),
             keys,
-            timesteps=schedules.space_timesteps(num_steps, self.schedule.num_timesteps, spacing),
+            timesteps=self.timesteps(num_steps),
             method=method or self.method,
             eta=self.eta if eta is None else eta,
             variance="learned" if self.learned_variance else "fixed_small",
+            eps_sq=eps_sq,
+            data_variance=self.data_variance,
         )
+
+    def timesteps(self, num_steps: int | None = None) -> np.ndarray:
+        """The times that `sample` visits, descending.
+
+        A list of steps such as fast27 fixes their number; another number falls back to even spacing.
+        """
+        num_steps = num_steps or self.num_steps
+        fits = num_steps == self.num_steps or self.spacing in ("uniform", "trailing")
+        spacing = self.spacing if fits else "uniform"
+        return schedules.space_timesteps(num_steps, self.schedule.num_timesteps, spacing)
+
+    def measure_eps_sq(self, network: Network, key: jax.Array, x0: jax.Array) -> jax.Array:
+        """m_t = E mean(eps^2) [T] float32 of the network's eps over data x0 [B, ...]: what 'analytic' needs.
+
+        Measured at the times of `sample`, with noise of their own, and interpolated linearly between them.
+        """
+        times = jnp.asarray(self.timesteps()[::-1].copy(), jnp.int32)
+
+        def at(t):
+            rows = jnp.full(x0.shape[:1], t, jnp.int32)
+            noise = jax.random.normal(jax.random.fold_in(key, t), x0.shape)
+            x_t = process.q_sample(self.schedule, x0, rows, noise)
+            prediction = process.to_prediction(
+                self.schedule, network(x_t, rows), x_t, rows, self.objective, self.learned_variance
+            )
+            return jnp.square(prediction.eps).mean()
+
+        return jnp.interp(jnp.arange(self.schedule.num_timesteps), times, jax.lax.map(at, times))
 
 
 def interleave(conditional, unconditional):

@@ -20,6 +20,11 @@ where vb_t, in bits per dimension, is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t
 bits that a discretised p(x0 | x_t) needs for 8-bit pixels. T vb_t at a uniform t estimates the variational
 bound, so vlb_weight is lambda = 0.001 of L_hybrid. The mean of p is behind a stop-gradient there: the bound
 trains the variance alone (ibid., section 3.1).
+
+The bound by itself, L_vlb, trains the mean too. Its terms differ by orders of magnitude, so times are drawn
+by importance (ibid., section 3.3): p_t is proportional to the root mean square of the last ten values of the
+term at t, uniform until every time has ten of them and for a thousandth after that; the loss at t is divided
+by T p_t.
 """
 
 import difflib
@@ -56,6 +61,44 @@ def draw_timesteps(key: jax.Array, size: int, num_timesteps: int, *, train: bool
     if train:
         return jax.random.randint(key, (size,), 0, num_timesteps)
     return (jnp.arange(size) * 2 + 1) * num_timesteps // (2 * size)
+
+
+HISTORY = 10  # values of a term that its probability rests on
+_UNIFORM = 1e-3
+
+
+def init_history(num_timesteps: int) -> dict[str, jax.Array]:
+    """The empty history of L_vlb's terms: values [T, HISTORY], and how many [T] there were; float32."""
+    return {"vb_history": jnp.zeros((num_timesteps, HISTORY)), "vb_count": jnp.zeros(num_timesteps)}
+
+
+def importance(history: dict[str, jax.Array]) -> jax.Array:
+    """p_t [T] of the module's docstring."""
+    rms = jnp.sqrt(jnp.square(history["vb_history"]).mean(axis=1))
+    size = len(rms)
+    p = (1 - _UNIFORM) * rms / jnp.maximum(rms.sum(), 1e-30) + _UNIFORM / size
+    return jnp.where((history["vb_count"] >= HISTORY).all(), p, 1.0 / size)
+
+
+def draw_by_importance(
+    key: jax.Array, size: int, history: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Times [size] int32 drawn from `importance`, and what their losses are multiplied by, 1 / (T p_t)."""
+    p = importance(history)
+    t = jax.random.categorical(key, jnp.log(p), shape=(size,))
+    return t.astype(jnp.int32), 1.0 / (len(p) * p[t])
+
+
+def observe(history: dict[str, jax.Array], t: jax.Array, values: jax.Array) -> dict[str, jax.Array]:
+    """The history after `values` [B] of the terms at t [B]; a time's newest value replaces its oldest."""
+
+    def add(history, one):
+        table, count = history["vb_history"], history["vb_count"]
+        slot = count[one[0]].astype(jnp.int32) % HISTORY
+        table = table.at[one[0], slot].set(one[1])
+        return {"vb_history": table, "vb_count": count.at[one[0]].add(1.0)}, None
+
+    return jax.lax.scan(add, history, (t, jax.lax.stop_gradient(values)))[0]
 
 
 def q_sample(schedule: Schedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
@@ -101,12 +144,14 @@ def training_loss(
     learned_variance: bool,
     weighting: str = "uniform",
     vlb_weight: float = 1e-3,
+    bound_alone: bool = False,
     data: str = "pixels",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss [B] float32 of every example, and its parts [B]: 'mse' and, with a learned variance, 'vb'.
 
     output is the network's for x_t = q_sample(schedule, x0, t, noise); shapes as in `to_prediction`.
-    weighting: see `loss_weights`. vlb_weight is lambda of L_hybrid (1e-3, that is T / 1000 of one term).
+    weighting: see `loss_weights`. bound_alone: the loss is L_vlb,
+    T vb_t. vlb_weight is lambda of L_hybrid (1e-3, that is T / 1000 of one term).
     data is 'pixels' (8-bit values in [-1, 1]) or 'latents' (anything else, such as embeddings): a learned
     variance needs pixels, as its term at t = 0 is the likelihood of 8-bit values. Raises ValueError for
     settings that cannot go together.
@@ -132,6 +177,12 @@ def training_loss(
     mse = _mean(jnp.square(target - prediction))
     metrics = {"mse": mse}
     loss = _at(loss_weights(schedule, objective, weighting), t) * mse
+    if bound_alone:
+        if not learned_variance:
+            raise ValueError("L_vlb is the bound of a learned variance: set learned_variance=True")
+        whole = to_prediction(schedule, output, x_t, t, objective, True)
+        metrics["vb"] = vb_bits_per_dim(schedule, whole, x0, x_t, t)
+        return schedule.num_timesteps * metrics["vb"], metrics
     if learned_variance:
         frozen = to_prediction(schedule, jax.lax.stop_gradient(prediction), x_t, t, objective, False)
         metrics["vb"] = vb_bits_per_dim(schedule, frozen._replace(var_frac=var_frac), x0, x_t, t)

@@ -9,8 +9,20 @@ alpha_bar is 1. With the two-time posterior of `schedules` and z ~ N(0, I), none
     ddim   x_s = sqrt(alpha_bar[s]) x0 + sqrt(1 - alpha_bar[s] - sigma^2) eps + sigma z
            sigma = eta sqrt(beta_tilde)
 
-(Ho et al. 2020; Nichol & Dhariwal 2021; Song et al. 2021, equation 12.) Guidance, clipping and thresholding
-are wrappers around the denoiser, so their order is visible where they are applied: guide first, then clip.
+(Ho et al. 2020; Nichol & Dhariwal 2021; Song et al. 2021, equation 12), and
+
+    analytic  ddpm's mean
+              var = beta_tilde + coef_x0^2 clip((1 - alpha_bar[t]) / alpha_bar[t] (1 - m_t), 0, v)
+              m_t = E mean(eps^2) of the trained denoiser's eps at time t over the training data: `eps_sq`;
+              v = the data's variance an entry. The fraction is the variance of x0 given x_t, so that steps of
+              any length have the right variance (Bao et al. 2022, theorem 1 and section 3; the bound of
+              their pixels is 1).
+    dpm++     DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), deterministic, of second order:
+              x_s = sigma_s / sigma_t x_t + sqrt(alpha_bar[s]) (1 - e^-h) (x0 + h / (2 h') (x0 - x0'))
+              with log(signal / sigma) growing by h in this step, by h' in the one before, whose x0 is x0'
+
+Guidance, clipping and thresholding are wrappers around the denoiser, so their order is visible where they are
+applied: guide first, then clip.
 """
 
 from collections.abc import Callable
@@ -20,7 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.diffusion.process import Prediction, signal_and_sigma
-from dalle2_jax.diffusion.schedules import Schedule, two_time
+from dalle2_jax.diffusion.schedules import Schedule, TwoTime, two_time
+
+METHODS = ("ddpm", "ddim", "analytic", "dpm++")
 
 Denoiser = Callable[[jax.Array, jax.Array], Prediction]
 
@@ -43,6 +57,8 @@ def sample(
     method: str = "ddpm",
     eta: float = 0.0,
     variance: str = "learned",
+    eps_sq: jax.Array | None = None,
+    data_variance: float = 1.0,
     return_path: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Walk x_T [B, ...] down `timesteps` to data x0 [B, ...], float32, in one scan.
@@ -50,48 +66,89 @@ def sample(
     keys: per-sample PRNG keys [B] (typed, or legacy [B, 2]); noise is drawn per sample from its key and the
     time, so a sample does not depend on the batch it is in. timesteps: host integers, descending
     (`schedules.space_timesteps`). method: 'ddpm' with `variance` 'learned', 'fixed_small' or 'fixed_large',
-    or 'ddim' with `eta` in [0, 1] (0 is deterministic, 1 is ddpm with the small variance). return_path:
-    also return x after every step, [n, B, ...]; its last entry is x0. Raises ValueError for unknown names
-    and for a learned variance that the denoiser does not predict.
+    'ddim' with `eta` in [0, 1] (0 is deterministic, 1 is ddpm with the small variance), 'dpm++', or
+    'analytic' with `eps_sq` [T] and `data_variance`. return_path: also return x after every step,
+    [n, B, ...]; its last entry is x0. Raises ValueError for unknown names, and for a learned variance or
+    statistics that are not there.
     """
-    if method not in ("ddpm", "ddim"):
-        raise ValueError(f"unknown method {method!r}: choose 'ddpm' or 'ddim'")
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     if variance not in ("learned", "fixed_small", "fixed_large"):
         raise ValueError(f"unknown variance {variance!r}: choose 'learned', 'fixed_small' or 'fixed_large'")
     if method == "ddim" and not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
+    if method == "analytic" and (eps_sq is None or eps_sq.shape != (schedule.num_timesteps,)):
+        raise ValueError(
+            f"method 'analytic' needs the measured eps_sq of all {schedule.num_timesteps} times: "
+            "measure it (Prior.measure), or use 'ddpm'"
+        )
     if keys.shape[0] != x_T.shape[0]:
         raise ValueError(f"there must be one key a sample: {keys.shape[0]} keys for {x_T.shape[0]} samples")
     tables = two_time(schedule, timesteps)
     noisy = np.append(np.ones(len(tables.t) - 1), 0.0)
-    if method == "ddpm":
-        log_small, log_large = tables.log_beta_tilde, tables.log_beta
-        steps = dict(
-            coef_x0=tables.coef_x0, coef_x_t=tables.coef_x_t, small=log_small, large=log_large, noisy=noisy
-        )
-    else:
+    if method == "ddim":
         sigma = eta * np.sqrt(tables.beta_tilde)
         to_eps = np.sqrt(np.maximum(1.0 - tables.alpha_bar_s - sigma**2, 0.0))
-        steps = dict(coef_x0=np.sqrt(tables.alpha_bar_s), coef_eps=to_eps, sigma=sigma)
+        steps = dict(x0=np.sqrt(tables.alpha_bar_s), eps=to_eps, std=sigma)
+    elif method == "dpm++":
+        steps = _dpm_solver_tables(tables)
+    else:
+        steps = dict(x0=tables.coef_x0, x_t=tables.coef_x_t, noisy=noisy)
+        if method == "ddpm":
+            steps |= dict(small=tables.log_beta_tilde, large=tables.log_beta)
     steps = {name: jnp.asarray(table, jnp.float32) for name, table in steps.items()}
-    stochastic = method == "ddpm" or eta > 0.0
+    if method == "analytic":
+        steps["std"] = jnp.sqrt(_analytic_variance(tables, eps_sq, data_variance)) * steps["noisy"]
+    stochastic = method in ("ddpm", "analytic") or (method == "ddim" and eta > 0.0)
 
-    def step(x, at):
+    def step(carry, at):
+        x, x0_before = carry
         t, c = at
         prediction = denoise(x, jnp.full(x.shape[:1], t, jnp.int32))
         if method == "ddim":
-            mean = c["coef_x0"] * prediction.x0 + c["coef_eps"] * prediction.eps
-            std = c["sigma"]
+            mean = c["x0"] * prediction.x0 + c["eps"] * prediction.eps
+        elif method == "dpm++":
+            mean = c["x0"] * prediction.x0 + c["x_t"] * x + c["change"] * (prediction.x0 - x0_before)
         else:
-            mean = c["coef_x0"] * prediction.x0 + c["coef_x_t"] * x
-            std = c["noisy"] * jnp.exp(
-                0.5 * _log_variance(variance, prediction.var_frac, c["small"], c["large"])
-            )
-        x = mean + std * _normal(keys, t, x.shape[1:]) if stochastic else mean
-        return x, (x if return_path else None)
+            mean = c["x0"] * prediction.x0 + c["x_t"] * x
+        x = mean
+        if stochastic:
+            if method == "ddpm":
+                log_var = _log_variance(variance, prediction.var_frac, c["small"], c["large"])
+                std = c["noisy"] * jnp.exp(0.5 * log_var)
+            else:
+                std = c["std"]
+            x = mean + std * _normal(keys, t, x.shape[1:])
+        return (x, prediction.x0 if method == "dpm++" else x0_before), (x if return_path else None)
 
-    x0, path = jax.lax.scan(step, x_T.astype(jnp.float32), (jnp.asarray(tables.t), steps))
+    x_T = x_T.astype(jnp.float32)
+    x0_before = jnp.zeros_like(x_T) if method == "dpm++" else ()
+    (x0, _), path = jax.lax.scan(step, (x_T, x0_before), (jnp.asarray(tables.t), steps))
     return (x0, path) if return_path else x0
+
+
+def _dpm_solver_tables(tables: TwoTime) -> dict[str, np.ndarray]:
+    """Coefficients of x_t, x0 and x0 - (x0 of the step before) of DPM-Solver++(2M), float64 [n].
+
+    With lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)) and h its growth over a step. The first step has
+    no step before it, and at the last lambda is infinite: both are of first order.
+    """
+    signal_s, sigma_s = np.sqrt(tables.alpha_bar_s), np.sqrt(1.0 - tables.alpha_bar_s)
+    sigma_t = np.sqrt(1.0 - tables.alpha_bar_t)
+    lam_t = 0.5 * (np.log(tables.alpha_bar_t) - np.log1p(-tables.alpha_bar_t))
+    h = np.diff(lam_t)
+    x0 = signal_s * -np.expm1(-np.append(h, np.inf))
+    change = np.zeros_like(x0)
+    change[1:-1] = 0.5 * x0[1:-1] * h[1:] / h[:-1]
+    return dict(x0=x0, x_t=sigma_s / sigma_t, change=change)
+
+
+def _analytic_variance(tables: TwoTime, eps_sq: jax.Array, data_variance: float) -> jax.Array:
+    """The variance [n] of Analytic-DPM's steps, from eps_sq [T]; see the module's docstring."""
+    to_data = jnp.asarray((1.0 - tables.alpha_bar_t) / tables.alpha_bar_t, jnp.float32)
+    weight = jnp.asarray(tables.coef_x0**2, jnp.float32)
+    posterior = jnp.clip(to_data * (1.0 - eps_sq[tables.t].astype(jnp.float32)), 0.0, data_variance)
+    return jnp.asarray(tables.beta_tilde, jnp.float32) + weight * posterior
 
 
 def invert(denoise: Denoiser, schedule: Schedule, x0: jax.Array, *, timesteps: np.ndarray) -> jax.Array:
@@ -140,6 +197,30 @@ def guided(
         return guide(cond, uncond, scale)
 
     return denoise
+
+
+def steered(
+    denoise: Denoiser,
+    schedule: Schedule,
+    log_p: Callable[[jax.Array, jax.Array], jax.Array],
+    scale: float | jax.Array,
+) -> Denoiser:
+    """The denoiser of data weighed by p(y | x)^scale: eps - scale sqrt(1 - alpha_bar) grad log p(y | x_t).
+
+    log_p(x_t, t) -> [B] is that of a classifier of noised pictures, or how well they match a caption by a
+    CLIP that was trained on noised pictures (Dhariwal & Nichol 2021, algorithm 2; Nichol et al. 2021, section
+    2.4). `scale` is a number or [B]; 0 steers nowhere.
+    """
+
+    def steer(x_t, t):
+        prediction = denoise(x_t, t)
+        gradient = jax.grad(lambda x: log_p(x, t).sum())(x_t).astype(jnp.float32)
+        gradient = gradient * jnp.asarray(scale, jnp.float32).reshape(-1, *[1] * (x_t.ndim - 1))
+        signal, sigma = signal_and_sigma(schedule, t, x_t.ndim)
+        x0 = prediction.x0 + sigma**2 / signal * gradient
+        return Prediction(x0, prediction.eps - sigma * gradient, prediction.var_frac)
+
+    return steer
 
 
 def clip_x0(denoise: Denoiser, schedule: Schedule, limit: float | jax.Array = 1.0) -> Denoiser:

@@ -305,3 +305,52 @@ def test_mistakes_are_answered_with_what_to_change(example):
         loss_of(example, example["output"][..., :3])
     with pytest.raises(ValueError, match=r"must be \(6, 4, 4, 3\)"):
         loss_of(example, example["output"], learned_variance=False)
+
+
+# L_vlb and its times
+
+
+def test_the_bound_alone_trains_the_mean_too(example):
+    x0, x_t, noise, t = example["x0"], example["x_t"], example["noise"], TIMES
+    output = 0.1 * jnp.ones((*x0.shape[:-1], 6))
+
+    def loss(output, **options):
+        return process.training_loss(
+            COSINE, output, x0, x_t, t, noise, objective="eps", learned_variance=True, **options
+        )[0].sum()
+
+    prediction = process.to_prediction(COSINE, output, x_t, t, "eps", True)
+    expected = 1000 * process.vb_bits_per_dim(COSINE, prediction, x0, x_t, t).sum()
+    assert float(loss(output, bound_alone=True)) == pytest.approx(float(expected), rel=1e-6)
+    gradient = jax.grad(lambda o: loss(o, bound_alone=True))(output)
+    assert float(jnp.abs(gradient[..., :3]).max()) > 0 and float(jnp.abs(gradient[..., 3:]).max()) > 0
+    with pytest.raises(ValueError, match="set learned_variance=True"):
+        process.training_loss(
+            COSINE, noise, x0, x_t, t, noise, objective="eps", learned_variance=False, bound_alone=True
+        )
+
+
+def test_times_are_drawn_by_the_size_of_their_term_without_bias():
+    """The weighted mean of a function of the time is its plain mean, and the large terms come more often."""
+    times, keys = 8, jax.random.split(jax.random.key(0), 40)
+    term = jnp.array([100.0, 30, 10, 3, 1, 1, 1, 1])
+    history = process.init_history(times)
+    np.testing.assert_allclose(process.importance(history), 1 / times)  # cold: uniform
+    for key in keys:
+        t, weight = process.draw_by_importance(key, 16, history)
+        history = process.observe(history, t, term[t])
+    assert (history["vb_count"] >= 10).all() and float(history["vb_count"].sum()) == 40 * 16
+    p = process.importance(history)
+    np.testing.assert_allclose(p, 0.999 * term / term.sum() + 0.001 / times, rtol=1e-5)
+    t, weight = process.draw_by_importance(jax.random.key(1), 200_000, history)
+    np.testing.assert_allclose(np.bincount(t, minlength=times) / 200_000, p, atol=4e-3)
+    assert float((weight * term[t]).mean()) == pytest.approx(float(term.mean()), rel=0.02)
+
+
+def test_the_history_keeps_the_last_ten_values_of_a_time():
+    history = process.init_history(3)
+    t = jnp.array([1] * 13 + [2])
+    history = process.observe(history, t, jnp.arange(14.0))
+    assert sorted(np.asarray(history["vb_history"][1]).tolist()) == list(range(3, 13))
+    assert history["vb_history"][2].tolist() == [13.0] + [0.0] * 9
+    assert history["vb_count"].tolist() == [0, 13, 1]

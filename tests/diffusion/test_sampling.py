@@ -41,7 +41,14 @@ def smooth_denoiser(x_t, t):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(variance="learned"), dict(method="ddim"), dict(method="ddim", eta=1.0)]
+    "options",
+    [
+        dict(variance="learned"),
+        dict(method="ddim"),
+        dict(method="ddim", eta=1.0),
+        dict(method="analytic", eps_sq=jnp.ones(1000)),
+        dict(method="dpm++"),
+    ],
 )
 @pytest.mark.parametrize("num_steps", [1, 4, 27, 250])
 def test_an_oracle_gives_back_the_data_exactly(num_steps, options):
@@ -149,6 +156,53 @@ def test_ddim_of_gaussian_data_is_the_product_of_its_linear_steps(num_steps, spa
     mean = GAUSSIAN_MEAN * (1 - math.sqrt(a[0]) * expected)
     assert_moments(x, mean, expected)
     assert expected == pytest.approx(GAUSSIAN_STD, rel=2.0 / num_steps)
+
+
+@pytest.mark.parametrize("num_steps", [4, 15, 64, 250])
+def test_analytic_variance_samples_gaussian_data_exactly(num_steps):
+    """E eps^2 of the exact denoiser is known, and the variance that follows is right for steps of any length,
+    where ddpm's small one is too small."""
+    denoise = gaussian_denoiser(num_steps)
+    ab = COSINE.alpha_bar
+    variance = GAUSSIAN_STD**2
+    eps_sq = jnp.asarray((1 - ab) / (ab * variance + 1 - ab), jnp.float32)
+    options = dict(method="analytic", eps_sq=eps_sq, data_variance=variance)
+    x = walk(denoise, keys_of(3, 20_000), num_steps, (1,), **options)
+    # the last step has no noise: what x0 still could be at the last time is missing
+    last = variance * (1 - ab[0]) / (ab[0] * variance + 1 - ab[0])
+    assert_moments(x, GAUSSIAN_MEAN, math.sqrt(variance - last))
+    if num_steps == 4:
+        small = walk(denoise, keys_of(3, 20_000), num_steps, (1,), variance="fixed_small")
+        assert small.std() < 0.9 * x.std()
+
+
+def test_the_analytic_variance_is_bounded_by_the_datas():
+    ab = COSINE.alpha_bar[500]
+    tables = schedules.two_time(COSINE, np.array([500, 400]))
+    for m, expected in ((1.0, 0.0), (0.0, 0.25), (1 - 0.1 * ab / (1 - ab), 0.1), (2.0, 0.0)):
+        found = sampling._analytic_variance(tables, jnp.full(1000, m), 0.25)
+        right = tables.beta_tilde + tables.coef_x0**2 * expected
+        np.testing.assert_allclose(found[0], right[0], rtol=1e-4)
+
+
+def test_dpm_solver_is_of_second_order():
+    """The flow of Gaussian data is known: (x_t - sqrt(ab) m) / sqrt(ab s^2 + 1 - ab) never changes. The error
+    of 2M falls with the square of the steps, that of ddim with the steps."""
+    keys, end = keys_of(0, 64), COSINE.alpha_bar[-1]
+    spread = math.sqrt(end * GAUSSIAN_STD**2 + 1 - end)
+    z = (sampling.init_noise(keys, (1,)) - math.sqrt(end) * GAUSSIAN_MEAN) / spread
+    error = {
+        (method, n): float(
+            jnp.abs(
+                walk(gaussian_denoiser(n), keys, n, (1,), method=method) - (GAUSSIAN_MEAN + GAUSSIAN_STD * z)
+            ).mean()
+        )
+        for method in ("ddim", "dpm++")
+        for n in (40, 80)
+    }
+    assert error["ddim", 80] / error["ddim", 40] == pytest.approx(0.5, abs=0.1)
+    assert error["dpm++", 80] / error["dpm++", 40] == pytest.approx(0.25, abs=0.06)
+    assert error["dpm++", 80] < error["ddim", 80] / 2
 
 
 @pytest.mark.parametrize("num_steps", [15, 64])
@@ -260,6 +314,40 @@ def test_scales_are_per_sample_and_guided_wraps_a_pair():
         np.testing.assert_array_equal(got.eps[i], alone.eps[0])
     without = sampling.guide(cond._replace(var_frac=None), uncond._replace(var_frac=None), 2.0)
     assert without.var_frac is None
+
+
+@pytest.mark.parametrize("options", [dict(method="ddim"), dict(method="dpm++")])
+def test_steering_by_the_exact_classifier_samples_the_posterior(options):
+    """Data N(m, s^2) seen through y = x + N(0, r^2): log p(y | x_t) is known, and so is p(x | y)."""
+    y, r, m, s = 1.0, 0.4, GAUSSIAN_MEAN, GAUSSIAN_STD
+
+    def log_p(x_t, t):
+        signal, sigma = process.signal_and_sigma(COSINE, t, x_t.ndim)
+        total = signal**2 * s**2 + sigma**2
+        mean = m + s**2 * signal / total * (x_t - signal * m)
+        variance = s**2 * sigma**2 / total + r**2
+        return (-0.5 * (y - mean) ** 2 / variance).sum(axis=-1)
+
+    denoise = gaussian_denoiser(200)
+    variance = 1 / (1 / s**2 + 1 / r**2)
+    mean = variance * (m / s**2 + y / r**2)
+    x = walk(sampling.steered(denoise, COSINE, log_p, 1.0), keys_of(7, 4), 200, (5_000,), **options)
+    assert float(x.mean()) == pytest.approx(mean, abs=0.02)
+    assert float(x.std()) == pytest.approx(math.sqrt(variance), rel=0.05)
+    off = walk(sampling.steered(denoise, COSINE, log_p, 0.0), keys_of(7, 4), 20, (50,), **options)
+    np.testing.assert_allclose(off, walk(denoise, keys_of(7, 4), 20, (50,), **options), atol=1e-6)
+
+
+def test_steering_keeps_x0_and_eps_consistent_and_scales_by_sample():
+    x_t, t = jax.random.normal(jax.random.key(0), (2, *SHAPE)), jnp.array([300, 700])
+    steer = sampling.steered(
+        smooth_denoiser, COSINE, lambda x, t: -jnp.square(x).sum((1, 2, 3)), jnp.array([0.0, 2.0])
+    )
+    plain, got = smooth_denoiser(x_t, t), steer(x_t, t)
+    np.testing.assert_array_equal(got.x0[0], plain.x0[0])
+    assert jnp.abs(got.x0[1] - plain.x0[1]).min() > 0
+    np.testing.assert_allclose(process.q_sample(COSINE, got.x0, t, got.eps), x_t, atol=1e-4)
+    np.testing.assert_array_equal(got.var_frac, plain.var_frac)
 
 
 @pytest.mark.parametrize("limit", [1.0, 0.25])
