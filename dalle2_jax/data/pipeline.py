@@ -6,17 +6,29 @@ A record that cannot be used is replaced by the next usable one, the same on eve
 """
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from absl import logging
 
 from dalle2_jax.data import sources, stream, transforms
 from dalle2_jax.data.budget import Budget, TooManyBadRecords
+from dalle2_jax.data.degradations import BSR
 from dalle2_jax.data.records import BadRecord, Record, RecordSource
 from dalle2_jax.data.transforms import CAPTION, LANGUAGE, Views
 
-FIELDS = ("image", "clip_image", "low_res", "crop_yx", "tokens", "token_mask", "image_embed", "text_embed")
+FIELDS = (
+    "image",
+    "clip_image",
+    "low_res",
+    "crop_yx",
+    "tokens",
+    "token_mask",
+    "image_embed",
+    "text_embed",
+    "label",
+)
 ANY_LANGUAGE = "any"
 MAX_CAPTION_BYTES = 64 << 10
 _PICTURES = ("image", "clip_image", "low_res", "crop_yx")
@@ -38,6 +50,7 @@ class Dataset:
     seed: int
     num_workers: int
     group: int
+    classes: tuple[str, ...]
     _bad: Budget
 
     @property
@@ -107,7 +120,7 @@ class Dataset:
     def _signature(self) -> dict[str, tuple[object, tuple]]:
         """{field: (dtype, shape of one record)} of what `_load` returns."""
         views = self.views
-        low_res_dtype = np.float32 if views.low_res_blur else np.uint8
+        low_res_dtype = np.float32 if views.degrades else np.uint8
         length = self.tokenizer.context_length if self.tokenizer else None
         known = {
             "image": (np.uint8, (views.crop_size or views.image_size,) * 2 + (3,)),
@@ -118,6 +131,7 @@ class Dataset:
             "token_mask": (np.bool_, (length,)),
             "image_embed": (np.float32, (self.source.embed_dims.get("image_embed"),)),
             "text_embed": (np.float32, (self.source.embed_dims.get("text_embed"),)),
+            "label": (np.int32, ()),
         }
         return {name: known[name] for name in self.fields} | {"index": (np.int64, ())}
 
@@ -126,8 +140,11 @@ class Dataset:
         draws = transforms.uniforms(self.seed, epochs, indices)
         rows = [self._load_good(int(i), int(e), d) for i, e, d in zip(indices, epochs, draws, strict=True)]
         made = {"index": np.array([row["index"] for row in rows], np.int64)}
-        if self._needs_caption:
+        if "tokens" in self.fields or "token_mask" in self.fields:
             made["tokens"], made["token_mask"] = self.tokenizer([row["caption"] for row in rows])
+        if "label" in self.fields:
+            labels = [label_of(row["caption"], self.classes) for row in rows]
+            made["label"] = np.array(labels, np.int32)
         for name, (dtype, shape) in self._signature().items():
             if name not in made:
                 stack = made[name] = np.empty((len(rows), *shape), dtype)
@@ -155,7 +172,7 @@ class Dataset:
 
     @property
     def _needs_caption(self) -> bool:
-        return "tokens" in self.fields or "token_mask" in self.fields
+        return bool({"tokens", "token_mask", "label"} & set(self.fields))
 
     def _key(self, index: int) -> str:
         try:
@@ -219,6 +236,19 @@ class Dataset:
         return made | ({"image": np.stack(images)} if images else {})
 
 
+def label_of(caption: str, classes: Sequence[str]) -> int:
+    """The number of the one class whose name a caption holds as whole words, -1 for none or several.
+
+    Upper and lower case are alike. A name inside another that is there too, as 'ring' in 'red ring', does
+    not count.
+    """
+    found = [
+        name for name in classes if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", caption, re.IGNORECASE)
+    ]
+    found = [name for name in found if not any(name != other and name in other for other in found)]
+    return list(classes).index(found[0]) if len(found) == 1 else -1
+
+
 def _check_language(source: RecordSource, language: str) -> None:
     """Raise ValueError where the first records have captions, but none in the language."""
     found = set()
@@ -257,8 +287,10 @@ def iterate_captions(
     max_bad_fraction: float = 1e-3,
     num_workers: int = 2,
     group: int = 1,
+    classes: Sequence[str] = (),
     random_crop: bool = False,
     low_res_blur_sigma: float = 0.6,
+    low_res_bsr: str = "",
 ) -> Iterator[str]:
     """All captions of up to `limit` records spread over the dataset: what a tokenizer is trained on.
 
@@ -298,6 +330,7 @@ def make_dataset(
     crop_size: int | None = None,
     low_res_blur: float = 0.0,
     low_res_blur_sigma: float = 0.6,
+    low_res_bsr: str = "",
     random_crop: bool = False,
     flip: bool = False,
     language: str = "en",
@@ -306,6 +339,7 @@ def make_dataset(
     max_bad_fraction: float = 1e-3,
     num_workers: int = 2,
     group: int = 1,
+    classes: Sequence[str] = (),
     data_dir: str = "",
     image_field: str = "",
     caption_field: str = "",
@@ -318,13 +352,14 @@ def make_dataset(
         source, path, split, data_dir, image_field, caption_field, embeddings, verify_sha256: see
         `sources.open_source`. fields: what batches hold, of image, clip_image, low_res, crop_yx, tokens,
         token_mask, image_embed, text_embed. image_size, clip_image_size, low_res_size, crop_size,
-            low_res_blur, low_res_blur_sigma, random_crop, flip: see `transforms.Views`. Where a caption
-            names sides a record is never mirrored.
+            low_res_blur, low_res_blur_sigma, low_res_bsr, random_crop, flip: see `transforms.Views`. Where a
+            caption names sides a record is never mirrored.
         language: whose captions: 'en', 'zh', ..., or 'any' for all of them mixed.
         tokenizer: needed for tokens and token_mask.
         max_bad_fraction: share of unusable records above which the run stops; 0 stops at the first.
         num_workers: threads that read.
         group: so many successive records stay together in the shuffled order; see `stream`.
+        classes: names of the classes of field label; see `label_of`.
 
     Raises:
         ValueError: a setting is unknown, missing or impossible; the message says what to change.
@@ -332,6 +367,8 @@ def make_dataset(
     """
     if group < 1:
         raise ValueError(f"data.group={group} must be at least 1, which keeps no records together")
+    if "label" in fields and len(set(classes)) < 2:
+        raise ValueError("field label needs data.classes, two or more names that captions hold")
     for field in fields:
         if field not in FIELDS:
             raise ValueError(f"field {field!r} is unknown" + sources.did_you_mean(field, FIELDS))
@@ -352,6 +389,14 @@ def make_dataset(
         )
     if {"tokens", "token_mask"} & set(fields) and tokenizer is None:
         raise ValueError("fields tokens and token_mask need a tokenizer")
+    if low_res_bsr not in ("", *BSR):
+        hint = sources.did_you_mean(low_res_bsr, BSR)
+        raise ValueError(f"low_res_bsr {low_res_bsr!r} must be '' or one of {', '.join(BSR)}{hint}")
+    if low_res_bsr and (low_res_blur or image_size % low_res_size):
+        raise ValueError(
+            f"low_res_bsr replaces low_res_blur ({low_res_blur}) and shrinks by a whole number "
+            f"({image_size} -> {low_res_size}): set low_res_blur=0"
+        )
     if not 0 <= low_res_blur <= 1 or low_res_blur_sigma <= 0:
         raise ValueError(
             f"low_res_blur {low_res_blur} is a probability, low_res_blur_sigma {low_res_blur_sigma} above 0"
@@ -385,10 +430,21 @@ def make_dataset(
         crop_size=crop_size,
         low_res_blur=low_res_blur,
         low_res_blur_sigma=low_res_blur_sigma,
+        low_res_bsr=low_res_bsr,
         random_crop=random_crop,
         flip=flip,
     )
     bad = Budget(len(opened), max_bad_fraction, opened.refused)
     return Dataset(
-        opened, tuple(fields), views, image_size, language, tokenizer, seed, num_workers, group, bad
+        opened,
+        tuple(fields),
+        views,
+        image_size,
+        language,
+        tokenizer,
+        seed,
+        num_workers,
+        group,
+        tuple(classes),
+        bad,
     )

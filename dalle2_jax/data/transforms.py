@@ -160,8 +160,8 @@ class Views:
 
     image_size: side of the full picture. crop_size: `image` is a window of this side, at `crop_yx` of the
     full picture. low_res_size: side of `low_res`. low_res_blur: probability that it is blurred, with
-    `low_res_blur_sigma` pixels. random_crop: whether the square lies anywhere in the picture, or in its
-    centre. flip: mirror half of the pictures.
+    `low_res_blur_sigma` pixels. low_res_bsr: 'full' or 'light' degrades it by BSR instead. random_crop:
+    whether the square lies anywhere in the picture, or in its centre. flip: mirror half of the pictures.
     """
 
     image_size: int | None = None
@@ -170,8 +170,14 @@ class Views:
     crop_size: int | None = None
     low_res_blur: float = 0.0
     low_res_blur_sigma: float = 0.6
+    low_res_bsr: str = ""
     random_crop: bool = False
     flip: bool = False
+
+    @property
+    def degrades(self) -> bool:
+        """Whether low_res is more than a smaller picture."""
+        return bool(self.low_res_blur or self.low_res_bsr)
 
     def make(self, picture: Image.Image, draws: np.ndarray, may_flip: bool = True) -> dict[str, np.ndarray]:
         """The pictures of one record.
@@ -180,8 +186,8 @@ class Views:
             picture: RGB. draws: [8] from `uniforms`. may_flip: False where a caption names sides.
 
         Returns:
-            image uint8 [H, W, 3], clip_image uint8, low_res uint8 (float32 in [-1, 1] where low_res_blur is
-            above 0), crop_yx int32 [2]: those that were asked for.
+            image uint8 [H, W, 3], clip_image uint8, low_res uint8 (float32 in [-1, 1] where it is
+            degraded), crop_yx int32 [2]: those that were asked for.
         """
         place = (draws[PLACE_X], draws[PLACE_Y]) if self.random_crop else None
         if self.flip and may_flip and draws[FLIP] < 0.5:
@@ -204,6 +210,11 @@ class Views:
         return made
 
     def _low_res(self, full: Image.Image, draws: np.ndarray) -> np.ndarray:
+        if self.low_res_bsr:
+            rng = np.random.default_rng(int(draws[BLUR] * 2**53))
+            scaled = np.asarray(full, np.float32) / 255
+            factor = self.image_size // self.low_res_size
+            return degradations.bsr(scaled, factor, rng, self.low_res_bsr) * 2 - 1
         low_res = np.asarray(full.resize((self.low_res_size, self.low_res_size), Image.Resampling.BICUBIC))
         if not self.low_res_blur:
             return low_res

@@ -419,6 +419,8 @@ def test_settings_that_cannot_be_stop_at_once(shards):
         "need a tokenizer": dict(tokenizer=None),
         "must not exceed image_size 8": dict(fields=("image", "crop_yx"), crop_size=9),
         "is a probability": dict(low_res_blur=1.5),
+        "did you mean 'light'": dict(low_res_bsr="ligth"),
+        "set low_res_blur=0": dict(low_res_bsr="full", low_res_blur=1.0, low_res_size=4),
     }.items():
         with pytest.raises(ValueError, match=message):
             dataset(shards, **settings)
@@ -576,3 +578,29 @@ def test_speed_is_reported(tmp_path, capsys):
         with capsys.disabled():
             print(f"\n{image_size} px: {960 / wall:.0f} examples/s, {960 / cpu:.0f} a second of CPU time")
         assert 960 / cpu > 200
+
+
+@pytest.mark.parametrize(
+    "caption, label",
+    [
+        ("a red ring", 0),
+        ("A Red Ring on black", 0),
+        ("a red ring above a blue star", -1),
+        ("two red rings", -1),
+        ("there is a ring", 2),
+        ("ring, red ring", 0),
+        ("red", -1),
+    ],
+)
+def test_a_label_is_the_one_class_that_a_caption_names(caption, label):
+    assert pipeline.label_of(caption, ("red ring", "blue star", "ring")) == label
+
+
+def test_labels_come_with_the_pictures_that_they_belong_to(shards):
+    data = dataset(shards, ("image", "label"), image_size=8, classes=("caption 3", "caption 12"))
+    batch = next(data.batches(23))
+    assert batch["label"].dtype == np.int32
+    named = {3: 0, 12: 1}
+    assert batch["label"].tolist() == [named.get(int(i), -1) for i in batch["index"]]
+    with pytest.raises(ValueError, match="field label needs data.classes"):
+        dataset(shards, ("label",), classes=("a",))
