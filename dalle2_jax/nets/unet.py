@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.nets import layers
 from dalle2_jax.nets.text import GlideTextTransformer
+from dalle2_jax.nets.vision import AttentionPool
 from dalle2_jax.partition import constrain
 
 
@@ -80,7 +81,11 @@ class AttentionBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """The ADM network. `out_channels` counts the variance channels where the variance is learned."""
+    """The ADM network. `out_channels` counts the variance channels where the variance is learned.
+
+    With `num_pool_heads` it is the way down alone, whose features are pooled by attention: ADM's classifier
+    of noised pictures.
+    """
 
     out_channels: int
     channels: int
@@ -91,6 +96,7 @@ class UNet(nn.Module):
     dropout: float = 0.0
     scale_shift: bool = True
     remat: bool = False
+    num_pool_heads: int = 0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -105,6 +111,8 @@ class UNet(nn.Module):
         deterministic: bool = True,
     ) -> jax.Array:
         """x [B, H, W, C_in], emb [B, E], context [B, K, D] -> [B, H, W, out_channels] float32.
+
+        Where it is pooled, [B, out_channels].
 
         `image_size` is the side that `attention_resolutions` refer to (it fixes the levels that attend,
         whatever the size of x). Raises ValueError when H or W cannot be halved often enough.
@@ -145,6 +153,10 @@ class UNet(nn.Module):
         if self.attention_resolutions:
             h = attention_block(self.head_dim, self.dtype, name="mid_attn")(h, context, context_mask)
         h = res("mid_res_1", h.shape[-1])(h)
+        if self.num_pool_heads:
+            h = nn.silu(layers.GroupNorm(name="norm_out")(h)).astype(self.dtype)
+            pool = AttentionPool(self.num_pool_heads, self.out_channels, self.dtype, name="pool")
+            return pool(h).astype(jnp.float32)
 
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for j in range(self.num_res_blocks + 1):
@@ -254,10 +266,31 @@ class UpsamplerNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_t, t, low_res_up, deterministic=True):
-        """x_t and low_res_up [B, H, W, 3], t [B] -> [B, H, W, C_out]."""
+    def __call__(self, x_t, t, low_res_up, low_res_t=None, deterministic=True):
+        """x_t and low_res_up [B, H, W, 3], t [B] -> [B, H, W, C_out].
+
+        low_res_t [B] is the time up to which the small picture is noised, for a network that is told.
+        """
         unet = dict(self.unet)
         emb = TimeEmbedding(unet["channels"], self.dtype, name="time")(t)
+        if low_res_t is not None:
+            emb = emb + TimeEmbedding(unet["channels"], self.dtype, name="low_res_time")(low_res_t)
         x = jnp.concatenate([x_t, low_res_up], axis=-1)
         net = UNet(**unet, dtype=self.dtype, name="net")
         return net(x, emb, image_size=self.image_size, deterministic=deterministic)
+
+
+class ClassifierNet(nn.Module):
+    """ADM's classifier of noised pictures: the U-Net's way down, pooled (arXiv 2105.05233, section 4)."""
+
+    unet: dict
+    image_size: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_t, t, deterministic=True):
+        """x_t [B, H, W, 3], t [B] -> logits [B, classes] float32."""
+        unet = dict(self.unet)
+        emb = TimeEmbedding(unet["channels"], self.dtype, name="time")(t)
+        net = UNet(**unet, dtype=self.dtype, name="net")
+        return net(x_t, emb, image_size=self.image_size, deterministic=deterministic)

@@ -22,8 +22,11 @@ class ViT(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, image: jax.Array) -> jax.Array:
-        """image [B, H, W, 3], normalised by CLIP's mean and std -> embedding [B, E] float32, of any norm."""
+    def __call__(self, image: jax.Array, t: jax.Array | None = None) -> jax.Array:
+        """image [B, H, W, 3], normalised by CLIP's mean and std -> embedding [B, E] float32, of any norm.
+
+        t [B] is the time up to which the image is noised, for a tower that is told.
+        """
         patch, std = (self.patch_size, self.patch_size), self.width**-0.5
         x = nn.Conv(
             self.width,
@@ -38,6 +41,8 @@ class ViT(nn.Module):
         token = Embedding((self.width,), stddev=std, name="class_token")().astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], axis=1)
         x = x + Embedding((x.shape[1], self.width), stddev=std, name="position")().astype(self.dtype)
+        if t is not None:
+            x = x + _time(t, self.width, self.dtype)[:, None]
         x = layers.LayerNorm(name="norm_pre")(x)
         x = TransformerStack(
             self.depth, self.num_heads, self.activation, self.remat, self.dtype, name="transformer"
@@ -46,6 +51,13 @@ class ViT(nn.Module):
         init = nn.initializers.normal(std)
         proj = layers.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="proj")
         return proj(x).astype(jnp.float32)
+
+
+def _time(t: jax.Array, width: int, dtype) -> jax.Array:
+    """Times [B] as [B, width]: sinusoids, Dense-SiLU-Dense. To be called in a compact method."""
+    h = layers.timestep_embedding(t, width).astype(dtype)
+    h = nn.silu(layers.Dense(width, dtype=dtype, name="time_fc1")(h))
+    return layers.Dense(width, dtype=dtype, name="time_fc2")(h)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -147,8 +159,11 @@ class ModifiedResNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, image: jax.Array) -> jax.Array:
-        """image [B, H, W, 3], normalised by CLIP's mean and std -> embedding [B, E] float32, of any norm."""
+    def __call__(self, image: jax.Array, t: jax.Array | None = None) -> jax.Array:
+        """image [B, H, W, 3], normalised by CLIP's mean and std -> embedding [B, E] float32, of any norm.
+
+        t [B] is the time up to which the image is noised, for a tower that is told.
+        """
         x = image.astype(self.dtype)
         for i, (features, stride) in enumerate(
             [(self.width // 2, 2), (self.width // 2, 1), (self.width, 1)], 1
@@ -156,6 +171,8 @@ class ModifiedResNet(nn.Module):
             x = layers.conv(features, stride=stride, dtype=self.dtype, name=f"conv{i}", bias=False)(x)
             x = nn.relu(_norm(self.norm, f"norm{i}")(x).astype(self.dtype))
         x = layers.downsample(x)
+        if t is not None:
+            x = x + _time(t, x.shape[-1], self.dtype)[:, None, None]
         block = nn.remat(Bottleneck) if self.remat else Bottleneck
         for stage, depth in enumerate(self.depths):
             for j in range(depth):

@@ -7,6 +7,12 @@ All that training knows of a stage is
     loss(params, key, batch, *, train=True) -> (scalar, dict of scalars)
     sample(params, keys, batch, ...) -> array          (CLIP has encode_image and encode_text instead)
     project(params) -> params                          (optional: applied after every update)
+    observe(params, observed) -> params                (optional: notes what the loss 'observed', every step)
+    fit_rows, fit(params, batches) -> params, scalars  (optional: statistics of the data, before training)
+    measure(params, key, batch) -> statistics          (optional: of the trained network, after training)
+
+and generating of its keyword arguments for `sample`: the dict `sampling` has their defaults. Statistics are
+the leaves of params['stats']: stored with the parameters in float32, without gradient and weight decay.
 
 A stage holds networks and settings, never parameters.
 """

@@ -7,6 +7,21 @@ With unit embeddings z_i, z_t of the pairs of the global batch and a learned tem
 
 Under jit a batch that is sharded over devices is one array, so this is the loss over the global batch,
 gradients included. Accumulating gradients over parts of a batch would make it the loss of the parts.
+
+Options: the sigmoid loss (Zhai et al. 2023), with a learned bias b and signs +1 for pairs of one caption,
+
+    loss   = -1/N sum_ij log sigmoid(sign_ij (logits_ij + b))
+
+and sharpness-aware minimisation (Foret et al. 2021), with which the paper trained its CLIP (rho = 0.1): the
+gradient is taken at parameters that were moved by rho along it, to where the loss is worst,
+
+    g(params + rho g_r / |g_r|)
+
+by every replica r of 64 examples on its own: g_r is what its rows contribute to the gradient of the global
+loss. A replica's moved parameters are a copy of its own, as they are on a device of its own.
+
+With `noise` the image tower sees pictures that were noised up to a random time, which it is told: its
+similarity to a caption then guides the sampling of a decoder (GLIDE, arXiv:2112.10741, section 2.4).
 """
 
 import dataclasses
@@ -15,6 +30,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from dalle2_jax.diffusion import process, schedules
 from dalle2_jax.nets.text import CLIPTextTransformer
 from dalle2_jax.nets.vision import ModifiedResNet, ViT
 from dalle2_jax.stages import check_settings
@@ -22,6 +38,7 @@ from dalle2_jax.stages import check_settings
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_LOGIT_SCALE = math.log(100.0)
+LOSSES = ("softmax", "sigmoid")
 
 
 def unit_norm(x: jax.Array) -> jax.Array:
@@ -33,8 +50,9 @@ def unit_norm(x: jax.Array) -> jax.Array:
 def contrastive_loss(
     image_embed: jax.Array, text_embed: jax.Array, logit_scale: jax.Array, same: jax.Array | None = None
 ) -> tuple[jax.Array, dict]:
-    """The symmetric cross entropy of unit embeddings [N, E], and its scalars; `logit_scale` is a logarithm.
+    """The symmetric cross entropy of unit embeddings [N, E], and its scalars.
 
+    `logit_scale` is a logarithm, a number or, by the owner of row and column, [N].
     `same` [N, N] bool says which captions are equal (None: none are); a match with any of them is accurate.
     The loss needs no such care: equal captions have equal embeddings, and with targets spread over them it
     would have the same value, and so the same gradient.
@@ -42,9 +60,9 @@ def contrastive_loss(
     similarity = jnp.matmul(
         image_embed, text_embed.T, precision="highest", preferred_element_type=jnp.float32
     )
-    scale = jnp.exp(logit_scale.astype(jnp.float32))
-    logits = scale * similarity
-    same = jnp.eye(len(logits), dtype=bool) if same is None else same
+    scale = jnp.exp(logit_scale.astype(jnp.float32)).reshape(-1, 1)
+    by_image, by_text = scale * similarity, scale * similarity.T
+    same = jnp.eye(len(similarity), dtype=bool) if same is None else same
 
     def cross_entropy(logits):
         return -jnp.diagonal(jax.nn.log_softmax(logits, axis=-1)).mean()
@@ -52,9 +70,29 @@ def contrastive_loss(
     def accuracy(logits):
         return jnp.take_along_axis(same, logits.argmax(axis=-1)[:, None], axis=1).mean()
 
-    loss = (cross_entropy(logits) + cross_entropy(logits.T)) / 2
-    metrics = {"accuracy_i2t": accuracy(logits), "accuracy_t2i": accuracy(logits.T), "logit_scale": scale}
-    return loss, {"loss": loss} | metrics
+    loss = (cross_entropy(by_image) + cross_entropy(by_text)) / 2
+    metrics = {"accuracy_i2t": accuracy(by_image), "accuracy_t2i": accuracy(by_text)}
+    return loss, {"loss": loss, "logit_scale": scale.mean()} | metrics
+
+
+def sigmoid_loss(
+    image_embed: jax.Array,
+    text_embed: jax.Array,
+    logit_scale: jax.Array,
+    logit_bias: jax.Array,
+    same: jax.Array,
+) -> tuple[jax.Array, dict]:
+    """The sigmoid loss of unit embeddings [N, E], and its scalars; arguments as for `contrastive_loss`.
+
+    Every pair is judged by itself, so equal captions (`same`) have to count as matches.
+    """
+    _, metrics = contrastive_loss(image_embed, text_embed, logit_scale, same)
+    similarity = jnp.matmul(
+        image_embed, text_embed.T, precision="highest", preferred_element_type=jnp.float32
+    )
+    logits = jnp.exp(logit_scale).reshape(-1, 1) * similarity + logit_bias.reshape(-1, 1)
+    loss = -jax.nn.log_sigmoid(jnp.where(same, logits, -logits)).sum() / len(logits)
+    return loss, metrics | {"loss": loss, "logit_bias": logit_bias.mean()}
 
 
 def same_captions(tokens: jax.Array) -> jax.Array:
@@ -80,6 +118,10 @@ class CLIP:
     context_length: int
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
+    loss_kind: str = "softmax"
+    sam_rho: float = 0.0
+    sam_batch_size: int = 64
+    schedule: schedules.Schedule | None = None
 
     # The loss contrasts all pairs of a batch: it is not the mean of the losses of its parts.
     whole_batch = True
@@ -93,32 +135,89 @@ class CLIP:
         }
 
     def init(self, key: jax.Array, batch: dict) -> dict:
-        """Float32 parameters; the temperature starts at 1 / 0.07."""
+        """Float32 parameters; the temperature starts at 1 / 0.07, with the sigmoid loss at 10, bias -10."""
         vision_key, text_key = jax.random.split(key)
         return {
-            "vision": self.vision.init(vision_key, batch["image"])["params"],
+            "vision": self.vision.init(vision_key, batch["image"], self._times(batch["image"]))["params"],
             "text": self.text.init(text_key, batch["tokens"], batch["token_mask"])["params"],
-            "logit_scale": jnp.float32(math.log(1 / 0.07)),
-        }
+            "logit_scale": jnp.float32(math.log(1 / 0.07 if self.loss_kind == "softmax" else 10.0)),
+        } | ({} if self.loss_kind == "softmax" else {"logit_bias": jnp.float32(-10.0)})
 
     def loss(
         self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
     ) -> tuple[jax.Array, dict]:
-        """The contrastive loss of the batch and its scalars; `key` and `train` change nothing."""
-        del key, train
-        image_embed = self.encode_image(params, batch["image"])
+        """The contrastive loss of the batch and its scalars; `train=False` moves none of the parameters.
+
+        `key` draws times and noise where pictures are noised; else it changes nothing.
+
+        With SAM it is the loss at the moved parameters, and so is its gradient. Raises ValueError for a
+        batch that is not whole replicas.
+        """
+        if self.schedule is not None:
+            t_key, noise_key = jax.random.split(key)
+            image = batch["image"]
+            t = process.draw_timesteps(t_key, len(image), self.schedule.num_timesteps, train=train)
+            noise = jax.random.normal(noise_key, image.shape)
+            batch = batch | {"image": process.q_sample(self.schedule, image, t, noise), "t": t}
+        if not (train and self.sam_rho):
+            embeds = self._embed(params, batch)
+            return self._contrast(*embeds, params, batch["tokens"])
+        size = len(batch["image"])
+        if size % self.sam_batch_size:
+            raise ValueError(
+                f"a batch of {size} is not whole replicas of model.sam_batch_size = {self.sam_batch_size}"
+            )
+        replicas = size // self.sam_batch_size
+        parts = jax.tree.map(lambda x: x.reshape(replicas, -1, *x.shape[1:]), batch)
+
+        def of_copies(copies):
+            embeds = [x.reshape(size, -1) for x in jax.vmap(self._embed)(copies, parts)]
+            scalars = {name: x for name, x in copies.items() if name.startswith("logit_")}
+            by_row = {name: jnp.repeat(x, self.sam_batch_size) for name, x in scalars.items()}
+            return self._contrast(*embeds, by_row, batch["tokens"])
+
+        copies = jax.tree.map(lambda p: jnp.broadcast_to(p, (replicas, *p.shape)), params)
+        grads = jax.lax.stop_gradient(jax.grad(lambda c: of_copies(c)[0])(copies))
+        square = sum(jnp.square(g).reshape(replicas, -1).sum(axis=1) for g in jax.tree.leaves(grads))
+        rate = self.sam_rho * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+        return of_copies(
+            jax.tree.map(lambda c, g: c + rate.reshape(-1, *[1] * (g.ndim - 1)) * g, copies, grads)
+        )
+
+    def _embed(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         text_embed, _ = self.encode_text(params, batch["tokens"], batch["token_mask"])
-        same = same_captions(batch["tokens"])
-        return contrastive_loss(image_embed, text_embed, params["logit_scale"], same)
+        return self.encode_image(params, batch["image"], t=batch.get("t")), text_embed
+
+    def _contrast(self, image_embed, text_embed, scalars, tokens) -> tuple[jax.Array, dict]:
+        same = same_captions(tokens)
+        if self.loss_kind == "softmax":
+            return contrastive_loss(image_embed, text_embed, scalars["logit_scale"], same)
+        return sigmoid_loss(image_embed, text_embed, scalars["logit_scale"], scalars["logit_bias"], same)
 
     def project(self, params: dict) -> dict:
         """Parameters whose temperature is at most 100, which training applies after every update."""
         return params | {"logit_scale": jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)}
 
-    def encode_image(self, params: dict, image: jax.Array, *, normalize: bool = True) -> jax.Array:
+    def _times(self, image: jax.Array) -> jax.Array | None:
+        return None if self.schedule is None else jnp.zeros(image.shape[0], jnp.int32)
+
+    def log_p(self, params: dict, x_t: jax.Array, t: jax.Array, text_embed: jax.Array) -> jax.Array:
+        """How well pictures x_t [B, S, S, 3], noised up to t [B], match text_embed [B, E]: logits [B].
+
+        Raises ValueError for a CLIP that was not trained on noised pictures.
+        """
+        if self.schedule is None:
+            raise ValueError("this CLIP was not trained on noised pictures: train one with model.noise")
+        similarity = (self.encode_image(params, x_t, t=t) * unit_norm(text_embed)).sum(axis=-1)
+        return jnp.exp(params["logit_scale"]) * similarity
+
+    def encode_image(
+        self, params: dict, image: jax.Array, *, normalize: bool = True, t: jax.Array | None = None
+    ) -> jax.Array:
         """image [B, S, S, 3] in [-1, 1], S = image_size -> [B, E] float32, of unit norm if `normalize`.
 
-        Raises ValueError for another size.
+        t [B] is the time up to which it is noised, if the model knows times; None is clean. Raises ValueError
+        for another size.
         """
         if image.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
@@ -126,7 +225,8 @@ class CLIP:
                 "resize them"
             )
         mean, std = jnp.asarray(self.image_mean, jnp.float32), jnp.asarray(self.image_std, jnp.float32)
-        embed = self.vision.apply({"params": params["vision"]}, ((image + 1) / 2 - mean) / std)
+        t = self._times(image) if t is None else t
+        embed = self.vision.apply({"params": params["vision"]}, ((image + 1) / 2 - mean) / std, t)
         return unit_norm(embed) if normalize else embed
 
     def encode_text(
@@ -150,6 +250,10 @@ def build(
     activation: str = "gelu",
     image_mean: tuple[float, float, float] = IMAGE_MEAN,
     image_std: tuple[float, float, float] = IMAGE_STD,
+    loss: str = "softmax",
+    sam_rho: float = 0.0,
+    sam_batch_size: int = 64,
+    noise: dict | None = None,
     remat: bool = False,
     dtype: str = "float32",
 ) -> CLIP:
@@ -164,12 +268,24 @@ def build(
       text: dict(vocab_size, context_length, width, depth, num_heads).
       activation: 'gelu' or 'quick_gelu' (OpenAI's weights), of both transformers.
       image_mean, image_std: of the channels in [0, 1]; pictures are normalised by them inside.
+      loss: 'softmax' (CLIP's) or 'sigmoid'.
+      sam_rho: how far SAM moves the parameters; 0 for none.
+      sam_batch_size: examples of a replica, which is moved on its own.
+      noise: None, or dict(schedule, num_timesteps) of the noise that pictures get: the decoder's.
       remat: recompute a block's activations in the backward pass.
       dtype: compute type of the towers; norms, softmax and the loss are float32.
 
     Raises:
       ValueError: for settings that are unknown, missing or do not go together.
     """
+    if loss not in LOSSES:
+        raise ValueError(f"loss {loss!r} is unknown; choose one of {', '.join(LOSSES)}")
+    if sam_rho < 0 or sam_batch_size < 1:
+        raise ValueError(
+            f"sam_rho {sam_rho} must be at least 0 (0 for none), sam_batch_size {sam_batch_size} at least 1"
+        )
+    if noise is not None:
+        check_settings(noise, ("schedule",), ("num_timesteps",), "noise")
     check_settings(vision, ("kind",), set(vision) - {"kind"}, "vision")
     options = {name: value for name, value in vision.items() if name != "kind"}
     common = dict(embed_dim=embed_dim, remat=remat, dtype=jnp.dtype(dtype))
@@ -200,4 +316,10 @@ def build(
         context_length=text["context_length"],
         image_mean=tuple(image_mean),
         image_std=tuple(image_std),
+        loss_kind=loss,
+        sam_rho=sam_rho,
+        sam_batch_size=sam_batch_size,
+        schedule=None
+        if noise is None
+        else schedules.make_schedule(noise["schedule"], noise.get("num_timesteps", 1000)),
     )

@@ -7,11 +7,12 @@ classifier-free guidance drops both.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.diffusion import gaussian, schedules
+from dalle2_jax.diffusion import gaussian, process, schedules
 from dalle2_jax.nets.unet import DecoderNet
 from dalle2_jax.stages import check_settings
 
@@ -29,6 +30,14 @@ class Decoder:
     text_drop: float
     guidance_scale: float
 
+    @property
+    def sampling(self) -> dict:
+        """What `sample` does unless told."""
+        own = self.diffusion
+        return dict(
+            num_steps=own.num_steps, guidance_scale=self.guidance_scale, method=own.method, eta=own.eta
+        )
+
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without `image`."""
         spec = {
@@ -45,7 +54,14 @@ class Decoder:
         t = jnp.zeros(batch["image"].shape[0], jnp.int32)
         drop = jnp.zeros(t.shape, bool)
         text = (batch.get("tokens"), batch.get("token_mask"), drop)
-        return self.net.init(key, batch["image"], t, batch["image_embed"], drop, *text)["params"]
+        params = self.net.init(key, batch["image"], t, batch["image_embed"], drop, *text)["params"]
+        if self.diffusion.loss_kind == "vlb":
+            params = params | {"stats": process.init_history(self.diffusion.schedule.num_timesteps)}
+        return params
+
+    def observe(self, params: dict, observed: dict) -> dict:
+        """`params` whose history of L_vlb has what a step's loss `observed`."""
+        return params | {"stats": process.observe(params["stats"], **observed)}
 
     def loss(
         self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
@@ -71,8 +87,11 @@ class Decoder:
                 rngs={"dropout": dropout_key},
             )
 
-        losses, metrics, _ = self.diffusion.loss(diffusion_key, network, batch["image"], train=train)
-        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+        losses, metrics, _ = self.diffusion.loss(
+            diffusion_key, network, batch["image"], train=train, history=params.get("stats")
+        )
+        observed = {name: metrics.pop(name) for name in ("observed",) if name in metrics}
+        return losses.mean(), {name: value.mean() for name, value in metrics.items()} | observed
 
     def sample(
         self,
@@ -85,11 +104,13 @@ class Decoder:
         method: str | None = None,
         eta: float | None = None,
         image_size: int | None = None,
+        log_p: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+        log_p_scale: float | jax.Array = 1.0,
     ) -> jax.Array:
         """Pictures [B, H, W, 3] in [-1, 1] for `image_embed` and the caption, one key a picture.
 
         A guidance scale given as the Python number 1 saves the unconditional half of the work; an array is
-        traced.
+        traced. log_p(x_t, t) -> [B], of a classifier or a CLIP of noised pictures, steers on top of that.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         guided = gaussian.is_guided(scale)
@@ -110,6 +131,8 @@ class Decoder:
             num_steps=num_steps,
             method=method,
             eta=eta,
+            log_p=log_p,
+            log_p_scale=log_p_scale,
         )
         return jnp.clip(x0, -1.0, 1.0)
 
@@ -134,18 +157,22 @@ def build(
     objective: str = "eps",
     learned_variance: bool = True,
     weighting: str = "uniform",
+    loss: str = "hybrid",
     num_steps: int = 250,
     spacing: str = "uniform",
     method: str = "ddpm",
     eta: float = 0.0,
     guidance_scale: float = 3.0,
+    threshold: float | None = None,
     remat: bool = False,
     dtype: str = "float32",
 ) -> Decoder:
     """The decoder of a config; defaults are Table 3's, but `text` (keywords of GlideTextTransformer), which
     it needs.
 
-    `text=None` builds a decoder that reads the image embedding alone. Raises ValueError for settings that
+    `text=None` builds a decoder that reads the image embedding alone. weighting ('uniform', 'p2', 'min_snr')
+    and loss ('hybrid', 'vlb'): see `diffusion.process`; threshold: the percentile of dynamic thresholding,
+    None to clip. Raises ValueError for settings that
     cannot go together.
     """
     if image_size % 2 ** (len(channel_mult) - 1):
@@ -186,6 +213,8 @@ def build(
             spacing=spacing,
             method=method,
             eta=eta,
+            threshold=threshold,
+            loss_kind=loss,
         ),
         image_size=image_size,
         embed_dim=embed_dim,

@@ -11,13 +11,19 @@ embedding is largest. The paper found that guiding the prior harms, so the guida
 otherwise.
 
 Embeddings are scaled before they are noised, as the noise has unit variance: see `EmbedScale`.
+
+The paper samples with Analytic-DPM in 64 strided steps: method 'analytic' of `diffusion.sampling`, whose
+statistics are measured with the trained network over training data (`Prior.measure`) and kept with its
+parameters.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dalle2_jax.diffusion import gaussian, schedules
 from dalle2_jax.nets.transformer import PriorTransformer
@@ -36,7 +42,7 @@ class EmbedScale:
     'paper'    x * 17.2 sqrt(E / 1024): a unit vector's entries get standard deviation 0.5375 for every size E
     'l2'       x * sqrt(E): standard deviation 1
     'meanstd'  (x - embed_mean) / embed_std by entry, for embeddings that need not be of unit norm; the
-               statistics are parameters without gradient, set by `Prior.fit_stats`
+               statistics are parameters without gradient, set by `Prior.fit`
     """
 
     mode: str
@@ -73,7 +79,8 @@ def _stats(params: dict) -> tuple[jax.Array, jax.Array]:
 class Prior:
     """The prior's network, noise process and sampling defaults; parameters go to every call.
 
-    Parameters are {'net': ...}, and in mode 'meanstd' {'net': ..., 'stats': {'embed_mean', 'embed_std'}}.
+    Parameters are {'net': ...}, in mode 'meanstd' also 'stats': {'embed_mean', 'embed_std'}, and with method
+    'analytic' also 'stats': {'eps_sq' [T]}; statistics have no gradient.
     """
 
     net: PriorTransformer
@@ -85,6 +92,18 @@ class Prior:
     text_drop: float
     num_candidates: int
     guidance_scale: float
+
+    @property
+    def sampling(self) -> dict:
+        """What `sample` does unless told."""
+        own = self.diffusion
+        return dict(
+            num_steps=own.num_steps,
+            guidance_scale=self.guidance_scale,
+            num_candidates=self.num_candidates,
+            method=own.method,
+            eta=own.eta,
+        )
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without `image_embed`."""
@@ -99,27 +118,50 @@ class Prior:
         return spec | {"tokens": jax.ShapeDtypeStruct((batch_size, self.context_length), jnp.int32)}
 
     def init(self, key: jax.Array, batch: dict) -> dict:
-        """Float32 parameters; the statistics of mode 'meanstd' are those of the identity: see `fit_stats`."""
+        """Float32 parameters; the statistics of mode 'meanstd' are those of the identity: see `fit`."""
         t = jnp.zeros(batch["image_embed"].shape[0], jnp.int32)
         drop = jnp.zeros(t.shape, bool)
         params = {"net": self.net.init(key, batch["image_embed"], t, *self._text(batch), drop)["params"]}
+        stats = {}
         if self.embed_scale.mode == "meanstd":
-            params["stats"] = {"embed_mean": jnp.zeros(self.embed_dim), "embed_std": jnp.ones(self.embed_dim)}
-        return params
+            stats |= {"embed_mean": jnp.zeros(self.embed_dim), "embed_std": jnp.ones(self.embed_dim)}
+        if self.diffusion.method == "analytic":  # ones, until they are measured, give ddpm's small variance
+            stats["eps_sq"] = jnp.ones(self.diffusion.schedule.num_timesteps)
+        return params | ({"stats": stats} if stats else {})
 
-    def fit_stats(self, params: dict, image_embed: jax.Array) -> dict:
-        """`params` with the mean and standard deviation, by entry, of image_embed [N, E].
+    def measure(self, params: dict, key: jax.Array, batch: dict) -> dict:
+        """What sampling needs to know of the trained network, over one batch; averages of it over batches
+        become statistics of the same names. Empty unless the method is 'analytic'.
+        """
+        if self.diffusion.method != "analytic":
+            return {}
+        z = self.embed_scale.transform(params, batch["image_embed"])
+        keep = jnp.zeros(z.shape[0], bool)
 
-        A few thousand rows are enough. Raises ValueError unless the mode is 'meanstd'.
+        def network(x_t, t):
+            return self.net.apply({"params": params["net"]}, x_t, t, *self._text(batch), keep)
+
+        return {"eps_sq": self.diffusion.measure_eps_sq(network, key, z)}
+
+    @property
+    def fit_rows(self) -> int:
+        """Training examples that `fit` reads."""
+        return 4096 if self.embed_scale.mode == "meanstd" else 0
+
+    def fit(self, params: dict, batches: Callable[[], Iterable[dict]]) -> tuple[dict, dict[str, float]]:
+        """(`params` with mean and standard deviation of `image_embed` by entry, scalars that describe them).
+
+        batches() yields dicts of arrays [n, E]. Raises ValueError unless the mode is 'meanstd'.
         """
         if self.embed_scale.mode != "meanstd":
             raise ValueError(
                 f"embed_scale.mode {self.embed_scale.mode!r} has no statistics: set it to 'meanstd'"
             )
-        x = jnp.asarray(image_embed, jnp.float32)
-        return params | {
-            "stats": {"embed_mean": x.mean(axis=0), "embed_std": jnp.maximum(x.std(axis=0), 1e-6)}
-        }
+        x = np.concatenate([np.asarray(batch["image_embed"], np.float64) for batch in batches()])
+        fitted = {"embed_mean": x.mean(axis=0), "embed_std": np.maximum(x.std(axis=0), 1e-6)}
+        fitted = {name: jnp.asarray(value, jnp.float32) for name, value in fitted.items()}
+        scalars = dict(rows=len(x), mean_std=float(fitted["embed_std"].mean()))
+        return params | {"stats": params["stats"] | fitted}, scalars
 
     def _text(self, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(text_embed, tokens or states, token_mask) for the network; ValueError for another length."""
@@ -166,8 +208,8 @@ class Prior:
 
         Reads text_embed, token_mask and tokens (or text_states). A sample depends on its own key and caption
         alone; the first of n candidates is the only one of one. A guidance scale given as the Python number 1
-        saves the unconditional half of the work; an array is traced. `method` is 'ddpm' (small fixed
-        variance) or 'ddim' with `eta`.
+        saves the unconditional half of the work; an array is traced. `method` is one of `sampling.METHODS`
+        ('ddpm' has the small fixed variance); 'analytic' needs parameters that hold its statistics.
         """
         num_candidates = self.num_candidates if num_candidates is None else num_candidates
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
@@ -193,6 +235,7 @@ class Prior:
             num_steps=num_steps,
             method=method,
             eta=eta,
+            eps_sq=params.get("stats", {}).get("eps_sq"),
         )
         candidates = self.embed_scale.inverse(params, z).reshape(size, num_candidates, self.embed_dim)
         cosine = (unit_norm(candidates) * unit_norm(batch["text_embed"])[:, None]).sum(axis=-1)
@@ -218,7 +261,7 @@ def build(
     remat: bool = False,
     dtype: str = "float32",
 ) -> Prior:
-    """The prior of a config; defaults are the paper's.
+    """The prior of a config; defaults are the paper's, but for its method, 'analytic'.
 
     Args:
       embed_dim: size of CLIP's embeddings.
@@ -268,6 +311,7 @@ def build(
             eta=eta,
             limit=clip_range,
             data="latents",
+            data_variance=PAPER_STD**2 if embed_scale["mode"] == "paper" else 1.0,
         ),
         embed_scale=EmbedScale(embed_scale["mode"], embed_dim),
         embed_dim=embed_dim,

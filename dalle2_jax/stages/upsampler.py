@@ -4,15 +4,24 @@ An ADM U-Net without attention and without text sees the noised picture beside t
 trained on crops of a quarter of the side. The small picture always arrives whole and is enlarged here, in
 training as in sampling, and then cropped with the window of the target: enlarging a crop would differ at its
 border (trap 17).
+
+Options: noise-conditioning augmentation (Ho et al. 2021, section 4.2), for which the small picture is noised
+up to a random time that the network is told; and sampling in tiles, for pictures whose feature maps do not
+fit at once: every step runs the network on overlapping windows of a training crop's size and blends what
+they say.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dalle2_jax.diffusion import gaussian, schedules
+from dalle2_jax.diffusion import gaussian, process, schedules
 from dalle2_jax.nets.unet import UpsamplerNet
+
+# The small picture's noise folds a number into a sample's key that is no time and not the first noise's.
+_LOW_RES_FOLD = 2**31 - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +34,15 @@ class Upsampler:
     low_res_size: int
     crop_size: int
     resize: str
+    low_res_noise: float = 0.0
+    low_res_level: float = 0.0
+    tile: int | None = None
+
+    @property
+    def sampling(self) -> dict:
+        """What `sample` does unless told."""
+        own = self.diffusion
+        return dict(num_steps=own.num_steps, method=own.method, eta=own.eta, tile=self.tile)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads `low_res` alone."""
@@ -45,21 +63,33 @@ class Upsampler:
     def init(self, key: jax.Array, batch: dict) -> dict:
         """Float32 parameters."""
         t = jnp.zeros(batch["image"].shape[0], jnp.int32)
-        return self.net.init(key, batch["image"], t, batch["image"])["params"]
+        level = t if self.low_res_noise else None
+        return self.net.init(key, batch["image"], t, batch["image"], level)["params"]
+
+    def _noised(self, low_res: jax.Array, level: jax.Array, noise: jax.Array) -> jax.Array:
+        return process.q_sample(self.diffusion.schedule, low_res, level, noise)
 
     def loss(
         self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
     ) -> tuple[jax.Array, dict]:
         """Mean loss over the batch and its scalars; `image` is the window at `crop_yx` of the full-size
         picture."""
-        diffusion_key, dropout_key = jax.random.split(key)
+        diffusion_key, dropout_key, level_key, noise_key = jax.random.split(key, 4)
         size = batch["image"].shape[1:]
+        low_res, level = batch["low_res"], None
+        if self.low_res_noise:
+            most = max(1, round(self.low_res_noise * self.diffusion.schedule.num_timesteps))
+            level = jax.random.randint(level_key, low_res.shape[:1], 0, most)
+            level = level if train else jnp.zeros_like(level)
+            low_res = self._noised(low_res, level, jax.random.normal(noise_key, low_res.shape))
         window = jax.vmap(lambda full, yx: jax.lax.dynamic_slice(full, (yx[0], yx[1], 0), size))
-        low_res_up = window(self.enlarge(batch["low_res"]), batch["crop_yx"])
+        low_res_up = window(self.enlarge(low_res), batch["crop_yx"])
 
         def network(x_t, t):
             rngs = {"dropout": dropout_key}
-            return self.net.apply({"params": params}, x_t, t, low_res_up, deterministic=not train, rngs=rngs)
+            return self.net.apply(
+                {"params": params}, x_t, t, low_res_up, level, deterministic=not train, rngs=rngs
+            )
 
         losses, metrics, _ = self.diffusion.loss(diffusion_key, network, batch["image"], train=train)
         return losses.mean(), {name: value.mean() for name, value in metrics.items()}
@@ -73,14 +103,34 @@ class Upsampler:
         num_steps: int | None = None,
         method: str | None = None,
         eta: float | None = None,
+        tile: int | None = None,
     ) -> jax.Array:
-        """Pictures [B, s h, s w, 3] in [-1, 1] for `low_res` [B, h, w, 3] of any size, one key a picture."""
+        """Pictures [B, s h, s w, 3] in [-1, 1] for `low_res` [B, h, w, 3] of any size, one key a picture.
+
+        `tile` is the side of the windows that the network sees, None for the whole picture at once.
+        """
+        tile = self.tile if tile is None else tile
         # The network was trained on pictures, which have 256 levels.
         low_res = jnp.round((jnp.clip(batch["low_res"], -1, 1) + 1) * 127.5) / 127.5 - 1
+        level = None
+        if self.low_res_noise:
+            time = round(self.low_res_level * (self.diffusion.schedule.num_timesteps - 1))
+            level = jnp.full(low_res.shape[:1], time, jnp.int32)
+            noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, _LOW_RES_FOLD))(keys)
+            noise = jax.vmap(lambda key: jax.random.normal(key, low_res.shape[1:]))(noise_keys)
+            low_res = self._noised(low_res, level, noise)
         low_res_up = self.enlarge(low_res)
 
+        def network(x_t, t, low_res_up=low_res_up):
+            return self.net.apply({"params": params}, x_t, t, low_res_up, level)
+
+        if tile is not None and tile < max(low_res_up.shape[1:3]):
+            whole, network = (
+                network,
+                lambda x_t, t: in_tiles(lambda parts: whole(parts[0], t, parts[1]), (x_t, low_res_up), tile),
+            )
         x0 = self.diffusion.sample(
-            lambda x_t, t: self.net.apply({"params": params}, x_t, t, low_res_up),
+            network,
             keys,
             low_res_up.shape[1:],
             num_steps=num_steps,
@@ -88,6 +138,47 @@ class Upsampler:
             eta=eta,
         )
         return jnp.clip(x0, -1.0, 1.0)
+
+
+def in_tiles(function, pictures: tuple[jax.Array, ...], tile: int) -> jax.Array:
+    """function(windows) [B, t, t, C] of `pictures` [B, H, W, *], blended to [B, H, W, C]; one tile at a time.
+
+    Windows have side `tile` (or the picture's, if that is less) and overlap by at least a quarter, over which
+    their weights rise from the border: a window knows least of what lies there.
+    """
+    height, width = pictures[0].shape[1:3]
+
+    def starts(length):
+        side = min(tile, length)
+        count = 1 if length == side else -(-(length - side) // (side - side // 4)) + 1
+        return side, np.rint(np.linspace(0, length - side, count)).astype(np.int32)
+
+    (rows, tops), (columns, lefts) = starts(height), starts(width)
+
+    def ramp(side):
+        from_border = np.minimum(np.arange(side) + 1, side - np.arange(side))
+        return np.minimum(from_border / max(1, side // 4), 1.0)
+
+    weight = jnp.asarray(ramp(rows)[:, None] * ramp(columns), jnp.float32)[None, :, :, None]
+    corners = jnp.asarray([(top, left) for top in tops for left in lefts])
+
+    def window(picture, corner):
+        sizes = (picture.shape[0], rows, columns, picture.shape[3])
+        return jax.lax.dynamic_slice(picture, (0, corner[0], corner[1], 0), sizes)
+
+    def add(sums, corner):
+        drawn = function(tuple(window(picture, corner) for picture in pictures)).astype(jnp.float32)
+        parts = (weight * drawn, jnp.broadcast_to(weight, (1, rows, columns, 1)))
+        at = (0, corner[0], corner[1], 0)
+        return tuple(
+            jax.lax.dynamic_update_slice(total, window(total, corner) + part, at)
+            for total, part in zip(sums, parts, strict=True)
+        ), None
+
+    spec = jax.eval_shape(lambda: function(tuple(window(picture, corners[0]) for picture in pictures)))
+    zeros = jnp.zeros((spec.shape[0], height, width, spec.shape[3]), jnp.float32)
+    (total, weights), _ = jax.lax.scan(add, (zeros, jnp.zeros((1, height, width, 1))), corners)
+    return total / weights
 
 
 def build(
@@ -110,11 +201,17 @@ def build(
     spacing: str = "uniform",
     method: str = "ddim",
     eta: float = 0.0,
+    low_res_noise: float = 0.0,
+    low_res_level: float = 0.0,
+    tile: int | None = None,
     remat: bool = False,
     dtype: str = "float32",
 ) -> Upsampler:
     """The upsampler of a config; defaults are Table 3's 64 -> 256. `crop_size` is a quarter of the side
     unless given.
+
+    low_res_noise is the share of the times up to which the small picture is noised in training (0: never),
+    low_res_level the share at which it is in sampling; tile: see `Upsampler.sample`.
 
     Raises ValueError for sizes that cannot go together.
     """
@@ -128,6 +225,12 @@ def build(
             f"channel_mult {channel_mult}) "
             f"and at most image_size {image_size}"
         )
+    if not 0 <= low_res_level <= low_res_noise <= 1:
+        raise ValueError(
+            f"low_res_level {low_res_level} must be in 0 .. low_res_noise = {low_res_noise}, that at most 1"
+        )
+    if tile is not None and (tile < halvings or tile % halvings):
+        raise ValueError(f"tile {tile} must be a multiple of {halvings} (the halvings of channel_mult)")
     unet = dict(
         out_channels=6 if learned_variance else 3,
         channels=channels,
@@ -153,4 +256,7 @@ def build(
         low_res_size=low_res_size,
         crop_size=crop_size,
         resize=resize,
+        low_res_noise=low_res_noise,
+        low_res_level=low_res_level,
+        tile=tile,
     )

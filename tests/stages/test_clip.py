@@ -274,3 +274,94 @@ def test_pictures_of_another_size_are_refused():
     params = jax.eval_shape(stage.init, KEY, stage.batch_spec(2))
     with pytest.raises(ValueError, match="reads pictures of 8 x 8 x 3"):
         stage.encode_image(params, jnp.zeros((2, 16, 16, 3)))
+
+
+# SAM and the sigmoid loss
+
+
+def test_sam_is_the_gradient_at_parameters_that_each_replica_moved():
+    """Against two plain gradients, for one replica; and with two, against replicas handled one by one."""
+    batch, rho = batch_of(8), 0.1
+    plain, one = build(), build(sam_rho=rho, sam_batch_size=8)
+    params = plain.init(KEY, batch)
+
+    def grad_at(params):
+        return jax.grad(lambda p: plain.loss(p, KEY, batch)[0])(params)
+
+    def moved_along(g):
+        norm = optax.global_norm(g)
+        return jax.tree.map(lambda p, g: p + rho * g / norm, params, g)
+
+    g = grad_at(params)
+    found = jax.grad(lambda p: one.loss(p, KEY, batch)[0])(params)
+    chex_close(found, grad_at(moved_along(g)), 1e-4)
+    assert optax.global_norm(jax.tree.map(jnp.subtract, found, g)) > 1e-2 * optax.global_norm(g)
+
+    two = build(sam_rho=rho, sam_batch_size=4)
+
+    def loss_of(a, b):
+        """The global loss, where the first half of the batch is embedded by `a`, the second by `b`."""
+        halves = [{n: x[i : i + 4] for n, x in batch.items()} for i in (0, 4)]
+        embeds = [plain._embed(p, half) for p, half in ((a, halves[0]), (b, halves[1]))]
+        image, text = (jnp.concatenate(x) for x in zip(*embeds, strict=True))
+        similarity = image @ text.T
+        scale = jnp.exp(jnp.repeat(jnp.stack([a["logit_scale"], b["logit_scale"]]), 4))[:, None]
+        rows = [jax.nn.log_softmax(scale * s, axis=-1) for s in (similarity, similarity.T)]
+        return -(jnp.trace(rows[0]) + jnp.trace(rows[1])) / 16
+
+    a, b = (moved_along(half) for half in jax.grad(loss_of, argnums=(0, 1))(params, params))
+    expected = jax.tree.map(jnp.add, *jax.grad(loss_of, argnums=(0, 1))(a, b))
+    chex_close(jax.grad(lambda p: two.loss(p, KEY, batch)[0])(params), expected, 1e-4)
+    # validation looks at the parameters themselves
+    assert one.loss(params, KEY, batch, train=False)[0] == plain.loss(params, KEY, batch)[0]
+    with pytest.raises(ValueError, match="sam_batch_size = 3"):
+        build(sam_rho=rho, sam_batch_size=3).loss(params, KEY, batch)
+
+
+def chex_close(found, expected, tolerance):
+    """Trees are close relative to the largest entry of each leaf."""
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * max(1e-3, float(jnp.abs(b).max())))
+
+
+def test_the_sigmoid_loss_judges_every_pair_by_itself():
+    image, text = unit(KEY, (5, 4)), unit(jax.random.key(1), (5, 4))
+    same = jnp.eye(5, dtype=bool).at[0, 1].set(True).at[1, 0].set(True)
+    loss, metrics = clip.sigmoid_loss(image, text, jnp.log(10.0), jnp.float32(-2.0), same)
+    total = 0.0
+    for i in range(5):
+        for j in range(5):
+            logit = 10.0 * float(image[i] @ text[j]) - 2.0
+            total += math.log1p(math.exp(-logit if bool(same[i, j]) else logit))
+    assert float(loss) == pytest.approx(total / 5, rel=1e-5)
+    assert float(metrics["logit_bias"]) == -2.0
+    stage = build(loss="sigmoid")
+    params = stage.init(KEY, batch_of(4))
+    assert float(jnp.exp(params["logit_scale"])) == pytest.approx(10.0) and params["logit_bias"] == -10.0
+    grads = jax.grad(lambda p: stage.loss(p, KEY, batch_of(4))[0])(params)
+    assert float(jnp.abs(grads["logit_bias"])) > 0
+    with pytest.raises(ValueError, match="loss 'hinge' is unknown"):
+        build(loss="hinge")
+
+
+# Noised pictures
+
+
+@pytest.mark.parametrize("vision", [VIT, RESNET])
+def test_a_noised_clip_sees_noised_pictures_and_is_told_the_time(vision):
+    stage = build(vision=vision, noise=dict(schedule="cosine"))
+    batch = batch_of(6)
+    params = stage.init(KEY, batch)
+    image, text_embed = batch["image"], unit(jax.random.key(3), (6, 8))
+    early, late = (stage.log_p(params, image, jnp.full(6, t), text_embed) for t in (0, 900))
+    assert early.shape == (6,) and jnp.abs(early - late).max() > 1e-4
+    scale = jnp.exp(params["logit_scale"])
+    expected = scale * (stage.encode_image(params, image) * text_embed).sum(axis=1)
+    np.testing.assert_allclose(early, expected, rtol=1e-5)  # without a time a picture is clean
+    losses = [float(stage.loss(params, jax.random.key(k), batch)[0]) for k in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    fixed = [float(stage.loss(params, jax.random.key(k), batch, train=False)[0]) for k in (0, 0)]
+    assert fixed[0] == fixed[1]
+    with pytest.raises(ValueError, match="train one with model.noise"):
+        plain = build(vision=vision)
+        plain.log_p(plain.init(KEY, batch), image, jnp.zeros(6, jnp.int32), text_embed)

@@ -148,7 +148,7 @@ def test_scaled_embeddings_have_the_standard_deviation_of_their_mode(mode, std, 
     if mode == "meanstd":
         embed = embed * 10 + jnp.linspace(-3, 3, dim)
         stage = prior.build(embed_dim=dim, text=TEXT, embed_scale=dict(mode=mode))
-        params = stage.fit_stats({"net": {}}, embed)
+        params, _ = stage.fit({"net": {}, "stats": {}}, lambda: [{"image_embed": embed}])
     before = np.array(embed)
     z = scale.transform(params, embed)
     np.testing.assert_allclose(z.std(), std, rtol=0.05)
@@ -168,7 +168,7 @@ def test_statistics_are_kept_by_training_and_used_by_sampling():
     stage, batch = build(embed_scale=dict(mode="meanstd"), num_candidates=1, num_steps=2), batch_of(4)
     params = random_params(stage)
     params["stats"] = {"embed_mean": jnp.zeros(EMBED), "embed_std": jnp.ones(EMBED)}
-    fitted = stage.fit_stats(params, 5 * batch["image_embed"] + 2)
+    fitted, _ = stage.fit(params, lambda: [{"image_embed": 5 * batch["image_embed"] + 2}])
     assert jnp.abs(params["stats"]["embed_mean"]).max() == 0.0  # the argument is as it was
     stats = fitted["stats"]
     np.testing.assert_allclose(stats["embed_mean"], 5 * batch["image_embed"].mean(axis=0) + 2, rtol=1e-5)
@@ -265,4 +265,4 @@ def test_a_caption_of_another_length_is_refused():
 
 def test_statistics_are_for_their_mode_only():
     with pytest.raises(ValueError, match="set it to 'meanstd'"):
-        build().fit_stats({}, jnp.zeros((2, EMBED)))
+        build().fit({}, list)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from dalle2_jax import models
 from dalle2_jax.diffusion import schedules
 from dalle2_jax.stages import upsampler
 
@@ -62,9 +63,11 @@ class Spy:
 
     seen: list = dataclasses.field(default_factory=list)
     deterministic: list = dataclasses.field(default_factory=list)
+    levels: list = dataclasses.field(default_factory=list)
 
-    def apply(self, variables, x_t, t, low_res_up, deterministic=True, **options):
+    def apply(self, variables, x_t, t, low_res_up, level=None, deterministic=True, **options):
         self.seen.append(low_res_up)
+        self.levels.append(level)
         self.deterministic.append(deterministic)
         return low_res_up
 
@@ -236,3 +239,71 @@ def test_the_crop_is_a_quarter_of_the_side_unless_given():
     assert upsampler.build().crop_size == 64
     assert upsampler.build(image_size=1024, low_res_size=256).crop_size == 256
     assert upsampler.build().batch_spec(2)["image"].shape == (2, 64, 64, 3)
+
+
+# Options
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (8, 21)])
+def test_tiles_of_a_pointwise_network_are_the_whole(shape):
+    """Blending may not change what every window agrees on, and each pixel is in some window."""
+    picture = jnp.asarray(pictures(2, *shape, 3))
+    other = jnp.asarray(pictures(2, *shape, 1))
+    drawn = upsampler.in_tiles(lambda parts: parts[0] ** 2 + parts[1], (picture, other), 8)
+    np.testing.assert_allclose(drawn, picture**2 + other, atol=1e-5)
+
+
+def test_tiles_are_blended_without_seams():
+    """Windows that disagree by a constant meet in a ramp, not in a step."""
+    size = 64
+
+    def corner(parts):
+        return jnp.broadcast_to(parts[0][:, :1, :1], parts[0].shape)
+
+    x = jnp.broadcast_to(jnp.arange(size, dtype=jnp.float32)[None, None, :, None], (1, 16, size, 1))
+    drawn = np.asarray(upsampler.in_tiles(corner, (x,), 16))[0, 0, :, 0]
+    steps = np.diff(drawn)
+    assert steps.min() >= -1e-5 and drawn[0] == 0 and drawn[-1] == size - 16
+    assert 0 < steps.max() < 0.6 * 12  # windows are 12 apart, and a seam would jump by all of it
+
+
+def test_a_picture_drawn_in_tiles_is_close_to_the_whole_one():
+    """A random network of one level, whose reach is a few pixels; its norms see a window's statistics."""
+    stage = build(num_steps=3)
+    low_res = {"low_res": jnp.asarray(pictures(2, 6, 6, 3))}
+    params = stage.init(KEY, models.zeros(stage.batch_spec(1)))
+    kernel = params["net"]["conv_out"]["kernel"]
+    params["net"]["conv_out"]["kernel"] = 0.02 * jax.random.normal(KEY, kernel.shape)
+    keys = jax.random.split(KEY, 2)
+    drawn = {tile: np.asarray(stage.sample(params, keys, low_res, tile=tile)) for tile in (None, 16, 24, 32)}
+    assert drawn[None].shape == (2, 24, 24, 3)
+    np.testing.assert_array_equal(drawn[24], drawn[None])  # one tile is the whole
+    np.testing.assert_array_equal(drawn[32], drawn[None])
+    difference = np.abs(drawn[16] - drawn[None]).mean()
+    assert 0 < difference < 0.1 * np.abs(drawn[None] - drawn[None].mean()).mean()
+
+
+def test_noise_conditioning_noises_what_the_network_sees_and_says_how_far():
+    stage = spying(low_res_noise=0.5, low_res_level=0.2)
+    low_res = jnp.asarray(pictures(64, 4, 4, 3))
+    zeros = {"image": jnp.zeros((64, 8, 8, 3)), "crop_yx": jnp.zeros((64, 2), jnp.int32)}
+    stage.loss({}, KEY, zeros | {"low_res": low_res})
+    levels, seen = np.asarray(stage.net.levels[0]), np.asarray(stage.net.seen[0])
+    assert levels.min() < 50 and 450 < levels.max() < 500
+    clean = enlarged(np.asarray(low_res))[:, :8, :8]
+    error = np.abs(seen - clean).mean(axis=(1, 2, 3))
+    assert np.corrcoef(levels, error)[0, 1] > 0.8 and error[levels < 20].max(initial=0) < 0.1
+    stage.loss({}, KEY, zeros | {"low_res": low_res}, train=False)
+    assert (np.asarray(stage.net.levels[1]) == 0).all()
+    stage.sample({}, jax.random.split(KEY, 64), {"low_res": low_res})
+    assert (np.asarray(stage.net.levels[2]) == 200).all()
+    params = build(low_res_noise=0.5).init(KEY, models.zeros(build().batch_spec(1)))
+    assert "low_res_time" in params and "low_res_time" not in build().init(
+        KEY, models.zeros(build().batch_spec(1))
+    )
+    for changes, message in (
+        (dict(low_res_level=0.2), "low_res_level 0.2 must be in 0 .. low_res_noise"),
+        (dict(tile=6, channel_mult=(1, 1, 1)), "tile 6 must be a multiple of 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(**changes)

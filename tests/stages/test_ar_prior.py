@@ -1,0 +1,275 @@
+"""The autoregressive prior: its codes, its network with and without a cache, what it learns and draws."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dalle2_jax.stages import ar_prior
+
+EMBED, LENGTH, CODES = 16, 6, 12
+
+
+def build(**changes):
+    settings = dict(
+        embed_dim=EMBED,
+        text=dict(vocab_size=20, context_length=LENGTH, width=32, depth=1, num_heads=2),
+        latent=dict(width=32, depth=2, num_heads=2),
+        num_components=CODES,
+        num_buckets=32,
+        num_dot_buckets=8,
+        max_error=1e-3,
+        fit_rows=256,
+    )
+    return ar_prior.build(**settings | changes)
+
+
+def embeddings(count, rank=8, seed=0):
+    """Image embeddings of low rank beside a little noise, and text embeddings near to them."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(np.random.default_rng(1).normal(size=(EMBED, rank)))[0]
+    image = rng.normal(size=(count, rank)) * np.linspace(2, 0.5, rank) @ basis.T + 0.3
+    image += 1e-3 * rng.normal(size=image.shape)
+    text = image + 0.5 * rng.normal(size=image.shape)
+    return image.astype(np.float32), text.astype(np.float32)
+
+
+def batch_of(size, seed=0):
+    image, text = embeddings(size, seed=seed)
+    rng = np.random.default_rng(seed)
+    tokens = jnp.asarray(rng.integers(1, 20, (size, LENGTH)), jnp.int32)
+    mask = jnp.arange(LENGTH) < jnp.asarray(rng.integers(1, LENGTH + 1, (size, 1)))
+    return dict(image_embed=jnp.asarray(image), text_embed=jnp.asarray(text), tokens=tokens, token_mask=mask)
+
+
+def in_parts(count=2000, parts=7):
+    image, text = embeddings(count)
+    return lambda: (
+        dict(image_embed=i, text_embed=t)
+        for i, t in zip(np.array_split(image, parts), np.array_split(text, parts), strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """A stage, its parameters with fitted statistics, and the scalars of the fit."""
+    stage = build()
+    params = stage.init(jax.random.key(0), batch_of(2))
+    params, scalars = stage.fit(params, in_parts())
+    return stage, params, scalars
+
+
+def test_components_are_those_of_the_covariance_in_falling_order(fitted):
+    stage, params, scalars = fitted
+    image, _ = embeddings(2000)
+    stats = {name: np.asarray(x) for name, x in params["stats"].items()}
+    np.testing.assert_allclose(stats["mean"], image.mean(axis=0), atol=1e-5)
+    _, singular, rows = np.linalg.svd(image.astype(np.float64) - image.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(np.abs((stats["components"][:8] * rows[:8]).sum(axis=1)), 1, atol=1e-4)
+    explained = np.cumsum(singular**2) / (singular**2).sum()
+    # the least number of components that leaves a thousandth is kept, the others are switched off
+    least = int(np.argmax(explained >= 1 - 1e-3)) + 1
+    assert scalars["components"] == least == stats["kept"].sum() <= 8
+    assert scalars["unexplained"] == pytest.approx(1 - explained[least - 1], abs=1e-6)
+    assert scalars["rows"] == 2000
+
+
+def test_codes_rebuild_the_embedding_to_half_a_bucket(fitted):
+    stage, params, _ = fitted
+    image = jnp.asarray(embeddings(500, seed=3)[0])
+    codes = stage.encode(params, image)
+    assert codes.shape == (500, CODES) and codes.min() >= 0 and codes.max() < 32
+    error = jnp.linalg.norm(stage.decode(params, codes) - image, axis=1)
+    assert jnp.median(error) < 0.35 < 0.15 * jnp.median(jnp.linalg.norm(image, axis=1)) * 2
+    edges = params["stats"]["edges"]
+    kept = np.asarray(params["stats"]["kept"]).astype(bool)
+    coordinates = (image - params["stats"]["mean"]) @ params["stats"]["components"].T
+    inside = (coordinates > edges[:, 0]) & (coordinates < edges[:, -1])
+    off = jnp.abs(ar_prior.centres(edges, codes) - coordinates)
+    width = edges[:, 1] - edges[:, 0]
+    assert jnp.all(jnp.where(inside, off <= 0.501 * width, True)[:, kept])
+    assert inside.mean() > 0.98
+    # what lies beyond the percentiles goes to the outermost buckets
+    far = stage.encode(params, params["stats"]["mean"] + 100 * params["stats"]["components"][:1])
+    assert far[0, 0] == 31
+    # decoding is the inverse of encoding on codes
+    again = stage.encode(params, stage.decode(params, codes))
+    np.testing.assert_array_equal(again[:, kept], codes[:, kept])
+
+
+def test_dot_products_fall_evenly_into_their_buckets(fitted):
+    stage, params, _ = fitted
+    image, text = embeddings(2000)
+    counts = np.bincount(stage.dot_bucket(params, jnp.asarray(image), jnp.asarray(text)), minlength=8)
+    assert counts.min() > 230 and counts.max() < 270
+    best = stage.dot_bucket(params, jnp.asarray(image), jnp.asarray(image))
+    assert (np.asarray(best) == 7).all()
+
+
+def test_logits_of_a_code_depend_on_what_is_before_it_alone(fitted):
+    stage, params, _ = fitted
+    batch = batch_of(3)
+    codes = stage.encode(params, batch["image_embed"])
+    drop = jnp.zeros(3, bool)
+
+    def logits(codes, dot=None, drop=drop, batch=batch):
+        dot = jnp.zeros(3, jnp.int32) if dot is None else dot
+        text = (batch["tokens"], batch["token_mask"], drop)
+        return stage.net.apply({"params": params["net"]}, batch["text_embed"], dot, codes, *text)
+
+    plain, changed = logits(codes), logits(codes.at[:, 4].add(1))
+    np.testing.assert_array_equal(plain[:, :5], changed[:, :5])
+    assert (jnp.abs(plain - changed)[:, 5:].max(axis=(0, 2)) > 1e-6).all()
+    assert (jnp.abs(plain - logits(codes, dot=jnp.ones(3, jnp.int32))).max(axis=-1) > 1e-6).all()
+    # padding is not read, words are
+    padded = batch | {"tokens": jnp.where(batch["token_mask"], batch["tokens"], 7)}
+    np.testing.assert_allclose(plain, logits(codes, batch=padded), atol=1e-6)
+    other = batch | {"tokens": jnp.where(batch["token_mask"], 7, batch["tokens"])}
+    assert jnp.abs(plain - logits(codes, batch=other)).max() > 1e-4
+    # the null branch knows neither caption nor embedding nor dot product
+    null = logits(codes, drop=~drop)
+    for changes in (
+        dict(batch=other),
+        dict(dot=jnp.ones(3, jnp.int32)),
+        dict(batch=batch | {"text_embed": -batch["text_embed"]}),
+    ):
+        np.testing.assert_array_equal(null, logits(codes, drop=~drop, **changes))
+    assert jnp.abs(null - logits(codes.at[:, 4].add(1), drop=~drop)).max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cache_changes_nothing(fitted, dtype):
+    _, params, _ = fitted
+    net = build(dtype=dtype, remat=True).net
+    batch = batch_of(3)
+    codes = jax.random.randint(jax.random.key(1), (3, CODES), 0, 32)
+    dot, drop = jnp.array([1, 2, 3]), jnp.array([False, True, False])
+
+    def apply(method, *arguments):
+        return net.apply({"params": params["net"]}, *arguments, method=method)
+
+    whole = apply("__call__", batch["text_embed"], dot, codes, batch["tokens"], batch["token_mask"], drop)
+    states, mask = apply("encode", batch["tokens"], batch["token_mask"], drop)
+    text, caches = apply("read", states), apply("empty_cache", 3)
+    inputs = apply("prefix", batch["text_embed"], dot, drop)
+    inputs = [inputs[:, 0], inputs[:, 1]] + [apply("embed_codes", codes[:, i]) for i in range(CODES - 1)]
+    step = jax.jit(lambda x, i, caches: apply("step", x, i, text, mask, caches))
+    parts = []
+    for i, x in enumerate(inputs):
+        logits, caches = step(x, jnp.int32(i), caches)
+        parts.append(logits)
+    tolerance = 1e-5 if dtype == "float32" else 0.1
+    np.testing.assert_allclose(jnp.stack(parts[1:], axis=1), whole, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def trained(fitted):
+    """The stage after it has learned eight embeddings by heart, and their batch."""
+    stage, params, _ = fitted
+    batch = batch_of(8, seed=5)
+    optimizer = optax.adam(3e-3)
+    # all dot products in the uppermost bucket, which is what will be drawn
+    stats = params["stats"] | {"dot_edges": jnp.full(9, -1.0).at[-1].set(1.0)}
+    trainable = {"net": params["net"]}
+
+    @jax.jit
+    def step(trainable, state, key):
+        def loss(trainable):
+            return stage.loss(trainable | {"stats": stats}, key, batch)
+
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(trainable, updates), state, metrics
+
+    state = optimizer.init(trainable)
+    for i in range(250):
+        trainable, state, metrics = step(trainable, state, jax.random.fold_in(jax.random.key(0), i))
+    return stage, trainable | {"stats": stats}, batch
+
+
+def test_eight_embeddings_are_learned_and_drawn(trained):
+    stage, params, batch = trained
+    loss, metrics = stage.loss(params, jax.random.key(0), batch, train=False)
+    assert loss < 0.1 and metrics["accuracy"] > 0.97 and metrics["code_cosine"] > 0.98
+    keys = jax.random.split(jax.random.key(3), 8)
+    sample = jax.jit(lambda s: stage.sample(params, keys, batch, guidance_scale=s, dot_quantile=0.99))
+    drawn = sample(jnp.float32(2.0))
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    nearest = (unit(drawn) @ unit(batch["image_embed"]).T).argmax(axis=1)
+    np.testing.assert_array_equal(nearest, np.arange(8))
+    assert (unit(drawn) * unit(batch["image_embed"])).sum(axis=1).mean() > 0.95
+
+
+def test_a_sample_depends_on_its_own_key_and_caption_alone(trained):
+    stage, params, batch = trained
+    keys = jax.random.split(jax.random.key(3), 8)
+    sample = jax.jit(lambda keys, batch: stage.sample(params, keys, batch, num_candidates=2))
+    whole = sample(keys, batch)
+    half = sample(keys[4:], {name: x[4:] for name, x in batch.items()})
+    np.testing.assert_allclose(whole[4:], half, atol=1e-5)
+    np.testing.assert_array_equal(whole, sample(keys, batch))
+
+
+def test_the_dot_product_is_drawn_from_the_upper_half_and_the_nearest_candidate_kept(fitted):
+    stage, params, _ = fitted
+    batch = batch_of(4)
+    keys = jax.random.split(jax.random.key(0), 4)
+    seen = []
+    net = stage.net
+
+    class Watched:
+        num_dot_buckets, num_codes = net.num_dot_buckets, net.num_codes
+
+        @staticmethod
+        def apply(variables, *arguments, method):
+            if method == "prefix":
+                seen.append(np.asarray(arguments[1]))
+            return net.apply(variables, *arguments, method=method)
+
+    watched = dataclasses.replace(stage, net=Watched)
+    many = watched.sample(params, keys, batch, num_candidates=16)
+    assert seen[0].shape == (64,) and set(seen[0]) == {4, 5, 6, 7}
+    one = stage.sample(params, keys, batch, num_candidates=1)
+
+    def cosine(x):
+        text = batch["text_embed"]
+        return (x * text).sum(-1) / jnp.linalg.norm(x, axis=-1) / jnp.linalg.norm(text, axis=-1)
+
+    assert (cosine(many) >= cosine(one) - 1e-6).all() and cosine(many).mean() > cosine(one).mean() + 0.05
+    greedy = []
+    for seed in range(2):
+        keys = jax.random.split(jax.random.key(seed), 4)
+        greedy.append(stage.sample(params, keys, batch, temperature=1e-6, dot_quantile=0.99))
+    np.testing.assert_array_equal(*greedy)
+
+
+def test_statistics_have_no_gradient(fitted):
+    stage, params, _ = fitted
+    grads = jax.grad(lambda p: stage.loss(p, jax.random.key(0), batch_of(4))[0])(params)
+    assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads["stats"]))
+    assert any((np.asarray(g) != 0).any() for g in jax.tree.leaves(grads["net"]))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(num_components=17), "num_components 17 must be in 1 .. embed_dim"),
+        (dict(num_buckets=1), "num_buckets 1"),
+        (dict(text_drop=1.0), "text_drop 1.0"),
+        (dict(temperature=0.0), "temperature 0.0"),
+        (dict(latent=dict(width=30, depth=1, num_heads=4)), "latent.width 30 is not a multiple"),
+        (dict(latent=dict(widht=32, depth=1, num_heads=2)), "did you mean latent.width"),
+    ],
+)
+def test_mistakes_are_answered_with_what_to_change(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(**changes)
+
+
+def test_too_few_embeddings_are_refused():
+    stage = build()
+    with pytest.raises(ValueError, match="raise model.fit_rows"):
+        stage.fit({}, in_parts(count=10, parts=2))
