@@ -2,8 +2,9 @@
 
     python -m dalle2_jax.train --config=configs/clip.py --workdir=DIR --config.data.path=SHARDS
 
-Learning rate 3e-4; what the paper does not restate is CLIP's: batch 32768, weight decay 0.2 off gains and
-biases, warm-up 2000, cosine decay. `:debug` is the same code in small, for a laptop.
+Learning rate 3e-4, SAM with rho 0.1 by replicas of 64 pairs; what the paper does not restate is CLIP's: batch
+32768, weight decay 0.2 off gains and biases, warm-up 2000, cosine decay. `:debug` is the same code in small,
+for a laptop.
 """
 
 from configs import common
@@ -19,6 +20,8 @@ def get_config(preset: str = ""):
         image_size=256,
         vision=dict(kind="vit", patch_size=16, width=1280, depth=32, num_heads=16),
         text=dict(vocab_size=49408, context_length=77, width=1024, depth=24, num_heads=16),
+        sam_rho=0.1,
+        sam_batch_size=64,
         remat=True,
         dtype="bfloat16",
     )
@@ -35,6 +38,7 @@ def get_config(preset: str = ""):
             dict(
                 embed_dim=32,
                 image_size=32,
+                sam_batch_size=4,
                 vision=dict(kind="vit", patch_size=8, width=32, depth=1, num_heads=2),
                 text=dict(vocab_size=512, context_length=32, width=32, depth=1, num_heads=2),
             ),

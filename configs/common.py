@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
             max_bad_fraction=1e-3,
             num_workers=2,
             group=1,
+            classes=(),
         )
     )
     # With a path (folder or hub name) that tokenizer is used; without one, the frozen CLIP's, or a

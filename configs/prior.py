@@ -21,6 +21,7 @@ def get_config(preset: str = ""):
         text_drop=0.1,
         schedule="cosine",
         num_steps=64,
+        method="analytic",
         num_candidates=2,
         guidance_scale=1.0,
         remat=True,

@@ -2,8 +2,8 @@
 
     python -m dalle2_jax.train --config=configs/upsampler1024.py --workdir=DIR --config.data.path=SHARDS
 
-1M steps of 512 crops of 256 x 256, a linear noise schedule, sampled with 15 DDIM steps. `:debug` is the same
-code in small, for a laptop.
+1M steps of 512 crops of 256 x 256 beside small pictures degraded by BSR, a linear noise schedule, sampled
+with 15 DDIM steps. `:debug` is the same code in small, for a laptop.
 """
 
 from configs import common
@@ -29,7 +29,7 @@ def get_config(preset: str = ""):
         remat=True,
         dtype="bfloat16",
     )
-    config.data.low_res_blur = 1.0
+    config.data.low_res_bsr = "full"
     config.optim.update(learning_rate=1.0e-4, beta2=0.999, eps=1e-8, weight_decay=0.0)
     config.batch_size = 512
     config.num_steps = 1_000_000

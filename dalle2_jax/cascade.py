@@ -23,6 +23,7 @@ from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
 BUNDLED = Path(__file__).parent / "bundled"
 BATCH_SIZE = 8
 BASE_STAGES = ("clip", "prior", "decoder")
+GUIDES = ("noisy_clip", "classifier")  # that a model may have, to steer its decoder
 # progress(stage, rows done, rows in all, seconds in this stage without compiling)
 Progress = Callable[[str, int, int, float], None]
 
@@ -38,6 +39,7 @@ class Task:
       rows: name -> shape of one row, and type.
       scalars: numpy numbers that are traced, so that no value needs a new program.
       steps: network steps a row. label: what to call it; the stage's name if empty.
+      others: further stages whose parameters `function` needs; it then gets {stage name: parameters}.
     """
 
     name: str
@@ -47,12 +49,13 @@ class Task:
     scalars: dict[str, np.generic] = dataclasses.field(default_factory=dict)
     steps: int = 1
     label: str = ""
+    others: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple:
         """The name of the program."""
         rows = tuple((name, spec.shape, str(spec.dtype)) for name, spec in sorted(self.rows.items()))
-        return self.name, self.settings, rows, tuple(sorted(self.scalars))
+        return self.name, self.others, self.settings, rows, tuple(sorted(self.scalars))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,9 @@ def check_cascade(configs: dict[str, dict], stages: dict, vocab_size: int) -> No
                 f"the prior reads CLIP's states at {prior.context_length} positions, CLIP has "
                 f"{clip.context_length}: train them with one context_length"
             )
+    for name in GUIDES:
+        if name in stages and "decoder" in stages:
+            _check_guide(name, stages[name], stages["decoder"])
     for name, config in configs.items():
         known = (config["model"].get("text") or {}).get("vocab_size")
         if known and vocab_size > known:
@@ -98,7 +104,7 @@ def check_cascade(configs: dict[str, dict], stages: dict, vocab_size: int) -> No
             )
     side, previous = getattr(stages.get("decoder"), "image_size", None), "decoder"
     for name, stage in stages.items():
-        if name in BASE_STAGES:
+        if name in BASE_STAGES + GUIDES:
             continue
         if side is not None and stage.low_res_size != side:
             raise ValueError(
@@ -108,10 +114,22 @@ def check_cascade(configs: dict[str, dict], stages: dict, vocab_size: int) -> No
         side, previous = stage.image_size, name
 
 
+def _check_guide(name: str, guide, decoder) -> None:
+    """Raise ValueError unless a guide reads the very pictures that the decoder noises."""
+    if guide.schedule is None:
+        raise ValueError(f"{name} was not trained on noised pictures: train one with model.noise")
+    if guide.image_size != decoder.image_size or guide.schedule != decoder.diffusion.schedule:
+        raise ValueError(
+            f"{name} reads pictures of side {guide.image_size} with the noise of its own schedule, the "
+            f"decoder draws side {decoder.image_size}: train both with one image_size, schedule and "
+            "num_timesteps"
+        )
+
+
 def _read_stages(directory: epath.Path, index: dict, dtype: str | None) -> tuple[dict, dict, dict]:
     """(folders, configs, stages) by stage name, in the order in which they run."""
     named = index["stages"]
-    folders = {name: named[name] for name in BASE_STAGES if name in named}
+    folders = {name: named[name] for name in BASE_STAGES + GUIDES if name in named}
     folders |= {folder: folder for folder in named.get("upsamplers", [])}
     configs, stages = {}, {}
     for name, folder in folders.items():
@@ -171,7 +189,7 @@ class Cascade:
     @property
     def upsamplers(self) -> tuple[str, ...]:
         """Names of the upsamplers, in the order in which they run."""
-        return tuple(name for name in self.stages if name not in BASE_STAGES)
+        return tuple(name for name in self.stages if name not in BASE_STAGES + GUIDES)
 
     def stage(self, name: str):
         """The stage called `name`; ValueError if the model lacks it."""
@@ -189,6 +207,11 @@ class Cascade:
                 modeldir.check_params(params, models.abstract_params(stage), os.fspath(path))
                 self._params[name] = jax.device_put(params, partition.replicated(self.mesh))
         return self._params[name]
+
+    def _task_params(self, task: Task) -> dict:
+        if not task.others:
+            return self.params(task.name)
+        return {name: self.params(name) for name in (task.name, *task.others)}
 
     def tokenizer(self, context_length: int) -> Tokenizer:
         """The model's tokenizer with this context length."""
@@ -215,7 +238,7 @@ class Cascade:
             name: jax.ShapeDtypeStruct((), value.dtype, sharding=whole)
             for name, value in task.scalars.items()
         }
-        params = self.params(task.name)
+        params = self._task_params(task)
         with partition.use_mesh(self.mesh):
             return jax.jit(task.function, out_shardings=rows).lower(params, batch, scalars).compile()
 
@@ -255,7 +278,7 @@ class Cascade:
                 self._programs.pop((task.key, size), None)
             raise
         compile_seconds = time.monotonic() - began
-        params = self.params(task.name)
+        params = self._task_params(task)
         scalars = jax.device_put(task.scalars, partition.replicated(self.mesh))
         outputs, seconds = [], 0.0
         for start in range(0, count, size):

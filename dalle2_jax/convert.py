@@ -39,6 +39,8 @@ def convert_workdirs(
     clip: str,
     prior: str,
     decoder: str,
+    noisy_clip: str = "",
+    classifier: str = "",
     upsamplers: tuple[str, ...] = (),
     dtype: str = "bfloat16",
     name: str = "",
@@ -48,6 +50,7 @@ def convert_workdirs(
     Args:
       out: the directory; made if absent. Files of the same names are replaced.
       clip, prior, decoder: workdirs, or model directories that hold the stage.
+      noisy_clip, classifier: the same for what is to guide the decoder; empty for none.
       upsamplers: workdirs, in the order in which they run.
       dtype: 'bfloat16' (half the size) or 'float32' (exact).
       name: of the model; by default the last name of `out`.
@@ -60,7 +63,10 @@ def convert_workdirs(
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     if models.is_workdir(out):
         raise ValueError(f"{out} is a training workdir: write the model directory elsewhere")
-    wanted = [("clip", clip), ("prior", prior), ("decoder", decoder)] + [("upsampler", w) for w in upsamplers]
+    wanted = [("clip", clip), ("prior", prior), ("decoder", decoder)]
+    reading = [clip, prior, decoder] + ([noisy_clip] if noisy_clip else [])  # captions
+    wanted += [(role, w) for role, w in (("noisy_clip", noisy_clip), ("classifier", classifier)) if w]
+    wanted += [("upsampler", w) for w in upsamplers]
     configs, stages, weights, steps = {}, {}, {}, {}
     for role, source in wanted:
         stage, config, params = models.load_stage(source, role)
@@ -72,14 +78,14 @@ def convert_workdirs(
         configs[folder], stages[folder], weights[folder] = config, stage, params
         steps[folder] = _trained_steps(source, folder)
         print(f"read {folder} from {source}", flush=True)
-    tokenizer = _shared_tokenizer([source for _, source in wanted[:3]])
+    tokenizer = _shared_tokenizer(reading)
     check_cascade(configs, stages, tokenizer.vocab_size)
 
     for folder, config in configs.items():
         modeldir.save_stage(out / folder, without_paths(config) | {"wandb": ""}, weights[folder], dtype)
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "tokenizer")
-    layout = {"clip": "clip", "prior": "prior", "decoder": "decoder"}
+    layout = {role: role for role, _ in wanted if role != "upsampler"}
     layout["upsamplers"] = [folder for folder in stages if folder not in layout]
     extra = {"name": name or out.name, "dalle2_jax_version": dalle2_jax.__version__, "trained_steps": steps}
     modeldir.write_index(out, layout, extra=extra)
@@ -118,6 +124,9 @@ def make_parser() -> argparse.ArgumentParser:
     workdirs.add_argument(
         "--upsamplers", default="", metavar="W1,W2", help="workdirs of the upsamplers, in their order"
     )
+    for guide in ("noisy_clip", "classifier"):
+        help_text = f"workdir of a {guide} that may steer the decoder"
+        workdirs.add_argument(f"--{guide}", default="", metavar="W", help=help_text)
     workdirs.add_argument("--out", required=True, metavar="MODEL", help="model directory to write")
     workdirs.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
     workdirs.add_argument("--name", default="", help="name of the model; by default the last name of --out")
@@ -131,6 +140,8 @@ def _run_workdirs(options: argparse.Namespace) -> None:
         clip=options.clip,
         prior=options.prior,
         decoder=options.decoder,
+        noisy_clip=options.noisy_clip,
+        classifier=options.classifier,
         upsamplers=tuple(part for part in options.upsamplers.split(",") if part),
         dtype=options.dtype,
         name=options.name,

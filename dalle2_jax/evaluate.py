@@ -1,4 +1,4 @@
-"""python -m dalle2_jax.evaluate [--model=DIR] --metrics=scenes,retrieval [--n=128 --seed=0 --out=evaluation]
+"""python -m dalle2_jax.evaluate [--model=DIR] [--metrics=scenes,retrieval,zero_shot --n=128 --out=DIR]
 
 Measures a model directory; writes report.json, its table report.txt, and labelled grids of what was judged.
 
@@ -6,6 +6,7 @@ Measures a model directory; writes report.json, its table report.txt, and labell
              shape training showed together or never; pair_seen, pair_heldout_relation: two objects whose
              relation it showed or never), and lets the checker read the pictures
   retrieval  CLIP looks for the caption of each of 100 scenes of the validation and test splits
+  zero_shot  CLIP says which colour and shape the object in each of 200 unseen scenes has, out of all pairs
 """
 
 import json
@@ -18,10 +19,10 @@ from etils import epath
 
 from dalle2_jax import metrics, partition, pipeline
 from dalle2_jax.data import scenes
-from dalle2_jax.evals import retrieval, scene_scores
+from dalle2_jax.evals import retrieval, scene_scores, zero_shot
 from dalle2_jax.generate import StageLines, define_sampling_flags, sampling_settings
 
-METRICS = ("scenes", "retrieval")
+METRICS = ("scenes", "retrieval", "zero_shot")
 GRID_PICTURES = 64
 
 
@@ -101,6 +102,22 @@ def evaluate_retrieval(
     return retrieval.retrieval(model.encode_image(images, batch_size), text_embed)
 
 
+def evaluate_zero_shot(
+    model: pipeline.UnCLIP,
+    *,
+    config: scenes.SceneConfig,
+    image_size: int,
+    n: int = 200,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> dict:
+    """The numbers of `zero_shot.accuracy` for `n` unseen scenes of one object, rendered at `image_size`."""
+    chosen, names, labels = zero_shot.single_objects(config, n, seed)
+    classes = zero_shot.class_embeddings(lambda texts: model.encode_text(texts, batch_size)[0][0], names)
+    images = [scenes.render(scene, image_size) for scene in chosen]
+    return zero_shot.accuracy(model.encode_image(images, batch_size), classes, labels)
+
+
 FLAGS = flags.FLAGS
 
 
@@ -140,6 +157,15 @@ def main(argv):
             lines.append(
                 f"retrieval among {found['n']}: image to text {found['image_to_text']:.3f}, "
                 f"text to image {found['text_to_image']:.3f}"
+            )
+        if "zero_shot" in FLAGS.metrics:
+            measured["zero_shot"] = evaluate_zero_shot(
+                model, config=config, image_size=image_size, seed=FLAGS.seed, batch_size=FLAGS.batch_size
+            )
+            found = measured["zero_shot"]
+            lines.append(
+                f"zero-shot among {found['classes']} colours and shapes: top 1 {found['top1']:.3f}, "
+                f"top 5 {found['top5']:.3f} of {found['n']}"
             )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

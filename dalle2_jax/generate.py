@@ -17,6 +17,7 @@ from etils import epath
 
 import dalle2_jax
 from dalle2_jax import metrics, partition, pipeline
+from dalle2_jax.diffusion.sampling import METHODS
 
 
 def slug(caption: str, length: int = 48) -> str:
@@ -113,8 +114,16 @@ def define_sampling_flags() -> None:
     flags.DEFINE_integer("decoder_steps", None, "Steps of the decoder.")
     flags.DEFINE_alias("steps", "decoder_steps")
     flags.DEFINE_list("upsampler_steps", None, "Steps of the upsamplers, one number each, such as 27,15.")
-    flags.DEFINE_enum("method", None, ["ddpm", "ddim"], "Sampler of the decoder.")
+    flags.DEFINE_enum("prior_method", None, METHODS, "Sampler of a diffusion prior.")
+    flags.DEFINE_integer(
+        "prior_candidates", None, "Embeddings drawn a picture; the closest to the text is kept."
+    )
+    flags.DEFINE_enum("method", None, METHODS, "Sampler of the decoder.")
     flags.DEFINE_float("eta", None, "Noise of DDIM in the decoder, 0 (none) to 1.")
+    flags.DEFINE_float(
+        "noisy_clip", None, "How strongly the model's CLIP of noised pictures steers; 0 is none."
+    )
+    flags.DEFINE_float("classifier", None, "How strongly the model's classifier steers; 0 is none.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: as trained.")
     flags.DEFINE_integer("batch_size", None, "Pictures at a time, rounded up to a multiple of the devices.")
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
@@ -129,10 +138,14 @@ def sampling_settings() -> dict:
         guidance_scale=FLAGS.guidance_scale,
         prior_guidance_scale=FLAGS.prior_guidance_scale,
         prior_steps=FLAGS.prior_steps,
+        prior_method=FLAGS.prior_method,
+        prior_candidates=FLAGS.prior_candidates,
         decoder_steps=FLAGS.decoder_steps,
         upsampler_steps=None if steps is None else [int(text) for text in steps],
         method=FLAGS.method,
         eta=FLAGS.eta,
+        noisy_clip=FLAGS.noisy_clip,
+        classifier=FLAGS.classifier,
     )
 
 

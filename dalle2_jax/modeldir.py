@@ -100,22 +100,25 @@ def save_stage(
     Args:
       directory: made if absent; files of the same name are replaced.
       config: JSON values that are enough to rebuild the stage.
-      params: nested dict of arrays; floating leaves are stored as `dtype`, others as they are.
+      params: nested dict of arrays; floating leaves are stored as `dtype`, others and statistics (the leaves
+        of 'stats') as they are.
       dtype: 'bfloat16' (half the size, 8 bits of precision) or 'float32' (exact).
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
     import safetensors.numpy
 
-    def stored(leaf) -> np.ndarray:
+    def stored(name: str, leaf) -> np.ndarray:
         leaf = np.asarray(leaf)
-        if leaf.dtype == ml_dtypes.bfloat16 or np.issubdtype(leaf.dtype, np.floating):
+        if name.startswith("stats/"):
+            pass
+        elif leaf.dtype == ml_dtypes.bfloat16 or np.issubdtype(leaf.dtype, np.floating):
             leaf = leaf.astype(DTYPES[dtype])
         return np.require(leaf, requirements="C")
 
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    flat = {name: stored(leaf) for name, leaf in sorted(flatten(partition.to_host(params)).items())}
+    flat = {name: stored(name, leaf) for name, leaf in sorted(flatten(partition.to_host(params)).items())}
     _replace(directory / WEIGHTS_FILE, safetensors.numpy.save(flat, metadata={"format": "np"}))
     _replace(directory / CONFIG_FILE, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 

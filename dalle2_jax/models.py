@@ -13,7 +13,9 @@ from etils import epath
 
 from dalle2_jax import checkpoint, modeldir
 
-STAGES = ("clip", "prior", "decoder", "upsampler")
+STAGES = ("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier")
+# What may take the place of a stage in a model.
+KINDS = {"prior": ("prior", "ar_prior"), "noisy_clip": ("clip",)}
 CLIP_FIELDS = ("image_embed", "text_embed", "text_states")
 
 
@@ -108,7 +110,8 @@ def load_stage(path, name: str):
     else:
         config, params = modeldir.load_stage(_stage_folder(path, name))
         stage = build_stage(config)
-    if config["stage"] != name.rstrip("0123456789"):
+    role = name.rstrip("0123456789")
+    if config["stage"] not in KINDS.get(role, (role,)):
         raise ValueError(f"{path} holds a {config['stage']!r}, not a {name!r}")
     modeldir.check_params(params, abstract_params(stage), str(path))
     return stage, config, params

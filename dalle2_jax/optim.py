@@ -70,8 +70,12 @@ def make_schedule(
 
 
 def decay_mask(params) -> object:
-    """Returns a tree of bools: True where weight decay applies, that is for arrays of rank 2 and more."""
-    return jax.tree.map(lambda p: len(p.shape) >= 2, params)
+    """Returns a tree of bools: True where weight decay applies, to all of rank 2 and more but statistics."""
+
+    def decays(path, p):
+        return len(p.shape) >= 2 and getattr(path[0], "key", None) != "stats"
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def is_hidden_kernel(path, p) -> bool:

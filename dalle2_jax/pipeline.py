@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dalle2_jax import tasks
-from dalle2_jax.cascade import BASE_STAGES, Cascade, Progress, Timing
+from dalle2_jax.cascade import BASE_STAGES, GUIDES, Cascade, Progress, Timing
+from dalle2_jax.diffusion.sampling import METHODS
 
 MAX_CAPTION = 1000
 
@@ -60,12 +61,14 @@ def check_captions(captions: Sequence[str]) -> None:
 
 def check_method(method: str, eta: float | None) -> None:
     """Raise ValueError for an unknown sampler, or an eta that it has no use for."""
-    if method not in ("ddpm", "ddim"):
-        raise ValueError(f"method {method!r} is unknown; choose 'ddpm' or 'ddim'")
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
     if eta is not None and not 0 <= eta <= 1:
         raise ValueError(f"eta {eta} must lie in 0 .. 1")
-    if eta is not None and method == "ddpm":
-        raise ValueError(f"eta {eta} has no meaning for method 'ddpm': use method 'ddim', or leave eta out")
+    if eta is not None and method != "ddim":
+        raise ValueError(
+            f"eta {eta} has no meaning for method {method!r}: use method 'ddim', or leave eta out"
+        )
 
 
 def clip_square(image, size: int) -> np.ndarray:
@@ -139,51 +142,72 @@ class UnCLIP:
         guidance_scale: float | None = None,
         prior_guidance_scale: float | None = None,
         prior_steps: int | None = None,
+        prior_method: str | None = None,
+        prior_candidates: int | None = None,
         decoder_steps: int | None = None,
         upsampler_steps: Sequence[int] | None = None,
         method: str | None = None,
         eta: float | None = None,
+        noisy_clip: float | None = None,
+        classifier: float | None = None,
     ) -> dict[str, dict]:
         """stage -> what `text_to_image` runs it with for these arguments, the model's own values filled in.
 
         Raises ValueError for what this model cannot do.
         """
 
-        def own(value, default):
-            return default if value is None else value
-
-        cascade = self.cascade
-        prior, decoder, upsamplers = cascade.stage("prior"), cascade.stage("decoder"), cascade.upsamplers
+        cascade, upsamplers = self.cascade, self.cascade.upsamplers
         if upsampler_steps is not None and len(upsampler_steps) != len(upsamplers):
             raise ValueError(
                 f"upsampler_steps has {len(upsampler_steps)} numbers, model {self.name!r} has "
                 f"{len(upsamplers)} upsampler(s): give one a stage"
             )
-        settings = {
+        asked = {
             "prior": dict(
-                num_steps=own(prior_steps, prior.diffusion.num_steps),
-                guidance_scale=float(own(prior_guidance_scale, prior.guidance_scale)),
-                num_candidates=prior.num_candidates,
-                method=prior.diffusion.method,
-                eta=prior.diffusion.eta,
+                num_steps=prior_steps,
+                guidance_scale=prior_guidance_scale,
+                method=prior_method,
+                num_candidates=prior_candidates,
             ),
-            "decoder": dict(
-                num_steps=own(decoder_steps, decoder.diffusion.num_steps),
-                guidance_scale=float(own(guidance_scale, decoder.guidance_scale)),
-                method=method or decoder.diffusion.method,
-                eta=own(eta, decoder.diffusion.eta),
-            ),
+            "decoder": dict(num_steps=decoder_steps, guidance_scale=guidance_scale, method=method, eta=eta),
         }
-        check_method(method or decoder.diffusion.method, eta)
         for name, steps in zip(upsamplers, upsampler_steps or [None] * len(upsamplers), strict=True):
-            own_settings = cascade.stage(name).diffusion
-            settings[name] = dict(
-                num_steps=own(steps, own_settings.num_steps), method=own_settings.method, eta=own_settings.eta
-            )
+            asked[name] = dict(num_steps=steps)
+        settings = {}
+        for name, values in asked.items():
+            settings[name] = dict(cascade.stage(name).sampling)
+            for setting, value in values.items():
+                if value is None:
+                    continue
+                if setting not in settings[name]:
+                    raise ValueError(
+                        f"{name}: {setting} has no meaning for a stage {cascade.configs[name]['stage']!r}, "
+                        f"which has {', '.join(settings[name])}"
+                    )
+                settings[name][setting] = value
+            if name == "decoder":
+                guides = {"noisy_clip": noisy_clip, "classifier": classifier}
+                guides = {guide: float(scale) for guide, scale in guides.items() if scale}
+                for guide, scale in guides.items():
+                    cascade.stage(guide)  # names what the model has, if not this
+                    if not 0 < scale <= 10_000:
+                        raise ValueError(f"decoder: {guide} {scale} must lie in 0 .. 10000; 0 is none")
+                settings[name] |= guides
+            if "guidance_scale" in settings[name]:
+                settings[name]["guidance_scale"] = float(settings[name]["guidance_scale"])
+            if "method" in settings[name]:
+                check_method(settings[name]["method"], values.get("eta"))
         for name, values in settings.items():
-            most = cascade.stage(name).diffusion.schedule.num_timesteps
-            if not 1 <= values["num_steps"] <= most:
-                raise ValueError(f"{name}: {values['num_steps']} steps are not possible; give 1 .. {most}")
+            if "num_steps" in values:
+                most = cascade.stage(name).diffusion.schedule.num_timesteps
+                if not 1 <= values["num_steps"] <= most:
+                    raise ValueError(
+                        f"{name}: {values['num_steps']} steps are not possible; give 1 .. {most}"
+                    )
+            if values.get("num_candidates", 1) < 1:
+                raise ValueError(
+                    f"{name}: {values['num_candidates']} candidates are not possible; give 1 or more"
+                )
             scale = values.get("guidance_scale", 1)
             if not 0 <= scale <= 100:
                 raise ValueError(
@@ -224,11 +248,18 @@ class UnCLIP:
         n: int = 1,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
+        method: str | None = None,
+        num_candidates: int | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> tuple[np.ndarray, dict[str, Timing]]:
         """(n image embeddings of each caption, [N, E] float32 in CLIP's own scale; stage -> Timing)."""
-        own = self.settings(prior_steps=num_steps, prior_guidance_scale=guidance_scale)["prior"]
+        own = self.settings(
+            prior_steps=num_steps,
+            prior_guidance_scale=guidance_scale,
+            prior_method=method,
+            prior_candidates=num_candidates,
+        )["prior"]
         (text_embed, text_states), text_timing = self.encode_text(captions, batch_size, progress)
         tokens, token_mask = self._tokens("prior", captions)
         known = dict(tokens=tokens, token_mask=token_mask, text_embed=text_embed, text_states=text_states)
@@ -249,6 +280,8 @@ class UnCLIP:
         guidance_scale: float | None = None,
         method: str | None = None,
         eta: float | None = None,
+        noisy_clip: float | None = None,
+        classifier: float | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> tuple[np.ndarray, Timing]:
@@ -259,6 +292,7 @@ class UnCLIP:
           captions: N of them, or None for the null caption.
           seed, numbers: picture i has the key of (seed, numbers[i]); by default 0 .. N-1.
           num_steps, guidance_scale, method, eta: instead of the decoder's own settings.
+          noisy_clip, classifier: how strongly these guides of the model steer to the captions.
           batch_size, progress: see `text_to_image`.
         """
         decoder = self.cascade.stage("decoder")
@@ -269,15 +303,52 @@ class UnCLIP:
         numbers = np.arange(count) if numbers is None else np.asarray(numbers)
         if len(numbers) != count or (captions is not None and len(captions) != count):
             raise ValueError(f"{count} image embeddings need as many captions and numbers")
-        own = self.settings(decoder_steps=num_steps, guidance_scale=guidance_scale, method=method, eta=eta)
+        own = self.settings(
+            decoder_steps=num_steps,
+            guidance_scale=guidance_scale,
+            method=method,
+            eta=eta,
+            noisy_clip=noisy_clip,
+            classifier=classifier,
+        )
         task = tasks.decoder_task(self.cascade, seed, own["decoder"])
         rows = {"image_embed": image_embeds, "number": numbers}
+        rows |= self._guide_rows(own["decoder"], captions, batch_size)
         if decoder.context_length is not None and captions is not None:
             rows["tokens"], rows["token_mask"] = self._tokens("decoder", captions)
         elif decoder.context_length is not None:
             rows["tokens"] = np.zeros((count, decoder.context_length), np.int32)
             rows["token_mask"] = np.zeros((count, decoder.context_length), bool)
         return self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
+
+    def _guide_rows(self, own: dict, captions: Sequence[str] | None, batch_size: int | None) -> dict:
+        """What the guides of these settings are to steer to: a text embedding, a label a caption."""
+        used = [guide for guide in GUIDES if guide in own]
+        if used and captions is None:
+            raise ValueError(f"{' and '.join(used)} steer to captions: give them, or leave the guide out")
+        rows = {}
+        if "noisy_clip" in used:
+            tokens, token_mask = self._tokens("noisy_clip", captions)
+            task = tasks.text_task(self.cascade, "noisy_clip")
+            known = {"tokens": tokens, "token_mask": token_mask}
+            (rows["guide_text_embed"], _), _ = self.cascade.run(task, known, batch_size=batch_size)
+        if "classifier" in used:
+            rows["label"] = self.labels(captions)
+        return rows
+
+    def labels(self, captions: Sequence[str]) -> np.ndarray:
+        """The classifier's class [N] int32 that each caption names; ValueError for one that names not one."""
+        from dalle2_jax.data.pipeline import label_of
+
+        classes = self.cascade.configs["classifier"]["data"]["classes"]
+        labels = [label_of(caption, classes) for caption in captions]
+        for caption, label in zip(captions, labels, strict=True):
+            if label < 0:
+                raise ValueError(
+                    f"caption {caption!r} does not name exactly one class of the classifier, such as "
+                    f"{', '.join(map(repr, classes[:3]))}: name one, or leave classifier out"
+                )
+        return np.array(labels, np.int32)
 
     def upsample(
         self,
@@ -313,10 +384,14 @@ class UnCLIP:
         guidance_scale: float | None = None,
         prior_guidance_scale: float | None = None,
         prior_steps: int | None = None,
+        prior_method: str | None = None,
+        prior_candidates: int | None = None,
         decoder_steps: int | None = None,
         upsampler_steps: Sequence[int] | None = None,
         method: str | None = None,
         eta: float | None = None,
+        noisy_clip: float | None = None,
+        classifier: float | None = None,
         upsample: bool = True,
         batch_size: int | None = None,
         progress: Progress | None = None,
@@ -329,7 +404,10 @@ class UnCLIP:
           n: pictures a caption.
           guidance_scale, prior_guidance_scale: of decoder and prior; 1 is none. None: the model's own.
           prior_steps, decoder_steps, upsampler_steps: network steps, one number an upsampler; or None.
-          method, eta: of the decoder: 'ddpm', or 'ddim' with eta in [0, 1]; or None.
+          prior_method, method: samplers of prior and decoder, of `sampling.METHODS`; or None.
+          prior_candidates: embeddings drawn a picture, the one closest to the caption being kept; or None.
+          eta: noise of the decoder's 'ddim', in [0, 1]; or None.
+          noisy_clip, classifier: how strongly these guides, if the model has them, steer the decoder.
           upsample: False stops at the base pictures.
           batch_size: pictures at a time, rounded up to a multiple of the devices; None: 8, or one a device.
           progress: called as progress(stage, pictures done, pictures in all, seconds in this stage).
@@ -346,11 +424,17 @@ class UnCLIP:
             guidance_scale=guidance_scale,
             prior_guidance_scale=prior_guidance_scale,
             prior_steps=prior_steps,
+            prior_method=prior_method,
+            prior_candidates=prior_candidates,
             decoder_steps=decoder_steps,
             upsampler_steps=upsampler_steps,
             method=method,
             eta=eta,
+            noisy_clip=noisy_clip,
+            classifier=classifier,
         )
+        if classifier:
+            self.labels(captions)  # a caption that it cannot steer to is named before anything is computed
         # All stages are compiled at once, the later ones while the earlier ones run.
         count, prepare = n * len(captions), self.cascade.prepare
         prepare(tasks.text_task(self.cascade), len(captions), batch_size)
@@ -373,6 +457,8 @@ class UnCLIP:
             n=n,
             num_steps=prior_steps,
             guidance_scale=prior_guidance_scale,
+            method=prior_method,
+            num_candidates=prior_candidates,
             batch_size=batch_size,
             progress=progress,
         )
@@ -385,6 +471,8 @@ class UnCLIP:
             guidance_scale=guidance_scale,
             method=method,
             eta=eta,
+            noisy_clip=noisy_clip,
+            classifier=classifier,
             batch_size=batch_size,
             progress=progress,
         )

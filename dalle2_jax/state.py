@@ -77,7 +77,8 @@ def make_train_step(
 
     `fill(frozen, batch)` adds what a frozen CLIP contributes to the batch; its parameters are an argument,
     never a closure constant. A stage that has `project(params)` is projected after each update
-    (CLIP's temperature).
+    (CLIP's temperature). What a loss reports as 'observed' goes to `observe(params, observed)` instead of
+    the log: statistics that the next step draws on (the decoder's history of L_vlb).
     """
     project = getattr(stage, "project", lambda params: params)
 
@@ -88,8 +89,10 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = project(optax.apply_updates(state.params, updates))
+        if "observed" in metrics:
+            params = stage.observe(params, metrics.pop("observed"))
         decay = ema_decay_at(state.step, ema_decay)
-        ema_params = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema_params, params)
+        ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params)
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.cascade import Cascade, Task
+from dalle2_jax.cascade import GUIDES, Cascade, Task
 
 # A stage's number in the keys; upsampler k is 2 + k.
 _PRIOR, _DECODER, _UPSAMPLER = 0, 1, 2
@@ -49,20 +49,25 @@ def _drawing_scalars(seed: int, guidance_scale: float) -> dict[str, np.generic]:
     return scalars if guidance_scale == 1 else scalars | {"guidance_scale": np.float32(guidance_scale)}
 
 
-def text_task(cascade: Cascade) -> Task:
-    """tokens, token_mask -> (text_embed, text_states), by CLIP."""
-    clip = cascade.stage("clip")
+def _fixed(own: dict) -> dict:
+    """The settings that are part of the program: all but the guidance scale, which is traced."""
+    return {name: value for name, value in own.items() if name != "guidance_scale"}
+
+
+def text_task(cascade: Cascade, name: str = "clip") -> Task:
+    """tokens, token_mask -> (text_embed, text_states), by CLIP, or the one that guides."""
+    clip = cascade.stage(name)
 
     def function(params, batch, scalars):
         return clip.encode_text(params, batch["tokens"], batch["token_mask"])
 
-    return Task("clip", function, ("text",), _token_specs(clip.context_length), label="text")
+    return Task(name, function, ("text",), _token_specs(clip.context_length), label="text")
 
 
 def prior_task(cascade: Cascade, seed: int, own: dict) -> Task:
     """number, token_mask, text_embed and tokens or text_states -> image_embed."""
     prior, clip = cascade.stage("prior"), cascade.stage("clip")
-    steps, count = own["num_steps"], own["num_candidates"]
+    fixed = _fixed(own)
     rows = {"number": _spec((), np.uint32)} | _token_specs(prior.context_length)
     rows["text_embed"] = _spec((clip.embed_dim,), np.float32)
     if prior.states_width:
@@ -72,43 +77,64 @@ def prior_task(cascade: Cascade, seed: int, own: dict) -> Task:
     def function(params, batch, scalars):
         keys = picture_keys(scalars["seed"], batch["number"], _PRIOR)
         scale = scalars.get("guidance_scale", 1)
-        return prior.sample(params, keys, batch, num_steps=steps, guidance_scale=scale, num_candidates=count)
+        return prior.sample(params, keys, batch, guidance_scale=scale, **fixed)
 
     scalars = _drawing_scalars(seed, own["guidance_scale"])
-    return Task("prior", function, (steps, count), rows, scalars, steps)
+    return Task("prior", function, tuple(fixed.items()), rows, scalars, fixed.get("num_steps", 1))
 
 
 def decoder_task(cascade: Cascade, seed: int, own: dict) -> Task:
-    """number, image_embed, tokens, token_mask -> base picture in uint8."""
+    """number, image_embed, tokens, token_mask -> base picture in uint8.
+
+    Where `own` has a scale for a guide, also guide_text_embed (noisy_clip's) or label (the classifier's).
+    """
     decoder = cascade.stage("decoder")
-    steps, method, eta = own["num_steps"], own["method"], own["eta"]
+    scales = {name: own[name] for name in GUIDES if name in own}
+    fixed = _fixed({name: value for name, value in own.items() if name not in scales})
     rows = {"number": _spec((), np.uint32), "image_embed": _spec((decoder.embed_dim,), np.float32)}
     if decoder.context_length is not None:
         rows |= _token_specs(decoder.context_length)
 
+    targets = {"noisy_clip": "guide_text_embed", "classifier": "label"}
+    if "noisy_clip" in scales:
+        rows[targets["noisy_clip"]] = _spec((cascade.stage("noisy_clip").embed_dim,), np.float32)
+    if "classifier" in scales:
+        rows[targets["classifier"]] = _spec((), np.int32)
+
     def function(params, batch, scalars):
         keys = picture_keys(scalars["seed"], batch["number"], _DECODER)
         scale = scalars.get("guidance_scale", 1)
-        images = decoder.sample(
-            params, keys, batch, num_steps=steps, guidance_scale=scale, method=method, eta=eta
-        )
-        return to_uint8(images)
+        own_params, log_p = params, None
+        if scales:
+            own_params = params["decoder"]
+
+            def log_p(x_t, t):
+                parts = [
+                    scalars[name] * cascade.stage(name).log_p(params[name], x_t, t, batch[targets[name]])
+                    for name in scales
+                ]
+                return sum(parts)
+
+        drawn = decoder.sample(own_params, keys, batch, guidance_scale=scale, log_p=log_p, **fixed)
+        return to_uint8(drawn)
 
     scalars = _drawing_scalars(seed, own["guidance_scale"])
-    return Task("decoder", function, (steps, method, eta), rows, scalars, steps)
+    scalars |= {name: np.float32(value) for name, value in scales.items()}
+    steps = fixed["num_steps"]
+    return Task("decoder", function, tuple(fixed.items()), rows, scalars, steps, others=tuple(scales))
 
 
 def upsampler_task(cascade: Cascade, name: str, seed: int, own: dict, low_res_shape: tuple[int, ...]) -> Task:
     """number, low_res in uint8 -> larger picture in uint8."""
-    stage, steps = cascade.stage(name), own["num_steps"]
+    stage, fixed = cascade.stage(name), _fixed(own)
     number = _UPSAMPLER + cascade.upsamplers.index(name)
     rows = {"number": _spec((), np.uint32), "low_res": _spec(low_res_shape, np.uint8)}
 
     def function(params, batch, scalars):
         keys = picture_keys(scalars["seed"], batch["number"], number)
-        return to_uint8(stage.sample(params, keys, {"low_res": to_float(batch["low_res"])}, num_steps=steps))
+        return to_uint8(stage.sample(params, keys, {"low_res": to_float(batch["low_res"])}, **fixed))
 
-    return Task(name, function, (steps,), rows, {"seed": np.uint32(seed)}, steps)
+    return Task(name, function, tuple(fixed.items()), rows, {"seed": np.uint32(seed)}, fixed["num_steps"])
 
 
 def image_task(cascade: Cascade) -> Task:

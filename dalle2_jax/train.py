@@ -36,7 +36,7 @@ FREE_ON_RESUME = (
     "mesh",
 )
 MAX_BAD_STEPS = 8
-STATS_ROWS = 4096  # image embeddings that statistics are taken from
+MEASURE_ROWS = 1024  # examples over which a trained stage measures itself
 TOKENIZER_RECORDS = 10_000  # spread over the dataset; a vocabulary needs no more
 
 
@@ -155,6 +155,13 @@ def check_settings(config: dict, stage, mesh) -> None:
             f"batch_size {config['batch_size']} is not a multiple of grad_accum {config['grad_accum']}"
         )
     partition.check_batch_size(config["batch_size"] // config["grad_accum"], mesh, "batch_size / grad_accum")
+    if config["grad_accum"] > 1 and config["model"].get("loss") == "vlb":
+        raise ValueError("model.loss 'vlb' keeps a history of a batch's losses: set grad_accum=1")
+    classes = config["data"].get("classes", ())
+    if hasattr(stage, "num_classes") and len(classes) != stage.num_classes:
+        raise ValueError(
+            f"data.classes has {len(classes)} names, model.num_classes is {stage.num_classes}: make them one"
+        )
     if config["grad_accum"] > 1 and getattr(stage, "whole_batch", False):
         raise ValueError(
             f"the loss of stage {config['stage']!r} compares all examples of a batch, which cannot be cut: "
@@ -173,12 +180,20 @@ def check_vocabulary(config: dict, tokenizer) -> None:
 
 
 def with_stats(config: dict, stage, params: dict, frozen: dict, fill, dataset, mesh) -> dict:
-    """`params` with the statistics of the image embeddings, for a prior that normalises by them."""
-    batches = dataset.batches(config["batch_size"], **partition.host_slice())
-    embed = jax.jit(lambda frozen, batch: fill(frozen, batch)["image_embed"])
-    count = -(-STATS_ROWS // config["batch_size"])
-    rows = [embed(frozen, partition.on_devices(next(batches), mesh)) for _ in range(count)]
-    return stage.fit_stats(params, np.concatenate([partition.to_host(x) for x in rows]))
+    """`params` with the statistics that the stage fits to the embeddings of the first training batches."""
+    filled = jax.jit(fill)
+
+    def batches():
+        stream = dataset.batches(config["batch_size"], **partition.host_slice())
+        for _ in range(-(-stage.fit_rows // config["batch_size"])):
+            batch = filled(frozen, partition.on_devices(next(stream), mesh))
+            yield {n: partition.to_host(x) for n, x in batch.items() if n in ("image_embed", "text_embed")}
+
+    params, scalars = stage.fit(params, batches)
+    logging.info(
+        "fitted to the data: %s", ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+    )
+    return params
 
 
 def first_state(config: dict, stage, init, shardings, frozen: dict, fill, dataset, mesh) -> state.TrainState:
@@ -187,12 +202,32 @@ def first_state(config: dict, stage, init, shardings, frozen: dict, fill, datase
     params = train_state.params
     if config["init_from"]:
         _, _, params = models.load_stage(config["init_from"], config["stage"])
-    elif hasattr(stage, "fit_stats") and stage.embed_scale.mode == "meanstd":
+    elif getattr(stage, "fit_rows", 0):
         params = with_stats(config, stage, params, frozen, fill, dataset, mesh)
     else:
         return train_state
     params = jax.device_put(params, shardings.params)
     return train_state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+
+
+def measured(config: dict, stage, fill, dataset, frozen: dict, mesh, train_state: state.TrainState):
+    """The state at the end of training, with what the averaged network is measured to be on training data."""
+    if not hasattr(stage, "measure") or "stats" not in train_state.params:
+        return train_state
+    measure = jax.jit(lambda params, frozen, key, batch: stage.measure(params, key, fill(frozen, batch)))
+    batches = dataset.batches(config["batch_size"], **partition.host_slice())
+    parts = []
+    for i in range(-(-MEASURE_ROWS // config["batch_size"])):
+        key = jax.random.fold_in(jax.random.key(config["seed"]), i)
+        batch = partition.on_devices(next(batches), mesh)
+        parts.append(jax.device_get(measure(train_state.ema_params, frozen, key, batch)))
+    values = jax.tree.map(lambda *x: np.mean(x, axis=0, dtype=np.float64).astype(np.float32), *parts)
+    values = jax.device_put(values, partition.replicated(mesh))
+
+    def updated(params):
+        return params | {"stats": params["stats"] | jax.tree.map(jnp.copy, values)}
+
+    return train_state.replace(params=updated(train_state.params), ema_params=updated(train_state.ema_params))
 
 
 def train(config: dict, workdir: str) -> None:
@@ -271,8 +306,19 @@ def train(config: dict, workdir: str) -> None:
     jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, partition.replicated(mesh)))
     with partition.use_mesh(mesh):
         evaluation = validation.Validation(config, stage, fill, eval_dataset, mesh)
+        finish = functools.partial(measured, config, stage, fill, dataset, frozen, mesh)
         run_steps(
-            config, workdir, dataset, jitted, train_state, frozen, start, checkpointer, evaluation, mesh
+            config,
+            workdir,
+            dataset,
+            jitted,
+            train_state,
+            frozen,
+            start,
+            checkpointer,
+            evaluation,
+            mesh,
+            finish,
         )
 
 
@@ -287,8 +333,12 @@ def run_steps(
     checkpointer: checkpoint.Checkpointer,
     evaluation: validation.Validation,
     mesh,
+    finish,
 ) -> None:
-    """The loop from step `start` to the last or to a signal; it saves, evaluates, draws and reports."""
+    """The loop from step `start` to the last or to a signal; it saves, evaluates, draws and reports.
+
+    The state after the last step is finish(state).
+    """
     batches = dataset.batches(config["batch_size"], start_step=start, **partition.host_slice())
     writer = metrics.Writer(workdir, wandb=config["wandb"] or None)
     interrupted = Interrupted()
@@ -332,6 +382,8 @@ def run_steps(
             # A run that was interrupted saves first and leaves the rest to its resumption.
             if not last or finished:
                 with progress.paused():
+                    if finished:
+                        train_state = finish(train_state)
                     if finished or step % config["eval_every"] == 0:
                         writer.scalars(step, evaluation.losses(train_state.ema_params, frozen))
                     if finished or step % config["sample_every"] == 0:

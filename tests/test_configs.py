@@ -26,10 +26,12 @@ PAPER = (
     "configs.upsampler256",
     "configs.upsampler1024",
 )
-CASES = [(recipe, "") for recipe in RECIPES] + [(recipe, "debug") for recipe in PAPER]
+AR_PRIOR = "configs.ar_prior"  # of the paper too, in the place of the diffusion prior
+CASES = [(recipe, "") for recipe in RECIPES] + [(recipe, "debug") for recipe in (*PAPER, AR_PRIOR)]
 # Cascades: CLIP, prior, decoder, upsamplers.
 CASCADES = {
     "paper": PAPER,
+    "paper, autoregressive": (PAPER[0], AR_PRIOR, *PAPER[2:]),
     **{
         folder: tuple(
             sorted(
@@ -50,7 +52,7 @@ TABLE = """
 Diffusion steps           | 1000   | 1000      | 1000         | 1000
 Noise schedule            | cosine | cosine    | cosine       | linear
 Sampling steps            | 64     | 250       | 27           | 15
-Sampling variance method  | -      | learned   | ddim         | ddim
+Sampling variance method  | analytic | learned   | ddim         | ddim
 Crop fraction             | -      | -         | 0.25         | 0.25
 Channels                  | -      | 512       | 320          | 192
 Depth                     | -      | 3         | 3            | 2
@@ -169,10 +171,8 @@ def in_the_papers_words(config: dict) -> dict[str, object]:
     model, settings = config["model"], config["optim"]
     text = model.get("text") or {}
     image_size, crop_size = model.get("image_size"), model.get("crop_size")
-    variance = None
-    if config["stage"] != "prior":
-        learned = stage.diffusion.method == "ddpm" and stage.diffusion.learned_variance
-        variance = "learned" if learned else stage.diffusion.method
+    learned = stage.diffusion.method == "ddpm" and stage.diffusion.learned_variance
+    variance = "learned" if learned else stage.diffusion.method
     return {
         "Diffusion steps": stage.diffusion.schedule.num_timesteps,
         "Noise schedule": model["schedule"],
@@ -218,16 +218,30 @@ def test_the_papers_recipes_hold_table_3(recipe):
     assert config["optim"]["beta1"] == 0.9
 
 
+def test_the_papers_autoregressive_recipe_holds_table_3():
+    config = config_of(AR_PRIOR)
+    model, settings = config["model"], config["optim"]
+    text = dict(vocab_size=49408, context_length=256, width=2048, depth=24, num_heads=32)
+    assert model["text"] == text and model["latent"] == dict(width=1664, depth=24, num_heads=26)
+    assert (model["num_components"], model["num_buckets"], model["text_drop"]) == (319, 1024, 0.1)
+    assert abstract(config)[0].net.num_codes + 1 <= 384  # the latent decoder's context
+    named = {name: settings[name] for name in ("learning_rate", "beta2", "eps", "weight_decay")}
+    assert named == dict(learning_rate=1.6e-4, beta2=0.91, eps=1e-10, weight_decay=4e-2)
+    assert (config["batch_size"], config["num_steps"], config["ema_decay"]) == (4096, 1_000_000, 0.999)
+
+
 def test_the_papers_dropping_rates_guidance_and_clip():
     """Sections 1.3, 1.4 and 1.7 of the facts, where Table 3 is silent."""
     decoder, prior, clip = (config_of(f"configs.{name}") for name in ("decoder64", "prior", "clip"))
     assert (decoder["model"]["image_drop"], decoder["model"]["text_drop"]) == (0.1, 0.5)
     assert (prior["model"]["text_drop"], prior["model"]["num_candidates"]) == (0.1, 2)
     assert abstract(decoder)[0].net.num_image_tokens == 4
+    assert (clip["model"]["sam_rho"], clip["model"]["sam_batch_size"]) == (0.1, 64)
     assert clip["optim"]["learning_rate"] == 3e-4
     assert (clip["model"]["embed_dim"], clip["model"]["image_size"]) == (1024, 256)
-    for name in ("upsampler256", "upsampler1024"):
-        assert config_of(f"configs.{name}")["data"]["low_res_blur"] == 1.0
+    for name, degradation in (("upsampler256", (1.0, "")), ("upsampler1024", (0, "full"))):
+        data = config_of(f"configs.{name}")["data"]
+        assert (data.get("low_res_blur", 0), data.get("low_res_bsr", "")) == degradation
 
 
 def sizes() -> dict[str, tuple[int, float, float]]:
@@ -235,6 +249,8 @@ def sizes() -> dict[str, tuple[int, float, float]]:
     trees = {name: abstract(config_of(name))[1] for name in PAPER}
     decoder, prior = trees["configs.decoder64"], trees["configs.prior"]
     blocks = prior["net"]["transformer"]
+    latent = abstract(config_of(AR_PRIOR))[1]["net"]
+    code_decoder = sum(count(x) for name, x in latent.items() if name.startswith("block_"))
     return {
         "decoder": (count(decoder), 3.555e9, 0.02),
         "  its text transformer": (count(decoder["text_net"]), 1.317e9, 0.02),
@@ -243,6 +259,8 @@ def sizes() -> dict[str, tuple[int, float, float]]:
         "upsampler 256 -> 1024": (count(trees["configs.upsampler1024"]), 282e6, 0.01),
         "prior's transformer": (count(blocks), 1.21e9, 0.01),
         "CLIP": (count(trees["configs.clip"]), 986e6, 0.01),
+        "AR prior's text encoder": (count(latent["text_transformer"]), 1.21e9, 0.01),
+        "AR prior's code decoder": (code_decoder, 1.094e9, 0.01),
     }
 
 

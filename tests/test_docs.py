@@ -14,6 +14,7 @@ import pytest
 
 from configs import common
 from dalle2_jax import models
+from dalle2_jax.diffusion import sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,6 +79,8 @@ def text_arguments(call: ast.Call, loops: dict[str, list[str]]) -> list[str]:
 
 
 def constants(node: ast.AST) -> list:
+    if isinstance(node, ast.Name):  # one of the samplers' own lists
+        return list(getattr(sampling, node.id, ()))
     return [element.value for element in node.elts] if isinstance(node, ast.List | ast.Tuple) else []
 
 

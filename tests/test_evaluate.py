@@ -10,7 +10,7 @@ from PIL import Image
 
 from dalle2_jax import evaluate, pipeline
 from dalle2_jax.data import scenes
-from dalle2_jax.evals import retrieval, scene_scores
+from dalle2_jax.evals import retrieval, scene_scores, zero_shot
 from tests.tiny_model import make_model
 
 CONFIG = scenes.preset("quickstart")
@@ -148,3 +148,36 @@ def test_the_scenes_of_a_model_are_known_or_asked_for(model):
     assert config.name == "full" and side == 64
     with pytest.raises(ValueError, match="did you mean 'quickstart'"):
         evaluate.scenes_of(model, "quickstrat")
+
+
+# Zero-shot classification
+
+
+def test_a_class_is_the_mean_of_its_templates():
+    table = {"a": [2.0, 0, 0], "the a": [0, 1.0, 0], "b": [0, 0, 1.0], "the b": [0, 0, 3.0]}
+    classes = zero_shot.class_embeddings(
+        lambda texts: np.array([table[t] for t in texts]), ["a", "b"], ("{}", "the {}")
+    )
+    np.testing.assert_allclose(classes, [[0.5**0.5, 0.5**0.5, 0], [0, 0, 1]], atol=1e-6)
+
+
+def test_the_label_is_looked_for_among_the_nearest():
+    classes = np.eye(6, dtype=np.float32)
+    images = np.array([[0.9, 0.5, 0.4, 0.3, 0.2, 0.1], [0.9, 0.5, 0.4, 0.3, 0.2, 0.1]])
+    assert zero_shot.accuracy(images, classes, [0, 5]) == {"n": 2, "classes": 6, "top1": 0.5, "top5": 0.5}
+    assert zero_shot.accuracy(images, classes, [4, 1])["top5"] == 1.0
+    assert "top5" not in zero_shot.accuracy(images[:, :3], classes[:3, :3], [0, 1])
+
+
+def test_scenes_to_classify_have_one_object_and_cover_held_out_pairs():
+    chosen, names, labels = zero_shot.single_objects(CONFIG, 40)
+    assert len(chosen) == len(labels) == 40 and len(names) == 36
+    for scene, label in zip(chosen, labels, strict=True):
+        (thing,) = scene.objects
+        assert names[label] == f"{thing.colour} {thing.shape}"
+    assert len(set(labels)) > 15
+
+
+def test_the_bundled_clip_classifies_what_it_never_saw():
+    found = evaluate.evaluate_zero_shot(pipeline.UnCLIP.load(), config=CONFIG, image_size=64, n=60)
+    assert found["n"] == 60 and found["classes"] == 36 and found["top1"] > 0.8

@@ -44,7 +44,7 @@ def test_settings_that_are_missing_are_named():
 def test_an_unknown_stage_is_told_what_was_meant():
     with pytest.raises(ValueError, match="stage 'upsamplr' is unknown; did you mean 'upsampler'"):
         models.build_stage(UPSAMPLER | {"stage": "upsamplr"})
-    with pytest.raises(ValueError, match="stage 'zzz' is unknown; there are .*'clip', 'prior', 'decoder'"):
+    with pytest.raises(ValueError, match="stage 'zzz' is unknown; there are .*'clip', 'prior', 'ar_prior'"):
         models.build_stage(UPSAMPLER | {"stage": "zzz"})
 
 

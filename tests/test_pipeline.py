@@ -1,5 +1,7 @@
 """Drawing with a model directory: a picture is its own, settings are heard, errors are clear."""
 
+import dataclasses
+import itertools
 import json
 import shutil
 
@@ -172,6 +174,9 @@ def test_progress_counts_pictures(model):
         (["a"], dict(eta=0.5), "eta 0.5 has no meaning"),
         (["a"], dict(method="ddim", eta=2.0), "eta 2.0"),
         (["a"], dict(batch_size=0), "batch_size 0"),
+        (["a"], dict(prior_method="euler"), "method 'euler'"),
+        (["a"], dict(prior_candidates=0), "prior: 0 candidates"),
+        (["a"], dict(noisy_clip=1.0), "has no noisy_clip: it has clip, prior, decoder"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(model, captions, settings, message):
@@ -271,3 +276,74 @@ def test_a_program_that_failed_is_tried_again(model):
     output, timing = model.cascade.run(task, {"x": np.arange(3)})
     np.testing.assert_array_equal(output, [2, 3, 4])
     assert len(tries) == 2 and timing.rows == 3
+
+
+# An autoregressive prior and guides
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    return pipeline.UnCLIP.load(make_model(tmp_path_factory.mktemp("extended"), extended=True))
+
+
+def test_every_sampler_of_the_prior_draws(model):
+    drawn = {}
+    for method in ("ddpm", "ddim", "analytic", "dpm++"):
+        drawn[method], _ = model.sample_prior(CAPTIONS[:1], seed=5, method=method)
+        assert np.isfinite(drawn[method]).all()
+    for a, b in itertools.combinations(drawn.values(), 2):
+        assert np.abs(a - b).max() > 1e-4
+
+
+def test_an_autoregressive_prior_takes_the_place_of_the_other(extended):
+    embeds, timings = extended.sample_prior(CAPTIONS, seed=5, n=2)
+    assert embeds.shape == (6, 32) and np.isfinite(embeds).all() and timings["prior"].rows == 6
+    alone, _ = extended.sample_prior(CAPTIONS[1:2], seed=5, n=2)
+    np.testing.assert_allclose(alone, embeds[2:4], atol=1e-5)
+    assert set(extended.settings()["prior"]) == {
+        "guidance_scale",
+        "num_candidates",
+        "temperature",
+        "dot_quantile",
+    }
+    with pytest.raises(ValueError, match="prior: num_steps has no meaning for a stage 'ar_prior'"):
+        extended.settings(prior_steps=3)
+
+
+@pytest.mark.parametrize("guide", ["noisy_clip", "classifier"])
+def test_guides_steer_the_decoder_to_the_caption(extended, guide):
+    embeds = np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)
+    captions = ["a red star", "a yellow circle"]
+    plain, _ = extended.decode(embeds, captions, seed=1)
+    steered, _ = extended.decode(embeds, captions, seed=1, **{guide: 300.0})
+    assert levels(plain, steered) > 0
+    none, _ = extended.decode(embeds, captions, seed=1, **{guide: 0.0})
+    np.testing.assert_array_equal(none, plain)
+    # what it says of the finished pictures has risen
+    stage, params = extended.cascade.stage(guide), extended.cascade.params(guide)
+    if guide == "classifier":
+        target = extended.labels(captions)
+        assert target.tolist() == [0, 2]
+    else:
+        tokens, mask = extended.cascade.tokenizer(32)(captions)
+        target = stage.encode_text(params, tokens, mask)[0]
+    t = np.zeros(2, np.int32)
+    before, after = (stage.log_p(params, x / np.float32(127.5) - 1, t, target) for x in (plain, steered))
+    assert (after > before).all()
+
+
+def test_guides_that_cannot_steer_say_why(extended):
+    with pytest.raises(ValueError, match="'a red star above a blue ring' does not name exactly one class"):
+        extended.text_to_image(CAPTIONS[:1], classifier=1.0)
+    with pytest.raises(ValueError, match="classifier -1.0 must lie in"):
+        extended.settings(classifier=-1.0)
+    with pytest.raises(ValueError, match="steer to captions"):
+        extended.decode(np.zeros((1, 32), np.float32), classifier=1.0)
+    cascade = extended.cascade
+    stages = dict(cascade.stages)
+    for name, stage, message in (
+        ("noisy_clip", stages["clip"], "noisy_clip was not trained on noised pictures"),
+        ("classifier", dataclasses.replace(stages["classifier"], image_size=16), "classifier reads pictures"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_cascade(cascade.configs, stages | {name: stage}, 512)

@@ -23,13 +23,33 @@ SMALLER = {
 }
 
 
-def configs() -> dict[str, dict]:
+# What `make_model(extended=True)` has besides, and instead of the diffusion prior.
+EXTENDED = {"prior": "ar_prior", "noisy_clip": "clip"}
+
+
+def configs(extended: bool = False) -> dict[str, dict]:
     """Stage -> the `debug` preset of its recipe, made smaller: 8 x 8, one upsampler to 32 x 32."""
     made = {}
-    for folder, recipe in RECIPES.items():
+    for folder, recipe in (RECIPES | (EXTENDED if extended else {})).items():
         config = importlib.import_module(f"configs.{recipe}").get_config("debug")
         made[folder] = json.loads(json.dumps(models.to_plain(config)))
         made[folder]["model"] |= SMALLER.get(folder, {})
+    if extended:
+        vision = dict(kind="vit", patch_size=4, width=32, depth=1, num_heads=2)
+        made["noisy_clip"]["model"] |= dict(image_size=8, vision=vision, noise=dict(schedule="cosine"))
+        made["classifier"] = json.loads(json.dumps(made["clip"])) | {
+            "stage": "classifier",
+            "model": dict(
+                num_classes=3,
+                image_size=8,
+                channels=16,
+                channel_mult=[1, 2],
+                num_res_blocks=1,
+                attention_resolutions=[4],
+                head_dim=16,
+            ),
+        }
+        made["classifier"]["data"]["classes"] = ["red star", "blue ring", "yellow circle"]
     return made
 
 
@@ -55,12 +75,13 @@ def tokenizer():
     return train_bpe(CAPTIONS * 4, vocab_size=512, context_length=32)
 
 
-def make_model(directory: Path, dtype: str = "float32") -> Path:
-    """Write the model directory; returns `directory`."""
-    for seed, (folder, config) in enumerate(configs().items()):
+def make_model(directory: Path, dtype: str = "float32", extended: bool = False) -> Path:
+    """Write the model directory; returns `directory`. `extended`: see EXTENDED; with a classifier too."""
+    made = configs(extended)
+    for seed, (folder, config) in enumerate(made.items()):
         stage = models.build_stage(config)
         modeldir.save_stage(directory / folder, config, random_params(stage, seed), dtype)
     tokenizer().save(directory / "tokenizer")
-    stages = {name: name for name in ("clip", "prior", "decoder")} | {"upsamplers": ["upsampler32"]}
+    stages = {name: name for name in made if name != "upsampler32"} | {"upsamplers": ["upsampler32"]}
     modeldir.write_index(directory, stages, extra={"name": "tiny"})
     return directory

@@ -9,7 +9,7 @@ from configs.emoji import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=3000, batch_size=128, learning_rate=1e-3)
+    config = common.get_config(num_steps=1200, batch_size=128, learning_rate=1e-3)
     config.stage = "clip"
     config.model = dict(
         embed_dim=common.EMBED_DIM,

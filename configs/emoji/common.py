@@ -23,7 +23,7 @@ def get_config(num_steps: int, batch_size: int, learning_rate: float):
         weight_decay=0.01,
     )
     config.num_steps, config.batch_size = num_steps, batch_size
-    config.ema_decay = 0.999
+    config.ema_decay = 0.998
     config.log_every = 50
     config.eval_every = 500
     config.eval_batches = 2

@@ -10,7 +10,7 @@ from configs.emoji import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=6000, batch_size=32, learning_rate=1e-3)
+    config = common.get_config(num_steps=3000, batch_size=32, learning_rate=2e-3)
     config.stage = "decoder"
     config.model = dict(
         image_size=32,
@@ -22,12 +22,13 @@ def get_config(preset: str = ""):
         head_dim=32,
         dropout=0.1,
         text=common.TEXT,
-        image_drop=0.1,
-        text_drop=0.3,
+        image_drop=0.2,
+        text_drop=0.2,
         objective="v",
         learned_variance=False,
         num_steps=50,
         method="ddim",
         guidance_scale=3.0,
     )
+    config.optim.update(beta2=0.99, muon_learning_rate=0.02)
     return config

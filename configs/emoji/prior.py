@@ -10,7 +10,7 @@ from configs.emoji import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=5000, batch_size=64, learning_rate=5e-4)
+    config = common.get_config(num_steps=2500, batch_size=64, learning_rate=1e-3)
     config.stage = "prior"
     config.model = dict(
         embed_dim=common.EMBED_DIM,
@@ -20,5 +20,5 @@ def get_config(preset: str = ""):
         num_candidates=2,
         guidance_scale=1.0,
     )
-    config.optim.beta2 = 0.98
+    config.optim.update(beta2=0.98, muon_learning_rate=0.02)
     return config
