@@ -28,6 +28,8 @@ PAPER = (
 )
 AR_PRIOR = "configs.ar_prior"  # of the paper too, in the place of the diffusion prior
 CASES = [(recipe, "") for recipe in RECIPES] + [(recipe, "debug") for recipe in (*PAPER, AR_PRIOR)]
+# Recipes that belong to no cascade: what may take a stage's place, or steer one.
+BESIDE = (".ar_prior", ".classifier", ".noisy_clip")
 # Cascades: CLIP, prior, decoder, upsamplers.
 CASCADES = {
     "paper": PAPER,
@@ -35,7 +37,11 @@ CASCADES = {
     **{
         folder: tuple(
             sorted(
-                (name for name in RECIPES if name.startswith(f"configs.{folder}.")),
+                (
+                    name
+                    for name in RECIPES
+                    if name.startswith(f"configs.{folder}.") and not name.endswith(BESIDE)
+                ),
                 key=lambda name: (
                     ["clip", "prior", "decoder", "upsampler"].index(name.split(".")[-1].rstrip("0123456789")),
                     int("0" + "".join(c for c in name if c.isdigit())),
