@@ -191,16 +191,36 @@ def _has_held_out_triple(objects) -> bool:
     )
 
 
-def exchanged(scene: Scene) -> Scene | None:
-    """The scene with colour and shape of its two objects exchanged; None for another number of objects."""
-    if len(scene.objects) != 2:
-        return None
-    a, b = scene.objects
-    objects = (
-        dataclasses.replace(a, colour=b.colour, shape=b.shape),
-        dataclasses.replace(b, colour=a.colour, shape=a.shape),
-    )
-    return dataclasses.replace(scene, objects=objects)
+def twin(config: SceneConfig, scene: Scene, stream: Stream) -> Scene | None:
+    """The scene with one thing said of its objects changed; None if training may contain no such scene.
+
+    Of two objects colour and shape are exchanged (two in five), the shapes alone, or one object gets another
+    shape or colour; a single object gets another shape or colour.
+    """
+    names = [(thing.colour, thing.shape) for thing in scene.objects]
+    ways = ["shape", "shape", "colour"]
+    if len(names) == 2:
+        ways = ["exchange"] * 4 + ["shapes"] * 2 + ways + ["shape"]
+    for way in stream.shuffled(ways):
+        changed = list(names)
+        k = int(stream.uniform() * len(names))
+        if way == "exchange":
+            changed = names[::-1]
+        elif way == "shapes":
+            (colour_a, shape_a), (colour_b, shape_b) = names
+            changed = [(colour_a, shape_b), (colour_b, shape_a)]
+        elif way == "shape":
+            changed[k] = (names[k][0], stream.choice(config.shapes))
+        else:
+            changed[k] = (stream.choice(config.colours), names[k][1])
+        objects = tuple(
+            dataclasses.replace(thing, colour=colour, shape=shape)
+            for thing, (colour, shape) in zip(scene.objects, changed, strict=True)
+        )
+        new = changed != names and len(set(changed)) == len(changed)
+        if new and set(changed) <= set(pairs(config, False)) and not _has_held_out_triple(objects):
+            return dataclasses.replace(scene, objects=objects)
+    return None
 
 
 def sample_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> Scene:
@@ -214,9 +234,10 @@ def sample_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> 
     """
     check_choice(split, SPLITS, "split of scenes")
     if config.twins and split == "train" and index % 2:
-        twin = exchanged(sample_scene(config, split, index - 1, seed))
-        if twin is not None and not _has_held_out_triple(twin.objects):
-            return twin
+        other = sample_scene(config, split, index - 1, seed)
+        changed = twin(config, other, Stream(seed, len(SPLITS) + 1, index))
+        if changed is not None:
+            return changed
     if split == "test_relations" and config.max_objects < 2:
         raise ValueError(
             f"split 'test_relations' needs scenes of two objects; config {config.name!r} has one"

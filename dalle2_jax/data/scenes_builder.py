@@ -41,7 +41,7 @@ def _config(preset: str, image_size: int, num_examples: int, name: str = "") -> 
 class Scenes(tfds.core.GeneratorBasedBuilder):
     """Captioned drawings of one to three objects."""
 
-    VERSION = tfds.core.Version("3.0.0")  # changes when a preset or the renderer does
+    VERSION = tfds.core.Version("4.0.0")  # changes when a preset or the renderer does
     BUILDER_CONFIGS = [
         _config("quickstart", 64, 20_000),
         _config("quickstart", 256, 4_000),

@@ -94,9 +94,9 @@ class SceneConfig:
       lean: largest offset across a relation's axis, as a fraction of the offset along it.
       spread: largest distance of the objects' common box from the middle of the picture along an axis,
         fraction of the side.
-      twins: whether every second scene of `train` is, where it can be, the one before it with the names of
-        its two objects exchanged: a hard negative, without which a contrastive model does not learn which
-        object is which.
+      twins: whether every second scene of `train` is, where it can be, the one before it with its two objects
+        exchanged or one colour or shape changed: a hard negative, without which a contrastive model hardly
+        learns which object is which.
     """
 
     name: str
@@ -176,7 +176,7 @@ class Scene:
 # ring of diameter 0.4 there has a hole of three) and is learned in minutes.
 _QUICKSTART = SceneConfig(
     name="quickstart",
-    count_weights=(0.5, 0.5),  # twins make it more pairs
+    count_weights=(0.35, 0.65),
     colours=("red", "orange", "yellow", "green", "blue", "purple"),
     shapes=("circle", "square", "triangle", "star", "ring", "cross"),
     backgrounds=("white", "black", "grey"),
