@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/bundled/decoder.py --workdir=DIR --config.clip=CLIP
 """
 
-from configs.tiny import decoder
+from configs.tiny import common, decoder
 
 
 def get_config(preset: str = ""):
@@ -12,4 +12,6 @@ def get_config(preset: str = ""):
     config.checkpoint_every = 500
     config.num_steps = 6500
     config.ema_decay = 0.998
+    config.model.text = dict(common.TEXT, width=96, depth=3, num_heads=6)
+    config.optim.final_fraction = 0.02
     return config

@@ -11,7 +11,7 @@ from configs.tiny import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=800, batch_size=128, learning_rate=2e-3)
+    config = common.get_config(num_steps=700, batch_size=128, learning_rate=2e-3)
     config.stage = "clip"
     config.model = dict(
         embed_dim=common.EMBED_DIM,
@@ -19,7 +19,7 @@ def get_config(preset: str = ""):
         vision=dict(kind="resnet", width=16, depths=(1, 1, 1), num_heads=4),
         text=common.TEXT,
     )
-    config.optim.update(beta2=0.98, weight_decay=0.05)
-    config.data.group = 2  # a scene and its twin, which tells the same of the other object
+    config.optim.update(beta2=0.98, weight_decay=0.05, muon_learning_rate=0.02)
+    config.data.group = 2  # a scene and its twin, of which one thing is different
     config.ema_decay = 0.99
     return config

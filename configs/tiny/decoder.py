@@ -14,7 +14,7 @@ from configs.tiny import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=2000, batch_size=32, learning_rate=2e-3)
+    config = common.get_config(num_steps=2100, batch_size=32, learning_rate=2e-3)
     config.stage = "decoder"
     config.model = dict(
         image_size=16,
@@ -25,7 +25,7 @@ def get_config(preset: str = ""):
         attention_resolutions=(8, 4),
         head_dim=16,
         dropout=0.0,
-        text=dict(common.TEXT, width=96, depth=3, num_heads=6),
+        text=dict(common.TEXT, depth=1),
         image_drop=0.2,
         text_drop=0.2,
         objective="v",
@@ -34,5 +34,6 @@ def get_config(preset: str = ""):
         method="ddim",
         guidance_scale=3.0,
     )
-    config.optim.update(beta2=0.99, muon_learning_rate=0.02)
+    config.optim.update(beta2=0.99, muon_learning_rate=0.02, final_fraction=0.25)
+    config.ema_decay = 0.997
     return config

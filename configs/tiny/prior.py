@@ -9,7 +9,7 @@ from configs.tiny import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=1000, batch_size=64, learning_rate=1e-3)
+    config = common.get_config(num_steps=900, batch_size=64, learning_rate=1e-3)
     config.stage = "prior"
     config.model = dict(
         embed_dim=common.EMBED_DIM,

@@ -10,7 +10,7 @@ from configs.tiny import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=200, batch_size=16, learning_rate=2e-3)
+    config = common.get_config(num_steps=180, batch_size=16, learning_rate=2e-3)
     config.stage = "upsampler"
     config.model = dict(
         image_size=256,
@@ -25,6 +25,7 @@ def get_config(preset: str = ""):
         spacing="uniform",
         method="ddim",
     )
+    config.optim.muon_learning_rate = 0.02
     config.data.update(path="quickstart_256", low_res_blur=0.5)
     config.num_samples = 4
     return config

@@ -9,7 +9,7 @@ from configs.tiny import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=400, batch_size=32, learning_rate=2e-3)
+    config = common.get_config(num_steps=350, batch_size=32, learning_rate=2e-3)
     config.stage = "upsampler"
     config.model = dict(
         image_size=64,
@@ -24,5 +24,6 @@ def get_config(preset: str = ""):
         spacing="uniform",
         method="ddim",
     )
+    config.optim.muon_learning_rate = 0.02
     config.data.low_res_blur = 0.5
     return config
