@@ -1,5 +1,6 @@
 """The scenes: sampling is pure, splits hold out what they say, sizes agree, captions are whole."""
 
+import collections
 import dataclasses
 import math
 import subprocess
@@ -91,24 +92,37 @@ def test_geometry(config, split):
             assert abs(across) <= config.lean * along + 1e-3
 
 
-def test_twins_tell_the_same_of_the_other_object():
+def test_twins_differ_in_one_thing():
     config = scenes.preset("quickstart")
-    found = 0
-    for index in range(0, 200, 2):
+    seen, kinds = set(scenes.pairs(config, False)), collections.Counter()
+    for index in range(0, 600, 2):
         scene, twin = (scenes.sample_scene(config, "train", index + i) for i in (0, 1))
-        if len(scene.objects) != 2 or twin.background != scene.background:
+        if [(thing.x, thing.y) for thing in twin.objects] != [(thing.x, thing.y) for thing in scene.objects]:
+            kinds["none"] += 1  # none that training may contain was found
             continue
-        if [thing.x for thing in twin.objects] != [thing.x for thing in scene.objects]:
-            continue  # the exchange would have made a held-out triple
-        found += 1
-        names = [[(thing.colour, thing.shape) for thing in s.objects] for s in (scene, twin)]
-        assert names[0] == names[1][::-1] and names[0] != names[1]
-        assert twin.relations == scene.relations and scenes.exchanged(twin) == scene
-    assert found > 30
-    assert scenes.exchanged(scenes.Scene(scene.objects[:1], (), "white")) is None
-    assert scenes.sample_scene(config, "validation", 1) != scenes.exchanged(
-        scenes.sample_scene(config, "validation", 0)
-    )
+        a, b = names(scene), names(twin)
+        assert (twin.relations, twin.background) == (scene.relations, scene.background)
+        assert a != b and set(b) <= seen and len(set(b)) == len(b)
+        assert not scenes._has_held_out_triple(twin.objects)
+        differing = sum(
+            x != y for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True)
+        )
+        shapes = [[shape for _, shape in pair] for pair in (a, b)]
+        colours = [[colour for colour, _ in pair] for pair in (a, b)]
+        if a == b[::-1]:
+            kinds["exchange"] += 1
+        elif len(a) == 2 and colours[0] == colours[1] and shapes[0] == shapes[1][::-1]:
+            kinds["shapes"] += 1
+        else:
+            assert differing == 1
+            kinds["shape" if colours[0] == colours[1] else "colour", len(a)] += 1
+    assert kinds["none"] < 10 and min(kinds[way] for way in ("exchange", "shapes")) > 8
+    assert min(kinds[way, count] for way in ("shape", "colour") for count in (1, 2)) > 8
+    # other splits have none, and the same scenes as without
+    plain = dataclasses.replace(config, twins=False)
+    for split in scenes.SPLITS[1:]:
+        assert scenes.sample_scene(config, split, 1) == scenes.sample_scene(plain, split, 1)
+    assert scenes.sample_scene(config, "train", 2) == scenes.sample_scene(plain, "train", 2)
 
 
 # Splits
@@ -178,7 +192,7 @@ def test_every_possibility_turns_up(config):
     assert {pair for scene in train for pair in names(scene)} == set(scenes.pairs(config, False))
     assert {scene.background for scene in train} == set(config.backgrounds)
     assert {relation for scene in train for relation in scene.relations} == set(scenes.RELATIONS)
-    drawn = train[::2] if config.twins else train  # the others repeat what has two objects
+    drawn = train[::2] if config.twins else train  # the others repeat these
     counts = np.bincount([len(scene.objects) for scene in drawn], minlength=4)[1 : config.max_objects + 1]
     # Four standard deviations of a share in so many draws, at most sqrt(1 / 4 / draws) each.
     shares = counts / len(drawn) - np.array(config.count_weights)
