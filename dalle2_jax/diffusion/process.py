@@ -84,7 +84,7 @@ def draw_by_importance(
     key: jax.Array, size: int, history: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """Times [size] int32 drawn from `importance`, and what their losses are multiplied by, 1 / (T p_t)."""
-    p = importance(history)
+    p = importance(jax.lax.stop_gradient(history))
     t = jax.random.categorical(key, jnp.log(p), shape=(size,))
     return t.astype(jnp.int32), 1.0 / (len(p) * p[t])
 

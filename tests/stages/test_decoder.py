@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from dalle2_jax import optim, state
 from dalle2_jax.stages import decoder
 
 KEY = jax.random.key(0)
@@ -332,3 +333,30 @@ def test_sides_that_cannot_be_halved_are_refused():
 def test_text_settings_that_cannot_work_are_named(text, message):
     with pytest.raises(ValueError, match=message):
         build(text=text)
+
+
+def test_training_by_the_bound_notes_its_terms_and_draws_times_by_them():
+    """Two steps of the real train step: the history grows by the batch and is no part of log or gradient."""
+    stage, batch = build_flat(loss="vlb"), batch_of(4)
+    optimizer = optim.make_optimizer(learning_rate=1e-3, num_steps=10, weight_decay=0.1)
+    train_state = state.init_state(stage, optimizer, KEY, batch)
+    step = jax.jit(state.make_train_step(stage, optimizer, seed=0, ema_decay=0.9))
+    for _ in range(2):
+        before = train_state.params
+        train_state, scalars = step(train_state, batch, {})
+    assert set(scalars) == {"mse", "vb", "loss", "grad_norm", "bad_steps"}
+    history = train_state.params["stats"]
+    assert float(history["vb_count"].sum()) == 8 and float(history["vb_history"].max()) > 0
+    assert not np.array_equal(
+        train_state.params["net"]["conv_out"]["bias"], before["net"]["conv_out"]["bias"]
+    )
+    # validation draws fixed times and notes nothing
+    _, metrics = stage.loss(train_state.params, KEY, batch, train=False)
+    assert set(metrics) == {"mse", "vb"}
+    # where one time's term is a thousand times the others', it is drawn almost always, with a small weight
+    terms = jnp.full(1000, 1e-3).at[500].set(1e3)
+    history = {"vb_history": jnp.tile(terms[:, None], (1, 10)), "vb_count": jnp.full(1000, 10.0)}
+    _, metrics = stage.loss(train_state.params | {"stats": history}, KEY, batch)
+    assert (metrics["observed"]["t"] == 500).mean() > 0.7
+    with pytest.raises(ValueError, match="set learned_variance=True"):
+        build_flat(loss="vlb", learned_variance=False)
