@@ -14,7 +14,7 @@ import numpy as np
 
 from dalle2_jax import tasks
 from dalle2_jax.cascade import BASE_STAGES, GUIDES, Cascade, Progress, Timing
-from dalle2_jax.diffusion.sampling import METHODS
+from dalle2_jax.settings import resolve
 
 MAX_CAPTION = 1000
 
@@ -57,18 +57,6 @@ def check_captions(captions: Sequence[str]) -> None:
             raise ValueError(f"caption {i} is empty: say what to draw")
         if len(caption) > MAX_CAPTION:
             raise ValueError(f"caption {i} has {len(caption)} characters: at most {MAX_CAPTION} are allowed")
-
-
-def check_method(method: str, eta: float | None) -> None:
-    """Raise ValueError for an unknown sampler, or an eta that it has no use for."""
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
-    if eta is not None and not 0 <= eta <= 1:
-        raise ValueError(f"eta {eta} must lie in 0 .. 1")
-    if eta is not None and method != "ddim":
-        raise ValueError(
-            f"eta {eta} has no meaning for method {method!r}: use method 'ddim', or leave eta out"
-        )
 
 
 def clip_square(image, size: int) -> np.ndarray:
@@ -136,84 +124,9 @@ class UnCLIP:
                 )
         return lines
 
-    def settings(
-        self,
-        *,
-        guidance_scale: float | None = None,
-        prior_guidance_scale: float | None = None,
-        prior_steps: int | None = None,
-        prior_method: str | None = None,
-        prior_candidates: int | None = None,
-        decoder_steps: int | None = None,
-        upsampler_steps: Sequence[int] | None = None,
-        method: str | None = None,
-        eta: float | None = None,
-        noisy_clip: float | None = None,
-        classifier: float | None = None,
-    ) -> dict[str, dict]:
-        """stage -> what `text_to_image` runs it with for these arguments, the model's own values filled in.
-
-        Raises ValueError for what this model cannot do.
-        """
-
-        cascade, upsamplers = self.cascade, self.cascade.upsamplers
-        if upsampler_steps is not None and len(upsampler_steps) != len(upsamplers):
-            raise ValueError(
-                f"upsampler_steps has {len(upsampler_steps)} numbers, model {self.name!r} has "
-                f"{len(upsamplers)} upsampler(s): give one a stage"
-            )
-        asked = {
-            "prior": dict(
-                num_steps=prior_steps,
-                guidance_scale=prior_guidance_scale,
-                method=prior_method,
-                num_candidates=prior_candidates,
-            ),
-            "decoder": dict(num_steps=decoder_steps, guidance_scale=guidance_scale, method=method, eta=eta),
-        }
-        for name, steps in zip(upsamplers, upsampler_steps or [None] * len(upsamplers), strict=True):
-            asked[name] = dict(num_steps=steps)
-        settings = {}
-        for name, values in asked.items():
-            settings[name] = dict(cascade.stage(name).sampling)
-            for setting, value in values.items():
-                if value is None:
-                    continue
-                if setting not in settings[name]:
-                    raise ValueError(
-                        f"{name}: {setting} has no meaning for a stage {cascade.configs[name]['stage']!r}, "
-                        f"which has {', '.join(settings[name])}"
-                    )
-                settings[name][setting] = value
-            if name == "decoder":
-                guides = {"noisy_clip": noisy_clip, "classifier": classifier}
-                guides = {guide: float(scale) for guide, scale in guides.items() if scale}
-                for guide, scale in guides.items():
-                    cascade.stage(guide)  # names what the model has, if not this
-                    if not 0 < scale <= 10_000:
-                        raise ValueError(f"decoder: {guide} {scale} must lie in 0 .. 10000; 0 is none")
-                settings[name] |= guides
-            if "guidance_scale" in settings[name]:
-                settings[name]["guidance_scale"] = float(settings[name]["guidance_scale"])
-            if "method" in settings[name]:
-                check_method(settings[name]["method"], values.get("eta"))
-        for name, values in settings.items():
-            if "num_steps" in values:
-                most = cascade.stage(name).diffusion.schedule.num_timesteps
-                if not 1 <= values["num_steps"] <= most:
-                    raise ValueError(
-                        f"{name}: {values['num_steps']} steps are not possible; give 1 .. {most}"
-                    )
-            if values.get("num_candidates", 1) < 1:
-                raise ValueError(
-                    f"{name}: {values['num_candidates']} candidates are not possible; give 1 or more"
-                )
-            scale = values.get("guidance_scale", 1)
-            if not 0 <= scale <= 100:
-                raise ValueError(
-                    f"{name}: guidance_scale {scale} must lie in 0 .. 100; 1 is none, 2 to 5 are usual"
-                )
-        return settings
+    def settings(self, **asked) -> dict[str, dict]:
+        """stage -> what `text_to_image` runs it with for these arguments of it; see `settings.resolve`."""
+        return resolve(self.cascade, **asked)
 
     def encode_text(
         self, captions: Sequence[str], batch_size: int | None = None, progress: Progress | None = None

@@ -10,7 +10,7 @@ from configs.tiny import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=180, batch_size=16, learning_rate=2e-3)
+    config = common.get_config(num_steps=120, batch_size=16, learning_rate=2e-3)
     config.stage = "upsampler"
     config.model = dict(
         image_size=256,
@@ -20,8 +20,8 @@ def get_config(preset: str = ""):
         channel_mult=(1, 2, 2),
         num_res_blocks=1,
         dropout=0.0,
-        objective="v",
-        num_steps=3,
+        objective="x0",
+        num_steps=2,
         spacing="uniform",
         method="ddim",
     )

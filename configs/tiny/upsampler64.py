@@ -1,6 +1,9 @@
-"""First upsampler of the quickstart: 16 -> 64, about two minutes on two cores.
+"""First upsampler of the quickstart: 16 -> 64, about a minute and a half on two cores.
 
 python -m dalle2_jax.train --config=configs/tiny/upsampler64.py --workdir=DIR
+
+The small picture says almost all, so a network of this size that predicts the picture itself is soon right;
+one that predicts v or eps has to hand the noise through exactly, and what it gets wrong stays as grain.
 """
 
 from configs.tiny import common
@@ -9,7 +12,7 @@ from configs.tiny import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=350, batch_size=32, learning_rate=2e-3)
+    config = common.get_config(num_steps=240, batch_size=32, learning_rate=2e-3)
     config.stage = "upsampler"
     config.model = dict(
         image_size=64,
@@ -19,8 +22,8 @@ def get_config(preset: str = ""):
         channel_mult=(1, 2, 4),
         num_res_blocks=1,
         dropout=0.0,
-        objective="v",
-        num_steps=6,
+        objective="x0",
+        num_steps=4,
         spacing="uniform",
         method="ddim",
     )

@@ -27,7 +27,7 @@ import numpy as np
 
 from dalle2_jax.diffusion.gaussian import interleave, is_guided
 from dalle2_jax.nets.latents import LatentTransformer
-from dalle2_jax.stages import check_settings
+from dalle2_jax.stages import candidates, check_settings
 from dalle2_jax.stages.clip import unit_norm
 
 # The dot product folds a number into a sample's key that no code reaches.
@@ -231,10 +231,8 @@ class ARPrior:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         temperature = self.temperature if temperature is None else temperature
         quantile = self.dot_quantile if dot_quantile is None else dot_quantile
-        guided, size = is_guided(scale), batch["text_embed"].shape[0]
-        fold_in = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)), in_axes=(0, None))
-        keys = fold_in(keys, jnp.arange(count))
-        keys = keys.reshape(size * count, *keys.shape[2:])
+        guided = is_guided(scale)
+        keys = candidates.split_keys(keys, count)
 
         def draw(fold, function):
             return jax.vmap(lambda key, x: function(jax.random.fold_in(key, fold), x))
@@ -269,9 +267,7 @@ class ARPrior:
             return (x, caches), code
 
         _, codes = jax.lax.scan(next_code, (prefix[:, 1], caches), jnp.arange(self.net.num_codes))
-        candidates = self.decode(params, codes.T.astype(jnp.int32)).reshape(size, count, self.embed_dim)
-        cosine = (unit_norm(candidates) * unit_norm(batch["text_embed"])[:, None]).sum(axis=-1)
-        return jnp.take_along_axis(candidates, cosine.argmax(axis=1)[:, None, None], axis=1)[:, 0]
+        return candidates.closest(self.decode(params, codes.T.astype(jnp.int32)), batch["text_embed"])
 
 
 def build(

@@ -27,7 +27,7 @@ import numpy as np
 
 from dalle2_jax.diffusion import gaussian, schedules
 from dalle2_jax.nets.transformer import PriorTransformer
-from dalle2_jax.stages import check_settings
+from dalle2_jax.stages import candidates, check_settings
 from dalle2_jax.stages.clip import unit_norm
 
 SCALE_MODES = ("paper", "l2", "meanstd")
@@ -216,11 +216,8 @@ class Prior:
         guided = gaussian.is_guided(scale)
         size = batch["text_embed"].shape[0]
 
-        # Candidates of a caption are neighbours, and so are the conditional and the null half of a candidate:
-        # sharding over the batch does not part them.
-        fold_in = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)), in_axes=(0, None))
-        keys = fold_in(keys, jnp.arange(num_candidates))
-        keys = keys.reshape(size * num_candidates, *keys.shape[2:])
+        # The conditional and the null half of a candidate are neighbours, as candidates are.
+        keys = candidates.split_keys(keys, num_candidates)
         halves = jnp.array([False, True] if guided else [False])
         text = [jnp.repeat(x, num_candidates * len(halves), axis=0) for x in self._text(batch)]
         drop = jnp.tile(halves, size * num_candidates)
@@ -237,9 +234,7 @@ class Prior:
             eta=eta,
             eps_sq=params.get("stats", {}).get("eps_sq"),
         )
-        candidates = self.embed_scale.inverse(params, z).reshape(size, num_candidates, self.embed_dim)
-        cosine = (unit_norm(candidates) * unit_norm(batch["text_embed"])[:, None]).sum(axis=-1)
-        return jnp.take_along_axis(candidates, cosine.argmax(axis=1)[:, None, None], axis=1)[:, 0]
+        return candidates.closest(self.embed_scale.inverse(params, z), batch["text_embed"])
 
 
 def build(
