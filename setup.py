@@ -42,7 +42,7 @@ EXTRAS = {
         "tensorflow-datasets>=4.9.9",
         "transformers>=4.46,<6",
     ],
-    "eval": ["scipy>=1.14"],
+    "eval": ["matplotlib>=3.9", "scipy>=1.14"],
     "cuda": ["jax[cuda12]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
     "wandb": ["wandb>=0.19"],

@@ -7,19 +7,26 @@ Measures a model directory; writes report.json, its table report.txt, and labell
              relation it showed or never), and lets the checker read the pictures
   retrieval  CLIP looks for the caption of each of 100 scenes of the validation and test splits
   zero_shot  CLIP says which colour and shape the object in each of 200 unseen scenes has, out of all pairs
+
+With --compare, once for each way of drawing, it draws the captions of `scenes` in every one of these ways and
+writes comparison.json, comparison.md and comparison.png instead:
+
+  --compare="guidance_scale=1" --compare="fine: guidance_scale=3 decoder_steps=50" --compare="model=OTHER"
 """
 
+import dataclasses
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 from absl import app, flags, logging
 from etils import epath
 
 from dalle2_jax import metrics, partition, pipeline
 from dalle2_jax.data import scenes
-from dalle2_jax.evals import retrieval, scene_scores, zero_shot
+from dalle2_jax.evals import comparison, retrieval, scene_scores, zero_shot
 from dalle2_jax.generate import StageLines, define_sampling_flags, sampling_settings
 
 METRICS = ("scenes", "retrieval", "zero_shot")
@@ -41,6 +48,14 @@ def scenes_of(model: pipeline.UnCLIP, name: str | None = None) -> tuple[scenes.S
     return scenes.preset(name or stored), int(side) if side.isdigit() else model.image_size
 
 
+def _checker():
+    try:
+        from dalle2_jax.evals.scenes import check
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the checker needs {error.name}: pip install 'dalle2_jax[eval]'") from error
+    return check
+
+
 def evaluate_scenes(
     model: pipeline.UnCLIP,
     out: str | os.PathLike,
@@ -57,11 +72,7 @@ def evaluate_scenes(
     Args:
       settings: keywords of `UnCLIP.text_to_image` that say how to draw.
     """
-    try:
-        from dalle2_jax.evals.scenes import check
-    except ModuleNotFoundError as error:
-        raise ValueError(f"the checker needs {error.name}: pip install 'dalle2_jax[eval]'") from error
-
+    check = _checker()
     captions, kinds = scene_scores.draw_captions(config, n, seed)
     result = model.text_to_image(
         captions, seed=seed, batch_size=batch_size, progress=progress, **(settings or {})
@@ -118,6 +129,71 @@ def evaluate_zero_shot(
     return zero_shot.accuracy(model.encode_image(images, batch_size), classes, labels)
 
 
+def compare(
+    ways: Sequence[str],
+    out: str | os.PathLike,
+    *,
+    model_dir: str | None,
+    name: str | None,
+    n: int,
+    pictures: int,
+    seed: int = 0,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    progress=None,
+) -> list[comparison.Row]:
+    """Draw `n` captions, `pictures` each, in every one of `ways`, and write what `comparison` says of them.
+
+    Args:
+      ways: texts like 'guidance_scale=2 prior_steps=64' or 'model=DIR', of settings that differ, '' for none;
+        a name and a colon may stand before.
+      name: of the grammar of the captions; None: the one of the model `model_dir`.
+
+    Raises ValueError for an unknown setting, before anything is drawn.
+    """
+    check, asked = _checker(), []
+    for way in ways:
+        label, _, said = way.rpartition(":")
+        parts = [part.partition("=") for part in said.split()]
+        if any(not equals for _, equals, _ in parts):
+            raise ValueError(f"--compare={way!r} must be settings like 'guidance_scale=2 prior_steps=64'")
+        changes = {setting: value for setting, _, value in parts}
+        directory = changes.pop("model", model_dir)
+        asked.append((label.strip() or way or "as it is", directory, sampling_settings(changes)))
+    models = {
+        directory: pipeline.UnCLIP.load(directory, dtype=dtype)
+        for directory in dict.fromkeys([model_dir, *(directory for _, directory, _ in asked)])
+    }
+    used = [models[directory].settings(**settings) for _, directory, settings in asked]
+    config, _ = scenes_of(models[model_dir], name)
+    captions, _ = scene_scores.draw_captions(config, n, seed)
+    rows, report = [], []
+    for (way, directory, settings), stages in zip(asked, used, strict=True):
+        print(f"{way}:", flush=True)
+        row, result = comparison.measure(
+            way,
+            models[directory],
+            captions,
+            check,
+            n=pictures,
+            seed=seed,
+            settings=settings,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        rows.append(row)
+        report.append(dataclasses.asdict(row) | {"model": models[directory].name, "settings": stages})
+        shown = slice(0, GRID_PICTURES // pictures * pictures)
+        grid = metrics.labelled_grid(result.images[shown], result.captions[shown], pictures)
+        metrics.save_png(epath.Path(out) / f"comparison_{len(rows)}.png", grid, {"way": way})
+        # After every way, so that nothing is lost if this is stopped.
+        text = json.dumps({"seed": seed, "captions": n, "rows": report}, indent=2) + "\n"
+        (epath.Path(out) / "comparison.json").write_text(text)
+        (epath.Path(out) / "comparison.md").write_text(comparison.table(rows) + "\n")
+        comparison.plot(rows, epath.Path(out) / "comparison.png")
+    return rows
+
+
 FLAGS = flags.FLAGS
 
 
@@ -125,6 +201,24 @@ def main(argv):
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}: captions are for dalle2_jax.generate")
+        if FLAGS.compare:
+            partition.initialise()
+            epath.Path(FLAGS.out).mkdir(parents=True, exist_ok=True)
+            rows = compare(
+                FLAGS.compare,
+                FLAGS.out,
+                model_dir=FLAGS.model,
+                name=FLAGS.scenes,
+                n=FLAGS.n,
+                pictures=FLAGS.pictures,
+                seed=FLAGS.seed,
+                batch_size=FLAGS.batch_size,
+                dtype=FLAGS.dtype,
+                progress=StageLines(),
+            )
+            print(comparison.table(rows))
+            print(f"wrote {epath.Path(FLAGS.out) / 'comparison.json'}, comparison.md and comparison.png")
+            return
         for name in FLAGS.metrics:
             scenes.check_choice(name, METRICS, "metric")
         partition.initialise()
@@ -182,6 +276,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", "evaluation", "Where the report and the grids go.")
     flags.DEFINE_list("metrics", list(METRICS), f"Which of {', '.join(METRICS)}.")
     flags.DEFINE_integer("n", 128, "Captions to draw for `scenes`, in all.", lower_bound=4)
+    flags.DEFINE_multi_string("compare", None, "A way of drawing, such as 'guidance_scale=2'; once for each.")
+    flags.DEFINE_integer("pictures", 4, "Pictures a caption for --compare.", lower_bound=2)
     flags.DEFINE_integer("seed", 0, "Seed of captions and pictures.", lower_bound=0)
     flags.DEFINE_string("scenes", None, "Grammar of the captions; default: the one the model was trained on.")
     logging.set_verbosity(logging.WARNING)  # not every backend that JAX looks for in vain

@@ -99,6 +99,19 @@ class StageLines:
 
 
 FLAGS = flags.FLAGS
+SAMPLING_FLAGS = (
+    "guidance_scale",
+    "prior_guidance_scale",
+    "prior_steps",
+    "prior_method",
+    "prior_candidates",
+    "decoder_steps",
+    "upsampler_steps",
+    "method",
+    "eta",
+    "noisy_clip",
+    "classifier",
+)
 
 
 def define_sampling_flags() -> None:
@@ -129,24 +142,20 @@ def define_sampling_flags() -> None:
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
 
 
-def sampling_settings() -> dict:
-    """The keywords of `UnCLIP.settings` that the flags give; ValueError for steps that are no numbers."""
-    steps = FLAGS.upsampler_steps
+def sampling_settings(changes: dict[str, str] | None = None) -> dict:
+    """The keywords of `UnCLIP.settings` that the flags give, with `changes` (name -> text) instead of some.
+
+    Raises ValueError for steps that are no numbers, and for a change that is no setting or has no such value.
+    """
+    values = {name: FLAGS[name].value for name in SAMPLING_FLAGS}
+    for name, text in (changes or {}).items():
+        if name not in SAMPLING_FLAGS:
+            raise ValueError(f"{name!r} is no setting of sampling; choose from {', '.join(SAMPLING_FLAGS)}")
+        values[name] = FLAGS[name].parser.parse(text)
+    steps = values["upsampler_steps"]
     if steps is not None and not all(text.strip().isdigit() for text in steps):
         raise ValueError(f"upsampler_steps {','.join(steps)!r} must be whole numbers, such as 27,15")
-    return dict(
-        guidance_scale=FLAGS.guidance_scale,
-        prior_guidance_scale=FLAGS.prior_guidance_scale,
-        prior_steps=FLAGS.prior_steps,
-        prior_method=FLAGS.prior_method,
-        prior_candidates=FLAGS.prior_candidates,
-        decoder_steps=FLAGS.decoder_steps,
-        upsampler_steps=None if steps is None else [int(text) for text in steps],
-        method=FLAGS.method,
-        eta=FLAGS.eta,
-        noisy_clip=FLAGS.noisy_clip,
-        classifier=FLAGS.classifier,
-    )
+    return values | {"upsampler_steps": None if steps is None else [int(text) for text in steps]}
 
 
 def main(argv):

@@ -3,17 +3,23 @@
 import dataclasses
 import json
 import math
+import os
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from PIL import Image
 
-from dalle2_jax import evaluate, pipeline
+from dalle2_jax import evaluate, generate, pipeline
 from dalle2_jax.data import scenes
-from dalle2_jax.evals import retrieval, scene_scores, zero_shot
+from dalle2_jax.evals import comparison, retrieval, scene_scores, zero_shot
 from tests.tiny_model import make_model
 
 CONFIG = scenes.preset("quickstart")
+FLAGS = flags.FLAGS
+if "guidance_scale" not in FLAGS:
+    generate.define_sampling_flags()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,3 +187,66 @@ def test_scenes_to_classify_have_one_object_and_cover_held_out_pairs():
 def test_the_bundled_clip_classifies_what_it_never_saw():
     found = evaluate.evaluate_zero_shot(pipeline.UnCLIP.load(), config=CONFIG, image_size=64, n=60)
     assert found["n"] == 60 and found["classes"] == 36 and found["top1"] > 0.8
+
+
+# Ways of drawing, compared
+
+
+def test_diversity_is_the_mean_over_pairs():
+    draw = np.random.default_rng(0)
+    z = draw.normal(size=(3, 4, 5))
+    z /= np.linalg.norm(z, axis=-1, keepdims=True)
+    pairs = [1 - z[c, i] @ z[c, j] for c in range(3) for i in range(4) for j in range(4) if i != j]
+    assert comparison.diversity(z) == pytest.approx(np.mean(pairs))
+    assert comparison.diversity(np.repeat(z[:, :1], 4, axis=1)) == pytest.approx(0)
+    with pytest.raises(ValueError, match="2 or more"):
+        comparison.diversity(z[:, :1])
+
+
+def test_ways_of_drawing_are_compared(model, tmp_path):
+    """On a model of random weights: what is written, and that the settings of each way are used."""
+    pytest.importorskip("scipy", reason="the checker needs scipy")
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    ways = ["", "guidance_scale=3 upsampler_steps=2", "other: model=" + os.fspath(model.cascade.directory)]
+    with flagsaver.flagsaver():
+        FLAGS(["evaluate"])
+        rows = evaluate.compare(
+            ways, tmp_path, model_dir=os.fspath(model.cascade.directory), name="quickstart", n=4, pictures=2
+        )
+    assert [row.name for row in rows] == ["as it is", ways[1], "other"]
+    assert all(row.pictures == 8 and row.named == 0 and row.seconds > 0 for row in rows)
+    assert dataclasses.replace(rows[0], name="", seconds=0) == dataclasses.replace(
+        rows[2], name="", seconds=0
+    )
+    report = json.loads((tmp_path / "comparison.json").read_text())
+    assert report["rows"][1]["settings"]["decoder"]["guidance_scale"] == 3
+    assert report["rows"][0]["settings"] == report["rows"][2]["settings"] != report["rows"][1]["settings"]
+    assert (tmp_path / "comparison.md").read_text().count("\n") == 5
+    assert Image.open(tmp_path / "comparison.png").width > 300
+    assert Image.open(tmp_path / "comparison_3.png").text["way"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("guidance", "must be settings like"),
+        ("guidance_scal=2", "no setting of sampling; choose from guidance_scale"),
+        ("guidance_scale=much", "much"),
+        ("prior_method=heun", "heun"),
+        ("model=/nowhere", "/nowhere"),
+        ("decoder_steps=100000", "steps are not possible"),
+    ],
+)
+def test_a_way_that_cannot_be_drawn_is_refused_before_drawing(model, tmp_path, way, message):
+    pytest.importorskip("scipy", reason="the checker needs scipy")
+    with flagsaver.flagsaver(), pytest.raises((ValueError, OSError), match=message):
+        FLAGS(["evaluate"])
+        evaluate.compare(
+            ["", way],
+            tmp_path,
+            model_dir=os.fspath(model.cascade.directory),
+            name="quickstart",
+            n=4,
+            pictures=2,
+        )
+    assert not list(tmp_path.iterdir())

@@ -11,5 +11,4 @@ def get_config(preset: str = ""):
     config = upsampler256.get_config(preset)
     config.checkpoint_every = 500
     config.num_steps = 400
-    config.optim.muon_learning_rate = 0.0
     return config
