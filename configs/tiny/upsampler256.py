@@ -1,5 +1,4 @@
-"""Second upsampler of the quickstart: 64 -> 256 on crops of a quarter of the side, about a minute and a half on
-two cores.
+"""Second upsampler of the quickstart: 64 -> 256 on crops of a quarter of the side, a minute and a half.
 
 python -m dalle2_jax.train --config=configs/tiny/upsampler256.py --workdir=DIR
 """
