@@ -151,7 +151,10 @@ def sampling_settings(changes: dict[str, str] | None = None) -> dict:
     for name, text in (changes or {}).items():
         if name not in SAMPLING_FLAGS:
             raise ValueError(f"{name!r} is no setting of sampling; choose from {', '.join(SAMPLING_FLAGS)}")
-        values[name] = FLAGS[name].parser.parse(text)
+        try:
+            values[name] = FLAGS[name].parser.parse(text)
+        except ValueError as error:
+            raise ValueError(f"{name}={text}: {error}") from None
     steps = values["upsampler_steps"]
     if steps is not None and not all(text.strip().isdigit() for text in steps):
         raise ValueError(f"upsampler_steps {','.join(steps)!r} must be whole numbers, such as 27,15")
