@@ -21,9 +21,8 @@ NEW_RELATIONS=("a red star above a blue cross" "a blue star to the left of a red
 NEW_RELATIONS+=("a purple triangle above a green ring" "an orange ring to the left of a purple square")
 
 if [ "$(uname)" = Linux ]; then
-  # Without these, glibc gives every large buffer back and page-faults it in anew: a third of a training step.
-  export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-268435456}"
-  export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}" MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-1}"
+  # XLA's large buffers come from mmap and are page-faulted in anew at every step: with huge pages a sixth faster.
+  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 fi
 
 steps=9 number=0 child=0 stopped="" key="$(cat configs/common.py configs/tiny/*.py | cksum)"

@@ -14,7 +14,7 @@ from configs.tiny import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=2800, batch_size=32, learning_rate=2e-3)
+    config = common.get_config(num_steps=2400, batch_size=32, learning_rate=2e-3)
     config.stage = "decoder"
     config.model = dict(
         image_size=16,
