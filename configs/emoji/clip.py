@@ -1,4 +1,4 @@
-"""CLIP on emoji: a convolutional image tower at 64 x 64.
+"""CLIP on emoji: a convolutional image tower at 64 x 64, about five minutes on two cores.
 
 python -m dalle2_jax.train --config=configs/emoji/clip.py --workdir=DIR --config.data.path=SHARDS
 """
@@ -9,7 +9,7 @@ from configs.emoji import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=1200, batch_size=128, learning_rate=1e-3)
+    config = common.get_config(num_steps=500, batch_size=128, learning_rate=1e-3)
     config.stage = "clip"
     config.model = dict(
         embed_dim=common.EMBED_DIM,

@@ -1,4 +1,4 @@
-"""Diffusion prior on emoji.
+"""Diffusion prior on emoji, about four minutes on two cores.
 
 python -m dalle2_jax.train --config=configs/emoji/prior.py --workdir=DIR --config.clip=CLIP \
     --config.data.path=SHARDS
@@ -10,7 +10,7 @@ from configs.emoji import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=2500, batch_size=64, learning_rate=1e-3)
+    config = common.get_config(num_steps=800, batch_size=64, learning_rate=1e-3)
     config.stage = "prior"
     config.model = dict(
         embed_dim=common.EMBED_DIM,
