@@ -52,10 +52,13 @@ def report(result: pipeline.Result, name: str) -> dict:
     }
 
 
-def write_pictures(out: str | os.PathLike, result: pipeline.Result, name: str) -> list[epath.Path]:
-    """Write the pictures, grid.png and generate.json of `result` into `out`; the pictures' paths.
+def write_pictures(
+    out: str | os.PathLike, result: pipeline.Result, name: str, command: str = "generate", **said
+) -> list[epath.Path]:
+    """Write the pictures, grid.png and COMMAND.json of `result` into `out`; the pictures' paths.
 
-    Files of the same names are replaced, others left alone: generate.json lists what belongs to it.
+    Files of the same names are replaced, others left alone: COMMAND.json lists what belongs to it. `said`,
+    JSON values, goes into it and into the pictures' metadata.
     """
     out = epath.Path(out)
     summary = report(result, name)
@@ -64,7 +67,7 @@ def write_pictures(out: str | os.PathLike, result: pipeline.Result, name: str) -
         zip(result.images, result.captions, result.numbers, strict=True)
     ):
         path = out / f"{i:04d}_{slug(caption)}.png"
-        made = {"caption": caption, "number": number, "seed": result.seed}
+        made = {"caption": caption, "number": number, "seed": result.seed} | said
         texts = {
             "caption": caption,
             "dalle2_jax": json.dumps(made | {"model": name, "settings": result.settings}),
@@ -76,7 +79,7 @@ def write_pictures(out: str | os.PathLike, result: pipeline.Result, name: str) -
     grid = metrics.labelled_grid(result.images, result.captions, columns if columns > 1 else None)
     metrics.save_png(out / "grid.png", grid, {"captions": json.dumps(result.captions, ensure_ascii=False)})
     summary = {"pictures": pictures, "grid": "grid.png"} | summary
-    (out / "generate.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    (out / f"{command}.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return paths
 
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from dalle2_jax import tasks
 from dalle2_jax.cascade import BASE_STAGES, GUIDES, Cascade, Progress, Timing
+from dalle2_jax.editing import Editing
+from dalle2_jax.pictures import shrink_mask, square_picture
 from dalle2_jax.settings import resolve
 
 MAX_CAPTION = 1000
@@ -59,23 +61,7 @@ def check_captions(captions: Sequence[str]) -> None:
             raise ValueError(f"caption {i} has {len(caption)} characters: at most {MAX_CAPTION} are allowed")
 
 
-def clip_square(image, size: int) -> np.ndarray:
-    """A PIL picture or uint8 [H, W, 3] as CLIP reads it: uint8 [size, size, 3], bicubic, central square."""
-    from PIL import Image, ImageOps
-
-    from dalle2_jax.data import transforms
-
-    if isinstance(image, Image.Image):
-        image = transforms.to_rgb(ImageOps.exif_transpose(image))
-    else:
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise ValueError(f"a picture must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-        image = Image.fromarray(image)
-    return np.asarray(transforms.square(image, size, halve=False))
-
-
-class UnCLIP:
+class UnCLIP(Editing):
     """A model that draws. Make one with `UnCLIP.load`."""
 
     def __init__(self, cascade: Cascade):
@@ -150,7 +136,7 @@ class UnCLIP:
           batch_size: pictures at a time.
         """
         size = self.cascade.stage("clip").image_size
-        small = np.stack([clip_square(image, size) for image in images])
+        small = np.stack([square_picture(image, size, halve=False) for image in images])
         return self.cascade.run(tasks.image_task(self.cascade), {"image": small}, batch_size=batch_size)[0]
 
     def sample_prior(
@@ -195,6 +181,12 @@ class UnCLIP:
         eta: float | None = None,
         noisy_clip: float | None = None,
         classifier: float | None = None,
+        negative: str | None = None,
+        x_T: np.ndarray | None = None,
+        init: np.ndarray | None = None,
+        strength: float = 1.0,
+        known: tuple[np.ndarray, np.ndarray] | None = None,
+        resample: int = 1,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> tuple[np.ndarray, Timing]:
@@ -206,6 +198,11 @@ class UnCLIP:
           seed, numbers: picture i has the key of (seed, numbers[i]); by default 0 .. N-1.
           num_steps, guidance_scale, method, eta: instead of the decoder's own settings.
           noisy_clip, classifier: how strongly these guides of the model steer to the captions.
+          negative: a caption that guidance leads away from.
+          x_T: noise [N, h, w, 3] to start from, such as `invert` finds.
+          init, strength: base pictures uint8 [N, h, w, 3], and the share of the steps taken from there.
+          known: a base picture uint8 [h, w, 3] and where to repaint it, bool [h, w]; the rest comes back.
+          resample: how often each step is taken, see `diffusion.sampling`.
           batch_size, progress: see `text_to_image`.
         """
         decoder = self.cascade.stage("decoder")
@@ -224,15 +221,37 @@ class UnCLIP:
             noisy_clip=noisy_clip,
             classifier=classifier,
         )
-        task = tasks.decoder_task(self.cascade, seed, own["decoder"])
-        rows = {"image_embed": image_embeds, "number": numbers}
-        rows |= self._guide_rows(own["decoder"], captions, batch_size)
-        if decoder.context_length is not None and captions is not None:
-            rows["tokens"], rows["token_mask"] = self._tokens("decoder", captions)
-        elif decoder.context_length is not None:
-            rows["tokens"] = np.zeros((count, decoder.context_length), np.int32)
-            rows["token_mask"] = np.zeros((count, decoder.context_length), bool)
+        given = {name: value for name, value in (("x_T", x_T), ("init", init)) if value is not None}
+        if known is not None:
+            given["known"], given["repaint"] = (np.repeat(np.asarray(x)[None], count, 0) for x in known)
+        if negative is not None:
+            check_captions([negative])
+            if own["decoder"]["guidance_scale"] == 1 or decoder.context_length is None:
+                raise ValueError(
+                    "a negative caption needs a decoder that reads captions, and guidance above 1"
+                )
+            text = self._decoder_text([negative] * count, count)
+            given |= {f"negative_{name}": value for name, value in text.items()}
+        how = own["decoder"]
+        how |= {"strength": strength} if strength != 1 else {}
+        how |= {"resample": resample} if resample != 1 else {}
+        task = tasks.decoder_task(self.cascade, seed, how, tuple(given))
+        rows = {"image_embed": image_embeds, "number": numbers} | given
+        rows |= self._guide_rows(how, captions, batch_size) | self._decoder_text(captions, count)
         return self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
+
+    def _decoder_text(self, captions: Sequence[str] | None, count: int) -> dict[str, np.ndarray]:
+        """The decoder's tokens and token_mask of captions, or of `count` null ones; {} if it reads none."""
+        length = self.cascade.stage("decoder").context_length
+        if length is None:
+            return {}
+        if captions is None:
+            return {
+                "tokens": np.zeros((count, length), np.int32),
+                "token_mask": np.zeros((count, length), bool),
+            }
+        tokens, token_mask = self._tokens("decoder", captions)
+        return {"tokens": tokens, "token_mask": token_mask}
 
     def _guide_rows(self, own: dict, captions: Sequence[str] | None, batch_size: int | None) -> dict:
         """What the guides of these settings are to steer to: a text embedding, a label a caption."""
@@ -270,11 +289,13 @@ class UnCLIP:
         seed: int = 0,
         numbers: Sequence[int] | None = None,
         num_steps: Sequence[int] | None = None,
+        known: tuple[np.ndarray, np.ndarray] | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> tuple[np.ndarray, dict[str, Timing]]:
         """(pictures of the decoder's size, uint8 [N, h, w, 3], through all upsamplers; stage -> Timing).
 
+        known: a finished picture uint8 [H, W, 3] and where to repaint it, bool [H, W]; the rest comes back.
         The other arguments are as for `decode`; `num_steps` has one number an upsampler.
         """
         own = self.settings(upsampler_steps=num_steps)
@@ -283,8 +304,14 @@ class UnCLIP:
             raise ValueError(f"images must be uint8 [N, h, w, 3], not {images.dtype} {list(images.shape)}")
         numbers = np.arange(len(images)) if numbers is None else np.asarray(numbers)
         for name in self.cascade.upsamplers:
-            task = tasks.upsampler_task(self.cascade, name, seed, own[name], images.shape[1:])
+            task = tasks.upsampler_task(
+                self.cascade, name, seed, own[name], images.shape[1:], keeps=known is not None
+            )
             rows = {"low_res": images, "number": numbers}
+            if known is not None:
+                size = self.cascade.stage(name).image_size
+                at_size = square_picture(known[0], size), shrink_mask(known[1], size)
+                rows["known"], rows["repaint"] = (np.repeat(x[None], len(images), 0) for x in at_size)
             images, timings[name] = self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
         return images, timings
 
@@ -401,4 +428,7 @@ class UnCLIP:
             )
             timings |= more
         settings = {name: values for name, values in settings.items() if name in timings}
-        return Result(repeated, numbers, seed, image_embeds, base, images, settings, timings)
+        return self._result(repeated, numbers, seed, image_embeds, base, images, settings, timings)
+
+    def _result(self, captions, *rest) -> Result:
+        return Result(tuple(captions), *rest)

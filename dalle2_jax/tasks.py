@@ -6,6 +6,8 @@ enter and leave with 256 levels, as training pictures have them. `own` is the st
 `UnCLIP.settings`.
 """
 
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,17 +85,28 @@ def prior_task(cascade: Cascade, seed: int, own: dict) -> Task:
     return Task("prior", function, tuple(fixed.items()), rows, scalars, fixed.get("num_steps", 1))
 
 
-def decoder_task(cascade: Cascade, seed: int, own: dict) -> Task:
+def decoder_task(cascade: Cascade, seed: int, own: dict, given: Collection[str] = ()) -> Task:
     """number, image_embed, tokens, token_mask -> base picture in uint8.
 
     Where `own` has a scale for a guide, also guide_text_embed (noisy_clip's) or label (the classifier's).
+    given: which rows there are of x_T (noise, float32), init (uint8), known (uint8) with repaint (bool,
+    [h, w]), negative_tokens with negative_token_mask; see `Decoder.sample`.
     """
     decoder = cascade.stage("decoder")
+    picture = (decoder.image_size, decoder.image_size, 3)
     scales = {name: own[name] for name in GUIDES if name in own}
     fixed = _fixed({name: value for name, value in own.items() if name not in scales})
     rows = {"number": _spec((), np.uint32), "image_embed": _spec((decoder.embed_dim,), np.float32)}
     if decoder.context_length is not None:
         rows |= _token_specs(decoder.context_length)
+
+    optional = {
+        "x_T": _spec(picture, np.float32),
+        "init": _spec(picture, np.uint8),
+        "known": _spec(picture, np.uint8),
+        "repaint": _spec(picture[:2], np.bool_),
+    } | {f"negative_{name}": spec for name, spec in _token_specs(decoder.context_length or 0).items()}
+    rows |= {name: optional[name] for name in given}
 
     targets = {"noisy_clip": "guide_text_embed", "classifier": "label"}
     if "noisy_clip" in scales:
@@ -115,7 +128,17 @@ def decoder_task(cascade: Cascade, seed: int, own: dict) -> Task:
                 ]
                 return sum(parts)
 
-        drawn = decoder.sample(own_params, keys, batch, guidance_scale=scale, log_p=log_p, **fixed)
+        drawn = decoder.sample(
+            own_params,
+            keys,
+            batch,
+            guidance_scale=scale,
+            log_p=log_p,
+            x_T=batch.get("x_T"),
+            init=to_float(batch["init"]) if "init" in batch else None,
+            known=_known(batch),
+            **fixed,
+        )
         return to_uint8(drawn)
 
     scalars = _drawing_scalars(seed, own["guidance_scale"])
@@ -124,15 +147,48 @@ def decoder_task(cascade: Cascade, seed: int, own: dict) -> Task:
     return Task("decoder", function, tuple(fixed.items()), rows, scalars, steps, others=tuple(scales))
 
 
-def upsampler_task(cascade: Cascade, name: str, seed: int, own: dict, low_res_shape: tuple[int, ...]) -> Task:
-    """number, low_res in uint8 -> larger picture in uint8."""
+def _known(batch: dict) -> tuple[jax.Array, jax.Array] | None:
+    """(picture, repaint [B, h, w, 1] of 0 and 1) of the rows 'known' and 'repaint', if they are there."""
+    if "known" not in batch:
+        return None
+    return to_float(batch["known"]), batch["repaint"][..., None].astype(jnp.float32)
+
+
+def invert_task(cascade: Cascade, num_steps: int) -> Task:
+    """image in uint8, image_embed, tokens, token_mask -> x_T, by the decoder."""
+    decoder = cascade.stage("decoder")
+    picture = (decoder.image_size, decoder.image_size, 3)
+    rows = {"image": _spec(picture, np.uint8), "image_embed": _spec((decoder.embed_dim,), np.float32)}
+    if decoder.context_length is not None:
+        rows |= _token_specs(decoder.context_length)
+
+    def function(params, batch, scalars):
+        return decoder.invert(params, batch | {"image": to_float(batch["image"])}, num_steps=num_steps)
+
+    return Task("decoder", function, ("invert", num_steps), rows, steps=num_steps, label="inversion")
+
+
+def upsampler_task(
+    cascade: Cascade,
+    name: str,
+    seed: int,
+    own: dict,
+    low_res_shape: tuple[int, ...],
+    keeps: bool = False,
+) -> Task:
+    """number, low_res in uint8 -> larger picture in uint8; `keeps`: also known and repaint, of its size."""
     stage, fixed = cascade.stage(name), _fixed(own)
     number = _UPSAMPLER + cascade.upsamplers.index(name)
     rows = {"number": _spec((), np.uint32), "low_res": _spec(low_res_shape, np.uint8)}
+    if keeps:
+        factor = stage.image_size // stage.low_res_size
+        size = (factor * low_res_shape[0], factor * low_res_shape[1])
+        rows |= {"known": _spec((*size, 3), np.uint8), "repaint": _spec(size, np.bool_)}
 
     def function(params, batch, scalars):
         keys = picture_keys(scalars["seed"], batch["number"], number)
-        return to_uint8(stage.sample(params, keys, {"low_res": to_float(batch["low_res"])}, **fixed))
+        low_res = {"low_res": to_float(batch["low_res"])}
+        return to_uint8(stage.sample(params, keys, low_res, known=_known(batch), **fixed))
 
     return Task(name, function, tuple(fixed.items()), rows, {"seed": np.uint32(seed)}, fixed["num_steps"])
 

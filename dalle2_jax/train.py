@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from dalle2_jax import checkpoint, metrics, models, optim, partition, state, validation
+from dalle2_jax import checkpoint, metrics, modeldir, models, optim, partition, state, validation
 
 # Settings that may differ between a run and its resumption: none of them changes what a step computes.
 FREE_ON_RESUME = (
@@ -196,12 +196,28 @@ def with_stats(config: dict, stage, params: dict, frozen: dict, fill, dataset, m
     return params
 
 
+def started_from(path: str, loaded: dict, fresh: dict) -> dict:
+    """`fresh` parameters with those that were `loaded` from `path` in their place.
+
+    What the loaded network had not is left as it begins, and named. Raises ValueError for parameters that
+    this network has not, or not in that shape.
+    """
+    found, wanted = modeldir.flatten(loaded), modeldir.flatten(fresh)
+    shared = {name: leaf for name, leaf in wanted.items() if name in found}
+    modeldir.check_params(loaded, modeldir.unflatten(shared), path)
+    new = sorted(wanted.keys() - found.keys())
+    if new:
+        logging.warning("%s has no %s: training begins with them fresh", path, ", ".join(new))
+    return modeldir.unflatten(wanted | found)
+
+
 def first_state(config: dict, stage, init, shardings, frozen: dict, fill, dataset, mesh) -> state.TrainState:
     """The state before the first step: fresh, or with the parameters of `init_from`."""
     train_state = jax.jit(init, out_shardings=shardings)()
     params = train_state.params
     if config["init_from"]:
-        _, _, params = models.load_stage(config["init_from"], config["stage"])
+        _, _, loaded = models.load_stage(config["init_from"], config["stage"])
+        params = started_from(config["init_from"], loaded, params)
     elif getattr(stage, "fit_rows", 0):
         params = with_stats(config, stage, params, frozen, fill, dataset, mesh)
     else:

@@ -150,3 +150,14 @@ def test_init_from_starts_from_the_parameters(four_steps, tmp_path):
     source, started = stored_state(four_steps, 4), stored_state(tmp_path, 1)
     name = next(n for n in source if n.startswith("['ema_params']") and n.endswith("['kernel']"))
     np.testing.assert_allclose(source[name], started[name.replace("ema_params", "params", 1)], atol=1e-6)
+
+
+def test_parameters_that_a_start_lacks_begin_fresh_and_others_must_fit():
+    fresh = {"net": {"a": {"kernel": np.zeros(3)}, "new": {"kernel": np.zeros(2)}}}
+    loaded = {"net": {"a": {"kernel": np.ones(3)}}}
+    started = train.started_from("before", loaded, fresh)
+    np.testing.assert_array_equal(started["net"]["a"]["kernel"], 1)
+    np.testing.assert_array_equal(started["net"]["new"]["kernel"], 0)
+    for other in ({"kernel": np.ones(4)}, {"kernel": np.ones(3), "bias": np.ones(3)}):
+        with pytest.raises(ValueError, match="before and the model do not fit"):
+            train.started_from("before", {"net": {"a": other}}, fresh)

@@ -104,6 +104,11 @@ class GaussianDiffusion:
         eps_sq: jax.Array | None = None,
         log_p: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
         log_p_scale: float | jax.Array = 1.0,
+        x_T: jax.Array | None = None,
+        init: jax.Array | None = None,
+        strength: float = 1.0,
+        known: tuple[jax.Array, jax.Array] | None = None,
+        resample: int = 1,
     ) -> jax.Array:
         """x0 [B, *shape] float32, one key an example; `eps_sq` [T] is for method 'analytic'.
 
@@ -112,8 +117,47 @@ class GaussianDiffusion:
         With a guidance scale (a number or [B]) the network is given 2 B rows, of which every second one is to
         be without condition: `interleave` puts conditions into that order, in which sharding over the batch
         does not part a pair.
-        """
 
+        x_T [B, *shape] is the noise to start from, drawn from the keys unless given. With a `strength` below
+        1 only that share of the steps is taken, from `init` [B, *shape] noised up to where they begin. known:
+        (x0 [B, *shape], repaint [B, ..., 1]), of which the first comes back where the second is 0; resample:
+        see `sampling.sample`.
+        """
+        denoiser = self._denoiser(network, guidance_scale)
+        if log_p is not None:
+            denoiser = sampling.steered(denoiser, self.schedule, log_p, log_p_scale)
+        denoiser = self._bounded(denoiser)
+        if known is not None:
+            denoiser = sampling.keep_known(denoiser, self.schedule, *known)
+        timesteps = self.timesteps(num_steps)
+        noise = sampling.init_noise(keys, shape) if x_T is None else x_T
+        if strength < 1.0:
+            if init is None:
+                raise ValueError(f"strength {strength} needs what to start from: give init")
+            timesteps = timesteps[len(timesteps) - max(1, round(strength * len(timesteps))) :]
+            rows = jnp.full(noise.shape[:1], timesteps[0], jnp.int32)
+            noise = process.q_sample(self.schedule, init, rows, noise)
+        return sampling.sample(
+            denoiser,
+            self.schedule,
+            noise,
+            keys,
+            timesteps=timesteps,
+            method=method or self.method,
+            eta=self.eta if eta is None else eta,
+            variance="learned" if self.learned_variance else "fixed_small",
+            eps_sq=eps_sq,
+            data_variance=self.data_variance,
+            resample=resample,
+        )
+
+    def invert(self, network: Network, x0: jax.Array, *, num_steps: int | None = None) -> jax.Array:
+        """The noise x_T from which `sample` by 'ddim' with eta 0, no guidance, and as many steps returns to
+        about x0 [B, ...]; see `sampling.invert`."""
+        denoiser = self._bounded(self._denoiser(network, None))
+        return sampling.invert(denoiser, self.schedule, x0, timesteps=self.timesteps(num_steps))
+
+    def _denoiser(self, network: Network, guidance_scale: float | jax.Array | None) -> sampling.Denoiser:
         def denoise(x_t, t):
             output = network(x_t, t)
             return process.to_prediction(self.schedule, output, x_t, t, self.objective, self.learned_variance)
@@ -122,25 +166,12 @@ class GaussianDiffusion:
             both = denoise(jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2))
             return jax.tree.map(lambda y: y[0::2], both), jax.tree.map(lambda y: y[1::2], both)
 
-        denoiser = denoise if guidance_scale is None else sampling.guided(pair, guidance_scale)
-        if log_p is not None:
-            denoiser = sampling.steered(denoiser, self.schedule, log_p, log_p_scale)
+        return denoise if guidance_scale is None else sampling.guided(pair, guidance_scale)
+
+    def _bounded(self, denoiser: sampling.Denoiser) -> sampling.Denoiser:
         if self.threshold is not None:
-            denoiser = sampling.dynamic_threshold(denoiser, self.schedule, self.threshold)
-        elif self.limit is not None:
-            denoiser = sampling.clip_x0(denoiser, self.schedule, self.limit)
-        return sampling.sample(
-            denoiser,
-            self.schedule,
-            sampling.init_noise(keys, shape),
-            keys,
-            timesteps=self.timesteps(num_steps),
-            method=method or self.method,
-            eta=self.eta if eta is None else eta,
-            variance="learned" if self.learned_variance else "fixed_small",
-            eps_sq=eps_sq,
-            data_variance=self.data_variance,
-        )
+            return sampling.dynamic_threshold(denoiser, self.schedule, self.threshold)
+        return denoiser if self.limit is None else sampling.clip_x0(denoiser, self.schedule, self.limit)
 
     def timesteps(self, num_steps: int | None = None) -> np.ndarray:
         """The times that `sample` visits, descending.

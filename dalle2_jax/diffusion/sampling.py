@@ -59,17 +59,22 @@ def sample(
     variance: str = "learned",
     eps_sq: jax.Array | None = None,
     data_variance: float = 1.0,
+    resample: int = 1,
     return_path: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Walk x_T [B, ...] down `timesteps` to data x0 [B, ...], float32, in one scan.
+
+    x_T is the state at timesteps[0], which need not be pure noise.
 
     keys: per-sample PRNG keys [B] (typed, or legacy [B, 2]); noise is drawn per sample from its key and the
     time, so a sample does not depend on the batch it is in. timesteps: host integers, descending
     (`schedules.space_timesteps`). method: 'ddpm' with `variance` 'learned', 'fixed_small' or 'fixed_large',
     'ddim' with `eta` in [0, 1] (0 is deterministic, 1 is ddpm with the small variance), 'dpm++', or
-    'analytic' with `eps_sq` [T] and `data_variance`. return_path: also return x after every step,
-    [n, B, ...]; its last entry is x0. Raises ValueError for unknown names, and for a learned variance or
-    statistics that are not there.
+    'analytic' with `eps_sq` [T] and `data_variance`. resample: every step is taken so many times, with noise
+    added back in between, so that what a denoiser is made to keep and what it draws come to fit (Lugmayr et
+    al. 2022, with jumps of one step). return_path: also return x after every step, [n, B, ...]; its last
+    entry is x0. Raises ValueError for unknown names, and for a learned variance or statistics that are not
+    there.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
@@ -82,6 +87,8 @@ def sample(
             f"method 'analytic' needs the measured eps_sq of all {schedule.num_timesteps} times: "
             "measure it (Prior.measure), or use 'ddpm'"
         )
+    if resample < 1 or (resample > 1 and method == "dpm++"):
+        raise ValueError(f"resample must be 1 or more, and 1 with 'dpm++', got {resample} with {method!r}")
     if keys.shape[0] != x_T.shape[0]:
         raise ValueError(f"there must be one key a sample: {keys.shape[0]} keys for {x_T.shape[0]} samples")
     tables = two_time(schedule, timesteps)
@@ -99,6 +106,16 @@ def sample(
     steps = {name: jnp.asarray(table, jnp.float32) for name, table in steps.items()}
     if method == "analytic":
         steps["std"] = jnp.sqrt(_analytic_variance(tables, eps_sq, data_variance)) * steps["noisy"]
+    if resample > 1:
+        # Before a step is taken again, x_s is noised back to x_t.
+        again = np.tile(np.arange(resample) < resample - 1, len(tables.t))
+        ratio = np.repeat(tables.alpha_bar_t / tables.alpha_bar_s, resample)
+        steps = {name: jnp.repeat(table, resample) for name, table in steps.items()} | {
+            "back": jnp.asarray(np.where(again, np.sqrt(ratio), 1.0), jnp.float32),
+            "back_std": jnp.asarray(np.where(again, np.sqrt(1.0 - ratio), 0.0), jnp.float32),
+            "take": jnp.tile(jnp.arange(resample), len(tables.t)),
+        }
+    times = jnp.asarray(np.repeat(tables.t, resample))
     stochastic = method in ("ddpm", "analytic") or (method == "ddim" and eta > 0.0)
 
     def step(carry, at):
@@ -111,19 +128,24 @@ def sample(
             mean = c["x0"] * prediction.x0 + c["x_t"] * x + c["change"] * (prediction.x0 - x0_before)
         else:
             mean = c["x0"] * prediction.x0 + c["x_t"] * x
-        x = mean
+        x, step_keys, fold = mean, keys, t
+        if resample > 1:
+            step_keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, t), c["take"]))(keys)
+            fold = 0
         if stochastic:
             if method == "ddpm":
                 log_var = _log_variance(variance, prediction.var_frac, c["small"], c["large"])
                 std = c["noisy"] * jnp.exp(0.5 * log_var)
             else:
                 std = c["std"]
-            x = mean + std * _normal(keys, t, x.shape[1:])
+            x = mean + std * _normal(step_keys, fold, x.shape[1:])
+        if resample > 1:
+            x = c["back"] * x + c["back_std"] * _normal(step_keys, 1, x.shape[1:])
         return (x, prediction.x0 if method == "dpm++" else x0_before), (x if return_path else None)
 
     x_T = x_T.astype(jnp.float32)
     x0_before = jnp.zeros_like(x_T) if method == "dpm++" else ()
-    (x0, _), path = jax.lax.scan(step, (x_T, x0_before), (jnp.asarray(tables.t), steps))
+    (x0, _), path = jax.lax.scan(step, (x_T, x0_before), (times, steps))
     return (x0, path) if return_path else x0
 
 
@@ -248,6 +270,21 @@ def dynamic_threshold(denoise: Denoiser, schedule: Schedule, percentile: float =
         return _with_x0(schedule, prediction, jnp.clip(prediction.x0, -s, s) / s, x_t, t)
 
     return thresholded
+
+
+def keep_known(denoise: Denoiser, schedule: Schedule, known: jax.Array, repaint: jax.Array) -> Denoiser:
+    """The denoiser with x0 replaced by `known` [B, ...] where `repaint` [B, ..., 1], in 0 .. 1, is 0.
+
+    The last step of every sampler returns x0, so what is known comes back exactly (Nichol et al. 2021).
+    """
+
+    def kept(x_t, t):
+        drawn = denoise(x_t, t)
+        there = _with_x0(schedule, drawn, known, x_t, t)
+        x0 = repaint * drawn.x0 + (1 - repaint) * there.x0
+        return Prediction(x0, repaint * drawn.eps + (1 - repaint) * there.eps, drawn.var_frac)
+
+    return kept
 
 
 def _with_x0(

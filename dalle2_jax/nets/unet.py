@@ -109,10 +109,12 @@ class UNet(nn.Module):
         *,
         image_size: int,
         deterministic: bool = True,
+        known: jax.Array | None = None,
     ) -> jax.Array:
         """x [B, H, W, C_in], emb [B, E], context [B, K, D] -> [B, H, W, out_channels] float32.
 
-        Where it is pooled, [B, out_channels].
+        Where it is pooled, [B, out_channels]. known [B, H, W, 4] has further channels of input, whose weights
+        begin as zeros: a network that was trained without them can be trained on with them.
 
         `image_size` is the side that `attention_resolutions` refer to (it fixes the levels that attend,
         whatever the size of x). Raises ValueError when H or W cannot be halved often enough.
@@ -139,6 +141,9 @@ class UNet(nn.Module):
         h = layers.conv(self.channels * self.channel_mult[0], dtype=self.dtype, name="conv_in")(
             x.astype(self.dtype)
         )
+        if known is not None:
+            conv = layers.conv(h.shape[-1], dtype=self.dtype, name="conv_in_known", zero=True)
+            h = h + conv(known.astype(self.dtype))
         skips = [h]
         for level, mult in enumerate(self.channel_mult):
             for j in range(self.num_res_blocks):
@@ -201,6 +206,7 @@ class DecoderNet(nn.Module):
     embed_dim: int
     image_size: int
     num_image_tokens: int = 4
+    inpaint: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -234,11 +240,22 @@ class DecoderNet(nn.Module):
             context = jnp.concatenate([context, states], axis=1)
         return emb, context
 
-    def denoise(self, x_t, t, condition, *, deterministic=True):
-        """x_t [B, H, W, C_in], t [B], condition from `condition` -> the network's output [B, H, W, C_out]."""
+    def denoise(self, x_t, t, condition, known=None, *, deterministic=True):
+        """x_t [B, H, W, C_in], t [B], condition from `condition` -> the network's output [B, H, W, C_out].
+
+        known [B, H, W, 4], for a network with `inpaint`: the pixels that are kept, zero elsewhere, and 1
+        where they are; None where nothing is.
+        """
         emb, context = condition
+        if self.inpaint and known is None:
+            known = jnp.zeros((*x_t.shape[:3], 4))
         return self.net(
-            x_t, self.time(t) + emb, context, image_size=self.image_size, deterministic=deterministic
+            x_t,
+            self.time(t) + emb,
+            context,
+            image_size=self.image_size,
+            deterministic=deterministic,
+            known=known if self.inpaint else None,
         )
 
     def __call__(
@@ -250,11 +267,12 @@ class DecoderNet(nn.Module):
         tokens=None,
         token_mask=None,
         drop_text=None,
+        known=None,
         deterministic=True,
     ):
         """Both halves at once: what training uses."""
         condition = self.condition(image_embed, drop_image, tokens, token_mask, drop_text)
-        return self.denoise(x_t, t, condition, deterministic=deterministic)
+        return self.denoise(x_t, t, condition, known, deterministic=deterministic)
 
 
 class UpsamplerNet(nn.Module):

@@ -19,7 +19,10 @@ from dalle2_jax.stages import check_settings
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A decoder's network, noise process and sampling defaults; parameters are passed to every call."""
+    """A decoder's network, noise process and sampling defaults; parameters are passed to every call.
+
+    `inpaint` says whether the network sees what is to be kept of a picture.
+    """
 
     net: DecoderNet
     diffusion: gaussian.GaussianDiffusion
@@ -29,6 +32,7 @@ class Decoder:
     image_drop: float
     text_drop: float
     guidance_scale: float
+    inpaint: bool = False
 
     @property
     def sampling(self) -> dict:
@@ -70,6 +74,10 @@ class Decoder:
         no dropout)."""
         size = batch["image"].shape[0]
         diffusion_key, image_key, text_key, dropout_key = jax.random.split(key, 4)
+        known = None
+        if self.inpaint:
+            repaint = random_repaint(jax.random.fold_in(key, 0), size, self.image_size)
+            known = _seen(batch["image"], repaint)
         drop_image = jax.random.bernoulli(image_key, self.image_drop, (size,)) & train
         drop_text = jax.random.bernoulli(text_key, self.text_drop, (size,)) & train
 
@@ -83,6 +91,7 @@ class Decoder:
                 batch.get("tokens"),
                 batch.get("token_mask"),
                 drop_text,
+                known=known,
                 deterministic=not train,
                 rngs={"dropout": dropout_key},
             )
@@ -106,25 +115,34 @@ class Decoder:
         image_size: int | None = None,
         log_p: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
         log_p_scale: float | jax.Array = 1.0,
+        x_T: jax.Array | None = None,
+        init: jax.Array | None = None,
+        strength: float = 1.0,
+        known: tuple[jax.Array, jax.Array] | None = None,
+        resample: int = 1,
     ) -> jax.Array:
         """Pictures [B, H, W, 3] in [-1, 1] for `image_embed` and the caption, one key a picture.
 
         A guidance scale given as the Python number 1 saves the unconditional half of the work; an array is
-        traced. log_p(x_t, t) -> [B], of a classifier or a CLIP of noised pictures, steers on top of that.
+        traced. Where the batch has negative_tokens and negative_token_mask, guidance leads away from that
+        caption instead of from none. log_p(x_t, t) -> [B], of a classifier or a CLIP of noised pictures,
+        steers on top of that. The others start from pictures and keep parts of them: see
+        `GaussianDiffusion.sample`.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         guided = gaussian.is_guided(scale)
-        size = batch["image_embed"].shape[0]
         side = image_size or self.image_size
+        conditions = self._conditions(params, batch)
+        if guided:
+            conditions = gaussian.interleave(conditions, self._conditions(params, batch, null=True))
+        seen = _seen(*known) if known is not None and self.inpaint else None
 
-        def condition(drop):
-            drop = jnp.full((size,), drop)
-            text = (batch.get("tokens"), batch.get("token_mask"), drop)
-            return self.net.apply({"params": params}, batch["image_embed"], drop, *text, method="condition")
+        def network(x_t, t):
+            rows = None if seen is None else jnp.repeat(seen, len(x_t) // len(seen), axis=0)
+            return self.net.apply({"params": params}, x_t, t, conditions, rows, method="denoise")
 
-        conditions = gaussian.interleave(condition(False), condition(True)) if guided else condition(False)
         x0 = self.diffusion.sample(
-            lambda x_t, t: self.net.apply({"params": params}, x_t, t, conditions, method="denoise"),
+            network,
             keys,
             (side, side, 3),
             guidance_scale=scale if guided else None,
@@ -133,8 +151,58 @@ class Decoder:
             eta=eta,
             log_p=log_p,
             log_p_scale=log_p_scale,
+            x_T=x_T,
+            init=init,
+            strength=strength,
+            known=known,
+            resample=resample,
         )
         return jnp.clip(x0, -1.0, 1.0)
+
+    def invert(self, params: dict, batch: dict, *, num_steps: int | None = None) -> jax.Array:
+        """x_T [B, H, W, 3], from which 'ddim' with eta 0, guidance 1, the same conditions and as many steps
+        returns to about `image` (section 3 of the paper). Reads what `loss` reads."""
+        conditions = self._conditions(params, batch)
+        return self.diffusion.invert(
+            lambda x_t, t: self.net.apply({"params": params}, x_t, t, conditions, method="denoise"),
+            batch["image"],
+            num_steps=num_steps,
+        )
+
+    def _conditions(self, params: dict, batch: dict, null: bool = False):
+        """What the network is told of the batch; `null` drops the embedding, and the caption or puts the
+        negative one in its place."""
+        drop = jnp.full(batch["image_embed"].shape[:1], null)
+        negative = null and "negative_tokens" in batch
+        prefix, drop_text = ("negative_", ~drop) if negative else ("", drop)
+        text = (batch.get(f"{prefix}tokens"), batch.get(f"{prefix}token_mask"), drop_text)
+        return self.net.apply({"params": params}, batch["image_embed"], drop, *text, method="condition")
+
+
+def random_repaint(key: jax.Array, count: int, side: int) -> jax.Array:
+    """Where pictures are to be drawn anew: [count, side, side, 1] of 0 and 1.
+
+    A rectangle for most, all but a rectangle for a fifth, all for a fifth, so that the network still draws
+    whole pictures (section 3.2 of GLIDE erases random regions).
+    """
+
+    def one(key):
+        kind_key, y_key, x_key = jax.random.split(key, 3)
+
+        def span(key):
+            low, high = jnp.sort(jax.random.randint(key, (2,), 0, side))
+            return (jnp.arange(side) >= low) & (jnp.arange(side) <= high)
+
+        box = span(y_key)[:, None] & span(x_key)
+        kind = jax.random.uniform(kind_key)
+        return jnp.where(kind < 0.2, True, jnp.where(kind < 0.4, ~box, box))
+
+    return jax.vmap(one)(jax.random.split(key, count))[..., None].astype(jnp.float32)
+
+
+def _seen(picture: jax.Array, repaint: jax.Array) -> jax.Array:
+    """[B, H, W, 4]: the pixels of a picture that are kept, zero elsewhere, and 1 where they are."""
+    return jnp.concatenate([picture * (1 - repaint), 1 - repaint], axis=-1)
 
 
 def build(
@@ -164,6 +232,7 @@ def build(
     eta: float = 0.0,
     guidance_scale: float = 3.0,
     threshold: float | None = None,
+    inpaint: bool = False,
     remat: bool = False,
     dtype: str = "float32",
 ) -> Decoder:
@@ -172,8 +241,9 @@ def build(
 
     `text=None` builds a decoder that reads the image embedding alone. weighting ('uniform', 'p2', 'min_snr')
     and loss ('hybrid', 'vlb'): see `diffusion.process`; threshold: the percentile of dynamic thresholding,
-    None to clip. Raises ValueError for settings that
-    cannot go together.
+    None to clip; inpaint: the network also sees what is to be kept of a picture, and is trained on random
+    masks (GLIDE's way; `init_from` a decoder without). Raises ValueError for settings that cannot go
+    together.
     """
     if image_size % 2 ** (len(channel_mult) - 1):
         raise ValueError(
@@ -202,6 +272,7 @@ def build(
             embed_dim=embed_dim,
             image_size=image_size,
             num_image_tokens=num_image_tokens,
+            inpaint=inpaint,
             dtype=jnp.dtype(dtype),
         ),
         diffusion=gaussian.GaussianDiffusion(
@@ -222,4 +293,5 @@ def build(
         image_drop=image_drop,
         text_drop=text_drop,
         guidance_scale=guidance_scale,
+        inpaint=inpaint,
     )

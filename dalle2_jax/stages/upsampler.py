@@ -104,10 +104,12 @@ class Upsampler:
         method: str | None = None,
         eta: float | None = None,
         tile: int | None = None,
+        known: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """Pictures [B, s h, s w, 3] in [-1, 1] for `low_res` [B, h, w, 3] of any size, one key a picture.
 
-        `tile` is the side of the windows that the network sees, None for the whole picture at once.
+        `tile` is the side of the windows that the network sees, None for the whole picture at once. known:
+        see `GaussianDiffusion.sample`.
         """
         tile = self.tile if tile is None else tile
         # The network was trained on pictures, which have 256 levels.
@@ -136,6 +138,7 @@ class Upsampler:
             num_steps=num_steps,
             method=method,
             eta=eta,
+            known=known,
         )
         return jnp.clip(x0, -1.0, 1.0)
 

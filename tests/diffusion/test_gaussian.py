@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.diffusion import gaussian, schedules
+from dalle2_jax.diffusion import gaussian, sampling, schedules
 
 SHAPE = (4, 4, 3)
 
@@ -85,3 +85,51 @@ def test_a_list_of_steps_gives_way_to_another_number():
     for num_steps in (None, 4):
         x0 = steps.sample(two_minds(0.2, 0.1), keys(1), SHAPE, num_steps=num_steps)
         np.testing.assert_allclose(x0, 0.2, atol=1e-5)
+
+
+def smooth(x_t, t):
+    """A network for 'x0' that listens to x_t, gently."""
+    return 0.8 * jnp.tanh(x_t) + 0.001 * t[:, None, None, None]
+
+
+def test_sampling_starts_from_the_noise_it_is_given():
+    x_T = jax.random.normal(jax.random.key(5), (2, *SHAPE))
+    given = diffusion().sample(smooth, keys(2), SHAPE, x_T=x_T)
+    np.testing.assert_array_equal(given, diffusion().sample(smooth, keys(2)[::-1], SHAPE, x_T=x_T))
+    assert jnp.abs(given - diffusion().sample(smooth, keys(2), SHAPE)).mean() > 0.01
+
+
+def test_strength_is_the_share_of_the_steps_that_are_taken():
+    init, seen = jnp.full((2, *SHAPE), 0.4), []
+
+    def watched(x_t, t):
+        jax.debug.callback(lambda x, t: seen.append((int(t[0]), np.asarray(x))), x_t, t, ordered=True)
+        return smooth(x_t, t)
+
+    own = diffusion(num_steps=10)
+    own.sample(watched, keys(2), SHAPE, init=init, strength=0.3)
+    jax.effects_barrier()
+    times, states = zip(*seen, strict=True)
+    assert list(times) == list(own.timesteps()[-3:])
+    a = own.schedule.alpha_bar[times[0]]
+    noise = sampling.init_noise(keys(2), SHAPE)
+    np.testing.assert_allclose(states[0], np.sqrt(a) * init + np.sqrt(1 - a) * noise, atol=1e-6)
+    whole = own.sample(smooth, keys(2), SHAPE, init=init, strength=1.0)
+    np.testing.assert_array_equal(whole, own.sample(smooth, keys(2), SHAPE))
+    with pytest.raises(ValueError, match="needs what to start from"):
+        own.sample(smooth, keys(2), SHAPE, strength=0.5)
+
+
+def test_inverted_noise_leads_back():
+    x0, errors = 0.6 * jax.random.uniform(jax.random.key(6), (2, *SHAPE), minval=-1.0), {}
+    own = diffusion(schedule=schedules.make_schedule("cosine", 1000), objective="eps")
+
+    def network(x_t, t):  # the exact eps of data N(0, 0.3^2)
+        a = jnp.asarray(own.schedule.alpha_bar, jnp.float32)[t][:, None, None, None]
+        return x_t * jnp.sqrt(1 - a) / (a * 0.09 + 1 - a)
+
+    for steps in (10, 40, 160):
+        x_T = own.invert(network, x0, num_steps=steps)
+        again = own.sample(network, keys(2), SHAPE, x_T=x_T, num_steps=steps)
+        errors[steps] = float(jnp.abs(again - x0).mean())
+    assert errors[160] < 0.5 * errors[40] < 0.25 * errors[10] and errors[160] < 0.01, errors

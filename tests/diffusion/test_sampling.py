@@ -467,3 +467,61 @@ def test_sampling_is_jittable_with_a_traced_guidance_scale():
         run(keys, 1.0), walk(sampling.clip_x0(smooth_denoiser, COSINE), keys, 5), atol=1e-3
     )
     assert float(jnp.abs(run(keys, 2.0) - run(keys, 1.0)).max()) > 0.01
+
+
+# Keeping what is known
+
+
+@pytest.mark.parametrize(
+    "options", [dict(variance="learned"), dict(method="ddim"), dict(method="dpm++"), dict(resample=3)]
+)
+def test_what_is_known_comes_back_and_the_rest_is_drawn(options):
+    keys, known = keys_of(5, 3), jax.random.uniform(jax.random.key(8), (3, *SHAPE), minval=-1.0)
+    free = walk(smooth_denoiser, keys, 6, **options)
+
+    def drawn(repaint):
+        return walk(sampling.keep_known(smooth_denoiser, COSINE, known, repaint), keys, 6, **options)
+
+    whole = jnp.ones((3, *SHAPE[:2], 1))
+    np.testing.assert_array_equal(drawn(0 * whole), known)
+    np.testing.assert_allclose(drawn(whole), free, atol=2e-4)  # XLA rounds another program otherwise
+    half = whole.at[:, :2].set(0)
+    np.testing.assert_array_equal(drawn(half)[:, :2], known[:, :2])
+    assert jnp.abs(drawn(half)[:, 2:] - known[:, 2:]).mean() > 0.1
+
+
+def test_resampling_makes_the_drawn_part_fit_the_known():
+    """Two correlated Gaussian numbers, of which one is known: E[second | first] = rho first (section 3 of
+    RePaint's case, here with the exact denoiser). Once through, the drawn one hears of the known one late."""
+    rho, count = 0.9, 4096
+    cov = jnp.array([[1.0, rho], [rho, 1.0]])
+
+    def denoise(x_t, t):
+        signal, sigma = process.signal_and_sigma(COSINE, t[:1], 2)
+        gain = signal[0, 0] * cov @ jnp.linalg.inv(signal[0, 0] ** 2 * cov + sigma[0, 0] ** 2 * jnp.eye(2))
+        x0 = jnp.einsum("ij,bjc->bic", gain, x_t)
+        s, sg = process.signal_and_sigma(COSINE, t, x_t.ndim)
+        return Prediction(x0, (x_t - s * x0) / sg, None)
+
+    known = jnp.tile(jnp.array([[1.5], [0.0]]), (count, 1, 1))
+    repaint = jnp.tile(jnp.array([[0.0], [1.0]]), (count, 1, 1))
+    kept = sampling.keep_known(denoise, COSINE, known, repaint)
+    errors = {}
+    for resample in (1, 4, 16):
+        x = walk(kept, keys_of(1, count), 25, (2, 1), variance="fixed_small", resample=resample)
+        np.testing.assert_array_equal(x[:, 0], known[:, 0])
+        errors[resample] = float(jnp.abs(x[:, 1].mean() - rho * 1.5))
+    assert errors[16] < 0.05 and errors[16] < errors[4] < errors[1], errors
+
+
+def test_resampling_keeps_the_distribution():
+    """Without anything known, more takes of a step sample the same Gaussian data."""
+    keys = keys_of(2, 2000)
+    x = walk(gaussian_denoiser(27), keys, 27, (8,), variance="learned", resample=3)
+    assert_moments(x, GAUSSIAN_MEAN, GAUSSIAN_STD)
+
+
+def test_resampling_is_refused_where_it_has_no_meaning():
+    for options in (dict(resample=0), dict(resample=2, method="dpm++")):
+        with pytest.raises(ValueError, match="resample must be 1 or more"):
+            walk(smooth_denoiser, keys_of(0, 1), 4, **options)

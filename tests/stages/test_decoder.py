@@ -360,3 +360,77 @@ def test_training_by_the_bound_notes_its_terms_and_draws_times_by_them():
     assert (metrics["observed"]["t"] == 500).mean() > 0.7
     with pytest.raises(ValueError, match="set learned_variance=True"):
         build_flat(loss="vlb", learned_variance=False)
+
+
+# --- what is known of a picture ---
+
+
+def test_masks_to_repaint_are_boxes_their_outsides_and_everything():
+    masks = np.asarray(decoder.random_repaint(KEY, 600, 8))[..., 0]
+    assert masks.shape == (600, 8, 8) and set(np.unique(masks)) == {0.0, 1.0}
+
+    def is_box(mask):
+        rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
+        return mask.sum() == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1) if len(rows) else False
+
+    whole = (masks == 1).all((1, 2))
+    box = np.array([is_box(mask) for mask in masks]) & ~whole
+    outside = np.array([is_box(1 - mask) for mask in masks])
+    assert (whole | box | outside).all()
+    assert abs(whole.mean() - 0.2) < 0.06 and 0.5 < box.mean() < 0.75 and outside.mean() > 0.1
+
+
+def test_a_decoder_that_repaints_begins_as_the_one_without():
+    """Its further input weights are zeros, so `init_from` changes nothing at first; then it listens."""
+    plain, seeing, batch = build_flat(), build_flat(inpaint=True), batch_of(3)
+    params, keys = random_params(seeing), jax.random.split(KEY, 3)
+    kernel = params["net"]["conv_in_known"]["kernel"]
+    assert kernel.shape[2] == 4
+    fresh = jax.jit(lambda: seeing.init(KEY, batch))()["net"]["conv_in_known"]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(fresh))
+    params["net"]["conv_in_known"] = jax.tree.map(jnp.zeros_like, params["net"]["conv_in_known"])
+    without = params | {"net": {k: v for k, v in params["net"].items() if k != "conv_in_known"}}
+    repaint = jnp.zeros((3, *batch["image"].shape[1:3], 1)).at[:, :2].set(1)
+    known = (batch["image"], repaint)
+    draw, draw_plain = (
+        jax.jit(lambda params, stage=stage: stage.sample(params, keys, batch, known=known))
+        for stage in (seeing, plain)
+    )
+    np.testing.assert_allclose(draw(params), draw_plain(without), atol=1e-5)
+    params["net"]["conv_in_known"] = {"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])}
+    changed = draw(params)
+    assert jnp.abs(changed - draw_plain(without))[:, :2].mean() > 1e-3
+    np.testing.assert_array_equal(changed[:, 2:], jnp.clip(batch["image"], -1, 1)[:, 2:])
+
+
+def test_repainting_is_trained_with_what_is_kept_in_sight():
+    """The gradient reaches the further weights."""
+    stage, batch = build_flat(inpaint=True), batch_of(8)
+    gradient = jax.jit(jax.grad(lambda params: stage.loss(params, KEY, batch)[0]))(random_params(stage))
+    assert np.abs(gradient["net"]["conv_in_known"]["kernel"]).max() > 0
+
+
+def test_a_negative_caption_takes_the_place_of_none(sampler):
+    """With scale 0 only what guidance leads away from is drawn: the negative caption without embedding."""
+    stage, params, batch, keys, sample = sampler
+    negative = {f"negative_{name}": jnp.roll(batch[name], 1, axis=0) for name in ("tokens", "token_mask")}
+    drawn = stage.sample(
+        params, keys, batch | negative, guidance_scale=jnp.float32(0.0), method="ddim", num_steps=2
+    )
+    conditions = stage.net.apply(
+        {"params": params},
+        batch["image_embed"],
+        YES,
+        negative["negative_tokens"],
+        negative["negative_token_mask"],
+        NO,
+        method="condition",
+    )
+    expected = stage.diffusion.sample(
+        lambda x_t, t: stage.net.apply({"params": params}, x_t, t, conditions, method="denoise"),
+        keys,
+        batch["image"].shape[1:],
+        method="ddim",
+        num_steps=2,
+    )
+    np.testing.assert_allclose(drawn, jnp.clip(expected, -1, 1), atol=1e-4)

@@ -1,0 +1,210 @@
+"""python -m dalle2_jax.edit ACTION ... [--model=DIR --out=edits --seed=0 ...]
+
+Edits pictures with a model directory, or with the small model that comes with the package:
+
+  variations PICTURE                    --n pictures of what CLIP sees in it; --eta, --strength, --caption
+  interpolate A B                       --frames from A to B, each a picture's file or a caption; --same_noise
+  textdiff PICTURE "TARGET"             --frames towards TARGET, away from --source="what it shows"; --theta
+  image_to_image PICTURE "CAPTION"      begin as the picture; --strength, --negative
+  inpaint PICTURE MASK "CAPTION"        draw the caption where the mask is white; --resample, --negative
+  outpaint PICTURE "CAPTION"            draw around the picture, which takes the middle --scale of the side
+  invert PICTURE ...                    latents.npz, and what is drawn from it; --steps
+  redraw LATENTS.npz                    draw from it again; --eta
+  reconstruct PICTURE                   from --components=4,8,16 of its embedding
+  upscale PICTURE                       by the last upsampler; --tile
+
+--out gets every picture as PNG (with the settings inside), grid.png and edit.json; actions that go from one
+picture to another also write path.webp, which moves. --keep=K keeps the K pictures closest to the caption.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+
+import numpy as np
+from absl import app, flags, logging
+from etils import epath
+
+from dalle2_jax import editing, metrics, partition, pictures, pipeline
+from dalle2_jax.generate import StageLines, write_pictures
+
+FLAGS = flags.FLAGS
+# action -> what it is given
+ARGUMENTS = {
+    "variations": ("PICTURE",),
+    "interpolate": ("A", "B"),
+    "textdiff": ("PICTURE", "TARGET"),
+    "image_to_image": ("PICTURE", "CAPTION"),
+    "inpaint": ("PICTURE", "MASK", "CAPTION"),
+    "outpaint": ("PICTURE", "CAPTION"),
+    "invert": ("PICTURE", "..."),
+    "redraw": ("LATENTS",),
+    "reconstruct": ("PICTURE",),
+    "upscale": ("PICTURE",),
+}
+PATHS = ("interpolate", "textdiff")
+
+
+def check_arguments(argv: list[str]) -> tuple[str, list[str]]:
+    """(action, its arguments) of a command line; ValueError that shows what is missing."""
+    if not argv or argv[0] not in ARGUMENTS:
+        found = f"{argv[0]!r} is no action" if argv else "say what to do"
+        raise ValueError(f"{found}: choose one of {', '.join(ARGUMENTS)}; --help says what they are given")
+    action, given = argv[0], argv[1:]
+    wanted = ARGUMENTS[action]
+    many = wanted[-1] == "..."
+    if not given or (len(given) != len(wanted) and not many):
+        raise ValueError(f"{action} is given {' '.join(wanted)}, not {len(given)} argument(s)")
+    return action, given
+
+
+def picture_or_caption(text: str):
+    """The picture of a file that is there, else the text, a caption."""
+    if epath.Path(text).exists():
+        return pictures.read_picture(text)
+    if os.path.splitext(text)[1].lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        raise FileNotFoundError(f"there is no picture {text}")
+    return text
+
+
+def edit(model: pipeline.UnCLIP, action: str, given: list[str], out: epath.Path) -> pipeline.Result:
+    """The `Result` of an action with the flags' settings; 'invert' also writes latents.npz to `out`."""
+    common = dict(seed=FLAGS.seed, batch_size=FLAGS.batch_size, progress=StageLines())
+    drawing = common | dict(num_steps=FLAGS.steps, guidance_scale=FLAGS.guidance_scale, fit=FLAGS.fit)
+    if action == "redraw":
+        latents = editing.Latents.load(given[0])
+        return model.from_latents(
+            latents, eta=FLAGS.eta or 0.0, guidance_scale=FLAGS.guidance_scale or 1.0, **common
+        )
+    if action == "interpolate":
+        ends = [picture_or_caption(text) for text in given]
+        return model.interpolate(*ends, frames=FLAGS.frames, same_noise=FLAGS.same_noise, **drawing)
+    if action == "invert":
+        found = [pictures.read_picture(path) for path in given]
+        latents = model.invert(
+            found,
+            num_steps=FLAGS.steps or editing.INVERSION_STEPS,
+            fit=FLAGS.fit,
+            batch_size=FLAGS.batch_size,
+            progress=common["progress"],
+        )
+        latents.save(out / "latents.npz")
+        return model.from_latents(latents, **common)
+    image = pictures.read_picture(given[0])
+    if action == "variations":
+        eta = 1.0 if FLAGS.eta is None else FLAGS.eta
+        strength = FLAGS.strength or 1.0
+        return model.variations(
+            image, n=FLAGS.n, eta=eta, strength=strength, caption=FLAGS.caption, **drawing
+        )
+    if action == "textdiff":
+        settings = dict(theta=FLAGS.theta, frames=FLAGS.frames)
+        return model.textdiff(image, FLAGS.source, given[1], **settings, **drawing)
+    if action == "reconstruct":
+        counts = [int(text) if text.strip().isdigit() else 0 for text in FLAGS.components]
+        return model.reconstruct(image, counts, **drawing)
+    drawing |= dict(n=FLAGS.n, negative=FLAGS.negative)
+    if action == "image_to_image":
+        return model.image_to_image(image, given[1], strength=FLAGS.strength or 0.7, **drawing)
+    if action == "outpaint":
+        return model.outpaint(image, given[1], scale=FLAGS.scale, resample=FLAGS.resample, **drawing)
+    mask = pictures.read_picture(given[1])
+    return model.inpaint(image, mask, given[2], resample=FLAGS.resample, **drawing)
+
+
+def write_animation(path: epath.Path, images: np.ndarray, seconds: float = 0.25) -> None:
+    """Pictures uint8 [N, H, W, 3] as a WebP that runs there and back for ever."""
+    import io
+
+    from PIL import Image
+
+    frames = [Image.fromarray(image) for image in [*images, *images[-2:0:-1]]]
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer,
+        format="WEBP",
+        save_all=True,
+        append_images=frames[1:],
+        duration=round(1000 * seconds),
+        loop=0,
+        lossless=True,
+    )
+    path.write_bytes(buffer.getvalue())
+
+
+def kept(model: pipeline.UnCLIP, result: pipeline.Result, caption: str, keep: int) -> pipeline.Result:
+    """The `keep` pictures of a result that CLIP finds closest to `caption`, the closest first."""
+    order = model.rank(result.images, caption)[:keep]
+    return dataclasses.replace(
+        result,
+        captions=tuple(result.captions[i] for i in order),
+        numbers=tuple(result.numbers[i] for i in order),
+        **{name: getattr(result, name)[order] for name in ("image_embeds", "base", "images")},
+    )
+
+
+def main(argv):
+    try:
+        action, given = check_arguments(argv[1:])
+        if FLAGS.keep is not None and ARGUMENTS[action][-1] != "CAPTION":
+            raise ValueError(f"--keep chooses by a caption, and {action} is given none")
+        partition.initialise()
+        began, out = time.monotonic(), epath.Path(FLAGS.out)
+        model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype)
+        for line in model.cut_captions(given[-1:]) if ARGUMENTS[action][-1] == "CAPTION" else ():
+            print(f"note: {line}", flush=True)
+        out.mkdir(parents=True, exist_ok=True)
+        said = {"action": action, "given": given}
+        if action == "upscale":
+            image = model.upscale(
+                pictures.read_picture(given[0]),
+                seed=FLAGS.seed,
+                num_steps=FLAGS.steps,
+                tile=FLAGS.tile,
+                progress=StageLines(),
+            )
+            made = json.dumps(said | {"model": model.name, "seed": FLAGS.seed})
+            metrics.save_png(out / "upscaled.png", image, {"dalle2_jax": made})
+            shown = f"{image.shape[1]} x {image.shape[0]}: {out / 'upscaled.png'}"
+        else:
+            result = edit(model, action, given, out)
+            if FLAGS.keep is not None:
+                result = kept(model, result, given[-1], FLAGS.keep)
+            paths = write_pictures(out, result, model.name, command="edit", **said)
+            if action in PATHS:
+                write_animation(out / "path.webp", result.images)
+            shown = f"{len(paths)} picture{'s' * (len(paths) > 1)}: {out / 'grid.png'}"
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from (error if FLAGS.debug else None)
+    print(f"{action} in {time.monotonic() - began:.1f} s, {shown}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "Model directory; default: the small model of the package.")
+    flags.DEFINE_string("out", "edits", "Where pictures, grid.png and edit.json go.")
+    flags.DEFINE_integer("seed", 0, "Seed; the same seed and input give the same picture.")
+    flags.DEFINE_integer("n", 4, "Pictures to draw.", lower_bound=1)
+    flags.DEFINE_integer("keep", None, "Keep so many of them, those closest to the caption.", lower_bound=1)
+    flags.DEFINE_integer("steps", None, "Steps of the decoder, and of the inversion before it.")
+    flags.DEFINE_float("guidance_scale", None, "Guidance of the decoder; 1 is none.")
+    flags.DEFINE_string("caption", None, "variations: what the picture shows, for the decoder to read.")
+    flags.DEFINE_string("source", None, "textdiff: what the picture shows.")
+    flags.DEFINE_string("negative", None, "A caption to lead away from.")
+    flags.DEFINE_float("eta", None, "Noise of DDIM, 0 to 1; variations: 1, redraw: 0.")
+    flags.DEFINE_float("strength", None, "Share of the steps, 0 to 1; variations: 1, image_to_image: 0.7.")
+    flags.DEFINE_float("theta", 0.5, "textdiff: how far to go, 0 to 1; 0.25 to 0.5 are usual.")
+    flags.DEFINE_integer("frames", 8, "Pictures of a path, both ends included.", lower_bound=2)
+    flags.DEFINE_bool("same_noise", False, "interpolate: all from one noise.")
+    flags.DEFINE_integer("resample", None, "inpaint, outpaint: how often each step is taken.", lower_bound=1)
+    flags.DEFINE_float("scale", 0.5, "outpaint: the share of the side that the picture keeps.")
+    flags.DEFINE_list("components", ["4", "8", "16"], "reconstruct: how many principal components.")
+    flags.DEFINE_integer("tile", None, "upscale: side of the windows drawn at a time.")
+    flags.DEFINE_enum("fit", "crop", pictures.FITS, "How a picture becomes square.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: as trained.")
+    flags.DEFINE_integer("batch_size", None, "Pictures at a time.")
+    flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
+    logging.set_verbosity(logging.WARNING)  # not every backend that JAX looks for in vain
+    app.run(main)

@@ -1,0 +1,516 @@
+"""What UnCLIP does with pictures: variations, blends, edits by text, repainting (section 3 of the paper).
+
+A picture is looked at as two latents: z, its CLIP image embedding, which holds what CLIP recognises, and
+x_T, the noise from which deterministic DDIM, conditioned on z, draws it: all the rest. x_T is found by
+running DDIM upwards without guidance, which could not be undone.
+
+    variations     draw z again with other noise (DDIM with eta > 0 from x_T)
+    interpolate    between two pictures or captions: slerp(z_1, z_2, theta), slerp(x_T1, x_T2, theta)
+    textdiff       slerp(z, norm(y_to - y_from), theta) with y the text embeddings, from the picture's own x_T
+    inpaint        draw a caption where a mask says so, and keep the rest
+    reconstruct    z from its first principal components alone
+    upscale        the last upsampler alone, on a picture of any size
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from dalle2_jax import tasks
+from dalle2_jax.pictures import shrink_mask, square_mask, square_picture, whole_picture
+
+INVERSION_STEPS = 50
+RESAMPLE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Pictures as latents.
+
+    Attributes:
+      image_embeds: [N, E] float32 of unit norm.
+      x_T: [N, h, w, 3] float32, of the decoder's size.
+      num_steps: of the inversion; drawing takes as many. captions: what it was conditioned on, or None.
+    """
+
+    image_embeds: np.ndarray
+    x_T: np.ndarray
+    num_steps: int
+    captions: tuple[str, ...] | None = None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one .npz file, without pickle."""
+        said = np.array(self.captions or (), dtype=str)
+        with epath.Path(path).open("wb") as file:
+            np.savez(
+                file, image_embeds=self.image_embeds, x_T=self.x_T, num_steps=self.num_steps, captions=said
+            )
+
+    @staticmethod
+    def load(path: str | os.PathLike) -> "Latents":
+        """Read what `save` wrote; ValueError for another file."""
+        try:
+            with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                return Latents(
+                    stored["image_embeds"],
+                    stored["x_T"],
+                    int(stored["num_steps"]),
+                    tuple(stored["captions"].tolist()) or None,
+                )
+        except (ValueError, KeyError, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise ValueError(f"{path} holds no latents, such as `edit invert` writes: {error}") from error
+
+
+def slerp(a: np.ndarray, b: np.ndarray, theta: float) -> np.ndarray:
+    """From `a` (theta 0) to `b` (theta 1) along the great circle, both of any one shape; float32.
+
+    sin((1 - theta) w) / sin(w) a + sin(theta w) / sin(w) b, with w the angle between them (Shoemake 1985);
+    a straight line where they point the same way. Raises ValueError where they point in opposite ways.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"cannot go from shape {a.shape} to {b.shape}")
+    cosine = np.vdot(a, b) / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12)
+    angle = np.arccos(np.clip(cosine, -1, 1))
+    if np.pi - angle < 1e-4:
+        raise ValueError("opposite vectors have no one way between them")
+    if angle < 1e-4:
+        return ((1 - theta) * a + theta * b).astype(np.float32)
+    return ((np.sin((1 - theta) * angle) * a + np.sin(theta * angle) * b) / np.sin(angle)).astype(np.float32)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Vectors [..., E] scaled to norm 1."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+class Editing:
+    """The part of `pipeline.UnCLIP` that starts from pictures.
+
+    Pictures are PIL pictures or uint8 [H, W, 3] of any size; `fit` says how they become square. seed,
+    guidance_scale, num_steps, upsample, batch_size and progress are as in `text_to_image`; None is the
+    model's own. Each method returns a `Result`, whose captions say what a picture is.
+    """
+
+    def _base_pictures(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        size = self.cascade.stage("decoder").image_size
+        return np.stack([square_picture(picture, size) for picture in pictures])
+
+    def invert(
+        self,
+        images,
+        *,
+        captions: Sequence[str] | None = None,
+        num_steps: int = INVERSION_STEPS,
+        fit: str = "crop",
+        batch_size: int | None = None,
+        progress=None,
+    ) -> Latents:
+        """The latents of pictures; the more steps, the closer what is drawn from them."""
+        squares = [square_picture(image, self.image_size, fit) for image in images]
+        embeds = self.encode_image(squares, batch_size)
+        task = tasks.invert_task(self.cascade, num_steps)
+        rows = {"image": self._base_pictures(squares), "image_embed": embeds}
+        rows |= self._decoder_text(captions, len(squares))
+        x_T, _ = self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
+        return Latents(embeds, x_T, num_steps, None if captions is None else tuple(captions))
+
+    def variations(
+        self,
+        image,
+        *,
+        n: int = 4,
+        caption: str | None = None,
+        strength: float = 1.0,
+        eta: float = 1.0,
+        seed: int = 0,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        fit: str = "crop",
+        upsample: bool = True,
+        batch_size: int | None = None,
+        progress=None,
+    ):
+        """`n` pictures of what CLIP sees in `image`.
+
+        eta in [0, 1] is DDIM's noise on the way from the picture's own x_T: 0, with guidance_scale 1, draws
+        the picture again. With strength < 1, only that share of the steps is taken, from the picture itself
+        noised, whose layout stays, then.
+        """
+        captions = None if caption is None else [caption]
+        steps = num_steps or INVERSION_STEPS
+        _check_strength(strength)
+        square = square_picture(image, self.image_size, fit)
+        own = dict(num_steps=steps, method="ddim", eta=eta, guidance_scale=guidance_scale)
+        if strength < 1:
+            embeds = self.encode_image([square], batch_size)
+            own |= dict(init=np.repeat(self._base_pictures([square]), n, axis=0), strength=strength)
+        else:
+            latents = self.invert(
+                [square], captions=captions, num_steps=steps, batch_size=batch_size, progress=progress
+            )
+            embeds = latents.image_embeds
+            own["x_T"] = np.repeat(latents.x_T, n, axis=0)
+        return self._drawn(
+            np.repeat(embeds, n, axis=0),
+            ["variation"] * n,
+            captions=captions and captions * n,
+            seed=seed,
+            own=own,
+            upsample=upsample,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def from_latents(
+        self,
+        latents: Latents,
+        *,
+        seed: int = 0,
+        eta: float = 0.0,
+        guidance_scale: float = 1.0,
+        upsample: bool = True,
+        batch_size: int | None = None,
+        progress=None,
+    ):
+        """The pictures of latents, by as many steps as their inversion took."""
+        return self._drawn(
+            latents.image_embeds,
+            latents.captions or ["reconstruction"] * len(latents.x_T),
+            captions=latents.captions,
+            seed=seed,
+            own=dict(
+                num_steps=latents.num_steps,
+                method="ddim",
+                eta=eta,
+                guidance_scale=guidance_scale,
+                x_T=latents.x_T,
+            ),
+            upsample=upsample,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def interpolate(
+        self,
+        first,
+        second,
+        *,
+        frames: int = 9,
+        same_noise: bool = False,
+        seed: int = 0,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        fit: str = "crop",
+        upsample: bool = True,
+        batch_size: int | None = None,
+        progress=None,
+    ):
+        """`frames` pictures on the way from `first` to `second`, each a picture or a caption.
+
+        The ends draw the given pictures again, unless `same_noise` draws all from one noise, the first
+        picture's. A caption's latents are its prior's embedding and noise of the seed. Guidance, which leads
+        away from the ends, is 1 unless given.
+        """
+        if frames < 2:
+            raise ValueError(f"frames {frames} must be 2 or more")
+        steps = num_steps or INVERSION_STEPS
+        ends = [
+            self._end(thing, i, steps, seed, fit, batch_size, progress)
+            for i, thing in enumerate((first, second))
+        ]
+        (z_1, x_1), (z_2, x_2) = ends
+        thetas = np.linspace(0, 1, frames)
+        x_T = [x_1 if same_noise else slerp(x_1, x_2, theta) for theta in thetas]
+        return self._drawn(
+            np.stack([slerp(z_1, z_2, theta) for theta in thetas]),
+            [f"theta {theta:.2f}" for theta in thetas],
+            seed=seed,
+            own=dict(
+                num_steps=steps,
+                method="ddim",
+                eta=0.0,
+                guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+                x_T=np.stack(x_T),
+            ),
+            upsample=upsample,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def _end(self, thing, i: int, steps: int, seed: int, fit: str, batch_size, progress):
+        """(z of unit norm, x_T) of a picture, or of a caption, with noise of (seed, i)."""
+        if isinstance(thing, str):
+            embed, _ = self.sample_prior([thing], seed=seed, batch_size=batch_size, progress=progress)
+            size = self.cascade.stage("decoder").image_size
+            noise = np.random.default_rng((seed, i)).standard_normal((size, size, 3), np.float32)
+            return unit(embed[0]), noise
+        latents = self.invert([thing], num_steps=steps, fit=fit, batch_size=batch_size, progress=progress)
+        return latents.image_embeds[0], latents.x_T[0]
+
+    def textdiff(
+        self,
+        image,
+        source: str | None,
+        target: str,
+        *,
+        theta: float = 0.5,
+        frames: int = 6,
+        seed: int = 0,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        fit: str = "crop",
+        upsample: bool = True,
+        batch_size: int | None = None,
+        progress=None,
+    ):
+        """`frames` pictures on the way from `image` towards what `target` has and `source` has not.
+
+        z goes to slerp(z, norm(y_target - y_source), theta), theta from 0 to the given one (the paper's ends
+        lie in 0.25 .. 0.5), all from the picture's own x_T. source: a caption of the picture, or None for
+        norm(y_target) alone.
+        """
+        if not 0 < theta <= 1:
+            raise ValueError(f"theta {theta} must lie in 0 .. 1; 0.25 to 0.5 are usual")
+        if frames < 2:
+            raise ValueError(f"frames {frames} must be 2 or more")
+        texts = [target] if source is None else [target, source]
+        (embeds, _), _ = self.encode_text(texts, batch_size, progress)
+        if source is not None and np.allclose(embeds[0], embeds[1]):
+            raise ValueError(f"{source!r} and {target!r} are the same to this model's CLIP: say what differs")
+        direction = unit(embeds[0] if source is None else embeds[0] - embeds[1])
+        steps = num_steps or INVERSION_STEPS
+        latents = self.invert([image], num_steps=steps, fit=fit, batch_size=batch_size, progress=progress)
+        thetas = np.linspace(0, theta, frames)
+        return self._drawn(
+            np.stack([slerp(latents.image_embeds[0], direction, at) for at in thetas]),
+            [f"theta {at:.2f}" for at in thetas],
+            seed=seed,
+            own=dict(
+                num_steps=steps,
+                method="ddim",
+                eta=0.0,
+                guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+                x_T=np.repeat(latents.x_T, frames, axis=0),
+            ),
+            upsample=upsample,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def image_to_image(
+        self,
+        image,
+        caption: str,
+        *,
+        strength: float = 0.7,
+        n: int = 1,
+        negative: str | None = None,
+        seed: int = 0,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        fit: str = "crop",
+        upsample: bool = True,
+        batch_size: int | None = None,
+        progress=None,
+    ):
+        """`n` pictures of `caption` that begin as `image`, noised as far as `strength` of the steps go."""
+        _check_strength(strength)
+        square = square_picture(image, self.image_size, fit)
+        embeds, timings = self.sample_prior(
+            [caption], seed=seed, n=n, batch_size=batch_size, progress=progress
+        )
+        return self._drawn(
+            embeds,
+            [caption] * n,
+            captions=[caption] * n,
+            seed=seed,
+            own=dict(
+                num_steps=num_steps,
+                guidance_scale=guidance_scale,
+                init=np.repeat(self._base_pictures([square]), n, axis=0),
+                strength=strength,
+                negative=negative,
+            ),
+            timings=timings,
+            upsample=upsample,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def inpaint(
+        self,
+        image,
+        mask,
+        caption: str,
+        *,
+        n: int = 1,
+        resample: int | None = None,
+        negative: str | None = None,
+        seed: int = 0,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        fit: str = "crop",
+        upsample: bool = True,
+        batch_size: int | None = None,
+        progress=None,
+    ):
+        """`n` pictures that show `caption`, equal to `image` where `mask` is not white.
+
+        caption says what the whole picture shows. Every step is taken `resample` times, so that the new fits
+        the old: once by a decoder that was trained to see the old, else RESAMPLE times, unless given. What is
+        kept is unchanged in the finished picture, at its full size.
+        """
+        from PIL import Image
+
+        size = getattr(image, "size", None) if isinstance(image, Image.Image) else np.shape(image)[1::-1]
+        repaint = square_mask(mask, self.image_size, size, fit)
+        square = square_picture(image, self.image_size, fit)
+        if resample is None:
+            resample = 1 if self.cascade.stage("decoder").inpaint else RESAMPLE
+        embeds, timings = self.sample_prior(
+            [caption], seed=seed, n=n, batch_size=batch_size, progress=progress
+        )
+        return self._drawn(
+            embeds,
+            [caption] * n,
+            captions=[caption] * n,
+            seed=seed,
+            # With nothing to fit to, this is drawing a caption.
+            own=dict(
+                num_steps=num_steps,
+                guidance_scale=guidance_scale,
+                resample=1 if repaint.all() else resample,
+                negative=negative,
+            ),
+            known=None if repaint.all() else (square, repaint),
+            timings=timings,
+            upsample=upsample,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def outpaint(self, image, caption: str, *, scale: float = 0.5, fit: str = "crop", **settings):
+        """Draw around `image`, which takes the middle `scale` of the side; the rest is as for `inpaint`."""
+        from PIL import Image
+
+        if not 0 < scale < 1:
+            raise ValueError(f"scale {scale} must lie between 0 and 1: the share of the side that is kept")
+        side = self.image_size
+        inner = max(1, round(scale * side))
+        canvas, mask = Image.new("RGB", (side, side), "grey"), np.ones((side, side), bool)
+        corner = (side - inner) // 2
+        canvas.paste(Image.fromarray(square_picture(image, inner, fit)), (corner, corner))
+        mask[corner : corner + inner, corner : corner + inner] = False
+        return self.inpaint(canvas, mask, caption, **settings)
+
+    def reconstruct(
+        self,
+        image,
+        components: Sequence[int],
+        *,
+        seed: int = 0,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        fit: str = "crop",
+        upsample: bool = True,
+        batch_size: int | None = None,
+        progress=None,
+    ):
+        """What CLIP sees in `image`, drawn from the first k principal components of its embedding, each k.
+
+        All from one noise (section 4 of the paper). The components are those of an autoregressive prior;
+        raises ValueError for a model without one.
+        """
+        if "components" not in self.cascade.params("prior").get("stats", {}):
+            raise ValueError(
+                f"model {self.name!r} has no principal components: they come with an autoregressive prior"
+            )
+        stats = {name: np.asarray(x, np.float64) for name, x in self.cascade.params("prior")["stats"].items()}
+        most = len(stats["components"])
+        for k in components:
+            if not 1 <= k <= most:
+                raise ValueError(f"{k} components are not possible: give 1 .. {most}")
+        square = square_picture(image, self.image_size, fit)
+        z = self.encode_image([square], batch_size)[0] - stats["mean"]
+        bases = [stats["components"][:k] for k in components]
+        embeds = np.stack([stats["mean"] + base.T @ (base @ z) for base in bases]).astype(np.float32)
+        own = dict(num_steps=num_steps, method="ddim", eta=0.0, guidance_scale=guidance_scale)
+        return self._drawn(
+            embeds,
+            [f"{k} components" for k in components],
+            numbers=[0] * len(embeds),
+            seed=seed,
+            own=own,
+            upsample=upsample,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    def upscale(
+        self, image, *, seed: int = 0, num_steps: int | None = None, tile: int | None = None, progress=None
+    ) -> np.ndarray:
+        """A picture of any size, enlarged by the last upsampler: uint8 [s H, s W, 3].
+
+        tile: side of the windows that are drawn at a time, in finished pixels; by default the whole picture
+        where it is no larger than in training.
+        """
+        name = self.cascade.upsamplers[-1] if self.cascade.upsamplers else None
+        if name is None:
+            raise ValueError(f"model {self.name!r} has no upsampler")
+        low_res = whole_picture(image)
+        stage, own = self.cascade.stage(name), dict(self.settings()[name])
+        own["num_steps"] = num_steps or own["num_steps"]
+        if tile is not None or max(low_res.shape) > stage.low_res_size:
+            own["tile"] = tile or own.get("tile") or stage.crop_size
+        task = tasks.upsampler_task(self.cascade, name, seed, own, low_res.shape)
+        rows = {"low_res": low_res[None], "number": np.zeros(1, np.uint32)}
+        images, _ = self.cascade.run(task, rows, batch_size=1, progress=progress)
+        return images[0]
+
+    def rank(self, images, caption: str, batch_size: int | None = None) -> np.ndarray:
+        """The order [N] of pictures by how close CLIP finds them to `caption`, the closest first."""
+        (text, _), _ = self.encode_text([caption], batch_size)
+        return np.argsort(-(self.encode_image(images, batch_size) @ text[0]), kind="stable")
+
+    def _drawn(
+        self,
+        embeds: np.ndarray,
+        labels: Sequence[str],
+        *,
+        captions: Sequence[str] | None = None,
+        numbers: Sequence[int] | None = None,
+        seed: int,
+        own: dict,
+        known: tuple[np.ndarray, np.ndarray] | None = None,
+        timings: dict | None = None,
+        upsample: bool,
+        batch_size: int | None,
+        progress,
+    ):
+        """The `Result` of decoding `embeds` with the keywords `own` of `decode`, and enlarging."""
+        numbers = tuple(range(len(embeds))) if numbers is None else tuple(numbers)
+        common = dict(seed=seed, numbers=numbers, batch_size=batch_size, progress=progress)
+        timings = dict(timings or {})
+        at_base = None
+        if known is not None:
+            square, repaint = known
+            size = self.cascade.stage("decoder").image_size
+            at_base = (self._base_pictures([square])[0], shrink_mask(repaint, size))
+        base, timings["decoder"] = self.decode(embeds, captions, known=at_base, **own, **common)
+        images = base
+        if upsample:
+            images, more = self.upsample(base, known=known, **common)
+            timings |= more
+        settings = {name: value for name, value in own.items() if isinstance(value, int | float | str)}
+        return self._result(labels, numbers, seed, embeds, base, images, {"decoder": settings}, timings)
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength {strength} must lie in 0 .. 1: the share of the steps that is taken")
