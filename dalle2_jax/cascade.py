@@ -79,19 +79,21 @@ def check_cascade(configs: dict[str, dict], stages: dict, vocab_size: int) -> No
       stages: the same names -> what `models.build_stage` makes of them.
       vocab_size: of the model's tokenizer.
     """
-    clip, prior = stages.get("clip"), stages.get("prior")
+    clip = stages.get("clip")
     for name in ("prior", "decoder"):
         if clip is not None and name in stages and stages[name].embed_dim != clip.embed_dim:
             raise ValueError(
                 f"the {name} has embeddings of {stages[name].embed_dim} entries, CLIP of {clip.embed_dim}: "
                 f"use the CLIP that the {name} was trained with"
             )
-    if clip is not None and prior is not None and prior.states_width:
-        if prior.context_length != clip.context_length:
-            raise ValueError(
-                f"the prior reads CLIP's states at {prior.context_length} positions, CLIP has "
-                f"{clip.context_length}: train them with one context_length"
-            )
+    for name in ("prior", "decoder"):
+        stage = stages.get(name)
+        if clip is not None and stage is not None and stage.states_width:
+            if stage.context_length != clip.context_length:
+                raise ValueError(
+                    f"the {name} reads CLIP's states at {stage.context_length} positions, CLIP has "
+                    f"{clip.context_length}: train them with one context_length"
+                )
     for name in GUIDES:
         if name in stages and "decoder" in stages:
             _check_guide(name, stages[name], stages["decoder"])

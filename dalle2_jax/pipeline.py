@@ -241,17 +241,17 @@ class UnCLIP(Editing):
         return self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
 
     def _decoder_text(self, captions: Sequence[str] | None, count: int) -> dict[str, np.ndarray]:
-        """The decoder's tokens and token_mask of captions, or of `count` null ones; {} if it reads none."""
-        length = self.cascade.stage("decoder").context_length
-        if length is None:
-            return {}
-        if captions is None:
-            return {
-                "tokens": np.zeros((count, length), np.int32),
-                "token_mask": np.zeros((count, length), bool),
-            }
+        """What the decoder reads of captions, or of `count` null ones; {} if it reads none."""
+        decoder = self.cascade.stage("decoder")
+        if captions is None or decoder.context_length is None:
+            specs = decoder.batch_spec(count)
+            names = [name for name in specs if name not in ("image", "image_embed")]
+            return {name: np.zeros(specs[name].shape, specs[name].dtype) for name in names}
         tokens, token_mask = self._tokens("decoder", captions)
-        return {"tokens": tokens, "token_mask": token_mask}
+        if not decoder.states_width:
+            return {"tokens": tokens, "token_mask": token_mask}
+        (text_embed, text_states), _ = self.encode_text(captions)
+        return {"text_embed": text_embed, "text_states": text_states, "token_mask": token_mask}
 
     def _guide_rows(self, own: dict, captions: Sequence[str] | None, batch_size: int | None) -> dict:
         """What the guides of these settings are to steer to: a text embedding, a label a caption."""

@@ -56,6 +56,14 @@ def _fixed(own: dict) -> dict:
     return {name: value for name, value in own.items() if name != "guidance_scale"}
 
 
+def _decoder_text_specs(decoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """The rows of captions that a decoder reads."""
+    specs = {
+        name: spec for name, spec in decoder.batch_spec(1).items() if name not in ("image", "image_embed")
+    }
+    return {name: _spec(spec.shape[1:], spec.dtype) for name, spec in specs.items()}
+
+
 def text_task(cascade: Cascade, name: str = "clip") -> Task:
     """tokens, token_mask -> (text_embed, text_states), by CLIP, or the one that guides."""
     clip = cascade.stage(name)
@@ -90,7 +98,7 @@ def decoder_task(cascade: Cascade, seed: int, own: dict, given: Collection[str] 
 
     Where `own` has a scale for a guide, also guide_text_embed (noisy_clip's) or label (the classifier's).
     given: which rows there are of x_T (noise, float32), init (uint8), known (uint8) with repaint (bool,
-    [h, w]), negative_tokens with negative_token_mask; see `Decoder.sample`.
+    [h, w]), negative_token_mask and what else is read of captions; see `Decoder.sample`.
     """
     decoder = cascade.stage("decoder")
     picture = (decoder.image_size, decoder.image_size, 3)
@@ -105,7 +113,7 @@ def decoder_task(cascade: Cascade, seed: int, own: dict, given: Collection[str] 
         "init": _spec(picture, np.uint8),
         "known": _spec(picture, np.uint8),
         "repaint": _spec(picture[:2], np.bool_),
-    } | {f"negative_{name}": spec for name, spec in _token_specs(decoder.context_length or 0).items()}
+    } | {f"negative_{name}": spec for name, spec in _decoder_text_specs(decoder).items()}
     rows |= {name: optional[name] for name in given}
 
     targets = {"noisy_clip": "guide_text_embed", "classifier": "label"}
@@ -159,8 +167,7 @@ def invert_task(cascade: Cascade, num_steps: int) -> Task:
     decoder = cascade.stage("decoder")
     picture = (decoder.image_size, decoder.image_size, 3)
     rows = {"image": _spec(picture, np.uint8), "image_embed": _spec((decoder.embed_dim,), np.float32)}
-    if decoder.context_length is not None:
-        rows |= _token_specs(decoder.context_length)
+    rows |= _decoder_text_specs(decoder)
 
     def function(params, batch, scalars):
         return decoder.invert(params, batch | {"image": to_float(batch["image"])}, num_steps=num_steps)

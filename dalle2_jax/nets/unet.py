@@ -199,6 +199,10 @@ class DecoderNet(nn.Module):
     vector before the projections, so that the added and the token path are nulled together (trap 9); the
     null caption is the sequence without a real token, which the text transformer fills with its padding
     embedding.
+
+    With `text['states_width']` the caption is read from the states and the embedding of a frozen CLIP's text
+    transformer instead (Karlo's way): the states are projected and attended to, the embedding, or a learned
+    one in place of the null caption's, is added like the image's.
     """
 
     unet: dict
@@ -221,24 +225,41 @@ class DecoderNet(nn.Module):
             "null_image_embed", nn.initializers.normal(0.02), (self.embed_dim,), jnp.float32
         )
         if self.text:
-            self.text_net = GlideTextTransformer(**self.text, dtype=self.dtype)
             self.text_emb_proj = layers.Dense(4 * channels, dtype=self.dtype)
+        if self.text and self.reads_states:
+            self.text_states_proj = layers.Dense(self.token_width, dtype=self.dtype)
+            self.text_states_norm = layers.LayerNorm()
+            self.null_text_embed = self.param(
+                "null_text_embed", nn.initializers.normal(0.02), (self.embed_dim,), jnp.float32
+            )
+        elif self.text:
+            self.text_net = GlideTextTransformer(**self.text, dtype=self.dtype)
 
-    def condition(self, image_embed, drop_image, tokens=None, token_mask=None, drop_text=None):
-        """The condition of a batch: (added embedding [B, 4C], context [B, K, D]).
+    @property
+    def reads_states(self) -> bool:
+        return bool(self.text and self.text.get("states_width"))
 
-        image_embed [B, E] (unit norm), drop_image [B] bool, tokens [B, L], token_mask [B, L], drop_text [B]
-        bool.
+    def condition(self, image_embed, drop_image, text=None, token_mask=None, drop_text=None, text_embed=None):
+        """The condition of a batch: (added embedding [B, 4C], context [B, K, D], mask [B, K] bool or None).
+
+        image_embed [B, E] (unit norm), drop_image [B] bool, text: tokens [B, L], or states [B, L, W] with
+        text_embed [B, E]; token_mask [B, L], drop_text [B] bool.
         """
         # Unit-norm embeddings have entries of about 1 / sqrt(E); the projections want unit variance.
         z = jnp.where(drop_image[:, None], self.null_image_embed, image_embed * self.embed_dim**0.5)
         emb = self.image_emb_proj(z)
         context = self.image_token_proj(z).reshape(z.shape[0], self.num_image_tokens, self.token_width)
+        if self.reads_states:
+            y = jnp.where(drop_text[:, None], self.null_text_embed, text_embed * self.embed_dim**0.5)
+            states = self.text_states_norm(self.text_states_proj(text)).astype(self.dtype)
+            seen = jnp.ones(context.shape[:2], bool)
+            mask = jnp.concatenate([seen, token_mask & ~drop_text[:, None]], axis=1)
+            return emb + self.text_emb_proj(y), jnp.concatenate([context, states], axis=1), mask
         if self.text:
-            states = self.text_net(tokens, token_mask & ~drop_text[:, None])
+            states = self.text_net(text, token_mask & ~drop_text[:, None])
             emb = emb + self.text_emb_proj(states[:, -1])
             context = jnp.concatenate([context, states], axis=1)
-        return emb, context
+        return emb, context, None
 
     def denoise(self, x_t, t, condition, known=None, *, deterministic=True):
         """x_t [B, H, W, C_in], t [B], condition from `condition` -> the network's output [B, H, W, C_out].
@@ -246,13 +267,14 @@ class DecoderNet(nn.Module):
         known [B, H, W, 4], for a network with `inpaint`: the pixels that are kept, zero elsewhere, and 1
         where they are; None where nothing is.
         """
-        emb, context = condition
+        emb, context, context_mask = condition
         if self.inpaint and known is None:
             known = jnp.zeros((*x_t.shape[:3], 4))
         return self.net(
             x_t,
             self.time(t) + emb,
             context,
+            context_mask,
             image_size=self.image_size,
             deterministic=deterministic,
             known=known if self.inpaint else None,
@@ -264,14 +286,15 @@ class DecoderNet(nn.Module):
         t,
         image_embed,
         drop_image,
-        tokens=None,
+        text=None,
         token_mask=None,
         drop_text=None,
+        text_embed=None,
         known=None,
         deterministic=True,
     ):
         """Both halves at once: what training uses."""
-        condition = self.condition(image_embed, drop_image, tokens, token_mask, drop_text)
+        condition = self.condition(image_embed, drop_image, text, token_mask, drop_text, text_embed)
         return self.denoise(x_t, t, condition, known, deterministic=deterministic)
 
 

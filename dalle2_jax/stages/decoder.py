@@ -21,7 +21,8 @@ from dalle2_jax.stages import check_settings
 class Decoder:
     """A decoder's network, noise process and sampling defaults; parameters are passed to every call.
 
-    `inpaint` says whether the network sees what is to be kept of a picture.
+    `inpaint` says whether the network sees what is to be kept of a picture, `states_width` of what width the
+    states of a frozen CLIP's text transformer are that it reads captions from, 0 for tokens.
     """
 
     net: DecoderNet
@@ -33,6 +34,7 @@ class Decoder:
     text_drop: float
     guidance_scale: float
     inpaint: bool = False
+    states_width: int = 0
 
     @property
     def sampling(self) -> dict:
@@ -48,17 +50,30 @@ class Decoder:
             "image": jax.ShapeDtypeStruct((batch_size, self.image_size, self.image_size, 3), jnp.float32),
             "image_embed": jax.ShapeDtypeStruct((batch_size, self.embed_dim), jnp.float32),
         }
-        if self.context_length is not None:
-            spec["tokens"] = jax.ShapeDtypeStruct((batch_size, self.context_length), jnp.int32)
-            spec["token_mask"] = jax.ShapeDtypeStruct((batch_size, self.context_length), jnp.bool_)
+        if self.context_length is None:
+            return spec
+        length = (batch_size, self.context_length)
+        spec["token_mask"] = jax.ShapeDtypeStruct(length, jnp.bool_)
+        if self.states_width:
+            spec["text_states"] = jax.ShapeDtypeStruct((*length, self.states_width), jnp.float32)
+            spec["text_embed"] = jax.ShapeDtypeStruct((batch_size, self.embed_dim), jnp.float32)
+        else:
+            spec["tokens"] = jax.ShapeDtypeStruct(length, jnp.int32)
         return spec
+
+    def _text(self, batch: dict, prefix: str = "") -> dict:
+        """What the network's `condition` reads of the captions, or the negative ones; {} for none."""
+        names = {"text": "text_states" if self.states_width else "tokens", "token_mask": "token_mask"}
+        names |= {"text_embed": "text_embed"} if self.states_width else {}
+        return {to: batch[prefix + name] for to, name in names.items()} if self.context_length else {}
 
     def init(self, key: jax.Array, batch: dict) -> dict:
         """Float32 parameters."""
         t = jnp.zeros(batch["image"].shape[0], jnp.int32)
         drop = jnp.zeros(t.shape, bool)
-        text = (batch.get("tokens"), batch.get("token_mask"), drop)
-        params = self.net.init(key, batch["image"], t, batch["image_embed"], drop, *text)["params"]
+        text = self._text(batch)
+        params = self.net.init(key, batch["image"], t, batch["image_embed"], drop, drop_text=drop, **text)
+        params = params["params"]
         if self.diffusion.loss_kind == "vlb":
             params = params | {"stats": process.init_history(self.diffusion.schedule.num_timesteps)}
         return params
@@ -88,10 +103,9 @@ class Decoder:
                 t,
                 batch["image_embed"],
                 drop_image,
-                batch.get("tokens"),
-                batch.get("token_mask"),
-                drop_text,
+                drop_text=drop_text,
                 known=known,
+                **self._text(batch),
                 deterministic=not train,
                 rngs={"dropout": dropout_key},
             )
@@ -173,10 +187,12 @@ class Decoder:
         """What the network is told of the batch; `null` drops the embedding, and the caption or puts the
         negative one in its place."""
         drop = jnp.full(batch["image_embed"].shape[:1], null)
-        negative = null and "negative_tokens" in batch
+        negative = null and "negative_token_mask" in batch
         prefix, drop_text = ("negative_", ~drop) if negative else ("", drop)
-        text = (batch.get(f"{prefix}tokens"), batch.get(f"{prefix}token_mask"), drop_text)
-        return self.net.apply({"params": params}, batch["image_embed"], drop, *text, method="condition")
+        text = self._text(batch, prefix)
+        return self.net.apply(
+            {"params": params}, batch["image_embed"], drop, drop_text=drop_text, **text, method="condition"
+        )
 
 
 def random_repaint(key: jax.Array, count: int, side: int) -> jax.Array:
@@ -239,11 +255,14 @@ def build(
     """The decoder of a config; defaults are Table 3's, but `text` (keywords of GlideTextTransformer), which
     it needs.
 
-    `text=None` builds a decoder that reads the image embedding alone. weighting ('uniform', 'p2', 'min_snr')
-    and loss ('hybrid', 'vlb'): see `diffusion.process`; threshold: the percentile of dynamic thresholding,
-    None to clip; inpaint: the network also sees what is to be kept of a picture, and is trained on random
-    masks (GLIDE's way; `init_from` a decoder without). Raises ValueError for settings that cannot go
-    together.
+    `text=None` builds a decoder that reads the image embedding alone; with dict(states_width, context_length,
+    width) it reads the states of a frozen CLIP's text transformer, as Karlo's does.
+
+    weighting ('uniform', 'p2', 'min_snr') and loss ('hybrid', 'vlb'): see `diffusion.process`. threshold: the
+    percentile of dynamic thresholding, None to clip. inpaint: the network also sees what is to be kept of a
+    picture, and is trained on random masks (GLIDE's way; `init_from` a decoder without).
+
+    Raises ValueError for settings that cannot go together.
     """
     if image_size % 2 ** (len(channel_mult) - 1):
         raise ValueError(
@@ -251,9 +270,12 @@ def build(
             f"channel_mult {channel_mult} "
             f"or make image_size a multiple of {2 ** (len(channel_mult) - 1)}"
         )
-    if text:
+    if text and text.get("states_width"):
+        check_settings(text, ("states_width", "context_length", "width"), (), "text")
+    elif text:
         required = ("vocab_size", "context_length", "width", "depth", "num_heads")
-        check_settings(text, required, ("activation",), "text")
+        check_settings(text, required, ("activation", "states_width"), "text")
+        text = {name: value for name, value in text.items() if name != "states_width"}
     unet = dict(
         out_channels=6 if learned_variance else 3,
         channels=channels,
@@ -268,7 +290,7 @@ def build(
     return Decoder(
         net=DecoderNet(
             unet=unet,
-            text=dict(text, remat=remat) if text else None,
+            text=(dict(text) if text.get("states_width") else dict(text, remat=remat)) if text else None,
             embed_dim=embed_dim,
             image_size=image_size,
             num_image_tokens=num_image_tokens,
@@ -294,4 +316,5 @@ def build(
         text_drop=text_drop,
         guidance_scale=guidance_scale,
         inpaint=inpaint,
+        states_width=text.get("states_width", 0) if text else 0,
     )

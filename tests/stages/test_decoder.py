@@ -180,7 +180,7 @@ class Spy:
 
     seen: list
 
-    def apply(self, variables, x_t, t, image_embed, drop_image, tokens, token_mask, drop_text, **options):
+    def apply(self, variables, x_t, t, image_embed, drop_image, *, drop_text, **options):
         self.seen.append((t, drop_image, drop_text, options["deterministic"]))
         return jnp.zeros_like(x_t)
 
@@ -434,3 +434,39 @@ def test_a_negative_caption_takes_the_place_of_none(sampler):
         num_steps=2,
     )
     np.testing.assert_allclose(drawn, jnp.clip(expected, -1, 1), atol=1e-4)
+
+
+# --- captions by a frozen CLIP ---
+
+
+def test_a_decoder_reads_the_states_of_a_frozen_clip():
+    """Each part of the caption changes the output; padding, and what is dropped, do not."""
+    stage = build_flat(text=dict(states_width=7, context_length=LENGTH, width=8))
+    assert set(stage.batch_spec(2)) == {"image", "image_embed", "text_states", "text_embed", "token_mask"}
+    draw = np.random.default_rng(0)
+    batch = {
+        name: jnp.asarray(draw.normal(size=spec.shape), jnp.float32)
+        for name, spec in stage.batch_spec(3).items()
+        if name != "token_mask"
+    }
+    batch["token_mask"] = jnp.arange(LENGTH) < jnp.array([2, 3, 4])[:, None]
+    params = random_params(stage)
+
+    @jax.jit
+    def apply(batch, drop_text):
+        text = {name: batch[name] for name in ("text_embed", "token_mask")} | {"text": batch["text_states"]}
+        times = jnp.array([10, 400, 990])
+        return stage.net.apply(
+            {"params": params}, batch["image"], times, batch["image_embed"], NO, drop_text=drop_text, **text
+        )
+
+    for name in ("text_states", "text_embed"):
+        other = batch | {name: batch[name] + 1}
+        assert (gap(apply(batch, NO), apply(other, NO)) > 1e-4).all()
+        assert (gap(apply(batch, YES), apply(other, YES)) == 0).all()
+    padding = jnp.where(batch["token_mask"][..., None], batch["text_states"], 9.0)
+    assert (gap(apply(batch, NO), apply(batch | {"text_states": padding}, NO)) == 0).all()
+    keys = jax.random.split(KEY, 3)
+    negative = {f"negative_{name}": batch[name] for name in ("text_states", "text_embed", "token_mask")}
+    led = stage.sample(params, keys, batch | negative, guidance_scale=2.0, num_steps=2)
+    assert gap(led, stage.sample(params, keys, batch, guidance_scale=2.0, num_steps=2)).max() > 1e-4
