@@ -13,6 +13,5 @@ def get_config(preset: str = ""):
     config.num_steps = 6500
     config.ema_decay = 0.998
     config.model.text = dict(common.TEXT, width=96, depth=3, num_heads=6)
-    config.model.guidance_scale = 3.0
     config.optim.final_fraction = 0.02
     return config
