@@ -242,7 +242,8 @@ class Cascade:
         }
         params = self._task_params(task)
         with partition.use_mesh(self.mesh):
-            return jax.jit(task.function, out_shardings=rows).lower(params, batch, scalars).compile()
+            jitted = jax.jit(task.function, out_shardings=rows, compiler_options=partition.compiler_options())
+            return jitted.lower(params, batch, scalars).compile()
 
     def prepare(self, task: Task, count: int, batch_size: int | None = None) -> None:
         """Start reading a stage's weights and compiling a task for `count` rows, beside what runs

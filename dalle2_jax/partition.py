@@ -62,6 +62,14 @@ def initialise(cpu_devices: int | None = None) -> None:
     _set_compilation_cache()
 
 
+def compiler_options(once: bool = False) -> dict | None:
+    """`compiler_options` of `jax.jit` for a large program. On a CPU it then compiles in a fifth less time and
+    is as fast; one that runs `once` compiles in half the time and is slower."""
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0} if once else {"xla_llvm_disable_expensive_passes": True}
+
+
 def _set_cpu_devices(count: int | None) -> None:
     asked_in_flags = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if asked_in_flags or (count is None and jax.config.jax_num_cpu_devices > 0):

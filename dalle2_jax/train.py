@@ -213,7 +213,8 @@ def started_from(path: str, loaded: dict, fresh: dict) -> dict:
 
 def first_state(config: dict, stage, init, shardings, frozen: dict, fill, dataset, mesh) -> state.TrainState:
     """The state before the first step: fresh, or with the parameters of `init_from`."""
-    train_state = jax.jit(init, out_shardings=shardings)()
+    options = partition.compiler_options(once=True)
+    train_state = jax.jit(init, out_shardings=shardings, compiler_options=options)()
     params = train_state.params
     if config["init_from"]:
         _, _, loaded = models.load_stage(config["init_from"], config["stage"])
@@ -319,7 +320,12 @@ def train(config: dict, workdir: str) -> None:
         grad_accum=config["grad_accum"],
         fill=fill,
     )
-    jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, partition.replicated(mesh)))
+    jitted = jax.jit(
+        step_function,
+        donate_argnums=0,
+        out_shardings=(shardings, partition.replicated(mesh)),
+        compiler_options=partition.compiler_options(),
+    )
     with partition.use_mesh(mesh):
         evaluation = validation.Validation(config, stage, fill, eval_dataset, mesh)
         finish = functools.partial(measured, config, stage, fill, dataset, frozen, mesh)

@@ -1,5 +1,7 @@
 """What training looks at on the way: the loss on fixed validation batches, and samples for fixed captions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,12 +26,12 @@ class Validation:
         count = min(config["num_samples"], config["batch_size"])
         self._labels = dataset.examples(raw[0]["index"][:count])["captions"]
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=partition.compiler_options())
         def evaluate(params, frozen, batch):
             _, scalars = stage.loss(params, jax.random.key(0), fill(frozen, batch), train=False)
             return scalars
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=partition.compiler_options())
         def sample(params, frozen, batch):
             filled = fill(frozen, {name: value[:count] for name, value in batch.items()})
             keys = jax.random.split(jax.random.key(config["seed"]), count)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax import contrib
 
 from dalle2_jax import optim, partition
 
@@ -86,6 +87,21 @@ def test_muon_steps_hidden_kernels_orthogonally_and_adam_the_rest():
         assert values.min() > 0.5 and values.max() < 1.3  # what five Newton-Schulz iterations promise
     for name in ("conv_in", "embedding"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), muon[name], adam[name])
+
+
+@pytest.mark.parametrize("shape", [(27, 8), (8, 27), (8, 8)])
+def test_orthogonal_is_optaxs_newton_schulz(shape):
+    """Through the Gram matrix, as optax goes step by step; zeros stay zeros, and a kernel of low rank is no
+    trouble."""
+    keys = jax.random.split(jax.random.key(2), 3)
+    low_rank = jax.random.normal(keys[0], (shape[0], 1)) @ jax.random.normal(keys[1], (1, shape[1]))
+    matrices = [jax.random.normal(keys[2], shape), 1e-3 * low_rank, jnp.zeros(shape)]
+    theirs = contrib.scale_by_muon(
+        ns_coeffs=optim.NEWTON_SCHULZ, ns_steps=optim.NEWTON_SCHULZ_STEPS, beta=0.0, preconditioning="aol"
+    )
+    for got, x in zip(optim.orthogonal(matrices), matrices, strict=True):
+        want, _ = theirs.update(x, theirs.init(x))
+        np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 def test_muon_is_the_same_with_kernels_shared_over_devices():

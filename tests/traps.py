@@ -154,6 +154,14 @@ TRAPS = (
         "repaint = 1 - repaint\n    return kept\n",
     ),
     Trap(
+        16,
+        "sampling shows the network noisier inputs than training did",
+        "tests/diffusion/test_sampling.py::test_sampling_shows_the_network_what_training_showed_it",
+        "dalle2_jax/diffusion/sampling.py",
+        "np.maximum(1.0 - tables.alpha_bar_s - sigma**2, 0.0)",
+        "np.maximum(1.0 - tables.alpha_bar_s, 0.0)",
+    ),
+    Trap(
         17,
         "the window of the small picture lies beside that of the target",
         "tests/stages/test_upsampler.py::test_the_input_is_the_targets_window_of_the_enlarged_picture",

@@ -15,40 +15,45 @@ from PIL import Image
 
 from dalle2_jax.data import scenes
 
-# Examples in each of validation, test_pairs and test_relations (fewer, if there are fewer to train on).
+# Examples in each of validation, test_pairs and test_relations, where a config says nothing else.
 HELD_OUT_EXAMPLES = 512
 
 
 @dataclasses.dataclass
 class ScenesConfig(tfds.core.BuilderConfig):
-    """`preset` of `scenes` at `image_size`, with `num_examples` to train on."""
+    """`preset` of `scenes` at `image_size`, `num_examples` to train on, `num_held_out` in each split else."""
 
     preset: str = ""
     image_size: int = 0
     num_examples: int = 0
+    num_held_out: int = HELD_OUT_EXAMPLES
 
 
-def _config(preset: str, image_size: int, num_examples: int, name: str = "") -> ScenesConfig:
+def _config(
+    preset: str, image_size: int, num_examples: int, num_held_out: int = HELD_OUT_EXAMPLES, name: str = ""
+) -> ScenesConfig:
     return ScenesConfig(
         name=name or f"{preset}_{image_size}",
         description=f"preset {preset!r} at {image_size} x {image_size}",
         preset=preset,
         image_size=image_size,
         num_examples=num_examples,
+        num_held_out=num_held_out,
     )
 
 
 class Scenes(tfds.core.GeneratorBasedBuilder):
     """Captioned drawings of one to three objects."""
 
-    VERSION = tfds.core.Version("4.0.0")  # changes when a preset or the renderer does
+    VERSION = tfds.core.Version("4.1.0")  # changes when a preset or the renderer does
     BUILDER_CONFIGS = [
         _config("quickstart", 64, 20_000),
-        _config("quickstart", 256, 4_000),
+        _config("quickstart", 256, 2_000, 128),
+        _config("quickstart", 1024, 500, 32),
         _config("full", 64, 100_000),
         _config("full", 256, 100_000),
         _config("full", 1024, 10_000),
-        _config("quickstart", 64, 64, name="debug_64"),
+        _config("quickstart", 64, 64, 64, name="debug_64"),
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -73,7 +78,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         count = self.builder_config.num_examples
         return {
             split: self._generate_examples(
-                split, count if split == "train" else min(count, HELD_OUT_EXAMPLES)
+                split, count if split == "train" else self.builder_config.num_held_out
             )
             for split in scenes.SPLITS
         }

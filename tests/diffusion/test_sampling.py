@@ -78,6 +78,34 @@ def test_the_denoiser_sees_original_times(method):
     assert seen[0].dtype == np.int32
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(variance="fixed_small"),
+        dict(variance="fixed_small", resample=2),
+        dict(method="ddim"),
+        dict(method="ddim", eta=1.0),
+        dict(method="analytic", eps_sq=jnp.ones(1000)),
+        dict(method="dpm++"),
+    ],
+)
+def test_sampling_shows_the_network_what_training_showed_it(options):
+    """Trap 16: what training gives the network and what sampling does have other statistics. With a perfect
+    predictor every x_t on the walk is sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) N(0, 1)."""
+    n, num_steps = 20_000, 9
+    x0 = jax.random.uniform(jax.random.key(4), (n, 1), minval=-1.0)
+    tables = schedules.two_time(COSINE, schedules.space_timesteps(num_steps))
+    _, path = walk(
+        lambda x_t, t: from_x0(x0, x_t, t), keys_of(1, n), num_steps, (1,), return_path=True, **options
+    )
+    resample = options.get("resample", 1)
+    for k, x in enumerate(path[: (num_steps - 1) * resample]):
+        again = k % resample < resample - 1  # back at the time that the step began from
+        alpha_bar = (tables.alpha_bar_t if again else tables.alpha_bar_s)[k // resample]
+        noise = (x - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
+        assert_moments(noise, 0.0, 1.0)
+
+
 GAUSSIAN_MEAN, GAUSSIAN_STD = 0.3, 0.5
 
 
