@@ -1,4 +1,4 @@
-"""Decoder of the paper's cascade in small: 64 x 64, before 64 -> 256 -> 1024; a quarter of an hour on two cores.
+"""Decoder of the paper's cascade in small, 64 x 64: before 64 -> 256 -> 1024; fifteen minutes on two cores.
 
 python -m dalle2_jax.train --config=configs/tiny/decoder64.py --workdir=DIR --config.clip=CLIP
 """
