@@ -28,12 +28,14 @@ PAPER = (
 )
 AR_PRIOR = "configs.ar_prior"  # of the paper too, in the place of the diffusion prior
 CASES = [(recipe, "") for recipe in RECIPES] + [(recipe, "debug") for recipe in (*PAPER, AR_PRIOR)]
-# Recipes that belong to no cascade: what may take a stage's place, or steer one.
-BESIDE = (".ar_prior", ".classifier", ".noisy_clip")
+# Recipes beside a folder's cascade: what may take a stage's place, or steer one.
+BESIDE = (".ar_prior", ".classifier", ".noisy_clip", ".decoder64", ".upsampler1024")
+TO_1024 = ("clip", "prior", "decoder64", "upsampler256", "upsampler1024")
 # Cascades: CLIP, prior, decoder, upsamplers.
 CASCADES = {
     "paper": PAPER,
     "paper, autoregressive": (PAPER[0], AR_PRIOR, *PAPER[2:]),
+    "tiny, to 1024": tuple(f"configs.tiny.{name}" for name in TO_1024),
     **{
         folder: tuple(
             sorted(

@@ -9,7 +9,7 @@ from configs.tiny import upsampler256
 def get_config(preset: str = ""):
     """No presets."""
     config = upsampler256.get_config(preset)
-    config.num_steps, config.batch_size = 200, 4
+    config.num_steps, config.batch_size = 120, 8
     config.model.update(image_size=1024, low_res_size=256, crop_size=128, tile=512)
     config.data.path = "quickstart_1024"
     config.num_samples, config.eval_batches = 1, 2
