@@ -1,0 +1,335 @@
+"""How far two sets of feature vectors are apart: numpy in float64, whatever network the features come from.
+
+With x_1 .. x_N the features of generated pictures and y_1 .. y_M those of a reference, both of D entries,
+
+    Frechet distance    |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2))            arXiv:1706.08500
+    unbiased MMD^2      mean over i != j of k(x_i, x_j) + the same of y - 2 mean of k(x_i, y_j)
+      KID               of k(x, y) = (x . y / D + 1)^3, the mean over subsets        arXiv:1801.01401
+      CMMD              biased, k(x, y) = exp(-|x - y|^2 / 2 sigma^2), times 1000    arXiv:2401.09603
+    precision, recall   share of x in the k-nearest-neighbour balls of y, and back   arXiv:1904.06991
+    density, coverage   how many balls of y hold an x; share of balls that hold one  arXiv:2002.09797
+    inception score     exp of the mean of KL(p(label | x) | p(label))               arXiv:1606.03498
+
+The covariances S are those of `numpy.cov` (divided by N - 1). The Frechet distance of finite sets is too
+large by about c / N; `frechet_infinity` extrapolates to 1 / N = 0 (arXiv:1911.07023).
+
+Standard errors are first-order: the spread of each example's influence on the distance, over sqrt(N). They
+say how much the number would move with other pictures. They do not see the bias in N, and tend to 0 where the
+two distributions are equal.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+CHUNK = 1024  # rows of a block of pairwise distances
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Count, mean [D] and scatter [D, D] (the sum of outer products of deviations) of a set of vectors."""
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @staticmethod
+    def of(x: np.ndarray) -> "Moments":
+        """Those of the rows of x [N, D]. Raises ValueError for no rows, and for rows that are not finite."""
+        x = as_features(x)
+        mean = x.mean(axis=0)
+        centred = x - mean
+        return Moments(len(x), mean, centred.T @ centred)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Those of both sets together: exact, so that it does not matter how a set was split (Chan 1979)."""
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"features of {len(self.mean)} and of {len(other.mean)} entries do not mix")
+        count = self.count + other.count
+        step = other.mean - self.mean
+        mean = self.mean + step * (other.count / count)
+        between = np.outer(step, step) * (self.count * other.count / count)
+        return Moments(count, mean, self.scatter + other.scatter + between)
+
+    @property
+    def cov(self) -> np.ndarray:
+        """The unbiased covariance [D, D]. Raises ValueError for fewer than two vectors."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs 2 or more vectors, not {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+def merge(parts: Iterable[Moments]) -> Moments:
+    """The moments of all parts together."""
+    return functools.reduce(Moments.merge, parts)
+
+
+def as_features(x: np.ndarray, name: str = "features") -> np.ndarray:
+    """x as float64 [N, D]. Raises ValueError for another shape, for no rows, and for NaN and infinities."""
+    x = np.asarray(x, np.float64)
+    if x.ndim != 2 or not x.size:
+        raise ValueError(f"{name} must be [N, D] with N and D above 0, not {list(x.shape)}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name}: {int((~np.isfinite(x)).any(axis=1).sum())} rows are not finite")
+    return x
+
+
+def _pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x, y = as_features(x, "generated features"), as_features(y, "reference features")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"features of {x.shape[1]} and of {y.shape[1]} entries cannot be compared")
+    return x, y
+
+
+# Frechet distance
+
+
+def frechet_distance(x: Moments, y: Moments) -> float:
+    """The Frechet distance of two Gaussians with these moments; at least 0.
+
+    tr (S_x S_y)^(1/2) is the sum of the square roots of the eigenvalues of R S_x R with R = S_y^(1/2): two
+    symmetric eigenproblems, whose rounding errors below zero are cut off. So singular covariances are no
+    trouble.
+
+    Raises ValueError for features of different lengths, or of fewer than two pictures.
+    """
+    return _frechet(x, y, _root(y.cov))
+
+
+def frechet_with_error(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """(Frechet distance of the features x [N, D] and y [M, D], its standard error).
+
+    With the optimal transport T = R^-1 (R S_y R)^(1/2) R^-1 from x to y, R = S_x^(1/2), the influence of a
+    picture x_i with d = x_i - m_x is 2 (m_x - m_y) . d + d (1 - T) d up to a constant; that of a y_j is the
+    same with the roles exchanged, T^-1 for T. Directions in which x does not vary are left out. The error is
+    fair for N and M of several D.
+    """
+    x, y = _pair(x, y)
+    a, b = Moments.of(x), Moments.of(y)
+    values, vectors = np.linalg.eigh(a.cov)
+    keep = values > max(values[-1], 0) * 1e-12
+    root = np.sqrt(values[keep])
+    between = (vectors[:, keep] * root).T @ b.cov @ (vectors[:, keep] * root)
+    inner, turned = np.linalg.eigh(between)
+    inner = np.sqrt(np.clip(inner, 0, None))
+    shift = a.mean - b.mean
+    distance = shift @ shift + np.trace(a.cov) + np.trace(b.cov) - 2 * inner.sum()
+    # d T d = |inner^(1/2) turned^T R^-1 d|^2, and d T^-1 d with R and the inverse of inner.
+    to_y = (vectors[:, keep] / root) @ turned * np.sqrt(inner)
+    small = inner > (inner[-1] if inner.size else 0) * 1e-12
+    to_x = (vectors[:, keep] * root) @ turned[:, small] / np.sqrt(inner[small])
+    error = 0.0
+    for rows, moments, away, transport in ((x, a, shift, to_y), (y, b, -shift, to_x)):
+        d = rows - moments.mean
+        influence = 2 * d @ away + (d**2).sum(axis=1) - ((d @ transport) ** 2).sum(axis=1)
+        error += influence.var(ddof=1) / len(rows)
+    return max(0.0, float(distance)), float(np.sqrt(error))
+
+
+def frechet_infinity(
+    x: np.ndarray, y: Moments, points: int = 15, smallest: int | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """(the Frechet distance extrapolated to infinitely many generated pictures, the fit's standard error).
+
+    A line in 1 / n is fitted to the distances of `points` random subsets of x [N, D], of sizes n spaced
+    evenly from `smallest` to N, from a fixed reference. By default `smallest` is min(5000, N / 10). It must
+    exceed D, for below that the distance is no line in 1 / n.
+
+    Raises ValueError for too few rows.
+    """
+    x = as_features(x)
+    count, dim = x.shape
+    smallest = min(5000, count // 10) if smallest is None else smallest
+    if not dim < smallest < count or points < 3:
+        raise ValueError(
+            f"extrapolating features of {dim} entries needs 3 or more subsets of more than {dim} pictures: "
+            f"{count} pictures give subsets from {smallest}; give more than {10 * dim}"
+        )
+    draw, root = np.random.RandomState(seed), _root(y.cov)
+    sizes = np.linspace(smallest, count, points).astype(int)
+    found = [_frechet(Moments.of(x[draw.choice(count, n, replace=False)]), y, root) for n in sizes]
+    design = np.stack([np.ones(points), 1 / sizes], axis=1)
+    solution, *_ = np.linalg.lstsq(design, np.array(found), rcond=None)
+    residual = np.array(found) - design @ solution
+    spread = np.linalg.inv(design.T @ design)[0, 0] * (residual @ residual) / (points - 2)
+    return float(solution[0]), float(np.sqrt(spread))
+
+
+def _root(cov: np.ndarray) -> np.ndarray:
+    """The square root of a covariance."""
+    values, vectors = np.linalg.eigh(cov)
+    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+
+
+def _frechet(x: Moments, y: Moments, root: np.ndarray) -> float:
+    """The Frechet distance; `root` is that of the covariance of y."""
+    if x.mean.shape != y.mean.shape:
+        raise ValueError(f"features of {len(x.mean)} and of {len(y.mean)} entries cannot be compared")
+    shift, cov = x.mean - y.mean, x.cov
+    between = root @ cov @ root
+    overlap = np.sqrt(np.clip(np.linalg.eigvalsh((between + between.T) / 2), 0, None)).sum()
+    return max(0.0, float(shift @ shift + np.trace(cov) + np.trace(y.cov) - 2 * overlap))
+
+
+# Maximum mean discrepancy
+
+Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """KID's (x . y / D + 1)^3, [N, M]."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def gaussian_kernel(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> np.ndarray:
+    """CMMD's exp(-|x - y|^2 / 2 sigma^2), [N, M]."""
+    return np.exp(-_squared_distances(x, y) / (2 * sigma**2))
+
+
+def mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool = False) -> tuple[float, float]:
+    """(squared maximum mean discrepancy of x [N, D] and y [M, D], its standard error).
+
+    biased: count the pairs of a row with itself, which makes it at least 0 (the estimate of least variance);
+    otherwise the expectation is 0 for equal distributions, and the estimate may be negative.
+
+    Raises ValueError for fewer than two rows.
+    """
+    x, y = _pair(x, y)
+    if min(len(x), len(y)) < 2:
+        raise ValueError("a discrepancy needs 2 or more pictures on either side")
+    means = {}  # of the kernel between a row and all rows of a set
+    own = {}  # of the rows with themselves
+    for name, rows, others in (("xx", x, x), ("xy", x, y), ("yx", y, x), ("yy", y, y)):
+        means[name] = np.concatenate([kernel(part, others).mean(axis=1) for part in _chunks(rows)])
+        if rows is others and not biased:
+            parts = [kernel(part, part).diagonal() for part in _chunks(rows)]
+            own[name] = np.concatenate(parts)
+    for name in () if biased else ("xx", "yy"):
+        count = len(means[name])
+        means[name] = (means[name] * count - own[name]) / (count - 1)
+    value = means["xx"].mean() + means["yy"].mean() - 2 * means["xy"].mean()
+    influence = 2 * (means["xx"] - means["xy"]), 2 * (means["yy"] - means["yx"])
+    error = sum(each.var(ddof=1) / len(each) for each in influence)
+    return float(value), float(np.sqrt(error))
+
+
+def kid(
+    x: np.ndarray, y: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+) -> tuple[float, float]:
+    """(mean, standard deviation over subsets) of the unbiased MMD^2 with the cubic kernel.
+
+    Each subset has `subset_size` different rows of x [N, D] and as many of y [M, D], drawn in this order by
+    numpy's RandomState(seed), as torch-fidelity draws them.
+
+    Raises ValueError where there are fewer rows than a subset has.
+    """
+    x, y = _pair(x, y)
+    if min(len(x), len(y)) < subset_size:
+        raise ValueError(
+            f"KID of subsets of {subset_size} needs as many pictures, there are {len(x)} and {len(y)}: give "
+            "more, or smaller subsets"
+        )
+    if subset_size < 2:
+        raise ValueError("subsets must have 2 or more pictures")
+    draw, found = np.random.RandomState(seed), []
+    pairs = subset_size * (subset_size - 1)
+    for _ in range(subsets):
+        a = x[draw.choice(len(x), subset_size, replace=False)]
+        b = y[draw.choice(len(y), subset_size, replace=False)]
+        within = [cubic_kernel(rows, rows) for rows in (a, b)]
+        found.append(
+            sum((gram.sum() - np.trace(gram)) / pairs for gram in within) - 2 * cubic_kernel(a, b).mean()
+        )
+    return float(np.mean(found)), float(np.std(found))
+
+
+def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0, scale: float = 1000.0) -> tuple[float, float]:
+    """(biased MMD^2 with a Gaussian kernel, times `scale`; its standard error), as CMMD is defined.
+
+    x [N, D] and y [M, D] are CLIP's image embeddings, of unit norm.
+    """
+    value, error = mmd(x, y, functools.partial(gaussian_kernel, sigma=sigma), biased=True)
+    return scale * value, scale * error
+
+
+# Neighbours
+
+
+def neighbourhoods(x: np.ndarray, y: np.ndarray, k: int = 3) -> dict[str, float]:
+    """{'precision', 'recall', 'density', 'coverage'} of generated x [N, D] and reference y [M, D].
+
+    The ball of a vector reaches to its k-th nearest neighbour in its own set, border included. Precision and
+    recall are usually given for k = 3, density and coverage for k = 5.
+
+    Raises ValueError unless both sets have more than k rows.
+    """
+    x, y = _pair(x, y)
+    if k < 1 or min(len(x), len(y)) <= k:
+        raise ValueError(f"balls to the {k}th neighbour need more than {k} pictures on either side")
+    radius_x, radius_y = _radii(x, k), _radii(y, k)
+    in_x = np.zeros(len(y), bool)  # whether a y lies in any ball of x
+    hit_y = np.zeros(len(y), bool)  # whether the ball of a y holds any x
+    balls = []  # of y that hold an x
+    for rows, radii in zip(_chunks(x), _chunks(radius_x), strict=True):
+        distances = _squared_distances(rows, y)
+        inside = distances <= radius_y
+        balls.append(inside.sum(axis=1))
+        hit_y |= inside.any(axis=0)
+        in_x |= (distances <= radii[:, None]).any(axis=0)
+    balls = np.concatenate(balls)
+    return {
+        "precision": float((balls > 0).mean()),
+        "recall": float(in_x.mean()),
+        "density": float(balls.mean() / k),
+        "coverage": float(hit_y.mean()),
+    }
+
+
+def _radii(x: np.ndarray, k: int) -> np.ndarray:
+    """Squared distance of each row to its k-th nearest other row."""
+    found, start = [], 0
+    for rows in _chunks(x):
+        distances = _squared_distances(rows, x)
+        distances[np.arange(len(rows)), start + np.arange(len(rows))] = np.inf
+        found.append(np.partition(distances, k - 1, axis=1)[:, k - 1])
+        start += len(rows)
+    return np.concatenate(found)
+
+
+def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """[N, M] of the rows of two arrays."""
+    squares = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)
+    return np.maximum(squares - 2 * x @ y.T, 0)
+
+
+def _chunks(x: np.ndarray):
+    for start in range(0, len(x), CHUNK):
+        yield x[start : start + CHUNK]
+
+
+# Inception score
+
+
+def inception_score(logits: np.ndarray, splits: int = 10, seed: int | None = 2020) -> tuple[float, float]:
+    """(mean, standard deviation over splits) of the inception score of logits [N, C].
+
+    seed: of the order in which the rows are split, numpy's RandomState as in torch-fidelity; None: as given.
+
+    Raises ValueError for fewer rows than splits.
+    """
+    logits = as_features(logits, "logits")
+    if not 1 <= splits <= len(logits):
+        raise ValueError(f"{len(logits)} pictures cannot be split {splits} times")
+    if seed is not None:
+        logits = logits[np.random.RandomState(seed).permutation(len(logits))]
+    log_p = logits - logits.max(axis=1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+    found, count = [], len(logits)
+    for i in range(splits):
+        part = log_p[i * count // splits : (i + 1) * count // splits]
+        p = np.exp(part)
+        together = np.log(np.maximum(p.mean(axis=0), np.finfo(float).tiny))
+        found.append(np.exp((p * (part - together)).sum(axis=1).mean()))
+    return float(np.mean(found)), float(np.std(found))
