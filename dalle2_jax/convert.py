@@ -2,8 +2,14 @@
 
     python -m dalle2_jax.convert workdirs --clip=W --prior=W --decoder=W --upsamplers=W1,W2 --out=MODEL
 
-takes the averaged parameters of training workdirs. A model directory holds, for each stage, weights and the
-config that rebuilds it, and the tokenizer (see modeldir.py); nothing of the machine that trained it.
+takes the averaged parameters of training workdirs.
+
+    python -m dalle2_jax.convert inception SRC.pth OUT.safetensors
+
+turns the released weights of FID's Inception into what `dalle2_jax.evaluate --inception` reads.
+
+A model directory holds, for each stage, weights and the config that rebuilds it, and the tokenizer (see
+modeldir.py); nothing of the machine that trained it.
 """
 
 import argparse
@@ -131,6 +137,13 @@ def make_parser() -> argparse.ArgumentParser:
     workdirs.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
     workdirs.add_argument("--name", default="", help="name of the model; by default the last name of --out")
     workdirs.set_defaults(run=_run_workdirs)
+    inception = commands.add_parser("inception", help="the weights that FID is measured with, converted once")
+    inception.add_argument("source", metavar="SRC", help="pt_inception-2015-12-05-6726825d.pth")
+    inception.add_argument("out", metavar="OUT", help="safetensors file to write")
+    inception.add_argument(
+        "--any_checksum", action="store_true", help="also take a file whose checksum is not the known one"
+    )
+    inception.set_defaults(run=_run_inception)
     return parser
 
 
@@ -149,6 +162,13 @@ def _run_workdirs(options: argparse.Namespace) -> None:
     size = sum(path.stat().length for path in epath.Path(options.out).glob("*/*"))
     print(f"wrote {options.out} ({size / 1e6:.1f} MB)")
     print(f'draw with it: python -m dalle2_jax.generate --model={options.out} "a red star above a blue ring"')
+
+
+def _run_inception(options: argparse.Namespace) -> None:
+    from dalle2_jax.evals import inception
+
+    checksum = inception.convert(options.source, options.out, options.any_checksum)
+    print(f"wrote {options.out}, from weights with the sha256 {checksum}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -125,7 +125,11 @@ class Inception(nn.Module):
         x = max_pool(conv(x, "Conv2d_4a_3x3", 192, _THREE, 1, False))
         for name, pool_features in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
             x = mixed_35(pool_features, name)(x)
-        double = (("branch3x3dbl_1", 64, _ONE), ("branch3x3dbl_2", 96, _THREE), ("branch3x3dbl_3", 96, _THREE))
+        double = (
+            ("branch3x3dbl_1", 64, _ONE),
+            ("branch3x3dbl_2", 96, _THREE),
+            ("branch3x3dbl_3", 96, _THREE),
+        )
         x = Mixed(((("branch3x3", 384, _THREE),), double), "max", 0, True, name="Mixed_6a")(x)
         for name, inner in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
             x = mixed_17(inner, name)(x)

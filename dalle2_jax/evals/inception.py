@@ -1,0 +1,219 @@
+"""FID's Inception: its weights, and what a picture becomes before it is read.
+
+The weights are the user's: `python -m dalle2_jax.convert inception SRC.pth OUT.safetensors` turns the state
+dictionary that pytorch-fid and torch-fidelity share into safetensors, once, with batch norm folded in. The
+file is known by its checksum, and nothing is downloaded.
+
+A picture of any size becomes 299 x 299 by one of three rules, which do not agree: FID is comparable only
+between numbers of one rule (arXiv:2104.11222).
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from dalle2_jax import modeldir
+from dalle2_jax.nets import inception
+
+NETWORK = "inception-2015-12-05"
+# Of pt_inception-2015-12-05-6726825d.pth, whose name carries its beginning.
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+@functools.cache
+def abstract_params() -> dict:
+    """The parameters' names and shapes."""
+    image = jax.ShapeDtypeStruct((1, inception.IMAGE_SIZE, inception.IMAGE_SIZE, 3), jnp.float32)
+    return jax.eval_shape(inception.Inception().init, jax.random.key(0), image)["params"]
+
+
+def from_state_dict(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Our parameters under flat names, of the state dictionary of the released weights.
+
+    Each convolution is followed by a batch norm with gain g, bias b, mean m and variance v; with
+    s = g / sqrt(v + 1e-3) its kernel becomes s W, its bias b - s m, in float64.
+
+    Raises ValueError that names missing, surplus or misshapen tensors.
+    """
+    left = {name: np.asarray(value) for name, value in tensors.items()}
+    left = {name: value for name, value in left.items() if not name.endswith("num_batches_tracked")}
+    params, missing = {}, []
+
+    def take(name: str) -> np.ndarray:
+        if name not in left:
+            missing.append(name)
+            return np.ones(())
+        return left.pop(name).astype(np.float64)
+
+    for name in sorted(modeldir.flatten(abstract_params())):
+        layer, _, kind = name.rpartition("/")
+        source = layer.replace("/", ".")
+        if layer == "fc":
+            value = take("fc.weight" if kind == "kernel" else "fc.bias")
+            params[name] = value.T
+        elif kind == "kernel":
+            kernel = take(f"{source}.conv.weight")
+            gain, bias, mean, var = (
+                take(f"{source}.bn.{part}") for part in ("weight", "bias", "running_mean", "running_var")
+            )
+            scale = gain / np.sqrt(var + inception.EPSILON)
+            params[name] = kernel.transpose(2, 3, 1, 0) * scale if kernel.ndim == 4 else kernel
+            params[f"{layer}/bias"] = bias - mean * scale
+    if missing or left:
+        shown = ", ".join((missing or sorted(left))[:5])
+        raise ValueError(
+            f"this is not the state dictionary of {NETWORK}: it "
+            + (f"lacks {len(missing)} tensors" if missing else f"has {len(left)} tensors too many")
+            + f", among them {shown}"
+        )
+    params = {name: np.ascontiguousarray(value, np.float32) for name, value in params.items()}
+    modeldir.check_params(params, modeldir.flatten(abstract_params()), "the state dictionary")
+    return params
+
+
+def convert(source: str | os.PathLike, out: str | os.PathLike, any_checksum: bool = False) -> str:
+    """Write the safetensors of a state dictionary that torch saved, new layout or old; its checksum.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not the file whose sha256 is known (unless `any_checksum`), or not these weights.
+    """
+    import zipfile
+
+    import safetensors.numpy
+
+    from dalle2_jax.formats import torch_archive, torch_legacy
+
+    if not os.path.isfile(source):
+        raise FileNotFoundError(f"there is no file {source}")
+    checksum = sha256(source)
+    if checksum != SHA256 and not any_checksum:
+        raise ValueError(
+            f"{source} has the sha256 {checksum}, not {SHA256}: it is another file, or damaged; with "
+            "--any_checksum it is taken all the same, and FID of it is no one else's FID"
+        )
+    if zipfile.is_zipfile(source):
+        archive = torch_archive.TorchArchive(source)
+        tensors = {name: archive.read(name) for name in archive.tensors}
+    else:
+        tensors = torch_legacy.read_legacy(source)
+    params = from_state_dict(tensors)
+    metadata = {"format": "np", "network": NETWORK, "source_sha256": checksum}
+    partial = f"{out}.{os.getpid()}.partial"
+    safetensors.numpy.save_file(params, partial, metadata=metadata)
+    os.replace(partial, out)
+    return checksum
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """params: nested dicts. sha256: of the converted file; source_sha256: of what it was converted from."""
+
+    params: dict
+    sha256: str
+    source_sha256: str
+
+
+def load(path: str | os.PathLike) -> Weights:
+    """The weights that `convert` wrote. Raises FileNotFoundError or ValueError saying what to do."""
+    import safetensors
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is no safetensors file: convert the released weights once, with python -m "
+            "dalle2_jax.convert inception SRC.pth OUT.safetensors"
+        ) from error
+    modeldir.check_params(flat, modeldir.flatten(abstract_params()), os.fspath(path))
+    return Weights(modeldir.unflatten(flat), sha256(path), metadata.get("source_sha256", "unknown"))
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# What a picture becomes
+
+
+def bilinear(picture: np.ndarray, size: int, half_pixel: bool = False) -> np.ndarray:
+    """Bilinear resizing without antialiasing, uint8 or float [H, W, C] -> float32 [size, size, C].
+
+    Output position i looks at i H / size, as TensorFlow 1 has it; with `half_pixel` at
+    (i + 1/2) H / size - 1/2, as torch has it.
+    """
+    picture = np.asarray(picture, np.float32)
+    for axis in (1, 0):
+        low, high, share = _positions(picture.shape[axis], size, half_pixel)
+        share = share[:, None] if axis == 1 else share[:, None, None]
+        first, second = np.take(picture, low, axis), np.take(picture, high, axis)
+        picture = first + (second - first) * share
+    return picture
+
+
+@functools.lru_cache(64)
+def _positions(length: int, size: int, half_pixel: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(lower neighbours, upper neighbours, share of the upper) of `size` positions along `length`."""
+    step = np.float32(length) / np.float32(size)
+    at = np.arange(size, dtype=np.float32)
+    at = np.maximum((at + np.float32(0.5)) * step - np.float32(0.5), 0) if half_pixel else at * step
+    low = np.floor(at).astype(np.int64)
+    return low, np.minimum(low + 1, length - 1), (at - low).astype(np.float32)
+
+
+def bicubic(picture: np.ndarray, size: int) -> np.ndarray:
+    """Antialiased bicubic resizing of float channels, unrounded, in 0 .. 255; [size, size, C] float32."""
+    if picture.shape[:2] == (size, size):
+        return np.asarray(picture, np.float32)
+    channels = [
+        Image.fromarray(np.asarray(picture[..., c], np.float32)).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
+        for c in range(picture.shape[-1])
+    ]
+    return np.clip(np.stack([np.asarray(channel) for channel in channels], axis=-1), 0, 255)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What the network is given of levels 0 .. 255: resized by `resize`, then (x - centre) / centre."""
+
+    what: str
+    resize: object
+    centre: float
+
+
+RULES = {
+    "tf1": Rule("TensorFlow 1's bilinear, no antialiasing, grid i * in / out", bilinear, 128.0),
+    "clean": Rule("bicubic with antialiasing on float channels, cut to 0 .. 255", bicubic, 128.0),
+    "torch": Rule(
+        "torch's bilinear, half-pixel grid, no antialiasing",
+        functools.partial(bilinear, half_pixel=True),
+        127.5,
+    ),
+}
+
+
+def prepare(picture: np.ndarray, rule: str = "tf1") -> np.ndarray:
+    """uint8 [H, W, 3] -> float32 [299, 299, 3] as the network reads it, by one of RULES."""
+    chosen = RULES[rule]
+    centre = np.float32(chosen.centre)
+    return (chosen.resize(picture, inception.IMAGE_SIZE) - centre) / centre
+
+
+def features(params: dict, image: jax.Array) -> dict[str, jax.Array]:
+    """The features of `nets.inception.Inception` of prepared pictures [B, 299, 299, 3]; to be compiled."""
+    return inception.Inception().apply({"params": params}, image)
