@@ -6,6 +6,7 @@ function is kept for every (stage, settings, shapes).
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import os
 import threading
@@ -209,6 +210,13 @@ class Cascade:
                 modeldir.check_params(params, models.abstract_params(stage), os.fspath(path))
                 self._params[name] = jax.device_put(params, partition.replicated(self.mesh))
         return self._params[name]
+
+    def weights_sha256(self, name: str) -> str:
+        """The checksum of a stage's file of weights, in hexadecimal."""
+        self.stage(name)
+        return hashlib.sha256(
+            (self.directory / self._folders[name] / modeldir.WEIGHTS_FILE).read_bytes()
+        ).hexdigest()
 
     def _task_params(self, task: Task) -> dict:
         if not task.others:

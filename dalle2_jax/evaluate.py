@@ -8,6 +8,14 @@ Measures a model directory; writes report.json, its table report.txt, and labell
   retrieval  CLIP looks for the caption of each of 100 scenes of the validation and test splits
   zero_shot  CLIP says which colour and shape the object in each of 200 unseen scenes has, out of all pairs
 
+Measures pictures, wherever they come from, against a reference (docs/evaluation.md):
+
+  --images=SRC --reference=SRC [--inception=FILE] [--metrics=fid,kid,precision_recall] [--preset=openai]
+
+A SRC is a folder of pictures, tar shards or an npz. Without --images the model draws the captions of the
+reference, n of them; without --reference these are unseen scenes. Without --inception the features are those
+of the model's own CLIP (clip_frechet, clip_mmd, ...).
+
 With --compare, once for each way of drawing, it draws the captions of `scenes` in every one of these ways and
 writes comparison.json, comparison.md and comparison.png instead:
 
@@ -21,12 +29,22 @@ import sys
 import time
 from collections.abc import Sequence
 
+import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
 from dalle2_jax import metrics, partition, pipeline
 from dalle2_jax.data import scenes
-from dalle2_jax.evals import comparison, retrieval, scene_scores, zero_shot
+from dalle2_jax.evals import (
+    comparison,
+    fidelity,
+    inception,
+    picture_sets,
+    presets,
+    retrieval,
+    scene_scores,
+    zero_shot,
+)
 from dalle2_jax.generate import StageLines, define_sampling_flags, sampling_settings
 
 METRICS = ("scenes", "retrieval", "zero_shot")
@@ -194,6 +212,90 @@ def compare(
     return rows
 
 
+def measure_pictures(
+    model: pipeline.UnCLIP,
+    out: str | os.PathLike,
+    *,
+    images: str | None,
+    reference: str | None,
+    names: Sequence[str] | None,
+    inception_file: str | None,
+    preset: str,
+    scenes_name: str | None = None,
+    n: int = 128,
+    seed: int = 0,
+    settings: dict | None = None,
+    batch_size: int | None = None,
+    npz_out: str | None = None,
+    stats_out: str | None = None,
+    progress=None,
+) -> dict[str, dict]:
+    """The entries of `fidelity.measure` for pictures at `images`, or drawn by the model, against `reference`.
+
+    Args:
+      names: of metrics; None for those that need no captions and what is at hand permits.
+      n: captions to draw where there are no `images`, out of the reference's, at random.
+      npz_out: also write the images, squared by the preset, as an npz.
+    """
+    scenes.check_choice(preset, tuple(presets.PRESETS), "preset")
+    weights = inception.load(inception_file) if inception_file else None
+    if names is None:
+        names = fidelity.WITH_CLIP if weights is None else fidelity.WITH_INCEPTION
+    target = None
+    if reference:
+        target = fidelity.read_stats(reference) or picture_sets.open_pictures(reference)
+    elif images is None:
+        config, side = scenes_of(model, scenes_name)
+        target = picture_sets.scene_pictures(config, side, n, seed)
+    if images is not None:
+        pictures = picture_sets.open_pictures(images)
+        fidelity.check(names, pictures, target, preset=preset, with_inception=weights is not None)
+    else:
+        if isinstance(target, fidelity.Stats):
+            raise ValueError("statistics have no captions: give --images, or pictures with captions")
+        texts = target.captions()
+        if n < len(texts):
+            rows = np.sort(np.random.default_rng(seed).choice(len(texts), n, replace=False))
+            texts = [texts[row] for row in rows]
+        planned = picture_sets.PictureSet("pictures", "folder", len(texts), lambda: iter(()), tuple(texts))
+        fidelity.check(names, planned, target, preset=preset, with_inception=weights is not None)
+        pictures = picture_sets.drawn_pictures(
+            model,
+            texts,
+            epath.Path(out) / "pictures",
+            seed=seed,
+            settings=settings,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    if npz_out:
+        picture_sets.write_npz(picture_sets.mapped(pictures, presets.PRESETS[preset].square), npz_out)
+    return fidelity.measure(
+        pictures,
+        target,
+        names,
+        weights=weights,
+        model=model,
+        preset=preset,
+        batch_size=batch_size,
+        seed=seed,
+        progress=PassLines(),
+        stats_out=stats_out,
+    )
+
+
+class PassLines:
+    """Prints how far a pass over pictures is, every few seconds."""
+
+    def __init__(self, clock=time.monotonic, every: float = 10.0):
+        self._clock, self._every, self._last = clock, every, clock()
+
+    def __call__(self, name: str, done: int, count: int) -> None:
+        if self._clock() - self._last >= self._every:
+            self._last = self._clock()
+            print(f"{name}: {done}/{count} pictures read", flush=True)
+
+
 FLAGS = flags.FLAGS
 
 
@@ -219,19 +321,46 @@ def main(argv):
             print(comparison.table(rows))
             print(f"wrote {epath.Path(FLAGS.out) / 'comparison.json'}, comparison.md and comparison.png")
             return
-        for name in FLAGS.metrics:
-            scenes.check_choice(name, METRICS, "metric")
+        asked = FLAGS.metrics or ([] if FLAGS.images or FLAGS.reference or FLAGS.inception else METRICS)
+        for name in asked:
+            scenes.check_choice(name, (*METRICS, *fidelity.METRICS), "metric")
+        of_scenes = [name for name in asked if name in METRICS]
+        of_pictures = [name for name in asked if name in fidelity.METRICS]
+        if FLAGS.images and of_scenes:
+            raise ValueError(f"{of_scenes[0]} measures a model: leave --images out")
         partition.initialise()
         began = time.monotonic()
         settings = sampling_settings()
         model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype)
         used = model.settings(**settings)
-        config, image_size = scenes_of(model, FLAGS.scenes)
         out = epath.Path(FLAGS.out)
+        measured, lines, report = {}, [], {"model": model.name}
+        if of_scenes:
+            config, image_size = scenes_of(model, FLAGS.scenes)
+            report["scenes_config"] = config.name
+        if not FLAGS.images:
+            report["settings"] = used
         out.mkdir(parents=True, exist_ok=True)
-        report = {"model": model.name, "scenes_config": config.name, "settings": used}
-        measured, lines = {}, []
-        if "scenes" in FLAGS.metrics:
+        if of_pictures or not of_scenes:
+            measured = measure_pictures(
+                model,
+                out,
+                images=FLAGS.images,
+                reference=FLAGS.reference,
+                names=of_pictures or None,
+                inception_file=FLAGS.inception,
+                preset=FLAGS.preset,
+                scenes_name=FLAGS.scenes,
+                n=FLAGS.n,
+                seed=FLAGS.seed,
+                settings=settings,
+                batch_size=FLAGS.batch_size,
+                npz_out=FLAGS.npz_out,
+                stats_out=FLAGS.stats_out,
+                progress=StageLines(),
+            )
+            lines.append(fidelity.table(measured))
+        if "scenes" in of_scenes:
             measured["scenes"] = evaluate_scenes(
                 model,
                 out,
@@ -243,7 +372,7 @@ def main(argv):
                 progress=StageLines(),
             )
             lines.append(scene_scores.table(measured["scenes"]))
-        if "retrieval" in FLAGS.metrics:
+        if "retrieval" in of_scenes:
             measured["retrieval"] = evaluate_retrieval(
                 model, config=config, image_size=image_size, seed=FLAGS.seed, batch_size=FLAGS.batch_size
             )
@@ -252,7 +381,7 @@ def main(argv):
                 f"retrieval among {found['n']}: image to text {found['image_to_text']:.3f}, "
                 f"text to image {found['text_to_image']:.3f}"
             )
-        if "zero_shot" in FLAGS.metrics:
+        if "zero_shot" in of_scenes:
             measured["zero_shot"] = evaluate_zero_shot(
                 model, config=config, image_size=image_size, seed=FLAGS.seed, batch_size=FLAGS.batch_size
             )
@@ -274,8 +403,16 @@ def main(argv):
 if __name__ == "__main__":
     define_sampling_flags()
     flags.DEFINE_string("out", "evaluation", "Where the report and the grids go.")
-    flags.DEFINE_list("metrics", list(METRICS), f"Which of {', '.join(METRICS)}.")
-    flags.DEFINE_integer("n", 128, "Captions to draw for `scenes`, in all.", lower_bound=4)
+    flags.DEFINE_list(
+        "metrics", None, f"Which of {', '.join((*METRICS, *fidelity.METRICS))}; default: what is at hand."
+    )
+    flags.DEFINE_string("images", None, "Pictures to measure: a folder, tar shards or an npz.")
+    flags.DEFINE_string("reference", None, "Pictures to compare with, or an npz of mu and sigma.")
+    flags.DEFINE_string("inception", None, "Weights that `dalle2_jax.convert inception` wrote.")
+    flags.DEFINE_string("preset", "ttur", f"Protocol of FID, one of {', '.join(presets.PRESETS)}.")
+    flags.DEFINE_string("npz_out", None, "Write the images as an npz for guided-diffusion's evaluator.")
+    flags.DEFINE_string("stats_out", None, "Write mean and covariance of the images' Inception features.")
+    flags.DEFINE_integer("n", 128, "Captions to draw, in all.", lower_bound=4)
     flags.DEFINE_multi_string("compare", None, "A way of drawing, such as 'guidance_scale=2'; once for each.")
     flags.DEFINE_integer("pictures", 4, "Pictures a caption for --compare.", lower_bound=2)
     flags.DEFINE_integer("seed", 0, "Seed of captions and pictures.", lower_bound=0)

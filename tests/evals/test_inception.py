@@ -8,8 +8,8 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from dalle2_jax import convert, modeldir
-from dalle2_jax.evals import inception
+from dalle2_jax import convert, modeldir, partition
+from dalle2_jax.evals import features, inception
 from dalle2_jax.formats import torch_legacy
 
 
@@ -46,8 +46,11 @@ def weights(torch, theirs, tmp_path_factory):
 
 
 def test_features_are_those_of_torch(torch, theirs, weights):
+    """On two devices, the second batch not full."""
     images = np.stack([inception.prepare(picture) for picture in pictures(3)])
-    ours = jax.device_get(jax.jit(inception.features)(weights.params, images))
+    mesh = partition.make_mesh(devices=jax.devices()[:2])
+    before, run = features.inception_extractor(weights, "ttur", 2, mesh)
+    ours = run([before(picture) for picture in pictures(3)])
     with torch.no_grad():
         expected = theirs(torch.tensor(images).permute(0, 3, 1, 2))
     shapes = {"pool": 2048, "spatial": 17 * 17 * 7, "logits": 1008, "logits_unbiased": 1008}

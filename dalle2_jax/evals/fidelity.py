@@ -1,0 +1,321 @@
+"""How near pictures are to a reference, and to their captions: one pass over the pictures, many numbers.
+
+Features of Inception (FID, sFID, KID, inception score, precision and recall, FID extrapolated) need the
+user's weights; those of a model's own CLIP are always there, and what is measured with them is named so:
+`clip_frechet` is no FID, `clip_mmd` is CMMD only in its formula. Each number is an entry
+
+    {value, standard_error, interval, n, n_reference, features, dimensions, preset, resize, weights_sha256}
+
+with a 95 % interval: value +- 1.96 standard errors as `distances` has them, or Wilson's for a share.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dalle2_jax import pipeline
+from dalle2_jax.data import scenes
+from dalle2_jax.evals import clip_scores, distances, inception
+from dalle2_jax.evals.distances import Moments
+from dalle2_jax.evals.features import BATCH_SIZE, clip_extractor, extract, inception_extractor
+from dalle2_jax.evals.picture_sets import PictureSet
+from dalle2_jax.evals.presets import PRESETS
+from dalle2_jax.evals.scene_scores import wilson
+
+FID_PICTURES = 2048  # below, a covariance of 2048 features is singular
+KID_SUBSET = 1000
+NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """features: what it reads. reference, captions: whether it needs them. what: in words."""
+
+    features: str
+    what: str
+    reference: bool = True
+    captions: bool = False
+
+
+METRICS = {
+    "fid": Metric("pool", "Frechet distance of Inception's features"),
+    "fid_small": Metric("pool", "the same of too few pictures to be called FID"),
+    "sfid": Metric("spatial", "Frechet distance of 17 x 17 x 7 positions of Inception's Mixed_6d"),
+    "kid": Metric("pool", "unbiased MMD^2 of Inception's features, cubic kernel, mean over subsets"),
+    "fid_infinity": Metric("pool", "FID extrapolated to infinitely many generated pictures"),
+    "precision_recall": Metric("pool", "neighbours of Inception's features; density and coverage too"),
+    "inception_score": Metric("logits_unbiased", "of Inception's labels, 10 splits", reference=False),
+    "clip_frechet": Metric("clip", "Frechet distance of the model's own CLIP embeddings"),
+    "clip_mmd": Metric("clip", "1000 times the biased MMD^2 of the model's own CLIP embeddings, sigma 10"),
+    "clip_precision_recall": Metric("clip", "neighbours of the model's own CLIP embeddings"),
+    "clip_score": Metric("clip", "cosine of CLIP embeddings of picture and caption", False, True),
+    "clip_r_precision": Metric("clip", "own caption the nearest of 100, by CLIP", False, True),
+}
+WITH_INCEPTION = ("fid", "kid", "precision_recall")
+WITH_CLIP = ("clip_frechet", "clip_mmd", "clip_precision_recall")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """A reference of which only means and covariances are known: features -> Moments; count None: unknown."""
+
+    name: str
+    moments: dict[str, Moments]
+    count: int | None
+    preset: str | None = None
+
+
+def read_stats(path: str | os.PathLike) -> Stats | None:
+    """The statistics in an npz of pytorch-fid, clean-fid, guided-diffusion or `write_stats`; None for others.
+
+    They are mu, sigma of the pool features, and mu_s, sigma_s of the spatial ones.
+    """
+    path = os.fspath(path)
+    if not (path.endswith(".npz") and os.path.isfile(path)):
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if "mu" not in stored.files:
+                return None
+            count = int(stored["n"]) if "n" in stored.files else None
+            preset = str(stored["preset"]) if "preset" in stored.files else None
+            found = {}
+            for features, suffix in (("pool", ""), ("spatial", "_s")):
+                if f"mu{suffix}" in stored.files:
+                    mean = np.asarray(stored[f"mu{suffix}"], np.float64)
+                    cov = np.asarray(stored[f"sigma{suffix}"], np.float64)
+                    if mean.ndim != 1 or cov.shape != (len(mean),) * 2:
+                        raise ValueError(f"mu{suffix} {list(mean.shape)} and sigma{suffix} {list(cov.shape)}")
+                    rows = count or 2  # where it is unknown, only mean and cov are used
+                    found[features] = Moments(rows, mean, cov * (rows - 1))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} does not hold statistics as numbers: {error}") from None
+    return Stats(os.path.basename(path), found, count, preset)
+
+
+def write_stats(path: str | os.PathLike, features: dict[str, np.ndarray], preset: str, sha256: str) -> None:
+    """Write what `read_stats` and pytorch-fid read, of the features of a set."""
+    arrays = {"preset": np.array(preset), "weights_sha256": np.array(sha256)}
+    for name, suffix in (("pool", ""), ("spatial", "_s")):
+        if name in features:
+            moments = Moments.of(features[name])
+            arrays |= {
+                f"mu{suffix}": moments.mean,
+                f"sigma{suffix}": moments.cov,
+                "n": np.array(moments.count),
+            }
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def check(
+    metrics: Sequence[str],
+    images: PictureSet,
+    reference: PictureSet | Stats | None,
+    *,
+    preset: str,
+    with_inception: bool,
+) -> None:
+    """Raise ValueError, with one sentence, for what cannot be measured; nothing is read for that."""
+    scenes.check_choice(preset, tuple(PRESETS), "preset")
+    for name in metrics:
+        scenes.check_choice(name, tuple(METRICS), "metric of pictures")
+        metric = METRICS[name]
+        if metric.features != "clip" and not with_inception:
+            raise ValueError(
+                f"{name} needs the weights of Inception: give --inception=FILE (see docs/evaluation.md), or "
+                f"measure {', '.join(WITH_CLIP)} with the model's own CLIP"
+            )
+        if metric.reference and reference is None:
+            raise ValueError(f"{name} needs pictures to compare with: give --reference")
+        if metric.captions:
+            images.captions()
+        if metric.reference and isinstance(reference, Stats):
+            if name not in ("fid", "fid_small", "sfid", "fid_infinity"):
+                raise ValueError(
+                    f"{name} needs the pictures of the reference, {reference.name} has statistics"
+                )
+            if metric.features not in reference.moments:
+                raise ValueError(f"{reference.name} has no mu_s and sigma_s, which {name} needs")
+            if reference.preset not in (None, preset):
+                raise ValueError(f"{reference.name} is of preset {reference.preset!r}, not {preset!r}")
+        counts = [images.count, reference.count] if metric.reference else [images.count]
+        fewest = min(count for count in counts if count is not None)
+        if name in ("fid", "sfid") and fewest < FID_PICTURES:
+            raise ValueError(
+                f"{name} of {fewest} pictures would not be FID: of fewer than {FID_PICTURES} the covariance "
+                "is singular and the number says how few they are; give more, or measure fid_small or kid"
+            )
+        if name == "kid" and fewest < KID_SUBSET:
+            raise ValueError(f"kid is a mean over subsets of {KID_SUBSET} pictures, there are {fewest}")
+        if name == "fid_infinity" and images.count // 10 < FID_PICTURES + 1:
+            raise ValueError(
+                f"fid_infinity needs more than {10 * FID_PICTURES} pictures, there are {images.count}"
+            )
+        if "precision_recall" in name and fewest <= DENSITY_NEIGHBOURS or fewest < 2:
+            raise ValueError(f"{name} needs more than {fewest} pictures")
+
+
+def measure(
+    images: PictureSet,
+    reference: PictureSet | Stats | None,
+    metrics: Sequence[str],
+    *,
+    weights: inception.Weights | None = None,
+    model: pipeline.UnCLIP | None = None,
+    preset: str = "ttur",
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+    stats_out: str | os.PathLike | None = None,
+) -> dict[str, dict]:
+    """Entries by name, as the module says, of `metrics` (names in METRICS).
+
+    Args:
+      weights: of Inception, for metrics that read it. model: whose CLIP the others read.
+      preset: one of `presets.PRESETS`; CLIP's metrics have their own way with pictures.
+      seed: of the captions that R-precision looks among, and of the subsets of fid_infinity.
+      progress: called with the name of a set, pictures done, pictures in all.
+      stats_out: an npz for the mean and covariance of the images' Inception features.
+
+    Raises ValueError, before anything is read, for what cannot be measured.
+    """
+    check(metrics, images, reference, preset=preset, with_inception=weights is not None)
+    wanted = {METRICS[name].features for name in metrics}
+    if "clip" in wanted and model is None:
+        raise ValueError("metrics of CLIP need a model directory, whose CLIP they read")
+    if stats_out:
+        if weights is None:
+            raise ValueError("statistics are of Inception's features: give --inception=FILE")
+        wanted |= {"pool", "spatial"}
+    size = batch_size or BATCH_SIZE
+    extractors = {}
+    if wanted - {"clip"}:
+        extractors["inception"] = inception_extractor(weights, preset, size)
+    if "clip" in wanted:
+        extractors["clip"] = clip_extractor(model, size)
+
+    def features_of(pictures: PictureSet, names: set[str]) -> dict[str, np.ndarray]:
+        needed = [extractors[family] for family in sorted({_family(name) for name in names})]
+        told = None if progress is None else functools.partial(progress, pictures.name)
+        return extract(pictures, needed, names, size, told)
+
+    x = features_of(images, wanted)
+    if isinstance(reference, Stats):
+        y = reference.moments
+    else:
+        compared = {METRICS[name].features for name in metrics if METRICS[name].reference}
+        y = features_of(reference, compared) if compared else {}
+    if stats_out:
+        write_stats(stats_out, x, preset, weights.sha256)
+    said = {"inception": weights and _said_of_inception(weights, preset)}
+    said["clip"] = model and _said_of_clip(model)
+    results = {}
+    for name in metrics:
+        features = METRICS[name].features
+        common = {"what": METRICS[name].what, "dimensions": x[features].shape[1], **said[_family(features)]}
+        if METRICS[name].reference:
+            common |= {"reference": reference.name, "n_reference": reference.count}
+        for key, entry in _numbers(name, x[features], y.get(features), images, model, seed, size).items():
+            results[key] = entry | {"n": images.count, "images": images.name} | common
+    return results
+
+
+def _family(features: str) -> str:
+    """Which network gives these features."""
+    return "clip" if features == "clip" else "inception"
+
+
+def _said_of_inception(weights: inception.Weights, preset: str) -> dict:
+    chosen = PRESETS[preset]
+    return {
+        "features": inception.NETWORK,
+        "preset": preset,
+        "resize": f"{chosen.what}; then {inception.RULES[chosen.rule].what} to 299 x 299",
+        "weights_sha256": weights.sha256,
+        "source_sha256": weights.source_sha256,
+    }
+
+
+def _said_of_clip(model: pipeline.UnCLIP) -> dict:
+    size = model.cascade.stage("clip").image_size
+    return {
+        "features": f"CLIP of the model {model.name}",
+        "resize": f"shorter side bicubic to {size}, central square",
+        "weights_sha256": model.cascade.weights_sha256("clip"),
+    }
+
+
+def _entry(value: float, error: float | None, **more) -> dict:
+    interval = None if error is None else [value - 1.96 * error, value + 1.96 * error]
+    return {"value": value, "standard_error": error, "interval": interval} | more
+
+
+def _share(value: float, count: int, **more) -> dict:
+    return {
+        "value": value,
+        "standard_error": None,
+        "interval": list(wilson(round(value * count), count)),
+    } | more
+
+
+def _numbers(name, x, target, images, model, seed, batch_size) -> dict[str, dict]:
+    """The entries of one metric of features x, of the target's features or Moments."""
+    if name in ("fid", "fid_small", "sfid", "clip_frechet"):
+        if isinstance(target, Moments):
+            return {name: _entry(distances.frechet_distance(Moments.of(x), target), None)}
+        return {name: _entry(*distances.frechet_with_error(x, target))}
+    if name == "fid_infinity":
+        known = target if isinstance(target, Moments) else Moments.of(target)
+        return {name: _entry(*distances.frechet_infinity(x, known, seed=seed))}
+    if name == "kid":
+        value, spread = distances.kid(x, target, subset_size=KID_SUBSET)
+        _, error = distances.mmd(x, target, distances.cubic_kernel)
+        return {name: _entry(value, error, spread_of_subsets=spread, subset_size=KID_SUBSET)}
+    if name == "clip_mmd":
+        return {name: _entry(*distances.cmmd(x, target))}
+    if name == "inception_score":
+        value, spread = distances.inception_score(x)
+        return {name: _entry(value, spread / np.sqrt(10), spread_of_splits=spread)}
+    if name in ("precision_recall", "clip_precision_recall"):
+        prefix = name.removesuffix("precision_recall")
+        near = distances.neighbourhoods(x, target, NEIGHBOURS)
+        wide = distances.neighbourhoods(x, target, DENSITY_NEIGHBOURS)
+        return {
+            f"{prefix}precision": _share(near["precision"], len(x), neighbours=NEIGHBOURS),
+            f"{prefix}recall": _share(near["recall"], len(target), neighbours=NEIGHBOURS),
+            f"{prefix}density": _entry(wide["density"], None, neighbours=DENSITY_NEIGHBOURS),
+            f"{prefix}coverage": _share(wide["coverage"], len(target), neighbours=DENSITY_NEIGHBOURS),
+        }
+    captions = images.captions()
+    (texts, _), _ = model.encode_text(captions, batch_size)
+    if name == "clip_r_precision":
+        candidates = min(100, len(set(captions)))
+        right, count = clip_scores.r_precision(x, texts, captions, candidates, seed)
+        return {name: _share(right / count, count, candidates=candidates)}
+    (prefixed, _), _ = model.encode_text([clip_scores.PREFIX + caption for caption in captions], batch_size)
+    found = {}
+    for convention in clip_scores.CONVENTIONS:
+        cosine = clip_scores.cosines(x, prefixed if convention == "hessel" else texts)
+        value, error = clip_scores.clip_score(cosine, convention)
+        found[f"clip_score_{convention}"] = _entry(value, error, convention=convention)
+    return found
+
+
+def table(results: dict[str, dict]) -> str:
+    """The entries as lines of text."""
+    lines = [f"{'':26}{'value':>11}   {'95 %':24}{'N':>7} {'reference':>9}  features"]
+    for name, entry in results.items():
+        interval = entry["interval"]
+        shown = "" if interval is None else f"{interval[0]:.4g} .. {interval[1]:.4g}"
+        if "n_reference" in entry:
+            against = "unknown" if entry["n_reference"] is None else str(entry["n_reference"])
+        else:
+            against = "-"
+        lines.append(
+            f"{name:26}{entry['value']:>11.4f}   {shown:24}{entry['n']:>7} {against:>9}  {entry['features']}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,159 @@
+"""Pictures from folders, shards, npz files and scenes; npz out; the protocols' squares."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle2_jax.data import scenes
+from dalle2_jax.evals import picture_sets, presets
+from tests.data.shards_for_tests import colour_of, flat_png, noise_picture, write_tar
+
+
+def colours(pictures):
+    return [tuple(item.picture()[0, 0].tolist()) for item in pictures.items()]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five pictures, one in a folder below, and their captions."""
+    (tmp_path / "set" / "below").mkdir(parents=True)
+    for number in range(5):
+        file = tmp_path / "set" / ("below" if number == 4 else "") / f"{number}.png"
+        file.write_bytes(flat_png(number))
+        file.with_suffix(".txt").write_text(f"\n picture {number} \nanother line\n")
+    (tmp_path / "set" / ".hidden.png").write_bytes(b"no")
+    return tmp_path / "set"
+
+
+def test_a_folder(folder):
+    found = picture_sets.open_pictures(folder)
+    assert (found.name, found.kind, found.count) == ("set", "folder", 5)
+    assert sorted(colours(found)) == sorted(colour_of(number) for number in range(5))
+    assert sorted(found.captions()) == [f"picture {number}" for number in range(5)]
+    assert colours(found) == colours(found)  # again from the start
+    pairs = zip(found.captions(), colours(found), strict=True)
+    assert all(colour == colour_of(int(text.split()[1])) for text, colour in pairs)
+    (folder / "2.txt").unlink()
+    with pytest.raises(ValueError, match="not every picture of set has a caption"):
+        picture_sets.open_pictures(folder).captions()
+
+
+def test_a_folder_of_generate(folder):
+    listed = [{"file": f"{number}.png", "caption": f"drawn {number}"} for number in (2, 0)]
+    (folder / "generate.json").write_text(json.dumps({"pictures": listed, "grid": "grid.png"}))
+    found = picture_sets.open_pictures(folder)
+    assert found.captions() == ["drawn 2", "drawn 0"] and colours(found) == [colour_of(2), colour_of(0)]
+    for name, message in (("../x.png", "outside its folder"), ("7.png", "not there")):
+        (folder / "generate.json").write_text(json.dumps({"pictures": [{"file": name}]}))
+        with pytest.raises(ValueError, match=message):
+            picture_sets.open_pictures(folder)
+    (folder / "generate.json").write_text("[1]")
+    with pytest.raises(ValueError, match="not as dalle2_jax.generate writes it"):
+        picture_sets.open_pictures(folder)
+
+
+def test_shards(tmp_path):
+    members = [(f"{number:03d}.png", flat_png(number)) for number in range(4)]
+    members += [(f"{number:03d}.txt", b"picture %d" % number) for number in range(4)]
+    write_tar(tmp_path / "a.tar", [*members, ("9.txt", b"no picture")])
+    for path in (tmp_path / "a.tar", tmp_path, tmp_path / "*.tar"):
+        found = picture_sets.open_pictures(path)
+        assert found.kind == "tar" and colours(found) == [colour_of(number) for number in range(4)]
+        assert found.captions() == [f"picture {number}" for number in range(4)]
+        assert found.refused == {"no_image": 1}
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_files(tmp_path, save):
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), np.uint8)
+    save(tmp_path / "x.npz", images)
+    found = picture_sets.open_pictures(tmp_path / "x.npz")
+    assert (found.kind, found.count, found.texts) == ("npz", 5, ())
+    np.testing.assert_array_equal([item.picture() for item in found.items()], images)
+    picture_sets.write_npz(found, tmp_path / "y.npz")
+    with np.load(tmp_path / "y.npz", allow_pickle=False) as stored:
+        np.testing.assert_array_equal(stored["arr_0"], images)
+
+
+def test_npz_files_that_are_refused(tmp_path):
+    for name, arrays, message in (
+        ("objects", {"arr_0": np.array([{}])}, r"must be uint8 \[N, H, W, 3\]"),
+        ("floats", {"arr_0": np.zeros((2, 4, 4, 3))}, r"not float64 \[2, 4, 4, 3\]"),
+        ("other", {"mu": np.zeros(3)}, "has no array arr_0"),
+    ):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(ValueError, match=message):
+            picture_sets.open_pictures(tmp_path / f"{name}.npz")
+    (tmp_path / "cut.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="has no array arr_0"):
+        picture_sets.open_pictures(tmp_path / "cut.npz")
+
+
+def test_what_is_no_set_of_pictures(tmp_path):
+    with pytest.raises(ValueError, match="holds no pictures"):
+        picture_sets.open_pictures(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        picture_sets.open_pictures(tmp_path / "nowhere")
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(ValueError, match="neither a folder of pictures nor"):
+        picture_sets.open_pictures(tmp_path / "x.txt")
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="bad.png cannot be read as a picture"):
+        colours(picture_sets.open_pictures(tmp_path))
+
+
+def test_pictures_of_two_sizes_are_no_npz(tmp_path):
+    (tmp_path / "a.png").write_bytes(flat_png(0))
+    (tmp_path / "b.png").write_bytes(flat_png(1, (9, 8)))
+    found = picture_sets.open_pictures(tmp_path)
+    with pytest.raises(ValueError, match="b.png is 9x8, the first picture 8x8"):
+        picture_sets.write_npz(found, tmp_path / "x.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+    picture_sets.write_npz(picture_sets.mapped(found, lambda picture: picture[:8, :8]), tmp_path / "x.npz")
+    assert picture_sets.open_pictures(tmp_path / "x.npz").count == 2
+
+
+def test_scenes_are_unseen_and_repeatable():
+    config = scenes.preset("quickstart")
+    found = picture_sets.scene_pictures(config, 32, 6, seed=1)
+    images = [item.picture() for item in found.items()]
+    assert found.count == len(found.captions()) == 6 and images[0].shape == (32, 32, 3)
+    np.testing.assert_array_equal(images, [item.picture() for item in found.items()])
+    expected = scenes.render(scenes.sample_scene(config, "test_relations", 1, 1), 32)
+    np.testing.assert_array_equal(images[5], expected)
+    assert found.captions() != picture_sets.scene_pictures(config, 32, 6, seed=2).captions()
+
+
+# Protocols
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_protocols_make_their_size(name):
+    picture = np.asarray(noise_picture((640, 480)))
+    side = {"t2ibench": 299, "mlperf": 512}.get(name, 256)
+    made = presets.PRESETS[name].square(picture)
+    if name in ("ttur", "clean", "pytorch_fid"):
+        assert made is picture
+    else:
+        assert made.shape == (side, side, 3) and made.dtype == np.uint8
+        np.testing.assert_array_equal(presets.PRESETS[name].square(made), made)  # a drawn one stays
+
+
+def test_protocols_differ_where_they_say():
+    """In a picture whose left and right quarters are black only the squashed one keeps them."""
+    picture = np.full((480, 960, 3), 255, np.uint8)
+    picture[:, :200] = picture[:, -200:] = 0
+    edge = {name: int(preset.square(picture)[100, 2, 0]) for name, preset in presets.PRESETS.items()}
+    assert edge["mlperf"] == 0 and all(
+        edge[n] == 255 for n in ("imagen", "openai", "karlo", "gigagan", "t2ibench")
+    )
+    noise = np.asarray(noise_picture((600, 600)))
+    made = {
+        name: presets.PRESETS[name].square(noise).astype(float) for name in ("imagen", "openai", "gigagan")
+    }
+    assert np.abs(made["imagen"] - made["openai"]).mean() > 1
+    assert np.abs(made["imagen"] - made["gigagan"]).mean() > 1
+    central = Image.fromarray(picture).crop((240, 0, 720, 480)).resize((256, 256), Image.BICUBIC)
+    np.testing.assert_array_equal(presets.PRESETS["imagen"].square(picture), np.asarray(central))
