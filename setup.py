@@ -48,7 +48,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.19"],
     "test": ["packaging>=24", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.17"],
     # the torch networks that the tests compare with; without them those tests say that they were skipped
-    "oracle": ["diffusers>=0.35", "torch==2.13.0", "transformers>=4.46,<6"],
+    "oracle": ["diffusers>=0.35", "torch==2.13.0", "torchmetrics>=1.6", "transformers>=4.46,<6"],
 }
 EXTRAS["dev"] = sorted({need for name in ("train", "eval", "test", "oracle") for need in EXTRAS[name]})
 
