@@ -36,9 +36,11 @@ from etils import epath
 from dalle2_jax import metrics, partition, pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.evals import (
+    aesthetic,
     comparison,
     fidelity,
     inception,
+    page,
     picture_sets,
     presets,
     retrieval,
@@ -228,6 +230,7 @@ def measure_pictures(
     batch_size: int | None = None,
     npz_out: str | None = None,
     stats_out: str | None = None,
+    aesthetic_file: str | None = None,
     progress=None,
 ) -> dict[str, dict]:
     """The entries of `fidelity.measure` for pictures at `images`, or drawn by the model, against `reference`.
@@ -239,6 +242,7 @@ def measure_pictures(
     """
     scenes.check_choice(preset, tuple(presets.PRESETS), "preset")
     weights = inception.load(inception_file) if inception_file else None
+    head = aesthetic.load(aesthetic_file) if aesthetic_file else None
     if names is None:
         names = fidelity.WITH_CLIP if weights is None else fidelity.WITH_INCEPTION
     target = None
@@ -268,6 +272,10 @@ def measure_pictures(
             batch_size=batch_size,
             progress=progress,
         )
+    for shown, name in ((pictures, "images"), (target, "reference")):
+        if isinstance(shown, picture_sets.PictureSet):
+            grid = metrics.labelled_grid(*picture_sets.samples(shown, GRID_PICTURES))
+            metrics.save_png(epath.Path(out) / f"samples_{name}.png", grid, {"set": shown.name})
     if npz_out:
         picture_sets.write_npz(picture_sets.mapped(pictures, presets.PRESETS[preset].square), npz_out)
     return fidelity.measure(
@@ -281,6 +289,7 @@ def measure_pictures(
         seed=seed,
         progress=PassLines(),
         stats_out=stats_out,
+        aesthetic_head=head,
     )
 
 
@@ -320,6 +329,10 @@ def main(argv):
             )
             print(comparison.table(rows))
             print(f"wrote {epath.Path(FLAGS.out) / 'comparison.json'}, comparison.md and comparison.png")
+            if FLAGS.report:
+                report = {"rows": [dataclasses.asdict(row) for row in rows]}
+                found = sorted(epath.Path(FLAGS.out).glob("comparison*.png"))
+                page.write(FLAGS.report, "Ways of drawing", comparison.table(rows), found, report)
             return
         asked = FLAGS.metrics or ([] if FLAGS.images or FLAGS.reference or FLAGS.inception else METRICS)
         for name in asked:
@@ -357,6 +370,7 @@ def main(argv):
                 batch_size=FLAGS.batch_size,
                 npz_out=FLAGS.npz_out,
                 stats_out=FLAGS.stats_out,
+                aesthetic_file=FLAGS.aesthetic,
                 progress=StageLines(),
             )
             lines.append(fidelity.table(measured))
@@ -396,6 +410,10 @@ def main(argv):
     report |= {"seed": FLAGS.seed, "seconds": round(time.monotonic() - began, 1)}
     (out / "report.json").write_text(json.dumps(measured | report, indent=2, ensure_ascii=False) + "\n")
     (out / "report.txt").write_text("\n".join(lines) + "\n")
+    if FLAGS.report:
+        found = [path for kind in ("samples", *of_scenes) for path in sorted(out.glob(f"{kind}_*.png"))]
+        numbers = {name: entry for name, entry in measured.items() if name not in METRICS}
+        page.write(FLAGS.report, model.name, "\n".join(lines), found, measured | report, numbers)
     print("\n".join(lines))
     print(f"wrote {out / 'report.json'}, the table in report.txt")
 
@@ -409,7 +427,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("images", None, "Pictures to measure: a folder, tar shards or an npz.")
     flags.DEFINE_string("reference", None, "Pictures to compare with, or an npz of mu and sigma.")
     flags.DEFINE_string("inception", None, "Weights that `dalle2_jax.convert inception` wrote.")
+    flags.DEFINE_string("aesthetic", None, "Weights of LAION's aesthetic head, for CLIP ViT-L/14.")
     flags.DEFINE_string("preset", "ttur", f"Protocol of FID, one of {', '.join(presets.PRESETS)}.")
+    flags.DEFINE_string("report", None, "Write one self-contained HTML page of numbers and pictures.")
     flags.DEFINE_string("npz_out", None, "Write the images as an npz for guided-diffusion's evaluator.")
     flags.DEFINE_string("stats_out", None, "Write mean and covariance of the images' Inception features.")
     flags.DEFINE_integer("n", 128, "Captions to draw, in all.", lower_bound=4)

@@ -185,6 +185,14 @@ TRAPS = (
         'jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)',
         'params["logit_scale"]',
     ),
+    Trap(
+        20,
+        "shards of features are averaged as though they had one mean",
+        "tests/evals/test_distances.py::test_frechet_distance_is_right",
+        "dalle2_jax/evals/distances.py",
+        "return Moments(count, mean, self.scatter + other.scatter + between)",
+        "return Moments(count, mean, self.scatter + other.scatter)",
+    ),
 )
 
 

@@ -199,16 +199,17 @@ def mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool = False) -> t
     x, y = _pair(x, y)
     if min(len(x), len(y)) < 2:
         raise ValueError("a discrepancy needs 2 or more pictures on either side")
-    means = {}  # of the kernel between a row and all rows of a set
-    own = {}  # of the rows with themselves
-    for name, rows, others in (("xx", x, x), ("xy", x, y), ("yx", y, x), ("yy", y, y)):
-        means[name] = np.concatenate([kernel(part, others).mean(axis=1) for part in _chunks(rows)])
-        if rows is others and not biased:
-            parts = [kernel(part, part).diagonal() for part in _chunks(rows)]
-            own[name] = np.concatenate(parts)
-    for name in () if biased else ("xx", "yy"):
-        count = len(means[name])
-        means[name] = (means[name] * count - own[name]) / (count - 1)
+    means = {"xy": [], "yx": np.zeros(len(y))}  # of the kernel between a row and all rows of a set
+    for rows in _chunks(x):
+        gram = kernel(rows, y)
+        means["xy"].append(gram.mean(axis=1))
+        means["yx"] += gram.sum(axis=0) / len(x)
+    means["xy"] = np.concatenate(means["xy"])
+    for name, rows in (("xx", x), ("yy", y)):
+        means[name] = np.concatenate([kernel(part, rows).mean(axis=1) for part in _chunks(rows)])
+        if not biased:
+            own = np.concatenate([kernel(part, part).diagonal() for part in _chunks(rows)])
+            means[name] = (means[name] * len(rows) - own) / (len(rows) - 1)
     value = means["xx"].mean() + means["yy"].mean() - 2 * means["xy"].mean()
     influence = 2 * (means["xx"] - means["xy"]), 2 * (means["yy"] - means["yx"])
     error = sum(each.var(ddof=1) / len(each) for each in influence)

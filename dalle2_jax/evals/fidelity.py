@@ -18,7 +18,7 @@ import numpy as np
 
 from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
-from dalle2_jax.evals import clip_scores, distances, inception
+from dalle2_jax.evals import aesthetic, clip_scores, distances, inception
 from dalle2_jax.evals.distances import Moments
 from dalle2_jax.evals.features import BATCH_SIZE, clip_extractor, extract, inception_extractor
 from dalle2_jax.evals.picture_sets import PictureSet
@@ -53,6 +53,7 @@ METRICS = {
     "clip_precision_recall": Metric("clip", "neighbours of the model's own CLIP embeddings"),
     "clip_score": Metric("clip", "cosine of CLIP embeddings of picture and caption", False, True),
     "clip_r_precision": Metric("clip", "own caption the nearest of 100, by CLIP", False, True),
+    "aesthetic": Metric("clip", "LAION's head on CLIP's image embeddings, mean", False),
 }
 WITH_INCEPTION = ("fid", "kid", "precision_recall")
 WITH_CLIP = ("clip_frechet", "clip_mmd", "clip_precision_recall")
@@ -171,6 +172,7 @@ def measure(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
     stats_out: str | os.PathLike | None = None,
+    aesthetic_head: tuple | None = None,
 ) -> dict[str, dict]:
     """Entries by name, as the module says, of `metrics` (names in METRICS).
 
@@ -179,6 +181,7 @@ def measure(
       preset: one of `presets.PRESETS`; CLIP's metrics have their own way with pictures.
       seed: of the captions that R-precision looks among, and of the subsets of fid_infinity.
       progress: called with the name of a set, pictures done, pictures in all.
+      aesthetic_head: what `aesthetic.load` gave, for 'aesthetic'.
       stats_out: an npz for the mean and covariance of the images' Inception features.
 
     Raises ValueError, before anything is read, for what cannot be measured.
@@ -187,6 +190,11 @@ def measure(
     wanted = {METRICS[name].features for name in metrics}
     if "clip" in wanted and model is None:
         raise ValueError("metrics of CLIP need a model directory, whose CLIP they read")
+    if "aesthetic" in metrics:
+        if aesthetic_head is None:
+            raise ValueError("aesthetic needs the weights of its head: give --aesthetic=FILE")
+        width = model.cascade.stage("clip").embed_dim
+        aesthetic.score(np.ones((1, width)), *aesthetic_head[:2])  # an error now, not after an hour
     if stats_out:
         if weights is None:
             raise ValueError("statistics are of Inception's features: give --inception=FILE")
@@ -219,7 +227,9 @@ def measure(
         common = {"what": METRICS[name].what, "dimensions": x[features].shape[1], **said[_family(features)]}
         if METRICS[name].reference:
             common |= {"reference": reference.name, "n_reference": reference.count}
-        for key, entry in _numbers(name, x[features], y.get(features), images, model, seed, size).items():
+        for key, entry in _numbers(
+            name, x[features], y.get(features), images, model, aesthetic_head, seed, size
+        ).items():
             results[key] = entry | {"n": images.count, "images": images.name} | common
     return results
 
@@ -250,19 +260,17 @@ def _said_of_clip(model: pipeline.UnCLIP) -> dict:
 
 
 def _entry(value: float, error: float | None, **more) -> dict:
+    value, error = float(value), None if error is None else float(error)
     interval = None if error is None else [value - 1.96 * error, value + 1.96 * error]
     return {"value": value, "standard_error": error, "interval": interval} | more
 
 
 def _share(value: float, count: int, **more) -> dict:
-    return {
-        "value": value,
-        "standard_error": None,
-        "interval": list(wilson(round(value * count), count)),
-    } | more
+    interval = list(wilson(round(value * count), count))
+    return {"value": value, "standard_error": None, "interval": interval, "share": True} | more
 
 
-def _numbers(name, x, target, images, model, seed, batch_size) -> dict[str, dict]:
+def _numbers(name, x, target, images, model, head, seed, batch_size) -> dict[str, dict]:
     """The entries of one metric of features x, of the target's features or Moments."""
     if name in ("fid", "fid_small", "sfid", "clip_frechet"):
         if isinstance(target, Moments):
@@ -290,6 +298,9 @@ def _numbers(name, x, target, images, model, seed, batch_size) -> dict[str, dict
             f"{prefix}density": _entry(wide["density"], None, neighbours=DENSITY_NEIGHBOURS),
             f"{prefix}coverage": _share(wide["coverage"], len(target), neighbours=DENSITY_NEIGHBOURS),
         }
+    if name == "aesthetic":
+        scores = aesthetic.score(x, *head[:2])
+        return {name: _entry(scores.mean(), scores.std(ddof=1) / np.sqrt(len(x)), head_sha256=head[2])}
     captions = images.captions()
     (texts, _), _ = model.encode_text(captions, batch_size)
     if name == "clip_r_precision":

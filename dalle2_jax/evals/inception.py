@@ -85,11 +85,9 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, any_checksum: boo
       FileNotFoundError: there is no such file.
       ValueError: it is not the file whose sha256 is known (unless `any_checksum`), or not these weights.
     """
-    import zipfile
-
     import safetensors.numpy
 
-    from dalle2_jax.formats import torch_archive, torch_legacy
+    from dalle2_jax.formats import torch_legacy
 
     if not os.path.isfile(source):
         raise FileNotFoundError(f"there is no file {source}")
@@ -99,12 +97,7 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, any_checksum: boo
             f"{source} has the sha256 {checksum}, not {SHA256}: it is another file, or damaged; with "
             "--any_checksum it is taken all the same, and FID of it is no one else's FID"
         )
-    if zipfile.is_zipfile(source):
-        archive = torch_archive.TorchArchive(source)
-        tensors = {name: archive.read(name) for name in archive.tensors}
-    else:
-        tensors = torch_legacy.read_legacy(source)
-    params = from_state_dict(tensors)
+    params = from_state_dict(torch_legacy.read_state_dict(source))
     metadata = {"format": "np", "network": NETWORK, "source_sha256": checksum}
     partial = f"{out}.{os.getpid()}.partial"
     safetensors.numpy.save_file(params, partial, metadata=metadata)

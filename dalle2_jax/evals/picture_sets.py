@@ -11,6 +11,7 @@ A picture that cannot be read is an error: a number of fewer pictures is another
 import contextlib
 import dataclasses
 import glob
+import itertools
 import json
 import os
 import zipfile
@@ -21,6 +22,7 @@ import numpy as np
 
 from dalle2_jax import grid
 from dalle2_jax.data import records, scenes, shards, transforms
+from dalle2_jax.pictures import square_picture
 
 MAX_CAPTION_BYTES = 1 << 16
 DRAWN_AT_A_TIME = 64  # pictures, before they are written
@@ -199,6 +201,15 @@ def scene_pictures(config: scenes.SceneConfig, image_size: int, count: int, seed
     words = np.random.default_rng(seed).integers(1 << 30, size=count)
     texts = tuple(scenes.caption(scene(i), index=int(word)) for i, word in enumerate(words))
     return PictureSet(f"{config.name}_{image_size}", "scenes", count, items, texts)
+
+
+def samples(pictures: PictureSet, count: int, max_size: int = 256) -> tuple[np.ndarray, list[str]]:
+    """(squares uint8 [n, side, side, 3], captions or names) of the first pictures, at most `count`."""
+    first = list(itertools.islice(pictures.items(), count))
+    images = [item.picture() for item in first]
+    side = min(max_size, max(min(image.shape[:2]) for image in images))
+    labels = pictures.texts[: len(first)] or [item.key for item in first]
+    return np.stack([square_picture(image, side) for image in images]), list(labels)
 
 
 def write_npz(pictures: PictureSet, path: str | os.PathLike) -> None:

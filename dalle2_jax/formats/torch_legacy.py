@@ -9,9 +9,17 @@ import os
 
 import numpy as np
 
-from dalle2_jax.formats.torch_archive import Opaque, StoredTensor, walk
+from dalle2_jax.formats.torch_archive import Opaque, StoredTensor, TorchArchive, is_archive, walk
 
 MAGIC, LAYOUT = 0x1950A86A20F9469CFC6C, 1001
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """{dotted name: array} of a file of torch, new layout or old. Raises ValueError for another file."""
+    if not is_archive(path):
+        return read_legacy(path)
+    archive = TorchArchive(path)
+    return {name: archive.read(name) for name in archive.tensors}
 
 
 def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dalle2_jax import evaluate, partition, pipeline
-from dalle2_jax.evals import clip_scores, distances, features, fidelity, inception
+from dalle2_jax.evals import aesthetic, clip_scores, distances, features, fidelity, inception
 from dalle2_jax.evals.distances import Moments
 from dalle2_jax.evals.picture_sets import Item, PictureSet
 from tests.tiny_model import make_model
@@ -194,6 +194,32 @@ def test_the_same_caption_is_no_distractor():
     assert clip_scores.r_precision(text, text, ["a", "a", "b", "c"], 3) == (4, 4)
 
 
+def test_the_aesthetic_head_is_that_of_torch(tmp_path):
+    torch = pytest.importorskip("torch", reason="the comparison needs torch")
+    sides = [(12, 8), (8, 4), (4, 1)]
+    torch.manual_seed(0)
+    layers = [part for side in sides for part in (torch.nn.Linear(*side), torch.nn.Dropout(0.2))]
+    head = torch.nn.ModuleDict({"layers": torch.nn.Sequential(*layers[:-1])}).eval()
+    x = np.random.default_rng(0).normal(size=(5, 12))
+    for new in (True, False):
+        torch.save(head.state_dict(), tmp_path / "head.pth", _use_new_zipfile_serialization=new)
+        weight, bias, checksum = aesthetic.load(tmp_path / "head.pth")
+        found = aesthetic.score(3 * x, weight, bias)
+        with torch.no_grad():
+            unit = torch.nn.functional.normalize(torch.tensor(x, dtype=torch.float32))
+            expected = head["layers"](unit)[:, 0].numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert len(checksum) == 64 and found.std() > 0.01
+    with pytest.raises(ValueError, match="of 12 entries, this model's have 5"):
+        aesthetic.score(x[:, :5], weight, bias)
+    torch.save({"layers.0.weight": torch.zeros(2, 3), "layers.0.bias": torch.zeros(2)}, tmp_path / "two.pth")
+    with pytest.raises(ValueError, match="ends in 2 numbers"):
+        aesthetic.load(tmp_path / "two.pth")
+    torch.save({"fc.weight": torch.zeros(2, 3)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="no head of an aesthetic score"):
+        aesthetic.load(tmp_path / "other.pth")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return pipeline.UnCLIP.load(make_model(tmp_path_factory.mktemp("tiny")))
@@ -205,12 +231,18 @@ def test_numbers_of_a_models_own_clip(model):
     ]
     x, y = made_set(9, 0, texts=texts), made_set(11, 1)
     names = [name for name, metric in fidelity.METRICS.items() if metric.features == "clip"]
-    found = fidelity.measure(x, y, names, model=model, batch_size=8)
+    width = model.cascade.stage("clip").embed_dim
+    weight = np.arange(width) / width
+    found = fidelity.measure(x, y, names, model=model, batch_size=8, aesthetic_head=(weight, 5.0, "cc"))
     embeds = [model.encode_image([item.picture() for item in part.items()]) for part in (x, y)]
     assert found["clip_frechet"]["value"] == pytest.approx(
         distances.frechet_distance(*map(Moments.of, embeds)), rel=1e-3, abs=1e-6
     )
     (words, _), _ = model.encode_text(texts)
+    assert found["aesthetic"]["value"] == pytest.approx((embeds[0] @ weight).mean() + 5, abs=1e-4)
+    assert found["aesthetic"]["head_sha256"] == "cc" and "n_reference" not in found["aesthetic"]
+    with pytest.raises(ValueError, match=f"of 3 entries, this model's have {width}"):
+        fidelity.measure(x, None, ["aesthetic"], model=model, aesthetic_head=(weight[:3], 5.0, "cc"))
     raw = (embeds[0] * words).sum(axis=1).mean()
     assert found["clip_score_raw"]["value"] == pytest.approx(raw, abs=1e-5)
     assert found["clip_score_torchmetrics"]["value"] == pytest.approx(max(0, 100 * raw), abs=1e-3)
