@@ -242,7 +242,11 @@ def measure_pictures(
     """
     scenes.check_choice(preset, tuple(presets.PRESETS), "preset")
     weights = inception.load(inception_file) if inception_file else None
-    head = aesthetic.load(aesthetic_file) if aesthetic_file else None
+    width = model.cascade.stage("clip").embed_dim
+    head = aesthetic.load(aesthetic_file, width) if aesthetic_file else None
+    given = dict(preset=preset, with_inception=weights is not None, with_head=head is not None)
+    if stats_out and weights is None:
+        raise ValueError("--stats_out is of Inception's features: give --inception=FILE")
     if names is None:
         names = fidelity.WITH_CLIP if weights is None else fidelity.WITH_INCEPTION
     target = None
@@ -253,7 +257,7 @@ def measure_pictures(
         target = picture_sets.scene_pictures(config, side, n, seed)
     if images is not None:
         pictures = picture_sets.open_pictures(images)
-        fidelity.check(names, pictures, target, preset=preset, with_inception=weights is not None)
+        fidelity.check(names, pictures, target, **given)
     else:
         if isinstance(target, fidelity.Stats):
             raise ValueError("statistics have no captions: give --images, or pictures with captions")
@@ -262,7 +266,7 @@ def measure_pictures(
             rows = np.sort(np.random.default_rng(seed).choice(len(texts), n, replace=False))
             texts = [texts[row] for row in rows]
         planned = picture_sets.PictureSet("pictures", "folder", len(texts), lambda: iter(()), tuple(texts))
-        fidelity.check(names, planned, target, preset=preset, with_inception=weights is not None)
+        fidelity.check(names, planned, target, **given)
         pictures = picture_sets.drawn_pictures(
             model,
             texts,

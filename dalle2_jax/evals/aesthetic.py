@@ -14,10 +14,10 @@ import numpy as np
 from dalle2_jax.formats import torch_legacy
 
 
-def load(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, str]:
+def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarray, str]:
     """(weight [E], bias [], sha256) of the one affine map that the layers of a state dictionary are together.
 
-    Raises FileNotFoundError, or ValueError for layers that do not fit together.
+    Raises FileNotFoundError, or ValueError for layers that do not fit together, or not `embed_dim`.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path}")
@@ -37,16 +37,16 @@ def load(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, str]:
         weight, bias = (w, b) if weight is None else (w @ weight, w @ bias + b)
     if weight.shape[0] != 1:
         raise ValueError(f"{path} ends in {weight.shape[0]} numbers, a score is one")
+    if weight.shape[1] != embed_dim:
+        raise ValueError(
+            f"{path} reads CLIP embeddings of {weight.shape[1]} entries, this model's have {embed_dim}: it "
+            "is for OpenAI's ViT-L/14"
+        )
     with open(path, "rb") as file:
         return weight[0], bias[0], hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def score(embeds: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """The scores [N] of image embeddings [N, E], made of unit norm. Raises ValueError for another E."""
+    """The scores [N] of image embeddings [N, E], made of unit norm."""
     embeds = np.asarray(embeds, np.float64)
-    if embeds.shape[1] != len(weight):
-        raise ValueError(
-            f"the aesthetic head reads CLIP embeddings of {len(weight)} entries, this model's have "
-            f"{embeds.shape[1]}: it is for OpenAI's ViT-L/14"
-        )
     return embeds / np.linalg.norm(embeds, axis=1, keepdims=True) @ weight + bias

@@ -119,6 +119,7 @@ def check(
     *,
     preset: str,
     with_inception: bool,
+    with_head: bool = False,
 ) -> None:
     """Raise ValueError, with one sentence, for what cannot be measured; nothing is read for that."""
     scenes.check_choice(preset, tuple(PRESETS), "preset")
@@ -130,6 +131,8 @@ def check(
                 f"{name} needs the weights of Inception: give --inception=FILE (see docs/evaluation.md), or "
                 f"measure {', '.join(WITH_CLIP)} with the model's own CLIP"
             )
+        if name == "aesthetic" and not with_head:
+            raise ValueError("aesthetic needs the weights of its head: give --aesthetic=FILE")
         if metric.reference and reference is None:
             raise ValueError(f"{name} needs pictures to compare with: give --reference")
         if metric.captions:
@@ -186,15 +189,11 @@ def measure(
 
     Raises ValueError, before anything is read, for what cannot be measured.
     """
-    check(metrics, images, reference, preset=preset, with_inception=weights is not None)
+    given = dict(with_inception=weights is not None, with_head=aesthetic_head is not None)
+    check(metrics, images, reference, preset=preset, **given)
     wanted = {METRICS[name].features for name in metrics}
     if "clip" in wanted and model is None:
         raise ValueError("metrics of CLIP need a model directory, whose CLIP they read")
-    if "aesthetic" in metrics:
-        if aesthetic_head is None:
-            raise ValueError("aesthetic needs the weights of its head: give --aesthetic=FILE")
-        width = model.cascade.stage("clip").embed_dim
-        aesthetic.score(np.ones((1, width)), *aesthetic_head[:2])  # an error now, not after an hour
     if stats_out:
         if weights is None:
             raise ValueError("statistics are of Inception's features: give --inception=FILE")
