@@ -67,6 +67,7 @@ class Stats:
     moments: dict[str, Moments]
     count: int | None
     preset: str | None = None
+    weights_sha256: str | None = None
 
 
 def read_stats(path: str | os.PathLike) -> Stats | None:
@@ -82,7 +83,8 @@ def read_stats(path: str | os.PathLike) -> Stats | None:
             if "mu" not in stored.files:
                 return None
             count = int(stored["n"]) if "n" in stored.files else None
-            preset = str(stored["preset"]) if "preset" in stored.files else None
+            names = ("preset", "weights_sha256")
+            known = {name: str(stored[name]) for name in names if name in stored.files}
             found = {}
             for features, suffix in (("pool", ""), ("spatial", "_s")):
                 if f"mu{suffix}" in stored.files:
@@ -94,7 +96,7 @@ def read_stats(path: str | os.PathLike) -> Stats | None:
                     found[features] = Moments(rows, mean, cov * (rows - 1))
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} does not hold statistics as numbers: {error}") from None
-    return Stats(os.path.basename(path), found, count, preset)
+    return Stats(os.path.basename(path), found, count, **known)
 
 
 def write_stats(path: str | os.PathLike, features: dict[str, np.ndarray], preset: str, sha256: str) -> None:
@@ -191,6 +193,9 @@ def measure(
     """
     given = dict(with_inception=weights is not None, with_head=aesthetic_head is not None)
     check(metrics, images, reference, preset=preset, **given)
+    if isinstance(reference, Stats) and weights is not None:
+        if reference.weights_sha256 not in (None, weights.sha256):
+            raise ValueError(f"{reference.name} was made with other weights than those of --inception")
     wanted = {METRICS[name].features for name in metrics}
     if "clip" in wanted and model is None:
         raise ValueError("metrics of CLIP need a model directory, whose CLIP they read")
@@ -226,6 +231,10 @@ def measure(
         common = {"what": METRICS[name].what, "dimensions": x[features].shape[1], **said[_family(features)]}
         if METRICS[name].reference:
             common |= {"reference": reference.name, "n_reference": reference.count}
+            if getattr(reference, "refused", None):
+                common["reference_refused"] = reference.refused
+        if images.refused:
+            common["images_refused"] = images.refused
         for key, entry in _numbers(
             name, x[features], y.get(features), images, model, aesthetic_head, seed, size
         ).items():

@@ -95,6 +95,11 @@ def test_numbers_of_inception(small_inception):
             low, high = entry["interval"]
             assert low <= entry["value"] <= high
     json.dumps(found)
+    lost = dataclasses.replace(x, refused={"no_image": 2})
+    assert (
+        fidelity.measure(lost, lost, ["fid"], weights=small_inception)["fid"]["images_refused"]
+        == lost.refused
+    )
     assert fidelity.measure(x, x, ["fid"], weights=small_inception)["fid"]["value"] == pytest.approx(
         0, abs=1e-5
     )
@@ -122,6 +127,9 @@ def test_statistics_stand_for_pictures(small_inception, tmp_path):
             fidelity.measure(x, theirs, [name], weights=small_inception)
     with pytest.raises(ValueError, match="is of preset 'ttur', not 'clean'"):
         fidelity.measure(x, stats, ["fid"], weights=small_inception, preset="clean")
+    other = dataclasses.replace(small_inception, sha256="other")
+    with pytest.raises(ValueError, match="made with other weights"):
+        fidelity.measure(x, stats, ["fid"], weights=other)
     np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
     with pytest.raises(ValueError, match="does not hold statistics"):
         fidelity.read_stats(tmp_path / "bad.npz")
