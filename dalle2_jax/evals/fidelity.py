@@ -11,6 +11,7 @@ with a 95 % interval: value +- 1.96 standard errors as `distances` has them, or 
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 
@@ -267,9 +268,9 @@ def _said_of_clip(model: pipeline.UnCLIP) -> dict:
     }
 
 
-def _entry(value: float, error: float | None, **more) -> dict:
+def _entry(value: float, error: float | None, at_least: float = -math.inf, **more) -> dict:
     value, error = float(value), None if error is None else float(error)
-    interval = None if error is None else [value - 1.96 * error, value + 1.96 * error]
+    interval = None if error is None else [max(at_least, value - 1.96 * error), value + 1.96 * error]
     return {"value": value, "standard_error": error, "interval": interval} | more
 
 
@@ -283,7 +284,7 @@ def _numbers(name, x, target, images, model, head, seed, batch_size) -> dict[str
     if name in ("fid", "fid_small", "sfid", "clip_frechet"):
         if isinstance(target, Moments):
             return {name: _entry(distances.frechet_distance(Moments.of(x), target), None)}
-        return {name: _entry(*distances.frechet_with_error(x, target))}
+        return {name: _entry(*distances.frechet_with_error(x, target), at_least=0.0)}
     if name == "fid_infinity":
         known = target if isinstance(target, Moments) else Moments.of(target)
         return {name: _entry(*distances.frechet_infinity(x, known, seed=seed))}
@@ -292,7 +293,7 @@ def _numbers(name, x, target, images, model, head, seed, batch_size) -> dict[str
         _, error = distances.mmd(x, target, distances.cubic_kernel)
         return {name: _entry(value, error, spread_of_subsets=spread, subset_size=KID_SUBSET)}
     if name == "clip_mmd":
-        return {name: _entry(*distances.cmmd(x, target))}
+        return {name: _entry(*distances.cmmd(x, target), at_least=0.0)}
     if name == "inception_score":
         value, spread = distances.inception_score(x)
         return {name: _entry(value, spread / np.sqrt(10), spread_of_splits=spread)}
