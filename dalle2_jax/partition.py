@@ -35,6 +35,8 @@ BATCH_AXES = ("data", "fsdp")
 # array, so one rule serves Dense [in, out] and Conv [kh, kw, in, out] kernels, and layers stacked by a scan.
 # Arrays of rank 0 and 1 (gains, biases, temperatures, counters) are replicated before any rule is asked.
 RULES = (
+    # what is measured on data: the autoregressive prior's principal components
+    (r"(^|/)stats/\w+$", P()),
     # positions and learned stand-ins [L, D]: few rows, added to activations, which must not inherit a split
     (r"(^|/)(position|padding|query|class_token|null_\w+)(/embedding)?$", P()),
     # tables looked up by id [V, D]: were D over `fsdp`, every device would gather the whole output gradient

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from configs import common
-from dalle2_jax import models, optim
+from dalle2_jax import models, optim, partition
 from dalle2_jax.data import pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +109,13 @@ def test_a_recipe_builds_at_full_size(recipe, preset):
     assert count(params) > 1000
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jax.numpy.dtype("float32")}
     assert set(stage.batch_spec(2)) <= {*pipeline.FIELDS, "text_states"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_parameter_of_a_recipe_has_a_place_on_a_mesh(recipe):
+    _, params = abstract(config_of(recipe))
+    placed = partition.shardings({"params": params}, partition.make_mesh(data=1, fsdp=8))
+    assert count(params) > 1000 and len(jax.tree.leaves(placed)) == len(jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("recipe, preset", CASES)

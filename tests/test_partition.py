@@ -98,6 +98,7 @@ class TestRules:
             ("position", 3, P(None, None, None)),
             ("class_token/embedding", 2, P(None, None)),
             ("null_text_states/embedding", 2, P(None, None)),
+            ("params/stats/components", 2, P(None, None)),
             ("norm1/scale", 1, P(None)),
             ("logit_scale", 0, P()),
             ("opt_state/1/0/mu/block/fc2/kernel", 2, P("tensor", "fsdp")),

@@ -16,6 +16,7 @@ def get_config(preset: str = ""):
         text=dict(vocab_size=512, context_length=32, width=96, depth=4, num_heads=4),
         text_drop=0.1,
         num_steps=64,
+        method="ddpm",
         num_candidates=2,
         guidance_scale=1.0,
     )
