@@ -1,21 +1,21 @@
 """python -m dalle2_jax.convert SUBCOMMAND ...: weights in, model directories out.
 
     python -m dalle2_jax.convert workdirs --clip=W --prior=W --decoder=W --upsamplers=W1,W2 --out=MODEL
+    python -m dalle2_jax.convert FORMAT SRC OUT
+    python -m dalle2_jax.convert to-diffusers MODEL OUT
 
-takes the averaged parameters of training workdirs.
-
-    python -m dalle2_jax.convert inception SRC.pth OUT.safetensors
-
-turns the released weights of FID's Inception into what `dalle2_jax.evaluate --inception` reads.
-
-A model directory holds, for each stage, weights and the config that rebuilds it, and the tokenizer (see
-modeldir.py); nothing of the machine that trained it.
+The first takes the averaged parameters of training workdirs, the second weights of others: the name of a
+FORMAT is a module of `formats` (hf-clip is hf_clip.py), which says what SRC is. The third makes folders of
+diffusers and transformers. A model directory holds, for each stage, weights and the config that rebuilds it,
+and the tokenizer (see modeldir.py); nothing of the machine that trained it.
 """
 
 import argparse
+import importlib
 import os
 import re
 import sys
+from pathlib import Path
 
 from absl import logging
 from etils import epath
@@ -23,7 +23,9 @@ from etils import epath
 import dalle2_jax
 from dalle2_jax import modeldir, models, partition
 from dalle2_jax.cascade import check_cascade
-from dalle2_jax.data.tokenizer import load_tokenizer
+from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dalle2_jax.formats import to_diffusers
+from dalle2_jax.formats.tensors import sha256
 
 DTYPES = tuple(modeldir.DTYPES)
 
@@ -64,11 +66,7 @@ def convert_workdirs(
     Raises:
       FileNotFoundError, ValueError: a workdir lacks something, or the stages do not fit together.
     """
-    out = epath.Path(out)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    if models.is_workdir(out):
-        raise ValueError(f"{out} is a training workdir: write the model directory elsewhere")
+    out = _check_out(out, dtype)
     wanted = [("clip", clip), ("prior", prior), ("decoder", decoder)]
     reading = [clip, prior, decoder] + ([noisy_clip] if noisy_clip else [])  # captions
     wanted += [(role, w) for role, w in (("noisy_clip", noisy_clip), ("classifier", classifier)) if w]
@@ -86,14 +84,93 @@ def convert_workdirs(
         print(f"read {folder} from {source}", flush=True)
     tokenizer = _shared_tokenizer(reading)
     check_cascade(configs, stages, tokenizer.vocab_size)
+    configs = {folder: without_paths(config) | {"wandb": ""} for folder, config in configs.items()}
+    parts = {folder: (config, weights[folder]) for folder, config in configs.items()}
+    _write_model(out, parts, tokenizer, dtype, name, {"trained_steps": steps})
 
-    for folder, config in configs.items():
-        modeldir.save_stage(out / folder, without_paths(config) | {"wandb": ""}, weights[folder], dtype)
+
+def convert_weights(
+    format_name: str,
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    tokenizer: str = "",
+    dtype: str = "bfloat16",
+    name: str = "",
+) -> None:
+    """Write a model directory from weights of others.
+
+    Args:
+      format_name: one of FORMATS.
+      source: what the format's module says: a file or a folder.
+      out: the directory; made if absent. Files of the same names are replaced.
+      tokenizer: a folder that `load_tokenizer` reads, for a source that comes without.
+      dtype, name: as above.
+
+    Raises:
+      FileNotFoundError, ValueError: the source is not what the format is, and where it differs.
+    """
+    out = _check_out(out, dtype)
+    module = importlib.import_module(f"dalle2_jax.formats.{format_name.replace('-', '_')}")
+    if not Path(source).exists():
+        raise FileNotFoundError(f"there is no {source}")
+    if tokenizer and not os.path.isdir(tokenizer):
+        raise FileNotFoundError(f"there is no tokenizer folder {tokenizer}")
+    read = module.import_weights(Path(source))
+    words = load_tokenizer(tokenizer) if tokenizer else read.tokenizer
+    if words is None:
+        raise ValueError(
+            f"{source} comes without a tokenizer: give a folder with CLIP's vocab.json and merges.txt, or a "
+            "model directory's tokenizer, as --tokenizer=FOLDER"
+        )
+    configs = {folder: config for folder, (config, _) in read.stages.items()}
+    stages = {folder: models.build_stage(config) for folder, config in configs.items()}
+    check_cascade(configs, stages, words.vocab_size)
+    sums = {path.name: sha256(path) for tensors in read.tensors for path in tensors.files}
+    for file, checksum in sums.items():
+        print(f"read {file}, sha256 {checksum}", flush=True)
+    if read.licence:
+        print(f"licence of these weights: {read.licence}", flush=True)
+    made_from = {"format": format_name, "sha256": sums} | ({"licence": read.licence} if read.licence else {})
+    _write_model(out, read.stages, words, dtype, name, {"made_from": made_from})
+
+
+def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[str]:
+    """Write a model directory as a folder of diffusers, or of transformers if it is a CLIP alone.
+
+    Returns notes on it; see formats/to_diffusers.py. Raises FileNotFoundError or ValueError.
+    """
+    index = modeldir.read_index(model)
+    named = index["stages"]
+    roles = [role for role in named if role != "upsamplers"] + list(named.get("upsamplers", []))
+    stages = {role: models.load_stage(model, role)[1:] for role in roles}
+    out = _check_out(out, "float32")
+    context_length = stages["clip"][0]["model"]["text"]["context_length"] if "clip" in stages else None
+    tokenizer = load_tokenizer(epath.Path(model) / index["tokenizer"], context_length)
+    return to_diffusers.export_model(Path(out), stages, tokenizer)
+
+
+def _check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
+    """`out` as a path, once it and `dtype` are found to be possible."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    out = epath.Path(out)
+    if models.is_workdir(out):
+        raise ValueError(f"{out} is a training workdir: write the model directory elsewhere")
+    return out
+
+
+def _write_model(
+    out: epath.Path, parts: dict[str, tuple], tokenizer: Tokenizer, dtype: str, name: str, extra: dict
+) -> None:
+    """A model directory of folder -> (config, parameters), the upsamplers in their order."""
+    for folder, (config, params) in parts.items():
+        modeldir.save_stage(out / folder, config, params, dtype)
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "tokenizer")
-    layout = {role: role for role, _ in wanted if role != "upsampler"}
-    layout["upsamplers"] = [folder for folder in stages if folder not in layout]
-    extra = {"name": name or out.name, "dalle2_jax_version": dalle2_jax.__version__, "trained_steps": steps}
+    layout = {folder: folder for folder, (config, _) in parts.items() if config["stage"] != "upsampler"}
+    layout["upsamplers"] = [folder for folder in parts if folder not in layout]
+    extra = {"name": name or out.name, "dalle2_jax_version": dalle2_jax.__version__} | extra
     modeldir.write_index(out, layout, extra=extra)
 
 
@@ -137,13 +214,21 @@ def make_parser() -> argparse.ArgumentParser:
     workdirs.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
     workdirs.add_argument("--name", default="", help="name of the model; by default the last name of --out")
     workdirs.set_defaults(run=_run_workdirs)
-    inception = commands.add_parser("inception", help="the weights that FID is measured with, converted once")
-    inception.add_argument("source", metavar="SRC", help="pt_inception-2015-12-05-6726825d.pth")
-    inception.add_argument("out", metavar="OUT", help="safetensors file to write")
-    inception.add_argument(
-        "--any_checksum", action="store_true", help="also take a file whose checksum is not the known one"
-    )
-    inception.set_defaults(run=_run_inception)
+    for name in ("hf-clip", "openai-clip", "open-clip", "karlo"):
+        module = importlib.import_module(f"dalle2_jax.formats.{name.replace('-', '_')}")
+        weights = commands.add_parser(f"{name}", help=module.HELP, description=module.__doc__.split("\n")[0])
+        weights.add_argument("source", metavar="SRC", help=module.HELP)
+        weights.add_argument("out", metavar="OUT", help="model directory to write")
+        weights.add_argument(
+            "--tokenizer", default="", metavar="FOLDER", help="for a SRC without a tokenizer"
+        )
+        weights.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
+        weights.add_argument("--name", default="", help="name of the model; by default the last name of OUT")
+        weights.set_defaults(run=_run_weights)
+    diffusers = commands.add_parser("to-diffusers", help="a folder of diffusers or transformers")
+    diffusers.add_argument("model", metavar="MODEL", help="model directory")
+    diffusers.add_argument("out", metavar="OUT", help="folder to write")
+    diffusers.set_defaults(run=_run_diffusers)
     return parser
 
 
@@ -159,16 +244,31 @@ def _run_workdirs(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         name=options.name,
     )
-    size = sum(path.stat().length for path in epath.Path(options.out).glob("*/*"))
-    print(f"wrote {options.out} ({size / 1e6:.1f} MB)")
+    _print_size(options.out)
     print(f'draw with it: python -m dalle2_jax.generate --model={options.out} "a red star above a blue ring"')
 
 
-def _run_inception(options: argparse.Namespace) -> None:
-    from dalle2_jax.evals import inception
+def _run_weights(options: argparse.Namespace) -> None:
+    convert_weights(
+        options.command,
+        options.source,
+        options.out,
+        tokenizer=options.tokenizer,
+        dtype=options.dtype,
+        name=options.name,
+    )
+    _print_size(options.out)
 
-    checksum = inception.convert(options.source, options.out, options.any_checksum)
-    print(f"wrote {options.out}, from weights with the sha256 {checksum}")
+
+def _run_diffusers(options: argparse.Namespace) -> None:
+    for note in export_diffusers(options.model, options.out):
+        print(f"note: {note}")
+    _print_size(options.out)
+
+
+def _print_size(out: str) -> None:
+    files = [path for pattern in ("*", "*/*") for path in epath.Path(out).glob(pattern) if path.is_file()]
+    print(f"wrote {out} ({sum(path.stat().length for path in files) / 1e6:.1f} MB)")
 
 
 def main(arguments: list[str] | None = None) -> int:

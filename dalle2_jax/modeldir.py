@@ -11,7 +11,9 @@ A model directory is what generating needs and nothing else, readable with safet
 import contextlib
 import difflib
 import json
+import math
 import os
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +29,20 @@ from dalle2_jax import partition
 FORMAT_VERSION = 1
 INDEX_FILE, CONFIG_FILE, WEIGHTS_FILE = "model_index.json", "config.json", "model.safetensors"
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+# safetensors' names of types
+_SAFETENSORS = {
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float64": "F64",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint32": "U32",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -100,27 +116,58 @@ def save_stage(
     Args:
       directory: made if absent; files of the same name are replaced.
       config: JSON values that are enough to rebuild the stage.
-      params: nested dict of arrays; floating leaves are stored as `dtype`, others and statistics (the leaves
-        of 'stats') as they are.
+      params: nested dict of arrays, or of what numpy makes arrays of, which are made one at a time; floating
+        leaves are stored as `dtype`, others and statistics (the leaves of 'stats') as they are.
       dtype: 'bfloat16' (half the size, 8 bits of precision) or 'float32' (exact).
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
-    import safetensors.numpy
 
-    def stored(name: str, leaf) -> np.ndarray:
-        leaf = np.asarray(leaf)
-        if name.startswith("stats/"):
-            pass
-        elif leaf.dtype == ml_dtypes.bfloat16 or np.issubdtype(leaf.dtype, np.floating):
-            leaf = leaf.astype(DTYPES[dtype])
-        return np.require(leaf, requirements="C")
+    def stored(name: str, leaf) -> np.dtype:
+        own = np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        floating = own == ml_dtypes.bfloat16 or np.issubdtype(own, np.floating)
+        return np.dtype(DTYPES[dtype]) if floating and not name.startswith("stats/") else own
 
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    flat = {name: stored(name, leaf) for name, leaf in sorted(flatten(partition.to_host(params)).items())}
-    _replace(directory / WEIGHTS_FILE, safetensors.numpy.save(flat, metadata={"format": "np"}))
-    _replace(directory / CONFIG_FILE, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    flat = flatten(params)
+    types = {name: stored(name, leaf) for name, leaf in flat.items()}
+    write_tensors(directory / WEIGHTS_FILE, flat, types)
+    write_json(directory / CONFIG_FILE, config)
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Any], types: Mapping[str, np.dtype], kind: str = "np"
+) -> None:
+    """Writes a safetensors file, one tensor after the other, so that one at a time is in memory.
+
+    Args:
+      path: the file.
+      tensors: name -> anything with a shape that numpy can make an array of.
+      types: name -> what it is stored as.
+      kind: the library that the file says it is for, 'np' or 'pt'.
+    """
+    path = epath.Path(path)
+    names = sorted(tensors, key=lambda name: (-types[name].itemsize, name))  # so every tensor is aligned
+    header, end = {"__metadata__": {"format": kind}}, 0
+    for name in names:
+        shape = [int(length) for length in np.shape(tensors[name])]
+        begin, end = end, end + math.prod(shape) * types[name].itemsize
+        header[name] = dict(dtype=_SAFETENSORS[types[name].name], shape=shape, data_offsets=[begin, end])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    with temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            array = np.asarray(partition.to_host(tensors[name]), types[name])
+            file.write(np.ascontiguousarray(array).tobytes())
+    temporary.replace(path)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes JSON as people read it, in one stroke."""
+    _replace(epath.Path(path), (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def load_stage(directory: str | os.PathLike, keep_dtype: bool = False) -> tuple[dict, dict]:
@@ -181,7 +228,7 @@ def write_index(
         "tokenizer": tokenizer,
     }
     index |= dict(extra or {})
-    _replace(directory / INDEX_FILE, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
+    write_json(directory / INDEX_FILE, index)
 
 
 def read_index(directory: str | os.PathLike) -> dict:

@@ -24,6 +24,8 @@ import optax
 
 from dalle2_jax import partition
 
+# Parts of a stage's parameters that no loss depends on: statistics, an upsampler's last-step network.
+UNTRAINED = ("stats", "last")
 SCHEDULES = ("constant", "cosine", "linear")
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 4
 
@@ -72,10 +74,10 @@ def make_schedule(
 
 
 def decay_mask(params) -> object:
-    """Returns a tree of bools: True where weight decay applies, to all of rank 2 and more but statistics."""
+    """Returns a tree of bools: True where weight decay applies, to what is trained and of rank 2 or more."""
 
     def decays(path, p):
-        return len(p.shape) >= 2 and getattr(path[0], "key", None) != "stats"
+        return len(p.shape) >= 2 and getattr(path[0], "key", None) not in UNTRAINED
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

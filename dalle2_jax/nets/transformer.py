@@ -121,6 +121,31 @@ class TransformerStack(nn.Module):
         return x
 
 
+class NullStates(nn.Module):
+    """Learned states that stand at the first `count` positions of a caption that is dropped.
+
+    Weights that were trained with the caption "" as the null caption keep its states here. With a count of 0
+    nothing of a dropped caption can be attended to.
+    """
+
+    count: int
+    width: int
+
+    @nn.compact
+    def __call__(
+        self, states: jax.Array, token_mask: jax.Array, drop: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """states [B, L, D], token_mask [B, L], drop [B] bool -> (states, which may be attended to)."""
+        drop, token_mask = drop[:, None], token_mask & ~drop[:, None]
+        if not self.count:
+            return states, token_mask
+        shape = (self.count, self.width)
+        null = self.param("embedding", nn.initializers.normal(0.02), shape, jnp.float32)
+        null = jnp.pad(null, ((0, states.shape[1] - self.count), (0, 0)))
+        states = jnp.where(drop[..., None], null, states)
+        return states, token_mask | (drop & (jnp.arange(states.shape[1]) < self.count))
+
+
 class PriorTransformer(nn.Module):
     """The diffusion prior's network: a causal transformer that predicts the noiseless image embedding.
 
@@ -131,9 +156,8 @@ class PriorTransformer(nn.Module):
     transformer (`states_width`; Karlo, Kandinsky). Padded caption positions are never attended to.
 
     Dropping the text replaces the text embedding by a learned vector and the caption by nothing: all its
-    positions are masked, but for the first `null_tokens` of a prior on states, which hold learned states
-    instead (weights that were trained with the caption "" as the null caption keep its states there). The
-    noised embedding is never dropped.
+    positions are masked, but for the first `null_tokens` of a prior on states (see NullStates). The noised
+    embedding is never dropped.
     """
 
     embed_dim: int
@@ -171,15 +195,12 @@ class PriorTransformer(nn.Module):
 
         null_embed = Embedding((self.embed_dim,), name="null_text_embed")()
         text_embed = jnp.where(drop, null_embed, text_embed)
-        token_mask = token_mask & ~drop
         if self.states_width:
-            if self.null_tokens:
-                null_states = Embedding((self.null_tokens, self.states_width), name="null_text_states")()
-                null_states = jnp.pad(null_states, ((0, self.context_length - self.null_tokens), (0, 0)))
-                text = jnp.where(drop[..., None], null_states, text)
-                token_mask = token_mask | (drop & (jnp.arange(self.context_length) < self.null_tokens))
+            null_states = NullStates(self.null_tokens, self.states_width, name="null_text_states")
+            text, token_mask = null_states(text, token_mask, drop_text)
             text = dense(self.width, "text_states_proj")(text)
         else:
+            token_mask = token_mask & ~drop
             text = TokenEmbedding(self.vocab_size, self.width, self.dtype, name="token_embedding")(text)
 
         time = layers.timestep_embedding(t, self.width).astype(self.dtype)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.nets import layers
 from dalle2_jax.nets.text import GlideTextTransformer
+from dalle2_jax.nets.transformer import NullStates
 from dalle2_jax.nets.vision import AttentionPool
 from dalle2_jax.partition import constrain
 
@@ -202,7 +203,9 @@ class DecoderNet(nn.Module):
 
     With `text['states_width']` the caption is read from the states and the embedding of a frozen CLIP's text
     transformer instead (Karlo's way): the states are projected and attended to, the embedding, or a learned
-    one in place of the null caption's, is added like the image's.
+    one in place of the null caption's, is added like the image's. `text['null_tokens']` is for NullStates.
+
+    Embeddings are multiplied by `embed_scale`, which is to give their entries unit variance.
     """
 
     unet: dict
@@ -211,6 +214,7 @@ class DecoderNet(nn.Module):
     image_size: int
     num_image_tokens: int = 4
     inpaint: bool = False
+    embed_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -229,6 +233,7 @@ class DecoderNet(nn.Module):
         if self.text and self.reads_states:
             self.text_states_proj = layers.Dense(self.token_width, dtype=self.dtype)
             self.text_states_norm = layers.LayerNorm()
+            self.null_text_states = NullStates(self.text.get("null_tokens", 0), self.text["states_width"])
             self.null_text_embed = self.param(
                 "null_text_embed", nn.initializers.normal(0.02), (self.embed_dim,), jnp.float32
             )
@@ -242,18 +247,17 @@ class DecoderNet(nn.Module):
     def condition(self, image_embed, drop_image, text=None, token_mask=None, drop_text=None, text_embed=None):
         """The condition of a batch: (added embedding [B, 4C], context [B, K, D], mask [B, K] bool or None).
 
-        image_embed [B, E] (unit norm), drop_image [B] bool, text: tokens [B, L], or states [B, L, W] with
+        image_embed [B, E], drop_image [B] bool, text: tokens [B, L], or states [B, L, W] with
         text_embed [B, E]; token_mask [B, L], drop_text [B] bool.
         """
-        # Unit-norm embeddings have entries of about 1 / sqrt(E); the projections want unit variance.
-        z = jnp.where(drop_image[:, None], self.null_image_embed, image_embed * self.embed_dim**0.5)
+        z = jnp.where(drop_image[:, None], self.null_image_embed, image_embed * self.embed_scale)
         emb = self.image_emb_proj(z)
         context = self.image_token_proj(z).reshape(z.shape[0], self.num_image_tokens, self.token_width)
         if self.reads_states:
-            y = jnp.where(drop_text[:, None], self.null_text_embed, text_embed * self.embed_dim**0.5)
+            y = jnp.where(drop_text[:, None], self.null_text_embed, text_embed * self.embed_scale)
+            text, token_mask = self.null_text_states(text, token_mask, drop_text)
             states = self.text_states_norm(self.text_states_proj(text)).astype(self.dtype)
-            seen = jnp.ones(context.shape[:2], bool)
-            mask = jnp.concatenate([seen, token_mask & ~drop_text[:, None]], axis=1)
+            mask = jnp.concatenate([jnp.ones(context.shape[:2], bool), token_mask], axis=1)
             return emb + self.text_emb_proj(y), jnp.concatenate([context, states], axis=1), mask
         if self.text:
             states = self.text_net(text, token_mask & ~drop_text[:, None])

@@ -111,7 +111,7 @@ def retrieval_accuracy(image_embed: jax.Array, text_embed: jax.Array) -> tuple[j
 class CLIP:
     """CLIP's two towers and its loss; parameters {'vision', 'text', 'logit_scale'} go to every call."""
 
-    vision: ViT | ModifiedResNet
+    vision: ViT | ModifiedResNet | None
     text: CLIPTextTransformer
     image_size: int
     embed_dim: int
@@ -122,14 +122,15 @@ class CLIP:
     sam_rho: float = 0.0
     sam_batch_size: int = 64
     schedule: schedules.Schedule | None = None
+    unit_embeds: bool = True
 
     # The loss contrasts all pairs of a batch: it is not the mean of the losses of its parts.
     whole_batch = True
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads."""
-        return {
-            "image": jax.ShapeDtypeStruct((batch_size, self.image_size, self.image_size, 3), jnp.float32),
+        image = jax.ShapeDtypeStruct((batch_size, self.image_size, self.image_size, 3), jnp.float32)
+        return ({} if self.vision is None else {"image": image}) | {
             "tokens": jax.ShapeDtypeStruct((batch_size, self.context_length), jnp.int32),
             "token_mask": jax.ShapeDtypeStruct((batch_size, self.context_length), jnp.bool_),
         }
@@ -137,11 +138,18 @@ class CLIP:
     def init(self, key: jax.Array, batch: dict) -> dict:
         """Float32 parameters; the temperature starts at 1 / 0.07, with the sigmoid loss at 10, bias -10."""
         vision_key, text_key = jax.random.split(key)
-        return {
-            "vision": self.vision.init(vision_key, batch["image"], self._times(batch["image"]))["params"],
-            "text": self.text.init(text_key, batch["tokens"], batch["token_mask"])["params"],
-            "logit_scale": jnp.float32(math.log(1 / 0.07 if self.loss_kind == "softmax" else 10.0)),
-        } | ({} if self.loss_kind == "softmax" else {"logit_bias": jnp.float32(-10.0)})
+        vision = {}
+        if self.vision is not None:
+            times = self._times(batch["image"])
+            vision = {"vision": self.vision.init(vision_key, batch["image"], times)["params"]}
+        return (
+            vision
+            | {
+                "text": self.text.init(text_key, batch["tokens"], batch["token_mask"])["params"],
+                "logit_scale": jnp.float32(math.log(1 / 0.07 if self.loss_kind == "softmax" else 10.0)),
+            }
+            | ({} if self.loss_kind == "softmax" else {"logit_bias": jnp.float32(-10.0)})
+        )
 
     def loss(
         self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
@@ -185,8 +193,8 @@ class CLIP:
         )
 
     def _embed(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
-        text_embed, _ = self.encode_text(params, batch["tokens"], batch["token_mask"])
-        return self.encode_image(params, batch["image"], t=batch.get("t")), text_embed
+        text_embed, _ = self.encode_text(params, batch["tokens"], batch["token_mask"], normalize=True)
+        return self.encode_image(params, batch["image"], normalize=True, t=batch.get("t")), text_embed
 
     def _contrast(self, image_embed, text_embed, scalars, tokens) -> tuple[jax.Array, dict]:
         same = same_captions(tokens)
@@ -208,17 +216,27 @@ class CLIP:
         """
         if self.schedule is None:
             raise ValueError("this CLIP was not trained on noised pictures: train one with model.noise")
-        similarity = (self.encode_image(params, x_t, t=t) * unit_norm(text_embed)).sum(axis=-1)
+        similarity = (self.encode_image(params, x_t, normalize=True, t=t) * unit_norm(text_embed)).sum(
+            axis=-1
+        )
         return jnp.exp(params["logit_scale"]) * similarity
 
     def encode_image(
-        self, params: dict, image: jax.Array, *, normalize: bool = True, t: jax.Array | None = None
+        self,
+        params: dict,
+        image: jax.Array,
+        *,
+        normalize: bool | None = None,
+        t: jax.Array | None = None,
     ) -> jax.Array:
         """image [B, S, S, 3] in [-1, 1], S = image_size -> [B, E] float32, of unit norm if `normalize`.
 
-        t [B] is the time up to which it is noised, if the model knows times; None is clean. Raises ValueError
-        for another size.
+        Where that is None, the model's `unit_embeds` says so. t [B] is the time up to which it is noised, if
+        the model knows times; None is clean. Raises ValueError for another size, or if there is no image
+        tower.
         """
+        if self.vision is None:
+            raise ValueError("this CLIP came without an image tower: it reads captions alone")
         if image.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
                 f"CLIP reads pictures of {self.image_size} x {self.image_size} x 3, got {image.shape[1:]}: "
@@ -227,25 +245,28 @@ class CLIP:
         mean, std = jnp.asarray(self.image_mean, jnp.float32), jnp.asarray(self.image_std, jnp.float32)
         t = self._times(image) if t is None else t
         embed = self.vision.apply({"params": params["vision"]}, ((image + 1) / 2 - mean) / std, t)
-        return unit_norm(embed) if normalize else embed
+        return self._scaled(embed, normalize)
+
+    def _scaled(self, embed: jax.Array, normalize: bool | None) -> jax.Array:
+        return unit_norm(embed) if (self.unit_embeds if normalize is None else normalize) else embed
 
     def encode_text(
-        self, params: dict, tokens: jax.Array, token_mask: jax.Array, *, normalize: bool = True
+        self, params: dict, tokens: jax.Array, token_mask: jax.Array, *, normalize: bool | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """tokens [B, L] int32, token_mask [B, L] -> (embedding [B, E], states [B, L, D]), float32.
 
-        The embedding is of unit norm if `normalize`. The states are those after the final layer norm, at the
-        padding too.
+        The embedding is of unit norm if `normalize`, or if that is None and `unit_embeds`. The states are
+        those after the final layer norm, at the padding too.
         """
         embed, states = self.text.apply({"params": params["text"]}, tokens, token_mask)
-        return (unit_norm(embed) if normalize else embed), states
+        return self._scaled(embed, normalize), states
 
 
 def build(
     *,
     embed_dim: int,
     image_size: int,
-    vision: dict,
+    vision: dict | None,
     text: dict,
     activation: str = "gelu",
     image_mean: tuple[float, float, float] = IMAGE_MEAN,
@@ -254,6 +275,7 @@ def build(
     sam_rho: float = 0.0,
     sam_batch_size: int = 64,
     noise: dict | None = None,
+    unit_embeds: bool = True,
     remat: bool = False,
     dtype: str = "float32",
 ) -> CLIP:
@@ -264,7 +286,7 @@ def build(
       image_size: side of the pictures.
       vision: dict(kind='vit', patch_size, width, depth, num_heads), or dict(kind='resnet', width, depths,
         num_heads) with the blocks of each stage in `depths`, and norm='group' (the default, to train) or
-        'frozen_batch' (released weights).
+        'frozen_batch' (released weights). None: a text tower alone, as some released models come with.
       text: dict(vocab_size, context_length, width, depth, num_heads).
       activation: 'gelu' or 'quick_gelu' (OpenAI's weights), of both transformers.
       image_mean, image_std: of the channels in [0, 1]; pictures are normalised by them inside.
@@ -272,6 +294,8 @@ def build(
       sam_rho: how far SAM moves the parameters; 0 for none.
       sam_batch_size: examples of a replica, which is moved on its own.
       noise: None, or dict(schedule, num_timesteps) of the noise that pictures get: the decoder's.
+      unit_embeds: whether the other stages get embeddings of unit norm, or as the towers give them (Karlo's
+        way). The loss and the guides compare unit vectors in either case.
       remat: recompute a block's activations in the backward pass.
       dtype: compute type of the towers; norms, softmax and the loss are float32.
 
@@ -286,10 +310,13 @@ def build(
         )
     if noise is not None:
         check_settings(noise, ("schedule",), ("num_timesteps",), "noise")
-    check_settings(vision, ("kind",), set(vision) - {"kind"}, "vision")
-    options = {name: value for name, value in vision.items() if name != "kind"}
     common = dict(embed_dim=embed_dim, remat=remat, dtype=jnp.dtype(dtype))
-    if vision["kind"] == "vit":
+    if vision is not None:
+        check_settings(vision, ("kind",), set(vision) - {"kind"}, "vision")
+        options = {name: value for name, value in vision.items() if name != "kind"}
+    if vision is None:
+        tower = None
+    elif vision["kind"] == "vit":
         check_settings(options, ("patch_size", "width", "depth", "num_heads"), (), "vision")
         if image_size % vision["patch_size"]:
             raise ValueError(
@@ -322,4 +349,5 @@ def build(
         schedule=None
         if noise is None
         else schedules.make_schedule(noise["schedule"], noise.get("num_timesteps", 1000)),
+        unit_embeds=unit_embeds,
     )

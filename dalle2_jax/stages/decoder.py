@@ -233,6 +233,7 @@ def build(
     dropout: float = 0.1,
     scale_shift: bool = True,
     num_image_tokens: int = 4,
+    embed_scale: float | None = None,
     text: dict | None = None,
     image_drop: float = 0.1,
     text_drop: float = 0.5,
@@ -255,8 +256,11 @@ def build(
     """The decoder of a config; defaults are Table 3's, but `text` (keywords of GlideTextTransformer), which
     it needs.
 
+    embed_scale: what embeddings are multiplied by; None is sqrt(embed_dim), for those of unit norm.
+
     `text=None` builds a decoder that reads the image embedding alone; with dict(states_width, context_length,
-    width) it reads the states of a frozen CLIP's text transformer, as Karlo's does.
+    width) it reads the states of a frozen CLIP's text transformer, as Karlo's does; null_tokens is then the
+    number of positions that the null caption has (0, the default: a dropped caption has none).
 
     weighting ('uniform', 'p2', 'min_snr') and loss ('hybrid', 'vlb'): see `diffusion.process`. threshold: the
     percentile of dynamic thresholding, None to clip. inpaint: the network also sees what is to be kept of a
@@ -271,7 +275,7 @@ def build(
             f"or make image_size a multiple of {2 ** (len(channel_mult) - 1)}"
         )
     if text and text.get("states_width"):
-        check_settings(text, ("states_width", "context_length", "width"), (), "text")
+        check_settings(text, ("states_width", "context_length", "width"), ("null_tokens",), "text")
     elif text:
         required = ("vocab_size", "context_length", "width", "depth", "num_heads")
         check_settings(text, required, ("activation", "states_width"), "text")
@@ -295,6 +299,7 @@ def build(
             image_size=image_size,
             num_image_tokens=num_image_tokens,
             inpaint=inpaint,
+            embed_scale=embed_dim**0.5 if embed_scale is None else embed_scale,
             dtype=jnp.dtype(dtype),
         ),
         diffusion=gaussian.GaussianDiffusion(

@@ -9,6 +9,9 @@ Options: noise-conditioning augmentation (Ho et al. 2021, section 4.2), for whic
 up to a random time that the network is told; and sampling in tiles, for pictures whose feature maps do not
 fit at once: every step runs the network on overlapping windows of a training crop's size and blends what
 they say.
+
+With `last_step` a second network of the same shape takes the last step of sampling. Karlo's authors trained
+theirs against a discriminator; training here leaves it as it is.
 """
 
 import dataclasses
@@ -37,6 +40,7 @@ class Upsampler:
     low_res_noise: float = 0.0
     low_res_level: float = 0.0
     tile: int | None = None
+    last_step: bool = False
 
     @property
     def sampling(self) -> dict:
@@ -64,7 +68,13 @@ class Upsampler:
         """Float32 parameters."""
         t = jnp.zeros(batch["image"].shape[0], jnp.int32)
         level = t if self.low_res_noise else None
-        return self.net.init(key, batch["image"], t, batch["image"], level)["params"]
+        params = self.net.init(key, batch["image"], t, batch["image"], level)["params"]
+        return params | {"last": params} if self.last_step else params
+
+    def _networks(self, params: dict) -> tuple[dict, dict]:
+        """Parameters of the network, and of the one that takes the last step."""
+        first = {name: value for name, value in params.items() if name != "last"}
+        return first, params.get("last", first)
 
     def _noised(self, low_res: jax.Array, level: jax.Array, noise: jax.Array) -> jax.Array:
         return process.q_sample(self.diffusion.schedule, low_res, level, noise)
@@ -85,10 +95,12 @@ class Upsampler:
         window = jax.vmap(lambda full, yx: jax.lax.dynamic_slice(full, (yx[0], yx[1], 0), size))
         low_res_up = window(self.enlarge(low_res), batch["crop_yx"])
 
+        trained, _ = self._networks(params)
+
         def network(x_t, t):
             rngs = {"dropout": dropout_key}
             return self.net.apply(
-                {"params": params}, x_t, t, low_res_up, level, deterministic=not train, rngs=rngs
+                {"params": trained}, x_t, t, low_res_up, level, deterministic=not train, rngs=rngs
             )
 
         losses, metrics, _ = self.diffusion.loss(diffusion_key, network, batch["image"], train=train)
@@ -123,8 +135,16 @@ class Upsampler:
             low_res = self._noised(low_res, level, noise)
         low_res_up = self.enlarge(low_res)
 
+        first, last = self._networks(params)
+        last_time = self.diffusion.timesteps(num_steps)[-1]
+
         def network(x_t, t, low_res_up=low_res_up):
-            return self.net.apply({"params": params}, x_t, t, low_res_up, level)
+            def apply(own):
+                return self.net.apply({"params": own}, x_t, t, low_res_up, level)
+
+            if not self.last_step:
+                return apply(first)
+            return jax.lax.cond(t[0] == last_time, lambda: apply(last), lambda: apply(first))
 
         if tile is not None and tile < max(low_res_up.shape[1:3]):
             whole, network = (
@@ -207,6 +227,7 @@ def build(
     low_res_noise: float = 0.0,
     low_res_level: float = 0.0,
     tile: int | None = None,
+    last_step: bool = False,
     remat: bool = False,
     dtype: str = "float32",
 ) -> Upsampler:
@@ -214,7 +235,8 @@ def build(
     unless given.
 
     low_res_noise is the share of the times up to which the small picture is noised in training (0: never),
-    low_res_level the share at which it is in sampling; tile: see `Upsampler.sample`.
+    low_res_level the share at which it is in sampling; tile: see `Upsampler.sample`. last_step: whether a
+    second network, parameters 'last', takes the last step.
 
     Raises ValueError for sizes that cannot go together.
     """
@@ -262,4 +284,5 @@ def build(
         low_res_noise=low_res_noise,
         low_res_level=low_res_level,
         tile=tile,
+        last_step=last_step,
     )

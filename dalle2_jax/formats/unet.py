@@ -1,0 +1,98 @@
+"""Tables of the ADM U-Net, as diffusers names its parts and as ADM's own code does (GLIDE, Karlo).
+
+The blocks are those that our network has; a format says what each is called.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dalle2_jax import modeldir
+from dalle2_jax.formats.tables import Row, by_head, conv, dense, norm
+from dalle2_jax.nets.layers import num_groups
+
+
+def diffusers_rows(net: Mapping[str, Any], prefix: str = "") -> list[Row]:
+    """The table of a UNet2DModel or UNet2DConditionModel; `net`: our shapes, `prefix`: before their names."""
+    levels = 1 + max(int(name.split("_")[1]) for name in net if name.startswith("down_"))
+
+    def theirs(name: str) -> str:
+        side, level, kind, number = _parts(name)
+        part = {"res": "resnets", "attn": "attentions", "down": "downsamplers", "up": "upsamplers"}[kind]
+        if side == "mid":
+            return f"mid_block.{part}.{number}"
+        place = level if side == "down" else levels - 1 - level
+        return f"{side}_blocks.{place}.{part}.{number}"
+
+    rows = conv("conv_in", f"{prefix}conv_in") + conv("conv_out", f"{prefix}conv_out")
+    rows += norm("norm_out", f"{prefix}conv_norm_out")
+    for name, block in _blocks(net):
+        a, b = name, prefix + theirs(name)
+        if "conv1" in block:
+            rows += norm(f"{a}/norm1", f"{b}.norm1") + conv(f"{a}/conv1", f"{b}.conv1")
+            rows += dense(f"{a}/emb_proj", f"{b}.time_emb_proj")
+            rows += norm(f"{a}/norm2", f"{b}.norm2") + conv(f"{a}/conv2", f"{b}.conv2")
+            rows += conv(f"{a}/skip", f"{b}.conv_shortcut") if "skip" in block else []
+        else:
+            rows += norm(f"{a}/norm", f"{b}.group_norm") + dense(f"{a}/out", f"{b}.to_out.0")
+            rows += dense(f"{a}/qkv", f"{b}.to_q", f"{b}.to_k", f"{b}.to_v")
+            rows += dense(f"{a}/text_kv", f"{b}.add_k_proj", f"{b}.add_v_proj") if "text_kv" in block else []
+    return rows
+
+
+def adm_rows(net: Mapping[str, Any], num_res_blocks: int, head_dim: int, prefix: str = "") -> list[Row]:
+    """The table of ADM's UNetModel, whose keys and values are grouped by head."""
+    levels = 1 + max(int(name.split("_")[1]) for name in net if name.startswith("down_"))
+    stride = num_res_blocks + 1
+
+    def theirs(name: str) -> str:
+        side, level, kind, number = _parts(name)
+        number = num_res_blocks if kind in ("down", "up") else number
+        if side == "mid":
+            last = 2 if "mid_attn" in net else 1
+            return f"middle_block.{1 if kind == 'attn' else last * number}"
+        if side == "down":
+            return f"input_blocks.{1 + level * stride + number}.{int(kind == 'attn')}"
+        inside = {"res": 0, "attn": 1, "up": 2 if f"up_{level}_attn_0" in net else 1}[kind]
+        return f"output_blocks.{(levels - 1 - level) * stride + number}.{inside}"
+
+    rows = conv("conv_in", f"{prefix}input_blocks.0.0") + conv("conv_out", f"{prefix}out.2")
+    rows += norm("norm_out", f"{prefix}out.0")
+    for name, block in _blocks(net):
+        a, b = name, prefix + theirs(name)
+        if "conv1" in block:
+            rows += norm(f"{a}/norm1", f"{b}.in_layers.0") + conv(f"{a}/conv1", f"{b}.in_layers.2")
+            rows += dense(f"{a}/emb_proj", f"{b}.emb_layers.1")
+            rows += norm(f"{a}/norm2", f"{b}.out_layers.0") + conv(f"{a}/conv2", f"{b}.out_layers.3")
+            rows += conv(f"{a}/skip", f"{b}.skip_connection") if "skip" in block else []
+        else:
+
+            def grouped(ours, theirs, parts, a=a, b=b):
+                layout = by_head(parts, head_dim, conv=True)
+                return dense(f"{a}/{ours}", f"{b}.{theirs}", layout=layout, bias_layout=layout)
+
+            rows += norm(f"{a}/norm", f"{b}.norm") + grouped("qkv", "qkv", 3)
+            rows += grouped("text_kv", "encoder_kv", 2) if "text_kv" in block else []
+            whole = by_head(1, head_dim, conv=True)
+            rows += dense(f"{a}/out", f"{b}.proj_out", layout=whole)
+    return rows
+
+
+def _parts(name: str) -> tuple[str, int, str, int]:
+    """('down', 2, 'res', 1) of down_2_res_1: side, level, kind, number; what is not named is 0."""
+    side, level, kind, number = re.fullmatch(r"([a-z]+)(?:_(\d+))?_([a-z]+)(?:_(\d+))?", name).groups()
+    return side, int(level or 0), kind, int(number or 0)
+
+
+def _blocks(net: Mapping[str, Any]) -> list[tuple[str, Mapping]]:
+    return [(name, block) for name, block in net.items() if re.match(r"(down|mid|up)_", name)]
+
+
+def check_groups(net: Any, groups: int, where: str) -> None:
+    """Raise ValueError unless our group norms of these widths have `groups` groups."""
+    for name, leaf in modeldir.flatten(net).items():
+        if re.search(r"(^|/)norm(1|2|_out)?/scale$", name) and num_groups(leaf.shape[0]) != groups:
+            raise ValueError(
+                f"{where} has group norms of {groups} groups, ours have {num_groups(leaf.shape[0])} at "
+                f"{leaf.shape[0]} channels: only 32 groups of at least 4 channels are shared"
+            )
