@@ -126,7 +126,9 @@ def convert_weights(
     configs = {folder: config for folder, (config, _) in read.stages.items()}
     stages = {folder: models.build_stage(config) for folder, config in configs.items()}
     check_cascade(configs, stages, words.vocab_size)
-    sums = {path.name: sha256(path) for tensors in read.tensors for path in tensors.files}
+    files = [path for tensors in read.tensors for path in tensors.files]
+    inside = [path.relative_to(source) if path != Path(source) else path.name for path in files]
+    sums = {str(name): sha256(path) for name, path in zip(inside, files, strict=True)}
     for file, checksum in sums.items():
         print(f"read {file}, sha256 {checksum}", flush=True)
     if read.licence:

@@ -117,8 +117,12 @@ class UnCLIP(Editing):
     def encode_text(
         self, captions: Sequence[str], batch_size: int | None = None, progress: Progress | None = None
     ) -> tuple[tuple[np.ndarray, np.ndarray], Timing]:
-        """((text_embed [N, E] of unit norm, text_states [N, L, D]) of captions by CLIP, float32; Timing)."""
+        """((text_embed [N, E], text_states [N, L, D]) of captions by CLIP, float32; Timing)."""
         check_captions(captions)
+        return self._encode_text(captions, batch_size, progress)
+
+    def _encode_text(self, captions, batch_size=None, progress=None):
+        """`encode_text` of any texts, "" too."""
         tokens, token_mask = self._tokens("clip", captions)
         rows = {"tokens": tokens, "token_mask": token_mask}
         return self.cascade.run(tasks.text_task(self.cascade), rows, batch_size=batch_size, progress=progress)
@@ -128,7 +132,7 @@ class UnCLIP(Editing):
         return self.cascade.tokenizer(self.cascade.stage(name).context_length)(list(captions))
 
     def encode_image(self, images, batch_size: int | None = None) -> np.ndarray:
-        """Image embeddings [N, E] float32 of unit norm, by CLIP.
+        """Image embeddings [N, E] float32 in CLIP's own scale (unit norm, unless `unit_embeds` is off).
 
         Args:
           images: uint8 [N, H, W, 3], or a sequence of PIL pictures and uint8 [H, W, 3] of any sizes; each is
@@ -243,6 +247,8 @@ class UnCLIP(Editing):
     def _decoder_text(self, captions: Sequence[str] | None, count: int) -> dict[str, np.ndarray]:
         """What the decoder reads of captions, or of `count` null ones; {} if it reads none."""
         decoder = self.cascade.stage("decoder")
+        if captions is None and decoder.null_tokens:
+            captions = [""] * count  # which is the null caption of decoders that have tokens of one
         if captions is None or decoder.context_length is None:
             specs = decoder.batch_spec(count)
             names = [name for name in specs if name not in ("image", "image_embed")]
@@ -250,7 +256,7 @@ class UnCLIP(Editing):
         tokens, token_mask = self._tokens("decoder", captions)
         if not decoder.states_width:
             return {"tokens": tokens, "token_mask": token_mask}
-        (text_embed, text_states), _ = self.encode_text(captions)
+        (text_embed, text_states), _ = self._encode_text(captions)
         return {"text_embed": text_embed, "text_states": text_states, "token_mask": token_mask}
 
     def _guide_rows(self, own: dict, captions: Sequence[str] | None, batch_size: int | None) -> dict:

@@ -94,7 +94,7 @@ def prior_task(cascade: Cascade, seed: int, own: dict) -> Task:
 
 
 def decoder_task(cascade: Cascade, seed: int, own: dict, given: Collection[str] = ()) -> Task:
-    """number, image_embed, tokens, token_mask -> base picture in uint8.
+    """number, image_embed and what the decoder reads of captions -> base picture in uint8.
 
     Where `own` has a scale for a guide, also guide_text_embed (noisy_clip's) or label (the classifier's).
     given: which rows there are of x_T (noise, float32), init (uint8), known (uint8) with repaint (bool,
@@ -105,8 +105,7 @@ def decoder_task(cascade: Cascade, seed: int, own: dict, given: Collection[str] 
     scales = {name: own[name] for name in GUIDES if name in own}
     fixed = _fixed({name: value for name, value in own.items() if name not in scales})
     rows = {"number": _spec((), np.uint32), "image_embed": _spec((decoder.embed_dim,), np.float32)}
-    if decoder.context_length is not None:
-        rows |= _token_specs(decoder.context_length)
+    rows |= _decoder_text_specs(decoder)
 
     optional = {
         "x_T": _spec(picture, np.float32),

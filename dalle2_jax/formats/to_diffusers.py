@@ -19,6 +19,8 @@ from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.formats import hf_clip, karlo, tables
 from dalle2_jax.formats.unet import check_groups
 
+# Where diffusers has kept this class since 0.34; Karlo's own index says "unclip", which it no longer finds.
+_TEXT_PROJ = "diffusers.pipelines.deprecated.unclip.text_proj"
 _SCHEDULERS = {"prior": "fixed_small_log", "decoder": "learned_range", "super_res": "fixed_small_log"}
 
 
@@ -198,7 +200,7 @@ def _index(tokenizer: Tokenizer) -> dict:
         super_res_first=["diffusers", "UNet2DModel"],
         super_res_last=["diffusers", "UNet2DModel"],
         text_encoder=["transformers", "CLIPTextModelWithProjection"],
-        text_proj=["unclip", "UnCLIPTextProjModel"],
+        text_proj=[_TEXT_PROJ, "UnCLIPTextProjModel"],
         tokenizer=["transformers", _tokenizer_class(tokenizer)],
     )
 

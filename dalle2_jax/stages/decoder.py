@@ -37,6 +37,11 @@ class Decoder:
     states_width: int = 0
 
     @property
+    def null_tokens(self) -> int:
+        """How many positions the null caption has whose states may be read."""
+        return self.net.text.get("null_tokens", 0) if self.states_width else 0
+
+    @property
     def sampling(self) -> dict:
         """What `sample` does unless told."""
         own = self.diffusion

@@ -87,7 +87,7 @@ def write_pipeline(folder):
     parts = {name: randomise(model, seed) for seed, (name, model) in enumerate(parts.items())}
     with torch.no_grad():
         parts["prior"].clip_std.uniform_(0.5, 2.0)
-    diffusers.UnCLIPPipeline(
+    made = diffusers.UnCLIPPipeline(
         **parts,
         tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         prior_scheduler=scheduler(
@@ -95,21 +95,30 @@ def write_pipeline(folder):
         ),
         decoder_scheduler=scheduler(variance_type="learned_range", prediction_type="epsilon"),
         super_res_scheduler=scheduler(variance_type="fixed_small_log", prediction_type="epsilon"),
-    ).save_pretrained(folder)
+    )
+    made.set_progress_bar_config(disable=True)
+    made.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_proj"][0] = "unclip"  # as Karlo's own says
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return made
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
+def written(tmp_path_factory):
+    """(folder, the pipeline that is in it)."""
     folder = tmp_path_factory.mktemp("karlo")
-    write_pipeline(folder)
-    return folder
+    return folder, write_pipeline(folder)
 
 
 @pytest.fixture(scope="module")
-def theirs(source):
-    model = diffusers.UnCLIPPipeline.from_pretrained(source)
-    model.set_progress_bar_config(disable=True)
-    return model
+def source(written):
+    return written[0]
+
+
+@pytest.fixture(scope="module")
+def theirs(written):
+    return written[1]
 
 
 @pytest.fixture(scope="module")
