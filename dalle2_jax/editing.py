@@ -286,6 +286,7 @@ class Editing:
         direction = unit(embeds[0] if source is None else embeds[0] - embeds[1])
         steps = num_steps or INVERSION_STEPS
         latents = self.invert([image], num_steps=steps, fit=fit, batch_size=batch_size, progress=progress)
+        direction = direction * np.linalg.norm(latents.image_embeds[0])  # 1, unless CLIP's are of any norm
         thetas = np.linspace(0, theta, frames)
         return self._drawn(
             np.stack([slerp(latents.image_embeds[0], direction, at) for at in thetas]),
@@ -476,7 +477,7 @@ class Editing:
     def rank(self, images, caption: str, batch_size: int | None = None) -> np.ndarray:
         """The order [N] of pictures by how close CLIP finds them to `caption`, the closest first."""
         (text, _), _ = self.encode_text([caption], batch_size)
-        return np.argsort(-(self.encode_image(images, batch_size) @ text[0]), kind="stable")
+        return np.argsort(-(unit(self.encode_image(images, batch_size)) @ text[0]), kind="stable")
 
     def _drawn(
         self,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dalle2_jax import pipeline
+from dalle2_jax.editing import unit
 from dalle2_jax.evals import scene_scores
 
 
@@ -74,8 +75,9 @@ def measure(
     ]
     count = len(verdicts)
     named = sum(verdict["named"] for verdict in verdicts)
-    images = model.encode_image(result.images, batch_size).reshape(len(captions), n, -1)
+    images = unit(model.encode_image(result.images, batch_size)).reshape(len(captions), n, -1)
     (texts, _), _ = model.encode_text(captions, batch_size)
+    texts = unit(texts)
     row = Row(
         name=name,
         pictures=count,

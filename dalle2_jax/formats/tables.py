@@ -6,7 +6,6 @@ the names and shapes of all tensors have been compared.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -27,17 +26,6 @@ class Layout:
     join: Callable[[Arrays], np.ndarray]
 
 
-def _heads_last(x: np.ndarray, parts: int, head_dim: int) -> np.ndarray:
-    """[parts * H * D, ...] in blocks -> [H * parts * D, ...] by head."""
-    blocks = x.reshape(parts, -1, head_dim, *x.shape[1:])
-    return np.swapaxes(blocks, 0, 1).reshape(x.shape)
-
-
-def _heads_first(x: np.ndarray, parts: int, head_dim: int) -> np.ndarray:
-    blocks = x.reshape(-1, parts, head_dim, *x.shape[1:])
-    return np.swapaxes(blocks, 0, 1).reshape(x.shape)
-
-
 # The same array: biases, gains, tables, class tokens.
 SAME = Layout(lambda x, n: np.split(x, n, axis=-1) if x.ndim else [x], lambda xs: _concatenate(xs, -1))
 # Dense kernels [in, out] as weights [out, in]; of several weights the outputs stand side by side.
@@ -46,21 +34,6 @@ DENSE = Layout(lambda x, n: np.split(x.T, n, axis=0), lambda xs: _concatenate(xs
 CONV = Layout(lambda x, n: [x.transpose(3, 2, 0, 1)], lambda xs: xs[0].transpose(2, 3, 1, 0))
 # The same array behind an axis of length 1.
 LEADING = Layout(lambda x, n: [x[None]], lambda xs: xs[0][0])
-
-
-def by_head(parts: int, head_dim: int, conv: bool = False) -> Layout:
-    """A Dense of `parts` blocks (q | k | v) as one weight whose rows are grouped by head: q k v of the first
-    head, then of the second, ...; a 1 x 1 convolution over positions if `conv`. Biases are grouped alike."""
-
-    def split(x, n):
-        y = _heads_last(x.T, parts, head_dim)
-        return [y[..., None] if conv and x.ndim > 1 else y]
-
-    def join(xs):
-        y = xs[0][..., 0] if conv and xs[0].ndim > 1 else xs[0]
-        return _heads_first(y, parts, head_dim).T
-
-    return Layout(split, join)
 
 
 def entry_major(count: int) -> Layout:
@@ -131,7 +104,6 @@ class BlockNames:
     out: str
     fc1: str
     fc2: str
-    head_dim: int = 0  # of q, k and v in one tensor that is grouped by head
 
     def rows(self, ours: str, theirs: str, depth: int) -> list[Row]:
         """The rows of `depth` blocks; `theirs` has their number in the place of {}."""
@@ -139,9 +111,7 @@ class BlockNames:
         for number in range(depth):
             a, b = f"{ours}/block_{number}", theirs.format(number)
             rows += norm(f"{a}/norm1", f"{b}.{self.norm1}") + norm(f"{a}/norm2", f"{b}.{self.norm2}")
-            layout = by_head(3, self.head_dim) if self.head_dim else None
-            qkv = [f"{b}.{name}" for name in self.qkv]
-            rows += dense(f"{a}/attn/qkv", *qkv, layout=layout, bias_layout=layout)
+            rows += dense(f"{a}/attn/qkv", *(f"{b}.{name}" for name in self.qkv))
             rows += dense(f"{a}/attn/out", f"{b}.{self.out}")
             rows += dense(f"{a}/mlp/fc1", f"{b}.{self.fc1}") + dense(f"{a}/mlp/fc2", f"{b}.{self.fc2}")
         return rows
@@ -239,11 +209,6 @@ def _exported(rows: list[Row], flat: Mapping[str, Any]) -> Iterator[tuple[str, L
                 return row.layout.split(whole, len(row.theirs))[number]
 
             yield name, Lazy(shape, make)
-
-
-def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many numbers tensors of these shapes have."""
-    return sum(math.prod(shape) for shape in shapes.values())
 
 
 @dataclasses.dataclass

@@ -1,14 +1,11 @@
-"""Tables of the ADM U-Net, as diffusers names its parts and as ADM's own code does (GLIDE, Karlo).
-
-The blocks are those that our network has; a format says what each is called.
-"""
+"""The table of the ADM U-Net as diffusers names its parts: the blocks are those that our network has."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from dalle2_jax import modeldir
-from dalle2_jax.formats.tables import Row, by_head, conv, dense, norm
+from dalle2_jax.formats.tables import Row, conv, dense, norm
 from dalle2_jax.nets.layers import num_groups
 
 
@@ -37,44 +34,6 @@ def diffusers_rows(net: Mapping[str, Any], prefix: str = "") -> list[Row]:
             rows += norm(f"{a}/norm", f"{b}.group_norm") + dense(f"{a}/out", f"{b}.to_out.0")
             rows += dense(f"{a}/qkv", f"{b}.to_q", f"{b}.to_k", f"{b}.to_v")
             rows += dense(f"{a}/text_kv", f"{b}.add_k_proj", f"{b}.add_v_proj") if "text_kv" in block else []
-    return rows
-
-
-def adm_rows(net: Mapping[str, Any], num_res_blocks: int, head_dim: int, prefix: str = "") -> list[Row]:
-    """The table of ADM's UNetModel, whose keys and values are grouped by head."""
-    levels = 1 + max(int(name.split("_")[1]) for name in net if name.startswith("down_"))
-    stride = num_res_blocks + 1
-
-    def theirs(name: str) -> str:
-        side, level, kind, number = _parts(name)
-        number = num_res_blocks if kind in ("down", "up") else number
-        if side == "mid":
-            last = 2 if "mid_attn" in net else 1
-            return f"middle_block.{1 if kind == 'attn' else last * number}"
-        if side == "down":
-            return f"input_blocks.{1 + level * stride + number}.{int(kind == 'attn')}"
-        inside = {"res": 0, "attn": 1, "up": 2 if f"up_{level}_attn_0" in net else 1}[kind]
-        return f"output_blocks.{(levels - 1 - level) * stride + number}.{inside}"
-
-    rows = conv("conv_in", f"{prefix}input_blocks.0.0") + conv("conv_out", f"{prefix}out.2")
-    rows += norm("norm_out", f"{prefix}out.0")
-    for name, block in _blocks(net):
-        a, b = name, prefix + theirs(name)
-        if "conv1" in block:
-            rows += norm(f"{a}/norm1", f"{b}.in_layers.0") + conv(f"{a}/conv1", f"{b}.in_layers.2")
-            rows += dense(f"{a}/emb_proj", f"{b}.emb_layers.1")
-            rows += norm(f"{a}/norm2", f"{b}.out_layers.0") + conv(f"{a}/conv2", f"{b}.out_layers.3")
-            rows += conv(f"{a}/skip", f"{b}.skip_connection") if "skip" in block else []
-        else:
-
-            def grouped(ours, theirs, parts, a=a, b=b):
-                layout = by_head(parts, head_dim, conv=True)
-                return dense(f"{a}/{ours}", f"{b}.{theirs}", layout=layout, bias_layout=layout)
-
-            rows += norm(f"{a}/norm", f"{b}.norm") + grouped("qkv", "qkv", 3)
-            rows += grouped("text_kv", "encoder_kv", 2) if "text_kv" in block else []
-            whole = by_head(1, head_dim, conv=True)
-            rows += dense(f"{a}/out", f"{b}.proj_out", layout=whole)
     return rows
 
 
