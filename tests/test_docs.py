@@ -94,7 +94,12 @@ def defined_flags(node: ast.AST) -> dict:
         for loop in ast.walk(node)
         if isinstance(loop, ast.For) and isinstance(loop.target, ast.Name)
     }
-    found = {"flags": {}, "choices": {}, "required": set(), "subcommands": set()}
+    found = {"flags": {}, "choices": {}, "required": set(), "subcommands": set(), "required_by": {}}
+    parsers = {
+        assigned.targets[0].id: assigned.value
+        for assigned in ast.walk(node)
+        if isinstance(assigned, ast.Assign) and isinstance(assigned.targets[0], ast.Name)
+    }
     for call in ast.walk(node):
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
             continue
@@ -110,6 +115,11 @@ def defined_flags(node: ast.AST) -> dict:
                 found["flags"][text.removeprefix("--")] = "argparse"
                 if "required" in options:
                     found["required"].add(text.removeprefix("--"))
+                    made = parsers.get(getattr(call.func.value, "id", ""))
+                    if isinstance(made, ast.Call) and getattr(made.func, "attr", "") == "add_parser":
+                        aliases = [constants(k.value) for k in made.keywords if k.arg == "aliases"]
+                        names = text_arguments(made, loops) + sum(aliases, [])
+                        found["required_by"][text.removeprefix("--")] = set(names)
         elif name == "add_parser":
             found["subcommands"].update(texts + constants(options.get("aliases")))
         elif name == "mark_flags_as_required":
@@ -210,7 +220,13 @@ def problems(words: list[str], whole: bool = True) -> list[str]:
     elif settings and "config" not in known["flags"]:
         found.append(f"{module} has no settings {sorted(settings)}")
     if whole:
-        found += [f"--{name} is missing" for name in sorted(known["required"] - given.keys())]
+        of_others = {
+            name
+            for name, by in known["required_by"].items()
+            if positional and positional[0] in known["subcommands"] - by
+        }
+        missing = known["required"] - given.keys() - of_others
+        found += [f"--{name} is missing" for name in sorted(missing)]
     if known["subcommands"]:
         if positional and positional[0] not in known["subcommands"]:
             found.append(f"{module} has no subcommand {positional[0]}")
@@ -246,6 +262,7 @@ def test_the_pages_have_commands():
         ("dalle2_jax.generate 'a star' --metrics=scenes", "no flag --metrics"),
         ("dalle2_jax.evaluate 'a star'", "takes no"),
         ("dalle2_jax.convert workdirs --clip=a --prior=b --out=c", "--decoder is missing"),
+        ("dalle2_jax.convert hf-clip a b --dtyp=float32", "no flag --dtyp"),
         ("dalle2_jax.convert openai --clip=a --prior=b --decoder=c --out=d", "no subcommand"),
         ("dalle2_jax.train --config=configs/clip.py", "--workdir is missing"),
         ("dalle2_jax.train --config=configs/klip.py --workdir=d", "no configs/klip.py"),
