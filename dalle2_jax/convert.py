@@ -3,11 +3,13 @@
     python -m dalle2_jax.convert workdirs --clip=W --prior=W --decoder=W --upsamplers=W1,W2 --out=MODEL
     python -m dalle2_jax.convert FORMAT SRC OUT
     python -m dalle2_jax.convert to-diffusers MODEL OUT
+    python -m dalle2_jax.convert inception SRC.pth OUT.safetensors
 
 The first takes the averaged parameters of training workdirs, the second weights of others: the name of a
 FORMAT is a module of `formats` (hf-clip is hf_clip.py), which says what SRC is. The third makes folders of
-diffusers and transformers. A model directory holds, for each stage, weights and the config that rebuilds it,
-and the tokenizer (see modeldir.py); nothing of the machine that trained it.
+diffusers and transformers. The last turns the released weights of FID's Inception into what
+`dalle2_jax.evaluate --inception` reads. A model directory holds, for each stage, weights and the config that
+rebuilds it, and the tokenizer (see modeldir.py); nothing of the machine that trained it.
 """
 
 import argparse
@@ -231,6 +233,13 @@ def make_parser() -> argparse.ArgumentParser:
     diffusers.add_argument("model", metavar="MODEL", help="model directory")
     diffusers.add_argument("out", metavar="OUT", help="folder to write")
     diffusers.set_defaults(run=_run_diffusers)
+    inception = commands.add_parser("inception", help="the weights that FID is measured with, converted once")
+    inception.add_argument("source", metavar="SRC", help="pt_inception-2015-12-05-6726825d.pth")
+    inception.add_argument("out", metavar="OUT", help="safetensors file to write")
+    inception.add_argument(
+        "--any_checksum", action="store_true", help="also take a file whose checksum is not the known one"
+    )
+    inception.set_defaults(run=_run_inception)
     return parser
 
 
@@ -266,6 +275,13 @@ def _run_diffusers(options: argparse.Namespace) -> None:
     for note in export_diffusers(options.model, options.out):
         print(f"note: {note}")
     _print_size(options.out)
+
+
+def _run_inception(options: argparse.Namespace) -> None:
+    from dalle2_jax.evals import inception
+
+    checksum = inception.convert(options.source, options.out, options.any_checksum)
+    print(f"wrote {options.out}, from weights with the sha256 {checksum}")
 
 
 def _print_size(out: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from dalle2_jax.formats import torch_legacy
 from dalle2_jax.formats.torch_archive import TorchArchive, is_archive
 
 # What folders of transformers and diffusers call their weights, in the order in which they are looked for.
@@ -87,10 +88,8 @@ def open_tensors(path: str | os.PathLike) -> Tensors:
         archive = TorchArchive(path)
         shapes = {name: tensor.shape for name, tensor in archive.tensors.items()}
         return Tensors(str(path), shapes, archive.read, [path])
-    raise ValueError(
-        f"{path} is neither safetensors nor an archive of torch: files that torch wrote before version 1.6 "
-        "are programs, which are not run; open it in torch and save it again"
-    )
+    arrays = torch_legacy.read_legacy(path)
+    return Tensors(str(path), {name: x.shape for name, x in arrays.items()}, arrays.__getitem__, [path])
 
 
 def _open_safetensors(path: Path) -> Tensors:

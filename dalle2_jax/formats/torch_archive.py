@@ -76,7 +76,7 @@ class TorchArchive:
         if order in self._zip.namelist() and self._zip.read(order).strip() == b"big":
             raise ValueError(f"{path} has big-endian numbers, which are not read")
         try:
-            tree = _walk(self._zip.read(pickles[0]))
+            tree = walk(self._zip.read(pickles[0]))
         except (IndexError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: its data.pkl is damaged ({error!r})") from error
         self.tensors: dict[str, StoredTensor] = {}
@@ -143,8 +143,11 @@ def _build(target: Any, state: Any) -> Any:
     return target  # an OrderedDict's further attributes, such as a module's versions, do not matter
 
 
-def _walk(program: bytes) -> Any:
-    """What the pickle `program` describes. Raises ValueError for an instruction that weights do not need."""
+def walk(program) -> Any:
+    """What a pickle describes: bytes, or an open file, which is read up to the pickle's end.
+
+    Raises ValueError for an instruction that weights do not need.
+    """
     stack: list = []
     memo: dict[int, Any] = {}
 
