@@ -153,7 +153,7 @@ class TestRules:
         """Every leaf has a rule, every rule a leaf, and each of 8 devices holds about an eighth."""
         mesh = partition.make_mesh(1, 4, 2)
         used = set()
-        for name in ("clip", "prior", "decoder64", "upsampler256"):
+        for name in ("clip", "prior", "ar_prior", "decoder64", "upsampler256"):
             config = importlib.import_module(f"configs.{name}").get_config()
             params = models.abstract_params(models.build_stage(models.to_plain(config)))
             where = jax.tree.leaves(partition.shardings(params, mesh))

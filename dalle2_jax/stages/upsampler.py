@@ -136,7 +136,6 @@ class Upsampler:
         low_res_up = self.enlarge(low_res)
 
         first, last = self._networks(params)
-        last_time = self.diffusion.timesteps(num_steps)[-1]
 
         def network(x_t, t, low_res_up=low_res_up):
             def apply(own):
@@ -144,6 +143,7 @@ class Upsampler:
 
             if not self.last_step:
                 return apply(first)
+            last_time = self.diffusion.timesteps(num_steps)[-1]
             return jax.lax.cond(t[0] == last_time, lambda: apply(last), lambda: apply(first))
 
         if tile is not None and tile < max(low_res_up.shape[1:3]):
