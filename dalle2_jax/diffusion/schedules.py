@@ -21,7 +21,7 @@ import difflib
 
 import numpy as np
 
-NAMES = ("linear", "cosine")
+NAMES = ("linear", "cosine", "cosine:4")
 SPACINGS = ("uniform", "trailing", "fast27", "sections:10,10,3,2,2")
 
 
@@ -29,9 +29,13 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
     """The schedule `name` with T = `num_timesteps`.
 
     'linear' is DDPM's, beta from 1e-4 to 0.02 at T = 1000 and scaled by 1000 / T otherwise; 'cosine' is
-    improved DDPM's (Nichol & Dhariwal 2021, equation 17), beta at most 0.999. Raises ValueError for another
-    name, and for fewer steps than the schedule can be defined on.
+    improved DDPM's (Nichol & Dhariwal 2021, equation 17), beta at most 0.999. 'cosine:F' is the cosine of
+    pictures with 1/F of the side: its signal-to-noise ratio is divided by F^2, so that a picture that is made F
+    times smaller by averaging shows as much as 'cosine' leaves of a picture of that size (simple diffusion,
+    Hoogeboom et al. 2023, equation 4). Raises ValueError for another name, and for fewer steps than the
+    schedule can be defined on.
     """
+    name, _, factor = name.partition(":")
     if num_timesteps < 1:
         raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
     if name == "linear":
@@ -49,7 +53,22 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
         raise ValueError(
             f"unknown schedule {name!r}: choose one of {', '.join(NAMES)}{_did_you_mean(name, NAMES)}"
         )
-    return Schedule(name, np.cumprod(1.0 - beta))
+    alpha_bar = np.cumprod(1.0 - beta)
+    if factor:
+        alpha_bar = alpha_bar / (alpha_bar + _factor(name, factor) ** 2 * (1.0 - alpha_bar))
+    return Schedule(f"{name}:{factor}" if factor else name, alpha_bar)
+
+
+def _factor(name: str, text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if name != "cosine" or not 0 < factor < np.inf:
+        raise ValueError(
+            f"schedule '{name}:{text}' must look like 'cosine:4', with a positive ratio of pictures' sides"
+        )
+    return factor
 
 
 def space_timesteps(num_steps: int, num_timesteps: int = 1000, spacing: str = "uniform") -> np.ndarray:

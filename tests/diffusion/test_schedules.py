@@ -130,6 +130,18 @@ def test_sections_share_out_uneven_lengths():
     assert schedules.space_timesteps(6, 10, "sections:2,1,3")[::-1].tolist() == [0, 3, 4, 7, 8, 9]
 
 
+def test_a_shifted_cosine_leaves_of_the_averaged_picture_what_cosine_leaves_of_a_small_one():
+    shifted = schedules.make_schedule("cosine:4")
+    np.testing.assert_allclose(shifted.snr * 16, COSINE.snr, rtol=1e-10)
+    # Blocks of 4 x 4 pixels, averaged: the signal stays, the noise's variance is a sixteenth.
+    np.testing.assert_allclose(
+        (1 - shifted.alpha_bar) / 16 / shifted.alpha_bar,
+        (1 - COSINE.alpha_bar) / COSINE.alpha_bar,
+        rtol=1e-10,
+    )
+    assert shifted != COSINE and schedules.make_schedule("cosine:1.0").snr == pytest.approx(COSINE.snr)
+
+
 def test_trailing_starts_at_the_noisiest_time():
     assert schedules.space_timesteps(4, 1000, "trailing").tolist() == [999, 749, 499, 249]
 
@@ -139,6 +151,8 @@ def test_trailing_starts_at_the_noisiest_time():
     [
         (lambda: schedules.make_schedule("cosin"), "did you mean 'cosine'"),
         (lambda: schedules.make_schedule("linear", 20), "more than 20"),
+        (lambda: schedules.make_schedule("linear:4"), "must look like 'cosine:4'"),
+        (lambda: schedules.make_schedule("cosine:-4"), "must look like 'cosine:4'"),
         (lambda: schedules.space_timesteps(0), "between 1 and"),
         (lambda: schedules.space_timesteps(1001), "between 1 and"),
         (lambda: schedules.space_timesteps(27, 1000, "fast72"), "did you mean 'fast27'"),
