@@ -30,7 +30,7 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
 
     'linear' is DDPM's, beta from 1e-4 to 0.02 at T = 1000 and scaled by 1000 / T otherwise; 'cosine' is
     improved DDPM's (Nichol & Dhariwal 2021, equation 17), beta at most 0.999. 'cosine:F' is the cosine of
-    pictures with 1/F of the side: its signal-to-noise ratio is divided by F^2, so that a picture that is made F
+    pictures with 1/F of the side: its signal-to-noise ratio is divided by F^2, so that a picture made F
     times smaller by averaging shows as much as 'cosine' leaves of a picture of that size (simple diffusion,
     Hoogeboom et al. 2023, equation 4). Raises ValueError for another name, and for fewer steps than the
     schedule can be defined on.
