@@ -75,9 +75,8 @@ def edit(model: pipeline.UnCLIP, action: str, given: list[str], out: epath.Path)
     drawing = common | dict(num_steps=FLAGS.steps, guidance_scale=FLAGS.guidance_scale, fit=FLAGS.fit)
     if action == "redraw":
         latents = editing.Latents.load(given[0])
-        return model.from_latents(
-            latents, eta=FLAGS.eta or 0.0, guidance_scale=FLAGS.guidance_scale or 1.0, **common
-        )
+        own = dict(num_steps=FLAGS.steps, guidance_scale=FLAGS.guidance_scale)
+        return model.from_latents(latents, eta=FLAGS.eta or 0.0, **own, **common)
     if action == "interpolate":
         ends = [picture_or_caption(text) for text in given]
         return model.interpolate(*ends, frames=FLAGS.frames, same_noise=FLAGS.same_noise, **drawing)

@@ -14,7 +14,7 @@ running DDIM upwards without guidance, which could not be undone.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from etils import epath
@@ -89,12 +89,47 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How an edit is drawn, whatever it does: the keywords that every edit takes besides its own.
+
+    Attributes:
+      seed: the same seed gives the same pictures.
+      num_steps: of the decoder; None is the model's own, or INVERSION_STEPS after an inversion.
+      guidance_scale: of the decoder; None is the model's own, or 1 where a picture is to come back.
+      fit: 'crop' or 'pad', how a picture becomes square.
+      upsample: False for base pictures alone.
+      batch_size, progress: as for `text_to_image`.
+    """
+
+    seed: int = 0
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    fit: str = "crop"
+    upsample: bool = True
+    batch_size: int | None = None
+    progress: Callable | None = None
+
+    @property
+    def running(self) -> dict:
+        return dict(batch_size=self.batch_size, progress=self.progress)
+
+    @property
+    def inversion_steps(self) -> int:
+        return self.num_steps or INVERSION_STEPS
+
+    @property
+    def faithful(self) -> dict:
+        """Keywords of `decode` that draw inverted pictures as they were."""
+        scale = 1.0 if self.guidance_scale is None else self.guidance_scale
+        return dict(num_steps=self.inversion_steps, method="ddim", eta=0.0, guidance_scale=scale)
+
+
 class Editing:
     """The part of `pipeline.UnCLIP` that starts from pictures.
 
-    Pictures are PIL pictures or uint8 [H, W, 3] of any size; `fit` says how they become square. seed,
-    guidance_scale, num_steps, upsample, batch_size and progress are as in `text_to_image`; None is the
-    model's own. Each method returns a `Result`, whose captions say what a picture is.
+    Pictures are PIL pictures or uint8 [H, W, 3] of any size. `**drawing` are the fields of `Drawing`. Each
+    method returns a `Result`, whose captions say what a picture is.
     """
 
     def _base_pictures(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -128,13 +163,7 @@ class Editing:
         caption: str | None = None,
         strength: float = 1.0,
         eta: float = 1.0,
-        seed: int = 0,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        fit: str = "crop",
-        upsample: bool = True,
-        batch_size: int | None = None,
-        progress=None,
+        **drawing,
     ):
         """`n` pictures of what CLIP sees in `image`.
 
@@ -142,59 +171,29 @@ class Editing:
         the picture again. With strength < 1, only that share of the steps is taken, from the picture itself
         noised, whose layout stays, then.
         """
-        captions = None if caption is None else [caption]
-        steps = num_steps or INVERSION_STEPS
+        how, captions = Drawing(**drawing), None if caption is None else [caption]
         _check_strength(strength)
-        square = square_picture(image, self.image_size, fit)
-        own = dict(num_steps=steps, method="ddim", eta=eta, guidance_scale=guidance_scale)
+        square = square_picture(image, self.image_size, how.fit)
+        own = how.faithful | dict(eta=eta, guidance_scale=how.guidance_scale)
         if strength < 1:
-            embeds = self.encode_image([square], batch_size)
+            embeds = self.encode_image([square], how.batch_size)
             own |= dict(init=np.repeat(self._base_pictures([square]), n, axis=0), strength=strength)
         else:
-            latents = self.invert(
-                [square], captions=captions, num_steps=steps, batch_size=batch_size, progress=progress
-            )
+            latents = self.invert([square], captions=captions, num_steps=how.inversion_steps, **how.running)
             embeds = latents.image_embeds
             own["x_T"] = np.repeat(latents.x_T, n, axis=0)
         return self._drawn(
-            np.repeat(embeds, n, axis=0),
-            ["variation"] * n,
-            captions=captions and captions * n,
-            seed=seed,
-            own=own,
-            upsample=upsample,
-            batch_size=batch_size,
-            progress=progress,
+            np.repeat(embeds, n, axis=0), ["variation"] * n, how, captions=captions and captions * n, own=own
         )
 
-    def from_latents(
-        self,
-        latents: Latents,
-        *,
-        seed: int = 0,
-        eta: float = 0.0,
-        guidance_scale: float = 1.0,
-        upsample: bool = True,
-        batch_size: int | None = None,
-        progress=None,
-    ):
+    def from_latents(self, latents: Latents, *, eta: float = 0.0, **drawing):
         """The pictures of latents, by as many steps as their inversion took."""
-        return self._drawn(
-            latents.image_embeds,
-            latents.captions or ["reconstruction"] * len(latents.x_T),
-            captions=latents.captions,
-            seed=seed,
-            own=dict(
-                num_steps=latents.num_steps,
-                method="ddim",
-                eta=eta,
-                guidance_scale=guidance_scale,
-                x_T=latents.x_T,
-            ),
-            upsample=upsample,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        how = Drawing(**drawing)
+        if how.num_steps not in (None, latents.num_steps):
+            raise ValueError(f"these latents are drawn in the {latents.num_steps} steps of their inversion")
+        own = how.faithful | dict(num_steps=latents.num_steps, eta=eta, x_T=latents.x_T)
+        labels = latents.captions or ["reconstruction"] * len(latents.x_T)
+        return self._drawn(latents.image_embeds, labels, how, captions=latents.captions, own=own)
 
     def interpolate(
         self,
@@ -203,13 +202,7 @@ class Editing:
         *,
         frames: int = 9,
         same_noise: bool = False,
-        seed: int = 0,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        fit: str = "crop",
-        upsample: bool = True,
-        batch_size: int | None = None,
-        progress=None,
+        **drawing,
     ):
         """`frames` pictures on the way from `first` to `second`, each a picture or a caption.
 
@@ -219,38 +212,25 @@ class Editing:
         """
         if frames < 2:
             raise ValueError(f"frames {frames} must be 2 or more")
-        steps = num_steps or INVERSION_STEPS
-        ends = [
-            self._end(thing, i, steps, seed, fit, batch_size, progress)
-            for i, thing in enumerate((first, second))
-        ]
-        (z_1, x_1), (z_2, x_2) = ends
+        how = Drawing(**drawing)
+        (z_1, x_1), (z_2, x_2) = (self._end(thing, i, how) for i, thing in enumerate((first, second)))
         thetas = np.linspace(0, 1, frames)
         x_T = [x_1 if same_noise else slerp(x_1, x_2, theta) for theta in thetas]
         return self._drawn(
             np.stack([slerp(z_1, z_2, theta) for theta in thetas]),
             [f"theta {theta:.2f}" for theta in thetas],
-            seed=seed,
-            own=dict(
-                num_steps=steps,
-                method="ddim",
-                eta=0.0,
-                guidance_scale=1.0 if guidance_scale is None else guidance_scale,
-                x_T=np.stack(x_T),
-            ),
-            upsample=upsample,
-            batch_size=batch_size,
-            progress=progress,
+            how,
+            own=how.faithful | dict(x_T=np.stack(x_T)),
         )
 
-    def _end(self, thing, i: int, steps: int, seed: int, fit: str, batch_size, progress):
+    def _end(self, thing, i: int, how: Drawing) -> tuple[np.ndarray, np.ndarray]:
         """(z of unit norm, x_T) of a picture, or of a caption, with noise of (seed, i)."""
         if isinstance(thing, str):
-            embed, _ = self.sample_prior([thing], seed=seed, batch_size=batch_size, progress=progress)
+            embed, _ = self.sample_prior([thing], seed=how.seed, **how.running)
             size = self.cascade.stage("decoder").image_size
-            noise = np.random.default_rng((seed, i)).standard_normal((size, size, 3), np.float32)
+            noise = np.random.default_rng((how.seed, i)).standard_normal((size, size, 3), np.float32)
             return unit(embed[0]), noise
-        latents = self.invert([thing], num_steps=steps, fit=fit, batch_size=batch_size, progress=progress)
+        latents = self.invert([thing], num_steps=how.inversion_steps, fit=how.fit, **how.running)
         return latents.image_embeds[0], latents.x_T[0]
 
     def textdiff(
@@ -261,13 +241,7 @@ class Editing:
         *,
         theta: float = 0.5,
         frames: int = 6,
-        seed: int = 0,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        fit: str = "crop",
-        upsample: bool = True,
-        batch_size: int | None = None,
-        progress=None,
+        **drawing,
     ):
         """`frames` pictures on the way from `image` towards what `target` has and `source` has not.
 
@@ -279,29 +253,19 @@ class Editing:
             raise ValueError(f"theta {theta} must lie in 0 .. 1; 0.25 to 0.5 are usual")
         if frames < 2:
             raise ValueError(f"frames {frames} must be 2 or more")
-        texts = [target] if source is None else [target, source]
-        (embeds, _), _ = self.encode_text(texts, batch_size, progress)
+        how, texts = Drawing(**drawing), [target] if source is None else [target, source]
+        (embeds, _), _ = self.encode_text(texts, **how.running)
         if source is not None and np.allclose(embeds[0], embeds[1]):
             raise ValueError(f"{source!r} and {target!r} are the same to this model's CLIP: say what differs")
         direction = unit(embeds[0] if source is None else embeds[0] - embeds[1])
-        steps = num_steps or INVERSION_STEPS
-        latents = self.invert([image], num_steps=steps, fit=fit, batch_size=batch_size, progress=progress)
+        latents = self.invert([image], num_steps=how.inversion_steps, fit=how.fit, **how.running)
         direction = direction * np.linalg.norm(latents.image_embeds[0])  # 1, unless CLIP's are of any norm
         thetas = np.linspace(0, theta, frames)
         return self._drawn(
             np.stack([slerp(latents.image_embeds[0], direction, at) for at in thetas]),
             [f"theta {at:.2f}" for at in thetas],
-            seed=seed,
-            own=dict(
-                num_steps=steps,
-                method="ddim",
-                eta=0.0,
-                guidance_scale=1.0 if guidance_scale is None else guidance_scale,
-                x_T=np.repeat(latents.x_T, frames, axis=0),
-            ),
-            upsample=upsample,
-            batch_size=batch_size,
-            progress=progress,
+            how,
+            own=how.faithful | dict(x_T=np.repeat(latents.x_T, frames, axis=0)),
         )
 
     def image_to_image(
@@ -312,36 +276,26 @@ class Editing:
         strength: float = 0.7,
         n: int = 1,
         negative: str | None = None,
-        seed: int = 0,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        fit: str = "crop",
-        upsample: bool = True,
-        batch_size: int | None = None,
-        progress=None,
+        **drawing,
     ):
         """`n` pictures of `caption` that begin as `image`, noised as far as `strength` of the steps go."""
         _check_strength(strength)
-        square = square_picture(image, self.image_size, fit)
-        embeds, timings = self.sample_prior(
-            [caption], seed=seed, n=n, batch_size=batch_size, progress=progress
-        )
+        how = Drawing(**drawing)
+        square = square_picture(image, self.image_size, how.fit)
+        embeds, timings = self.sample_prior([caption], seed=how.seed, n=n, **how.running)
         return self._drawn(
             embeds,
             [caption] * n,
+            how,
             captions=[caption] * n,
-            seed=seed,
             own=dict(
-                num_steps=num_steps,
-                guidance_scale=guidance_scale,
+                num_steps=how.num_steps,
+                guidance_scale=how.guidance_scale,
                 init=np.repeat(self._base_pictures([square]), n, axis=0),
                 strength=strength,
                 negative=negative,
             ),
             timings=timings,
-            upsample=upsample,
-            batch_size=batch_size,
-            progress=progress,
         )
 
     def inpaint(
@@ -353,13 +307,7 @@ class Editing:
         n: int = 1,
         resample: int | None = None,
         negative: str | None = None,
-        seed: int = 0,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        fit: str = "crop",
-        upsample: bool = True,
-        batch_size: int | None = None,
-        progress=None,
+        **drawing,
     ):
         """`n` pictures that show `caption`, equal to `image` where `mask` is not white.
 
@@ -369,31 +317,27 @@ class Editing:
         """
         from PIL import Image
 
+        how = Drawing(**drawing)
         size = getattr(image, "size", None) if isinstance(image, Image.Image) else np.shape(image)[1::-1]
-        repaint = square_mask(mask, self.image_size, size, fit)
-        square = square_picture(image, self.image_size, fit)
+        repaint = square_mask(mask, self.image_size, size, how.fit)
+        square = square_picture(image, self.image_size, how.fit)
         if resample is None:
             resample = 1 if self.cascade.stage("decoder").inpaint else RESAMPLE
-        embeds, timings = self.sample_prior(
-            [caption], seed=seed, n=n, batch_size=batch_size, progress=progress
-        )
+        embeds, timings = self.sample_prior([caption], seed=how.seed, n=n, **how.running)
         return self._drawn(
             embeds,
             [caption] * n,
+            how,
             captions=[caption] * n,
-            seed=seed,
             # With nothing to fit to, this is drawing a caption.
             own=dict(
-                num_steps=num_steps,
-                guidance_scale=guidance_scale,
+                num_steps=how.num_steps,
+                guidance_scale=how.guidance_scale,
                 resample=1 if repaint.all() else resample,
                 negative=negative,
             ),
             known=None if repaint.all() else (square, repaint),
             timings=timings,
-            upsample=upsample,
-            batch_size=batch_size,
-            progress=progress,
         )
 
     def outpaint(self, image, caption: str, *, scale: float = 0.5, fit: str = "crop", **settings):
@@ -414,14 +358,7 @@ class Editing:
         self,
         image,
         components: Sequence[int],
-        *,
-        seed: int = 0,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        fit: str = "crop",
-        upsample: bool = True,
-        batch_size: int | None = None,
-        progress=None,
+        **drawing,
     ):
         """What CLIP sees in `image`, drawn from the first k principal components of its embedding, each k.
 
@@ -437,20 +374,18 @@ class Editing:
         for k in components:
             if not 1 <= k <= most:
                 raise ValueError(f"{k} components are not possible: give 1 .. {most}")
-        square = square_picture(image, self.image_size, fit)
-        z = self.encode_image([square], batch_size)[0] - stats["mean"]
+        how = Drawing(**drawing)
+        square = square_picture(image, self.image_size, how.fit)
+        z = self.encode_image([square], how.batch_size)[0] - stats["mean"]
         bases = [stats["components"][:k] for k in components]
         embeds = np.stack([stats["mean"] + base.T @ (base @ z) for base in bases]).astype(np.float32)
-        own = dict(num_steps=num_steps, method="ddim", eta=0.0, guidance_scale=guidance_scale)
+        own = dict(num_steps=how.num_steps, method="ddim", eta=0.0, guidance_scale=how.guidance_scale)
         return self._drawn(
             embeds,
             [f"{k} components" for k in components],
+            how,
             numbers=[0] * len(embeds),
-            seed=seed,
             own=own,
-            upsample=upsample,
-            batch_size=batch_size,
-            progress=progress,
         )
 
     def upscale(
@@ -483,20 +418,17 @@ class Editing:
         self,
         embeds: np.ndarray,
         labels: Sequence[str],
+        how: Drawing,
         *,
         captions: Sequence[str] | None = None,
         numbers: Sequence[int] | None = None,
-        seed: int,
         own: dict,
         known: tuple[np.ndarray, np.ndarray] | None = None,
         timings: dict | None = None,
-        upsample: bool,
-        batch_size: int | None,
-        progress,
     ):
         """The `Result` of decoding `embeds` with the keywords `own` of `decode`, and enlarging."""
         numbers = tuple(range(len(embeds))) if numbers is None else tuple(numbers)
-        common = dict(seed=seed, numbers=numbers, batch_size=batch_size, progress=progress)
+        common = dict(seed=how.seed, numbers=numbers, **how.running)
         timings = dict(timings or {})
         at_base = None
         if known is not None:
@@ -505,11 +437,11 @@ class Editing:
             at_base = (self._base_pictures([square])[0], shrink_mask(repaint, size))
         base, timings["decoder"] = self.decode(embeds, captions, known=at_base, **own, **common)
         images = base
-        if upsample:
+        if how.upsample:
             images, more = self.upsample(base, known=known, **common)
             timings |= more
         settings = {name: value for name, value in own.items() if isinstance(value, int | float | str)}
-        return self._result(labels, numbers, seed, embeds, base, images, {"decoder": settings}, timings)
+        return self._result(labels, numbers, how.seed, embeds, base, images, {"decoder": settings}, timings)
 
 
 def _check_strength(strength: float) -> None:

@@ -7,6 +7,7 @@ Measures a model directory; writes report.json, its table report.txt, and labell
              relation it showed or never), and lets the checker read the pictures
   retrieval  CLIP looks for the caption of each of 100 scenes of the validation and test splits
   zero_shot  CLIP says which colour and shape the object in each of 200 unseen scenes has, out of all pairs
+  edits      unless asked for, not: 64 unseen scenes are changed by text, varied and repainted, and checked
 
 Measures pictures, wherever they come from, against a reference (docs/evaluation.md):
 
@@ -38,6 +39,7 @@ from dalle2_jax.data import scenes
 from dalle2_jax.evals import (
     aesthetic,
     comparison,
+    edits,
     fidelity,
     inception,
     page,
@@ -49,7 +51,8 @@ from dalle2_jax.evals import (
 )
 from dalle2_jax.generate import StageLines, define_sampling_flags, sampling_settings
 
-METRICS = ("scenes", "retrieval", "zero_shot")
+DEFAULT_METRICS = ("scenes", "retrieval", "zero_shot")
+METRICS = (*DEFAULT_METRICS, "edits")
 GRID_PICTURES = 64
 
 
@@ -147,6 +150,24 @@ def evaluate_zero_shot(
     classes = zero_shot.class_embeddings(lambda texts: model.encode_text(texts, batch_size)[0][0], names)
     images = [scenes.render(scene, image_size) for scene in chosen]
     return zero_shot.accuracy(model.encode_image(images, batch_size), classes, labels)
+
+
+def evaluate_edits(
+    model: pipeline.UnCLIP,
+    out: str | os.PathLike,
+    *,
+    config: scenes.SceneConfig,
+    n: int = 64,
+    seed: int = 0,
+    progress=None,
+) -> dict:
+    """The shares of `edits.measure`; writes the pictures as grids."""
+    found, shown = edits.measure(model, config, _checker(), n=n, seed=seed, progress=progress)
+    for way, (images, labels) in shown.items():
+        columns = 3 if way == "variations" else 2
+        grid = metrics.labelled_grid(np.stack(images[:96]), labels[:96], columns * 4)
+        metrics.save_png(epath.Path(out) / f"edits_{way}.png", grid, {"labels": json.dumps(labels)})
+    return found
 
 
 def compare(
@@ -300,13 +321,13 @@ def measure_pictures(
 class PassLines:
     """Prints how far a pass over pictures is, every few seconds."""
 
-    def __init__(self, clock=time.monotonic, every: float = 10.0):
-        self._clock, self._every, self._last = clock, every, clock()
+    def __init__(self, what: str = "pictures read", clock=time.monotonic, every: float = 10.0):
+        self._what, self._clock, self._every, self._last = what, clock, every, clock()
 
     def __call__(self, name: str, done: int, count: int) -> None:
         if self._clock() - self._last >= self._every:
             self._last = self._clock()
-            print(f"{name}: {done}/{count} pictures read", flush=True)
+            print(f"{name}: {done}/{count} {self._what}", flush=True)
 
 
 FLAGS = flags.FLAGS
@@ -338,7 +359,9 @@ def main(argv):
                 found = sorted(epath.Path(FLAGS.out).glob("comparison*.png"))
                 page.write(FLAGS.report, "Ways of drawing", comparison.table(rows), found, report)
             return
-        asked = FLAGS.metrics or ([] if FLAGS.images or FLAGS.reference or FLAGS.inception else METRICS)
+        asked = FLAGS.metrics or (
+            [] if FLAGS.images or FLAGS.reference or FLAGS.inception else DEFAULT_METRICS
+        )
         for name in asked:
             scenes.check_choice(name, (*METRICS, *fidelity.METRICS), "metric")
         of_scenes = [name for name in asked if name in METRICS]
@@ -408,6 +431,11 @@ def main(argv):
                 f"zero-shot among {found['classes']} colours and shapes: top 1 {found['top1']:.3f}, "
                 f"top 5 {found['top5']:.3f} of {found['n']}"
             )
+        if "edits" in of_scenes:
+            measured["edits"] = evaluate_edits(
+                model, out, config=config, seed=FLAGS.seed, progress=PassLines("edits of scenes")
+            )
+            lines.append(edits.table(measured["edits"]))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from (error if FLAGS.debug else None)
