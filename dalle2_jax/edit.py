@@ -6,7 +6,8 @@ Edits pictures with a model directory, or with the small model that comes with t
   interpolate A B                       --frames from A to B, each a picture's file or a caption; --same_noise
   textdiff PICTURE "TARGET"             --frames towards TARGET, away from --source="what it shows"; --theta
   image_to_image PICTURE "CAPTION"      begin as the picture; --strength, --negative
-  inpaint PICTURE MASK "CAPTION"        draw the caption where the mask is white; --resample, --negative
+  inpaint PICTURE MASK "CAPTION"        draw the caption where the mask, a file, is white, or in a box such as
+                                        0.5,0,1,1: left, top, right, bottom; --resample, --negative
   outpaint PICTURE "CAPTION"            draw around the picture, which takes the middle --scale of the side
   invert PICTURE ...                    latents.npz, and what is drawn from it; --steps
   redraw LATENTS.npz                    draw from it again; --eta
@@ -90,7 +91,10 @@ def edit(model: pipeline.UnCLIP, action: str, given: list[str], out: epath.Path)
             progress=common["progress"],
         )
         latents.save(out / "latents.npz")
-        return model.from_latents(latents, **common)
+        result = model.from_latents(latents, **common)
+        error = np.abs(result.base.astype(np.float32) - model.base_pictures(found, FLAGS.fit)).mean() / 255
+        print(f"base pictures come back with a mean absolute error of {error:.4f} (black to white is 1)")
+        return result
     image = pictures.read_picture(given[0])
     if action == "variations":
         eta = 1.0 if FLAGS.eta is None else FLAGS.eta
@@ -109,7 +113,7 @@ def edit(model: pipeline.UnCLIP, action: str, given: list[str], out: epath.Path)
         return model.image_to_image(image, given[1], strength=FLAGS.strength or 0.7, **drawing)
     if action == "outpaint":
         return model.outpaint(image, given[1], scale=FLAGS.scale, resample=FLAGS.resample, **drawing)
-    mask = pictures.read_picture(given[1])
+    mask = pictures.read_mask(given[1], pictures.whole_picture(image).shape[1::-1])
     return model.inpaint(image, mask, given[2], resample=FLAGS.resample, **drawing)
 
 

@@ -132,9 +132,11 @@ class Editing:
     method returns a `Result`, whose captions say what a picture is.
     """
 
-    def _base_pictures(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    def base_pictures(self, images, fit: str = "crop") -> np.ndarray:
+        """Pictures as the decoder would draw them: uint8 [N, h, w, 3]."""
         size = self.cascade.stage("decoder").image_size
-        return np.stack([square_picture(picture, size) for picture in pictures])
+        squares = (square_picture(image, self.image_size, fit) for image in images)
+        return np.stack([square_picture(image, size) for image in squares])
 
     def invert(
         self,
@@ -150,7 +152,7 @@ class Editing:
         squares = [square_picture(image, self.image_size, fit) for image in images]
         embeds = self.encode_image(squares, batch_size)
         task = tasks.invert_task(self.cascade, num_steps)
-        rows = {"image": self._base_pictures(squares), "image_embed": embeds}
+        rows = {"image": self.base_pictures(squares), "image_embed": embeds}
         rows |= self._decoder_text(captions, len(squares))
         x_T, _ = self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
         return Latents(embeds, x_T, num_steps, None if captions is None else tuple(captions))
@@ -177,7 +179,7 @@ class Editing:
         own = how.faithful | dict(eta=eta, guidance_scale=how.guidance_scale)
         if strength < 1:
             embeds = self.encode_image([square], how.batch_size)
-            own |= dict(init=np.repeat(self._base_pictures([square]), n, axis=0), strength=strength)
+            own |= dict(init=np.repeat(self.base_pictures([square]), n, axis=0), strength=strength)
         else:
             latents = self.invert([square], captions=captions, num_steps=how.inversion_steps, **how.running)
             embeds = latents.image_embeds
@@ -291,7 +293,7 @@ class Editing:
             own=dict(
                 num_steps=how.num_steps,
                 guidance_scale=how.guidance_scale,
-                init=np.repeat(self._base_pictures([square]), n, axis=0),
+                init=np.repeat(self.base_pictures([square]), n, axis=0),
                 strength=strength,
                 negative=negative,
             ),
@@ -434,7 +436,7 @@ class Editing:
         if known is not None:
             square, repaint = known
             size = self.cascade.stage("decoder").image_size
-            at_base = (self._base_pictures([square])[0], shrink_mask(repaint, size))
+            at_base = (self.base_pictures([square])[0], shrink_mask(repaint, size))
         base, timings["decoder"] = self.decode(embeds, captions, known=at_base, **own, **common)
         images = base
         if how.upsample:

@@ -18,6 +18,29 @@ def read_picture(path: str | os.PathLike):
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
 
 
+def read_mask(text: str, like: tuple[int, int]):
+    """The mask that `text` names: a picture's file, or a box 'left,top,right,bottom' in shares of the sides.
+
+    like: (width, height) of the picture that a box is for. Returns a PIL picture, or bool [height, width].
+    Raises ValueError for a box that holds nothing, FileNotFoundError where there is no file.
+    """
+    parts = text.split(",")
+    try:
+        left, top, right, bottom = (float(part) for part in parts)
+    except ValueError:
+        if len(parts) == 4 and not epath.Path(text).exists():
+            raise ValueError(f"mask {text!r} is no file, nor a box such as '0.5,0,1,1'") from None
+        return read_picture(text)
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ValueError(
+            f"box {text!r} must be left,top,right,bottom with 0 <= left < right <= 1, top < bottom"
+        )
+    width, height = like
+    mask = np.zeros((height, width), bool)
+    mask[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = True
+    return mask
+
+
 def whole_picture(image) -> np.ndarray:
     """A PIL picture or uint8 [H, W, 3] as uint8 [H, W, 3]: upright, transparency on white."""
     from PIL import Image, ImageOps
@@ -77,6 +100,8 @@ def square_mask(mask, size: int, like: tuple[int, int], fit: str = "crop") -> np
         side = min(mask.shape)
         top, left = (height - side) // 2, (width - side) // 2
         whole = mask[top : top + side, left : left + side]
+        if not whole.any():
+            raise ValueError("the mask has no white in the central square: move it there, or use fit 'pad'")
     return shrink_mask(whole, size)
 
 

@@ -96,6 +96,26 @@ def test_masks_that_cannot_be_are_refused(mask, message):
         pictures.square_mask(mask, 8, (20, 10))
 
 
+def test_a_mask_outside_of_what_is_kept_is_refused():
+    mask = np.zeros((10, 20), bool)
+    mask[:, :5] = True
+    with pytest.raises(ValueError, match="no white in the central square"):
+        pictures.square_mask(mask, 8, (20, 10))
+    assert pictures.square_mask(mask, 20, (20, 10), "pad").any()
+
+
+def test_a_mask_is_a_file_or_a_box(tmp_path):
+    box = pictures.read_mask("0.5,0,1,0.25", (20, 8))
+    assert box.shape == (8, 20) and box[:2, 10:].all() and box.sum() == 20
+    Image.fromarray(np.uint8(box) * 255).save(tmp_path / "mask.png")
+    np.testing.assert_array_equal(np.asarray(pictures.read_mask(str(tmp_path / "mask.png"), (1, 1))) > 0, box)
+    for text, message in (("0.5,0,0.2,1", "0 <= left < right"), ("a,b,c,d", "no file, nor a box")):
+        with pytest.raises(ValueError, match=message):
+            pictures.read_mask(text, (20, 8))
+    with pytest.raises(FileNotFoundError):
+        pictures.read_mask(str(tmp_path / "none.png"), (20, 8))
+
+
 def test_padding_of_a_mask_follows_the_picture():
     mask = np.zeros((10, 20), bool)
     mask[:, :10] = True
