@@ -108,7 +108,8 @@ def test_a_mask_is_a_file_or_a_box(tmp_path):
     box = pictures.read_mask("0.5,0,1,0.25", (20, 8))
     assert box.shape == (8, 20) and box[:2, 10:].all() and box.sum() == 20
     Image.fromarray(np.uint8(box) * 255).save(tmp_path / "mask.png")
-    np.testing.assert_array_equal(np.asarray(pictures.read_mask(str(tmp_path / "mask.png"), (1, 1))) > 0, box)
+    read = pictures.read_mask(str(tmp_path / "mask.png"), (1, 1))
+    np.testing.assert_array_equal(np.asarray(read.convert("L")) > 0, box)
     for text, message in (("0.5,0,0.2,1", "0 <= left < right"), ("a,b,c,d", "no file, nor a box")):
         with pytest.raises(ValueError, match=message):
             pictures.read_mask(text, (20, 8))
