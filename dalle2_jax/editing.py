@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from dalle2_jax import tasks
+from dalle2_jax import settings, tasks
 from dalle2_jax.pictures import shrink_mask, square_mask, square_picture, whole_picture
 
 INVERSION_STEPS = 50
@@ -402,10 +402,10 @@ class Editing:
         if name is None:
             raise ValueError(f"model {self.name!r} has no upsampler")
         low_res = whole_picture(image)
-        stage, own = self.cascade.stage(name), dict(self.settings()[name])
-        own["num_steps"] = num_steps or own["num_steps"]
-        if tile is not None or max(low_res.shape) > stage.low_res_size:
-            own["tile"] = tile or own.get("tile") or stage.crop_size
+        stage = self.cascade.stage(name)
+        own = settings.of_stage(self.cascade, name, num_steps=num_steps, tile=tile)
+        if max(low_res.shape) > stage.low_res_size:
+            own["tile"] = own["tile"] or stage.crop_size
         task = tasks.upsampler_task(self.cascade, name, seed, own, low_res.shape)
         rows = {"low_res": low_res[None], "number": np.zeros(1, np.uint32)}
         images, _ = self.cascade.run(task, rows, batch_size=1, progress=progress)
@@ -442,8 +442,10 @@ class Editing:
         if how.upsample:
             images, more = self.upsample(base, known=known, **common)
             timings |= more
-        settings = {name: value for name, value in own.items() if isinstance(value, int | float | str)}
-        return self._result(labels, numbers, how.seed, embeds, base, images, {"decoder": settings}, timings)
+        used = {
+            "decoder": {name: value for name, value in own.items() if isinstance(value, int | float | str)}
+        }
+        return self._result(labels, numbers, how.seed, embeds, base, images, used, timings)
 
 
 def _check_strength(strength: float) -> None:

@@ -17,7 +17,7 @@ from etils import epath
 
 import dalle2_jax
 from dalle2_jax import metrics, partition, pipeline
-from dalle2_jax.diffusion.sampling import METHODS
+from dalle2_jax.settings import SETTINGS, split
 
 
 def slug(caption: str, length: int = 48) -> str:
@@ -102,19 +102,6 @@ class StageLines:
 
 
 FLAGS = flags.FLAGS
-SAMPLING_FLAGS = (
-    "guidance_scale",
-    "prior_guidance_scale",
-    "prior_steps",
-    "prior_method",
-    "prior_candidates",
-    "decoder_steps",
-    "upsampler_steps",
-    "method",
-    "eta",
-    "noisy_clip",
-    "classifier",
-)
 
 
 def define_sampling_flags() -> None:
@@ -122,27 +109,24 @@ def define_sampling_flags() -> None:
     flags.DEFINE_string(
         "model", None, "Model directory; by default the small model that comes with the package."
     )
-    flags.DEFINE_float(
-        "guidance_scale", None, "Guidance of the decoder, 1 is none; default: the model's own."
-    )
-    flags.DEFINE_float("prior_guidance_scale", None, "Guidance of the prior; default: the model's own.")
-    flags.DEFINE_integer("prior_steps", None, "Steps of the prior.")
-    flags.DEFINE_integer("decoder_steps", None, "Steps of the decoder.")
+    for name, setting in SETTINGS.items():
+        text = setting.help.removesuffix(".") + "; default: the model's own."
+        if isinstance(setting.kind, tuple):
+            flags.DEFINE_enum(name, None, setting.kind, text)
+        else:
+            _DEFINE[setting.kind](name, None, text)
     flags.DEFINE_alias("steps", "decoder_steps")
-    flags.DEFINE_list("upsampler_steps", None, "Steps of the upsamplers, one number each, such as 27,15.")
-    flags.DEFINE_enum("prior_method", None, METHODS, "Sampler of a diffusion prior.")
-    flags.DEFINE_integer(
-        "prior_candidates", None, "Embeddings drawn a picture; the closest to the text is kept."
-    )
-    flags.DEFINE_enum("method", None, METHODS, "Sampler of the decoder.")
-    flags.DEFINE_float("eta", None, "Noise of DDIM in the decoder, 0 (none) to 1.")
-    flags.DEFINE_float(
-        "noisy_clip", None, "How strongly the model's CLIP of noised pictures steers; 0 is none."
-    )
-    flags.DEFINE_float("classifier", None, "How strongly the model's classifier steers; 0 is none.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: as trained.")
     flags.DEFINE_integer("batch_size", None, "Pictures at a time, rounded up to a multiple of the devices.")
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
+
+
+_DEFINE = {
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+    list: flags.DEFINE_list,
+}
 
 
 def sampling_settings(changes: dict[str, str] | None = None) -> dict:
@@ -150,10 +134,9 @@ def sampling_settings(changes: dict[str, str] | None = None) -> dict:
 
     Raises ValueError for steps that are no numbers, and for a change that is no setting or has no such value.
     """
-    values = {name: FLAGS[name].value for name in SAMPLING_FLAGS}
+    values = {name: FLAGS[name].value for name in SETTINGS}
+    split(changes or {})  # names what is no setting
     for name, text in (changes or {}).items():
-        if name not in SAMPLING_FLAGS:
-            raise ValueError(f"{name!r} is no setting of sampling; choose from {', '.join(SAMPLING_FLAGS)}")
         try:
             values[name] = FLAGS[name].parser.parse(text)
         except ValueError as error:

@@ -16,7 +16,7 @@ from dalle2_jax import tasks
 from dalle2_jax.cascade import BASE_STAGES, GUIDES, Cascade, Progress, Timing
 from dalle2_jax.editing import Editing
 from dalle2_jax.pictures import shrink_mask, square_picture
-from dalle2_jax.settings import resolve
+from dalle2_jax.settings import of_stage, of_upsamplers, resolve, split
 
 MAX_CAPTION = 1000
 
@@ -111,7 +111,7 @@ class UnCLIP(Editing):
         return lines
 
     def settings(self, **asked) -> dict[str, dict]:
-        """stage -> what `text_to_image` runs it with for these arguments of it; see `settings.resolve`."""
+        """stage -> what `text_to_image` runs it with for these keywords of `settings.SETTINGS`."""
         return resolve(self.cascade, **asked)
 
     def encode_text(
@@ -149,20 +149,15 @@ class UnCLIP(Editing):
         *,
         seed: int = 0,
         n: int = 1,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        method: str | None = None,
-        num_candidates: int | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
+        **own,
     ) -> tuple[np.ndarray, dict[str, Timing]]:
-        """(n image embeddings of each caption, [N, E] float32 in CLIP's own scale; stage -> Timing)."""
-        own = self.settings(
-            prior_steps=num_steps,
-            prior_guidance_scale=guidance_scale,
-            prior_method=method,
-            prior_candidates=num_candidates,
-        )["prior"]
+        """(n image embeddings of each caption, [N, E] float32 in CLIP's own scale; stage -> Timing).
+
+        own: instead of the prior's own settings, its names of them: num_steps, guidance_scale, ...
+        """
+        own = of_stage(self.cascade, "prior", **own)
         (text_embed, text_states), text_timing = self.encode_text(captions, batch_size, progress)
         tokens, token_mask = self._tokens("prior", captions)
         known = dict(tokens=tokens, token_mask=token_mask, text_embed=text_embed, text_states=text_states)
@@ -179,12 +174,6 @@ class UnCLIP(Editing):
         *,
         seed: int = 0,
         numbers: Sequence[int] | None = None,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        method: str | None = None,
-        eta: float | None = None,
-        noisy_clip: float | None = None,
-        classifier: float | None = None,
         negative: str | None = None,
         x_T: np.ndarray | None = None,
         init: np.ndarray | None = None,
@@ -193,6 +182,7 @@ class UnCLIP(Editing):
         resample: int = 1,
         batch_size: int | None = None,
         progress: Progress | None = None,
+        **own,
     ) -> tuple[np.ndarray, Timing]:
         """(base pictures uint8 [N, h, w, 3] of image embeddings, Timing).
 
@@ -200,14 +190,14 @@ class UnCLIP(Editing):
           image_embeds: [N, E] in CLIP's own scale.
           captions: N of them, or None for the null caption.
           seed, numbers: picture i has the key of (seed, numbers[i]); by default 0 .. N-1.
-          num_steps, guidance_scale, method, eta: instead of the decoder's own settings.
-          noisy_clip, classifier: how strongly these guides of the model steer to the captions.
           negative: a caption that guidance leads away from.
           x_T: noise [N, h, w, 3] to start from, such as `invert` finds.
           init, strength: base pictures uint8 [N, h, w, 3], and the share of the steps taken from there.
           known: a base picture uint8 [h, w, 3] and where to repaint it, bool [h, w]; the rest comes back.
           resample: how often each step is taken, see `diffusion.sampling`.
           batch_size, progress: see `text_to_image`.
+          own: instead of the decoder's own settings, its names of them (num_steps, guidance_scale, ...), and
+            how strongly guides of the model steer to the captions.
         """
         decoder = self.cascade.stage("decoder")
         image_embeds = np.asarray(image_embeds, np.float32)
@@ -217,26 +207,18 @@ class UnCLIP(Editing):
         numbers = np.arange(count) if numbers is None else np.asarray(numbers)
         if len(numbers) != count or (captions is not None and len(captions) != count):
             raise ValueError(f"{count} image embeddings need as many captions and numbers")
-        own = self.settings(
-            decoder_steps=num_steps,
-            guidance_scale=guidance_scale,
-            method=method,
-            eta=eta,
-            noisy_clip=noisy_clip,
-            classifier=classifier,
-        )
+        how = of_stage(self.cascade, "decoder", **own)
         given = {name: value for name, value in (("x_T", x_T), ("init", init)) if value is not None}
         if known is not None:
             given["known"], given["repaint"] = (np.repeat(np.asarray(x)[None], count, 0) for x in known)
         if negative is not None:
             check_captions([negative])
-            if own["decoder"]["guidance_scale"] == 1 or decoder.context_length is None:
+            if how["guidance_scale"] == 1 or decoder.context_length is None:
                 raise ValueError(
                     "a negative caption needs a decoder that reads captions, and guidance above 1"
                 )
             text = self._decoder_text([negative] * count, count)
             given |= {f"negative_{name}": value for name, value in text.items()}
-        how = own["decoder"]
         how |= {"strength": strength} if strength != 1 else {}
         how |= {"resample": resample} if resample != 1 else {}
         task = tasks.decoder_task(self.cascade, seed, how, tuple(given))
@@ -294,17 +276,17 @@ class UnCLIP(Editing):
         *,
         seed: int = 0,
         numbers: Sequence[int] | None = None,
-        num_steps: Sequence[int] | None = None,
         known: tuple[np.ndarray, np.ndarray] | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
+        **own,
     ) -> tuple[np.ndarray, dict[str, Timing]]:
         """(pictures of the decoder's size, uint8 [N, h, w, 3], through all upsamplers; stage -> Timing).
 
         known: a finished picture uint8 [H, W, 3] and where to repaint it, bool [H, W]; the rest comes back.
-        The other arguments are as for `decode`; `num_steps` has one number an upsampler.
+        own: as for `decode`, for every upsampler; of `num_steps` there is one number for each.
         """
-        own = self.settings(upsampler_steps=num_steps)
+        own = of_upsamplers(self.cascade, **own)
         images, timings = np.asarray(images), {}
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images must be uint8 [N, h, w, 3], not {images.dtype} {list(images.shape)}")
@@ -327,20 +309,10 @@ class UnCLIP(Editing):
         *,
         seed: int = 0,
         n: int = 1,
-        guidance_scale: float | None = None,
-        prior_guidance_scale: float | None = None,
-        prior_steps: int | None = None,
-        prior_method: str | None = None,
-        prior_candidates: int | None = None,
-        decoder_steps: int | None = None,
-        upsampler_steps: Sequence[int] | None = None,
-        method: str | None = None,
-        eta: float | None = None,
-        noisy_clip: float | None = None,
-        classifier: float | None = None,
         upsample: bool = True,
         batch_size: int | None = None,
         progress: Progress | None = None,
+        **asked,
     ) -> Result:
         """Draw n pictures of each caption.
 
@@ -348,15 +320,11 @@ class UnCLIP(Editing):
           captions: texts of at most MAX_CAPTION characters.
           seed: 0 .. 2**32 - 1; with a picture's number within its caption, all of its randomness.
           n: pictures a caption.
-          guidance_scale, prior_guidance_scale: of decoder and prior; 1 is none. None: the model's own.
-          prior_steps, decoder_steps, upsampler_steps: network steps, one number an upsampler; or None.
-          prior_method, method: samplers of prior and decoder, of `sampling.METHODS`; or None.
-          prior_candidates: embeddings drawn a picture, the one closest to the caption being kept; or None.
-          eta: noise of the decoder's 'ddim', in [0, 1]; or None.
-          noisy_clip, classifier: how strongly these guides, if the model has them, steer the decoder.
           upsample: False stops at the base pictures.
           batch_size: pictures at a time, rounded up to a multiple of the devices; None: 8, or one a device.
           progress: called as progress(stage, pictures done, pictures in all, seconds in this stage).
+          asked: any of `settings.SETTINGS` (guidance_scale, decoder_steps, prior_method, ...) instead of the
+            model's own.
 
         Raises:
           ValueError: for captions or settings that are not allowed, before anything is computed.
@@ -366,20 +334,8 @@ class UnCLIP(Editing):
             raise ValueError(f"seed {seed} must lie in 0 .. {2**32 - 1}")
         if n < 1:
             raise ValueError(f"n {n} must be 1 or more pictures a caption")
-        settings = self.settings(
-            guidance_scale=guidance_scale,
-            prior_guidance_scale=prior_guidance_scale,
-            prior_steps=prior_steps,
-            prior_method=prior_method,
-            prior_candidates=prior_candidates,
-            decoder_steps=decoder_steps,
-            upsampler_steps=upsampler_steps,
-            method=method,
-            eta=eta,
-            noisy_clip=noisy_clip,
-            classifier=classifier,
-        )
-        if classifier:
+        settings, own = self.settings(**asked), split(asked)
+        if "classifier" in settings["decoder"]:
             self.labels(captions)  # a caption that it cannot steer to is named before anything is computed
         # All stages are compiled at once, the later ones while the earlier ones run.
         count, prepare = n * len(captions), self.cascade.prepare
@@ -397,41 +353,13 @@ class UnCLIP(Editing):
 
         numbers = tuple(range(n)) * len(captions)
         repeated = tuple(caption for caption in captions for _ in range(n))
-        image_embeds, timings = self.sample_prior(
-            captions,
-            seed=seed,
-            n=n,
-            num_steps=prior_steps,
-            guidance_scale=prior_guidance_scale,
-            method=prior_method,
-            num_candidates=prior_candidates,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        base, timings["decoder"] = self.decode(
-            image_embeds,
-            repeated,
-            seed=seed,
-            numbers=numbers,
-            num_steps=decoder_steps,
-            guidance_scale=guidance_scale,
-            method=method,
-            eta=eta,
-            noisy_clip=noisy_clip,
-            classifier=classifier,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        common = dict(seed=seed, batch_size=batch_size, progress=progress)
+        image_embeds, timings = self.sample_prior(captions, n=n, **common, **own["prior"])
+        common["numbers"] = numbers
+        base, timings["decoder"] = self.decode(image_embeds, repeated, **common, **own["decoder"])
         images = base
         if upsample:
-            images, more = self.upsample(
-                base,
-                seed=seed,
-                numbers=numbers,
-                num_steps=upsampler_steps,
-                batch_size=batch_size,
-                progress=progress,
-            )
+            images, more = self.upsample(base, **common, **own["upsampler"])
             timings |= more
         settings = {name: values for name, values in settings.items() if name in timings}
         return self._result(repeated, numbers, seed, image_embeds, base, images, settings, timings)

@@ -1,83 +1,143 @@
-"""What each stage samples with: the model's own settings, and what a caller asked for instead."""
+"""What each stage samples with: the model's own settings, and what a caller asked for instead.
 
+`SETTINGS` is the one list of what may be asked for: keywords of `UnCLIP.text_to_image`, flags of commands.
+"""
+
+import dataclasses
+import difflib
 from collections.abc import Sequence
 
-from dalle2_jax.cascade import Cascade
+from dalle2_jax.cascade import GUIDES, Cascade
 from dalle2_jax.diffusion.sampling import METHODS
+from dalle2_jax.diffusion.schedules import SPACINGS
 
 
-def check_method(method: str, eta: float | None) -> None:
-    """Raise ValueError for an unknown sampler, or an eta that it has no use for."""
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One thing to ask for.
+
+    Attributes:
+      role: 'prior', 'decoder' or 'upsampler', for all of them.
+      name: what the stage's `sample` calls it.
+      kind: int, float, str, list (whole numbers, one an upsampler), or the texts to choose from.
+      help: one line.
+    """
+
+    role: str
+    name: str
+    kind: type | tuple[str, ...]
+    help: str
+
+
+SETTINGS = {
+    "guidance_scale": Setting("decoder", "guidance_scale", float, "Guidance of the decoder; 1 is none."),
+    "decoder_steps": Setting("decoder", "num_steps", int, "Steps of the decoder."),
+    "method": Setting("decoder", "method", METHODS, "Sampler of the decoder."),
+    "eta": Setting("decoder", "eta", float, "Noise of DDIM in the decoder, 0 (none) to 1."),
+    "spacing": Setting("decoder", "spacing", str, f"The decoder's choice of times: {', '.join(SPACINGS)}."),
+    "threshold": Setting("decoder", "threshold", float, "Percentile of dynamic thresholding, such as 99.5."),
+    "noisy_clip": Setting("decoder", "noisy_clip", float, "How strongly a CLIP of noised pictures steers."),
+    "classifier": Setting("decoder", "classifier", float, "How strongly the model's classifier steers."),
+    "prior_guidance_scale": Setting("prior", "guidance_scale", float, "Guidance of the prior; 1 is none."),
+    "prior_steps": Setting("prior", "num_steps", int, "Steps of a diffusion prior."),
+    "prior_method": Setting("prior", "method", METHODS, "Sampler of a diffusion prior."),
+    "prior_eta": Setting("prior", "eta", float, "Noise of DDIM in a diffusion prior, 0 to 1."),
+    "prior_candidates": Setting("prior", "num_candidates", int, "Embeddings drawn; the closest is kept."),
+    "prior_temperature": Setting("prior", "temperature", float, "Temperature of an autoregressive prior."),
+    "prior_dot_quantile": Setting(
+        "prior", "dot_quantile", float, "An autoregressive prior draws the dot product from above this share."
+    ),
+    "upsampler_steps": Setting("upsampler", "num_steps", list, "Steps of the upsamplers, such as 27,15."),
+    "upsampler_method": Setting("upsampler", "method", METHODS, "Sampler of the upsamplers."),
+    "upsampler_eta": Setting("upsampler", "eta", float, "Noise of DDIM in the upsamplers, 0 to 1."),
+    "tile": Setting("upsampler", "tile", int, "Upsamplers draw larger pictures in windows of this side."),
+}
+
+
+def split(asked: dict) -> dict[str, dict]:
+    """role -> {name of the stage's own: value} of keywords in `SETTINGS`; what is None is left out."""
+    roles = {"prior": {}, "decoder": {}, "upsampler": {}}
+    for name, value in asked.items():
+        if name not in SETTINGS:
+            close = difflib.get_close_matches(name, SETTINGS, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f": choose from {', '.join(SETTINGS)}"
+            raise ValueError(f"{name!r} is no setting of sampling{hint}")
+        if value is not None:
+            roles[SETTINGS[name].role][SETTINGS[name].name] = value
+    return roles
+
+
+def resolve(cascade: Cascade, **asked) -> dict[str, dict]:
+    """stage -> what it samples with for these keywords, names of `SETTINGS`; None is the model's own.
+
+    Raises ValueError for what there is no setting for, and for what the model cannot do.
+    """
+    roles = split(asked)
+    settings = {name: of_stage(cascade, name, **roles[name]) for name in ("prior", "decoder")}
+    return settings | of_upsamplers(cascade, **roles["upsampler"])
+
+
+def of_upsamplers(cascade: Cascade, *, num_steps: Sequence[int] | None = None, **own) -> dict[str, dict]:
+    """upsampler -> what it samples with; `num_steps` has one number an upsampler, `own` is for all."""
+    names = cascade.upsamplers
+    if num_steps is not None and len(num_steps) != len(names):
+        raise ValueError(
+            f"upsampler_steps has {len(num_steps)} numbers, model {cascade.name!r} has "
+            f"{len(names)} upsampler(s): give one a stage"
+        )
+    steps = num_steps or [None] * len(names)
+    return {name: of_stage(cascade, name, num_steps=n, **own) for name, n in zip(names, steps, strict=True)}
+
+
+def of_stage(cascade: Cascade, name: str, **own) -> dict:
+    """What stage `name` samples with for these keywords of its `sample` and guides' scales; None is its own.
+
+    Raises ValueError for what the stage cannot do.
+    """
+    stage = cascade.stage(name)
+    asked = {setting: value for setting, value in own.items() if value is not None}
+    settings = dict(stage.sampling)
+    guides = _guides(cascade, {guide: asked.pop(guide) for guide in GUIDES if guide in asked})
+    for setting, value in asked.items():
+        if setting not in settings:
+            kind = cascade.configs[name]["stage"]
+            raise ValueError(
+                f"{name}: {setting} has no meaning for a stage {kind!r}, which has {', '.join(settings)}"
+            )
+        settings[setting] = value
+    if "guidance_scale" in settings:
+        settings["guidance_scale"] = float(settings["guidance_scale"])
+    if "method" in settings:
+        _check_method(cascade, name, settings["method"], asked.get("eta"))
+    _check_ranges(cascade, name, settings)
+    try:
+        if asked.keys() & {"spacing", "threshold"}:
+            stage.sampler(settings["num_steps"], settings["spacing"], settings["threshold"]).timesteps()
+        if "tile" in asked:
+            stage.check_tile(asked["tile"])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return settings | guides
+
+
+def _check_method(cascade: Cascade, name: str, method: str, eta: float | None) -> None:
+    """Raise ValueError for a sampler that the stage cannot use, or an eta that it has no use for."""
     if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+        raise ValueError(f"{name}: method {method!r} is unknown; choose one of {', '.join(METHODS)}")
     if eta is not None and not 0 <= eta <= 1:
-        raise ValueError(f"eta {eta} must lie in 0 .. 1")
+        raise ValueError(f"{name}: eta {eta} must lie in 0 .. 1")
     if eta is not None and method != "ddim":
         raise ValueError(
-            f"eta {eta} has no meaning for method {method!r}: use method 'ddim', or leave eta out"
+            f"{name}: eta {eta} has no meaning for method {method!r}: use 'ddim', or leave eta out"
         )
-
-
-def resolve(
-    cascade: Cascade,
-    *,
-    guidance_scale: float | None = None,
-    prior_guidance_scale: float | None = None,
-    prior_steps: int | None = None,
-    prior_method: str | None = None,
-    prior_candidates: int | None = None,
-    decoder_steps: int | None = None,
-    upsampler_steps: Sequence[int] | None = None,
-    method: str | None = None,
-    eta: float | None = None,
-    noisy_clip: float | None = None,
-    classifier: float | None = None,
-) -> dict[str, dict]:
-    """stage -> what it samples with for these arguments of `UnCLIP.text_to_image`; None is the model's own.
-
-    Raises ValueError for what the model cannot do.
-    """
-    upsamplers = cascade.upsamplers
-    if upsampler_steps is not None and len(upsampler_steps) != len(upsamplers):
+    if method == "analytic" and "eps_sq" not in cascade.params(name).get("stats", {}):
         raise ValueError(
-            f"upsampler_steps has {len(upsampler_steps)} numbers, model {cascade.name!r} has "
-            f"{len(upsamplers)} upsampler(s): give one a stage"
+            f"{name}: method 'analytic' needs statistics of a prior that was trained with "
+            "model.method='analytic', which this stage has not: choose another"
         )
-    asked = {
-        "prior": dict(
-            num_steps=prior_steps,
-            guidance_scale=prior_guidance_scale,
-            method=prior_method,
-            num_candidates=prior_candidates,
-        ),
-        "decoder": dict(num_steps=decoder_steps, guidance_scale=guidance_scale, method=method, eta=eta),
-    }
-    for name, steps in zip(upsamplers, upsampler_steps or [None] * len(upsamplers), strict=True):
-        asked[name] = dict(num_steps=steps)
-    settings = {}
-    for name, values in asked.items():
-        settings[name] = dict(cascade.stage(name).sampling)
-        for setting, value in values.items():
-            if value is None:
-                continue
-            if setting not in settings[name]:
-                raise ValueError(
-                    f"{name}: {setting} has no meaning for a stage {cascade.configs[name]['stage']!r}, "
-                    f"which has {', '.join(settings[name])}"
-                )
-            settings[name][setting] = value
-        if name == "decoder":
-            settings[name] |= _guides(cascade, noisy_clip=noisy_clip, classifier=classifier)
-        if "guidance_scale" in settings[name]:
-            settings[name]["guidance_scale"] = float(settings[name]["guidance_scale"])
-        if "method" in settings[name]:
-            check_method(settings[name]["method"], values.get("eta"))
-    for name, values in settings.items():
-        _check_ranges(cascade, name, values)
-    return settings
 
 
-def _guides(cascade: Cascade, **scales: float | None) -> dict[str, float]:
+def _guides(cascade: Cascade, scales: dict[str, float]) -> dict[str, float]:
     """The guides that are asked for and how strongly; ValueError for one that the model lacks."""
     guides = {guide: float(scale) for guide, scale in scales.items() if scale}
     for guide, scale in guides.items():
@@ -89,8 +149,9 @@ def _guides(cascade: Cascade, **scales: float | None) -> dict[str, float]:
 
 def _check_ranges(cascade: Cascade, name: str, values: dict) -> None:
     """Raise ValueError for a number that stage `name` cannot sample with."""
+    stage = cascade.stage(name)
     if "num_steps" in values:
-        most = cascade.stage(name).diffusion.schedule.num_timesteps
+        most = stage.diffusion.schedule.num_timesteps
         if not 1 <= values["num_steps"] <= most:
             raise ValueError(f"{name}: {values['num_steps']} steps are not possible; give 1 .. {most}")
     if values.get("num_candidates", 1) < 1:
@@ -98,3 +159,7 @@ def _check_ranges(cascade: Cascade, name: str, values: dict) -> None:
     scale = values.get("guidance_scale", 1)
     if not 0 <= scale <= 100:
         raise ValueError(f"{name}: guidance_scale {scale} must lie in 0 .. 100; 1 is none, 2 to 5 are usual")
+    if values.get("temperature", 1) <= 0:
+        raise ValueError(f"{name}: temperature {values['temperature']} must be above 0")
+    if not 0 <= values.get("dot_quantile", 0) < 1:
+        raise ValueError(f"{name}: dot_quantile {values['dot_quantile']} must lie in 0 .. 1, below 1")

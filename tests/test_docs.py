@@ -15,6 +15,7 @@ import pytest
 from configs import common
 from dalle2_jax import models
 from dalle2_jax.diffusion import sampling
+from dalle2_jax.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -100,6 +101,11 @@ def defined_flags(node: ast.AST) -> dict:
         for assigned in ast.walk(node)
         if isinstance(assigned, ast.Assign) and isinstance(assigned.targets[0], ast.Name)
     }
+    if any(isinstance(n, ast.For) and ast.unparse(n.iter) == "SETTINGS.items()" for n in ast.walk(node)):
+        kinds = {int: "integer", float: "float"}
+        found["flags"] |= {name: kinds.get(setting.kind, "string") for name, setting in SETTINGS.items()}
+        chosen = {name: setting.kind for name, setting in SETTINGS.items() if isinstance(setting.kind, tuple)}
+        found["choices"] |= chosen
     for call in ast.walk(node):
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
             continue
@@ -279,7 +285,7 @@ def test_the_check_of_commands_finds(command, why):
 def test_commands_are_read_from_blocks_and_lines():
     text = f"Run `{COMMAND}train`.\n```bash\nX=1 {COMMAND}generate 'a b' \\\n    --n=2  # two\n```\n"
     assert commands(text) == [(["dalle2_jax.generate", "a b", "--n=2"], True), (["dalle2_jax.train"], False)]
-    assert flags_of("dalle2_jax.evaluate")["flags"]["upsampler_steps"] == "list"  # taken from generate
+    assert flags_of("dalle2_jax.evaluate")["flags"]["upsampler_steps"] == "string"  # taken from generate
 
 
 def test_settings_named_in_the_text_exist():

@@ -11,7 +11,8 @@ import pytest
 
 from dalle2_jax import models, partition, pipeline
 from dalle2_jax.cascade import Task, Timing, check_cascade
-from dalle2_jax.diffusion import schedules
+from dalle2_jax.diffusion import sampling, schedules
+from dalle2_jax.stages import upsampler
 from tests.tiny_model import CAPTIONS, make_model
 
 
@@ -177,6 +178,18 @@ def test_progress_counts_pictures(model):
         (["a"], dict(prior_method="euler"), "method 'euler'"),
         (["a"], dict(prior_candidates=0), "prior: 0 candidates"),
         (["a"], dict(noisy_clip=1.0), "has no noisy_clip: it has clip, prior, decoder"),
+        (["a"], dict(method="analytic"), "decoder: method 'analytic' needs statistics"),
+        (["a"], dict(prior_eta=0.5), "prior: eta 0.5 has no meaning"),
+        (["a"], dict(prior_temperature=0.5), "prior: temperature has no meaning for a stage 'prior'"),
+        (["a"], dict(upsampler_method="ddpmm"), "upsampler32: method 'ddpmm'"),
+        (["a"], dict(tile=0), "upsampler32: tile 0 must be a multiple"),
+        (
+            ["a"],
+            dict(spacing="fast27", decoder_steps=5),
+            "decoder: spacing 'fast27' is 27 steps of 1000, not 5",
+        ),
+        (["a"], dict(threshold=101.0), "decoder: threshold 101"),
+        (["a"], dict(gudance_scale=2.0), "no setting of sampling; did you mean 'guidance_scale'"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(model, captions, settings, message):
@@ -258,6 +271,45 @@ def test_steps_reach_the_schedule(model, monkeypatch):
     result = model.text_to_image(["a"], upsample=False)
     assert asked == [4, 4] and list(result.settings) == ["prior", "decoder"]
     np.testing.assert_array_equal(result.images, result.base)
+
+
+def test_samplers_and_windows_reach_the_stages(model, monkeypatch):
+    used = []
+
+    def trace(task, rows, **_):
+        """`Cascade.run` without compiling and running."""
+        output = jax.eval_shape(task.function, model.cascade.params(task.name), rows, task.scalars)
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), output), Timing(1, task.steps, 0.0, 0.0)
+
+    def sample(denoiser, schedule, noise, keys, *, timesteps, method, eta, **_):
+        used.append((len(timesteps), method, eta))
+        denoiser(noise, jax.numpy.zeros(len(noise), int))
+        return noise
+
+    windows, thresholds = [], []
+    monkeypatch.setattr(model.cascade, "run", trace)
+    monkeypatch.setattr(model.cascade, "prepare", lambda *_: None)
+    monkeypatch.setattr(sampling, "sample", sample)
+    in_tiles, bounded = upsampler.in_tiles, sampling.dynamic_threshold
+    monkeypatch.setattr(
+        upsampler, "in_tiles", lambda f, x, tile: windows.append(tile) or in_tiles(f, x, tile)
+    )
+    monkeypatch.setattr(
+        sampling, "dynamic_threshold", lambda d, s, share: thresholds.append(share) or bounded(d, s, share)
+    )
+    model.text_to_image(
+        ["a"],
+        prior_method="ddim",
+        prior_eta=0.25,
+        spacing="sections:2,1",
+        decoder_steps=3,
+        threshold=99.0,
+        upsampler_method="ddim",
+        upsampler_eta=0.5,
+        tile=16,
+    )
+    assert used == [(4, "ddim", 0.25), (3, "ddpm", 0.0), (4, "ddim", 0.5)]
+    assert windows == [16] and thresholds == [99.0]
 
 
 def test_a_program_that_failed_is_tried_again(model):

@@ -46,8 +46,23 @@ class Decoder:
         """What `sample` does unless told."""
         own = self.diffusion
         return dict(
-            num_steps=own.num_steps, guidance_scale=self.guidance_scale, method=own.method, eta=own.eta
+            num_steps=own.num_steps,
+            guidance_scale=self.guidance_scale,
+            method=own.method,
+            eta=own.eta,
+            spacing=own.spacing,
+            threshold=own.threshold,
         )
+
+    def sampler(
+        self, num_steps: int | None = None, spacing: str | None = None, threshold: float | None = None
+    ) -> gaussian.GaussianDiffusion:
+        """The noise process with these in place of its own."""
+        given = dict(num_steps=num_steps, spacing=spacing, threshold=threshold)
+        changed = {name: value for name, value in given.items() if value is not None}
+        if spacing in (None, self.diffusion.spacing):
+            changed.pop("num_steps", None)  # the model's own spacing gives way to another number of steps
+        return dataclasses.replace(self.diffusion, **changed)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without `image`."""
@@ -131,6 +146,8 @@ class Decoder:
         guidance_scale: float | jax.Array | None = None,
         method: str | None = None,
         eta: float | None = None,
+        spacing: str | None = None,
+        threshold: float | None = None,
         image_size: int | None = None,
         log_p: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
         log_p_scale: float | jax.Array = 1.0,
@@ -160,7 +177,7 @@ class Decoder:
             rows = None if seen is None else jnp.repeat(seen, len(x_t) // len(seen), axis=0)
             return self.net.apply({"params": params}, x_t, t, conditions, rows, method="denoise")
 
-        x0 = self.diffusion.sample(
+        x0 = self.sampler(num_steps, spacing, threshold).sample(
             network,
             keys,
             (side, side, 3),

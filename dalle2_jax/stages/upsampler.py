@@ -48,6 +48,13 @@ class Upsampler:
         own = self.diffusion
         return dict(num_steps=own.num_steps, method=own.method, eta=own.eta, tile=self.tile)
 
+    def check_tile(self, tile: int) -> int:
+        """`tile`, the side of windows to draw in; ValueError for one that the network cannot halve."""
+        halvings = 2 ** (len(self.net.unet["channel_mult"]) - 1)
+        if tile < halvings or tile % halvings:
+            raise ValueError(f"tile {tile} must be a multiple of {halvings} (the halvings of channel_mult)")
+        return tile
+
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads `low_res` alone."""
         return {
@@ -123,7 +130,7 @@ class Upsampler:
         `tile` is the side of the windows that the network sees, None for the whole picture at once. known:
         see `GaussianDiffusion.sample`.
         """
-        tile = self.tile if tile is None else tile
+        tile = self.tile if tile is None else self.check_tile(tile)
         # The network was trained on pictures, which have 256 levels.
         low_res = jnp.round((jnp.clip(batch["low_res"], -1, 1) + 1) * 127.5) / 127.5 - 1
         level = None
@@ -254,8 +261,6 @@ def build(
         raise ValueError(
             f"low_res_level {low_res_level} must be in 0 .. low_res_noise = {low_res_noise}, that at most 1"
         )
-    if tile is not None and (tile < halvings or tile % halvings):
-        raise ValueError(f"tile {tile} must be a multiple of {halvings} (the halvings of channel_mult)")
     unet = dict(
         out_channels=6 if learned_variance else 3,
         channels=channels,
@@ -265,7 +270,7 @@ def build(
         scale_shift=scale_shift,
         remat=remat,
     )
-    return Upsampler(
+    built = Upsampler(
         net=UpsamplerNet(unet=unet, image_size=image_size, dtype=jnp.dtype(dtype)),
         diffusion=gaussian.GaussianDiffusion(
             schedule=schedules.make_schedule(schedule, num_timesteps),
@@ -286,3 +291,6 @@ def build(
         tile=tile,
         last_step=last_step,
     )
+    if tile is not None:
+        built.check_tile(tile)
+    return built
