@@ -7,6 +7,7 @@ Measures a model directory; writes report.json, its table report.txt, and labell
              relation it showed or never), and lets the checker read the pictures
   retrieval  CLIP looks for the caption of each of 100 scenes of the validation and test splits
   zero_shot  CLIP says which colour and shape the object in each of 200 unseen scenes has, out of all pairs
+             (both take --images=SRC with captions instead, zero_shot with --classes=FILE, a name a line)
   edits      unless asked for, not: 64 unseen scenes are changed by text, varied and repainted, and checked
 
 Measures pictures, wherever they come from, against a reference (docs/evaluation.md):
@@ -123,15 +124,26 @@ def _mark(verdict) -> str:
 def evaluate_retrieval(
     model: pipeline.UnCLIP,
     *,
-    config: scenes.SceneConfig,
-    image_size: int,
+    config: scenes.SceneConfig | None = None,
+    image_size: int | None = None,
+    pictures: picture_sets.PictureSet | None = None,
     n: int = 100,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> dict:
-    """The numbers of `retrieval.retrieval` for `n` unseen scenes, rendered at `image_size`."""
-    chosen, captions = retrieval.unseen_scenes(config, n, seed)
-    images = [scenes.render(scene, image_size) for scene in chosen]
+    """The numbers of `retrieval.retrieval` for `n` unseen scenes of `config`, rendered at `image_size`.
+
+    Or for `n` of `pictures`, drawn at random, no two of which have the same caption.
+    """
+    if pictures is not None:
+        texts = pictures.captions()
+        images, rows = picture_sets.chosen(
+            pictures, list({t: i for i, t in enumerate(texts)}.values()), n, seed
+        )
+        captions = [texts[row] for row in rows]
+    else:
+        found, captions = retrieval.unseen_scenes(config, n, seed)
+        images = [scenes.render(scene, image_size) for scene in found]
     (text_embed, _), _ = model.encode_text(captions, batch_size)
     return retrieval.retrieval(model.encode_image(images, batch_size), text_embed)
 
@@ -139,16 +151,29 @@ def evaluate_retrieval(
 def evaluate_zero_shot(
     model: pipeline.UnCLIP,
     *,
-    config: scenes.SceneConfig,
-    image_size: int,
+    config: scenes.SceneConfig | None = None,
+    image_size: int | None = None,
+    pictures: picture_sets.PictureSet | None = None,
+    names: Sequence[str] = (),
+    templates: Sequence[str] = zero_shot.TEMPLATES,
     n: int = 200,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> dict:
-    """The numbers of `zero_shot.accuracy` for `n` unseen scenes of one object, rendered at `image_size`."""
-    chosen, names, labels = zero_shot.single_objects(config, n, seed)
-    classes = zero_shot.class_embeddings(lambda texts: model.encode_text(texts, batch_size)[0][0], names)
-    images = [scenes.render(scene, image_size) for scene in chosen]
+    """The numbers of `zero_shot.accuracy` for `n` unseen scenes of one object, rendered at `image_size`.
+
+    Or for `n` of `pictures`, drawn at random from those whose caption names exactly one of `names`.
+    """
+    if pictures is not None:
+        labels = zero_shot.labels(pictures.captions(), names)
+        images, rows = picture_sets.chosen(pictures, np.flatnonzero(labels >= 0), n, seed)
+        labels = labels[rows]
+    else:
+        found, names, labels = zero_shot.single_objects(config, n, seed)
+        images = [scenes.render(scene, image_size) for scene in found]
+    classes = zero_shot.class_embeddings(
+        lambda texts: model.encode_text(texts, batch_size)[0][0], names, templates
+    )
     return zero_shot.accuracy(model.encode_image(images, batch_size), classes, labels)
 
 
@@ -366,8 +391,12 @@ def main(argv):
             scenes.check_choice(name, (*METRICS, *fidelity.METRICS), "metric")
         of_scenes = [name for name in asked if name in METRICS]
         of_pictures = [name for name in asked if name in fidelity.METRICS]
-        if FLAGS.images and of_scenes:
-            raise ValueError(f"{of_scenes[0]} measures a model: leave --images out")
+        drawing = [name for name in of_scenes if name not in ("retrieval", "zero_shot")]
+        if FLAGS.images and drawing:
+            raise ValueError(f"{drawing[0]} measures a model: leave --images out")
+        captioned = picture_sets.open_pictures(FLAGS.images) if FLAGS.images and of_scenes else None
+        if captioned and "zero_shot" in of_scenes and not FLAGS.classes:
+            raise ValueError("zero_shot of pictures needs --classes=FILE, the name of a class on each line")
         partition.initialise()
         began = time.monotonic()
         settings = sampling_settings()
@@ -375,9 +404,11 @@ def main(argv):
         used = model.settings(**settings)
         out = epath.Path(FLAGS.out)
         measured, lines, report = {}, [], {"model": model.name}
-        if of_scenes:
+        of_clip = dict(pictures=captioned, n=FLAGS.n) if captioned else {}
+        if of_scenes and not captioned:
             config, image_size = scenes_of(model, FLAGS.scenes)
             report["scenes_config"] = config.name
+            of_clip = dict(config=config, image_size=image_size)
         if not FLAGS.images:
             report["settings"] = used
         out.mkdir(parents=True, exist_ok=True)
@@ -415,7 +446,7 @@ def main(argv):
             lines.append(scene_scores.table(measured["scenes"]))
         if "retrieval" in of_scenes:
             measured["retrieval"] = evaluate_retrieval(
-                model, config=config, image_size=image_size, seed=FLAGS.seed, batch_size=FLAGS.batch_size
+                model, **of_clip, seed=FLAGS.seed, batch_size=FLAGS.batch_size
             )
             found = measured["retrieval"]
             lines.append(
@@ -423,14 +454,16 @@ def main(argv):
                 f"text to image {found['text_to_image']:.3f}"
             )
         if "zero_shot" in of_scenes:
+            if FLAGS.templates:
+                of_clip["templates"] = zero_shot.read_templates(FLAGS.templates)
+            if captioned:
+                of_clip["names"] = zero_shot.read_names(FLAGS.classes)
             measured["zero_shot"] = evaluate_zero_shot(
-                model, config=config, image_size=image_size, seed=FLAGS.seed, batch_size=FLAGS.batch_size
+                model, **of_clip, seed=FLAGS.seed, batch_size=FLAGS.batch_size
             )
             found = measured["zero_shot"]
-            lines.append(
-                f"zero-shot among {found['classes']} colours and shapes: top 1 {found['top1']:.3f}, "
-                f"top 5 {found['top5']:.3f} of {found['n']}"
-            )
+            tops = ", ".join(f"top {k[3:]} {share:.3f}" for k, share in found.items() if k.startswith("top"))
+            lines.append(f"zero-shot among {found['classes']} classes: {tops} of {found['n']}")
         if "edits" in of_scenes:
             measured["edits"] = evaluate_edits(
                 model, out, config=config, seed=FLAGS.seed, progress=PassLines("edits of scenes")
@@ -457,6 +490,12 @@ if __name__ == "__main__":
         "metrics", None, f"Which of {', '.join((*METRICS, *fidelity.METRICS))}; default: what is at hand."
     )
     flags.DEFINE_string("images", None, "Pictures to measure: a folder, tar shards or an npz.")
+    flags.DEFINE_string(
+        "classes", None, "zero_shot of --images: a file with the name of a class on each line."
+    )
+    flags.DEFINE_string(
+        "templates", None, "zero_shot: a file with a template such as 'a photo of a {}' a line."
+    )
     flags.DEFINE_string("reference", None, "Pictures to compare with, or an npz of mu and sigma.")
     flags.DEFINE_string("inception", None, "Weights that `dalle2_jax.convert inception` wrote.")
     flags.DEFINE_string("aesthetic", None, "Weights of LAION's aesthetic head, for CLIP ViT-L/14.")

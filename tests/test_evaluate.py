@@ -13,7 +13,7 @@ from PIL import Image
 
 from dalle2_jax import evaluate, generate, pipeline
 from dalle2_jax.data import scenes
-from dalle2_jax.evals import comparison, retrieval, scene_scores, zero_shot
+from dalle2_jax.evals import comparison, picture_sets, retrieval, scene_scores, zero_shot
 from tests.tiny_model import make_model
 
 CONFIG = scenes.preset("quickstart")
@@ -187,6 +187,47 @@ def test_scenes_to_classify_have_one_object_and_cover_held_out_pairs():
 def test_the_bundled_clip_classifies_what_it_never_saw():
     found = evaluate.evaluate_zero_shot(pipeline.UnCLIP.load(), config=CONFIG, image_size=64, n=60)
     assert found["n"] == 60 and found["classes"] == 36 and found["top1"] > 0.8
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """A folder of unseen scenes of one object with captions, two of each caption."""
+    folder = tmp_path_factory.mktemp("captioned")
+    found, names, labels = zero_shot.single_objects(CONFIG, 30)
+    for i, (scene, label) in enumerate(zip(found + found[:5], labels + labels[:5], strict=True)):
+        Image.fromarray(scenes.render(scene, 64)).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"a {names[label]}")
+    return picture_sets.open_pictures(folder), names
+
+
+def test_clip_is_measured_on_pictures_with_captions(captioned):
+    pictures, names = captioned
+    model = pipeline.UnCLIP.load()
+    found = evaluate.evaluate_retrieval(model, pictures=pictures, n=100)
+    assert found["n"] == len(set(pictures.texts)) < 35  # one of each caption
+    assert found["image_to_text"] > 0.7
+    found = evaluate.evaluate_zero_shot(model, pictures=pictures, names=names, n=20)
+    assert found["n"] == 20 and found["classes"] == 36 and found["top1"] > 0.7
+    turned = names[1:] + names[:1]  # the same classes, otherwise numbered
+    assert evaluate.evaluate_zero_shot(model, pictures=pictures, names=turned, n=20)["top1"] == found["top1"]
+
+
+def test_classes_and_templates_are_read_from_files(tmp_path):
+    (tmp_path / "names").write_text("red star\n\nblue ring\n")
+    assert zero_shot.read_names(tmp_path / "names") == ["red star", "blue ring"]
+    assert zero_shot.labels(["a blue ring", "a red star over a blue ring"], ["red star", "blue ring"])[0] == 1
+    (tmp_path / "templates").write_text("a photo of a {}\n")
+    assert zero_shot.read_templates(tmp_path / "templates") == ["a photo of a {}"]
+    for name, text, read, message in (
+        ("one", "red star\n", zero_shot.read_names, "at least two"),
+        ("bad", "a photo of {0}\n", zero_shot.read_templates, "must hold {} once"),
+        ("none", "\n", zero_shot.read_templates, "holds no template"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path / name)
+    with pytest.raises(ValueError, match="names exactly one of the 1 classes"):
+        zero_shot.labels(["a dog"], ["cat"])
 
 
 # Ways of drawing, compared

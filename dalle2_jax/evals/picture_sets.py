@@ -212,6 +212,15 @@ def samples(pictures: PictureSet, count: int, max_size: int = 256) -> tuple[np.n
     return np.stack([square_picture(image, side) for image in images]), list(labels)
 
 
+def chosen(
+    pictures: PictureSet, rows: Sequence[int], count: int, seed: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """(pictures uint8 [H, W, 3], their rows, ascending): at most `count` of `rows`, drawn at random."""
+    picked = np.sort(np.random.default_rng(seed).permutation(np.asarray(rows))[:count])
+    wanted = set(picked.tolist())
+    return [item.picture() for row, item in enumerate(pictures.items()) if row in wanted], picked
+
+
 def write_npz(pictures: PictureSet, path: str | os.PathLike) -> None:
     """Write `arr_0` uint8 [N, H, W, 3], picture by picture, for guided-diffusion's evaluator.
 

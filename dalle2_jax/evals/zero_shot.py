@@ -3,9 +3,11 @@
 A class is the mean of the unit text embeddings of its name in several templates, of unit norm again.
 """
 
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from etils import epath
 
 from dalle2_jax.data import scenes
 
@@ -33,6 +35,40 @@ def accuracy(
     return {"n": len(found), "classes": len(classes)} | {
         f"top{k}": float(found[:, :k].any(axis=1).mean()) for k in top if k < len(classes)
     }
+
+
+def labels(captions: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """The number [N] of the one class that each caption names, -1 for none or several; see `label_of`.
+
+    Raises ValueError where no caption names exactly one.
+    """
+    from dalle2_jax.data.pipeline import label_of
+
+    found = np.array([label_of(caption, names) for caption in captions])
+    if not (found >= 0).any():
+        raise ValueError(f"no caption names exactly one of the {len(names)} classes, such as {names[0]!r}")
+    return found
+
+
+def read_names(path: str | os.PathLike) -> list[str]:
+    """The classes of a file, one a line. Raises ValueError for fewer than two, and for a repeated one."""
+    names = [line.strip() for line in epath.Path(path).read_text().splitlines() if line.strip()]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"{path} must hold at least two classes, one a line, none twice")
+    return names
+
+
+def read_templates(path: str | os.PathLike) -> list[str]:
+    """The templates of a file, one a line, each with {} where the class goes; ValueError for others."""
+    found = [line.strip() for line in epath.Path(path).read_text().splitlines() if line.strip()]
+    for template in found:
+        if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
+            raise ValueError(
+                f"template {template!r} of {path} must hold {{}} once, as in 'a photo of a {{}}'"
+            )
+    if not found:
+        raise ValueError(f"{path} holds no template, such as 'a photo of a {{}}'")
+    return found
 
 
 def single_objects(
