@@ -19,7 +19,8 @@ alpha_bar is 1. With the two-time posterior of `schedules` and z ~ N(0, I), none
               their pixels is 1).
     dpm++     DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), deterministic, of second order:
               x_s = sigma_s / sigma_t x_t + sqrt(alpha_bar[s]) (1 - e^-h) (x0 + h / (2 h') (x0 - x0'))
-              with log(signal / sigma) growing by h in this step, by h' in the one before, whose x0 is x0'
+              with log(signal / sigma) growing by h in this step, by h' in the one before, whose x0 is x0';
+              h / h' is kept to 1 or less
 
 Guidance, clipping and thresholding are wrappers around the denoiser, so their order is visible where they are
 applied: guide first, then clip.
@@ -153,7 +154,9 @@ def _dpm_solver_tables(tables: TwoTime) -> dict[str, np.ndarray]:
     """Coefficients of x_t, x0 and x0 - (x0 of the step before) of DPM-Solver++(2M), float64 [n].
 
     With lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)) and h its growth over a step. The first step has
-    no step before it, and at the last lambda is infinite: both are of first order.
+    no step before it, and at the last lambda is infinite: both are of first order. Where times are even,
+    lambda leaps at the clean end, h / h' to 4: the change of x0 over the short step before says little of the
+    long one to come, and is carried no farther than it was seen, h / h' <= 1.
     """
     signal_s, sigma_s = np.sqrt(tables.alpha_bar_s), np.sqrt(1.0 - tables.alpha_bar_s)
     sigma_t = np.sqrt(1.0 - tables.alpha_bar_t)
@@ -161,7 +164,7 @@ def _dpm_solver_tables(tables: TwoTime) -> dict[str, np.ndarray]:
     h = np.diff(lam_t)
     x0 = signal_s * -np.expm1(-np.append(h, np.inf))
     change = np.zeros_like(x0)
-    change[1:-1] = 0.5 * x0[1:-1] * h[1:] / h[:-1]
+    change[1:-1] = 0.5 * x0[1:-1] * np.minimum(h[1:] / h[:-1], 1.0)
     return dict(x0=x0, x_t=sigma_s / sigma_t, change=change)
 
 
