@@ -103,8 +103,9 @@ def observe(history: dict[str, jax.Array], t: jax.Array, values: jax.Array) -> d
 
 def q_sample(schedule: Schedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
     """x_t [B, ...] float32 for data x0 [B, ...], times t [B] int and standard normal noise [B, ...]."""
-    signal, sigma = signal_and_sigma(schedule, t, x0.ndim)
-    return signal * x0.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
+    dtype = _float_type(x0, noise)
+    signal, sigma = signal_and_sigma(schedule, t, x0.ndim, dtype)
+    return signal * x0.astype(dtype) + sigma * noise.astype(dtype)
 
 
 def to_prediction(
@@ -121,8 +122,8 @@ def to_prediction(
     Raises ValueError for another shape or an unknown objective.
     """
     prediction, var_frac = split_output(output, x_t.shape, learned_variance)
-    x_t = x_t.astype(jnp.float32)
-    signal, sigma = signal_and_sigma(schedule, t, x_t.ndim)
+    x_t = x_t.astype(_float_type(x_t))
+    signal, sigma = signal_and_sigma(schedule, t, x_t.ndim, x_t.dtype)
     if objective == "eps":
         return Prediction((x_t - sigma * prediction) / signal, prediction, var_frac)
     if objective == "x0":
@@ -163,20 +164,21 @@ def training_loss(
             "a learned variance is trained on the likelihood of 8-bit pixels [B, H, W, C], which is not "
             f"defined for {data} of shape {x0.shape}: set learned_variance=False"
         )
-    x0, x_t, noise = (y.astype(jnp.float32) for y in (x0, x_t, noise))
+    dtype = _float_type(x0, x_t, noise)
+    x0, x_t, noise = (y.astype(dtype) for y in (x0, x_t, noise))
     prediction, var_frac = split_output(output, x_t.shape, learned_variance)
     if objective == "eps":
         target = noise
     elif objective == "x0":
         target = x0
     elif objective == "v":
-        signal, sigma = signal_and_sigma(schedule, t, x0.ndim)
+        signal, sigma = signal_and_sigma(schedule, t, x0.ndim, dtype)
         target = signal * noise - sigma * x0
     else:
         raise ValueError(_unknown("objective", objective, OBJECTIVES))
     mse = _mean(jnp.square(target - prediction))
     metrics = {"mse": mse}
-    loss = _at(loss_weights(schedule, objective, weighting), t) * mse
+    loss = _at(loss_weights(schedule, objective, weighting), t, dtype=dtype) * mse
     if bound_alone:
         if not learned_variance:
             raise ValueError("L_vlb is the bound of a learned variance: set learned_variance=True")
@@ -220,9 +222,10 @@ def vb_bits_per_dim(
     x0: 8-bit pixels in [-1, 1], [B, H, W, C]; prediction has a var_frac. Nothing is clipped, as in training.
     """
     tables = two_time(schedule, np.arange(schedule.num_timesteps)[::-1])
-    log_beta = _at(tables.log_beta[::-1], t, x0.ndim)
-    log_beta_tilde = _at(tables.log_beta_tilde[::-1], t, x0.ndim)
-    coef_x0 = _at(tables.coef_x0[::-1], t, x0.ndim)
+    dtype = _float_type(x0, prediction.x0)
+    log_beta = _at(tables.log_beta[::-1], t, x0.ndim, dtype)
+    log_beta_tilde = _at(tables.log_beta_tilde[::-1], t, x0.ndim, dtype)
+    coef_x0 = _at(tables.coef_x0[::-1], t, x0.ndim, dtype)
     log_var = prediction.var_frac * log_beta + (1.0 - prediction.var_frac) * log_beta_tilde
     # Both means have the same term in x_t, so their difference is that of x0 and free of cancellation.
     gap = coef_x0 * (prediction.x0 - x0)
@@ -258,20 +261,29 @@ def split_output(
             f"the network's output has shape {output.shape}, but with learned_variance={learned_variance} "
             f"and x_t of shape {shape} it must be {expected}"
         )
-    output = output.astype(jnp.float32)
+    output = output.astype(_float_type(output))
     if not learned_variance:
         return output, None
     prediction, raw = jnp.split(output, 2, axis=-1)
     return prediction, (raw + 1.0) / 2.0
 
 
-def signal_and_sigma(schedule: Schedule, t: jax.Array, ndim: int) -> tuple[jax.Array, jax.Array]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t [B], float32, of shape [B, 1, ...] with `ndim` axes."""
-    return _at(np.sqrt(schedule.alpha_bar), t, ndim), _at(np.sqrt(1.0 - schedule.alpha_bar), t, ndim)
+def signal_and_sigma(
+    schedule: Schedule, t: jax.Array, ndim: int, dtype=jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t [B], of shape [B, 1, ...] with `ndim` axes."""
+    tables = np.sqrt(schedule.alpha_bar), np.sqrt(1.0 - schedule.alpha_bar)
+    signal, sigma = (_at(table, t, ndim, dtype) for table in tables)
+    return signal, sigma
 
 
-def _at(table: np.ndarray, t: jax.Array, ndim: int = 1) -> jax.Array:
-    return jnp.asarray(table, jnp.float32)[t].reshape(-1, *[1] * (ndim - 1))
+def _float_type(*arrays: jax.Array):
+    """float32, or float64 where an array has it: networks may compute in less, none of this does."""
+    return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
+
+
+def _at(table: np.ndarray, t: jax.Array, ndim: int = 1, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(table, dtype)[t].reshape(-1, *[1] * (ndim - 1))
 
 
 def _mean(x: jax.Array) -> jax.Array:
