@@ -7,6 +7,8 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 
+import numpy as np
+
 from dalle2_jax.cascade import GUIDES, Cascade
 from dalle2_jax.diffusion.sampling import METHODS
 from dalle2_jax.diffusion.schedules import SPACINGS
@@ -130,11 +132,13 @@ def _check_method(cascade: Cascade, name: str, method: str, eta: float | None) -
         raise ValueError(
             f"{name}: eta {eta} has no meaning for method {method!r}: use 'ddim', or leave eta out"
         )
-    if method == "analytic" and "eps_sq" not in cascade.params(name).get("stats", {}):
-        raise ValueError(
-            f"{name}: method 'analytic' needs statistics of a prior that was trained with "
-            "model.method='analytic', which this stage has not: choose another"
-        )
+    if method == "analytic":
+        eps_sq = cascade.params(name).get("stats", {}).get("eps_sq")
+        if eps_sq is None or not np.isfinite(eps_sq).all():
+            raise ValueError(
+                f"{name}: method 'analytic' needs statistics that a prior with model.method='analytic' gets "
+                "at each checkpoint, and this stage has none: choose another, or train it on by a step"
+            )
 
 
 def _guides(cascade: Cascade, scales: dict[str, float]) -> dict[str, float]:

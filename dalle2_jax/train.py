@@ -10,6 +10,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -227,24 +228,39 @@ def first_state(config: dict, stage, init, shardings, frozen: dict, fill, datase
     return train_state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
 
-def measured(config: dict, stage, fill, dataset, frozen: dict, mesh, train_state: state.TrainState):
-    """The state at the end of training, with what the averaged network is measured to be on training data."""
-    if not hasattr(stage, "measure") or "stats" not in train_state.params:
-        return train_state
-    measure = jax.jit(lambda params, frozen, key, batch: stage.measure(params, key, fill(frozen, batch)))
-    batches = dataset.batches(config["batch_size"], **partition.host_slice())
-    parts = []
-    for i in range(-(-MEASURE_ROWS // config["batch_size"])):
-        key = jax.random.fold_in(jax.random.key(config["seed"]), i)
-        batch = partition.on_devices(next(batches), mesh)
-        parts.append(jax.device_get(measure(train_state.ema_params, frozen, key, batch)))
-    values = jax.tree.map(lambda *x: np.mean(x, axis=0, dtype=np.float64).astype(np.float32), *parts)
-    values = jax.device_put(values, partition.replicated(mesh))
+def make_measure(
+    config: dict, stage, fill, dataset, frozen: dict, mesh
+) -> Callable[[state.TrainState], state.TrainState]:
+    """A function that returns a state with what its averaged network is measured to be on training data.
 
-    def updated(params):
-        return params | {"stats": params["stats"] | jax.tree.map(jnp.copy, values)}
+    The first MEASURE_ROWS examples of the run are what is measured over, always the same.
+    """
+    example = models.zeros(stage.batch_spec(1))
+    abstract = models.abstract_params(stage)
+    if not hasattr(stage, "measure") or not jax.eval_shape(
+        stage.measure, abstract, jax.random.key(0), example
+    ):
+        return lambda train_state: train_state
+    compiled = jax.jit(lambda params, frozen, key, batch: stage.measure(params, key, fill(frozen, batch)))
 
-    return train_state.replace(params=updated(train_state.params), ema_params=updated(train_state.ema_params))
+    def measure(train_state: state.TrainState) -> state.TrainState:
+        batches = dataset.batches(config["batch_size"], **partition.host_slice())
+        parts = []
+        for i in range(-(-MEASURE_ROWS // config["batch_size"])):
+            key = jax.random.fold_in(jax.random.key(config["seed"]), i)
+            batch = partition.on_devices(next(batches), mesh)
+            parts.append(jax.device_get(compiled(train_state.ema_params, frozen, key, batch)))
+        values = jax.tree.map(lambda *x: np.mean(x, axis=0, dtype=np.float64).astype(np.float32), *parts)
+        values = jax.device_put(values, partition.replicated(mesh))
+
+        def updated(params):
+            return params | {"stats": params["stats"] | jax.tree.map(jnp.copy, values)}
+
+        return train_state.replace(
+            params=updated(train_state.params), ema_params=updated(train_state.ema_params)
+        )
+
+    return measure
 
 
 def train(config: dict, workdir: str) -> None:
@@ -328,7 +344,7 @@ def train(config: dict, workdir: str) -> None:
     )
     with partition.use_mesh(mesh):
         evaluation = validation.Validation(config, stage, fill, eval_dataset, mesh)
-        finish = functools.partial(measured, config, stage, fill, dataset, frozen, mesh)
+        measure = make_measure(config, stage, fill, dataset, frozen, mesh)
         run_steps(
             config,
             workdir,
@@ -340,7 +356,7 @@ def train(config: dict, workdir: str) -> None:
             checkpointer,
             evaluation,
             mesh,
-            finish,
+            measure,
         )
 
 
@@ -355,11 +371,11 @@ def run_steps(
     checkpointer: checkpoint.Checkpointer,
     evaluation: validation.Validation,
     mesh,
-    finish,
+    measure,
 ) -> None:
     """The loop from step `start` to the last or to a signal; it saves, evaluates, draws and reports.
 
-    The state after the last step is finish(state).
+    A state that is drawn from or saved, but for one that a signal asks for, is measure(state).
     """
     batches = dataset.batches(config["batch_size"], start_step=start, **partition.host_slice())
     writer = metrics.Writer(workdir, wandb=config["wandb"] or None)
@@ -401,16 +417,18 @@ def run_steps(
                     )
                 bad = {f"data/bad_{reason}": n for reason, n in dataset.bad_records().items()}
                 writer.scalars(step, host | bad | progress.report(step, loss=host["train/loss"]))
+            drawing = finished or step % config["sample_every"] == 0
+            saving = last or step % config["checkpoint_every"] == 0
             # A run that was interrupted saves first and leaves the rest to its resumption.
             if not last or finished:
                 with progress.paused():
-                    if finished:
-                        train_state = finish(train_state)
+                    if drawing or saving:
+                        train_state = measure(train_state)
                     if finished or step % config["eval_every"] == 0:
                         writer.scalars(step, evaluation.losses(train_state.ema_params, frozen))
-                    if finished or step % config["sample_every"] == 0:
+                    if drawing:
                         evaluation.samples(train_state.ema_params, frozen, writer, step)
-            if last or step % config["checkpoint_every"] == 0:
+            if saving:
                 meta = dict(step=step, fingerprint=dataset.fingerprint, bad_records=dataset.bad_records())
                 checkpointer.save(step, train_state, meta)
             if last:

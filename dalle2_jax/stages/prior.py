@@ -125,8 +125,8 @@ class Prior:
         stats = {}
         if self.embed_scale.mode == "meanstd":
             stats |= {"embed_mean": jnp.zeros(self.embed_dim), "embed_std": jnp.ones(self.embed_dim)}
-        if self.diffusion.method == "analytic":  # ones, until they are measured, give ddpm's small variance
-            stats["eps_sq"] = jnp.ones(self.diffusion.schedule.num_timesteps)
+        if self.diffusion.method == "analytic":  # nothing can be drawn with them until they are measured
+            stats["eps_sq"] = jnp.full(self.diffusion.schedule.num_timesteps, jnp.nan)
         return params | ({"stats": stats} if stats else {})
 
     def measure(self, params: dict, key: jax.Array, batch: dict) -> dict:

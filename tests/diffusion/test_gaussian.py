@@ -133,3 +133,26 @@ def test_inverted_noise_leads_back():
         again = own.sample(network, keys(2), SHAPE, x_T=x_T, num_steps=steps)
         errors[steps] = float(jnp.abs(again - x0).mean())
     assert errors[160] < 0.5 * errors[40] < 0.25 * errors[10] and errors[160] < 0.01, errors
+
+
+@pytest.mark.parametrize("objective", ["x0", "eps"])
+def test_the_measured_eps_sq_of_the_exact_denoiser_is_known(objective):
+    """Data N(0, s^2): E[x0 | x_t] is sqrt(ab) s^2 x_t / v, v = ab s^2 + 1 - ab, and E eps^2 (1 - ab) / v."""
+    own = diffusion(
+        schedule=schedules.make_schedule("cosine", 200), objective=objective, num_steps=8, method="analytic"
+    )
+    ab, variance = own.schedule.alpha_bar, 0.3
+
+    def network(x_t, t):
+        at = jnp.asarray(ab, jnp.float32)[t][:, None]
+        total = at * variance + 1 - at
+        return jnp.sqrt(at) * variance * x_t / total if objective == "x0" else jnp.sqrt(1 - at) * x_t / total
+
+    x0 = variance**0.5 * jax.random.normal(jax.random.key(0), (4000, 16))
+    found = own.measure_eps_sq(network, jax.random.key(1), x0)
+    times = own.timesteps()
+    assert found.shape == (200,) and found.dtype == jnp.float32
+    expected = (1 - ab) / (ab * variance + 1 - ab)
+    np.testing.assert_allclose(found[times], expected[times], rtol=0.02)
+    between = np.interp(np.arange(200), times[::-1], found[times[::-1]])
+    np.testing.assert_allclose(found, between, rtol=1e-5)
