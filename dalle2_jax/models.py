@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import json
+from collections.abc import Collection, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +24,19 @@ def check_keywords(function, keywords: dict, what: str) -> None:
     """Raise ValueError for a keyword that `function` does not take, or one that it lacks, naming the nearest
     one."""
     parameters = inspect.signature(function).parameters
-    for name in keywords:
-        if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, n=1)
-            hint = f"; did you mean {what}.{near[0]}?" if near else f"; it has {sorted(parameters)}"
-            raise ValueError(f"{what}.{name} is not a setting{hint}")
+    check_names(keywords, parameters, what)
     missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in keywords]
     if missing:
         raise ValueError(f"{what} lacks {', '.join(f'{what}.{name}' for name in missing)}")
+
+
+def check_names(names: Iterable[str], known: Collection[str], what: str) -> None:
+    """Raise ValueError for a name that is not known, naming the nearest one."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {what}.{near[0]}?" if near else f"; it has {sorted(known)}"
+            raise ValueError(f"{what}.{name} is not a setting{hint}")
 
 
 def to_plain(value):

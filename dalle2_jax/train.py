@@ -6,6 +6,7 @@ metrics.jsonl, TensorBoard events, samples/ and, on request, profile/.
 """
 
 import functools
+import inspect
 import json
 import math
 import signal
@@ -36,6 +37,22 @@ FREE_ON_RESUME = (
     "wandb",
     "mesh",
 )
+# What a config holds besides; `model`, `data`, `optim` and `mesh` are keywords of functions.
+SETTINGS = (
+    *FREE_ON_RESUME,
+    "stage",
+    "model",
+    "data",
+    "tokenizer",
+    "optim",
+    "batch_size",
+    "grad_accum",
+    "ema_decay",
+    "seed",
+    "clip",
+    "init_from",
+)
+TOKENIZER_SETTINGS = ("path", "vocab_size", "context_length")
 MAX_BAD_STEPS = 8
 MEASURE_ROWS = 1024  # examples over which a trained stage measures itself
 TOKENIZER_RECORDS = 10_000  # spread over the dataset; a vocabulary needs no more
@@ -148,9 +165,20 @@ def make_datasets(config: dict, stage, clip, fields: set[str], tokenizer):
     return train, pipeline.make_dataset(split=config["data"]["eval_split"], **held_out)
 
 
+def check_names(config: dict) -> None:
+    """Raise ValueError for a setting that there is not; those of `model` are looked at where it is built."""
+    from dalle2_jax.data import pipeline
+
+    models.check_names(config, SETTINGS, "config")
+    of_data = [*inspect.signature(pipeline.make_dataset).parameters, "eval_split"]
+    models.check_names(config["data"], of_data, "data")
+    models.check_names(config["tokenizer"], TOKENIZER_SETTINGS, "tokenizer")
+    models.check_keywords(partition.make_mesh, config["mesh"], "mesh")
+    models.check_keywords(optim.make_optimizer, dict(config["optim"], num_steps=1), "optim")
+
+
 def check_settings(config: dict, stage, mesh) -> None:
     """Raise ValueError for settings that cannot go together, before anything is read or compiled."""
-    models.check_keywords(optim.make_optimizer, dict(config["optim"], num_steps=1), "optim")
     if config["batch_size"] % config["grad_accum"]:
         raise ValueError(
             f"batch_size {config['batch_size']} is not a multiple of grad_accum {config['grad_accum']}"
@@ -266,6 +294,7 @@ def make_measure(
 def train(config: dict, workdir: str) -> None:
     """Train `config` in `workdir` until config['num_steps']; `config` is plain JSON types."""
     workdir = epath.Path(workdir)
+    check_names(config)
     check_resume(workdir, config)
     mesh = partition.make_mesh(**config["mesh"])
     stage = models.build_stage(config)
@@ -464,7 +493,11 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file(
-        "config", None, "Config file, FILE.py[:preset]; override with --config.a.b=value."
+        "config",
+        None,
+        "Config file, FILE.py[:preset]; override with --config.a.b=value.",
+        lock_config=False,
+        accept_new_attributes=True,
     )
     flags.DEFINE_string(
         "workdir", None, "Where checkpoints, logs and samples go; an existing one is resumed."

@@ -80,6 +80,26 @@ def test_another_config_on_resume_is_refused_with_the_differences(four_steps):
     assert "optim.learning_rate" in str(error.value)
 
 
+def test_misspelt_settings_are_named_with_the_nearest(tmp_path):
+    for names, message in (
+        (("num_stepz",), r"config.num_stepz is not a setting; did you mean config.num_steps\?"),
+        (("tokenizer", "vocab"), r"tokenizer.vocab is not a setting; did you mean tokenizer.vocab_size\?"),
+        (("model", "channel"), r"model.channel is not a setting; did you mean model.channels\?"),
+        (("optim", "beta"), "optim.beta is not a setting"),
+        (("data", "paht"), r"data.paht is not a setting; did you mean data.path\?"),
+        (("mesh", "fdsp"), r"mesh.fdsp is not a setting; did you mean mesh.fsdp\?"),
+    ):
+        config = recipe(1)
+        place = config
+        for name in names[:-1]:
+            place = place[name]
+        place[names[-1]] = 3
+        with pytest.raises(ValueError, match=message):
+            train.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert set(recipe(1)) == set(train.SETTINGS)
+
+
 def run_command(workdir, *overrides: str, devices: int = 1) -> subprocess.Popen:
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
     environment.pop("XLA_FLAGS", None)
