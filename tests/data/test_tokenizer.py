@@ -120,6 +120,8 @@ def test_clip_ids_equal_the_spelled_out_encoding(clip, merges, vocabulary):
         "ＦＵＬＬ　ＷＩＤＴＨ": "full width",
         "a <|endoftext|> b": "a b",  # taken out: a row has one EOT
         "###@@!!~~": "###@@!!~~",
+        "don&#39;t stop": "don't stop",
+        "x² + y² = z²": "x² + y² = z²",
     }
     for text, cleaned in cases.items():
         assert " ".join(clean(text).split()) == cleaned
