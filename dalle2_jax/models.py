@@ -123,6 +123,21 @@ def load_stage(path, name: str):
     return stage, config, params
 
 
+def load_start(path, config: dict):
+    """`load_stage` of what a run of `config` can start from at `path`.
+
+    In a model directory an autoregressive prior lies in the prior's place, a CLIP of noised pictures beside
+    the other one, from which it may start, too.
+    """
+    name = {"ar_prior": "prior"}.get(config["stage"], config["stage"])
+    if name == "clip" and config["model"].get("noise"):
+        try:
+            return load_stage(path, "noisy_clip")
+        except ValueError:
+            pass  # there is none: from the plain one
+    return load_stage(path, name)
+
+
 def abstract_params(stage) -> dict:
     """Shapes and types of a stage's parameters, without computing anything."""
     return jax.eval_shape(stage.init, jax.random.key(0), stage.batch_spec(1))

@@ -246,7 +246,7 @@ def first_state(config: dict, stage, init, shardings, frozen: dict, fill, datase
     train_state = jax.jit(init, out_shardings=shardings, compiler_options=options)()
     params = train_state.params
     if config["init_from"]:
-        _, _, loaded = models.load_stage(config["init_from"], config["stage"])
+        _, _, loaded = models.load_start(config["init_from"], config)
         params = started_from(config["init_from"], loaded, params)
     elif getattr(stage, "fit_rows", 0):
         params = with_stats(config, stage, params, frozen, fill, dataset, mesh)
@@ -306,7 +306,7 @@ def train(config: dict, workdir: str) -> None:
         fill = functools.partial(clip.fill, needed=set(stage.batch_spec(1)))
     fields = dataset_fields(config, stage, clip)
     if config["init_from"]:  # looked at now, so that a wrong path stops before data is read
-        models.load_stage(config["init_from"], config["stage"])
+        models.load_start(config["init_from"], config)
 
     workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = None

@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dalle2_jax import modeldir, models
+from tests.tiny_model import configs, make_model
 
 UPSAMPLER = dict(
     stage="upsampler",
@@ -224,3 +225,18 @@ def test_clip_stays_frozen():
 )
 def test_clip_says_what_it_reads(needed, read):
     assert models.FrozenClip(Clip()).fields(needed) == read
+
+
+def test_a_run_starts_from_what_lies_in_its_stages_place(tmp_path):
+    """In a model directory with an autoregressive prior and two CLIPs; in one with the plain CLIP alone."""
+    directory = make_model(tmp_path / "extended", extended=True)
+    made = configs(extended=True)
+    for name, folder in (("prior", "prior"), ("clip", "clip"), ("noisy_clip", "noisy_clip")):
+        stage, config, _ = models.load_start(directory, made[name])
+        assert config["stage"] == made[name]["stage"], name
+        assert bool(config["model"].get("noise")) == (name == "noisy_clip")
+        assert stage == models.load_stage(directory / folder, folder)[0]
+    plain = make_model(tmp_path / "plain")
+    assert not models.load_start(plain, made["noisy_clip"])[1]["model"].get("noise")
+    with pytest.raises(ValueError, match="holds no stage 'classifier'"):
+        models.load_start(plain, made["classifier"])
