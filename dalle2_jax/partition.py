@@ -224,9 +224,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Returns data * fsdp: a global batch must be a multiple of it."""
-    return _size(mesh, BATCH_AXES)
+def batch_shards(mesh: Mesh | None = None) -> int:
+    """Returns data * fsdp: a global batch must be a multiple of it.
+
+    Without a mesh, of the one that `use_mesh` has set: into how many parts `constrain` splits; 1 for none.
+    """
+    return _size(jax.sharding.get_abstract_mesh(), _batch_axes()) if mesh is None else _size(mesh, BATCH_AXES)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
@@ -292,16 +295,17 @@ def constrain(x: jax.Array) -> jax.Array:
     activations, and then gathers whole activations ("full rematerialization") where it should gather a
     kernel.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.ndim == 0:
-        return x
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes = tuple(
-        axis for axis in BATCH_AXES if types.get(axis) == AxisType.Auto
-    )  # not inside a shard_map over them
-    if not axes or x.shape[0] % _size(mesh, axes):
+    axes = _batch_axes()
+    if not axes or x.ndim == 0 or x.shape[0] % batch_shards():
         return x
     return jax.lax.with_sharding_constraint(x, P(axes))
+
+
+def _batch_axes() -> tuple[str, ...]:
+    """The axes of the mesh that batches are split over; none inside a shard_map over them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return tuple(axis for axis in BATCH_AXES if types.get(axis) == AxisType.Auto)
 
 
 def process_index() -> int:

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from dalle2_jax.diffusion import process, schedules
 from dalle2_jax.nets.text import CLIPTextTransformer
 from dalle2_jax.nets.vision import ModifiedResNet, ViT
+from dalle2_jax.partition import batch_shards, constrain
 from dalle2_jax.stages import check_settings
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -170,27 +171,58 @@ class CLIP:
         if not (train and self.sam_rho):
             embeds = self._embed(params, batch)
             return self._contrast(*embeds, params, batch["tokens"])
-        size = len(batch["image"])
+        size = len(batch["tokens"])
         if size % self.sam_batch_size:
             raise ValueError(
                 f"a batch of {size} is not whole replicas of model.sam_batch_size = {self.sam_batch_size}"
             )
-        replicas = size // self.sam_batch_size
-        parts = jax.tree.map(lambda x: x.reshape(replicas, -1, *x.shape[1:]), batch)
+        embeds, scalars = self._moved_embeds(params, batch)
+        return self._contrast(*embeds, scalars, batch["tokens"])
 
-        def of_copies(copies):
-            embeds = [x.reshape(size, -1) for x in jax.vmap(self._embed)(copies, parts)]
-            scalars = {name: x for name, x in copies.items() if name.startswith("logit_")}
-            by_row = {name: jnp.repeat(x, self.sam_batch_size) for name, x in scalars.items()}
-            return self._contrast(*embeds, by_row, batch["tokens"])
+    def _moved_embeds(self, params: dict, batch: dict) -> tuple[tuple[jax.Array, jax.Array], dict]:
+        """The embeddings of a batch, and the loss's scalars a row, each by its replica's moved parameters.
 
-        copies = jax.tree.map(lambda p: jnp.broadcast_to(p, (replicas, *p.shape)), params)
-        grads = jax.lax.stop_gradient(jax.grad(lambda c: of_copies(c)[0])(copies))
-        square = sum(jnp.square(g).reshape(replicas, -1).sum(axis=1) for g in jax.tree.leaves(grads))
-        rate = self.sam_rho * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
-        return of_copies(
-            jax.tree.map(lambda c, g: c + rate.reshape(-1, *[1] * (g.ndim - 1)) * g, copies, grads)
-        )
+        The loss depends on a replica's parameters through its own rows alone: its gradient with respect to
+        all embeddings is computed once, and carried back to the parameters replica by replica. As many
+        replicas are handled at a time as there are parts of the batch on devices, so that a device holds one
+        moved copy; the copies are made again in the backward pass.
+        """
+        size, rows, shards = len(batch["tokens"]), self.sam_batch_size, batch_shards()
+        shards = shards if (size // rows) % shards == 0 else 1
+        unmoved = jax.lax.stop_gradient(params)
+        names = [name for name in params if name.startswith("logit_")]
+
+        def contrast(embeds, scalars):
+            return self._contrast(*embeds, scalars, batch["tokens"])[0]
+
+        by_row = {name: jnp.broadcast_to(unmoved[name], (size,)) for name in names}
+        slopes = jax.grad(contrast, argnums=(0, 1))(self._embed(unmoved, batch), by_row)
+        slopes = jax.lax.stop_gradient(slopes)
+
+        def grouped(x):
+            """[B, ...] as [groups, shards, rows, ...], each device's replicas in turn."""
+            return x.reshape(shards, -1, rows, *x.shape[1:]).swapaxes(0, 1)
+
+        def whole(x):
+            return x.swapaxes(0, 1).reshape(size, *x.shape[3:])
+
+        def of_replica(params, part, slope):
+            _, back = jax.vjp(lambda p: self._embed(p, part), jax.lax.stop_gradient(params))
+            (gradient,) = back(slope[0])
+            gradient |= {name: slope[1][name].sum() for name in names}
+            square = sum(jnp.square(g).sum() for g in jax.tree.leaves(gradient))
+            rate = self.sam_rho * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+            moved = jax.tree.map(lambda p, g: p + jax.lax.stop_gradient(rate * g), params, gradient)
+            return self._embed(moved, part), {name: jnp.repeat(moved[name], rows) for name in names}
+
+        @jax.checkpoint
+        def of_group(params, part, slope):
+            part, slope = jax.tree.map(constrain, (part, slope))
+            return jax.vmap(of_replica, in_axes=(None, 0, 0))(params, part, slope)
+
+        parts = jax.tree.map(grouped, (batch, slopes))
+        _, found = jax.lax.scan(lambda _, x: (None, of_group(params, *x)), None, parts)
+        return jax.tree.map(whole, found)
 
     def _embed(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         text_embed, _ = self.encode_text(params, batch["tokens"], batch["token_mask"], normalize=True)

@@ -279,22 +279,25 @@ def test_pictures_of_another_size_are_refused():
 # SAM and the sigmoid loss
 
 
+def gradient(stage):
+    """The compiled gradient of a stage's loss, (params, batch) -> tree."""
+    return jax.jit(jax.grad(lambda params, batch: stage.loss(params, KEY, batch)[0]))
+
+
 def test_sam_is_the_gradient_at_parameters_that_each_replica_moved():
     """Against two plain gradients, for one replica; and with two, against replicas handled one by one."""
     batch, rho = batch_of(8), 0.1
     plain, one = build(), build(sam_rho=rho, sam_batch_size=8)
     params = plain.init(KEY, batch)
 
-    def grad_at(params):
-        return jax.grad(lambda p: plain.loss(p, KEY, batch)[0])(params)
-
     def moved_along(g):
         norm = optax.global_norm(g)
         return jax.tree.map(lambda p, g: p + rho * g / norm, params, g)
 
-    g = grad_at(params)
-    found = jax.grad(lambda p: one.loss(p, KEY, batch)[0])(params)
-    chex_close(found, grad_at(moved_along(g)), 1e-4)
+    grad_plain = gradient(plain)
+    g = grad_plain(params, batch)
+    found = gradient(one)(params, batch)
+    chex_close(found, grad_plain(moved_along(g), batch), 1e-4)
     assert optax.global_norm(jax.tree.map(jnp.subtract, found, g)) > 1e-2 * optax.global_norm(g)
 
     two = build(sam_rho=rho, sam_batch_size=4)
@@ -309,13 +312,37 @@ def test_sam_is_the_gradient_at_parameters_that_each_replica_moved():
         rows = [jax.nn.log_softmax(scale * s, axis=-1) for s in (similarity, similarity.T)]
         return -(jnp.trace(rows[0]) + jnp.trace(rows[1])) / 16
 
-    a, b = (moved_along(half) for half in jax.grad(loss_of, argnums=(0, 1))(params, params))
-    expected = jax.tree.map(jnp.add, *jax.grad(loss_of, argnums=(0, 1))(a, b))
-    chex_close(jax.grad(lambda p: two.loss(p, KEY, batch)[0])(params), expected, 1e-4)
+    of_both = jax.jit(jax.grad(loss_of, argnums=(0, 1)))
+    a, b = (moved_along(half) for half in of_both(params, params))
+    expected = jax.tree.map(jnp.add, *of_both(a, b))
+    chex_close(gradient(two)(params, batch), expected, 1e-4)
     # validation looks at the parameters themselves
     assert one.loss(params, KEY, batch, train=False)[0] == plain.loss(params, KEY, batch)[0]
     with pytest.raises(ValueError, match="sam_batch_size = 3"):
         build(sam_rho=rho, sam_batch_size=3).loss(params, KEY, batch)
+
+
+def test_sam_on_a_mesh_and_its_memory():
+    """Eight replicas, on one device and on a mesh, move alike; there is one copy a device, not a replica."""
+    batch = batch_of(16)
+    stage = build(sam_rho=0.1, sam_batch_size=2)
+    params = stage.init(KEY, batch)
+
+    alone = gradient(stage)(params, batch)
+    mesh = partition.make_mesh(data=4, fsdp=2)
+    with partition.use_mesh(mesh):
+        shared = gradient(stage)(params, jax.device_put(batch, partition.batch_sharding(mesh)))
+    chex_close(jax.device_get(shared), alone, 1e-4)
+
+    # The parameters outweigh the activations: wide text, few rows.
+    def memory(count):
+        wide = build(sam_rho=0.1, sam_batch_size=1, text=TEXT | dict(width=128, depth=1))
+        small = batch_of(count)
+        abstract = jax.eval_shape(wide.init, KEY, small)
+        used = gradient(wide).lower(abstract, small).compile().memory_analysis().temp_size_in_bytes
+        return used / sum(x.size * 4 for x in jax.tree.leaves(abstract))
+
+    assert memory(16) - memory(2) < 4  # in copies of the parameters; one each would be 14
 
 
 def chex_close(found, expected, tolerance):
