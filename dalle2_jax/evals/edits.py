@@ -16,7 +16,7 @@ from dalle2_jax.data import scenes
 from dalle2_jax.evals.scene_scores import verdict_aspects, wilson
 
 MARGIN = 0.06  # of the side, that a mask reaches beyond the object's box
-THETA = 0.5  # how far text diffs go
+THETA = 0.6  # how far text diffs go
 DIFFERENT = 2 / 255  # mean absolute difference from which two variations are not the same picture
 
 
