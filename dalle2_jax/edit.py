@@ -152,7 +152,7 @@ def main(argv):
             raise ValueError(f"--keep chooses by a caption, and {action} is given none")
         partition.initialise()
         began, out = time.monotonic(), epath.Path(FLAGS.out)
-        model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype)
+        model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
         for line in model.cut_captions(given[-1:]) if ARGUMENTS[action][-1] == "CAPTION" else ():
             print(f"note: {line}", flush=True)
         out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax import convert, modeldir, models, pipeline
+from configs import finetune
+from dalle2_jax import convert, modeldir, models, pipeline, train
 from dalle2_jax.diffusion import sampling
 from tests.formats import clip_tokenizer
 
@@ -130,11 +131,15 @@ def converted(source, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def ours(converted):
+def load_stages(model):
     """Role -> (stage, parameters)."""
     roles = ("clip", "prior", "decoder", "upsampler16")
-    return {role: models.load_stage(converted, role)[::2] for role in roles}
+    return {role: models.load_stage(model, role)[::2] for role in roles}
+
+
+@pytest.fixture(scope="module")
+def ours(converted):
+    return load_stages(converted)
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +232,9 @@ def test_both_networks_of_the_upsampler_are_the_same(theirs, ours, network):
     assert_close(jax.jit(stage.net.apply)({"params": params}, x_t, times, low_res), expected)
 
 
-def test_a_whole_run_is_the_same(theirs, ours, texts, monkeypatch):
-    """With the same first noise, and none at the steps; each stage starts from what theirs drew."""
+def assert_same_run(theirs, ours, texts, monkeypatch):
+    """The same picture of CAPTION, with the same first noise, and none at the steps; each of our stages
+    starts from what theirs drew."""
     from diffusers.schedulers import scheduling_unclip
 
     drawn = {}
@@ -288,6 +294,10 @@ def test_a_whole_run_is_the_same(theirs, ours, texts, monkeypatch):
     assert_close((samples["decoder"] + 1) / 2, (drawn["base"] + 1) / 2, 2e-3)
     assert expected.std() > 0.05
     np.testing.assert_allclose((samples["upsampler16"] + 1) / 2, expected, atol=2e-3)
+
+
+def test_a_whole_run_is_the_same(theirs, ours, texts, monkeypatch):
+    assert_same_run(theirs, ours, texts, monkeypatch)
 
 
 def test_it_draws_and_says_what_it_was_made_from(converted):
@@ -351,3 +361,50 @@ def test_other_architectures_are_refused(source, tmp_path, capsys, file, changes
     assert convert.main(["karlo", str(other), str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def add_image_encoder(folder):
+    """A small image tower beside the pipeline's parts, as UnCLIPImageVariationPipeline has one."""
+    settings = transformers.CLIPVisionConfig(
+        hidden_size=EMBED,
+        intermediate_size=4 * EMBED,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        projection_dim=EMBED,
+        image_size=SIDE,
+        patch_size=4,
+    )
+    model = transformers.CLIPVisionModelWithProjection(settings)
+    randomise(model, 7).save_pretrained(folder / "image_encoder")
+
+
+def test_it_is_trained_on_and_goes_back(source, texts, tmp_path, monkeypatch):
+    """The ordinary loop on the decoder: its loss falls, and diffusers draws what the trained model draws."""
+    folder, model, workdir = shutil.copytree(source, tmp_path / "theirs"), tmp_path / "ours", tmp_path / "run"
+    add_image_encoder(folder)
+    convert.convert_weights("karlo", folder, model, dtype="float32")
+    config = finetune.get_config(str(model / "decoder"))
+    assert config.clip == str(model) and config.init_from == str(model / "decoder")
+    config.data.update(source="scenes", path="debug_64")
+    config.update(batch_size=16, num_steps=12, eval_every=12, sample_every=100, num_samples=1, log_every=1)
+    config.optim.update(learning_rate=1e-3, weight_decay=0.1)
+    config.ema_decay = 0.5
+    train.train(models.to_plain(config), str(workdir))
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses) == 12 and np.mean(losses[-3:]) < 0.7 * losses[0]
+
+    parts = dict(clip=str(model), prior=str(model), upsamplers=(str(model),))
+    convert.convert_workdirs(tmp_path / "tuned", decoder=str(workdir), **parts, dtype="float32")
+    assert (
+        convert.export_diffusers(tmp_path / "tuned", tmp_path / "back") == []
+    )  # the null caption is still ""
+    again = diffusers.UnCLIPPipeline.from_pretrained(tmp_path / "back")
+    again.set_progress_bar_config(disable=True)
+    tuned = load_stages(tmp_path / "tuned")
+    assert_same_run(again, tuned, texts, monkeypatch)
+    before, after = (
+        modeldir.flatten(models.load_stage(m, "decoder")[2]) for m in (model, tmp_path / "tuned")
+    )
+    same = [name for name in before if np.array_equal(before[name], after[name])]
+    assert sorted(same) == ["null_text_embed", "null_text_states/embedding"]
