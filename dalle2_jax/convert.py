@@ -14,6 +14,7 @@ rebuilds it, and the tokenizer (see modeldir.py); nothing of the machine that tr
 
 import argparse
 import importlib
+import json
 import os
 import re
 import sys
@@ -23,13 +24,14 @@ from absl import logging
 from etils import epath
 
 import dalle2_jax
-from dalle2_jax import modeldir, models, partition
+from dalle2_jax import card, modeldir, models, partition
 from dalle2_jax.cascade import check_cascade
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dalle2_jax.formats import to_diffusers
 from dalle2_jax.formats.tensors import sha256
 
 DTYPES = tuple(modeldir.DTYPES)
+FORMATS = ("hf-clip", "openai-clip", "open-clip", "karlo", "kandinsky")
 
 
 def without_paths(value):
@@ -54,6 +56,7 @@ def convert_workdirs(
     upsamplers: tuple[str, ...] = (),
     dtype: str = "bfloat16",
     name: str = "",
+    licence: str = "",
 ) -> None:
     """Write a model directory from training workdirs.
 
@@ -64,6 +67,7 @@ def convert_workdirs(
       upsamplers: workdirs, in the order in which they run.
       dtype: 'bfloat16' (half the size) or 'float32' (exact).
       name: of the model; by default the last name of `out`.
+      licence: of the weights, for the model card; by default those of the models that stages began from.
 
     Raises:
       FileNotFoundError, ValueError: a workdir lacks something, or the stages do not fit together.
@@ -88,7 +92,9 @@ def convert_workdirs(
     check_cascade(configs, stages, tokenizer.vocab_size)
     configs = {folder: without_paths(config) | {"wandb": ""} for folder, config in configs.items()}
     parts = {folder: (config, weights[folder]) for folder, config in configs.items()}
-    _write_model(out, parts, tokenizer, dtype, name, {"trained_steps": steps})
+    inherited = sorted({found for _, source in wanted if (found := _licence(source))})
+    extra = {"trained_steps": steps, "licence": licence or "; ".join(inherited)}
+    _write_model(out, parts, tokenizer, dtype, name, extra)
 
 
 def convert_weights(
@@ -99,6 +105,7 @@ def convert_weights(
     tokenizer: str = "",
     dtype: str = "bfloat16",
     name: str = "",
+    licence: str = "",
 ) -> None:
     """Write a model directory from weights of others.
 
@@ -108,6 +115,7 @@ def convert_weights(
       out: the directory; made if absent. Files of the same names are replaced.
       tokenizer: a folder that `load_tokenizer` reads, for a source that comes without.
       dtype, name: as above.
+      licence: of the weights, for the model card; by default what is known of the format's.
 
     Raises:
       FileNotFoundError, ValueError: the source is not what the format is, and where it differs.
@@ -133,10 +141,10 @@ def convert_weights(
     sums = {str(name): sha256(path) for name, path in zip(inside, files, strict=True)}
     for file, checksum in sums.items():
         print(f"read {file}, sha256 {checksum}", flush=True)
-    if read.licence:
-        print(f"licence of these weights: {read.licence}", flush=True)
-    made_from = {"format": format_name, "sha256": sums} | ({"licence": read.licence} if read.licence else {})
-    _write_model(out, read.stages, words, dtype, name, {"made_from": made_from})
+    licence = licence or read.licence
+    print(f"licence of these weights: {licence or card.UNKNOWN}", flush=True)
+    made_from = {"format": format_name, "sha256": sums}
+    _write_model(out, read.stages, words, dtype, name, {"made_from": made_from, "licence": licence})
 
 
 def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[str]:
@@ -151,7 +159,10 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
     out = _check_out(out, "float32")
     context_length = stages["clip"][0]["model"]["text"]["context_length"] if "clip" in stages else None
     tokenizer = load_tokenizer(epath.Path(model) / index["tokenizer"], context_length)
-    return to_diffusers.export_model(Path(out), stages, tokenizer)
+    notes = to_diffusers.export_model(Path(out), stages, tokenizer)
+    library = "transformers" if set(stages) == {"clip"} else "diffusers"
+    (out / card.CARD_FILE).write_text(card.model_card(index, stages, library))
+    return notes
 
 
 def _check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
@@ -176,6 +187,21 @@ def _write_model(
     layout["upsamplers"] = [folder for folder in parts if folder not in layout]
     extra = {"name": name or out.name, "dalle2_jax_version": dalle2_jax.__version__} | extra
     modeldir.write_index(out, layout, extra=extra)
+    (out / card.CARD_FILE).write_text(card.model_card(extra, parts))
+
+
+def _licence(source: str) -> str:
+    """The licence of a model directory, or of the one that a workdir's parameters began as; '' if unknown."""
+    folder = epath.Path(source)
+    if models.is_workdir(folder):
+        began = json.loads((folder / "config.json").read_text()).get("init_from", "")
+        if not began or models.is_workdir(began):
+            return _licence(began) if began else ""
+        folder = epath.Path(began)
+    for place in (folder, folder.parent):  # a stage's folder lies in the model's
+        if (place / modeldir.INDEX_FILE).exists():
+            return modeldir.read_index(place).get("licence", "")
+    return ""
 
 
 def _shared_tokenizer(sources: list[str]):
@@ -217,8 +243,9 @@ def make_parser() -> argparse.ArgumentParser:
     workdirs.add_argument("--out", required=True, metavar="MODEL", help="model directory to write")
     workdirs.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
     workdirs.add_argument("--name", default="", help="name of the model; by default the last name of --out")
+    workdirs.add_argument("--licence", default="", help="of the weights, for the model card")
     workdirs.set_defaults(run=_run_workdirs)
-    for name in ("hf-clip", "openai-clip", "open-clip", "karlo"):
+    for name in FORMATS:
         module = importlib.import_module(f"dalle2_jax.formats.{name.replace('-', '_')}")
         weights = commands.add_parser(f"{name}", help=module.HELP, description=module.__doc__.split("\n")[0])
         weights.add_argument("source", metavar="SRC", help=module.HELP)
@@ -228,6 +255,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         weights.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
         weights.add_argument("--name", default="", help="name of the model; by default the last name of OUT")
+        weights.add_argument("--licence", default="", help="of the weights, if another than is known")
         weights.set_defaults(run=_run_weights)
     diffusers = commands.add_parser("to-diffusers", help="a folder of diffusers or transformers")
     diffusers.add_argument("model", metavar="MODEL", help="model directory")
@@ -254,6 +282,7 @@ def _run_workdirs(options: argparse.Namespace) -> None:
         upsamplers=tuple(part for part in options.upsamplers.split(",") if part),
         dtype=options.dtype,
         name=options.name,
+        licence=options.licence,
     )
     _print_size(options.out)
     print(f'draw with it: python -m dalle2_jax.generate --model={options.out} "a red star above a blue ring"')
@@ -267,6 +296,7 @@ def _run_weights(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer,
         dtype=options.dtype,
         name=options.name,
+        licence=options.licence,
     )
     _print_size(options.out)
 

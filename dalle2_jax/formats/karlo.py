@@ -189,8 +189,14 @@ def prior_stage(config: Mapping, scheduler: Mapping, where: str, null_tokens: in
     return {"stage": "prior", "model": model | sampling}
 
 
-def import_prior(folder: Path, config: dict, null: dict[str, np.ndarray]) -> tuple[Any, Any]:
-    """(parameters, their source) of a PriorTransformer for our `config`; `null` is the null caption's."""
+def read_prior(folder: Path, scheduler: Path, null: dict[str, np.ndarray]) -> tuple[dict, Any, Any]:
+    """(config, parameters, their source) of a PriorTransformer; `null` is what CLIP says of the null caption.
+
+    Sampling is what UnCLIPPipeline and Kandinsky's do: 25 steps, guidance 4.
+    """
+    noise = _scheduler(scheduler, variance_type="fixed_small_log", prediction_type="sample")
+    tokens, sampling = len(null["text_states"]), dict(num_steps=25, guidance_scale=4.0)
+    config = prior_stage(read_json(folder / "config.json"), noise, str(folder), tokens, **sampling)
     tensors = open_tensors(folder)
     abstract = models.abstract_params(models.build_stage(config))
     given = {
@@ -198,7 +204,7 @@ def import_prior(folder: Path, config: dict, null: dict[str, np.ndarray]) -> tup
         "net/null_text_states/embedding": null["text_states"],
     }
     rows = prior_rows(config["model"]["text"]["depth"])
-    return tables.imported(rows, tensors, abstract, given=given), tensors
+    return config, tables.imported(rows, tensors, abstract, given=given), tensors
 
 
 def null_caption(clip: dict, params: Any, tokenizer) -> dict[str, np.ndarray]:
@@ -221,15 +227,7 @@ def import_weights(source: Path) -> Imported:
     tokenizer = load_tokenizer(source / "tokenizer", clip["model"]["text"]["context_length"])
     null = null_caption(clip, clip_params, tokenizer)
 
-    scheduler = _scheduler(
-        source / "prior_scheduler", variance_type="fixed_small_log", prediction_type="sample"
-    )
-    prior_config = read_json(source / "prior" / "config.json")
-    sampling = dict(num_steps=25, guidance_scale=4.0)
-    tokens = len(null["text_states"])
-    prior = prior_stage(prior_config, scheduler, str(source / "prior"), tokens, **sampling)
-    prior_params, prior_file = import_prior(source / "prior", prior, null)
-
+    prior, prior_params, prior_file = read_prior(source / "prior", source / "prior_scheduler", null)
     decoder, decoder_params, decoder_file = _decoder(source, clip["model"], null)
     upsampler, upsampler_params, upsampler_file = _upsampler(source, decoder["model"]["image_size"])
     stages = {

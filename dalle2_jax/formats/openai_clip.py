@@ -3,6 +3,7 @@
 Sizes are read off the tensors; heads have 64 entries, and transformers QuickGELU.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dalle2_jax.formats.tables import CONV, BlockNames, Imported, Layout, Row, c
 from dalle2_jax.formats.tensors import Tensors, open_tensors
 
 HELP = "OpenAI's CLIP: a .pt archive with a ViT or a ResNet"
+LICENCE = "OpenAI's are MIT; of other weights in this layout ask their makers"
 HEAD_DIM = 64
 BLOCKS = BlockNames(
     norm1="ln_1",
@@ -137,4 +139,4 @@ def import_tensors(tensors: Tensors, activation: str, **settings) -> Imported:
 
 def import_weights(source: Path) -> Imported:
     """The CLIP in the archive `source`."""
-    return import_tensors(open_tensors(source), "quick_gelu")
+    return dataclasses.replace(import_tensors(open_tensors(source), "quick_gelu"), licence=LICENCE)

@@ -2,15 +2,18 @@
 
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import finetune
-from dalle2_jax import convert, modeldir, models, pipeline, train
+from dalle2_jax import convert, modeldir, models, pipeline
 from dalle2_jax.diffusion import sampling
 from tests.formats import clip_tokenizer
 
@@ -18,6 +21,7 @@ torch = pytest.importorskip("torch", reason="the oracle is diffusers' UnCLIPPipe
 diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers' UnCLIPPipeline")
 transformers = pytest.importorskip("transformers", reason="the oracle is diffusers' UnCLIPPipeline")
 
+ROOT = Path(__file__).resolve().parents[2]
 LENGTH, EMBED, SIDE, LARGE = 8, 32, 8, 16
 CAPTION = "a red star"
 FOLDERS = ("prior", "decoder", "text_proj", "super_res_first", "super_res_last", "text_encoder")
@@ -304,8 +308,13 @@ def test_it_draws_and_says_what_it_was_made_from(converted):
     model = pipeline.UnCLIP.load(converted)
     result = model.text_to_image([CAPTION], prior_steps=2, decoder_steps=2, upsampler_steps=[2])
     assert result.images.shape == (1, LARGE, LARGE, 3)
-    made_from = modeldir.read_index(converted)["made_from"]
-    assert made_from["format"] == "karlo" and "OpenRAIL" in made_from["licence"]
+    index = modeldir.read_index(converted)
+    assert index["made_from"]["format"] == "karlo" and "OpenRAIL" in index["licence"]
+    card = (converted / "README.md").read_text()
+    assert (
+        index["licence"] in card
+        and index["made_from"]["sha256"]["prior/diffusion_pytorch_model.safetensors"] in card
+    )
     assert result.settings["decoder"]["guidance_scale"] == 8.0
 
 
@@ -379,26 +388,28 @@ def add_image_encoder(folder):
 
 
 def test_it_is_trained_on_and_goes_back(source, texts, tmp_path, monkeypatch):
-    """The ordinary loop on the decoder: its loss falls, and diffusers draws what the trained model draws."""
+    """The ordinary command on the decoder: its loss falls, and diffusers draws what the result draws."""
     folder, model, workdir = shutil.copytree(source, tmp_path / "theirs"), tmp_path / "ours", tmp_path / "run"
     add_image_encoder(folder)
     convert.convert_weights("karlo", folder, model, dtype="float32")
-    config = finetune.get_config(str(model / "decoder"))
-    assert config.clip == str(model) and config.init_from == str(model / "decoder")
-    config.data.update(source="scenes", path="debug_64")
-    config.update(batch_size=16, num_steps=12, eval_every=12, sample_every=100, num_samples=1, log_every=1)
-    config.optim.update(learning_rate=1e-3, weight_decay=0.1)
-    config.ema_decay = 0.5
-    train.train(models.to_plain(config), str(workdir))
+    changes = dict(batch_size=8, num_steps=12, eval_batches=1, num_samples=1, log_every=1, ema_decay=0.5)
+    changes |= {"data.source": "scenes", "data.path": "debug_64", "model.num_steps": 2}
+    changes |= {"optim.learning_rate": 1e-3, "optim.weight_decay": 0.1}
+    command = [sys.executable, "-m", "dalle2_jax.train", f"--config=configs/finetune.py:{model}/decoder"]
+    command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in changes.items())]
+    ran = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == 12 and np.mean(losses[-3:]) < 0.7 * losses[0]
 
     parts = dict(clip=str(model), prior=str(model), upsamplers=(str(model),))
     convert.convert_workdirs(tmp_path / "tuned", decoder=str(workdir), **parts, dtype="float32")
-    assert (
-        convert.export_diffusers(tmp_path / "tuned", tmp_path / "back") == []
-    )  # the null caption is still ""
+    notes = convert.export_diffusers(tmp_path / "tuned", tmp_path / "back")
+    assert notes == []  # the null caption is still ""
+    assert "OpenRAIL" in (tmp_path / "back" / "README.md").read_text()  # it goes with what came of them
     again = diffusers.UnCLIPPipeline.from_pretrained(tmp_path / "back")
     again.set_progress_bar_config(disable=True)
     tuned = load_stages(tmp_path / "tuned")
