@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dalle2_jax import modeldir, models, partition
+from dalle2_jax import hub, modeldir, models, partition
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -195,7 +195,7 @@ class Cascade:
                     "a model directory, such as `python -m dalle2_jax.convert workdirs` writes"
                 )
             model_dir = BUNDLED
-        directory = epath.Path(model_dir)
+        directory = epath.Path(hub.local(model_dir))
         index = modeldir.read_index(directory)
         folders, configs, stages = _read_stages(directory, index, dtype)
         mesh = partition.make_mesh() if mesh is None else mesh

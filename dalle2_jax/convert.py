@@ -3,11 +3,13 @@
     python -m dalle2_jax.convert workdirs --clip=W --prior=W --decoder=W --upsamplers=W1,W2 --out=MODEL
     python -m dalle2_jax.convert FORMAT SRC OUT
     python -m dalle2_jax.convert to-diffusers MODEL OUT
+    python -m dalle2_jax.convert push MODEL OWNER/NAME
     python -m dalle2_jax.convert inception SRC.pth OUT.safetensors
 
 The first takes the averaged parameters of training workdirs, the second weights of others: the name of a
 FORMAT is a module of `formats` (hf-clip is hf_clip.py), which says what SRC is. The third makes folders of
-diffusers and transformers. The last turns the released weights of FID's Inception into what
+diffusers and transformers. push publishes on the Hugging Face Hub; SRC and MODEL may be hf://OWNER/NAME@COMMIT.
+The last turns the released weights of FID's Inception into what
 `dalle2_jax.evaluate --inception` reads. A model directory holds, for each stage, weights and the config that
 rebuilds it, and the tokenizer (see modeldir.py); nothing of the machine that trained it.
 """
@@ -24,7 +26,7 @@ from absl import logging
 from etils import epath
 
 import dalle2_jax
-from dalle2_jax import card, modeldir, models, partition
+from dalle2_jax import card, hub, modeldir, models, partition
 from dalle2_jax.cascade import check_cascade
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dalle2_jax.formats import to_diffusers
@@ -122,6 +124,7 @@ def convert_weights(
     """
     out = _check_out(out, dtype)
     module = importlib.import_module(f"dalle2_jax.formats.{format_name.replace('-', '_')}")
+    source = hub.local(source)
     if not Path(source).exists():
         raise FileNotFoundError(f"there is no {source}")
     if tokenizer and not os.path.isdir(tokenizer):
@@ -152,6 +155,7 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
 
     Returns notes on it; see formats/to_diffusers.py. Raises FileNotFoundError or ValueError.
     """
+    model = hub.local(model)
     index = modeldir.read_index(model)
     named = index["stages"]
     roles = [role for role in named if role != "upsamplers"] + list(named.get("upsamplers", []))
@@ -261,6 +265,11 @@ def make_parser() -> argparse.ArgumentParser:
     diffusers.add_argument("model", metavar="MODEL", help="model directory")
     diffusers.add_argument("out", metavar="OUT", help="folder to write")
     diffusers.set_defaults(run=_run_diffusers)
+    push = commands.add_parser("push", help="a model directory to the Hugging Face Hub")
+    push.add_argument("model", metavar="MODEL", help="model directory")
+    push.add_argument("repository", metavar="OWNER/NAME", help="made if absent")
+    push.add_argument("--private", action="store_true", help="make a repository that others do not see")
+    push.set_defaults(run=_run_push)
     inception = commands.add_parser("inception", help="the weights that FID is measured with, converted once")
     inception.add_argument("source", metavar="SRC", help="pt_inception-2015-12-05-6726825d.pth")
     inception.add_argument("out", metavar="OUT", help="safetensors file to write")
@@ -305,6 +314,11 @@ def _run_diffusers(options: argparse.Namespace) -> None:
     for note in export_diffusers(options.model, options.out):
         print(f"note: {note}")
     _print_size(options.out)
+
+
+def _run_push(options: argparse.Namespace) -> None:
+    address = hub.push(options.model, options.repository, options.private)
+    print(f'draw with it: python -m dalle2_jax.generate --model={address} "a red star above a blue ring"')
 
 
 def _run_inception(options: argparse.Namespace) -> None:

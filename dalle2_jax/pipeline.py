@@ -77,7 +77,8 @@ class UnCLIP(Editing):
         """Open a model directory; weights are read when a stage is first used.
 
         Args:
-          model_dir: the directory; None for the small model that comes with the package.
+          model_dir: the directory, or hf://OWNER/NAME@COMMIT; None for the small model that comes with the
+            package.
           dtype: compute type of the networks, 'float32' or 'bfloat16'; None: as trained.
           mesh: devices that share the pictures of a batch; None: all of them.
           low_memory: keep weights in the type that they are stored in, and those of one stage at a time on
