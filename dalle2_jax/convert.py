@@ -29,11 +29,11 @@ import dalle2_jax
 from dalle2_jax import card, hub, modeldir, models, partition
 from dalle2_jax.cascade import check_cascade
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dalle2_jax.formats import to_diffusers
+from dalle2_jax.formats import refused, to_diffusers
 from dalle2_jax.formats.tensors import sha256
 
 DTYPES = tuple(modeldir.DTYPES)
-FORMATS = ("hf-clip", "openai-clip", "open-clip", "karlo", "kandinsky")
+FORMATS = ("hf-clip", "openai-clip", "open-clip", "karlo", "karlo-original", "kandinsky", "adm-classifier")
 
 
 def without_paths(value):
@@ -129,16 +129,17 @@ def convert_weights(
         raise FileNotFoundError(f"there is no {source}")
     if tokenizer and not os.path.isdir(tokenizer):
         raise FileNotFoundError(f"there is no tokenizer folder {tokenizer}")
-    read = module.import_weights(Path(source))
-    words = load_tokenizer(tokenizer) if tokenizer else read.tokenizer
-    if words is None:
+    words = load_tokenizer(tokenizer) if tokenizer else None
+    read = module.import_weights(Path(source), words)
+    words = words or read.tokenizer
+    if words is None and set(read.stages) != {"classifier"}:
         raise ValueError(
             f"{source} comes without a tokenizer: give a folder with CLIP's vocab.json and merges.txt, or a "
             "model directory's tokenizer, as --tokenizer=FOLDER"
         )
     configs = {folder: config for folder, (config, _) in read.stages.items()}
     stages = {folder: models.build_stage(config) for folder, config in configs.items()}
-    check_cascade(configs, stages, words.vocab_size)
+    check_cascade(configs, stages, words.vocab_size if words else 0)
     files = [path for tensors in read.tensors for path in tensors.files]
     inside = [path.relative_to(source) if path != Path(source) else path.name for path in files]
     sums = {str(name): sha256(path) for name, path in zip(inside, files, strict=True)}
@@ -180,17 +181,18 @@ def _check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
 
 
 def _write_model(
-    out: epath.Path, parts: dict[str, tuple], tokenizer: Tokenizer, dtype: str, name: str, extra: dict
+    out: epath.Path, parts: dict[str, tuple], tokenizer: Tokenizer | None, dtype: str, name: str, extra: dict
 ) -> None:
     """A model directory of folder -> (config, parameters), the upsamplers in their order."""
     for folder, (config, params) in parts.items():
         modeldir.save_stage(out / folder, config, params, dtype)
-    (out / "tokenizer").mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out / "tokenizer")
+    if tokenizer is not None:
+        (out / "tokenizer").mkdir(parents=True, exist_ok=True)
+        tokenizer.save(out / "tokenizer")
     layout = {folder: folder for folder, (config, _) in parts.items() if config["stage"] != "upsampler"}
     layout["upsamplers"] = [folder for folder in parts if folder not in layout]
     extra = {"name": name or out.name, "dalle2_jax_version": dalle2_jax.__version__} | extra
-    modeldir.write_index(out, layout, extra=extra)
+    modeldir.write_index(out, layout, "tokenizer" if tokenizer is not None else "", extra)
     (out / card.CARD_FILE).write_text(card.model_card(extra, parts))
 
 
@@ -261,6 +263,11 @@ def make_parser() -> argparse.ArgumentParser:
         weights.add_argument("--name", default="", help="name of the model; by default the last name of OUT")
         weights.add_argument("--licence", default="", help="of the weights, if another than is known")
         weights.set_defaults(run=_run_weights)
+    for name, reason in refused.REASONS.items():
+        other = commands.add_parser(name, help="not read; says why", description=reason)
+        other.add_argument("source", metavar="SRC", nargs="?")
+        other.add_argument("out", metavar="OUT", nargs="?")
+        other.set_defaults(run=lambda options: refused.refuse(options.command))
     diffusers = commands.add_parser("to-diffusers", help="a folder of diffusers or transformers")
     diffusers.add_argument("model", metavar="MODEL", help="model directory")
     diffusers.add_argument("out", metavar="OUT", help="folder to write")

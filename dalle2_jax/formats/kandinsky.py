@@ -16,7 +16,7 @@ HELP = "Kandinsky 2.2's prior, a folder of diffusers' KandinskyV22PriorPipeline"
 LICENCE = "Kandinsky 2.2's are Apache-2.0, its CLIP's MIT; of other weights in this layout ask their makers"
 
 
-def import_weights(source: Path) -> Imported:
+def import_weights(source: Path, tokenizer=None) -> Imported:
     """CLIP and prior in the folder `source`.
 
     The image tower is left out where its MLPs are not four times as wide as it is, as ViT-bigG's: such a CLIP
@@ -33,7 +33,7 @@ def import_weights(source: Path) -> Imported:
     else:
         vision = None
     clip, clip_params, clip_file = hf_clip.import_towers(source / "text_encoder", vision, unit_embeds=False)
-    tokenizer = load_tokenizer(source / "tokenizer", clip["model"]["text"]["context_length"])
+    tokenizer = tokenizer or load_tokenizer(source / "tokenizer", clip["model"]["text"]["context_length"])
     prior, prior_params, prior_file = karlo.read_prior(
         source / "prior", source / "scheduler", karlo.null_caption(clip, clip_params, tokenizer)
     )
