@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax import models
@@ -215,10 +216,10 @@ def read_prior(folder: Path, scheduler: Path, null: dict[str, np.ndarray]) -> tu
 def null_caption(clip: dict, params: Any, tokenizer) -> dict[str, np.ndarray]:
     """What CLIP's text tower says of the caption "": text_embed [E], text_states [n, D] of its n tokens."""
     stage = models.build_stage(clip)
-    tokens, mask = tokenizer([""])
+    tokens, mask = models.crop_tokens(*map(jnp.asarray, tokenizer([""])), stage.context_length)
     own = {"text": jax.tree.map(np.asarray, params["text"])}
     embed, states = jax.jit(stage.encode_text)(own, tokens, mask)
-    return {"text_embed": np.asarray(embed[0]), "text_states": np.asarray(states[0, : mask.sum()])}
+    return {"text_embed": np.asarray(embed[0]), "text_states": np.asarray(states[0, : int(mask.sum())])}
 
 
 def import_weights(source: Path, tokenizer=None) -> Imported:
