@@ -204,6 +204,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("tile", None, "upscale: side of the windows drawn at a time.")
     flags.DEFINE_enum("fit", "crop", pictures.FITS, "How a picture becomes square.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: as trained.")
+    flags.DEFINE_bool("low_memory", False, "Weights as they are stored, those of one stage at a time.")
     flags.DEFINE_integer("batch_size", None, "Pictures at a time.")
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
     logging.set_verbosity(logging.WARNING)  # not every backend that JAX looks for in vain
