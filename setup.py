@@ -45,6 +45,7 @@ EXTRAS = {
     "eval": ["matplotlib>=3.9", "scipy>=1.14"],
     "cuda": ["jax[cuda12]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
+    "hub": ["huggingface_hub>=0.34"],
     "wandb": ["wandb>=0.19"],
     "test": ["packaging>=24", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.17"],
     # the torch networks that the tests compare with; without them those tests say that they were skipped

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dalle2_jax import modeldir, models, partition
+from dalle2_jax import hub, modeldir, models, partition
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -158,9 +158,21 @@ class Cascade:
       configs, stages: stage name -> stored config, built stage. Upsamplers are named as their folders and
         come last, in the order in which they run.
       mesh: the devices that share a batch.
+      low_memory: whether weights keep the type that they are stored in, and only those of the stage at work
+        are on the devices.
     """
 
-    def __init__(self, directory: epath.Path, index: dict, folders: dict, configs: dict, stages: dict, mesh):
+    def __init__(
+        self,
+        directory: epath.Path,
+        index: dict,
+        folders: dict,
+        configs: dict,
+        stages: dict,
+        mesh,
+        low_memory: bool = False,
+    ):
+        self.low_memory = low_memory
         self.directory, self.name = directory, index.get("name") or directory.name
         self.configs, self.stages, self.mesh = configs, stages, mesh
         self._tokenizer_path = directory / index.get("tokenizer", "tokenizer")
@@ -172,7 +184,9 @@ class Cascade:
         self._workers = concurrent.futures.ThreadPoolExecutor(2, "compile")
 
     @staticmethod
-    def open(model_dir: str | os.PathLike | None, dtype: str | None = None, mesh=None) -> "Cascade":
+    def open(
+        model_dir: str | os.PathLike | None, dtype: str | None = None, mesh=None, low_memory: bool = False
+    ) -> "Cascade":
         """Open a model directory; see `UnCLIP.load`."""
         if model_dir is None:
             if not (BUNDLED / modeldir.INDEX_FILE).exists():
@@ -181,11 +195,11 @@ class Cascade:
                     "a model directory, such as `python -m dalle2_jax.convert workdirs` writes"
                 )
             model_dir = BUNDLED
-        directory = epath.Path(model_dir)
+        directory = epath.Path(hub.local(model_dir))
         index = modeldir.read_index(directory)
         folders, configs, stages = _read_stages(directory, index, dtype)
         mesh = partition.make_mesh() if mesh is None else mesh
-        cascade = Cascade(directory, index, folders, configs, stages, mesh)
+        cascade = Cascade(directory, index, folders, configs, stages, mesh, low_memory)
         check_cascade(configs, stages, cascade.tokenizer(3).vocab_size)
         return cascade
 
@@ -206,9 +220,12 @@ class Cascade:
         with self._param_locks[name]:
             if name not in self._params:
                 path = self.directory / self._folders[name]
-                _, params = modeldir.load_stage(path)
+                whole = partition.replicated(self.mesh)
+                _, params = modeldir.load_stage(
+                    path, keep_dtype=self.low_memory, place=lambda leaf: jax.device_put(leaf, whole)
+                )
                 modeldir.check_params(params, models.abstract_params(stage), os.fspath(path))
-                self._params[name] = jax.device_put(params, partition.replicated(self.mesh))
+                self._params[name] = params
         return self._params[name]
 
     def weights_sha256(self, name: str) -> str:
@@ -219,6 +236,9 @@ class Cascade:
         ).hexdigest()
 
     def _task_params(self, task: Task) -> dict:
+        if self.low_memory:
+            for name in set(self._params) - {task.name, *task.others}:
+                self._params.pop(name, None)
         if not task.others:
             return self.params(task.name)
         return {name: self.params(name) for name in (task.name, *task.others)}
@@ -254,8 +274,14 @@ class Cascade:
             return jitted.lower(params, batch, scalars).compile()
 
     def prepare(self, task: Task, count: int, batch_size: int | None = None) -> None:
-        """Start reading a stage's weights and compiling a task for `count` rows, beside what runs
-        meanwhile."""
+        """Start reading a stage's weights and compiling a task for `count` rows, beside what runs meanwhile.
+
+        With little memory nothing is started: `run` does it when the stage's turn has come.
+        """
+        if not self.low_memory:
+            self._submit(task, count, batch_size)
+
+    def _submit(self, task: Task, count: int, batch_size: int | None) -> None:
         size = self._micro_batch(count, batch_size)
         with self._lock:
             if (task.key, size) not in self._programs:
@@ -280,7 +306,7 @@ class Cascade:
         count = len(next(iter(rows.values())))
         size = self._micro_batch(count, batch_size)
         began = time.monotonic()
-        self.prepare(task, count, batch_size)
+        self._submit(task, count, batch_size)
         try:
             program = self._programs[task.key, size].result()
         except BaseException:  # what waits to be compiled would hold up the end of the program

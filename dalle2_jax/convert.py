@@ -3,17 +3,20 @@
     python -m dalle2_jax.convert workdirs --clip=W --prior=W --decoder=W --upsamplers=W1,W2 --out=MODEL
     python -m dalle2_jax.convert FORMAT SRC OUT
     python -m dalle2_jax.convert to-diffusers MODEL OUT
+    python -m dalle2_jax.convert push MODEL OWNER/NAME
     python -m dalle2_jax.convert inception SRC.pth OUT.safetensors
 
 The first takes the averaged parameters of training workdirs, the second weights of others: the name of a
 FORMAT is a module of `formats` (hf-clip is hf_clip.py), which says what SRC is. The third makes folders of
-diffusers and transformers. The last turns the released weights of FID's Inception into what
+diffusers and transformers. push publishes on the Hugging Face Hub; SRC and MODEL may be hf://OWNER/NAME@COMMIT.
+The last turns the released weights of FID's Inception into what
 `dalle2_jax.evaluate --inception` reads. A model directory holds, for each stage, weights and the config that
 rebuilds it, and the tokenizer (see modeldir.py); nothing of the machine that trained it.
 """
 
 import argparse
 import importlib
+import json
 import os
 import re
 import sys
@@ -23,13 +26,14 @@ from absl import logging
 from etils import epath
 
 import dalle2_jax
-from dalle2_jax import modeldir, models, partition
+from dalle2_jax import card, hub, modeldir, models, partition
 from dalle2_jax.cascade import check_cascade
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dalle2_jax.formats import to_diffusers
+from dalle2_jax.formats import refused, to_diffusers
 from dalle2_jax.formats.tensors import sha256
 
 DTYPES = tuple(modeldir.DTYPES)
+FORMATS = ("hf-clip", "openai-clip", "open-clip", "karlo", "karlo-original", "kandinsky", "adm-classifier")
 
 
 def without_paths(value):
@@ -54,6 +58,7 @@ def convert_workdirs(
     upsamplers: tuple[str, ...] = (),
     dtype: str = "bfloat16",
     name: str = "",
+    licence: str = "",
 ) -> None:
     """Write a model directory from training workdirs.
 
@@ -64,6 +69,7 @@ def convert_workdirs(
       upsamplers: workdirs, in the order in which they run.
       dtype: 'bfloat16' (half the size) or 'float32' (exact).
       name: of the model; by default the last name of `out`.
+      licence: of the weights, for the model card; by default those of the models that stages began from.
 
     Raises:
       FileNotFoundError, ValueError: a workdir lacks something, or the stages do not fit together.
@@ -88,7 +94,9 @@ def convert_workdirs(
     check_cascade(configs, stages, tokenizer.vocab_size)
     configs = {folder: without_paths(config) | {"wandb": ""} for folder, config in configs.items()}
     parts = {folder: (config, weights[folder]) for folder, config in configs.items()}
-    _write_model(out, parts, tokenizer, dtype, name, {"trained_steps": steps})
+    inherited = sorted({found for _, source in wanted if (found := _licence(source))})
+    extra = {"trained_steps": steps, "licence": licence or "; ".join(inherited)}
+    _write_model(out, parts, tokenizer, dtype, name, extra)
 
 
 def convert_weights(
@@ -99,6 +107,7 @@ def convert_weights(
     tokenizer: str = "",
     dtype: str = "bfloat16",
     name: str = "",
+    licence: str = "",
 ) -> None:
     """Write a model directory from weights of others.
 
@@ -108,35 +117,38 @@ def convert_weights(
       out: the directory; made if absent. Files of the same names are replaced.
       tokenizer: a folder that `load_tokenizer` reads, for a source that comes without.
       dtype, name: as above.
+      licence: of the weights, for the model card; by default what is known of the format's.
 
     Raises:
       FileNotFoundError, ValueError: the source is not what the format is, and where it differs.
     """
     out = _check_out(out, dtype)
     module = importlib.import_module(f"dalle2_jax.formats.{format_name.replace('-', '_')}")
+    source = hub.local(source)
     if not Path(source).exists():
         raise FileNotFoundError(f"there is no {source}")
     if tokenizer and not os.path.isdir(tokenizer):
         raise FileNotFoundError(f"there is no tokenizer folder {tokenizer}")
-    read = module.import_weights(Path(source))
-    words = load_tokenizer(tokenizer) if tokenizer else read.tokenizer
-    if words is None:
+    words = load_tokenizer(tokenizer) if tokenizer else None
+    read = module.import_weights(Path(source), words)
+    words = words or read.tokenizer
+    if words is None and set(read.stages) != {"classifier"}:
         raise ValueError(
             f"{source} comes without a tokenizer: give a folder with CLIP's vocab.json and merges.txt, or a "
             "model directory's tokenizer, as --tokenizer=FOLDER"
         )
     configs = {folder: config for folder, (config, _) in read.stages.items()}
     stages = {folder: models.build_stage(config) for folder, config in configs.items()}
-    check_cascade(configs, stages, words.vocab_size)
+    check_cascade(configs, stages, words.vocab_size if words else 0)
     files = [path for tensors in read.tensors for path in tensors.files]
     inside = [path.relative_to(source) if path != Path(source) else path.name for path in files]
     sums = {str(name): sha256(path) for name, path in zip(inside, files, strict=True)}
     for file, checksum in sums.items():
         print(f"read {file}, sha256 {checksum}", flush=True)
-    if read.licence:
-        print(f"licence of these weights: {read.licence}", flush=True)
-    made_from = {"format": format_name, "sha256": sums} | ({"licence": read.licence} if read.licence else {})
-    _write_model(out, read.stages, words, dtype, name, {"made_from": made_from})
+    licence = licence or read.licence
+    print(f"licence of these weights: {licence or card.UNKNOWN}", flush=True)
+    made_from = {"format": format_name, "sha256": sums}
+    _write_model(out, read.stages, words, dtype, name, {"made_from": made_from, "licence": licence})
 
 
 def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[str]:
@@ -144,6 +156,7 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
 
     Returns notes on it; see formats/to_diffusers.py. Raises FileNotFoundError or ValueError.
     """
+    model = hub.local(model)
     index = modeldir.read_index(model)
     named = index["stages"]
     roles = [role for role in named if role != "upsamplers"] + list(named.get("upsamplers", []))
@@ -151,7 +164,10 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
     out = _check_out(out, "float32")
     context_length = stages["clip"][0]["model"]["text"]["context_length"] if "clip" in stages else None
     tokenizer = load_tokenizer(epath.Path(model) / index["tokenizer"], context_length)
-    return to_diffusers.export_model(Path(out), stages, tokenizer)
+    notes = to_diffusers.export_model(Path(out), stages, tokenizer)
+    library = "transformers" if set(stages) == {"clip"} else "diffusers"
+    (out / card.CARD_FILE).write_text(card.model_card(index, stages, library))
+    return notes
 
 
 def _check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
@@ -165,17 +181,33 @@ def _check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
 
 
 def _write_model(
-    out: epath.Path, parts: dict[str, tuple], tokenizer: Tokenizer, dtype: str, name: str, extra: dict
+    out: epath.Path, parts: dict[str, tuple], tokenizer: Tokenizer | None, dtype: str, name: str, extra: dict
 ) -> None:
     """A model directory of folder -> (config, parameters), the upsamplers in their order."""
     for folder, (config, params) in parts.items():
         modeldir.save_stage(out / folder, config, params, dtype)
-    (out / "tokenizer").mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out / "tokenizer")
+    if tokenizer is not None:
+        (out / "tokenizer").mkdir(parents=True, exist_ok=True)
+        tokenizer.save(out / "tokenizer")
     layout = {folder: folder for folder, (config, _) in parts.items() if config["stage"] != "upsampler"}
     layout["upsamplers"] = [folder for folder in parts if folder not in layout]
     extra = {"name": name or out.name, "dalle2_jax_version": dalle2_jax.__version__} | extra
-    modeldir.write_index(out, layout, extra=extra)
+    modeldir.write_index(out, layout, "tokenizer" if tokenizer is not None else "", extra)
+    (out / card.CARD_FILE).write_text(card.model_card(extra, parts))
+
+
+def _licence(source: str) -> str:
+    """The licence of a model directory, or of the one that a workdir's parameters began as; '' if unknown."""
+    folder = epath.Path(source)
+    if models.is_workdir(folder):
+        began = json.loads((folder / "config.json").read_text()).get("init_from", "")
+        if not began or models.is_workdir(began):
+            return _licence(began) if began else ""
+        folder = epath.Path(began)
+    for place in (folder, folder.parent):  # a stage's folder lies in the model's
+        if (place / modeldir.INDEX_FILE).exists():
+            return modeldir.read_index(place).get("licence", "")
+    return ""
 
 
 def _shared_tokenizer(sources: list[str]):
@@ -217,8 +249,9 @@ def make_parser() -> argparse.ArgumentParser:
     workdirs.add_argument("--out", required=True, metavar="MODEL", help="model directory to write")
     workdirs.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
     workdirs.add_argument("--name", default="", help="name of the model; by default the last name of --out")
+    workdirs.add_argument("--licence", default="", help="of the weights, for the model card")
     workdirs.set_defaults(run=_run_workdirs)
-    for name in ("hf-clip", "openai-clip", "open-clip", "karlo"):
+    for name in FORMATS:
         module = importlib.import_module(f"dalle2_jax.formats.{name.replace('-', '_')}")
         weights = commands.add_parser(f"{name}", help=module.HELP, description=module.__doc__.split("\n")[0])
         weights.add_argument("source", metavar="SRC", help=module.HELP)
@@ -228,11 +261,22 @@ def make_parser() -> argparse.ArgumentParser:
         )
         weights.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
         weights.add_argument("--name", default="", help="name of the model; by default the last name of OUT")
+        weights.add_argument("--licence", default="", help="of the weights, if another than is known")
         weights.set_defaults(run=_run_weights)
+    for name, reason in refused.REASONS.items():
+        other = commands.add_parser(name, help="not read; says why", description=reason)
+        other.add_argument("source", metavar="SRC", nargs="?")
+        other.add_argument("out", metavar="OUT", nargs="?")
+        other.set_defaults(run=lambda options: refused.refuse(options.command))
     diffusers = commands.add_parser("to-diffusers", help="a folder of diffusers or transformers")
     diffusers.add_argument("model", metavar="MODEL", help="model directory")
     diffusers.add_argument("out", metavar="OUT", help="folder to write")
     diffusers.set_defaults(run=_run_diffusers)
+    push = commands.add_parser("push", help="a model directory to the Hugging Face Hub")
+    push.add_argument("model", metavar="MODEL", help="model directory")
+    push.add_argument("repository", metavar="OWNER/NAME", help="made if absent")
+    push.add_argument("--private", action="store_true", help="make a repository that others do not see")
+    push.set_defaults(run=_run_push)
     inception = commands.add_parser("inception", help="the weights that FID is measured with, converted once")
     inception.add_argument("source", metavar="SRC", help="pt_inception-2015-12-05-6726825d.pth")
     inception.add_argument("out", metavar="OUT", help="safetensors file to write")
@@ -254,6 +298,7 @@ def _run_workdirs(options: argparse.Namespace) -> None:
         upsamplers=tuple(part for part in options.upsamplers.split(",") if part),
         dtype=options.dtype,
         name=options.name,
+        licence=options.licence,
     )
     _print_size(options.out)
     print(f'draw with it: python -m dalle2_jax.generate --model={options.out} "a red star above a blue ring"')
@@ -267,6 +312,7 @@ def _run_weights(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer,
         dtype=options.dtype,
         name=options.name,
+        licence=options.licence,
     )
     _print_size(options.out)
 
@@ -275,6 +321,11 @@ def _run_diffusers(options: argparse.Namespace) -> None:
     for note in export_diffusers(options.model, options.out):
         print(f"note: {note}")
     _print_size(options.out)
+
+
+def _run_push(options: argparse.Namespace) -> None:
+    address = hub.push(options.model, options.repository, options.private)
+    print(f'draw with it: python -m dalle2_jax.generate --model={address} "a red star above a blue ring"')
 
 
 def _run_inception(options: argparse.Namespace) -> None:

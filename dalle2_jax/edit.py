@@ -155,7 +155,7 @@ def main(argv):
             raise ValueError(f"--keep chooses by a caption, and {action} is given none")
         partition.initialise()
         began, out = time.monotonic(), epath.Path(FLAGS.out)
-        model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype)
+        model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
         for line in model.cut_captions(given[-1:]) if ARGUMENTS[action][-1] == "CAPTION" else ():
             print(f"note: {line}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
@@ -207,6 +207,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("tile", None, "upscale: side of the windows drawn at a time.")
     flags.DEFINE_enum("fit", "crop", pictures.FITS, "How a picture becomes square.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: as trained.")
+    flags.DEFINE_bool("low_memory", False, "Weights as they are stored, those of one stage at a time.")
     flags.DEFINE_integer("batch_size", None, "Pictures at a time.")
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error.")
     logging.set_verbosity(logging.WARNING)  # not every backend that JAX looks for in vain

@@ -206,6 +206,7 @@ def compare(
     seed: int = 0,
     batch_size: int | None = None,
     dtype: str | None = None,
+    low_memory: bool = False,
     progress=None,
 ) -> list[comparison.Row]:
     """Draw `n` captions, `pictures` each, in every one of `ways`, and write what `comparison` says of them.
@@ -227,7 +228,7 @@ def compare(
         directory = changes.pop("model", model_dir)
         asked.append((label.strip() or way or "as it is", directory, sampling_settings(changes)))
     models = {
-        directory: pipeline.UnCLIP.load(directory, dtype=dtype)
+        directory: pipeline.UnCLIP.load(directory, dtype=dtype, low_memory=low_memory)
         for directory in dict.fromkeys([model_dir, *(directory for _, directory, _ in asked)])
     }
     used = [models[directory].settings(**settings) for _, directory, settings in asked]
@@ -375,6 +376,7 @@ def main(argv):
                 seed=FLAGS.seed,
                 batch_size=FLAGS.batch_size,
                 dtype=FLAGS.dtype,
+                low_memory=FLAGS.low_memory,
                 progress=StageLines(),
             )
             print(comparison.table(rows))
@@ -400,7 +402,7 @@ def main(argv):
         partition.initialise()
         began = time.monotonic()
         settings = sampling_settings()
-        model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype)
+        model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
         used = model.settings(**settings)
         out = epath.Path(FLAGS.out)
         measured, lines, report = {}, [], {"model": model.name}

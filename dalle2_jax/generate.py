@@ -117,6 +117,7 @@ def define_sampling_flags() -> None:
             _DEFINE[setting.kind](name, None, text)
     flags.DEFINE_alias("steps", "decoder_steps")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: as trained.")
+    flags.DEFINE_bool("low_memory", False, "Weights as they are stored, those of one stage at a time.")
     flags.DEFINE_integer("batch_size", None, "Pictures at a time, rounded up to a multiple of the devices.")
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
 
@@ -154,7 +155,7 @@ def main(argv):
         settings = sampling_settings()
         partition.initialise()
         began = time.monotonic()
-        model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype)
+        model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
         for line in model.cut_captions(captions):
             print(f"note: {line}", flush=True)
         epath.Path(FLAGS.out).mkdir(parents=True, exist_ok=True)  # now, not after an hour of drawing

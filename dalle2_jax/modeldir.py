@@ -15,7 +15,7 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +170,17 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     _replace(epath.Path(path), (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def load_stage(directory: str | os.PathLike, keep_dtype: bool = False) -> tuple[dict, dict]:
+def load_stage(
+    directory: str | os.PathLike,
+    keep_dtype: bool = False,
+    place: Callable[[np.ndarray], Any] = lambda leaf: leaf,
+) -> tuple[dict, dict]:
     """Returns (config, params) of a stage's directory: plain JSON values, and nested dicts of numpy arrays.
 
-    Floating leaves come as float32 whatever they are stored in, unless `keep_dtype`.
+    Args:
+      directory: the stage's.
+      keep_dtype: whether leaves keep the type that they are stored in; else floating ones become float32.
+      place: what becomes of a leaf as soon as it is read, such as moving it to a device.
 
     Raises:
       FileNotFoundError: no such directory, or a file is missing in it.
@@ -191,16 +198,13 @@ def load_stage(directory: str | os.PathLike, keep_dtype: bool = False) -> tuple[
         try:
             with safetensors.safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
-                    flat[name] = file.get_tensor(name)
+                    leaf = file.get_tensor(name)
+                    narrow = not keep_dtype and leaf.dtype in (ml_dtypes.bfloat16, np.float16)
+                    flat[name] = place(leaf.astype(np.float32) if narrow else leaf)
         except safetensors.SafetensorError as error:
             raise ValueError(
                 f"{directory / WEIGHTS_FILE} is not a whole safetensors file: {error}"
             ) from error
-    if not keep_dtype:
-        narrow = (ml_dtypes.bfloat16, np.float16)
-        flat = {
-            name: leaf.astype(np.float32) if leaf.dtype in narrow else leaf for name, leaf in flat.items()
-        }
     return config, unflatten(flat)
 
 

@@ -24,8 +24,9 @@ import optax
 
 from dalle2_jax import partition
 
-# Parts of a stage's parameters that no loss depends on: statistics, an upsampler's last-step network.
-UNTRAINED = ("stats", "last")
+# Names in the paths of parameters that get no gradient: statistics, an upsampler's last-step network, the
+# states of a null caption that is "".
+UNTRAINED = ("stats", "last", "null_text_states")
 SCHEDULES = ("constant", "cosine", "linear")
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 4
 
@@ -77,7 +78,7 @@ def decay_mask(params) -> object:
     """Returns a tree of bools: True where weight decay applies, to what is trained and of rank 2 or more."""
 
     def decays(path, p):
-        return len(p.shape) >= 2 and getattr(path[0], "key", None) not in UNTRAINED
+        return len(p.shape) >= 2 and not {getattr(key, "key", None) for key in path} & set(UNTRAINED)
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -68,19 +68,27 @@ class UnCLIP(Editing):
         self.cascade = cascade
 
     @staticmethod
-    def load(model_dir: str | os.PathLike | None = None, dtype: str | None = None, mesh=None) -> "UnCLIP":
+    def load(
+        model_dir: str | os.PathLike | None = None,
+        dtype: str | None = None,
+        mesh=None,
+        low_memory: bool = False,
+    ) -> "UnCLIP":
         """Open a model directory; weights are read when a stage is first used.
 
         Args:
-          model_dir: the directory; None for the small model that comes with the package.
+          model_dir: the directory, or hf://OWNER/NAME@COMMIT; None for the small model that comes with the
+            package.
           dtype: compute type of the networks, 'float32' or 'bfloat16'; None: as trained.
           mesh: devices that share the pictures of a batch; None: all of them.
+          low_memory: keep weights in the type that they are stored in, and those of one stage at a time on
+            the devices; they are read again whenever its turn comes.
 
         Raises:
           FileNotFoundError: no such directory, or a part of it is missing.
           ValueError: a part is damaged, or the stages do not fit together.
         """
-        return UnCLIP(Cascade.open(model_dir, dtype, mesh))
+        return UnCLIP(Cascade.open(model_dir, dtype, mesh, low_memory))
 
     @property
     def name(self) -> str:

@@ -34,6 +34,7 @@ INSIDE_FUNCTIONS = (
     "tensorboardX",
     "pyarrow",
     "gradio",
+    "huggingface_hub",
 )
 NO_MODELS = ("data", "partition", "checkpoint", "metrics", "grid", "optim")
 COMMANDS_WITHOUT_TENSORFLOW = ("generate", "pipeline", "models", "convert")

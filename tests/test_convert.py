@@ -78,9 +78,23 @@ def test_the_index_says_what_there_is(converted):
     assert index["trained_steps"] == dict.fromkeys(tiny_model.RECIPES, 2)
 
 
+def test_the_card_says_what_it_is(converted, workdirs, tmp_path):
+    card = (converted / "README.md").read_text()
+    assert card.startswith("---\nlicense: unknown\n") and "pipeline_tag: text-to-image" in card
+    count = sum(x.size for x in jax.tree.leaves(workdirs[1]["prior"]))
+    assert f"| `prior` | prior | {count:,} | 2 | scenes, " in card
+    assert '"channel_mult"' in card and "not stated: ask who made these weights" in card
+    once = sources(workdirs[0], upsamplers=())
+    convert.convert_workdirs(tmp_path / "free", **once, licence="Apache-2.0")
+    assert "license: apache-2.0" in (tmp_path / "free" / "README.md").read_text()
+    again = sources(workdirs[0], upsamplers=(), decoder=str(tmp_path / "free"))
+    convert.convert_workdirs(tmp_path / "again", **again)
+    assert modeldir.read_index(tmp_path / "again")["licence"] == "Apache-2.0"
+
+
 def test_nothing_of_the_machine_is_in_it(converted):
     files = [path for path in converted.rglob("*") if path.is_file()]
-    assert len(files) == 1 + 2 * 4 + 2
+    assert len(files) == 2 + 2 * 4 + 2
     for path in files:
         data = path.read_bytes()
         for secret in (b"/home", b"somebody", str(converted.parent).encode()):

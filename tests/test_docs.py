@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from configs import common
-from dalle2_jax import models
+from dalle2_jax import convert, models
 from dalle2_jax.diffusion import sampling
 from dalle2_jax.settings import SETTINGS
 
@@ -80,9 +80,10 @@ def text_arguments(call: ast.Call, loops: dict[str, list[str]]) -> list[str]:
 
 
 def constants(node: ast.AST) -> list:
-    if isinstance(node, ast.Name):  # one of the samplers' own lists
-        return list(getattr(sampling, node.id, ()))
-    return [element.value for element in node.elts] if isinstance(node, ast.List | ast.Tuple) else []
+    if isinstance(node, ast.Name):  # one of the samplers' own lists, or the converter's
+        return list(getattr(sampling, node.id, ()) or getattr(convert, node.id, ()))
+    elements = node.elts if isinstance(node, ast.List | ast.Tuple) else []
+    return [element.value for element in elements if isinstance(element, ast.Constant)]
 
 
 def defined_flags(node: ast.AST) -> dict:

@@ -77,6 +77,20 @@ def test_a_picture_does_not_depend_on_the_devices(directory, drawn):
     assert levels(alone, drawn.base[2:4]) <= 1
 
 
+def test_little_memory_holds_one_stage_as_it_is_stored_and_draws_the_same(drawn, tmp_path):
+    make_model(tmp_path, "bfloat16")
+    plenty, little = (pipeline.UnCLIP.load(tmp_path, low_memory=low) for low in (False, True))
+    pictures = []
+    for model in (plenty, little):
+        base, _ = model.decode(drawn.image_embeds[:2], CAPTIONS[:1] * 2, seed=5)
+        pictures.append(model.upsample(base, seed=5)[0])
+    assert levels(*pictures) <= 1
+    held = [{name: jax.tree.leaves(p) for name, p in m.cascade._params.items()} for m in (plenty, little)]
+    assert set(held[0]) == {"decoder", "upsampler32"} and set(held[1]) == {"upsampler32"}
+    assert {str(leaf.dtype) for leaf in held[0]["upsampler32"]} == {"float32"}
+    assert {str(leaf.dtype) for leaf in held[1]["upsampler32"]} == {"bfloat16"}
+
+
 def test_guidance_changes_the_picture_and_compiles_nothing(model, drawn):
     strong = model.text_to_image(CAPTIONS, n=2, seed=5, guidance_scale=6.0)
     assert strong.settings["decoder"]["guidance_scale"] == 6.0

@@ -126,7 +126,7 @@ def stage(model: dict) -> dict:
     return {"stage": "clip", "model": model}
 
 
-def import_weights(source: Path) -> Imported:
+def import_weights(source: Path, tokenizer=None) -> Imported:
     """The CLIP in the folder `source`."""
     config = read_json(source / "config.json")
     if config.get("model_type") != "clip" or "vision_config" not in config:
@@ -145,7 +145,7 @@ def import_weights(source: Path) -> Imported:
     tensors = open_tensors(source)
     abstract = models.abstract_params(models.build_stage(stage(model)))
     params = tables.imported(rows(model), tensors, abstract, ignored=IGNORED)
-    return Imported({"clip": (stage(model), params)}, load_tokenizer(source), [tensors])
+    return Imported({"clip": (stage(model), params)}, tokenizer or load_tokenizer(source), [tensors])
 
 
 def import_towers(text: Path, vision: Path | None, **model) -> tuple[dict, Any, Tensors]:

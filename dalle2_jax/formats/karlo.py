@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax import models
@@ -45,7 +46,11 @@ BLOCKS = BlockNames(
     fc2="ff.net.2",
 )
 # [1, 1, D], which is a vector of ours
-_QUERY = Layout(lambda x, n: [x[None, None]], lambda xs: xs[0][0, 0])
+QUERY = Layout(lambda x, n: [x[None, None]], lambda xs: xs[0][0, 0])
+# How Karlo draws, and how its decoder was trained, in its own checkpoints as in diffusers' folder.
+PRIOR_SAMPLING = dict(num_steps=25, guidance_scale=4.0)
+DECODER_SAMPLING = dict(text_drop=0.3, num_steps=25, guidance_scale=8.0)
+UPSAMPLER_SAMPLING = dict(num_steps=7, method="ddpm", last_step=True)
 # Types of blocks on the way down, and up: with attention, and without.
 BLOCK_TYPES = {
     True: ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"),
@@ -62,7 +67,7 @@ def prior_rows(depth: int) -> list[Row]:
         *dense("time_fc1", "time_embedding.linear_1"),
         *dense("time_fc2", "time_embedding.linear_2"),
         *leaf("position/embedding", "positional_embedding", LEADING),
-        *leaf("query/embedding", "prd_embedding", _QUERY),
+        *leaf("query/embedding", "prd_embedding", QUERY),
         *BLOCKS.rows("transformer", "transformer_blocks.{}", depth),
         *norm("norm_out", "norm_out"),
         *dense("out_proj", "proj_to_clip_embeddings"),
@@ -152,7 +157,7 @@ def _scheduler(folder: Path, **values) -> dict:
     return config
 
 
-def prior_stage(config: Mapping, scheduler: Mapping, where: str, null_tokens: int, **sampling) -> dict:
+def prior_stage(config: Mapping, scheduler: Mapping, where: str, null_tokens: int) -> dict:
     """A prior's config from those of a PriorTransformer and its scheduler."""
     expect(
         config,
@@ -186,31 +191,38 @@ def prior_stage(config: Mapping, scheduler: Mapping, where: str, null_tokens: in
         num_candidates=1,
         clip_range=float(scheduler["clip_sample_range"]),
     )
-    return {"stage": "prior", "model": model | sampling}
+    return {"stage": "prior", "model": model | PRIOR_SAMPLING}
 
 
-def import_prior(folder: Path, config: dict, null: dict[str, np.ndarray]) -> tuple[Any, Any]:
-    """(parameters, their source) of a PriorTransformer for our `config`; `null` is the null caption's."""
+def null_leaves(null: Mapping[str, np.ndarray], embed: str, states: str) -> dict[str, np.ndarray]:
+    """What `null_caption` says under our names of these leaves."""
+    return {embed: null["text_embed"], states: null["text_states"]}
+
+
+def read_prior(folder: Path, scheduler: Path, null: dict[str, np.ndarray]) -> tuple[dict, Any, Any]:
+    """(config, parameters, their source) of a PriorTransformer; `null` is what CLIP says of the null caption.
+
+    Sampling is what UnCLIPPipeline and Kandinsky's do: 25 steps, guidance 4.
+    """
+    noise = _scheduler(scheduler, variance_type="fixed_small_log", prediction_type="sample")
+    config = prior_stage(read_json(folder / "config.json"), noise, str(folder), len(null["text_states"]))
     tensors = open_tensors(folder)
     abstract = models.abstract_params(models.build_stage(config))
-    given = {
-        "net/null_text_embed/embedding": null["text_embed"],
-        "net/null_text_states/embedding": null["text_states"],
-    }
+    given = null_leaves(null, "net/null_text_embed/embedding", "net/null_text_states/embedding")
     rows = prior_rows(config["model"]["text"]["depth"])
-    return tables.imported(rows, tensors, abstract, given=given), tensors
+    return config, tables.imported(rows, tensors, abstract, given=given), tensors
 
 
 def null_caption(clip: dict, params: Any, tokenizer) -> dict[str, np.ndarray]:
     """What CLIP's text tower says of the caption "": text_embed [E], text_states [n, D] of its n tokens."""
     stage = models.build_stage(clip)
-    tokens, mask = tokenizer([""])
+    tokens, mask = models.crop_tokens(*map(jnp.asarray, tokenizer([""])), stage.context_length)
     own = {"text": jax.tree.map(np.asarray, params["text"])}
     embed, states = jax.jit(stage.encode_text)(own, tokens, mask)
-    return {"text_embed": np.asarray(embed[0]), "text_states": np.asarray(states[0, : mask.sum()])}
+    return {"text_embed": np.asarray(embed[0]), "text_states": np.asarray(states[0, : int(mask.sum())])}
 
 
-def import_weights(source: Path) -> Imported:
+def import_weights(source: Path, tokenizer=None) -> Imported:
     """The cascade in the folder `source`."""
     index = read_json(source / "model_index.json")
     if index.get("_class_name") != "UnCLIPPipeline":
@@ -218,18 +230,10 @@ def import_weights(source: Path) -> Imported:
     vision = source / "image_encoder"
     vision = vision if vision.is_dir() else None
     clip, clip_params, clip_file = hf_clip.import_towers(source / "text_encoder", vision, unit_embeds=False)
-    tokenizer = load_tokenizer(source / "tokenizer", clip["model"]["text"]["context_length"])
+    tokenizer = tokenizer or load_tokenizer(source / "tokenizer", clip["model"]["text"]["context_length"])
     null = null_caption(clip, clip_params, tokenizer)
 
-    scheduler = _scheduler(
-        source / "prior_scheduler", variance_type="fixed_small_log", prediction_type="sample"
-    )
-    prior_config = read_json(source / "prior" / "config.json")
-    sampling = dict(num_steps=25, guidance_scale=4.0)
-    tokens = len(null["text_states"])
-    prior = prior_stage(prior_config, scheduler, str(source / "prior"), tokens, **sampling)
-    prior_params, prior_file = import_prior(source / "prior", prior, null)
-
+    prior, prior_params, prior_file = read_prior(source / "prior", source / "prior_scheduler", null)
     decoder, decoder_params, decoder_file = _decoder(source, clip["model"], null)
     upsampler, upsampler_params, upsampler_file = _upsampler(source, decoder["model"]["image_size"])
     stages = {
@@ -275,16 +279,14 @@ def _decoder(source: Path, clip: dict, null: dict[str, np.ndarray]) -> tuple[dic
         head_dim=config["attention_head_dim"],
         num_image_tokens=proj.get("clip_extra_context_tokens", 4),
         text=text,
-        text_drop=0.3,
         num_timesteps=scheduler["num_train_timesteps"],
-        num_steps=25,
-        guidance_scale=8.0,
+        **DECODER_SAMPLING,
     )
     stage = {"stage": "decoder", "model": model}
     tensors = joined({f"{name}.": open_tensors(source / name) for name in ("decoder", "text_proj")})
     abstract = models.abstract_params(models.build_stage(stage))
     check_groups(abstract["net"], config["norm_num_groups"], where)
-    given = {"null_text_embed": null["text_embed"], "null_text_states/embedding": null["text_states"]}
+    given = null_leaves(null, "null_text_embed", "null_text_states/embedding")
     rows = decoder_rows(abstract, model["num_image_tokens"])
     return stage, tables.imported(rows, tensors, abstract, given=given), tensors
 
@@ -308,9 +310,7 @@ def _upsampler(source: Path, low_res_size: int) -> tuple[dict, Any, Any]:
         low_res_size=low_res_size,
         **_levels(first, where, attends=False),
         num_timesteps=scheduler["num_train_timesteps"],
-        num_steps=7,
-        method="ddpm",
-        last_step=True,
+        **UPSAMPLER_SAMPLING,
     )
     stage = {"stage": "upsampler", "model": model}
     tensors = joined({prefix: open_tensors(folder) for prefix, folder in folders.items()})

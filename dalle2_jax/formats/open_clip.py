@@ -14,7 +14,7 @@ from dalle2_jax.formats.tensors import open_tensors
 HELP = "OpenCLIP: a folder with open_clip_config.json, or its file of weights"
 
 
-def import_weights(source: Path) -> Imported:
+def import_weights(source: Path, tokenizer=None) -> Imported:
     """The CLIP in a folder or a file. Raises ValueError for towers that CLIP does not have."""
     path = (source if source.is_dir() else source.parent) / "open_clip_config.json"
     if not path.is_file():

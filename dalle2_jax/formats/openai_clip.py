@@ -3,6 +3,7 @@
 Sizes are read off the tensors; heads have 64 entries, and transformers QuickGELU.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dalle2_jax.formats.tables import CONV, BlockNames, Imported, Layout, Row, c
 from dalle2_jax.formats.tensors import Tensors, open_tensors
 
 HELP = "OpenAI's CLIP: a .pt archive with a ViT or a ResNet"
+LICENCE = "OpenAI's are MIT; of other weights in this layout ask their makers"
 HEAD_DIM = 64
 BLOCKS = BlockNames(
     norm1="ln_1",
@@ -33,18 +35,12 @@ def _blocks(tensors: Tensors, pattern: str) -> int:
     return len({match[1] for match in found if match})
 
 
-def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
-    if name not in tensors.shapes:
-        raise ValueError(f"{tensors.source} is not a CLIP in OpenAI's layout: it has no tensor {name}")
-    return tensors.shapes[name]
-
-
 def text_model(tensors: Tensors) -> dict:
     """Our settings of the text tower, and its embeddings' size."""
-    vocab, width = _shape(tensors, "token_embedding.weight")
+    vocab, width = tensors.shape("token_embedding.weight")
     return dict(
         vocab_size=vocab,
-        context_length=_shape(tensors, "positional_embedding")[0],
+        context_length=tensors.shape("positional_embedding")[0],
         width=width,
         depth=_blocks(tensors, r"transformer\.resblocks\.(\d+)\.ln_1\.weight"),
         num_heads=width // HEAD_DIM,
@@ -110,14 +106,14 @@ def resnet_rows(depths: tuple[int, ...]) -> list[Row]:
 def vision_model(tensors: Tensors) -> tuple[dict, int]:
     """(our settings of the image tower, the side of its pictures)."""
     if "visual.proj" in tensors.shapes:
-        width, _, _, patch = _shape(tensors, "visual.conv1.weight")
-        side = round((_shape(tensors, "visual.positional_embedding")[0] - 1) ** 0.5)
+        width, _, _, patch = tensors.shape("visual.conv1.weight")
+        side = round((tensors.shape("visual.positional_embedding")[0] - 1) ** 0.5)
         depth = _blocks(tensors, r"visual\.transformer\.resblocks\.(\d+)\.ln_1\.weight")
         heads = width // HEAD_DIM
         return dict(kind="vit", patch_size=patch, width=width, depth=depth, num_heads=heads), side * patch
-    width = _shape(tensors, "visual.layer1.0.conv1.weight")[0]
+    width = tensors.shape("visual.layer1.0.conv1.weight")[0]
     depths = [_blocks(tensors, rf"visual\.layer{i}\.(\d+)\.conv1\.weight") for i in (1, 2, 3, 4)]
-    side = round((_shape(tensors, "visual.attnpool.positional_embedding")[0] - 1) ** 0.5)
+    side = round((tensors.shape("visual.attnpool.positional_embedding")[0] - 1) ** 0.5)
     heads = 32 * width // HEAD_DIM
     return dict(kind="resnet", width=width, depths=depths, num_heads=heads, norm="frozen_batch"), 32 * side
 
@@ -125,7 +121,7 @@ def vision_model(tensors: Tensors) -> tuple[dict, int]:
 def import_tensors(tensors: Tensors, activation: str, **settings) -> Imported:
     """The CLIP of tensors in this layout; `settings` are further ones of the model."""
     text, (vision, side) = text_model(tensors), vision_model(tensors)
-    embed_dim = _shape(tensors, "text_projection")[1]
+    embed_dim = tensors.shape("text_projection")[1]
     model = dict(embed_dim=embed_dim, image_size=side, vision=vision, text=text, activation=activation)
     config = stage(model | settings)
     rows = text_rows(text["depth"]) + leaf("logit_scale", "logit_scale")
@@ -135,6 +131,6 @@ def import_tensors(tensors: Tensors, activation: str, **settings) -> Imported:
     return Imported({"clip": (config, params)}, None, [tensors])
 
 
-def import_weights(source: Path) -> Imported:
+def import_weights(source: Path, tokenizer=None) -> Imported:
     """The CLIP in the archive `source`."""
-    return import_tensors(open_tensors(source), "quick_gelu")
+    return dataclasses.replace(import_tensors(open_tensors(source), "quick_gelu"), licence=LICENCE)

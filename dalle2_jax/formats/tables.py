@@ -45,6 +45,36 @@ def entry_major(count: int) -> Layout:
     return Layout(lambda x, n: [turned(x.T, count)], lambda xs: turned(xs[0], len(xs[0]) // count).T)
 
 
+# A convolution of width 1 over a sequence, [out, in, 1], in the place of a Dense.
+POINTWISE = Layout(lambda x, n: [x.T[..., None]], lambda xs: xs[0][..., 0].T)
+
+
+def per_head(parts: int, head_dim: int, pointwise: bool = False) -> tuple[Layout, Layout]:
+    """(kernel, bias) of a Dense whose output is `parts` blocks (q | k | v), as a weight whose rows are the
+    first head's parts, then the next one's (OpenAI's old order); `pointwise`: in a convolution of width 1."""
+
+    def regrouped(x, before, after):
+        """Rows [before, after, head_dim, ...] as [after, before, head_dim, ...]."""
+        return np.swapaxes(x.reshape(before, after, head_dim, *x.shape[1:]), 0, 1).reshape(x.shape)
+
+    def heads(x):
+        return len(x) // (parts * head_dim)
+
+    def split(x, n):
+        return [regrouped(x, parts, heads(x))]
+
+    def join(xs):
+        return regrouped(xs[0], heads(xs[0]), parts)
+
+    def split_kernel(x, n):
+        return [split(x.T, n)[0][..., None]] if pointwise else split(x.T, n)
+
+    def join_kernel(xs):
+        return join([xs[0][..., 0]] if pointwise else xs).T
+
+    return Layout(split_kernel, join_kernel), Layout(split, join)
+
+
 def _concatenate(arrays: Arrays, axis: int) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
 

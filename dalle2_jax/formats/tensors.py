@@ -45,6 +45,12 @@ class Tensors(Mapping):
     def __len__(self) -> int:
         return len(self.shapes)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor that has to be there; ValueError if it is not."""
+        if name not in self.shapes:
+            raise ValueError(f"{self.source} has no tensor {name}: it is not of this format")
+        return self.shapes[name]
+
     def below(self, *prefixes: str) -> "Tensors":
         """The tensors whose names begin with the first of `prefixes` that any has, without it."""
         for prefix in prefixes:

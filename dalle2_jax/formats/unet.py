@@ -1,11 +1,15 @@
-"""The table of the ADM U-Net as diffusers names its parts: the blocks are those that our network has."""
+"""The tables of the ADM U-Net, as OpenAI's code and as diffusers' name its parts.
+
+Both have the blocks that our network has; Karlo's and GLIDE's checkpoints have OpenAI's names.
+"""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from dalle2_jax import modeldir
-from dalle2_jax.formats.tables import Row, conv, dense, norm
+from dalle2_jax.formats.tables import POINTWISE, Row, conv, dense, norm, per_head
+from dalle2_jax.formats.tensors import Tensors
 from dalle2_jax.nets.layers import num_groups
 
 
@@ -35,6 +39,89 @@ def diffusers_rows(net: Mapping[str, Any], prefix: str = "") -> list[Row]:
             rows += dense(f"{a}/qkv", f"{b}.to_q", f"{b}.to_k", f"{b}.to_v")
             rows += dense(f"{a}/text_kv", f"{b}.add_k_proj", f"{b}.add_v_proj") if "text_kv" in block else []
     return rows
+
+
+def adm_rows(net: Mapping[str, Any], head_dim: int, prefix: str = "") -> list[Row]:
+    """The table of guided-diffusion's UNetModel or EncoderUNetModel, without what comes after its last norm.
+
+    `net`: our shapes, `prefix`: before their names. Keys, queries and values stand head by head.
+    """
+    # In theirs a residual block begins a module of its own, which attention follows inside it; on the way up
+    # the block that doubles the side does as well.
+    called = {"down": "input_blocks", "mid": "middle_block", "up": "output_blocks"}
+    count, within, places = {"down": 0, "mid": -1, "up": -1}, 0, {}
+    for name in sorted((name for name, _ in _blocks(net)), key=_turn):
+        side, _, kind, _ = _parts(name)
+        begins = side == "mid" or kind in ("res", "down")
+        count[side] += begins
+        within = 0 if begins else within + 1
+        places[name] = f"{called[side]}.{count[side]}" + (f".{within}" if side != "mid" else "")
+    rows = conv("conv_in", f"{prefix}input_blocks.0.0") + norm("norm_out", f"{prefix}out.0")
+    rows += conv("conv_out", f"{prefix}out.2") if "conv_out" in net else []
+    for a, place in places.items():
+        block, b = net[a], prefix + place
+        if "conv1" in block:
+            rows += norm(f"{a}/norm1", f"{b}.in_layers.0") + conv(f"{a}/conv1", f"{b}.in_layers.2")
+            rows += dense(f"{a}/emb_proj", f"{b}.emb_layers.1")
+            rows += norm(f"{a}/norm2", f"{b}.out_layers.0") + conv(f"{a}/conv2", f"{b}.out_layers.3")
+            rows += conv(f"{a}/skip", f"{b}.skip_connection") if "skip" in block else []
+        else:
+            rows += norm(f"{a}/norm", f"{b}.norm") + dense(f"{a}/out", f"{b}.proj_out", layout=POINTWISE)
+            for ours, theirs, parts in (("qkv", "qkv", 3), ("text_kv", "encoder_kv", 2)):
+                kernel, bias = per_head(parts, head_dim, pointwise=True)
+                if ours in block:
+                    rows += dense(f"{a}/{ours}", f"{b}.{theirs}", layout=kernel, bias_layout=bias)
+    return rows
+
+
+def _adm_depth(names: list[str], source: str) -> tuple[int, int]:
+    """(levels, residual blocks a level) of a U-Net in OpenAI's layout, or of its way down alone."""
+    if any(name.startswith("output_blocks.") for name in names):
+        # A block that doubles the side is a second residual block in its module, at every level but one.
+        second = r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight"
+        levels = 1 + sum(re.fullmatch(second, name) is not None for name in names)
+        modules = {name.split(".")[1] for name in names if name.startswith("output_blocks.")}
+        return levels, len(modules) // levels - 1
+    # The modules behind the last one without attention, which halves the side, are the last level.
+    modules = {int(name.split(".")[1]) for name in names if name.startswith("input_blocks.")}
+    plain = [number for number in modules if f"input_blocks.{number}.1.qkv.weight" not in names]
+    num_res_blocks = max(modules, default=0) - max(plain, default=0)
+    levels, spare = divmod(len(modules), num_res_blocks + 1)
+    if not num_res_blocks or spare:
+        raise ValueError(f"{source}: the smallest level has no attention, which is not built")
+    return levels, num_res_blocks
+
+
+def adm_settings(tensors: Tensors, prefix: str = "") -> tuple[dict, list[int]]:
+    """(our settings of a U-Net in OpenAI's layout, the levels that attend), read off its tensors."""
+    names = [name[len(prefix) :] for name in tensors.shapes if name.startswith(prefix)]
+    levels, num_res_blocks = _adm_depth(names, tensors.source)
+    first = [1 + level * (num_res_blocks + 1) for level in range(levels)]
+    channels = tensors.shape(f"{prefix}time_embed.0.weight")[1]
+    widths = [tensors.shape(f"{prefix}input_blocks.{number}.0.out_layers.3.weight")[0] for number in first]
+    added = tensors.shape(f"{prefix}input_blocks.1.0.emb_layers.1.weight")[0]
+    if any(width % channels for width in widths):
+        raise ValueError(
+            f"{tensors.source}: widths {widths} are no multiples of {channels}, which is not built"
+        )
+    settings = dict(
+        channels=channels,
+        channel_mult=[width // channels for width in widths],
+        num_res_blocks=num_res_blocks,
+        scale_shift=added == 2 * widths[0],
+        dropout=0.0,
+    )
+    attending = [
+        level for level, number in enumerate(first) if f"input_blocks.{number}.1.qkv.weight" in names
+    ]
+    return settings, attending
+
+
+def _turn(name: str) -> tuple:
+    """What sorts the names of our blocks into the order in which they run."""
+    side, level, kind, number = _parts(name)
+    place = ("down", "mid", "up").index(side)
+    return place, level if side == "down" else -level, kind in ("down", "up"), number, kind == "attn"
 
 
 def _parts(name: str) -> tuple[str, int, str, int]:

@@ -121,11 +121,16 @@ class TransformerStack(nn.Module):
         return x
 
 
-class NullStates(nn.Module):
-    """Learned states that stand at the first `count` positions of a caption that is dropped.
+def kept(null: jax.Array, null_tokens: int) -> jax.Array:
+    """What stands for the null caption; without a gradient where that is "" and has `null_tokens` tokens."""
+    return jax.lax.stop_gradient(null) if null_tokens else null
 
-    Weights that were trained with the caption "" as the null caption keep its states here. With a count of 0
-    nothing of a dropped caption can be attended to.
+
+class NullStates(nn.Module):
+    """States that stand at the first `count` positions of a caption that is dropped.
+
+    Weights that were trained with the caption "" as the null caption have what the frozen CLIP says of it
+    here, and training keeps it as it is. With a count of 0 nothing of a dropped caption can be attended to.
     """
 
     count: int
@@ -140,7 +145,7 @@ class NullStates(nn.Module):
         if not self.count:
             return states, token_mask
         shape = (self.count, self.width)
-        null = self.param("embedding", nn.initializers.normal(0.02), shape, jnp.float32)
+        null = kept(self.param("embedding", nn.initializers.normal(0.02), shape, jnp.float32), self.count)
         null = jnp.pad(null, ((0, states.shape[1] - self.count), (0, 0)))
         states = jnp.where(drop[..., None], null, states)
         return states, token_mask | (drop & (jnp.arange(states.shape[1]) < self.count))
@@ -193,7 +198,7 @@ class PriorTransformer(nn.Module):
 
         drop = drop_text[:, None]
 
-        null_embed = Embedding((self.embed_dim,), name="null_text_embed")()
+        null_embed = kept(Embedding((self.embed_dim,), name="null_text_embed")(), self.null_tokens)
         text_embed = jnp.where(drop, null_embed, text_embed)
         if self.states_width:
             null_states = NullStates(self.null_tokens, self.states_width, name="null_text_states")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.nets import layers
 from dalle2_jax.nets.text import GlideTextTransformer
-from dalle2_jax.nets.transformer import NullStates
+from dalle2_jax.nets.transformer import NullStates, kept
 from dalle2_jax.nets.vision import AttentionPool
 from dalle2_jax.partition import constrain
 
@@ -254,7 +254,8 @@ class DecoderNet(nn.Module):
         emb = self.image_emb_proj(z)
         context = self.image_token_proj(z).reshape(z.shape[0], self.num_image_tokens, self.token_width)
         if self.reads_states:
-            y = jnp.where(drop_text[:, None], self.null_text_embed, text_embed * self.embed_scale)
+            null_embed = kept(self.null_text_embed, self.text.get("null_tokens", 0))
+            y = jnp.where(drop_text[:, None], null_embed, text_embed * self.embed_scale)
             text, token_mask = self.null_text_states(text, token_mask, drop_text)
             states = self.text_states_norm(self.text_states_proj(text)).astype(self.dtype)
             mask = jnp.concatenate([jnp.ones(context.shape[:2], bool), token_mask], axis=1)

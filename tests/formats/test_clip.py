@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers", reason="the oracle is transfo
 LENGTH, SIDE, EMBED = 8, 12, 24
 
 
-def clip_model(vocab_size, activation="quick_gelu"):
+def clip_model(vocab_size, activation="quick_gelu", embed=EMBED):
     """A CLIPModel with random weights, two and three heads of 64, none of them zero."""
     common = dict(num_hidden_layers=2, hidden_act=activation)
     model = transformers.CLIPModel(
@@ -38,7 +38,7 @@ def clip_model(vocab_size, activation="quick_gelu"):
             | dict(
                 hidden_size=192, intermediate_size=768, num_attention_heads=3, image_size=SIDE, patch_size=4
             ),
-            projection_dim=EMBED,
+            projection_dim=embed,
         )
     ).eval()
     torch.manual_seed(0)

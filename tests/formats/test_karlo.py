@@ -2,7 +2,11 @@
 
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,7 @@ torch = pytest.importorskip("torch", reason="the oracle is diffusers' UnCLIPPipe
 diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers' UnCLIPPipeline")
 transformers = pytest.importorskip("transformers", reason="the oracle is diffusers' UnCLIPPipeline")
 
+ROOT = Path(__file__).resolve().parents[2]
 LENGTH, EMBED, SIDE, LARGE = 8, 32, 8, 16
 CAPTION = "a red star"
 FOLDERS = ("prior", "decoder", "text_proj", "super_res_first", "super_res_last", "text_encoder")
@@ -130,11 +135,15 @@ def converted(source, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def ours(converted):
+def load_stages(model):
     """Role -> (stage, parameters)."""
     roles = ("clip", "prior", "decoder", "upsampler16")
-    return {role: models.load_stage(converted, role)[::2] for role in roles}
+    return {role: models.load_stage(model, role)[::2] for role in roles}
+
+
+@pytest.fixture(scope="module")
+def ours(converted):
+    return load_stages(converted)
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +236,9 @@ def test_both_networks_of_the_upsampler_are_the_same(theirs, ours, network):
     assert_close(jax.jit(stage.net.apply)({"params": params}, x_t, times, low_res), expected)
 
 
-def test_a_whole_run_is_the_same(theirs, ours, texts, monkeypatch):
-    """With the same first noise, and none at the steps; each stage starts from what theirs drew."""
+def assert_same_run(theirs, ours, texts, monkeypatch):
+    """The same picture of CAPTION, with the same first noise, and none at the steps; each of our stages
+    starts from what theirs drew."""
     from diffusers.schedulers import scheduling_unclip
 
     drawn = {}
@@ -290,12 +300,18 @@ def test_a_whole_run_is_the_same(theirs, ours, texts, monkeypatch):
     np.testing.assert_allclose((samples["upsampler16"] + 1) / 2, expected, atol=2e-3)
 
 
+def test_a_whole_run_is_the_same(theirs, ours, texts, monkeypatch):
+    assert_same_run(theirs, ours, texts, monkeypatch)
+
+
 def test_it_draws_and_says_what_it_was_made_from(converted):
     model = pipeline.UnCLIP.load(converted)
     result = model.text_to_image([CAPTION], prior_steps=2, decoder_steps=2, upsampler_steps=[2])
     assert result.images.shape == (1, LARGE, LARGE, 3)
-    made_from = modeldir.read_index(converted)["made_from"]
-    assert made_from["format"] == "karlo" and "OpenRAIL" in made_from["licence"]
+    index = modeldir.read_index(converted)
+    assert index["made_from"]["format"] == "karlo" and "OpenRAIL" in index["licence"]
+    card = (converted / "README.md").read_text()
+    assert index["licence"] in card and all(x in card for x in index["made_from"]["sha256"].values())
     assert result.settings["decoder"]["guidance_scale"] == 8.0
 
 
@@ -351,3 +367,51 @@ def test_other_architectures_are_refused(source, tmp_path, capsys, file, changes
     assert convert.main(["karlo", str(other), str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def add_image_encoder(folder):
+    """A small image tower beside the pipeline's parts, as UnCLIPImageVariationPipeline has one."""
+    settings = transformers.CLIPVisionConfig(
+        hidden_size=EMBED,
+        intermediate_size=4 * EMBED,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        projection_dim=EMBED,
+        image_size=SIDE,
+        patch_size=4,
+    )
+    model = transformers.CLIPVisionModelWithProjection(settings)
+    randomise(model, 7).save_pretrained(folder / "image_encoder")
+
+
+def test_it_is_trained_on_and_goes_back(source, texts, tmp_path, monkeypatch):
+    """The ordinary command on the prior: its loss falls, and diffusers draws what the result draws."""
+    folder, model, workdir = shutil.copytree(source, tmp_path / "theirs"), tmp_path / "ours", tmp_path / "run"
+    add_image_encoder(folder)
+    convert.convert_weights("karlo", folder, model, dtype="float32")
+    changes = dict(batch_size=8, num_steps=24, eval_batches=1, num_samples=1, log_every=1, ema_decay=0.5)
+    changes |= {"data.source": "scenes", "data.path": "debug_64", "model.num_steps": 2}
+    changes |= {"optim.learning_rate": 3e-3, "optim.weight_decay": 0.1}
+    command = [sys.executable, "-m", "dalle2_jax.train", f"--config=configs/finetune.py:{model}/prior"]
+    command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in changes.items())]
+    ran = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses) == 24 and np.mean(losses[-3:]) < 0.7 * losses[0]
+
+    parts = dict(clip=str(model), decoder=str(model), upsamplers=(str(model),))
+    convert.convert_workdirs(tmp_path / "tuned", prior=str(workdir), **parts, dtype="float32")
+    notes = convert.export_diffusers(tmp_path / "tuned", tmp_path / "back")
+    assert notes == []  # the null caption is still ""
+    assert "OpenRAIL" in (tmp_path / "back" / "README.md").read_text()  # it goes with what came of them
+    again = diffusers.UnCLIPPipeline.from_pretrained(tmp_path / "back")
+    again.set_progress_bar_config(disable=True)
+    tuned = load_stages(tmp_path / "tuned")
+    assert_same_run(again, tuned, texts, monkeypatch)
+    before, after = (modeldir.flatten(models.load_stage(m, "prior")[2]) for m in (model, tmp_path / "tuned"))
+    same = [name for name in before if np.array_equal(before[name], after[name])]
+    nulls = ["net/null_text_embed/embedding", "net/null_text_states/embedding"]
+    assert sorted(same) == [*nulls, "stats/embed_mean", "stats/embed_std"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.modeldir import flatten
-from dalle2_jax.nets.unet import ResBlock, TimeEmbedding, UNet, UpsamplerNet
+from dalle2_jax.nets.unet import DecoderNet, ResBlock, TimeEmbedding, UNet, UpsamplerNet
 
 KEY = jax.random.key(0)
 CHEAP_KEY = jax.random.key(0, impl="rbg")  # programs full of the default's draws take long to compile
@@ -286,3 +286,23 @@ def test_additive_blocks_have_half_the_projection():
 def test_sides_that_cannot_be_halved_are_refused():
     with pytest.raises(ValueError, match="2 levels needs sides that are multiples of 2, got"):
         build(channel_mult=(1, 2)).init(KEY, jnp.zeros((2, 5, 8, 3)), jnp.zeros((2, 4)), image_size=SIDE)
+
+
+@pytest.mark.parametrize("null_tokens", [0, 2])
+def test_a_null_caption_that_is_given_gets_no_gradient(null_tokens):
+    text = dict(states_width=4, context_length=5, width=8, null_tokens=null_tokens)
+    unet = dict(out_channels=6, channels=8, channel_mult=(1,), num_res_blocks=1)
+    net = DecoderNet(unet, text, embed_dim=4, image_size=8)
+    shown, dropped = jnp.zeros(2, bool), jnp.ones(2, bool)
+    inputs = normal(2, 4), shown, normal(2, 5, 4), jnp.ones((2, 5), bool), dropped, normal(2, 4)
+    params = random_params(net, *inputs, method="condition")
+
+    def total(params):
+        added, context, _ = net.apply({"params": params}, *inputs, method="condition")
+        return (added**2).sum() + (context**2).sum()
+
+    grads = jax.grad(total)(params)
+    assert (np.abs(grads["null_text_embed"]).max() > 0) == (null_tokens == 0)
+    if null_tokens:
+        assert not np.abs(grads["null_text_states"]["embedding"]).max()
+    assert np.abs(grads["text_emb_proj"]["kernel"]).max() > 0

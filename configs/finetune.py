@@ -1,0 +1,43 @@
+"""One stage of a model directory, trained on: for weights of others that `dalle2_jax.convert` has read.
+
+    python -m dalle2_jax.train --config=configs/finetune.py:MODEL/STAGE --workdir=DIR
+    --config.data.path=SHARDS
+
+The architecture is what MODEL/STAGE/config.json says, parameters start from that folder's, and prior and
+decoder read the embeddings of the CLIP beside it. The numbers are a beginning for small data: 1000 steps of
+32 pictures at a constant rate. `--config.model.remat=True` and `--config.model.dtype=bfloat16` save memory.
+Without a folder it is the bundled decoder that is trained on.
+"""
+
+import json
+from pathlib import Path
+
+from configs import common
+
+BUNDLED = Path(__file__).resolve().parents[1] / "dalle2_jax" / "bundled" / "decoder"
+
+
+def get_config(preset: str = ""):
+    """`preset`: a stage's folder in a model directory, '' for the bundled decoder."""
+    folder = Path(preset) if preset else BUNDLED
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"preset {preset!r} is unknown: give a stage's folder in a model directory, such as MODEL/decoder"
+        )
+    stored = json.loads((folder / "config.json").read_text())
+    config = common.get_config()
+    config.stage = stored["stage"]
+    config.model = {"remat": False, "dtype": "float32"} | stored["model"]
+    config.init_from = str(folder)
+    if stored["stage"] in ("prior", "ar_prior", "decoder"):
+        config.clip = str(folder.parent)
+    text = stored["model"].get("text") or {}
+    config.tokenizer.context_length = text.get("context_length", 77)
+    config.tokenizer.vocab_size = text.get("vocab_size", 49408)
+    config.optim.update(learning_rate=1e-5, warmup_steps=0)
+    config.batch_size = 32
+    config.num_steps = 1000
+    config.ema_decay = 0.999
+    config.log_every, config.checkpoint_every = 10, 200
+    config.eval_every, config.sample_every = 200, 200
+    return config
