@@ -127,7 +127,7 @@ def test_impossible_settings_stop_at_once(override, said, tmp_path):
     assert said in output and "compiled the train step" not in output
 
 
-def test_sigterm_saves_and_says_so_by_its_status(tmp_path):
+def test_sigterm_saves_and_ends_with_status_0(tmp_path):
     process = run_command(tmp_path, "--config.num_steps=100000", "--config.checkpoint_every=100000")
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not (tmp_path / "metrics.jsonl").exists():
@@ -137,7 +137,7 @@ def test_sigterm_saves_and_says_so_by_its_status(tmp_path):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, output
+    assert process.returncode == 0 and "run the same command to go on" in output
     saved = checkpoint.Checkpointer(tmp_path, 3).latest_step()
     assert saved is not None and saved == max(logged(tmp_path, "train/loss"))
 
