@@ -14,7 +14,7 @@ are odd), and devices that hold parts of an array just add up theirs.
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -78,13 +78,19 @@ class Checkpointer:
     Args:
       workdir: the run's folder; checkpoints go to workdir/checkpoints.
       max_to_keep: how many of the newest to keep; None or 0 keeps all.
+      before_save: called before each save; it raises where nothing may be written any more.
     """
 
-    def __init__(self, workdir: str | os.PathLike, max_to_keep: int | None = 3):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        max_to_keep: int | None = 3,
+        before_save: Callable[[], None] | None = None,
+    ):
         import orbax.checkpoint as ocp
 
         _quiet_orbax()
-        self._ocp = ocp
+        self._ocp, self._before_save = ocp, before_save
         self.directory = epath.Path(workdir) / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
@@ -118,6 +124,8 @@ class Checkpointer:
         """
         if step in self._manager.all_steps():
             return False
+        if self._before_save is not None:
+            self._before_save()
         args, flat = self._ocp.args, flatten(state)
         contents = {"meta": dict(meta), "checksums": checksums(flat)}
         return self._manager.save(

@@ -6,6 +6,7 @@ metrics.jsonl, TensorBoard events, samples/ and, on request, profile/. Several p
 the same command on the same DIR, train as one: see `processes`.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -19,7 +20,18 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from dalle2_jax import checkpoint, metrics, modeldir, models, optim, partition, processes, state, validation
+from dalle2_jax import (
+    checkpoint,
+    lock,
+    metrics,
+    modeldir,
+    models,
+    optim,
+    partition,
+    processes,
+    state,
+    validation,
+)
 
 # Settings that may differ between a run and its resumption: none of them changes what a step computes.
 FREE_ON_RESUME = (
@@ -254,6 +266,12 @@ def train(config: dict, workdir: str) -> None:
     """Train `config` in `workdir` until config['num_steps']; `config` is plain JSON types."""
     workdir = epath.Path(workdir)
     check_resume(workdir, config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with lock.Lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext() as held:
+        _train(config, workdir, held)
+
+
+def _train(config: dict, workdir: epath.Path, held: lock.Lock | None) -> None:
     mesh = partition.make_mesh(**config["mesh"])
     stage = models.build_stage(config)
     check_settings(config, stage, mesh)
@@ -266,7 +284,6 @@ def train(config: dict, workdir: str) -> None:
     if config["init_from"]:  # looked at now, so that a wrong path stops before data is read
         models.load_stage(config["init_from"], config["stage"])
 
-    workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = None
     if "tokens" in fields:
         make = functools.partial(make_tokenizer, config, workdir, config["clip"])
@@ -284,7 +301,9 @@ def train(config: dict, workdir: str) -> None:
     )
     abstract = jax.eval_shape(init)
     shardings = partition.shardings(abstract, mesh)
-    checkpointer = checkpoint.Checkpointer(workdir, config["keep_checkpoints"])
+    checkpointer = checkpoint.Checkpointer(
+        workdir, config["keep_checkpoints"], before_save=held.check if held else None
+    )
     start = checkpointer.latest_step() or 0
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
     logging.info(
@@ -449,7 +468,7 @@ def main(argv):
     except FloatingPointError as error:
         logging.error("%s", error)
         raise SystemExit(3) from (error if FLAGS.debug else None)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         processes.end_together(error, FAILED)
         logging.error("%s", error)
         raise SystemExit(FAILED) from (error if FLAGS.debug else None)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import upsampler256
-from dalle2_jax import checkpoint, models, train
+from dalle2_jax import checkpoint, lock, models, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,6 +125,22 @@ def test_impossible_settings_stop_at_once(override, said, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode not in (0, None)
     assert said in output and "compiled the train step" not in output
+
+
+def test_a_workdir_that_cannot_be_made_or_is_in_use_stops_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        train.train(recipe(1), str(tmp_path / "file" / "work"))
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(lock.os, "getpid", lambda: other.pid)
+            held = lock.Lock(tmp_path, beat=0.05)
+        with pytest.raises(ValueError, match=f"being written by process {other.pid}"):
+            train.train(recipe(1), str(tmp_path))
+        held.release()
+    finally:
+        other.kill()
 
 
 def test_sigterm_saves_and_ends_with_status_0(tmp_path):
