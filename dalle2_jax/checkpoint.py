@@ -53,12 +53,15 @@ def checksum(x: Any) -> Any:
 
 
 def checksums(flat: Mapping[str, Any]) -> dict[str, int]:
-    """Returns {name: checksum}; of arrays on accelerators or other hosts, computed where they are."""
+    """Returns {name: checksum}; of arrays on accelerators or split over hosts, computed where they are."""
     host = {
         name: np.asarray(leaf)
         for name, leaf in flat.items()
         if not isinstance(leaf, jax.Array)
-        or (leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices()))
+        or (
+            (leaf.is_fully_addressable or leaf.is_fully_replicated)
+            and all(device.platform == "cpu" for device in leaf.devices())
+        )
     }
     sums = {name: int(checksum(leaf)) for name, leaf in host.items()}
     rest = {name: leaf for name, leaf in flat.items() if name not in host}
