@@ -156,6 +156,7 @@ def workdir(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_two_processes_train_stop_and_fail_as_one(workdir, tmp_path):
     """Two processes: their steps are those of one process with as many devices; SIGTERM to one stops both
     after a commit, with status 0; they go on from there; kill -9 of one ends the other with the cause."""
