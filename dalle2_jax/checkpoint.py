@@ -6,19 +6,23 @@ whole). Leaves are stored under flat names such as 'params/conv_in/kernel', so a
 any mesh and without the classes it came from.
 
 Orbax does not notice flipped bits in its files, so `meta` carries a checksum of every leaf, compared on
-reading. With w_i the bits of element i as an unsigned number, it is sum_i w_i (2 i + 1) mod 2^32: a changed
-bit always changes it (the weights are odd), and devices that hold parts of an array just add up theirs.
+reading; a damaged checkpoint is set aside and the one before it used. With w_i the bits of element i as an
+unsigned number, the checksum is sum_i w_i (2 i + 1) mod 2^32: a changed bit always changes it (the weights
+are odd), and devices that hold parts of an array just add up theirs.
 """
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+
+from dalle2_jax import processes
 
 # the other half of what is written to disk, for callers that know it as checkpoint.load_stage and so on
 from dalle2_jax.modeldir import check_params as check_params
@@ -27,6 +31,10 @@ from dalle2_jax.modeldir import load_stage as load_stage
 from dalle2_jax.modeldir import read_index as read_index
 from dalle2_jax.modeldir import save_stage as save_stage
 from dalle2_jax.modeldir import write_index as write_index
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that cannot be read, or whose leaves are not what was saved."""
 
 
 def checksum(x: Any) -> Any:
@@ -45,12 +53,15 @@ def checksum(x: Any) -> Any:
 
 
 def checksums(flat: Mapping[str, Any]) -> dict[str, int]:
-    """Returns {name: checksum}; of arrays on accelerators or other hosts, computed where they are."""
+    """Returns {name: checksum}; of arrays on accelerators or split over hosts, computed where they are."""
     host = {
         name: np.asarray(leaf)
         for name, leaf in flat.items()
         if not isinstance(leaf, jax.Array)
-        or (leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices()))
+        or (
+            (leaf.is_fully_addressable or leaf.is_fully_replicated)
+            and all(device.platform == "cpu" for device in leaf.devices())
+        )
     }
     sums = {name: int(checksum(leaf)) for name, leaf in host.items()}
     rest = {name: leaf for name, leaf in flat.items() if name not in host}
@@ -70,13 +81,19 @@ class Checkpointer:
     Args:
       workdir: the run's folder; checkpoints go to workdir/checkpoints.
       max_to_keep: how many of the newest to keep; None or 0 keeps all.
+      before_save: called before each save; it raises where nothing may be written any more.
     """
 
-    def __init__(self, workdir: str | os.PathLike, max_to_keep: int | None = 3):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        max_to_keep: int | None = 3,
+        before_save: Callable[[], None] | None = None,
+    ):
         import orbax.checkpoint as ocp
 
         _quiet_orbax()
-        self._ocp = ocp
+        self._ocp, self._before_save = ocp, before_save
         self.directory = epath.Path(workdir) / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
@@ -110,6 +127,8 @@ class Checkpointer:
         """
         if step in self._manager.all_steps():
             return False
+        if self._before_save is not None:
+            self._before_save()
         args, flat = self._ocp.args, flatten(state)
         contents = {"meta": dict(meta), "checksums": checksums(flat)}
         return self._manager.save(
@@ -146,6 +165,44 @@ class Checkpointer:
         flat = {name: restored["state"][name] for name in expected}
         _check_sums(path, flat, restored["meta"]["checksums"])
         return jax.tree.unflatten(jax.tree.structure(abstract_state), flat.values()), restored["meta"]["meta"]
+
+    def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict]:
+        """Returns (step, state, meta) of the newest checkpoint that is not damaged.
+
+        Damaged ones that are newer are logged and moved to WORKDIR/damaged, so that their steps can be saved
+        again. All processes must call it.
+
+        Raises:
+          FileNotFoundError: no checkpoint. DamagedCheckpoint: none that is whole; nothing is moved then.
+          ValueError: leaves, shapes or dtypes differ from `abstract_state`.
+        """
+        if not self.all_steps():
+            raise FileNotFoundError(_no_checkpoint(self.directory, None, []))
+        damaged = []
+        for step in reversed(self.all_steps()):
+            restored, error = None, None
+            try:
+                restored = self.restore(abstract_state, step)
+            except DamagedCheckpoint as found:
+                error = found
+            if not _on_any_process(error is not None):
+                for number in damaged:
+                    self._set_aside(number)
+                self._manager.reload()
+                return step, *restored
+            error = error or DamagedCheckpoint(f"{self.directory / str(step)}: another process found damage")
+            logging.error("%s", error)
+            damaged.append(step)
+        raise error
+
+    def _set_aside(self, step: int) -> None:
+        """Moves a checkpoint to WORKDIR/damaged, on process 0."""
+        target = self.directory.parent / "damaged" / f"{step}_{time.strftime('%Y%m%d_%H%M%S')}"
+        if jax.process_index() == 0:
+            target.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(target)
+            logging.warning("moved the damaged checkpoint to %s", target)
+        processes.sync(f"set aside {step}")
 
     def wait(self) -> None:
         """Waits until the save in progress is committed; raises what went wrong with it."""
@@ -234,7 +291,7 @@ def _check_stored(path: epath.Path, stored: Mapping[str, Any], expected: Mapping
 def _check_sums(path: epath.Path, flat: Mapping[str, Any], sums: Mapping[str, int]) -> None:
     changed = [name for name, value in checksums(flat).items() if value != sums.get(name)]
     if changed:
-        raise ValueError(
+        raise DamagedCheckpoint(
             f"checkpoint {path} is damaged: {len(changed)} leaves are not what was saved "
             f"({', '.join(changed[:5])}). Move that folder away to go on from an earlier step"
         )
@@ -255,10 +312,18 @@ def _explain_damage(path: epath.Path) -> Iterator[None]:
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
         first_line = (str(error).splitlines() or [""])[0]
-        raise ValueError(
+        raise DamagedCheckpoint(
             f"checkpoint {path} cannot be read, it is incomplete or damaged: move that folder away to go on "
             f"from an earlier step ({type(error).__name__}: {first_line[:300]})"
         ) from error
+
+
+def _on_any_process(flag: bool) -> bool:
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def _absolute(path: epath.Path) -> epath.Path:

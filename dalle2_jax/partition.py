@@ -253,9 +253,8 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     result = {}
     for name, value in batch.items():
         value = np.asarray(value)
-        check_batch_size(
-            value.shape[0] * jax.process_count() if value.ndim else 0, mesh, f"rows of batch[{name!r}]"
-        )
+        rows = value.shape[0] * host_slice(mesh)["process_count"] if value.ndim else 0
+        check_batch_size(rows, mesh, f"rows of batch[{name!r}]")
         result[name] = jax.make_array_from_process_local_data(sharding, value)
     return result
 
@@ -265,9 +264,30 @@ def without_index(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value for name, value in batch.items() if name != "index"}
 
 
-def host_slice() -> dict:
-    """Which part of each batch this process reads."""
-    return dict(process_index=jax.process_index(), process_count=jax.process_count())
+def host_slice(mesh: Mesh) -> dict:
+    """Which part of each batch this process reads: `process_index` of `process_count` equal parts.
+
+    With `tensor` inside processes that is one part a process. Processes that share the axis `tensor` hold the
+    same examples and read the same part.
+
+    Raises:
+      ValueError: the devices of this process hold parts of the batch that do not follow each other.
+    """
+    shards = batch_shards(mesh)
+    placed = batch_sharding(mesh).addressable_devices_indices_map((shards,))
+    mine = sorted({rows[0].start or 0 for rows in placed.values()})
+    if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine) or shards % len(mine):
+        raise ValueError(
+            f"the mesh gives process {jax.process_index()} the parts {mine} of {shards} of a batch, which "
+            "are not one piece: let data * fsdp be a multiple of the number of processes"
+        )
+    return dict(process_index=mine[0] // len(mine), process_count=shards // len(mine))
+
+
+def gather_index(index: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """The record numbers int64 [B] of the whole batch from this process's int64 [b]; all must call it."""
+    halves = np.ascontiguousarray(index, np.int64).view(np.int32).reshape(-1, 2)  # JAX has no int64 here
+    return to_host(to_global({"index": halves}, mesh))["index"].reshape(-1).view(np.int64)
 
 
 def on_devices(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:

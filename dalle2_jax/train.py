@@ -2,9 +2,11 @@
 
 Trains one stage; the loop is the same for all of them. Running the same command again goes on from the last
 committed checkpoint with exactly the next batch. DIR gets config.json, tokenizer/, checkpoints/,
-metrics.jsonl, TensorBoard events, samples/ and, on request, profile/.
+metrics.jsonl, TensorBoard events, samples/ and, on request, profile/. Several processes, each started with
+the same command on the same DIR, train as one: see `processes`.
 """
 
+import contextlib
 import functools
 import inspect
 import json
@@ -20,7 +22,18 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from dalle2_jax import checkpoint, metrics, modeldir, models, optim, partition, state, validation
+from dalle2_jax import (
+    checkpoint,
+    lock,
+    metrics,
+    modeldir,
+    models,
+    optim,
+    partition,
+    processes,
+    state,
+    validation,
+)
 
 # Settings that may differ between a run and its resumption: none of them changes what a step computes.
 FREE_ON_RESUME = (
@@ -54,6 +67,7 @@ SETTINGS = (
 )
 TOKENIZER_SETTINGS = ("path", "vocab_size", "context_length")
 MAX_BAD_STEPS = 8
+FAILED = 2  # exit status of a run whose settings, data or disk do not allow it
 MEASURE_ROWS = 1024  # examples over which a trained stage measures itself
 TOKENIZER_RECORDS = 10_000  # spread over the dataset; a vocabulary needs no more
 
@@ -119,8 +133,7 @@ def make_tokenizer(config: dict, workdir: epath.Path, clip_path: str):
             **pipeline_source(config), split=config["data"]["split"], limit=TOKENIZER_RECORDS
         )
         made = tokenizer.train_bpe(captions, settings["vocab_size"], settings["context_length"])
-    if jax.process_index() == 0:
-        made.save(workdir / "tokenizer")
+    made.save(workdir / "tokenizer")
     return made
 
 
@@ -213,7 +226,7 @@ def with_stats(config: dict, stage, params: dict, frozen: dict, fill, dataset, m
     filled = jax.jit(fill)
 
     def batches():
-        stream = dataset.batches(config["batch_size"], **partition.host_slice())
+        stream = dataset.batches(config["batch_size"], **partition.host_slice(mesh))
         for _ in range(-(-stage.fit_rows // config["batch_size"])):
             batch = filled(frozen, partition.on_devices(next(stream), mesh))
             yield {n: partition.to_host(x) for n, x in batch.items() if n in ("image_embed", "text_embed")}
@@ -252,6 +265,8 @@ def first_state(config: dict, stage, init, shardings, frozen: dict, fill, datase
         params = with_stats(config, stage, params, frozen, fill, dataset, mesh)
     else:
         return train_state
+    if "stats" in params:  # fitted on this process, the same on all
+        params = params | {"stats": partition.to_host(params["stats"])}
     params = jax.device_put(params, shardings.params)
     return train_state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
@@ -272,12 +287,12 @@ def make_measure(
     compiled = jax.jit(lambda params, frozen, key, batch: stage.measure(params, key, fill(frozen, batch)))
 
     def measure(train_state: state.TrainState) -> state.TrainState:
-        batches = dataset.batches(config["batch_size"], **partition.host_slice())
+        batches = dataset.batches(config["batch_size"], **partition.host_slice(mesh))
         parts = []
         for i in range(-(-MEASURE_ROWS // config["batch_size"])):
             key = jax.random.fold_in(jax.random.key(config["seed"]), i)
             batch = partition.on_devices(next(batches), mesh)
-            parts.append(jax.device_get(compiled(train_state.ema_params, frozen, key, batch)))
+            parts.append(partition.to_host(compiled(train_state.ema_params, frozen, key, batch)))
         values = jax.tree.map(lambda *x: np.mean(x, axis=0, dtype=np.float64).astype(np.float32), *parts)
         values = jax.device_put(values, partition.replicated(mesh))
 
@@ -309,9 +324,26 @@ def train(config: dict, workdir: str) -> None:
         models.load_start(config["init_from"], config)
 
     workdir.mkdir(parents=True, exist_ok=True)
+    with lock.Lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext() as held:
+        _train(config, workdir, mesh, stage, clip, frozen, fill, fields, held)
+
+
+def _train(
+    config: dict,
+    workdir: epath.Path,
+    mesh,
+    stage,
+    clip: models.FrozenClip | None,
+    frozen: dict,
+    fill,
+    fields: set[str],
+    held: lock.Lock | None,
+) -> None:
+    """`train` from where the first file is written; `held` is the workdir's lock, of process 0."""
     tokenizer = None
     if "tokens" in fields:
-        tokenizer = make_tokenizer(config, workdir, config["clip"])
+        make = functools.partial(make_tokenizer, config, workdir, config["clip"])
+        tokenizer = processes.one_then_others("tokenizer", make)
         check_vocabulary(config, tokenizer)
     dataset, eval_dataset = make_datasets(config, stage, clip, fields, tokenizer)
     if dataset.fingerprint == eval_dataset.fingerprint:
@@ -325,7 +357,9 @@ def train(config: dict, workdir: str) -> None:
     )
     abstract = jax.eval_shape(init)
     shardings = partition.shardings(abstract, mesh)
-    checkpointer = checkpoint.Checkpointer(workdir, config["keep_checkpoints"])
+    checkpointer = checkpoint.Checkpointer(
+        workdir, config["keep_checkpoints"], before_save=held.check if held else None
+    )
     start = checkpointer.latest_step() or 0
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
     logging.info(
@@ -347,7 +381,7 @@ def train(config: dict, workdir: str) -> None:
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
         )
-        train_state, meta = checkpointer.restore(abstract)
+        start, train_state, meta = checkpointer.restore_newest(abstract)
         if meta["fingerprint"] != dataset.fingerprint:
             raise ValueError(
                 f"the dataset has changed since step {start} of {workdir}: fingerprint "
@@ -355,6 +389,7 @@ def train(config: dict, workdir: str) -> None:
                 "another --workdir"
             )
 
+    processes.sync("config compared")  # by every process, before it is written
     if jax.process_index() == 0:  # also on resume, where free settings may have changed
         (workdir / "config.json").write_text(json.dumps(config, indent=1))
     step_function = state.make_train_step(
@@ -406,9 +441,9 @@ def run_steps(
 
     A state that is drawn from or saved, but for one that a signal asks for, is measure(state).
     """
-    batches = dataset.batches(config["batch_size"], start_step=start, **partition.host_slice())
+    batches = dataset.batches(config["batch_size"], start_step=start, **partition.host_slice(mesh))
     writer = metrics.Writer(workdir, wandb=config["wandb"] or None)
-    interrupted = Interrupted()
+    interrupted, agreement, stop = Interrupted(), processes.Agreement(), 0
     try:
         batch = partition.on_devices(next(batches), mesh)
         began = time.monotonic()
@@ -431,7 +466,8 @@ def run_steps(
                 jax.block_until_ready(scalars)
                 jax.profiler.stop_trace()
             finished = step == config["num_steps"]
-            last = finished or interrupted.signal is not None
+            stop = agreement.latest(interrupted.signal or 0)
+            last = finished or stop != 0
             if not last:
                 with progress.waiting():
                     raw = next(batches)
@@ -463,16 +499,20 @@ def run_steps(
             if last:
                 break
         checkpointer.wait()
-        if interrupted.signal is not None:
+        if stop:
             logging.warning("stopped at step %d, saved; run the same command to go on", step)
         if dataset.bad_records():
             logging.warning("records skipped by reason: %s", dataset.bad_records())
+    except Exception as error:
+        if not isinstance(error, FloatingPointError):  # that one all processes see at the same step
+            processes.end_together(error, FAILED)
+        raise
     finally:
         interrupted.restore()
         checkpointer.close()
         writer.close()
-    if interrupted.signal is not None and step < config["num_steps"]:
-        raise SystemExit(128 + interrupted.signal)
+    if stop == signal.SIGINT and step < config["num_steps"]:
+        raise SystemExit(128 + stop)
 
 
 def main(argv):
@@ -481,12 +521,18 @@ def main(argv):
     partition.initialise()
     config = models.to_plain(FLAGS.config)
     try:
+        processes.join()
         train(config, FLAGS.workdir)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except FloatingPointError as error:
         logging.error("%s", error)
-        raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from (
-            error if FLAGS.debug else None
-        )
+        raise SystemExit(3) from (error if FLAGS.debug else None)
+    except (ValueError, OSError) as error:
+        processes.end_together(error, FAILED)
+        logging.error("%s", error)
+        raise SystemExit(FAILED) from (error if FLAGS.debug else None)
+    except jax.errors.JaxRuntimeError as error:
+        processes.end_together(error, processes.LOST)
+        raise
 
 
 FLAGS = flags.FLAGS

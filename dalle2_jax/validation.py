@@ -20,11 +20,11 @@ class Validation:
 
     def __init__(self, config, stage, fill, dataset, mesh):
         self._stage = stage
-        batches = dataset.batches(config["batch_size"], **partition.host_slice())
+        batches = dataset.batches(config["batch_size"], **partition.host_slice(mesh))
         raw = [next(batches) for _ in range(config["eval_batches"])]
         self._batches = [partition.on_devices(batch, mesh) for batch in raw]
         count = min(config["num_samples"], config["batch_size"])
-        self._labels = dataset.examples(raw[0]["index"][:count])["captions"]
+        self._labels = dataset.examples(partition.gather_index(raw[0]["index"], mesh)[:count])["captions"]
 
         @functools.partial(jax.jit, compiler_options=partition.compiler_options())
         def evaluate(params, frozen, batch):
@@ -41,7 +41,7 @@ class Validation:
 
     def losses(self, params, frozen) -> dict:
         """Mean of the stage's scalars over the fixed validation batches."""
-        results = [jax.device_get(self._evaluate(params, frozen, batch)) for batch in self._batches]
+        results = [partition.to_host(self._evaluate(params, frozen, batch)) for batch in self._batches]
         return {f"eval/{name}": float(np.mean([r[name] for r in results])) for name in results[0]}
 
     def samples(self, params, frozen, writer, step) -> None:
@@ -49,10 +49,10 @@ class Validation:
         CLIP."""
         if not hasattr(self._stage, "sample"):
             return
-        drawn, filled = self._sample(params, frozen, self._batches[0])
+        drawn, filled = partition.to_host(self._sample(params, frozen, self._batches[0]))
         if drawn.ndim == 4:
             writer.images(step, "samples", to_uint8(drawn), self._labels)
         else:
             true = filled["image_embed"]
-            cosine = (drawn * true).sum(-1) / jnp.linalg.norm(drawn, axis=-1) / jnp.linalg.norm(true, axis=-1)
+            cosine = (drawn * true).sum(-1) / np.linalg.norm(drawn, axis=-1) / np.linalg.norm(true, axis=-1)
             writer.scalars(step, {"eval/sample_cosine": float(cosine.mean())})

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them: linter, formatter, pytest. Arguments go to pytest.
 #
-#   bash launch/test.sh                              everything
+#   bash launch/test.sh                              all but the slow ones
+#   bash launch/test.sh --all                        these too (several processes that train)
 #   bash launch/test.sh tests/diffusion -k ddim -n 0    some of it, in one process
 #   EXTRAS=oracle bash launch/test.sh                with the comparisons with torch (installs torch and diffusers)
 #
@@ -10,6 +11,11 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$ROOT"
 prepare train,eval,test
+
+if [ "${1:-}" = --all ]; then
+  shift
+  set -- -m "" "$@"
+fi
 
 lint=0
 say "ruff check, ruff format --check"

@@ -184,6 +184,24 @@ class TestCheckpointer:
         with pytest.raises(ValueError, match="damaged"):
             checkpoint.restore_ema_params(tmp_path)
         checkpoint.restore_subtree(tmp_path, "params")  # not damaged
+        first_state = abstract(state, mesh)
+        with checkpoint.Checkpointer(tmp_path) as loader:
+            step, restored, _ = loader.restore_newest(first_state)
+            assert step == 1 and loader.all_steps() == [1]
+            assert [p.name.split("_")[0] for p in (tmp_path / "damaged").iterdir()] == ["2"]
+            assert loader.save(2, restored, {})
+            loader.wait()
+            assert loader.restore_newest(first_state)[0] == 2
+
+    def test_with_no_whole_checkpoint_left_nothing_is_moved(self, tmp_path, mesh):
+        state = make_state(mesh)
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            saver.save(1, state, {})
+        (tmp_path / "checkpoints" / "1" / "state" / "_METADATA").unlink()
+        with checkpoint.Checkpointer(tmp_path) as loader:
+            with pytest.raises(checkpoint.DamagedCheckpoint, match="checkpoints/1 cannot be read"):
+                loader.restore_newest(abstract(state, mesh))
+        assert (tmp_path / "checkpoints" / "1").exists() and not (tmp_path / "damaged").exists()
 
     def test_killed_while_saving(self, tmp_path):
         """The step being written when the process dies does not count, and what it left is cleaned up."""

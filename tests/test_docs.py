@@ -446,3 +446,10 @@ def test_the_checks_of_settings_find():
     ]
     assert value_problem("1.5", 3) and value_problem("(1", (1,)) and value_problem("yes", True)
     assert not value_problem("1.5", 3.0) and not value_problem("$DATA", "")
+
+
+def test_the_tests_that_reliability_names_exist():
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(named) > 20
+    missing = [f"{f}::{name}" for f, name in named if f"def {name}(" not in (ROOT / f).read_text()]
+    assert not missing

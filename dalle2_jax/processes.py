@@ -1,0 +1,192 @@
+"""Several processes of one run: how they find each other, stop together and fail together.
+
+A run may have one process a host (TPU pods, GPU machines) or one a device. Every process runs the same
+command on the same workdir, which all must see. `join` finds out what there is, in this order:
+
+- by hand, Kubernetes: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; the last may be left to the
+  JOB_COMPLETION_INDEX of an indexed Job or JobSet;
+- Slurm: the variables of `srun` with more than one task;
+- TPU hosts: JAX's own detection, from the metadata of the machine or of GKE.
+
+JAX_NUM_PROCESSES=1 means one process, whatever the environment looks like.
+"""
+
+import glob
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+import jax
+import numpy as np
+from absl import logging
+
+HEARTBEAT_SECONDS = 30  # silence after which a process counts as lost
+START_SECONDS = 300  # for all processes to come up
+LOST = 4  # exit status of a process that ends because the run lost another
+
+
+def settings(environ: Mapping[str, str]) -> dict | None:
+    """The arguments of `jax.distributed.initialize` that the environment names, None where it names nothing.
+
+    Returns coordinator_address, num_processes, process_id; for Slurm with several tasks a node also
+    local_device_ids (one device a task). Raises ValueError for an incomplete or impossible description.
+    """
+    if "JAX_NUM_PROCESSES" in environ or "JAX_COORDINATOR_ADDRESS" in environ:
+        return _by_hand(environ)
+    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _slurm(environ)
+    return None
+
+
+def _by_hand(environ: Mapping[str, str]) -> dict:
+    values = {
+        "JAX_COORDINATOR_ADDRESS": environ.get("JAX_COORDINATOR_ADDRESS"),
+        "JAX_NUM_PROCESSES": environ.get("JAX_NUM_PROCESSES"),
+        "JAX_PROCESS_ID": environ.get("JAX_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX")),
+    }
+    if values["JAX_NUM_PROCESSES"] == "1":
+        return dict(coordinator_address=None, num_processes=1, process_id=0)
+    missing = [name for name, value in values.items() if not value]
+    if missing:
+        raise ValueError(
+            f"several processes need JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and "
+            f"JAX_PROCESS_ID; {', '.join(missing)} is not set (JAX_NUM_PROCESSES=1 for one process)"
+        )
+    address, count, index = values.values()
+    if not re.fullmatch(r".+:\d+", address):
+        raise ValueError(f"JAX_COORDINATOR_ADDRESS={address!r} must be host:port")
+    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+        raise ValueError(
+            f"JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={index}: ids are 0 ... number of processes - 1"
+        )
+    return dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
+
+
+def _slurm(environ: Mapping[str, str]) -> dict:
+    names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_PROCID", "SLURM_LOCALID")
+    missing = [name for name in names if name not in environ]
+    if missing:
+        raise ValueError(f"srun starts several tasks, but {', '.join(missing)} is not set: start with srun")
+    # 'node7', 'node7,node9' or 'node[007-009,012],other3'
+    first = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", environ["SLURM_STEP_NODELIST"])
+    host = first[1] + (first[2] or "")
+    tasks = int(environ["SLURM_STEP_NUM_TASKS"])
+    found = dict(
+        coordinator_address=f"{host}:{61440 + int(environ['SLURM_JOB_ID']) % 4096}",
+        num_processes=tasks,
+        process_id=int(environ["SLURM_PROCID"]),
+    )
+    if tasks > int(environ["SLURM_STEP_NUM_NODES"]):
+        found["local_device_ids"] = [int(environ["SLURM_LOCALID"])]
+    return found
+
+
+def _on_tpu_host() -> bool:
+    """Whether this machine has TPU chips and JAX would use them."""
+    if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+        return False
+    return importlib.util.find_spec("libtpu") is not None and bool(
+        glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    )
+
+
+def join() -> None:
+    """Makes this process part of its run; call it before JAX computes anything. One process: nothing.
+
+    Raises ValueError for an environment that does not say enough. JAX ends the process if the others do not
+    come up within START_SECONDS.
+    """
+    found = settings(os.environ)
+    if found is None and not _on_tpu_host():
+        return
+    found = found or {}
+    if found.get("num_processes") == 1:
+        return
+    jax.distributed.initialize(
+        **found, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    )
+    logging.info(
+        "process %d of %d, %d of %d devices",
+        jax.process_index(),
+        jax.process_count(),
+        jax.local_device_count(),
+        jax.device_count(),
+    )
+
+
+def sync(name: str) -> None:
+    """Waits until every process has come to this place."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def one_then_others(name: str, make: Callable):
+    """make(), on process 0 first; the others call it when that is done and find what it saved."""
+    if jax.process_index() > 0:
+        sync(name)
+    made = make()
+    if jax.process_index() == 0:
+        sync(name)
+    return made
+
+
+class Agreement:
+    """The largest of the processes' small numbers, known to all of them one call later.
+
+    A process that was told to stop must not stop alone: the others would wait for it. Each step every process
+    calls `latest` with its number; the maximum is a collective that runs beside the step, and what is
+    returned is that of the call before, so no process waits for the step that it has just begun.
+    """
+
+    def __init__(self):
+        self._pending = None
+        if jax.process_count() == 1:
+            return
+        mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+        self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("all"))
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._maximum = jax.jit(lambda x: x.max(), out_shardings=whole)
+
+    def latest(self, value: int) -> int:
+        """The maximum over processes of the call before (0 at first); with one process, `value` at once."""
+        if jax.process_count() == 1:
+            return value
+        mine = np.full(jax.local_device_count(), value, np.int32)
+        before, self._pending = (
+            self._pending,
+            self._maximum(jax.make_array_from_process_local_data(self._split, mine)),
+        )
+        return 0 if before is None else int(before)
+
+
+def end_together(error: BaseException, status: int) -> None:
+    """With several processes, says the cause and ends this one at once; with one, returns.
+
+    Whatever waits for the other processes (checkpoints, the farewell of jax.distributed) would wait for ever
+    where one of them has failed. Ending closes this process's connections, by which the others notice.
+    """
+    if jax.process_count() > 1:
+        _end(error, status)
+
+
+def _end(error: BaseException, status: int) -> NoReturn:
+    first_line = (str(error).splitlines() or [""])[0][:500]
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        status = LOST
+        cause = "another process of the run was lost, or the devices failed"
+    else:
+        cause = "this process failed, and ends the run"
+    logging.error(
+        "process %d of %d: %s: %s: %s. Start all processes again to go on from the last checkpoint",
+        jax.process_index(),
+        jax.process_count(),
+        cause,
+        type(error).__name__,
+        first_line,
+    )
+    logging.flush()
+    os._exit(status)

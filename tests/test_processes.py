@@ -1,0 +1,197 @@
+"""Several processes train as one; they stop together, and one that is lost ends the others."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dalle2_jax import checkpoint, partition, processes, train
+from tests.test_train import ROOT, logged, recipe, stored_state
+
+BY_HAND = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+SLURM = {
+    "SLURM_JOB_ID": "4097",
+    "SLURM_STEP_NODELIST": "node[007-009,012],other",
+    "SLURM_STEP_NUM_NODES": "5",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+}
+
+
+def test_an_ordinary_environment_is_one_process():
+    assert processes.settings({}) is None
+    assert processes.settings({"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert processes.settings({"JAX_NUM_PROCESSES": "1"})["num_processes"] == 1
+
+
+def test_settings_by_hand():
+    found = processes.settings(BY_HAND)
+    assert found == dict(coordinator_address="h:1", num_processes=4, process_id=3)
+
+
+def test_an_indexed_job_gives_the_id():
+    environ = {k: v for k, v in BY_HAND.items() if k != "JAX_PROCESS_ID"} | {"JOB_COMPLETION_INDEX": "1"}
+    assert processes.settings(environ)["process_id"] == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("node[007-009,012],other", "node007"),
+        ("node[3,5]", "node3"),
+        ("gpu-a.local,gpu-b", "gpu-a.local"),
+        ("one", "one"),
+    ],
+)
+def test_slurm(nodes, host):
+    found = processes.settings(SLURM | {"SLURM_STEP_NODELIST": nodes})
+    assert found == dict(coordinator_address=f"{host}:61441", num_processes=5, process_id=2)
+
+
+def test_slurm_with_several_tasks_a_node_has_a_device_a_task():
+    found = processes.settings(SLURM | {"SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "2"})
+    assert found["local_device_ids"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID is not set"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "JAX_NUM_PROCESSES"),
+        (BY_HAND | {"JAX_COORDINATOR_ADDRESS": "h"}, "host:port"),
+        (BY_HAND | {"JAX_PROCESS_ID": "4"}, "ids are 0"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID"),
+    ],
+)
+def test_an_incomplete_description_is_refused(environ, said):
+    with pytest.raises(ValueError, match=said):
+        processes.settings(environ)
+
+
+class _Placed:
+    """A batch's sharding, as a process sees it that holds only some devices."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def addressable_devices_indices_map(self, shape):
+        return {i: (slice(row, row + 1),) for i, row in enumerate(self.rows)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "part"),
+    [
+        ([0, 1, 2, 3], (0, 2)),
+        ([4, 5, 6, 7], (1, 2)),
+        ([6, 6, 7, 7], (3, 4)),  # pairs of devices share the axis tensor
+        ([3, 3, 3, 3], (3, 8)),  # and so do two processes
+    ],
+)
+def test_the_part_of_a_batch_follows_from_the_mesh(rows, part, monkeypatch):
+    monkeypatch.setattr(partition, "batch_sharding", lambda mesh: _Placed(rows))
+    found = partition.host_slice(partition.make_mesh())
+    assert (found["process_index"], found["process_count"]) == part
+
+
+def test_a_mesh_that_scatters_a_processes_examples_is_refused(monkeypatch):
+    monkeypatch.setattr(partition, "batch_sharding", lambda mesh: _Placed([0, 4]))
+    with pytest.raises(ValueError, match="not one piece"):
+        partition.host_slice(partition.make_mesh())
+
+
+def test_record_numbers_beyond_32_bits_are_gathered_whole():
+    index = np.arange(8) + 2**40
+    np.testing.assert_array_equal(partition.gather_index(index, partition.make_mesh()), index)
+
+
+def start_processes(workdir, count: int, devices: int) -> list[subprocess.Popen]:
+    """A run without end of `count` processes of so many devices each, with a checkpoint every second step."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    config = recipe(100_000)
+    overrides = ("num_steps", "checkpoint_every", "eval_every", "sample_every", "keep_checkpoints")
+    config.update(checkpoint_every=2, keep_checkpoints=0)
+    started = []
+    for i in range(count):
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(i),
+        }
+        environment.pop("XLA_FLAGS", None)
+        command = [sys.executable, "-m", "dalle2_jax.train", "--config=configs/upsampler256.py:debug"]
+        command += [f"--workdir={workdir}", *(f"--config.{name}={config[name]}" for name in overrides)]
+        with open(workdir.parent / f"{workdir.name}.{i}.log", "w") as log:
+            started.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
+    return started
+
+
+def said(workdir, i: int) -> str:
+    return (workdir.parent / f"{workdir.name}.{i}.log").read_text()
+
+
+def wait_until(condition, running, workdir, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, said(workdir, 0)
+        assert all(p.poll() is None for p in running), said(workdir, 0) + said(workdir, 1)
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.mark.slow
+def test_two_processes_train_stop_and_fail_as_one(workdir, tmp_path):
+    """Two processes: their steps are those of one process with as many devices; SIGTERM to one stops both
+    after a commit, with status 0; they go on from there; kill -9 of one ends the other with the cause."""
+    running = []
+
+    def logged_steps():
+        return max(logged(workdir, "train/loss"), default=0) if (workdir / "metrics.jsonl").exists() else 0
+
+    try:
+        running = start_processes(workdir, 2, jax.device_count() // 2)
+        wait_until(lambda: logged_steps() >= 2, running, workdir)
+        running[1].send_signal(signal.SIGTERM)
+        assert [p.wait(timeout=60) for p in running] == [0, 0], said(workdir, 0) + said(workdir, 1)
+        stopped = checkpoint.Checkpointer(workdir, 3).latest_step()
+        assert stopped == logged_steps() < 100_000
+        for i in range(2):
+            assert f"process {i} of 2" in said(workdir, i)
+            assert f"stopped at step {stopped}" in said(workdir, i)
+        lines = (workdir / "metrics.jsonl").read_text().count("train/loss")
+        assert lines == stopped  # one writer
+
+        train.train(recipe(2), str(tmp_path / "one"))
+        one, two = stored_state(tmp_path / "one", 2), stored_state(workdir, 2)
+        assert one.keys() == two.keys()
+        for name in one:
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+        running = start_processes(workdir, 2, jax.device_count() // 2)
+        wait_until(lambda: logged_steps() >= stopped + 2, running, workdir)
+        assert re.search(rf"steps {stopped} -> ", said(workdir, 0))
+        running[1].kill()
+        assert running[1].wait() == -signal.SIGKILL
+        assert running[0].wait(timeout=processes.HEARTBEAT_SECONDS + 15) not in (0, None)
+        assert "another process of the run was lost" in said(workdir, 0), said(workdir, 0)
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
