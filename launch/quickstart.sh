@@ -72,7 +72,7 @@ step() {
     kill -0 "$child" 2> /dev/null || break # `wait` also returns when a signal arrives
   done
   child=0
-  if [ -n "$stopped" ] || [ "$status" = 130 ] || [ "$status" = 143 ]; then
+  if [ -n "$stopped" ] || [ "$status" = 130 ] || [ "$status" = 143 ] || { [ "$status" = 0 ] && ! trained "$name"; }; then
     note="interrupted"
   elif [ "$status" != 0 ]; then
     note="failed"
@@ -90,6 +90,18 @@ step() {
       ;;
   esac
   echo "$key" > "$DIR/done/$name"
+}
+
+# Whether a training has its last checkpoint: one that was asked to end saves, and ends with status 0. True of any other
+# command.
+trained() {
+  [ ! -e "$DIR/$1/config.json" ] || python - "$DIR/$1" << 'EOF'
+import json, pathlib, sys
+
+workdir = pathlib.Path(sys.argv[1])
+last = json.loads((workdir / "config.json").read_text()).get("num_steps")
+sys.exit(last is not None and not (workdir / "checkpoints" / str(last)).is_dir())
+EOF
 }
 
 train() {

@@ -6,6 +6,7 @@ Flags are read from the modules' sources; settings from the configs and from the
 import ast
 import functools
 import importlib
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -160,12 +161,16 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 
 @functools.cache
 def recipe(where: str) -> dict:
-    """The settings of FILE.py[:preset], flat; ValueError says why there is none."""
+    """The settings of FILE.py[:preset] and the rest of its model, flat; ValueError says why there is none."""
     name, _, preset = where.partition(":")
     if not (ROOT / name).is_file():
         raise ValueError(f"there is no {name}")
     module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
-    return flatten(module.get_config(preset).to_dict())
+    config = module.get_config(preset).to_dict()
+    build = importlib.import_module(f"dalle2_jax.stages.{config['stage']}").build
+    parameters = inspect.signature(build).parameters.items()
+    defaults = {f"model.{n}": p.default for n, p in parameters if p.default is not inspect.Parameter.empty}
+    return defaults | flatten(config)
 
 
 def value_problem(value: str, known) -> str:
