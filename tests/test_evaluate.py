@@ -271,7 +271,7 @@ def test_ways_of_drawing_are_compared(model, tmp_path):
     ("way", "message"),
     [
         ("guidance", "must be settings like"),
-        ("guidance_scal=2", "no setting of sampling; choose from guidance_scale"),
+        ("guidance_scal=2", "no setting of sampling; did you mean .guidance_scale"),
         ("guidance_scale=much", "much"),
         ("prior_method=heun", "heun"),
         ("model=/nowhere", "/nowhere"),

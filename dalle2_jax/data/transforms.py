@@ -135,8 +135,11 @@ def square(
     while halve and min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     if min(picture.size) != size:
-        scale = size / min(picture.size)
-        new_size = tuple(max(size, round(side * scale)) for side in picture.size)
+        to_whole, shorter = (
+            round if halve else int,
+            min(picture.size),
+        )  # CLIP cuts the longer side's fraction off
+        new_size = tuple(max(size, to_whole(size * side / shorter)) for side in picture.size)
         picture = picture.resize(new_size, Image.Resampling.BICUBIC)
     room_x, room_y = picture.width - size, picture.height - size
     if not room_x and not room_y:

@@ -6,8 +6,10 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from dalle2_jax import convert, modeldir, models
+from dalle2_jax import convert, modeldir, models, pipeline
+from dalle2_jax.evals import fidelity, picture_sets
 from dalle2_jax.formats.torch_archive import TorchArchive
 from dalle2_jax.stages import clip as clip_stage
 from tests.formats import clip_tokenizer
@@ -309,3 +311,27 @@ def test_damaged_archives_are_refused(tmp_path):
         open_tensors(tmp_path / "cut.safetensors")
     with pytest.raises(FileNotFoundError, match="holds no weights"):
         open_tensors(tmp_path)
+
+
+def test_clip_score_of_pictures_is_what_transformers_finds(source, converted, tmp_path):
+    """From files of any size and captions to the mean cosine, by their processor, tokenizer and model."""
+    draw = np.random.default_rng(0)
+    captions = ["a red star", "a blue ring above a circle", "square", "green"]
+    for i, caption in enumerate(captions):
+        shape = (30 + 5 * i, 40 - 3 * i, 3)
+        Image.fromarray(draw.integers(0, 256, shape).astype(np.uint8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(caption)
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE)
+    pixels = processor([Image.open(tmp_path / f"{i}.png") for i in range(4)], return_tensors="pt")
+    texts = transformers.CLIPTokenizer.from_pretrained(source[0])(
+        captions, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+    )
+    with torch.no_grad():
+        out = source[1](pixel_values=pixels["pixel_values"], input_ids=texts["input_ids"])
+    cosine = (out.image_embeds * out.text_embeds).sum(-1).numpy()
+    assert cosine.std() > 0.01
+    found = fidelity.measure(
+        picture_sets.open_pictures(tmp_path), None, ["clip_score"], model=pipeline.UnCLIP.load(converted)
+    )
+    assert found["clip_score_raw"]["value"] == pytest.approx(cosine.mean(), abs=1e-5)
+    assert found["clip_score_torchmetrics"]["value"] == pytest.approx(max(100 * cosine.mean(), 0), abs=1e-3)
