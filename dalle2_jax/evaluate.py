@@ -18,6 +18,10 @@ A SRC is a folder of pictures, tar shards or an npz. Without --images the model 
 reference, n of them; without --reference these are unseen scenes. Without --inception the features are those
 of the model's own CLIP (clip_frechet, clip_mmd, ...).
 
+Draws a suite of prompts for a tool that judges it, --pictures of each, in GenEval's layout, and no more:
+
+  --prompts=evaluation_metadata.jsonl (GenEval's; DrawBench's csv, PartiPrompts's tsv, or a caption a line)
+
 With --compare, once for each way of drawing, it draws the captions of `scenes` in every one of these ways and
 writes comparison.json, comparison.md and comparison.png instead:
 
@@ -46,6 +50,7 @@ from dalle2_jax.evals import (
     page,
     picture_sets,
     presets,
+    prompts,
     retrieval,
     scene_scores,
     zero_shot,
@@ -364,6 +369,10 @@ def main(argv):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}: captions are for dalle2_jax.generate")
         if FLAGS.compare:
+            if FLAGS.pictures < 2:
+                raise ValueError(
+                    "--compare measures how pictures of a caption differ: give --pictures=2 or more"
+                )
             partition.initialise()
             epath.Path(FLAGS.out).mkdir(parents=True, exist_ok=True)
             rows = compare(
@@ -385,6 +394,15 @@ def main(argv):
                 report = {"rows": [dataclasses.asdict(row) for row in rows]}
                 found = sorted(epath.Path(FLAGS.out).glob("comparison*.png"))
                 page.write(FLAGS.report, "Ways of drawing", comparison.table(rows), found, report)
+            return
+        if FLAGS.prompts:
+            suite = prompts.read_prompts(FLAGS.prompts)
+            partition.initialise()
+            model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
+            settings, n = sampling_settings(), FLAGS.pictures
+            common = dict(seed=FLAGS.seed, settings=settings, batch_size=FLAGS.batch_size)
+            prompts.draw(model, suite, FLAGS.out, n=n, progress=StageLines(), **common)
+            print(f"{len(suite)} prompts, {n} pictures each: {FLAGS.out}")
             return
         asked = FLAGS.metrics or (
             [] if FLAGS.images or FLAGS.reference or FLAGS.inception else DEFAULT_METRICS
@@ -504,10 +522,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("preset", "ttur", f"Protocol of FID, one of {', '.join(presets.PRESETS)}.")
     flags.DEFINE_string("report", None, "Write one self-contained HTML page of numbers and pictures.")
     flags.DEFINE_string("npz_out", None, "Write the images as an npz for guided-diffusion's evaluator.")
+    flags.DEFINE_string("prompts", None, "Draw the prompts of this file for a tool that judges them.")
     flags.DEFINE_string("stats_out", None, "Write mean and covariance of the images' Inception features.")
     flags.DEFINE_integer("n", 128, "Captions to draw, in all.", lower_bound=4)
     flags.DEFINE_multi_string("compare", None, "A way of drawing, such as 'guidance_scale=2'; once for each.")
-    flags.DEFINE_integer("pictures", 4, "Pictures a caption for --compare.", lower_bound=2)
+    flags.DEFINE_integer("pictures", 4, "Pictures a caption for --compare and --prompts.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of captions and pictures.", lower_bound=0)
     flags.DEFINE_string("scenes", None, "Grammar of the captions; default: the one the model was trained on.")
     logging.set_verbosity(logging.WARNING)  # not every backend that JAX looks for in vain
