@@ -261,6 +261,22 @@ def mapped(pictures: PictureSet, change: Callable[[np.ndarray], np.ndarray]) -> 
     return dataclasses.replace(pictures, items=items)
 
 
+def keep_plan(path: Path, text: str) -> None:
+    """Write what is to be drawn into a folder, whole or not at all, or find the same there.
+
+    Raises ValueError where the file says something else.
+    """
+    if path.exists():
+        if path.read_text("utf-8") != text:
+            raise ValueError(
+                f"{path.parent} holds pictures that were drawn otherwise: choose another folder, or remove it"
+            )
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, "utf-8")
+    partial.rename(path)
+
+
 def drawn_pictures(
     model,
     captions: Sequence[str],
@@ -283,12 +299,7 @@ def drawn_pictures(
     plan = {"pictures": listed, "model": model.name, "weights_sha256": weights, "seed": seed}
     text = json.dumps(plan | {"settings": model.settings(**(settings or {}))}, indent=2, ensure_ascii=False)
     folder.mkdir(parents=True, exist_ok=True)
-    index = folder / "generate.json"
-    if index.exists() and index.read_text("utf-8") != text:
-        raise ValueError(
-            f"{folder} holds pictures that were drawn otherwise: choose another folder, or remove it"
-        )
-    index.write_text(text, "utf-8")
+    keep_plan(folder / "generate.json", text)
     for start in range(0, len(captions), size):
         part = slice(start, start + size)
         if all((folder / name).exists() for name in names[part]):

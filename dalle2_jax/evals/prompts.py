@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dalle2_jax import grid
+from dalle2_jax.evals.picture_sets import keep_plan
 from dalle2_jax.pipeline import MAX_CAPTION, check_captions
 
 KEYS = ("prompt", "Prompt", "Prompts", "caption")
@@ -78,11 +79,7 @@ def draw(
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in prompts]
     out.mkdir(parents=True, exist_ok=True)
     for name, text in (("plan.json", plan), ("prompts.jsonl", "".join(lines))):
-        if (out / name).exists() and (out / name).read_text("utf-8") != text:
-            raise ValueError(
-                f"{out} holds pictures that were drawn otherwise: choose another folder, or remove it"
-            )
-        (out / name).write_text(text, "utf-8")
+        keep_plan(out / name, text)
     folders = [out / f"{i:05d}" for i in range(len(prompts))]
     missing = [i for i, folder in enumerate(folders) if not (folder / "grid.png").exists()]
     at_once = max(1, AT_A_TIME // n)

@@ -1,6 +1,7 @@
 """Pictures from folders, shards, npz files and scenes; npz out; the protocols' squares."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -157,3 +158,43 @@ def test_protocols_differ_where_they_say():
     assert np.abs(made["imagen"] - made["gigagan"]).mean() > 1
     central = Image.fromarray(picture).crop((240, 0, 720, 480)).resize((256, 256), Image.BICUBIC)
     np.testing.assert_array_equal(presets.PRESETS["imagen"].square(picture), np.asarray(central))
+
+
+def test_drawing_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    """Stopped among the pictures of a batch: those that are there stay, the rest is drawn as it would be."""
+    monkeypatch.setattr(picture_sets, "DRAWN_AT_A_TIME", 3)
+    drawn = []
+
+    class Model:
+        name = "letters"
+        cascade = types.SimpleNamespace(stages={"clip": None}, weights_sha256=lambda name: "ab")
+
+        def settings(self, **asked):
+            return asked
+
+        def text_to_image(self, captions, **_):
+            drawn.append(list(captions))
+            return types.SimpleNamespace(
+                images=np.stack([np.full((8, 8, 3), len(caption), np.uint8) for caption in captions])
+            )
+
+    texts = ["a" * (i + 1) for i in range(8)]
+    save, left = picture_sets.grid.save_png, [4]
+
+    def save_few(path, image, extra):
+        if not left[0]:
+            path.write_bytes(b"half of a pic")
+            raise KeyboardInterrupt
+        left[0] -= 1
+        save(path, image, extra)
+
+    monkeypatch.setattr(picture_sets.grid, "save_png", save_few)
+    with pytest.raises(KeyboardInterrupt):
+        picture_sets.drawn_pictures(Model(), texts, tmp_path)
+    monkeypatch.setattr(picture_sets.grid, "save_png", save)
+    found = picture_sets.drawn_pictures(Model(), texts, tmp_path)
+    assert [item.picture().max() for item in found.items()] == [len(text) for text in texts]
+    assert drawn == [texts[:3], texts[3:6], texts[3:6], texts[6:]]  # the second batch, cut in two, twice
+    assert not list(tmp_path.glob(".*partial"))
+    with pytest.raises(ValueError, match="drawn otherwise"):
+        picture_sets.drawn_pictures(Model(), texts, tmp_path, seed=1)
