@@ -9,6 +9,8 @@ Measures a model directory; writes report.json, its table report.txt, and labell
   zero_shot  CLIP says which colour and shape the object in each of 200 unseen scenes has, out of all pairs
              (both take --images=SRC with captions instead, zero_shot with --classes=FILE, a name a line)
   edits      unless asked for, not: 64 unseen scenes are changed by text, varied and repainted, and checked
+  loss       unless asked for, not: of each stage at fixed times with fixed noise, on n unseen scenes or
+             --images=SRC with captions
 
 Measures pictures, wherever they come from, against a reference (docs/evaluation.md):
 
@@ -22,8 +24,10 @@ Draws a suite of prompts for a tool that judges it, --pictures of each, in GenEv
 
   --prompts=evaluation_metadata.jsonl (GenEval's; DrawBench's csv, PartiPrompts's tsv, or a caption a line)
 
-With --compare, once for each way of drawing, it draws the captions of `scenes` in every one of these ways and
-writes comparison.json, comparison.md and comparison.png instead:
+With --compare, once for each way of drawing, it draws n captions in every one of these ways, and writes
+comparison.json, comparison.md and comparison.png instead. The captions are those of `scenes`, which the
+checker judges, or of --reference=SRC; pictures are compared with unseen scenes or with that reference, by
+--inception or the model's own CLIP:
 
   --compare="guidance_scale=1" --compare="fine: guidance_scale=3 decoder_steps=50" --compare="model=OTHER"
 """
@@ -47,6 +51,7 @@ from dalle2_jax.evals import (
     edits,
     fidelity,
     inception,
+    losses,
     page,
     picture_sets,
     presets,
@@ -58,8 +63,9 @@ from dalle2_jax.evals import (
 from dalle2_jax.generate import StageLines, define_sampling_flags, sampling_settings
 
 DEFAULT_METRICS = ("scenes", "retrieval", "zero_shot")
-METRICS = (*DEFAULT_METRICS, "edits")
+METRICS = (*DEFAULT_METRICS, "edits", "loss")
 GRID_PICTURES = 64
+REFERENCE_SCENES = 512  # that ways of drawing are compared with
 
 
 def scenes_of(model: pipeline.UnCLIP, name: str | None = None) -> tuple[scenes.SceneConfig, int]:
@@ -205,10 +211,13 @@ def compare(
     out: str | os.PathLike,
     *,
     model_dir: str | None,
-    name: str | None,
+    name: str | None = None,
     n: int,
     pictures: int,
     seed: int = 0,
+    reference: str | None = None,
+    inception_file: str | None = None,
+    preset: str = "ttur",
     batch_size: int | None = None,
     dtype: str | None = None,
     low_memory: bool = False,
@@ -220,10 +229,12 @@ def compare(
       ways: texts like 'guidance_scale=2 prior_steps=64' or 'model=DIR', of settings that differ, '' for none;
         a name and a colon may stand before.
       name: of the grammar of the captions; None: the one of the model `model_dir`.
+      reference: captioned pictures in the place of scenes; nobody then says what is right.
+      inception_file, preset: measure against the reference with Inception, as `measure_pictures`.
 
     Raises ValueError for an unknown setting, before anything is drawn.
     """
-    check, asked = _checker(), []
+    asked = []
     for way in ways:
         label, _, said = way.rpartition(":")
         parts = [part.partition("=") for part in said.split()]
@@ -232,13 +243,29 @@ def compare(
         changes = {setting: value for setting, _, value in parts}
         directory = changes.pop("model", model_dir)
         asked.append((label.strip() or way or "as it is", directory, sampling_settings(changes)))
+    weights = inception.load(inception_file) if inception_file else None
     models = {
         directory: pipeline.UnCLIP.load(directory, dtype=dtype, low_memory=low_memory)
         for directory in dict.fromkeys([model_dir, *(directory for _, directory, _ in asked)])
     }
     used = [models[directory].settings(**settings) for _, directory, settings in asked]
-    config, _ = scenes_of(models[model_dir], name)
-    captions, _ = scene_scores.draw_captions(config, n, seed)
+    if reference is None:
+        check = _checker()
+        config, side = scenes_of(models[model_dir], name)
+        captions, _ = scene_scores.draw_captions(config, n, seed)
+        target = picture_sets.scene_pictures(config, side, REFERENCE_SCENES, seed)
+    else:
+        check, target = None, picture_sets.open_pictures(reference)
+        captions = _some_captions(target, n, seed)
+    fidelity_of = comparison.against(
+        target,
+        len(captions) * pictures,
+        models[model_dir],
+        weights=weights,
+        preset=preset,
+        batch_size=batch_size,
+        seed=seed,
+    )
     rows, report = [], []
     for (way, directory, settings), stages in zip(asked, used, strict=True):
         print(f"{way}:", flush=True)
@@ -252,6 +279,7 @@ def compare(
             settings=settings,
             batch_size=batch_size,
             progress=progress,
+            fidelity_of=fidelity_of,
         )
         rows.append(row)
         report.append(dataclasses.asdict(row) | {"model": models[directory].name, "settings": stages})
@@ -259,11 +287,20 @@ def compare(
         grid = metrics.labelled_grid(result.images[shown], result.captions[shown], pictures)
         metrics.save_png(epath.Path(out) / f"comparison_{len(rows)}.png", grid, {"way": way})
         # After every way, so that nothing is lost if this is stopped.
-        text = json.dumps({"seed": seed, "captions": n, "rows": report}, indent=2) + "\n"
+        text = json.dumps({"seed": seed, "captions": len(captions), "rows": report}, indent=2) + "\n"
         (epath.Path(out) / "comparison.json").write_text(text)
         (epath.Path(out) / "comparison.md").write_text(comparison.table(rows) + "\n")
         comparison.plot(rows, epath.Path(out) / "comparison.png")
     return rows
+
+
+def _some_captions(pictures: picture_sets.PictureSet, n: int, seed: int) -> list[str]:
+    """The captions of `n` of the pictures, drawn at random, in their order; of all if there are no more."""
+    texts = pictures.captions()
+    if n < len(texts):
+        rows = np.sort(np.random.default_rng(seed).choice(len(texts), n, replace=False))
+        texts = [texts[row] for row in rows]
+    return texts
 
 
 def measure_pictures(
@@ -313,10 +350,7 @@ def measure_pictures(
     else:
         if isinstance(target, fidelity.Stats):
             raise ValueError("statistics have no captions: give --images, or pictures with captions")
-        texts = target.captions()
-        if n < len(texts):
-            rows = np.sort(np.random.default_rng(seed).choice(len(texts), n, replace=False))
-            texts = [texts[row] for row in rows]
+        texts = _some_captions(target, n, seed)
         planned = picture_sets.PictureSet("pictures", "folder", len(texts), lambda: iter(()), tuple(texts))
         fidelity.check(names, planned, target, **given)
         pictures = picture_sets.drawn_pictures(
@@ -383,6 +417,9 @@ def main(argv):
                 n=FLAGS.n,
                 pictures=FLAGS.pictures,
                 seed=FLAGS.seed,
+                reference=FLAGS.reference,
+                inception_file=FLAGS.inception,
+                preset=FLAGS.preset,
                 batch_size=FLAGS.batch_size,
                 dtype=FLAGS.dtype,
                 low_memory=FLAGS.low_memory,
@@ -393,7 +430,9 @@ def main(argv):
             if FLAGS.report:
                 report = {"rows": [dataclasses.asdict(row) for row in rows]}
                 found = sorted(epath.Path(FLAGS.out).glob("comparison*.png"))
-                page.write(FLAGS.report, "Ways of drawing", comparison.table(rows), found, report)
+                shown = comparison.columns(rows)
+                numbers = page.table(list(shown), list(zip(*shown.values(), strict=True)))
+                page.write(FLAGS.report, "Ways of drawing", numbers, comparison.table(rows), found, report)
             return
         if FLAGS.prompts:
             suite = prompts.read_prompts(FLAGS.prompts)
@@ -411,7 +450,7 @@ def main(argv):
             scenes.check_choice(name, (*METRICS, *fidelity.METRICS), "metric")
         of_scenes = [name for name in asked if name in METRICS]
         of_pictures = [name for name in asked if name in fidelity.METRICS]
-        drawing = [name for name in of_scenes if name not in ("retrieval", "zero_shot")]
+        drawing = [name for name in of_scenes if name in ("scenes", "edits")]
         if FLAGS.images and drawing:
             raise ValueError(f"{drawing[0]} measures a model: leave --images out")
         captioned = picture_sets.open_pictures(FLAGS.images) if FLAGS.images and of_scenes else None
@@ -484,6 +523,14 @@ def main(argv):
             found = measured["zero_shot"]
             tops = ", ".join(f"top {k[3:]} {share:.3f}" for k, share in found.items() if k.startswith("top"))
             lines.append(f"zero-shot among {found['classes']} classes: {tops} of {found['n']}")
+        if "loss" in of_scenes:
+            of_loss = captioned or picture_sets.scene_pictures(config, image_size, FLAGS.n, FLAGS.seed)
+            size = dict(batch_size=FLAGS.batch_size) if FLAGS.batch_size else {}
+            told = PassLines("pictures through its loss")
+            measured["loss"] = losses.measure(
+                model.cascade, of_loss, n=FLAGS.n, seed=FLAGS.seed, progress=told, **size
+            )
+            lines.append(losses.table(measured["loss"]))
         if "edits" in of_scenes:
             measured["edits"] = evaluate_edits(
                 model, out, config=config, seed=FLAGS.seed, progress=PassLines("edits of scenes")
@@ -498,7 +545,8 @@ def main(argv):
     if FLAGS.report:
         found = [path for kind in ("samples", *of_scenes) for path in sorted(out.glob(f"{kind}_*.png"))]
         numbers = {name: entry for name, entry in measured.items() if name not in METRICS}
-        page.write(FLAGS.report, model.name, "\n".join(lines), found, measured | report, numbers)
+        numbers = page.entries(numbers) if numbers else ""
+        page.write(FLAGS.report, model.name, numbers, "\n".join(lines), found, measured | report)
     print("\n".join(lines))
     print(f"wrote {out / 'report.json'}, the table in report.txt")
 

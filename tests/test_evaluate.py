@@ -13,7 +13,7 @@ from PIL import Image
 
 from dalle2_jax import evaluate, generate, pipeline
 from dalle2_jax.data import scenes
-from dalle2_jax.evals import comparison, picture_sets, retrieval, scene_scores, zero_shot
+from dalle2_jax.evals import comparison, losses, picture_sets, retrieval, scene_scores, zero_shot
 from tests.tiny_model import make_model
 
 CONFIG = scenes.preset("quickstart")
@@ -244,10 +244,11 @@ def test_diversity_is_the_mean_over_pairs():
         comparison.diversity(z[:, :1])
 
 
-def test_ways_of_drawing_are_compared(model, tmp_path):
+def test_ways_of_drawing_are_compared(model, tmp_path, monkeypatch):
     """On a model of random weights: what is written, and that the settings of each way are used."""
     pytest.importorskip("scipy", reason="the checker needs scipy")
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    monkeypatch.setattr(evaluate, "REFERENCE_SCENES", 20)
     ways = ["", "guidance_scale=3 upsampler_steps=2", "other: model=" + os.fspath(model.cascade.directory)]
     with flagsaver.flagsaver():
         FLAGS(["evaluate"])
@@ -256,15 +257,132 @@ def test_ways_of_drawing_are_compared(model, tmp_path):
         )
     assert [row.name for row in rows] == ["as it is", ways[1], "other"]
     assert all(row.pictures == 8 and row.named == 0 and row.seconds > 0 for row in rows)
-    assert dataclasses.replace(rows[0], name="", seconds=0) == dataclasses.replace(
-        rows[2], name="", seconds=0
-    )
+    first, last = (dataclasses.replace(rows[i], name="", seconds=0, fidelity={}) for i in (0, 2))
+    assert first == last
+    for row in rows:
+        assert row.fidelity.keys() == {
+            f"clip_{n}" for n in ("frechet", "precision", "recall", "density", "coverage")
+        }
+        assert row.frechet()[1]["n"] == 8 and row.frechet()[1]["n_reference"] == 20
+    assert rows[0].frechet()[1]["value"] == rows[2].frechet()[1]["value"] > 0
     report = json.loads((tmp_path / "comparison.json").read_text())
     assert report["rows"][1]["settings"]["decoder"]["guidance_scale"] == 3
     assert report["rows"][0]["settings"] == report["rows"][2]["settings"] != report["rows"][1]["settings"]
     assert (tmp_path / "comparison.md").read_text().count("\n") == 5
     assert Image.open(tmp_path / "comparison.png").width > 300
     assert Image.open(tmp_path / "comparison_3.png").text["way"] == "other"
+
+
+def test_ways_are_compared_with_pictures_of_ones_own(model, tmp_path):
+    """Without a checker; the set that is compared with itself is at no distance."""
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    directory = os.fspath(model.cascade.directory)
+    config = scenes.preset("quickstart")
+    texts = list(picture_sets.scene_pictures(config, 32, 8).texts)
+    folder = tmp_path / "drawn"
+    picture_sets.drawn_pictures(model, texts, folder, settings=dict(upsampler_steps=[2]))
+    with flagsaver.flagsaver():
+        FLAGS(["evaluate"])
+        rows = evaluate.compare(
+            ["same: upsampler_steps=2", "others: guidance_scale=5"],
+            tmp_path,
+            model_dir=directory,
+            n=8,
+            pictures=2,
+            reference=os.fspath(folder),
+        )
+    assert all(row.named is None and row.pictures == 16 for row in rows)
+    assert rows[0].neighbours("recall")["value"] == 1  # the first picture of each caption is the reference's
+    table = comparison.table(rows)
+    assert "named" not in table and "Frechet distance (CLIP)" in table and "recall" in table
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert found["rows"][1]["fidelity"]["clip_recall"]["n_reference"] == 8
+
+
+def test_points_of_a_comparison_are_its_rows(tmp_path):
+    """The plot's panels, by what was measured; a recall or a distance in the wrong place would show."""
+    matplotlib = pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    drawn = []
+
+    def errorbar(axes, x, y, spread=None, **_):
+        drawn.append((axes, list(x), list(y), None if spread is None else np.array(spread).tolist()))
+
+    def row(i, judged=True):
+        entries = {
+            "fid": dict(value=10.0 + i, interval=[9.0 + i, 12.0 + i]),
+            "precision": dict(value=0.5, interval=[0.4, 0.7]),
+            "recall": dict(value=0.1 * i, interval=[0.0, 1.0]),
+        }
+        named = (
+            dict(named=0.25, interval=(0.2, 0.5), correct=0.2)
+            if judged
+            else dict.fromkeys(("named", "interval", "correct"))
+        )
+        return comparison.Row(
+            name=f"way {i}", pictures=4, **named, diversity=0.3, clip=0.8 + i, seconds=1.0, fidelity=entries
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matplotlib.axes.Axes, "errorbar", errorbar)
+        comparison.plot([row(1), row(2)], tmp_path / "a.png")
+        comparison.plot([row(1, False)], tmp_path / "b.png")
+    labels = [(axes.get_xlabel(), axes.get_ylabel()) for axes, *_ in drawn]
+    assert [y for _, y in labels] == [
+        "share with all that is named",
+        *["FID", "FID", "precision"],
+        *["FID", "FID", "precision"],
+    ]
+    assert [x for x, _ in labels[1:4]] == ["CLIP cosine of picture and caption", "recall", "recall"]
+    assert drawn[1][1:] == ([1.8, 2.8], [11.0, 12.0], [[1.0, 1.0], [2.0, 2.0]])
+    assert drawn[2][1] == [0.1, 0.2] and drawn[3][2] == [0.5, 0.5]
+    lines = comparison.table([row(1), row(2)]).splitlines()
+    assert (
+        lines[0].startswith("| | pictures | all named (95 %)")
+        and "| 11 (10 .. 13) | 0.50 | 0.10 |" in lines[2]
+    )
+
+
+# The loss at fixed times
+
+
+def test_losses_are_those_of_the_stages(model):
+    """Of each stage, at fixed times and noise: the same twice, other with other pictures, the stage's own."""
+    pictures = picture_sets.scene_pictures(CONFIG, 32, 40)
+    found = losses.measure(model.cascade, pictures, n=40, batch_size=8)
+    assert found.keys() == {"clip", "prior", "decoder", "upsampler32"}
+    assert found == losses.measure(model.cascade, pictures, n=40, batch_size=8)
+    other = losses.measure(
+        model.cascade, picture_sets.scene_pictures(CONFIG, 32, 40, seed=1), n=40, batch_size=8
+    )
+    for name, entry in found.items():
+        assert entry["n"] == 40 and entry["standard_error"] > 0 and np.isfinite(entry["value"])
+        assert entry["interval"][0] < entry["value"] < entry["interval"][1]
+        assert entry["value"] == entry["scalars"]["loss"] != other[name]["value"]
+    assert len(losses.table(found).splitlines()) == 5
+    # CLIP's by hand: the whole set in its order, for nothing is drawn at random where all are taken.
+    images = [item.picture() for item in pictures.items()]
+    z, w = model.encode_image(images), model.encode_text(list(pictures.texts))[0][0]
+    scale = np.exp(float(model.cascade.params("clip")["logit_scale"]))
+    by_hand = []
+    for start in range(0, 40, 8):
+        logits = scale * z[start : start + 8] @ w[start : start + 8].T
+        log_p = [logits - np.log(np.exp(logits).sum(axis=a, keepdims=True)) for a in (0, 1)]
+        by_hand.append(-np.mean([np.diagonal(p).mean() for p in log_p]))
+    assert found["clip"]["value"] == pytest.approx(np.mean(by_hand), rel=1e-3)
+    with pytest.raises(ValueError, match="of 12 pictures is not 2 batches of 8"):
+        losses.measure(model.cascade, pictures, n=12, batch_size=8)
+    with pytest.raises(ValueError, match="has a caption"):
+        losses.measure(model.cascade, dataclasses.replace(pictures, texts=()), n=40, batch_size=8)
+
+
+def test_losses_of_the_other_stages(tmp_path):
+    """The autoregressive prior, the CLIP of noised pictures, the classifier with its labels."""
+    extended = pipeline.UnCLIP.load(make_model(tmp_path, extended=True))
+    texts = ["a red star", "a blue ring", "a yellow circle", "a green cross"] * 4
+    pictures = dataclasses.replace(picture_sets.scene_pictures(CONFIG, 32, 16), texts=tuple(texts))
+    found = losses.measure(extended.cascade, pictures, n=16, batch_size=8)
+    assert {"prior", "noisy_clip", "classifier"} <= found.keys()
+    assert all(np.isfinite(entry["value"]) for entry in found.values())
 
 
 @pytest.mark.parametrize(

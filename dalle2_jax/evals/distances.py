@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 CHUNK = 1024  # rows of a block of pairwise distances
+ERROR_ROWS = 4096  # rows that are enough to know how much one row's influence varies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +132,12 @@ def frechet_with_error(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 def frechet_infinity(
     x: np.ndarray, y: Moments, points: int = 15, smallest: int | None = None, seed: int = 0
 ) -> tuple[float, float]:
-    """(the Frechet distance extrapolated to infinitely many generated pictures, the fit's standard error).
+    """(the Frechet distance extrapolated to infinitely many generated pictures, the line's standard error).
 
     A line in 1 / n is fitted to the distances of `points` random subsets of x [N, D], of sizes n spaced
     evenly from `smallest` to N, from a fixed reference. By default `smallest` is min(5000, N / 10). It must
-    exceed D, for below that the distance is no line in 1 / n.
+    exceed D, for below that the distance is no line in 1 / n. The error is that of the line through these
+    subsets alone: what other pictures would change comes on top, see `frechet_with_error`.
 
     Raises ValueError for too few rows.
     """
@@ -196,6 +198,12 @@ def mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool = False) -> t
 
     Raises ValueError for fewer than two rows.
     """
+    value, *spreads = _mmd(x, y, kernel, biased)
+    return value, float(np.sqrt(spreads[0] / len(x) + spreads[1] / len(y)))
+
+
+def _mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool) -> tuple[float, float, float]:
+    """(squared discrepancy, the variances of the influences of a row of x and of y)."""
     x, y = _pair(x, y)
     if min(len(x), len(y)) < 2:
         raise ValueError("a discrepancy needs 2 or more pictures on either side")
@@ -212,17 +220,17 @@ def mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool = False) -> t
             means[name] = (means[name] * len(rows) - own) / (len(rows) - 1)
     value = means["xx"].mean() + means["yy"].mean() - 2 * means["xy"].mean()
     influence = 2 * (means["xx"] - means["xy"]), 2 * (means["yy"] - means["yx"])
-    error = sum(each.var(ddof=1) / len(each) for each in influence)
-    return float(value), float(np.sqrt(error))
+    return float(value), *(float(each.var(ddof=1)) for each in influence)
 
 
 def kid(
     x: np.ndarray, y: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
-) -> tuple[float, float]:
-    """(mean, standard deviation over subsets) of the unbiased MMD^2 with the cubic kernel.
+) -> tuple[float, float, float]:
+    """(mean over subsets, their standard deviation, the mean's standard error): cubic kernel, unbiased MMD^2.
 
     Each subset has `subset_size` different rows of x [N, D] and as many of y [M, D], drawn in this order by
-    numpy's RandomState(seed), as torch-fidelity draws them.
+    numpy's RandomState(seed), as torch-fidelity draws them. The standard error has two parts: other pictures,
+    by the influences of at most ERROR_ROWS of either side, and other subsets of these.
 
     Raises ValueError where there are fewer rows than a subset has.
     """
@@ -243,7 +251,11 @@ def kid(
         found.append(
             sum((gram.sum() - np.trace(gram)) / pairs for gram in within) - 2 * cubic_kernel(a, b).mean()
         )
-    return float(np.mean(found)), float(np.std(found))
+    part = np.random.RandomState(seed)
+    few = [rows[part.permutation(len(rows))[:ERROR_ROWS]] for rows in (x, y)]
+    _, *spreads = _mmd(*few, cubic_kernel, biased=False)
+    error = spreads[0] / len(x) + spreads[1] / len(y) + np.var(found) / subsets
+    return float(np.mean(found)), float(np.std(found)), float(np.sqrt(error))
 
 
 def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0, scale: float = 1000.0) -> tuple[float, float]:
@@ -259,10 +271,11 @@ def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0, scale: float = 1000.
 
 
 def neighbourhoods(x: np.ndarray, y: np.ndarray, k: int = 3) -> dict[str, float]:
-    """{'precision', 'recall', 'density', 'coverage'} of generated x [N, D] and reference y [M, D].
+    """precision, recall, density, density_error and coverage of generated x [N, D] and reference y [M, D].
 
     The ball of a vector reaches to its k-th nearest neighbour in its own set, border included. Precision and
-    recall are usually given for k = 3, density and coverage for k = 5.
+    recall are usually given for k = 3, density and coverage for k = 5. density_error is the standard error
+    of density for other x and the same y.
 
     Raises ValueError unless both sets have more than k rows.
     """
@@ -284,6 +297,7 @@ def neighbourhoods(x: np.ndarray, y: np.ndarray, k: int = 3) -> dict[str, float]
         "precision": float((balls > 0).mean()),
         "recall": float(in_x.mean()),
         "density": float(balls.mean() / k),
+        "density_error": float(balls.std() / k / np.sqrt(len(x))),
         "coverage": float(hit_y.mean()),
     }
 

@@ -28,6 +28,7 @@ from dalle2_jax.evals.scene_scores import wilson
 
 FID_PICTURES = 2048  # below, a covariance of 2048 features is singular
 KID_SUBSET = 1000
+SPLITS = 10  # of the inception score
 NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 
 
@@ -60,6 +61,13 @@ WITH_INCEPTION = ("fid", "kid", "precision_recall")
 WITH_CLIP = ("clip_frechet", "clip_mmd", "clip_precision_recall")
 
 
+def frechet_name(with_inception: bool, *counts: int | None) -> str:
+    """The metric that is the Frechet distance of sets of so many pictures, by Inception or by CLIP."""
+    if not with_inception:
+        return "clip_frechet"
+    return "fid" if min(n for n in counts if n is not None) >= FID_PICTURES else "fid_small"
+
+
 @dataclasses.dataclass(frozen=True)
 class Stats:
     """A reference of which only means and covariances are known: features -> Moments; count None: unknown."""
@@ -69,6 +77,11 @@ class Stats:
     count: int | None
     preset: str | None = None
     weights_sha256: str | None = None
+
+    def rank(self, features: str) -> int:
+        """That of the covariance of these features; of fewer pictures than entries it is their number - 1."""
+        values = np.linalg.eigvalsh(self.moments[features].scatter)
+        return int((values > values[-1] * len(values) * np.finfo(np.float32).eps).sum())
 
 
 def read_stats(path: str | os.PathLike) -> Stats | None:
@@ -149,6 +162,13 @@ def check(
                 raise ValueError(f"{reference.name} has no mu_s and sigma_s, which {name} needs")
             if reference.preset not in (None, preset):
                 raise ValueError(f"{reference.name} is of preset {reference.preset!r}, not {preset!r}")
+            if name in ("fid", "sfid") and reference.count is None:
+                rank, full = reference.rank(metric.features), len(reference.moments[metric.features].mean)
+                if rank < min(full, FID_PICTURES - 1):
+                    raise ValueError(
+                        f"{reference.name} does not say how many pictures it is of, and its covariance of "
+                        f"rank {rank} is that of {rank + 1}: {name} needs {FID_PICTURES}; measure fid_small"
+                    )
         counts = [images.count, reference.count] if metric.reference else [images.count]
         fewest = min(count for count in counts if count is not None)
         if name in ("fid", "sfid") and fewest < FID_PICTURES:
@@ -179,6 +199,7 @@ def measure(
     progress: Callable[[str, int, int], None] | None = None,
     stats_out: str | os.PathLike | None = None,
     aesthetic_head: tuple | None = None,
+    known: dict[str, np.ndarray] | None = None,
 ) -> dict[str, dict]:
     """Entries by name, as the module says, of `metrics` (names in METRICS).
 
@@ -188,6 +209,7 @@ def measure(
       seed: of the captions that R-precision looks among, and of the subsets of fid_infinity.
       progress: called with the name of a set, pictures done, pictures in all.
       aesthetic_head: what `aesthetic.load` gave, for 'aesthetic'.
+      known: features of the reference by name. What is there is not computed; what was computed is put in.
       stats_out: an npz for the mean and covariance of the images' Inception features.
 
     Raises ValueError, before anything is read, for what cannot be measured.
@@ -220,8 +242,9 @@ def measure(
     if isinstance(reference, Stats):
         y = reference.moments
     else:
-        compared = {METRICS[name].features for name in metrics if METRICS[name].reference}
-        y = features_of(reference, compared) if compared else {}
+        y = {} if known is None else known
+        missing = {METRICS[name].features for name in metrics if METRICS[name].reference} - y.keys()
+        y |= features_of(reference, missing) if missing else {}
     if stats_out:
         write_stats(stats_out, x, preset, weights.sha256)
     said = {"inception": weights and _said_of_inception(weights, preset)}
@@ -287,16 +310,20 @@ def _numbers(name, x, target, images, model, head, seed, batch_size) -> dict[str
         return {name: _entry(*distances.frechet_with_error(x, target), at_least=0.0)}
     if name == "fid_infinity":
         known = target if isinstance(target, Moments) else Moments.of(target)
-        return {name: _entry(*distances.frechet_infinity(x, known, seed=seed))}
+        value, error_of_fit = distances.frechet_infinity(x, known, seed=seed)
+        if isinstance(target, Moments):
+            return {name: _entry(value, None, error_of_fit=error_of_fit)}
+        error = math.hypot(error_of_fit, distances.frechet_with_error(x, target)[1])
+        return {name: _entry(value, error, error_of_fit=error_of_fit)}
     if name == "kid":
-        value, spread = distances.kid(x, target, subset_size=KID_SUBSET)
-        _, error = distances.mmd(x, target, distances.cubic_kernel)
+        value, spread, error = distances.kid(x, target, subset_size=KID_SUBSET)
         return {name: _entry(value, error, spread_of_subsets=spread, subset_size=KID_SUBSET)}
     if name == "clip_mmd":
         return {name: _entry(*distances.cmmd(x, target), at_least=0.0)}
     if name == "inception_score":
-        value, spread = distances.inception_score(x)
-        return {name: _entry(value, spread / np.sqrt(10), spread_of_splits=spread)}
+        value, spread = distances.inception_score(x, SPLITS)
+        error = spread / math.sqrt(SPLITS - 1)  # of the mean; spread is divided by their number
+        return {name: _entry(value, error, at_least=1.0, spread_of_splits=spread)}
     if name in ("precision_recall", "clip_precision_recall"):
         prefix = name.removesuffix("precision_recall")
         near = distances.neighbourhoods(x, target, NEIGHBOURS)
@@ -304,7 +331,9 @@ def _numbers(name, x, target, images, model, head, seed, batch_size) -> dict[str
         return {
             f"{prefix}precision": _share(near["precision"], len(x), neighbours=NEIGHBOURS),
             f"{prefix}recall": _share(near["recall"], len(target), neighbours=NEIGHBOURS),
-            f"{prefix}density": _entry(wide["density"], None, neighbours=DENSITY_NEIGHBOURS),
+            f"{prefix}density": _entry(
+                wide["density"], wide["density_error"], at_least=0.0, neighbours=DENSITY_NEIGHBOURS
+            ),
             f"{prefix}coverage": _share(wide["coverage"], len(target), neighbours=DENSITY_NEIGHBOURS),
         }
     if name == "aesthetic":
@@ -321,7 +350,8 @@ def _numbers(name, x, target, images, model, head, seed, batch_size) -> dict[str
     for convention in clip_scores.CONVENTIONS:
         cosine = clip_scores.cosines(x, prefixed if convention == "hessel" else texts)
         value, error = clip_scores.clip_score(cosine, convention)
-        found[f"clip_score_{convention}"] = _entry(value, error, convention=convention)
+        least = -1.0 if convention == "raw" else 0.0
+        found[f"clip_score_{convention}"] = _entry(value, error, at_least=least, convention=convention)
     return found
 
 

@@ -78,19 +78,18 @@ def entries(results: Mapping[str, Mapping]) -> str:
 def write(
     path: str | os.PathLike,
     title: str,
+    numbers: str,
     text: str,
     pictures: Sequence[os.PathLike],
     report: Mapping,
-    results: Mapping[str, Mapping] | None = None,
 ) -> None:
     """Write the page.
 
     Args:
-      text: the numbers as lines. pictures: PNG files to show.
-      report: JSON values, all of which are folded away at the end.
-      results: entries of `fidelity.measure`, for a table and a plot of their shares.
+      numbers: HTML of this module, such as a `table`; '' for none. text: the numbers as lines.
+      pictures: PNG files to show. report: JSON values, all of which are folded away at the end.
     """
-    sections = [("Numbers", entries(results))] if results else []
+    sections = [("Numbers", numbers)] if numbers else []
     sections.append(("As text", f"<pre>{html.escape(text)}</pre>\n"))
     for file in map(epath.Path, pictures):
         sections.append((file.stem.replace("_", " "), picture(file.read_bytes(), file.stem)))

@@ -158,17 +158,36 @@ def test_kid_is_unbiased():
     assert abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(150)
     assert min(found) < 0
     x, y = gaussian(60, 4, 0), gaussian(60, 4, 1, shift=4.0)
-    value, _ = distances.kid(x, y, subsets=4, subset_size=20)
+    value, *_ = distances.kid(x, y, subsets=4, subset_size=20)
     assert value > 5 * np.std(found)
 
 
 def test_kid_of_all_pictures_is_the_unbiased_mmd():
     x, y = gaussian(40, 4, 0), gaussian(40, 4, 1, shift=0.2)
-    value, spread = distances.kid(x, y, subsets=3, subset_size=40)
-    assert value == pytest.approx(distances.mmd(x, y, distances.cubic_kernel)[0], rel=1e-9)
+    value, spread, error = distances.kid(x, y, subsets=3, subset_size=40)
+    whole = distances.mmd(x, y, distances.cubic_kernel)
+    assert (value, error) == pytest.approx(whole, rel=1e-9)
     assert spread == pytest.approx(0, abs=1e-12)
     with pytest.raises(ValueError, match="subsets of 1000 needs as many pictures, there are 40 and 40"):
         distances.kid(x, y)
+
+
+def test_the_error_of_kid_is_its_spread(monkeypatch):
+    """Over other pictures and other subsets, though few rows are looked at for it."""
+    monkeypatch.setattr(distances, "ERROR_ROWS", 100)
+    found = np.array(
+        [
+            distances.kid(
+                gaussian(200, 3, 2 * i, scale=0.3),
+                gaussian(150, 3, 2 * i + 1, scale=0.3, shift=0.6),
+                subsets=8,
+                subset_size=40,
+                seed=i,
+            )
+            for i in range(300)
+        ]
+    )
+    assert found[:, 2].mean() == pytest.approx(found[:, 0].std(), rel=0.2)
 
 
 def test_cmmd_of_two_points_is_its_closed_form():
@@ -201,7 +220,16 @@ def brute_neighbourhoods(x, y, k):
 def test_neighbourhoods_are_their_definition(monkeypatch, k):
     monkeypatch.setattr(distances, "CHUNK", 8)
     x, y = gaussian(30, 3, 0), gaussian(21, 3, 1, scale=1.3)
-    assert distances.neighbourhoods(x, y, k) == pytest.approx(brute_neighbourhoods(x, y, k))
+    found = distances.neighbourhoods(x, y, k)
+    assert found.pop("density_error") > 0
+    assert found == pytest.approx(brute_neighbourhoods(x, y, k))
+
+
+def test_the_error_of_density_is_its_spread_over_other_pictures():
+    y = gaussian(100, 3, 0)
+    found = [distances.neighbourhoods(gaussian(80, 3, i), y, 5) for i in range(1, 200)]
+    spread = np.std([one["density"] for one in found])
+    assert np.mean([one["density_error"] for one in found]) == pytest.approx(spread, rel=0.2)
 
 
 def test_a_tight_cluster_is_precise_and_covers_little():
@@ -258,5 +286,5 @@ def test_frechet_and_kid_equal_those_of_torchmetrics(torch):
     theirs = _compute_fid(*(torch.tensor(value) for m in (a, b) for value in (m.mean, m.cov)))
     assert distances.frechet_distance(a, b) == pytest.approx(float(theirs), rel=1e-8)
     theirs = float(poly_mmd(torch.tensor(x[:150]), torch.tensor(y)))
-    ours, _ = distances.kid(x[:150], y, subsets=1, subset_size=150)
+    ours, *_ = distances.kid(x[:150], y, subsets=1, subset_size=150)
     assert ours == pytest.approx(theirs, rel=1e-8)

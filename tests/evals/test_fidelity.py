@@ -91,9 +91,8 @@ def test_numbers_of_inception(small_inception):
         assert entry["n"] == 80 and entry["weights_sha256"] == "aa" and entry["preset"] == "openai"
         assert entry.get("n_reference") == (None if name == "inception_score" else 60)
         assert "central square; then TensorFlow 1's bilinear" in entry["resize"]
-        if name != "density":
-            low, high = entry["interval"]
-            assert low <= entry["value"] <= high
+        low, high = entry["interval"]
+        assert low <= entry["value"] <= high
     json.dumps(found)
     lost = dataclasses.replace(x, refused={"no_image": 2})
     assert (
@@ -130,6 +129,12 @@ def test_statistics_stand_for_pictures(small_inception, tmp_path):
     other = dataclasses.replace(small_inception, sha256="other")
     with pytest.raises(ValueError, match="made with other weights"):
         fidelity.measure(x, stats, ["fid"], weights=other)
+    few = np.random.default_rng(0).normal(size=(5, 9))
+    known = dict(mu=few.mean(axis=0), sigma=np.cov(few, rowvar=False))
+    for more in (dict(n=5), {}):  # how few is said, or seen from the covariance
+        np.savez(tmp_path / "few.npz", **known, **more)
+        with pytest.raises(ValueError, match="fid of 5 pictures|of rank 4 is that of 5"):
+            fidelity.measure(x, fidelity.read_stats(tmp_path / "few.npz"), ["fid"], weights=small_inception)
     np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
     with pytest.raises(ValueError, match="does not hold statistics"):
         fidelity.read_stats(tmp_path / "bad.npz")

@@ -51,7 +51,12 @@ def test_a_page_is_one_harmless_file(tmp_path):
         "clip_density": entry(1.5, None),
     }
     page.write(
-        tmp_path / "out.html", EVIL, EVIL, [tmp_path / "samples_images.png"], {"caption": EVIL}, results
+        tmp_path / "out.html",
+        EVIL,
+        page.entries(results),
+        EVIL,
+        [tmp_path / "samples_images.png"],
+        {"caption": EVIL},
     )
     text = (tmp_path / "out.html").read_text()
     parser = Checked()
