@@ -26,8 +26,8 @@ Draws a suite of prompts for a tool that judges it, --pictures of each, in GenEv
 
 With --compare, once for each way of drawing, it draws n captions in every one of these ways, and writes
 comparison.json, comparison.md and comparison.png instead. The captions are those of `scenes`, which the
-checker judges, or of --reference=SRC; pictures are compared with unseen scenes or with that reference, by
---inception or the model's own CLIP:
+checker judges, or of --reference=SRC; pictures are compared with scenes of the same captions or with that
+reference, by --inception or the model's own CLIP:
 
   --compare="guidance_scale=1" --compare="fine: guidance_scale=3 decoder_steps=50" --compare="model=OTHER"
 """
@@ -65,7 +65,6 @@ from dalle2_jax.generate import StageLines, define_sampling_flags, sampling_sett
 DEFAULT_METRICS = ("scenes", "retrieval", "zero_shot")
 METRICS = (*DEFAULT_METRICS, "edits", "loss")
 GRID_PICTURES = 64
-REFERENCE_SCENES = 512  # that ways of drawing are compared with
 
 
 def scenes_of(model: pipeline.UnCLIP, name: str | None = None) -> tuple[scenes.SceneConfig, int]:
@@ -253,7 +252,8 @@ def compare(
         check = _checker()
         config, side = scenes_of(models[model_dir], name)
         captions, _ = scene_scores.draw_captions(config, n, seed)
-        target = picture_sets.scene_pictures(config, side, REFERENCE_SCENES, seed)
+        drawn = scene_scores.draw_scenes(config, n, pictures, seed)
+        target = picture_sets.rendered("scenes of the captions", drawn, side)
     else:
         check, target = None, picture_sets.open_pictures(reference)
         captions = _some_captions(target, n, seed)

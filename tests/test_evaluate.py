@@ -77,6 +77,19 @@ def test_captions_are_split_over_the_kinds():
     assert captions != scene_scores.draw_captions(CONFIG, 130, seed=4)[0]
 
 
+def test_scenes_of_captions_show_what_they_say():
+    """The checker finds every caption right of each of its scenes, which are not all alike."""
+    check = pytest.importorskip("dalle2_jax.evals.scenes", reason="the checker needs scipy").check
+    captions, _ = scene_scores.draw_captions(CONFIG, 24, seed=3)
+    drawn = scene_scores.draw_scenes(CONFIG, 24, 2, seed=3)
+    pictures = [item.picture() for item in picture_sets.rendered("scenes", drawn, 64).items()]
+    for i, caption in enumerate(captions):
+        assert check(pictures[2 * i], caption).correct and check(pictures[2 * i + 1], caption).correct
+        assert (pictures[2 * i] != pictures[2 * i + 1]).any()
+    assert not check(pictures[0], captions[1]).correct
+    assert len(drawn) == 48 and drawn == scene_scores.draw_scenes(CONFIG, 24, 2, seed=3)
+
+
 def test_retrieval_asks_for_different_facts():
     chosen, captions = retrieval.unseen_scenes(CONFIG, 100, seed=1)
     assert len(set(captions)) == 100
@@ -244,11 +257,10 @@ def test_diversity_is_the_mean_over_pairs():
         comparison.diversity(z[:, :1])
 
 
-def test_ways_of_drawing_are_compared(model, tmp_path, monkeypatch):
+def test_ways_of_drawing_are_compared(model, tmp_path):
     """On a model of random weights: what is written, and that the settings of each way are used."""
     pytest.importorskip("scipy", reason="the checker needs scipy")
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
-    monkeypatch.setattr(evaluate, "REFERENCE_SCENES", 20)
     ways = ["", "guidance_scale=3 upsampler_steps=2", "other: model=" + os.fspath(model.cascade.directory)]
     with flagsaver.flagsaver():
         FLAGS(["evaluate"])
@@ -263,7 +275,7 @@ def test_ways_of_drawing_are_compared(model, tmp_path, monkeypatch):
         assert row.fidelity.keys() == {
             f"clip_{n}" for n in ("frechet", "precision", "recall", "density", "coverage")
         }
-        assert row.frechet()[1]["n"] == 8 and row.frechet()[1]["n_reference"] == 20
+        assert row.frechet()[1]["n"] == 8 and row.frechet()[1]["n_reference"] == 8
     assert rows[0].frechet()[1]["value"] == rows[2].frechet()[1]["value"] > 0
     report = json.loads((tmp_path / "comparison.json").read_text())
     assert report["rows"][1]["settings"]["decoder"]["guidance_scale"] == 3

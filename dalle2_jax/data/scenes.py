@@ -64,6 +64,7 @@ __all__ = [
     "caption",
     "captions",
     "evaluation_captions",
+    "evaluation_scenes",
     "is_held_out_triple",
     "pairs",
     "place_name",
@@ -342,6 +343,37 @@ def evaluation_captions(config: SceneConfig, kind: str, n: int, seed: int = 0) -
         thousands.
       seed: another seed, another order.
     """
+    facts = _evaluation_facts(config, kind, n, seed)
+    out, used = [], set()
+    for k in range(n):
+        texts = facts[k % len(facts)][-1]
+        fresh = [text for text in texts if text not in used]
+        out.append(fresh[0] if fresh else texts[(k // len(facts)) % len(texts)])
+        used.add(out[-1])
+    return out
+
+
+def evaluation_scenes(config: SceneConfig, kind: str, n: int, copies: int, seed: int = 0) -> list[Scene]:
+    """`copies` scenes of each of the captions that `evaluation_captions` gives for the other arguments.
+
+    What a caption does not say (sizes, places, perhaps the background) is drawn as in the splits.
+    """
+    facts, found = _evaluation_facts(config, kind, n, seed), []
+    for k in range(n):
+        names, relations, background, _ = facts[k % len(facts)]
+        for copy in range(copies):
+            stream = Stream(seed, 2000 + KINDS.index(kind), k, copy)
+            placed = (_place(config, stream, names, relations) for _ in range(10_000))
+            objects = next((objects for objects in placed if objects is not None), None)
+            if objects is None:
+                raise ValueError(f"no scene of {names} fits config {config.name!r}: make the objects smaller")
+            shown = background or stream.choice(config.backgrounds)
+            found.append(Scene(objects, relations, shown, config.details))
+    return found
+
+
+def _evaluation_facts(config: SceneConfig, kind: str, n: int, seed: int) -> list[tuple]:
+    """((colour, shape) of the objects, relations, background or None, its captions), at most `n` different."""
     check_choice(kind, KINDS, "kind of evaluation captions")
     stream = Stream(seed, 1000 + KINDS.index(kind))
     seen = pairs(config, False)
@@ -356,15 +388,9 @@ def evaluation_captions(config: SceneConfig, kind: str, n: int, seed: int = 0) -
             for relation in RELATIONS
             if a != b and is_held_out_triple(a[1], relation, b[1]) == held_out
         ]
-    wordings = []
+    facts = []
     for names, relations in stream.shuffled(combos)[:n]:
         background = stream.choice(config.backgrounds) if "background" in config.details else None
         texts = scenes_captions.phrases([(*name, None) for name in names], relations, background)
-        wordings.append(stream.shuffled(texts))
-    out, used = [], set()
-    for k in range(n):
-        texts = wordings[k % len(wordings)]
-        fresh = [text for text in texts if text not in used]
-        out.append(fresh[0] if fresh else texts[(k // len(wordings)) % len(texts)])
-        used.add(out[-1])
-    return out
+        facts.append((names, relations, background, stream.shuffled(texts)))
+    return facts

@@ -187,6 +187,16 @@ def _array(path: str):
         yield file, shape
 
 
+def rendered(name: str, drawn: Sequence[scenes.Scene], image_size: int) -> PictureSet:
+    """These scenes as pictures, without captions."""
+
+    def items():
+        for i, scene in enumerate(drawn):
+            yield Item(f"scene {i}", scenes.render(scene, image_size))
+
+    return PictureSet(name, "scenes", len(drawn), items)
+
+
 def scene_pictures(config: scenes.SceneConfig, image_size: int, count: int, seed: int = 0) -> PictureSet:
     """`count` scenes of the splits that training never shows, with captions in a random wording."""
     splits = ("validation", "test_pairs", "test_relations")[: 2 if config.max_objects < 2 else 3]

@@ -33,13 +33,25 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
 
 def draw_captions(config: scenes.SceneConfig, n: int, seed: int) -> tuple[list[str], list[str]]:
     """(captions, kinds) of `n` captions in all, split evenly over the kinds that `config` has."""
-    kinds = [kind for kind in scenes.KINDS if kind.startswith("single") or config.max_objects > 1]
     captions, labels = [], []
-    for i, kind in enumerate(kinds):
-        count = n // len(kinds) + (i < n % len(kinds))
+    for kind, count in _split(config, n):
         captions += scenes.evaluation_captions(config, kind, count, seed)
         labels += [kind] * count
     return captions, labels
+
+
+def draw_scenes(config: scenes.SceneConfig, n: int, copies: int, seed: int) -> list[scenes.Scene]:
+    """`copies` scenes of each of the captions of `draw_captions`, one after another."""
+    found = []
+    for kind, count in _split(config, n):
+        found += scenes.evaluation_scenes(config, kind, count, copies, seed)
+    return found
+
+
+def _split(config: scenes.SceneConfig, n: int) -> list[tuple[str, int]]:
+    """How many of `n` captions are of each kind that `config` has."""
+    kinds = [kind for kind in scenes.KINDS if kind.startswith("single") or config.max_objects > 1]
+    return [(kind, n // len(kinds) + (i < n % len(kinds))) for i, kind in enumerate(kinds)]
 
 
 def verdict_aspects(verdict) -> dict[str, bool | None]:
