@@ -100,8 +100,8 @@ def evaluate_scenes(
     batch_size: int | None = None,
     settings: dict | None = None,
     progress=None,
-) -> dict:
-    """Draw `n` captions, check them, write the pictures as grids; the scores of `scene_scores.score`.
+) -> tuple[dict, picture_sets.PictureSet]:
+    """Draw `n` captions, check them, write them as grids: (scores of `scene_scores.score`, the pictures).
 
     Args:
       settings: keywords of `UnCLIP.text_to_image` that say how to draw.
@@ -122,7 +122,7 @@ def evaluate_scenes(
         pictures += [{"kind": kind, "caption": captions[i], "verdict": _mark(verdicts[i])} for i in rows]
     lines = "".join(json.dumps(picture, ensure_ascii=False) + "\n" for picture in pictures)
     (epath.Path(out) / "scenes.jsonl").write_text(lines)
-    return scene_scores.score(verdicts, kinds)
+    return scene_scores.score(verdicts, kinds), picture_sets.of_images("drawn", result.images, captions)
 
 
 def _mark(verdict) -> str:
@@ -307,8 +307,8 @@ def measure_pictures(
     model: pipeline.UnCLIP,
     out: str | os.PathLike,
     *,
-    images: str | None,
-    reference: str | None,
+    images: str | picture_sets.PictureSet | None,
+    reference: str | picture_sets.PictureSet | None,
     names: Sequence[str] | None,
     inception_file: str | None,
     preset: str,
@@ -322,7 +322,7 @@ def measure_pictures(
     aesthetic_file: str | None = None,
     progress=None,
 ) -> dict[str, dict]:
-    """The entries of `fidelity.measure` for pictures at `images`, or drawn by the model, against `reference`.
+    """The entries of `fidelity.measure` for `images`, or pictures drawn by the model, against `reference`.
 
     Args:
       names: of metrics; None for those that need no captions and what is at hand permits.
@@ -339,13 +339,16 @@ def measure_pictures(
     if names is None:
         names = fidelity.WITH_CLIP if weights is None else fidelity.WITH_INCEPTION
     target = None
-    if reference:
+    if isinstance(reference, picture_sets.PictureSet):
+        target = reference
+    elif reference:
         target = fidelity.read_stats(reference) or picture_sets.open_pictures(reference)
     elif images is None:
         config, side = scenes_of(model, scenes_name)
         target = picture_sets.scene_pictures(config, side, n, seed)
     if images is not None:
-        pictures = picture_sets.open_pictures(images)
+        opened = isinstance(images, picture_sets.PictureSet)
+        pictures = images if opened else picture_sets.open_pictures(images)
         fidelity.check(names, pictures, target, **given)
     else:
         if isinstance(target, fidelity.Stats):
@@ -471,12 +474,36 @@ def main(argv):
         if not FLAGS.images:
             report["settings"] = used
         out.mkdir(parents=True, exist_ok=True)
-        if of_pictures or not of_scenes:
-            measured = measure_pictures(
+        images, reference = FLAGS.images, FLAGS.reference
+        if "scenes" in of_scenes:
+            shared = of_pictures and not images and not reference  # the pictures of scenes serve for both
+            if shared:
+                captions, _ = scene_scores.draw_captions(config, FLAGS.n, FLAGS.seed)
+                known = scene_scores.draw_scenes(config, FLAGS.n, 1, FLAGS.seed)
+                reference = picture_sets.rendered("scenes of the captions", known, image_size)
+                given = dict(with_inception=bool(FLAGS.inception), with_head=bool(FLAGS.aesthetic))
+                planned = picture_sets.PictureSet(
+                    "drawn", "memory", FLAGS.n, lambda: iter(()), tuple(captions)
+                )
+                fidelity.check(of_pictures, planned, reference, preset=FLAGS.preset, **given)
+            measured["scenes"], drawn = evaluate_scenes(
                 model,
                 out,
-                images=FLAGS.images,
-                reference=FLAGS.reference,
+                config=config,
+                n=FLAGS.n,
+                seed=FLAGS.seed,
+                batch_size=FLAGS.batch_size,
+                settings=settings,
+                progress=StageLines(),
+            )
+            lines.append(scene_scores.table(measured["scenes"]))
+            images = drawn if shared else images
+        if of_pictures or not of_scenes:
+            found = measure_pictures(
+                model,
+                out,
+                images=images,
+                reference=reference,
                 names=of_pictures or None,
                 inception_file=FLAGS.inception,
                 preset=FLAGS.preset,
@@ -490,19 +517,8 @@ def main(argv):
                 aesthetic_file=FLAGS.aesthetic,
                 progress=StageLines(),
             )
-            lines.append(fidelity.table(measured))
-        if "scenes" in of_scenes:
-            measured["scenes"] = evaluate_scenes(
-                model,
-                out,
-                config=config,
-                n=FLAGS.n,
-                seed=FLAGS.seed,
-                batch_size=FLAGS.batch_size,
-                settings=settings,
-                progress=StageLines(),
-            )
-            lines.append(scene_scores.table(measured["scenes"]))
+            measured |= found
+            lines.append(fidelity.table(found))
         if "retrieval" in of_scenes:
             measured["retrieval"] = evaluate_retrieval(
                 model, **of_clip, seed=FLAGS.seed, batch_size=FLAGS.batch_size

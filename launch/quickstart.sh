@@ -129,7 +129,8 @@ train upsampler256
 key="$key $(ls "$DIR"/*/checkpoints 2> /dev/null | cksum)" # a stage that was trained on makes another model
 step model -m dalle2_jax.convert workdirs --clip="$DIR/clip" --prior="$DIR/prior" --decoder="$DIR/decoder" \
   --upsamplers="$DIR/upsampler64,$DIR/upsampler256" --out="$DIR/model"
-step evaluation -m dalle2_jax.evaluate --model="$DIR/model" --metrics=scenes,retrieval --n=128 --out="$DIR/evaluation"
+step evaluation -m dalle2_jax.evaluate --model="$DIR/model" --metrics=scenes,retrieval,clip_frechet,clip_mmd \
+  --n=128 --out="$DIR/evaluation" --report="$DIR/evaluation/report.html"
 step pictures -m dalle2_jax.generate --model="$DIR/model" "${SEEN[@]}" "${NEW_PAIRS[@]}" "${NEW_RELATIONS[@]}" \
   --n=4 --out="$DIR/pictures"
 
@@ -137,7 +138,7 @@ say "pictures"
 echo "   $DIR/pictures/grid.png    by the model that was just trained, $DIR/model; training never showed"
 printf '        %s\n' "${NEW_PAIRS[@]}" "${NEW_RELATIONS[@]}"
 echo "   $DIR/bundled/grid.png     by the bundled model"
-say "score (the checker's reading of $DIR/evaluation/*.png; more in report.json there)"
+say "score (the checker's reading of $DIR/evaluation/*.png; with the pictures in report.html there)"
 sed 's/^/   /' "$DIR/evaluation/report.txt"
 say "seconds (all of them in $DIR/timings.txt)"
 awk '{ if (!($1 in sum)) order[++n] = $1; sum[$1] += $2; all += $2 }

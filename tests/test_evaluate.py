@@ -142,7 +142,7 @@ def test_perfect_pictures_score_one(model, monkeypatch, tmp_path):
 
     monkeypatch.setattr(model, "text_to_image", draw)
     one_object = dataclasses.replace(CONFIG, count_weights=(1.0,), sizes=CONFIG.sizes[:1])
-    scores = evaluate.evaluate_scenes(model, tmp_path, config=one_object, n=12)
+    scores, _ = evaluate.evaluate_scenes(model, tmp_path, config=one_object, n=12)
     assert {kind: entry["correct"] for kind, entry in scores.items()} == dict(
         single_seen=1.0, single_heldout=1.0
     )
@@ -153,7 +153,10 @@ def test_perfect_pictures_score_one(model, monkeypatch, tmp_path):
 
 def test_random_weights_draw_nothing_right(model, tmp_path):
     pytest.importorskip("scipy", reason="the checker needs scipy")
-    scores = evaluate.evaluate_scenes(model, tmp_path, config=CONFIG, n=8, settings=dict(guidance_scale=2.0))
+    scores, drawn = evaluate.evaluate_scenes(
+        model, tmp_path, config=CONFIG, n=8, settings=dict(guidance_scale=2.0)
+    )
+    assert drawn.count == 8 and len(drawn.captions()) == 8
     assert list(scores) == list(scenes.KINDS)
     assert all(entry["named"] == 0 and entry["n"] == 2 for entry in scores.values())
     found = evaluate.evaluate_retrieval(model, config=CONFIG, image_size=64, n=20)

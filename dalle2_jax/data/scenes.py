@@ -373,7 +373,7 @@ def evaluation_scenes(config: SceneConfig, kind: str, n: int, copies: int, seed:
 
 
 def _evaluation_facts(config: SceneConfig, kind: str, n: int, seed: int) -> list[tuple]:
-    """((colour, shape) of the objects, relations, background or None, its captions), at most `n` different."""
+    """At most `n` different ((colour, shape) of the objects, relations, background or None, captions)."""
     check_choice(kind, KINDS, "kind of evaluation captions")
     stream = Stream(seed, 1000 + KINDS.index(kind))
     seen = pairs(config, False)

@@ -19,7 +19,7 @@ import numpy as np
 from dalle2_jax import pipeline
 from dalle2_jax.editing import unit
 from dalle2_jax.evals import fidelity, scene_scores
-from dalle2_jax.evals.picture_sets import Item, PictureSet
+from dalle2_jax.evals.picture_sets import PictureSet, of_images
 
 FRECHET = {"fid": "FID", "fid_small": "FID of few pictures", "clip_frechet": "Frechet distance (CLIP)"}
 
@@ -112,16 +112,9 @@ def measure(
         diversity=diversity(images),
         clip=float((images * texts[:, None]).sum(axis=-1).mean()),
         seconds=sum(timing.seconds for timing in result.timings.values()) / count,
-        fidelity=fidelity_of(_as_set(name, result)) if fidelity_of else {},
+        fidelity=fidelity_of(of_images(name, result.images, result.captions)) if fidelity_of else {},
     )
     return row, result
-
-
-def _as_set(name: str, result: pipeline.Result) -> PictureSet:
-    def items():
-        return (Item(f"{name} {i}", image) for i, image in enumerate(result.images))
-
-    return PictureSet(name, "drawn", len(result.images), items, tuple(result.captions))
 
 
 def against(

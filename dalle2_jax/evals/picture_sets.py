@@ -49,9 +49,9 @@ class Item:
 class PictureSet:
     """Pictures that can be gone through again and again.
 
-    name: the last part of where they come from. kind: 'folder', 'tar', 'npz' or 'scenes'. count: how many.
-    items: goes through them. texts: the first caption of each, or nothing if any has none. refused: members
-    of shards that are no pictures, by reason.
+    name: the last part of where they come from. kind: 'folder', 'tar', 'npz', 'scenes' or 'memory'.
+    count: how many. items: goes through them. texts: the first caption of each, or nothing if any has none.
+    refused: members of shards that are no pictures, by reason.
     """
 
     name: str
@@ -185,6 +185,15 @@ def _array(path: str):
         raise ValueError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {dtype} {list(shape)}")
     with archive, file:
         yield file, shape
+
+
+def of_images(name: str, images: Sequence[np.ndarray], captions: Sequence[str] = ()) -> PictureSet:
+    """Pictures uint8 [H, W, 3] that are in memory."""
+
+    def items():
+        return (Item(f"{name} {i}", image) for i, image in enumerate(images))
+
+    return PictureSet(name, "memory", len(images), items, tuple(captions))
 
 
 def rendered(name: str, drawn: Sequence[scenes.Scene], image_size: int) -> PictureSet:
