@@ -130,6 +130,9 @@ def make_tokenizer(config: dict, workdir: epath.Path, clip_path: str):
         made = tokenizer.load_tokenizer(epath.Path(clip_path) / "tokenizer", settings["context_length"])
     elif settings["path"]:
         made = tokenizer.load_tokenizer(settings["path"], settings["context_length"])
+    elif _precomputed(config) and (epath.Path(_precomputed(config)) / "tokenizer").exists():
+        folder = epath.Path(_precomputed(config)) / "tokenizer"  # of the CLIP that embedded the captions
+        made = tokenizer.load_tokenizer(folder, settings["context_length"])
     else:
         captions = pipeline.iterate_captions(
             **pipeline_source(config), split=config["data"]["split"], limit=TOKENIZER_RECORDS
@@ -152,12 +155,23 @@ def dataset_fields(config: dict, stage, clip) -> set[str]:
     embeddings = spec & set(models.CLIP_FIELDS)
     if clip is not None:
         return spec - embeddings | clip.fields(embeddings)
-    if embeddings and config["data"]["source"] != "embeddings":
+    if embeddings and not _precomputed(config):
         raise ValueError(
             f"stage {config['stage']!r} needs {sorted(embeddings)}: give --config.clip=WORKDIR_OR_MODEL of a "
-            "trained CLIP, or train from precomputed embeddings (--config.data.source=embeddings)"
+            "trained CLIP, or train from precomputed embeddings (--config.data.source=embeddings, or beside "
+            "pictures --config.data.embeddings=FOLDER)"
+        )
+    if "text_states" in embeddings:
+        raise ValueError(
+            f"this {config['stage']} reads CLIP's text states, which are not precomputed: give --config.clip"
         )
     return spec
+
+
+def _precomputed(config: dict) -> str:
+    """The folder of embeddings that a run reads, '' for none."""
+    data = config["data"]
+    return data["path"] if data["source"] == "embeddings" else data.get("embeddings", "")
 
 
 def make_datasets(config: dict, stage, clip, fields: set[str], tokenizer):

@@ -15,6 +15,7 @@ import pytest
 
 from configs import common
 from dalle2_jax import convert, models
+from dalle2_jax.data import pipeline
 from dalle2_jax.diffusion import sampling
 from dalle2_jax.settings import SETTINGS
 
@@ -161,15 +162,19 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 
 @functools.cache
 def recipe(where: str) -> dict:
-    """The settings of FILE.py[:preset] and the rest of its model, flat; ValueError says why there is none."""
+    """The settings of FILE.py[:preset] and the rest of its model and data, flat; ValueError says why none."""
     name, _, preset = where.partition(":")
     if not (ROOT / name).is_file():
         raise ValueError(f"there is no {name}")
     module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
     config = module.get_config(preset).to_dict()
     build = importlib.import_module(f"dalle2_jax.stages.{config['stage']}").build
-    parameters = inspect.signature(build).parameters.items()
-    defaults = {f"model.{n}": p.default for n, p in parameters if p.default is not inspect.Parameter.empty}
+    defaults = {
+        f"{part}.{name}": parameter.default
+        for part, function in (("model", build), ("data", pipeline.make_dataset))
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
     return defaults | flatten(config)
 
 
@@ -259,7 +264,8 @@ def test_commands_are_right(page):
 
 def test_the_pages_have_commands():
     found = {words[0] for page in PAGES for words, whole in commands(page.read_text("utf-8")) if whole}
-    assert found == {f"dalle2_jax.{name}" for name in ("train", "generate", "edit", "evaluate", "convert")}
+    everyone = ("train", "generate", "edit", "evaluate", "convert", "embed", "preflight")
+    assert found == {f"dalle2_jax.{name}" for name in everyone}
     assert len(commands((ROOT / "README.md").read_text("utf-8"))) >= 8
 
 

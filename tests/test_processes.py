@@ -112,11 +112,16 @@ def test_record_numbers_beyond_32_bits_are_gathered_whole():
     np.testing.assert_array_equal(partition.gather_index(index, partition.make_mesh()), index)
 
 
-def start_processes(workdir, count: int, devices: int) -> list[subprocess.Popen]:
-    """A run without end of `count` processes of so many devices each, with a checkpoint every second step."""
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start_processes(workdir, count: int, devices: int) -> list[subprocess.Popen]:
+    """A run without end of `count` processes of so many devices each, with a checkpoint every second step."""
+    port = free_port()
     config = recipe(100_000)
     overrides = ("num_steps", "checkpoint_every", "eval_every", "sample_every", "keep_checkpoints")
     config.update(checkpoint_every=2, keep_checkpoints=0)

@@ -166,7 +166,7 @@ class Dataset:
                 record = self._read(chosen)
                 return self._parts(record, draws) | {"index": chosen}
             except BadRecord as error:
-                self._bad.add(chosen, record.key if record else self._key(chosen), error)
+                self._bad.add(chosen, record.key if record else self.key(chosen), error)
                 self._bad.check()
         raise TooManyBadRecords(f"none of the {self.num_records} records can be used: {self.bad_records()}")
 
@@ -174,7 +174,8 @@ class Dataset:
     def _needs_caption(self) -> bool:
         return bool({"tokens", "token_mask", "label"} & set(self.fields))
 
-    def _key(self, index: int) -> str:
+    def key(self, index: int) -> str:
+        """The name of a record, or its number where it cannot be read."""
         try:
             return self.source.read(index, image=False, captions=False).key
         except BadRecord:
@@ -183,6 +184,19 @@ class Dataset:
     def _read(self, index: int) -> Record:
         needs_image = any(name in self.fields for name in _PICTURES)
         return self.source.read(index, needs_image, captions=self._needs_caption or self.views.flip)
+
+    def record_fields(self, index: int) -> tuple[str, str, dict[str, np.ndarray]]:
+        """(key, caption, fields) of record `index` itself, centred and with its first caption.
+
+        Raises BadRecord: nothing takes its place, as it would in a batch.
+        """
+        record = self._read(index)
+        parts = self._parts(record, np.zeros(8))
+        caption = parts.pop("caption", "")
+        if "tokens" in self.fields:
+            tokens, mask = self.tokenizer([caption])
+            parts |= {"tokens": tokens[0], "token_mask": mask[0]}
+        return record.key, caption, {name: parts[name] for name in self.fields}
 
     def _parts(self, record: Record, draws: np.ndarray) -> dict:
         """The arrays and the caption of one record. Raises BadRecord."""

@@ -29,7 +29,8 @@ def open_source(
         data_dir: where 'scenes' and 'tfds' prepare their files.
         image_field, caption_field: of 'tfds', where they cannot be detected.
         verify_sha256: for 'tar', see `shards.TarSource`.
-        embeddings: a folder of embeddings whose rows match the records, to be read beside them.
+        embeddings: a folder of embeddings whose rows match the records, to be read beside them; FOLDER/SPLIT
+            where that exists.
 
     Raises:
         ValueError: no such source, path or split; the message names what exists.
@@ -47,4 +48,7 @@ def open_source(
     else:
         folder = os.path.join(os.path.expanduser(path), split)
         opened = embeddings_module.EmbeddingSource(folder if split and os.path.isdir(folder) else path)
-    return embeddings_module.Paired(opened, embeddings) if embeddings else opened
+    if not embeddings:
+        return opened
+    folder = os.path.join(os.path.expanduser(embeddings), split)
+    return embeddings_module.Paired(opened, folder if split and os.path.isdir(folder) else embeddings)

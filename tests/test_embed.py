@@ -1,0 +1,245 @@
+"""Embedding a data set: rows beside their records, whatever is interrupted or damaged; training from them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow", reason="training from embeddings reads them with tf.data")
+parquet = pytest.importorskip("pyarrow.parquet", reason="metadata of embeddings need pyarrow")
+
+from configs import decoder64, prior  # noqa: E402
+from dalle2_jax import embed, models, pipeline, train  # noqa: E402
+from dalle2_jax.data import embeddings, sources  # noqa: E402
+from dalle2_jax.data import pipeline as data_pipeline  # noqa: E402
+from tests.data import shards_for_tests as made  # noqa: E402
+from tests.test_processes import free_port  # noqa: E402
+from tests.test_train import ROOT, stored_state  # noqa: E402
+from tests.tiny_model import make_model  # noqa: E402
+
+COUNT, BAD = 21, 9
+WORDS = ("a red star", "a blue ring", "a yellow circle", "a green cross", "a purple square")
+
+
+def write_shards(folder, first: int = 0, bad: int | None = None):
+    """Two tars of 21 noisy pictures with different captions; the picture of record `bad` is none."""
+    os.makedirs(folder)
+    for shard, numbers in enumerate((range(12), range(12, COUNT))):
+        members = []
+        for number in numbers:
+            picture = made.encode(made.noise_picture((40, 32), first + number))
+            image = b"<html>" if number == bad else picture
+            members += made.sample(first + number, f"{WORDS[number % 5]} above {number}", image)
+        made.write_tar(folder / f"train-{shard:05d}.tar", members)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("damaged") / "shards", bad=BAD)
+
+
+def recipe(path, of=prior, **changes) -> dict:
+    config = models.to_plain(of.get_config("debug"))
+    config["data"].update(
+        source="tar", path=os.fspath(path), split="train", eval_split="train", max_bad_fraction=0.1
+    )
+    for name, value in changes.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    return config
+
+
+def run(path, model, out, **options):
+    options = dict(splits=("train",), rows_per_shard=8, batch_size=8, dtype="float32") | options
+    return embed.embed(recipe(path), os.fspath(model), os.fspath(out), **options)
+
+
+@pytest.fixture(scope="module")
+def whole(damaged, model, tmp_path_factory):
+    """(folder, what was left out) of a pass without interruption."""
+    out = tmp_path_factory.mktemp("whole")
+    lost = run(damaged, model, out)
+    embeddings.finish(embed.epath.Path(out) / "train")
+    return out, lost
+
+
+def stored(folder) -> dict[str, np.ndarray]:
+    """All rows of the two tables."""
+    names = ("img_emb", "text_emb")
+    files = {name: sorted((folder / "train" / name).iterdir()) for name in names}
+    return {name: np.concatenate([np.load(file) for file in found]) for name, found in files.items()}
+
+
+def test_rows_are_those_of_their_records(whole, damaged, model):
+    """Row by row what the model says of the picture and the caption; a damaged record has none."""
+    out, lost = whole
+    rows = stored(out)
+    assert lost == {"train": {"undecodable": 1}}
+    assert {name: value.shape for name, value in rows.items()} == dict.fromkeys(rows, (COUNT, 32))
+    assert [len(np.load(file)) for file in sorted((out / "train" / "img_emb").iterdir())] == [8, 8, 5]
+    unclip = pipeline.UnCLIP.load(os.fspath(model))
+    source = sources.open_source("tar", os.fspath(damaged), "train")
+    for row in (0, 11, 12, 20):
+        record = source.read(row)
+        image = unclip.encode_image([np.asarray(made.Image.open(made.io.BytesIO(record.image)))])[0]
+        (text, _), _ = unclip.encode_text([record.captions["en"][0]])
+        np.testing.assert_allclose(rows["img_emb"][row], image, atol=2e-5)
+        np.testing.assert_allclose(rows["text_emb"][row], text[0], atol=2e-5)
+    assert np.isnan(rows["img_emb"][BAD]).all() and np.isnan(rows["text_emb"][BAD]).all()
+    assert np.isfinite(np.delete(rows["img_emb"], BAD, 0)).all()
+    table = parquet.read_table(out / "train" / "metadata" / "metadata_00001.parquet").to_pydict()
+    assert table["left_out"] == ["", "undecodable"] + [""] * 6
+    assert table["caption"][0] == "a green cross above 8" and table["key"][0].endswith("000000008")
+    plan = json.loads((out / "train" / "embed.json").read_text())
+    assert plan["left_out"] == {"undecodable": 1} and plan["records"] == COUNT
+    assert (out / "tokenizer").is_dir()
+
+
+def test_an_interrupted_pass_goes_on_with_what_is_missing(whole, damaged, model, tmp_path, monkeypatch):
+    write, written = embeddings.Parts.write, []
+
+    def stop_at_the_third(self, part, *args):
+        if part == 2:
+            raise KeyboardInterrupt
+        written.append(part)
+        write(self, part, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embeddings.Parts, "write", stop_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            run(damaged, model, tmp_path)
+    folder = tmp_path / "train"
+    os.remove(folder / "metadata" / "metadata_00000.parquet")  # as if killed before the last file of a shard
+    assert written == [0, 1] and embeddings.missing_parts(embed.epath.Path(folder)) == 2
+    with pytest.raises(ValueError, match="are not complete"):
+        sources.open_source("embeddings", os.fspath(tmp_path), "train")
+    second = (folder / "img_emb" / "img_emb_00001.npy").stat().st_mtime_ns
+    written.clear()
+    monkeypatch.setattr(embeddings.Parts, "write", lambda *args: (written.append(args[1]), write(*args)))
+    run(damaged, model, tmp_path)
+    assert written == [0, 2] and (folder / "img_emb" / "img_emb_00001.npy").stat().st_mtime_ns == second
+    for name, rows in stored(whole[0]).items():
+        np.testing.assert_array_equal(stored(tmp_path)[name], rows)
+
+
+def test_workers_share_the_shards(whole, damaged, model, tmp_path):
+    lost = [run(damaged, model, tmp_path, worker=(i, 2)) for i in (1, 0)]
+    assert lost == [{"train": {"undecodable": 1}}, {"train": {}}]
+    for name, rows in stored(whole[0]).items():
+        np.testing.assert_array_equal(stored(tmp_path)[name], rows)
+    assert embed.parse_worker("3/8") == (3, 8)
+    for text in ("8/8", "1", "a/b"):
+        with pytest.raises(ValueError, match="must be I/N"):
+            embed.parse_worker(text)
+
+
+def test_a_folder_of_something_else_is_refused(whole, shards, damaged, model, tmp_path):
+    out = whole[0]
+    with pytest.raises(ValueError, match=r"(?s)holds other embeddings.*data: "):
+        run(shards, model, out)
+    with pytest.raises(ValueError, match=r"(?s)rows_per_shard: 8 there, 10 now"):
+        run(damaged, model, out, rows_per_shard=10)
+    other = make_model(tmp_path / "other", dtype="bfloat16")
+    with pytest.raises(ValueError, match="clip_sha256: "):
+        run(damaged, other, out)
+    with pytest.raises(ValueError, match="must be one of float16, float32"):
+        run(damaged, model, out, dtype="int8")
+
+
+def test_embeddings_of_other_records_are_refused(whole, damaged, tmp_path):
+    """As many records in files of the same names and sizes: the keys differ; other files: the fingerprint."""
+    folder = os.fspath(whole[0])
+    assert len(sources.open_source("tar", os.fspath(damaged), "train", embeddings=folder)) == COUNT
+    other = write_shards(tmp_path / "other", first=100)
+    with pytest.raises(ValueError, match=r"row 0 of .* is of record '.*000000000', not '.*000000100'"):
+        sources.open_source("tar", os.fspath(other), "train", embeddings=folder)
+    os.rename(other / "train-00001.tar", other / "train-00002.tar")
+    with pytest.raises(ValueError, match="are of a dataset with fingerprint"):
+        sources.open_source("tar", os.fspath(other), "train", embeddings=folder)
+
+
+def test_training_from_embeddings_is_training_with_clip(shards, model, tmp_path):
+    """Two steps of the prior, with the frozen CLIP and from float32 rows: the same parameters to rounding.
+
+    From rows alone and from rows beside the records to the bit.
+    """
+    run(shards, model, tmp_path / "rows")
+    embeddings.finish(embed.epath.Path(tmp_path) / "rows" / "train")
+    short = dict(num_steps=2, eval_every=2, sample_every=100, checkpoint_every=2)
+    train.train(recipe(shards, clip=os.fspath(model), **short), str(tmp_path / "frozen"))
+    rows = dict(source="embeddings", path=os.fspath(tmp_path / "rows"))
+    train.train(recipe(shards, data=rows, **short), str(tmp_path / "from_rows"))
+    beside = dict(embeddings=os.fspath(tmp_path / "rows"))
+    train.train(recipe(shards, data=beside, **short), str(tmp_path / "beside"))
+    one, other, third = (stored_state(tmp_path / name, 2) for name in ("frozen", "from_rows", "beside"))
+    moved = 0.0
+    for name in one:
+        np.testing.assert_allclose(other[name], one[name], atol=2e-4, rtol=1e-3, err_msg=name)
+        np.testing.assert_array_equal(third[name], other[name])
+        moved = max(moved, np.abs(one[name]).max())
+    assert moved > 0.1 and (tmp_path / "from_rows" / "tokenizer").is_dir()
+
+
+def test_a_record_without_embeddings_is_counted_and_replaced(whole, damaged):
+    settings = dict(source="tar", path=os.fspath(damaged), split="train", embeddings=os.fspath(whole[0]))
+    data = data_pipeline.make_dataset(
+        fields=("image", "image_embed"), image_size=8, max_bad_fraction=0.1, **settings
+    )
+    (batch,) = data.batches(COUNT, repeat=False, shuffle=False)
+    assert data.bad_records() == {"embedding_not_finite": 1}
+    expected = np.where(np.arange(COUNT) == BAD, BAD + 1, np.arange(COUNT))
+    np.testing.assert_array_equal(batch["index"], expected)
+    np.testing.assert_array_equal(batch["image_embed"], stored(whole[0])["img_emb"][expected])
+
+
+def test_what_is_not_precomputed_is_asked_for():
+    def fields(of, **changes):
+        config = recipe("shards", of, **changes)
+        return train.dataset_fields(config, models.build_stage(config), None)
+
+    for of in (decoder64, prior):
+        with pytest.raises(ValueError, match="beside pictures --config.data.embeddings=FOLDER"):
+            fields(of)
+    assert fields(decoder64, data=dict(embeddings="rows")) >= {"image", "image_embed", "tokens"}
+    states = dict(text=dict(width=32, depth=1, num_heads=2, context_length=32, states_width=32))
+    with pytest.raises(ValueError, match="text states, which are not precomputed"):
+        fields(prior, data=dict(source="embeddings"), model=states)
+
+
+@pytest.mark.slow
+def test_two_processes_embed_as_one(whole, damaged, model, tmp_path):
+    command = [sys.executable, "-m", "dalle2_jax.embed", "--config=configs/prior.py:debug", f"--clip={model}"]
+    command += [f"--out={tmp_path / 'rows'}", "--rows_per_shard=8", "--batch_size=8", "--dtype=float32"]
+    data = dict(source="tar", path=damaged, split="train", eval_split="train", max_bad_fraction=0.1)
+    command += [f"--config.data.{name}={value}" for name, value in data.items()]
+    port, running = free_port(), []
+    for i in range(2):
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(i),
+        }
+        with open(tmp_path / f"{i}.log", "w") as log:
+            running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    assert [p.wait(240) for p in running] == [0, 0], (tmp_path / "0.log").read_text()
+    for name, rows in stored(whole[0]).items():
+        np.testing.assert_allclose(stored(tmp_path / "rows")[name], rows, atol=1e-5)
+    plan = json.loads((tmp_path / "rows" / "train" / "embed.json").read_text())
+    assert plan["left_out"] == {"undecodable": 1}
+    assert "train is complete" in (tmp_path / "0.log").read_text()
+    assert "left out by this process: {'train': {'undecodable': 1}}" in (tmp_path / "1.log").read_text()
