@@ -198,7 +198,7 @@ class Cascade:
         directory = epath.Path(hub.local(model_dir))
         index = modeldir.read_index(directory)
         folders, configs, stages = _read_stages(directory, index, dtype)
-        mesh = partition.make_mesh() if mesh is None else mesh
+        mesh = partition.local_mesh() if mesh is None else mesh
         cascade = Cascade(directory, index, folders, configs, stages, mesh, low_memory)
         check_cascade(configs, stages, cascade.tokenizer(3).vocab_size)
         return cascade

@@ -39,7 +39,7 @@ class Encoder:
 
     def __init__(self, path: str, batch_size: int):
         self.stage, _, params = models.load_stage(path, "clip")
-        mesh = partition.make_mesh(devices=jax.local_devices())
+        mesh = partition.local_mesh()
         shards = partition.batch_shards(mesh)
         self.batch_size = -(-batch_size // shards) * shards
         self._mesh, split = mesh, partition.batch_sharding(mesh)

@@ -32,10 +32,12 @@ reference, by --inception or the model's own CLIP:
   --compare="guidance_scale=1" --compare="fine: guidance_scale=3 decoder_steps=50" --compare="model=OTHER"
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 
@@ -43,7 +45,7 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from dalle2_jax import metrics, partition, pipeline
+from dalle2_jax import metrics, partition, pipeline, processes
 from dalle2_jax.data import scenes
 from dalle2_jax.evals import (
     aesthetic,
@@ -317,6 +319,7 @@ def measure_pictures(
     seed: int = 0,
     settings: dict | None = None,
     batch_size: int | None = None,
+    folder: str | os.PathLike | None = None,
     npz_out: str | None = None,
     stats_out: str | None = None,
     aesthetic_file: str | None = None,
@@ -326,6 +329,7 @@ def measure_pictures(
 
     Args:
       names: of metrics; None for those that need no captions and what is at hand permits.
+      folder: for pictures that are drawn, which all processes see; OUT/pictures if not given.
       n: captions to draw where there are no `images`, out of the reference's, at random.
       npz_out: also write the images, squared by the preset, as an npz.
     """
@@ -359,7 +363,7 @@ def measure_pictures(
         pictures = picture_sets.drawn_pictures(
             model,
             texts,
-            epath.Path(out) / "pictures",
+            folder or epath.Path(out) / "pictures",
             seed=seed,
             settings=settings,
             batch_size=batch_size,
@@ -401,170 +405,174 @@ class PassLines:
 FLAGS = flags.FLAGS
 
 
-def main(argv):
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected arguments {argv[1:]}: captions are for dalle2_jax.generate")
-        if FLAGS.compare:
-            if FLAGS.pictures < 2:
-                raise ValueError(
-                    "--compare measures how pictures of a caption differ: give --pictures=2 or more"
-                )
-            partition.initialise()
-            epath.Path(FLAGS.out).mkdir(parents=True, exist_ok=True)
-            rows = compare(
-                FLAGS.compare,
-                FLAGS.out,
-                model_dir=FLAGS.model,
-                name=FLAGS.scenes,
-                n=FLAGS.n,
-                pictures=FLAGS.pictures,
-                seed=FLAGS.seed,
-                reference=FLAGS.reference,
-                inception_file=FLAGS.inception,
-                preset=FLAGS.preset,
-                batch_size=FLAGS.batch_size,
-                dtype=FLAGS.dtype,
-                low_memory=FLAGS.low_memory,
-                progress=StageLines(),
-            )
-            print(comparison.table(rows))
-            print(f"wrote {epath.Path(FLAGS.out) / 'comparison.json'}, comparison.md and comparison.png")
-            if FLAGS.report:
-                report = {"rows": [dataclasses.asdict(row) for row in rows]}
-                found = sorted(epath.Path(FLAGS.out).glob("comparison*.png"))
-                shown = comparison.columns(rows)
-                numbers = page.table(list(shown), list(zip(*shown.values(), strict=True)))
-                page.write(FLAGS.report, "Ways of drawing", numbers, comparison.table(rows), found, report)
-            return
-        if FLAGS.prompts:
-            suite = prompts.read_prompts(FLAGS.prompts)
-            partition.initialise()
-            model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
-            settings, n = sampling_settings(), FLAGS.pictures
-            common = dict(seed=FLAGS.seed, settings=settings, batch_size=FLAGS.batch_size)
-            prompts.draw(model, suite, FLAGS.out, n=n, progress=StageLines(), **common)
-            print(f"{len(suite)} prompts, {n} pictures each: {FLAGS.out}")
-            return
-        asked = FLAGS.metrics or (
-            [] if FLAGS.images or FLAGS.reference or FLAGS.inception else DEFAULT_METRICS
+def run_comparison(out: epath.Path) -> None:
+    """--compare: the ways of drawing, their table and page."""
+    if FLAGS.pictures < 2:
+        raise ValueError("--compare measures how pictures of a caption differ: give --pictures=2 or more")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = compare(
+        FLAGS.compare,
+        out,
+        model_dir=FLAGS.model,
+        name=FLAGS.scenes,
+        n=FLAGS.n,
+        pictures=FLAGS.pictures,
+        seed=FLAGS.seed,
+        reference=FLAGS.reference,
+        inception_file=FLAGS.inception,
+        preset=FLAGS.preset,
+        batch_size=FLAGS.batch_size,
+        dtype=FLAGS.dtype,
+        low_memory=FLAGS.low_memory,
+        progress=StageLines(),
+    )
+    print(comparison.table(rows))
+    print(f"wrote {out / 'comparison.json'}, comparison.md and comparison.png")
+    if FLAGS.report and processes.is_first():
+        report = {"rows": [dataclasses.asdict(row) for row in rows]}
+        found = sorted(out.glob("comparison*.png"))
+        shown = comparison.columns(rows)
+        numbers = page.table(list(shown), list(zip(*shown.values(), strict=True)))
+        page.write(FLAGS.report, "Ways of drawing", numbers, comparison.table(rows), found, report)
+
+
+def run_prompts() -> None:
+    """--prompts: a suite drawn for a tool that judges it."""
+    suite = prompts.read_prompts(FLAGS.prompts)
+    model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
+    common = dict(seed=FLAGS.seed, settings=sampling_settings(), batch_size=FLAGS.batch_size)
+    prompts.draw(model, suite, FLAGS.out, n=FLAGS.pictures, progress=StageLines(), **common)
+    print(f"{len(suite)} prompts, {FLAGS.pictures} pictures each: {FLAGS.out}")
+
+
+def run_metrics(out: epath.Path) -> None:
+    """--metrics: what was asked for, in report.json and report.txt."""
+    asked = FLAGS.metrics or ([] if FLAGS.images or FLAGS.reference or FLAGS.inception else DEFAULT_METRICS)
+    for name in asked:
+        scenes.check_choice(name, (*METRICS, *fidelity.METRICS), "metric")
+    of_model = [name for name in asked if name in METRICS]
+    of_pictures = [name for name in asked if name in fidelity.METRICS]
+    drawing = [name for name in of_model if name in ("scenes", "edits")]
+    if FLAGS.images and drawing:
+        raise ValueError(f"{drawing[0]} measures a model: leave --images out")
+    captioned = picture_sets.open_pictures(FLAGS.images) if FLAGS.images and of_model else None
+    if captioned and "zero_shot" in of_model and not FLAGS.classes:
+        raise ValueError("zero_shot of pictures needs --classes=FILE, the name of a class on each line")
+    began, settings = time.monotonic(), sampling_settings()
+    model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
+    common = dict(seed=FLAGS.seed, batch_size=FLAGS.batch_size)
+    used = model.settings(**settings)
+    measured, lines, report = {}, [], {"model": model.name}
+    if not FLAGS.images:
+        report["settings"] = used
+    config = image_size = None
+    if of_model and not captioned:
+        config, image_size = scenes_of(model, FLAGS.scenes)
+        report["scenes_config"] = config.name
+    out.mkdir(parents=True, exist_ok=True)
+    images, reference = FLAGS.images, FLAGS.reference
+    if "scenes" in of_model:
+        shared = of_pictures and not images and not reference  # the pictures of scenes serve for both
+        if shared:
+            reference = _scenes_to_compare(of_pictures, config, image_size)
+        measured["scenes"], drawn = evaluate_scenes(
+            model, out, config=config, n=FLAGS.n, settings=settings, progress=StageLines(), **common
         )
-        for name in asked:
-            scenes.check_choice(name, (*METRICS, *fidelity.METRICS), "metric")
-        of_scenes = [name for name in asked if name in METRICS]
-        of_pictures = [name for name in asked if name in fidelity.METRICS]
-        drawing = [name for name in of_scenes if name in ("scenes", "edits")]
-        if FLAGS.images and drawing:
-            raise ValueError(f"{drawing[0]} measures a model: leave --images out")
-        captioned = picture_sets.open_pictures(FLAGS.images) if FLAGS.images and of_scenes else None
-        if captioned and "zero_shot" in of_scenes and not FLAGS.classes:
-            raise ValueError("zero_shot of pictures needs --classes=FILE, the name of a class on each line")
-        partition.initialise()
-        began = time.monotonic()
-        settings = sampling_settings()
-        model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
-        used = model.settings(**settings)
-        out = epath.Path(FLAGS.out)
-        measured, lines, report = {}, [], {"model": model.name}
-        of_clip = dict(pictures=captioned, n=FLAGS.n) if captioned else {}
-        if of_scenes and not captioned:
-            config, image_size = scenes_of(model, FLAGS.scenes)
-            report["scenes_config"] = config.name
-            of_clip = dict(config=config, image_size=image_size)
-        if not FLAGS.images:
-            report["settings"] = used
-        out.mkdir(parents=True, exist_ok=True)
-        images, reference = FLAGS.images, FLAGS.reference
-        if "scenes" in of_scenes:
-            shared = of_pictures and not images and not reference  # the pictures of scenes serve for both
-            if shared:
-                captions, _ = scene_scores.draw_captions(config, FLAGS.n, FLAGS.seed)
-                known = scene_scores.draw_scenes(config, FLAGS.n, 1, FLAGS.seed)
-                reference = picture_sets.rendered("scenes of the captions", known, image_size)
-                given = dict(with_inception=bool(FLAGS.inception), with_head=bool(FLAGS.aesthetic))
-                planned = picture_sets.PictureSet(
-                    "drawn", "memory", FLAGS.n, lambda: iter(()), tuple(captions)
-                )
-                fidelity.check(of_pictures, planned, reference, preset=FLAGS.preset, **given)
-            measured["scenes"], drawn = evaluate_scenes(
-                model,
-                out,
-                config=config,
-                n=FLAGS.n,
-                seed=FLAGS.seed,
-                batch_size=FLAGS.batch_size,
-                settings=settings,
-                progress=StageLines(),
-            )
-            lines.append(scene_scores.table(measured["scenes"]))
-            images = drawn if shared else images
-        if of_pictures or not of_scenes:
-            found = measure_pictures(
-                model,
-                out,
-                images=images,
-                reference=reference,
-                names=of_pictures or None,
-                inception_file=FLAGS.inception,
-                preset=FLAGS.preset,
-                scenes_name=FLAGS.scenes,
-                n=FLAGS.n,
-                seed=FLAGS.seed,
-                settings=settings,
-                batch_size=FLAGS.batch_size,
-                npz_out=FLAGS.npz_out,
-                stats_out=FLAGS.stats_out,
-                aesthetic_file=FLAGS.aesthetic,
-                progress=StageLines(),
-            )
-            measured |= found
-            lines.append(fidelity.table(found))
-        if "retrieval" in of_scenes:
-            measured["retrieval"] = evaluate_retrieval(
-                model, **of_clip, seed=FLAGS.seed, batch_size=FLAGS.batch_size
-            )
-            found = measured["retrieval"]
-            lines.append(
-                f"retrieval among {found['n']}: image to text {found['image_to_text']:.3f}, "
-                f"text to image {found['text_to_image']:.3f}"
-            )
-        if "zero_shot" in of_scenes:
-            if FLAGS.templates:
-                of_clip["templates"] = zero_shot.read_templates(FLAGS.templates)
-            if captioned:
-                of_clip["names"] = zero_shot.read_names(FLAGS.classes)
-            measured["zero_shot"] = evaluate_zero_shot(
-                model, **of_clip, seed=FLAGS.seed, batch_size=FLAGS.batch_size
-            )
-            found = measured["zero_shot"]
-            tops = ", ".join(f"top {k[3:]} {share:.3f}" for k, share in found.items() if k.startswith("top"))
-            lines.append(f"zero-shot among {found['classes']} classes: {tops} of {found['n']}")
-        if "loss" in of_scenes:
-            of_loss = captioned or picture_sets.scene_pictures(config, image_size, FLAGS.n, FLAGS.seed)
-            size = dict(batch_size=FLAGS.batch_size) if FLAGS.batch_size else {}
-            told = PassLines("pictures through its loss")
-            measured["loss"] = losses.measure(
-                model.cascade, of_loss, n=FLAGS.n, seed=FLAGS.seed, progress=told, **size
-            )
-            lines.append(losses.table(measured["loss"]))
-        if "edits" in of_scenes:
-            measured["edits"] = evaluate_edits(
-                model, out, config=config, seed=FLAGS.seed, progress=PassLines("edits of scenes")
-            )
-            lines.append(edits.table(measured["edits"]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from (error if FLAGS.debug else None)
+        lines.append(scene_scores.table(measured["scenes"]))
+        images = drawn if shared else images
+    if of_pictures or not of_model:
+        found = measure_pictures(
+            model,
+            out,
+            images=images,
+            reference=reference,
+            names=of_pictures or None,
+            inception_file=FLAGS.inception,
+            preset=FLAGS.preset,
+            scenes_name=FLAGS.scenes,
+            n=FLAGS.n,
+            settings=settings,
+            folder=epath.Path(FLAGS.out) / "pictures",
+            npz_out=FLAGS.npz_out if processes.is_first() else None,
+            stats_out=FLAGS.stats_out if processes.is_first() else None,
+            aesthetic_file=FLAGS.aesthetic,
+            progress=StageLines(),
+            **common,
+        )
+        measured |= found
+        lines.append(fidelity.table(found))
+    of_clip = dict(pictures=captioned, n=FLAGS.n) if captioned else dict(config=config, image_size=image_size)
+    if "retrieval" in of_model:
+        found = measured["retrieval"] = evaluate_retrieval(model, **of_clip, **common)
+        lines.append(
+            f"retrieval among {found['n']}: image to text {found['image_to_text']:.3f}, "
+            f"text to image {found['text_to_image']:.3f}"
+        )
+    if "zero_shot" in of_model:
+        if FLAGS.templates:
+            of_clip["templates"] = zero_shot.read_templates(FLAGS.templates)
+        if captioned:
+            of_clip["names"] = zero_shot.read_names(FLAGS.classes)
+        found = measured["zero_shot"] = evaluate_zero_shot(model, **of_clip, **common)
+        tops = ", ".join(f"top {k[3:]} {share:.3f}" for k, share in found.items() if k.startswith("top"))
+        lines.append(f"zero-shot among {found['classes']} classes: {tops} of {found['n']}")
+    if "loss" in of_model:
+        unseen = captioned or picture_sets.scene_pictures(config, image_size, FLAGS.n, FLAGS.seed)
+        size = dict(batch_size=FLAGS.batch_size) if FLAGS.batch_size else {}
+        told = PassLines("pictures through its loss")
+        measured["loss"] = losses.measure(
+            model.cascade, unseen, n=FLAGS.n, seed=FLAGS.seed, progress=told, **size
+        )
+        lines.append(losses.table(measured["loss"]))
+    if "edits" in of_model:
+        measured["edits"] = evaluate_edits(
+            model, out, config=config, seed=FLAGS.seed, progress=PassLines("edits of scenes")
+        )
+        lines.append(edits.table(measured["edits"]))
     report |= {"seed": FLAGS.seed, "seconds": round(time.monotonic() - began, 1)}
     (out / "report.json").write_text(json.dumps(measured | report, indent=2, ensure_ascii=False) + "\n")
     (out / "report.txt").write_text("\n".join(lines) + "\n")
-    if FLAGS.report:
-        found = [path for kind in ("samples", *of_scenes) for path in sorted(out.glob(f"{kind}_*.png"))]
+    if FLAGS.report and processes.is_first():
+        found = [path for kind in ("samples", *of_model) for path in sorted(out.glob(f"{kind}_*.png"))]
         numbers = {name: entry for name, entry in measured.items() if name not in METRICS}
         numbers = page.entries(numbers) if numbers else ""
         page.write(FLAGS.report, model.name, numbers, "\n".join(lines), found, measured | report)
     print("\n".join(lines))
     print(f"wrote {out / 'report.json'}, the table in report.txt")
+
+
+def _scenes_to_compare(names: Sequence[str], config, image_size: int) -> picture_sets.PictureSet:
+    """Scenes of the captions that `evaluate_scenes` draws. Raises ValueError for metrics that cannot be."""
+    captions, _ = scene_scores.draw_captions(config, FLAGS.n, FLAGS.seed)
+    known = scene_scores.draw_scenes(config, FLAGS.n, 1, FLAGS.seed)
+    reference = picture_sets.rendered("scenes of the captions", known, image_size)
+    given = dict(with_inception=bool(FLAGS.inception), with_head=bool(FLAGS.aesthetic))
+    planned = picture_sets.PictureSet("drawn", "memory", FLAGS.n, lambda: iter(()), tuple(captions))
+    fidelity.check(names, planned, reference, preset=FLAGS.preset, **given)
+    return reference
+
+
+def main(argv):
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected arguments {argv[1:]}: captions are for dalle2_jax.generate")
+        partition.initialise()
+        processes.join()
+        with contextlib.ExitStack() as stack:
+            out = epath.Path(FLAGS.out)
+            if not processes.is_first():  # every process measures, one writes and prints
+                out = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            if FLAGS.compare:
+                run_comparison(out)
+            elif FLAGS.prompts:
+                run_prompts()
+            else:
+                run_metrics(out)
+    except (ValueError, OSError) as error:
+        processes.end_together(error, 2)
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from (error if FLAGS.debug else None)
 
 
 if __name__ == "__main__":

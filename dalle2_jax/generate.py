@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from etils import epath
 
 import dalle2_jax
-from dalle2_jax import metrics, partition, pipeline
+from dalle2_jax import metrics, partition, pipeline, processes
 from dalle2_jax.settings import SETTINGS, split
 
 
@@ -88,10 +88,11 @@ class StageLines:
 
     def __init__(self, file=None, clock=time.monotonic, every: float = 5.0):
         self._file, self._clock, self._every, self._last = file or sys.stdout, clock, every, float("-inf")
+        self._silent = not processes.is_first()
 
     def __call__(self, stage: str, done: int, total: int, seconds: float) -> None:
         now = self._clock()
-        if done < total and now - self._last < self._every:
+        if self._silent or done < total and now - self._last < self._every:
             return
         self._last = now
         print(
@@ -154,10 +155,12 @@ def main(argv):
         pipeline.check_captions(captions)
         settings = sampling_settings()
         partition.initialise()
+        processes.join()
         began = time.monotonic()
         model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
         for line in model.cut_captions(captions):
-            print(f"note: {line}", flush=True)
+            if processes.is_first():
+                print(f"note: {line}", flush=True)
         epath.Path(FLAGS.out).mkdir(parents=True, exist_ok=True)  # now, not after an hour of drawing
         result = model.text_to_image(
             captions,
@@ -167,8 +170,11 @@ def main(argv):
             batch_size=FLAGS.batch_size,
             progress=StageLines(),
         )
+        if not processes.is_first():
+            return
         paths = write_pictures(FLAGS.out, result, model.name)
     except (ValueError, OSError) as error:
+        processes.end_together(error, 2)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from (error if FLAGS.debug else None)
     compiling = sum(timing.compile_seconds for timing in result.timings.values())

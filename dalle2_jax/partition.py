@@ -150,6 +150,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def local_mesh() -> Mesh:
+    """The mesh of this process's own devices, over which it splits the rows that are its share."""
+    return make_mesh(devices=jax.local_devices())
+
+
 def _fitting(sizes: Mapping[str, int], count: int) -> str:
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     meshes = [(count // (f * t), f, t) for f in divisors for t in divisors if count % (f * t) == 0]

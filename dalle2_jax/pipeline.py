@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dalle2_jax import tasks
+from dalle2_jax import processes, tasks
 from dalle2_jax.cascade import BASE_STAGES, GUIDES, Cascade, Progress, Timing
 from dalle2_jax.editing import Editing
 from dalle2_jax.pictures import shrink_mask, square_picture
@@ -334,10 +334,31 @@ class UnCLIP(Editing):
           asked: any of `settings.SETTINGS` (guidance_scale, decoder_steps, prior_method, ...) instead of the
             model's own.
 
+        Of several processes each draws its share of the captions, and every one gets all pictures; the
+        timings are its own.
+
         Raises:
           ValueError: for captions or settings that are not allowed, before anything is computed.
         """
         check_captions(captions)
+        common = dict(seed=seed, n=n, upsample=upsample, batch_size=batch_size, progress=progress)
+        if processes.share(len(captions)).size == len(captions):
+            return self._text_to_image(captions, **common, **asked)
+        mine = [captions[i] for i in processes.share(len(captions))]
+        if "classifier" in self.settings(**asked)["decoder"]:
+            self.labels(captions)
+        own = self._text_to_image(mine, **common, **asked)
+        count = n * len(captions)
+        whole = {
+            name: processes.gather(getattr(own, name), count) for name in ("image_embeds", "base", "images")
+        }
+        repeated = tuple(caption for caption in captions for _ in range(n))
+        return dataclasses.replace(own, captions=repeated, numbers=tuple(range(n)) * len(captions), **whole)
+
+    def _text_to_image(
+        self, captions: Sequence[str], *, seed: int, n: int, upsample: bool, batch_size, progress, **asked
+    ) -> Result:
+        """`text_to_image` of captions that are this process's own."""
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed {seed} must lie in 0 .. {2**32 - 1}")
         if n < 1:

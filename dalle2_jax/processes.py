@@ -124,6 +124,42 @@ def sync(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def share(count: int) -> np.ndarray:
+    """Which of `count` rows this process works on: int64 [ceil(count / processes)], as many on every process.
+
+    Rows follow each other; where they do not divide, the last ones are repeated. `gather` takes them apart.
+    """
+    size = -(-count // jax.process_count())
+    return np.minimum(np.arange(size) + jax.process_index() * size, count - 1)
+
+
+def gather(rows: np.ndarray, count: int) -> np.ndarray:
+    """The `count` rows of all processes, in order, from what each made of its `share`; all must call it."""
+    if jax.process_count() == 1:
+        return rows
+    from jax.experimental import multihost_utils
+
+    # Bytes, as JAX would make float64 and int64 smaller.
+    rows = np.ascontiguousarray(rows)
+    plain = rows.reshape(len(rows), -1).view(np.uint8)
+    together = np.asarray(multihost_utils.process_allgather(plain, tiled=True))[:count]
+    return np.ascontiguousarray(together).view(rows.dtype).reshape(count, *rows.shape[1:])
+
+
+def from_first(values: np.ndarray) -> np.ndarray:
+    """Process 0's `values`, on every process; all must call it with the same shape and type."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
 def one_then_others(name: str, make: Callable):
     """make(), on process 0 first; the others call it when that is done and find what it saved."""
     if jax.process_index() > 0:

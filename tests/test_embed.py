@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,8 +14,8 @@ from dalle2_jax import embed, models, pipeline, train  # noqa: E402
 from dalle2_jax.data import embeddings, sources  # noqa: E402
 from dalle2_jax.data import pipeline as data_pipeline  # noqa: E402
 from tests.data import shards_for_tests as made  # noqa: E402
-from tests.test_processes import free_port  # noqa: E402
-from tests.test_train import ROOT, stored_state  # noqa: E402
+from tests.test_processes import run_processes  # noqa: E402
+from tests.test_train import stored_state  # noqa: E402
 from tests.tiny_model import make_model  # noqa: E402
 
 COUNT, BAD = 21, 9
@@ -221,25 +219,14 @@ def test_what_is_not_precomputed_is_asked_for():
 
 @pytest.mark.slow
 def test_two_processes_embed_as_one(whole, damaged, model, tmp_path):
-    command = [sys.executable, "-m", "dalle2_jax.embed", "--config=configs/prior.py:debug", f"--clip={model}"]
+    command = ["dalle2_jax.embed", "--config=configs/prior.py:debug", f"--clip={model}"]
     command += [f"--out={tmp_path / 'rows'}", "--rows_per_shard=8", "--batch_size=8", "--dtype=float32"]
     data = dict(source="tar", path=damaged, split="train", eval_split="train", max_bad_fraction=0.1)
     command += [f"--config.data.{name}={value}" for name, value in data.items()]
-    port, running = free_port(), []
-    for i in range(2):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "2",
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": str(i),
-        }
-        with open(tmp_path / f"{i}.log", "w") as log:
-            running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-    assert [p.wait(240) for p in running] == [0, 0], (tmp_path / "0.log").read_text()
+    texts = run_processes(command, 2, tmp_path)
     for name, rows in stored(whole[0]).items():
         np.testing.assert_allclose(stored(tmp_path / "rows")[name], rows, atol=1e-5)
     plan = json.loads((tmp_path / "rows" / "train" / "embed.json").read_text())
     assert plan["left_out"] == {"undecodable": 1}
-    assert "train is complete" in (tmp_path / "0.log").read_text()
-    assert "left out by this process: {'train': {'undecodable': 1}}" in (tmp_path / "1.log").read_text()
+    assert "train is complete" in texts[0]
+    assert "left out by this process: {'train': {'undecodable': 1}}" in texts[1]

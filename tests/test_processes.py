@@ -1,5 +1,6 @@
 """Several processes train as one; they stop together, and one that is lost ends the others."""
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from dalle2_jax import checkpoint, partition, processes, train
 from tests.test_train import ROOT, logged, recipe, stored_state
+from tests.tiny_model import make_model
 
 BY_HAND = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {
@@ -200,3 +202,89 @@ def test_two_processes_train_stop_and_fail_as_one(workdir, tmp_path):
         for process in running:
             if process.poll() is None:
                 process.kill()
+
+
+def run_processes(command: list[str], count: int, folder, devices: int = 2) -> list[str]:
+    """Run a command to its end as so many processes of one run; what each of them said."""
+    port, running = free_port(), []
+    for i in range(count):
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(i),
+        }
+        environment.pop("XLA_FLAGS", None)
+        with open(folder / f"{i}.log", "w") as log:
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", *command], cwd=ROOT, env=environment, stdout=log, stderr=log
+                )
+            )
+    statuses = [p.wait(300) for p in running]
+    texts = [(folder / f"{i}.log").read_text() for i in range(count)]
+    assert statuses == [0] * count, "\n".join(texts)
+    return texts
+
+
+def test_shares_are_taken_apart_again(monkeypatch):
+    """Whatever does not divide: as many rows on every process, and all of them once."""
+    for count, processes_ in ((7, 3), (8, 4), (2, 4), (1, 2)):
+        shares = []
+        for index in range(processes_):
+            monkeypatch.setattr(jax, "process_count", lambda n=processes_: n)
+            monkeypatch.setattr(jax, "process_index", lambda n=index: n)
+            shares.append(processes.share(count))
+        assert len({len(part) for part in shares}) == 1
+        np.testing.assert_array_equal(np.concatenate(shares)[:count], np.arange(count))
+
+
+@pytest.mark.slow
+def test_processes_draw_and_measure_as_one(tmp_path):
+    """Three processes: the pictures of one to the bit, its numbers, one that writes; then they go on."""
+    model = make_model(tmp_path / "model")
+    captions = ["a red star", "a blue ring", "a yellow circle", "a green cross"]
+    draw = ["dalle2_jax.generate", f"--model={model}", *captions, "--n=2", "--seed=3"]
+    measure = ["dalle2_jax.evaluate", f"--model={model}", "--scenes=quickstart", "--n=14"]
+    measure += ["--metrics=scenes,clip_frechet,clip_mmd,clip_precision_recall,clip_score,retrieval,loss"]
+    measure += ["--batch_size=4"]
+    for count in (1, 3):
+        out = tmp_path / str(count)
+        out.mkdir()
+        for name, command in (("drawn", draw), ("measured", measure)):
+            texts = run_processes([*command, f"--out={out / name}"], count, out)
+            assert all("wrote" not in text and "pictures of" not in text for text in texts[1:]), texts
+    one, three = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "drawn").glob("*.png")} for name in "13"
+    )
+    assert len(one) == 9 and one == three
+    one, three = (json.loads((tmp_path / name / "measured" / "report.json").read_text()) for name in "13")
+    for report in (one, three):
+        del report["seconds"]
+    np.testing.assert_allclose(*(numbers(report) for report in (one, three)), rtol=1e-5, atol=1e-6)
+
+    from_reference = [
+        "dalle2_jax.evaluate",
+        f"--model={model}",
+        "--scenes=quickstart",
+        "--metrics=clip_mmd",
+        "--n=9",
+    ]
+    from_reference.append(f"--out={tmp_path / 'resumed'}")
+    first, *_ = run_processes(from_reference, 3, tmp_path)
+    pictures = sorted((tmp_path / "resumed" / "pictures").glob("*.png"))
+    assert len(pictures) == 9
+    before = [path.read_bytes() for path in pictures]
+    pictures[4].unlink()
+    run_processes(from_reference, 3, tmp_path)
+    assert [path.read_bytes() for path in pictures] == before
+
+
+def numbers(tree) -> list[float]:
+    """Every number of JSON values, in the order of their names."""
+    if isinstance(tree, dict):
+        return [n for name in sorted(tree) for n in numbers(tree[name])]
+    if isinstance(tree, list):
+        return [n for item in tree for n in numbers(item)]
+    return [float(tree)] if isinstance(tree, int | float) else []

@@ -1,5 +1,7 @@
 """Features of sets of pictures: each is decoded once, whatever networks read it, on all devices.
 
+Of several processes each reads its share of the pictures; every one gets all features.
+
 An extractor is (what a picture becomes on the host, features of a list of what became): numpy in, numpy out.
 """
 
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import numpy as np
 
-from dalle2_jax import partition, pipeline
+from dalle2_jax import partition, pipeline, processes
 from dalle2_jax.evals import inception
 from dalle2_jax.evals.picture_sets import Item, PictureSet
 from dalle2_jax.evals.presets import PRESETS
@@ -24,7 +26,7 @@ class Batches:
     """A compiled function of micro-batches of one size that are split over the devices."""
 
     def __init__(self, function: Callable, params, batch_size: int = BATCH_SIZE, mesh=None):
-        self._mesh = partition.make_mesh() if mesh is None else mesh
+        self._mesh = partition.local_mesh() if mesh is None else mesh
         shards = partition.batch_shards(self._mesh)
         self.size = -(-batch_size // shards) * shards
         self._params = jax.device_put(params, partition.replicated(self._mesh))
@@ -90,10 +92,12 @@ def extract(
         picture = item.picture()
         return [before(picture) for before, _ in extractors]
 
+    share = processes.share(pictures.count)
+    first, last = int(share[0]), int(share[-1]) + 1
     found: dict[str, list] = {}
     done = 0
     with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        batches = _batched(pictures.items(), batch_size)
+        batches = _batched(itertools.islice(pictures.items(), first, last), batch_size)
         waiting = [pool.submit(prepare, item) for item in next(batches, ())]
         while waiting:
             following = [pool.submit(prepare, item) for item in next(batches, ())]
@@ -104,7 +108,8 @@ def extract(
                         found.setdefault(name, []).append(np.asarray(value, np.float32))
             done, waiting = done + len(prepared), following
             if progress is not None:
-                progress(done, pictures.count)
-    if done != pictures.count:
-        raise ValueError(f"{pictures.name} gave {done} of {pictures.count} pictures")
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+                progress(done, last - first)
+    if done != last - first:
+        raise ValueError(f"{pictures.name} gave {first + done} of {pictures.count} pictures")
+    rows = {name: np.concatenate(parts)[share - first] for name, parts in sorted(found.items())}
+    return {name: processes.gather(value, pictures.count) for name, value in rows.items()}

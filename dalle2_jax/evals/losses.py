@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dalle2_jax import cascade, models, partition
+from dalle2_jax import cascade, models, partition, processes
 from dalle2_jax.data import pipeline, transforms
 from dalle2_jax.evals.picture_sets import PictureSet, chosen
 
@@ -29,13 +29,14 @@ def measure(
 ) -> dict[str, dict]:
     """Stage -> {'value', 'standard_error', 'interval', 'n', 'batch_size', 'scalars'}.
 
-    Of at most `n` of the captioned `pictures`, drawn at random by `seed`, in whole batches. The standard
-    error and the 95 % interval are those over batches; `scalars` are the parts of the loss.
+    Of at most `n` of the captioned `pictures`, drawn at random by `seed`, in whole batches, which several
+    processes share. The standard error and the 95 % interval are those over batches; `scalars` are the parts
+    of the loss.
 
     Raises ValueError for fewer than two batches of pictures, and where there are no captions.
     """
     captions = pictures.captions()
-    mesh = partition.make_mesh()
+    mesh = partition.local_mesh()
     shards = partition.batch_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
     count = min(n, len(captions)) // batch_size * batch_size
@@ -50,13 +51,17 @@ def measure(
     for name, stage in model.stages.items():
         if not hasattr(stage, "loss") or getattr(stage, "vision", True) is None:
             continue  # such as the text half of a CLIP
-        losses = _of_stage(model, name, images, texts, batch_size, seed, mesh)
-        parts = []
-        for scalars in losses:
+        numbers, parts = processes.share(count // batch_size), []
+        for scalars in _of_stage(model, name, images, texts, batch_size, numbers, seed, mesh):
             parts.append({key: float(value) for key, value in scalars.items()})
             if progress is not None:
-                progress(name, len(parts) * batch_size, count)
-        values = np.array([part["loss"] for part in parts])
+                progress(name, len(parts) * batch_size, len(numbers) * batch_size)
+        keys = sorted(parts[0])
+        rows = processes.gather(
+            np.array([[part[key] for key in keys] for part in parts]), count // batch_size
+        )
+        scalars = dict(zip(keys, rows.T, strict=True))
+        values = scalars["loss"]
         value, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
         found[name] = {
             "value": float(value),
@@ -64,14 +69,14 @@ def measure(
             "interval": [float(value - 1.96 * error), float(value + 1.96 * error)],
             "n": count,
             "batch_size": batch_size,
-            "scalars": {key: float(np.mean([part[key] for part in parts])) for key in parts[0]},
+            "scalars": {key: float(column.mean()) for key, column in scalars.items()},
             "pictures": pictures.name,
         }
     return found
 
 
-def _of_stage(model: cascade.Cascade, name: str, images, captions, batch_size: int, seed: int, mesh):
-    """The scalars of a stage's loss, a batch at a time."""
+def _of_stage(model: cascade.Cascade, name: str, images, captions, batch_size: int, numbers, seed: int, mesh):
+    """The scalars of a stage's loss, for one batch of these numbers after another."""
     stage, needed = model.stage(name), set(model.stage(name).batch_spec(1))
     clip, frozen = None, {}
     if needed & set(models.CLIP_FIELDS):
@@ -95,7 +100,7 @@ def _of_stage(model: cascade.Cascade, name: str, images, captions, batch_size: i
         value, scalars = stage.loss(params, key, batch, train=False)
         return {"loss": value} | scalars
 
-    for start in range(0, len(images), batch_size):
+    for start in (int(number) * batch_size for number in numbers):
         part = slice(start, start + batch_size)
         draws = transforms.uniforms(seed, 0, np.arange(start, start + batch_size))
         made = [views.make(Image.fromarray(x), u) for x, u in zip(images[part], draws, strict=True)]

@@ -18,9 +18,10 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from dalle2_jax import grid
+from dalle2_jax import grid, processes
 from dalle2_jax.data import records, scenes, shards, transforms
 from dalle2_jax.pictures import square_picture
 
@@ -309,25 +310,29 @@ def drawn_pictures(
     """One picture a caption, drawn by an `UnCLIP` as PNG files into `folder`; those that are there stay.
 
     So drawing that was interrupted goes on: a picture depends on its caption, seed and settings alone.
+    Several processes draw together; the first writes, into a folder that all see.
+
     Raises ValueError where the folder holds pictures of other weights, seed, settings or captions.
     """
-    folder, size = Path(folder), batch_size or DRAWN_AT_A_TIME
+    folder, size = Path(folder), max(DRAWN_AT_A_TIME, batch_size or 0) * jax.process_count()
     names = [f"{i:06d}.png" for i in range(len(captions))]
     listed = [{"file": name, "caption": text} for name, text in zip(names, captions, strict=True)]
     weights = {name: model.cascade.weights_sha256(name) for name in model.cascade.stages}
     plan = {"pictures": listed, "model": model.name, "weights_sha256": weights, "seed": seed}
     text = json.dumps(plan | {"settings": model.settings(**(settings or {}))}, indent=2, ensure_ascii=False)
     folder.mkdir(parents=True, exist_ok=True)
-    keep_plan(folder / "generate.json", text)
-    for start in range(0, len(captions), size):
+    processes.one_then_others("plan", lambda: keep_plan(folder / "generate.json", text))
+    missing = np.array([not (folder / name).exists() for name in names])
+    missing = np.flatnonzero(processes.from_first(missing))  # the same for all
+    for start in sorted({int(i) // size * size for i in missing}):
         part = slice(start, start + size)
-        if all((folder / name).exists() for name in names[part]):
-            continue
         images = model.text_to_image(
             captions[part], seed=seed, batch_size=batch_size, progress=progress, **(settings or {})
         ).images
         for name, image, caption in zip(names[part], images, captions[part], strict=True):
-            partial = folder / f".{name}.partial"
-            grid.save_png(partial, image, {"caption": caption})
-            partial.rename(folder / name)
+            if processes.is_first():
+                partial = folder / f".{name}.partial"
+                grid.save_png(partial, image, {"caption": caption})
+                partial.rename(folder / name)
+    processes.sync("drawn")
     return open_pictures(folder)

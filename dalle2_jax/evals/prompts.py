@@ -12,12 +12,16 @@ PartiPrompts ('Prompt'), or a text file with a caption on each line.
 """
 
 import csv
+import functools
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle2_jax import grid
+import jax
+import numpy as np
+
+from dalle2_jax import grid, processes
 from dalle2_jax.evals.picture_sets import keep_plan
 from dalle2_jax.pipeline import MAX_CAPTION, check_captions
 
@@ -79,17 +83,18 @@ def draw(
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in prompts]
     out.mkdir(parents=True, exist_ok=True)
     for name, text in (("plan.json", plan), ("prompts.jsonl", "".join(lines))):
-        keep_plan(out / name, text)
+        processes.one_then_others(name, functools.partial(keep_plan, out / name, text))
     folders = [out / f"{i:05d}" for i in range(len(prompts))]
-    missing = [i for i, folder in enumerate(folders) if not (folder / "grid.png").exists()]
-    at_once = max(1, AT_A_TIME // n)
+    missing = np.array([not (folder / "grid.png").exists() for folder in folders])
+    missing = np.flatnonzero(processes.from_first(missing)).tolist()  # the same for all
+    at_once = max(1, AT_A_TIME // n) * jax.process_count()
     for start in range(0, len(missing), at_once):
         part = missing[start : start + at_once]
         captions = [prompts[i]["prompt"] for i in part]
         images = model.text_to_image(
             captions, n=n, seed=seed, batch_size=batch_size, progress=progress, **(settings or {})
         ).images
-        for k, i in enumerate(part):
+        for k, i in enumerate(part if processes.is_first() else ()):
             (folders[i] / "samples").mkdir(parents=True, exist_ok=True)
             (folders[i] / "metadata.jsonl").write_text(lines[i], "utf-8")
             own = images[k * n : (k + 1) * n]
@@ -99,4 +104,5 @@ def draw(
             partial = folders[i] / ".grid.partial"
             grid.save_png(partial, grid.labelled_grid(own, [captions[k]] * n, n), {"caption": captions[k]})
             partial.rename(folders[i] / "grid.png")
+    processes.sync("drawn")
     return out
