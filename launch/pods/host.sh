@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Trains on this machine: installs what is needed, and starts again after a failure that may pass.
+#
+#   EXTRAS=cuda bash launch/pods/host.sh --retries=3 -- --config=configs/decoder64.py --workdir=DIR --config.data.path=...
+#
+#   --retries=0   how often to start again after a failure; not after wrong settings (status 2) or numbers (status 3)
+#
+# EXTRAS is cuda, tpu or nothing; SIGTERM reaches training, which saves and ends with status 0.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse retries=0 -- "$@"
+check_training
+if [ -n "$DRY" ]; then
+  run python -m dalle2_jax.train "${TRAIN[@]}"
+  exit
+fi
+source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
+cd "$ROOT"
+prepare train
+child=0 stopped=""
+trap 'stopped=yes; [ "$child" = 0 ] || kill -TERM "$child" 2> /dev/null' TERM INT
+for ((try = 0; ; try++)); do
+  python -m dalle2_jax.train "${TRAIN[@]}" &
+  child=$! status=0
+  wait "$child" || status=$?
+  while kill -0 "$child" 2> /dev/null; do wait "$child" && status=0 || status=$?; done # a signal ends `wait` early
+  [ "$status" != 0 ] && [ "$status" != 2 ] && [ "$status" != 3 ] && [ -z "$stopped" ] && [ "$try" -lt "$retries" ] ||
+    exit "$status"
+  echo "training ended with status $status; again from the last checkpoint" >&2
+done

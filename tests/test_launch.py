@@ -1,0 +1,305 @@
+"""The scripts that start training elsewhere: what they would run, what they refuse, and how they end.
+
+No cloud is asked: programs of clouds are stand-ins that write down how they were called.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+yaml = pytest.importorskip("yaml", reason="manifests are read with PyYAML")
+ROOT = Path(__file__).resolve().parents[1]
+PODS = ROOT / "launch" / "pods"
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *PODS.glob("*.sh")])
+TRAINING = ["--config=configs/decoder64.py", "--workdir=gs://bucket/a run", '--config.data.path=/d/$x "y"']
+NEEDED = {
+    "host.sh": [],
+    "slurm.sh": [],
+    "tpu.sh": ["--name=n", "--project=p", "--zone=z", "--type=v5p-128"],
+    "gke.sh": [
+        "--name=n",
+        "--image=r/i:tpu",
+        "--accelerator=tpu-v5p-slice",
+        "--topology=4x4x4",
+        "--hosts=16",
+    ],
+}
+
+if shutil.which("bash") is None:
+    pytest.skip("the scripts are for bash", allow_module_level=True)
+
+
+def bash(
+    script: str, *arguments: str, path: Path | None = None, **environment
+) -> subprocess.CompletedProcess:
+    """A script of launch/pods run to its end; `path` holds stand-ins for other programs."""
+    environment = os.environ | environment
+    if path:
+        environment["PATH"] = f"{path}:{environment['PATH']}"
+    command = ["bash", str(PODS / script), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def stand_in(folder: Path, name: str, lines: str) -> None:
+    """A program of this name that notes its words in calls.txt, and then runs `lines`."""
+    program = folder / name
+    program.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "{name} $*" >> "{folder}/calls.txt"\n{lines}\n')
+    program.chmod(0o755)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_bash(script):
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed: bash read the script, nothing more was looked at")
+    left_out = "SC2154,SC1091,SC1087"  # variables that `parse` sets; files that are sourced; pip's brackets
+    found = subprocess.run(
+        ["shellcheck", "-s", "bash", "-x", "-S", "warning", "-e", left_out, str(script)],
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("script", NEEDED)
+def test_help_is_the_comment_at_the_top(script):
+    said = bash(script, "--help")
+    assert said.returncode == 0 and "-- --config=" in re.sub(r"\s*\\\n\s*", " ", said.stdout)
+
+
+@pytest.mark.parametrize("script", NEEDED)
+def test_what_is_missing_or_misspelt_is_said_first(script, tmp_path):
+    for arguments, part in (
+        (["--nmae=x", "--", *TRAINING], "there is no --nmae"),
+        (["name", "--", *TRAINING], "name is not --name=value"),
+        ([*NEEDED[script], "--", "--config=configs/clip.py"], "training needs --workdir="),
+        (["--", *TRAINING], None if script in ("host.sh", "slurm.sh") else "give --"),
+    ):
+        if part:
+            said = bash(script, *arguments, path=tmp_path)
+            assert said.returncode == 2 and part in said.stderr, said
+
+
+@pytest.mark.parametrize("script", ["host.sh", "slurm.sh"])
+def test_training_gets_its_arguments_untouched(script):
+    said = bash(script, "--dry-run", "--", *TRAINING)
+    assert said.returncode == 0
+    words = subprocess.run(["bash", "-c", f"printf '%s\\n' {said.stdout}"], capture_output=True, text=True)
+    assert words.stdout.splitlines()[-3:] == TRAINING
+
+
+# Cloud TPU
+
+
+def test_a_slice_is_asked_for_used_and_given_back():
+    said = bash("tpu.sh", "--dry-run", *NEEDED["tpu.sh"], "--spot=yes", "--setup=mount it", "--", *TRAINING)
+    lines = said.stdout.splitlines()
+    assert said.returncode == 0 and len(lines) == 6
+    assert "queued-resources create n --node-id=n --project=p --zone=z --accelerator-type=v5p-128" in lines[0]
+    assert lines[0].endswith("--spot") and "tpu-vm scp" in lines[2] and "--worker=all" in lines[3]
+    remote = subprocess.run(["bash", "-c", f"printf '%s\\n' {lines[4]}"], capture_output=True, text=True)
+    remote = remote.stdout.splitlines()[-1].removeprefix("--command=")
+    assert remote.startswith("cd dalle2_jax && EXTRAS=tpu bash launch/pods/host.sh -- ")
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {remote.split(' -- ')[1]}"], capture_output=True, text=True
+    )
+    assert words.stdout.splitlines() == TRAINING
+    assert "mount\\ it" in lines[3] and "queued-resources delete n" in lines[5]
+
+
+@pytest.mark.parametrize(("status", "attempts"), [(0, 1), (3, 1), (1, 2)])
+def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path, status, attempts):
+    """A stand-in for gcloud: training fails once while its slice vanishes, then ends well."""
+    stand_in(
+        tmp_path,
+        "gcloud",
+        f"""
+case "$*" in
+  *create*) echo ACTIVE > {tmp_path}/state ;;
+  *delete*) rm -f {tmp_path}/state ;;
+  *describe*) cat {tmp_path}/state 2> /dev/null ;;
+  *host.sh*)
+    echo again >> {tmp_path}/attempts
+    if [ "$(wc -l < {tmp_path}/attempts)" = 1 ] && [ {status} = 1 ]; then rm {tmp_path}/state; exit 1; fi
+    [ {status} = 1 ] || exit {status} ;;
+esac""",
+    )
+    said = bash("tpu.sh", *NEEDED["tpu.sh"], "--", *TRAINING, path=tmp_path)
+    calls = (tmp_path / "calls.txt").read_text()
+    assert said.returncode == (0 if status == 1 else status), said.stderr
+    assert calls.count("create n") == attempts and calls.count("host.sh") == attempts
+    assert not (tmp_path / "state").exists()  # given back
+
+
+# Kubernetes
+
+
+def test_the_jobset_is_what_its_definition_asks_for():
+    """The fields of jobset.x-k8s.io/v1alpha2 and batch/v1 that matter here, in their places and types."""
+    said = bash("gke.sh", *NEEDED["gke.sh"], "--slices=2", "--volume=shards", "--", *TRAINING)
+    assert said.returncode == 0, said.stderr
+    found = yaml.safe_load(said.stdout)
+    assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert found["spec"].keys() == {"failurePolicy", "replicatedJobs"}
+    (slices,) = found["spec"]["replicatedJobs"]
+    job = slices["template"]["spec"]
+    assert slices["replicas"] == 2 and job["parallelism"] == job["completions"] == 16
+    assert job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # else podFailurePolicy is refused
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2, 3]
+    (container,) = pod["containers"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert container["command"] == ["bash", "launch/pods/job.sh"]
+    assert container["args"] == ["python", "-m", "dalle2_jax.train", *TRAINING]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4} == container["resources"]["requests"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4x4"
+    (volume,) = pod["volumes"]
+    assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/data"}]
+    bare = yaml.safe_load(bash("gke.sh", *NEEDED["gke.sh"], "--", *TRAINING).stdout)
+    assert "volumes" not in bare["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        (["--hosts=many"], "--hosts=many must be a whole number"),
+        (["--name=A b"], "lower-case letters"),
+        (["--xpk=c"], "--xpk needs --type"),
+        (["--hosts="], "give --hosts"),
+    ],
+)
+def test_a_jobset_that_cannot_be_is_refused(changes, part):
+    said = bash("gke.sh", *NEEDED["gke.sh"], *changes, "--", *TRAINING)
+    assert said.returncode == 2 and part in said.stderr and not said.stdout
+
+
+def test_a_stopped_job_is_not_taken_for_finished(tmp_path):
+    """job.sh passes SIGTERM on, waits for what it runs, and ends with 143; else with its status."""
+    saving = (
+        "import signal, sys, time\n"
+        "def save(*_): time.sleep(0.5); open(sys.argv[1], 'w').write('saved'); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    command = ["bash", str(PODS / "job.sh"), sys.executable, "-c", saving, str(tmp_path / "saved")]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert running.stdout.readline() == "ready\n"
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(30) == 143 and (tmp_path / "saved").read_text() == "saved"
+    for status in (0, 3):
+        assert bash("job.sh", sys.executable, "-c", f"raise SystemExit({status})").returncode == status
+
+
+# Slurm
+
+
+def test_a_preempted_job_is_queued_again_and_a_finished_one_is_not(tmp_path):
+    stand_in(tmp_path, "scontrol", "")
+    stand_in(
+        tmp_path,
+        "srun",
+        'trap "exit 0" TERM\nfor i in $(seq 600); do [ -e "$STOP" ] && exit 0; sleep 0.1; done',
+    )
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "STOP": str(tmp_path / "stop"),
+    }
+    command = ["bash", str(PODS / "slurm.sh"), "--", *TRAINING]
+    calls = tmp_path / "calls.txt"
+    running = subprocess.Popen(command, env=environment, cwd=tmp_path)
+    deadline = time.monotonic() + 30
+    while not calls.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)  # until the traps are set
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(30) == 0
+    assert calls.read_text().splitlines()[-1] == "scontrol requeue 77"
+    calls.unlink()
+    (tmp_path / "stop").touch()
+    assert subprocess.run(command, env=environment, cwd=tmp_path, timeout=60).returncode == 0
+    assert "scontrol" not in calls.read_text() and "-m dalle2_jax.train" in calls.read_text()
+
+
+@pytest.mark.slow
+def test_slurm_trains_with_two_processes(tmp_path):
+    """srun's stand-in starts two tasks with the variables that Slurm sets; they find each other and train."""
+    stand_in(
+        tmp_path,
+        "srun",
+        """
+while [[ $1 == --* ]]; do shift; done
+export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=2 SLURM_STEP_NODELIST=localhost SLURM_LOCALID=0
+for i in 0 1; do SLURM_PROCID=$i "$@" > "$LOGS/$i.log" 2>&1 & done
+status=0; for job in $(jobs -p); do wait "$job" || status=$?; done; exit "$status" """,
+    )
+    environment = dict(
+        SLURM_JOB_ID=str(os.getpid()),
+        LOGS=str(tmp_path),
+        JAX_PLATFORMS="cpu",
+        JAX_NUM_CPU_DEVICES="2",
+        XLA_FLAGS="",
+    )
+    environment |= dict(SLURM_SUBMIT_DIR=str(ROOT))
+    training = [
+        "--config=configs/upsampler256.py:debug",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.num_steps=2",
+    ]
+    said = bash("slurm.sh", f"--python={sys.executable}", "--", *training, path=tmp_path, **environment)
+    assert said.returncode == 0, (tmp_path / "0.log").read_text()
+    assert "process 1 of 2, 2 of 4 devices" in (tmp_path / "1.log").read_text()
+    assert (tmp_path / "run" / "checkpoints" / "2").exists()
+
+
+# SkyPilot, Docker
+
+
+def test_the_task_of_skypilot_is_whole():
+    task = yaml.safe_load((PODS / "skypilot.yaml").read_text())
+    assert {"resources", "num_nodes", "setup", "run", "workdir", "envs"} <= task.keys()
+    program = task["run"].replace("bash launch/pods/host.sh", "printf '%s\\n'")
+    environment = dict(
+        SKYPILOT_NUM_NODES="1", TRAIN="--config=a '--config.data.path=/x y'", PATH=os.environ["PATH"]
+    )
+    said = subprocess.run(["bash", "-c", program], env=environment, capture_output=True, text=True)
+    assert said.stdout.splitlines() == ["--", "--config=a", "--config.data.path=/x y"]
+    several = environment | dict(
+        SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2", SKYPILOT_NODE_RANK="1"
+    )
+    shown = program.replace("exec printf '%s\\n' -- $TRAIN", "env")
+    said = subprocess.run(["bash", "-c", shown], env=several, capture_output=True, text=True).stdout
+    assert "JAX_COORDINATOR_ADDRESS=10.0.0.1:12355" in said and "JAX_PROCESS_ID=1" in said
+    missing = subprocess.run(
+        ["bash", "-c", task["run"]], env=environment | dict(TRAIN=""), capture_output=True
+    )
+    assert missing.returncode == 2
+
+
+def test_the_images_hold_what_they_copy_and_install():
+    lines = re.sub(r"\\\n", " ", (ROOT / "launch" / "Dockerfile").read_text()).splitlines()
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert ignored[0] == "*"
+    for line in lines:
+        if line.startswith("COPY"):
+            *sources, _ = line.split()[1:]
+            for source in sources:
+                assert (ROOT / source).exists() and f"!{source}" in ignored, source
+    extras = {
+        extra for line in lines for found in re.findall(r"\.\[([\w,]+)\]", line) for extra in found.split(",")
+    }
+    text = (ROOT / "setup.py").read_text()
+    assert extras == {"train", "eval", "cuda", "tpu"} and all(f'"{extra}": [' in text for extra in extras)
+    starts = [line for line in lines if line.startswith("FROM")]
+    assert [line.split()[-1] for line in starts] == ["base", "cpu", "cuda", "tpu"]
+    assert re.fullmatch(r"FROM python:3\.12\.\d+-slim-\w+ AS base", starts[0])
+    assert 'ENTRYPOINT ["python", "-m"]' in lines and lines.count("USER painter") == 2
