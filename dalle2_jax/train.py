@@ -200,7 +200,7 @@ def check_settings(config: dict, stage, mesh) -> None:
     if config["grad_accum"] > 1 and config["model"].get("loss") == "vlb":
         raise ValueError("model.loss 'vlb' keeps a history of a batch's losses: set grad_accum=1")
     classes = config["data"].get("classes", ())
-    if hasattr(stage, "num_classes") and len(classes) != stage.num_classes:
+    if getattr(stage, "num_classes", 0) not in (0, len(classes)):
         raise ValueError(
             f"data.classes has {len(classes)} names, model.num_classes is {stage.num_classes}: make them one"
         )
