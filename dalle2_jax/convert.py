@@ -33,7 +33,17 @@ from dalle2_jax.formats import refused, to_diffusers
 from dalle2_jax.formats.tensors import sha256
 
 DTYPES = tuple(modeldir.DTYPES)
-FORMATS = ("hf-clip", "openai-clip", "open-clip", "karlo", "karlo-original", "kandinsky", "adm-classifier")
+FORMATS = (
+    "hf-clip",
+    "openai-clip",
+    "open-clip",
+    "karlo",
+    "karlo-original",
+    "kandinsky",
+    "glide",
+    "adm",
+    "adm-classifier",
+)
 
 
 def without_paths(value):
@@ -131,14 +141,15 @@ def convert_weights(
         raise FileNotFoundError(f"there is no tokenizer folder {tokenizer}")
     words = load_tokenizer(tokenizer) if tokenizer else None
     read = module.import_weights(Path(source), words)
-    words = words or read.tokenizer
-    if words is None and set(read.stages) != {"classifier"}:
+    configs = {folder: config for folder, (config, _) in read.stages.items()}
+    stages = {folder: models.build_stage(config) for folder, config in configs.items()}
+    reads = any(getattr(stage, "context_length", None) for stage in stages.values())
+    words = (words or read.tokenizer) if reads else None
+    if reads and words is None:
         raise ValueError(
             f"{source} comes without a tokenizer: give a folder with CLIP's vocab.json and merges.txt, or a "
             "model directory's tokenizer, as --tokenizer=FOLDER"
         )
-    configs = {folder: config for folder, (config, _) in read.stages.items()}
-    stages = {folder: models.build_stage(config) for folder, config in configs.items()}
     check_cascade(configs, stages, words.vocab_size if words else 0)
     files = [path for tensors in read.tensors for path in tensors.files]
     inside = [path.relative_to(source) if path != Path(source) else path.name for path in files]

@@ -135,13 +135,19 @@ class BlockNames:
     fc1: str
     fc2: str
 
-    def rows(self, ours: str, theirs: str, depth: int) -> list[Row]:
-        """The rows of `depth` blocks; `theirs` has their number in the place of {}."""
+    def rows(
+        self, ours: str, theirs: str, depth: int, qkv: tuple[Layout | None, Layout | None] = (None, None)
+    ) -> list[Row]:
+        """The rows of `depth` blocks; `theirs` has their number in the place of {}.
+
+        qkv: the layouts of kernel and bias of queries, keys and values, which are in blocks unless given.
+        """
         rows = []
         for number in range(depth):
             a, b = f"{ours}/block_{number}", theirs.format(number)
             rows += norm(f"{a}/norm1", f"{b}.{self.norm1}") + norm(f"{a}/norm2", f"{b}.{self.norm2}")
-            rows += dense(f"{a}/attn/qkv", *(f"{b}.{name}" for name in self.qkv))
+            names = (f"{b}.{name}" for name in self.qkv)
+            rows += dense(f"{a}/attn/qkv", *names, layout=qkv[0], bias_layout=qkv[1])
             rows += dense(f"{a}/attn/out", f"{b}.{self.out}")
             rows += dense(f"{a}/mlp/fc1", f"{b}.{self.fc1}") + dense(f"{a}/mlp/fc2", f"{b}.{self.fc2}")
         return rows

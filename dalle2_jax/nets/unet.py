@@ -92,7 +92,7 @@ class UNet(nn.Module):
 
     out_channels: int
     channels: int
-    channel_mult: tuple[int, ...]
+    channel_mult: tuple[float, ...]
     num_res_blocks: int
     attention_resolutions: tuple[int, ...] = ()
     head_dim: int = 64
@@ -123,7 +123,7 @@ class UNet(nn.Module):
         `image_size` is the side that `attention_resolutions` refer to (it fixes the levels that attend,
         whatever the size of x). Raises ValueError when H or W cannot be halved often enough.
         """
-        levels = len(self.channel_mult)
+        levels, widths = len(self.channel_mult), [int(self.channels * mult) for mult in self.channel_mult]
         if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
             raise ValueError(
                 f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, "
@@ -145,20 +145,18 @@ class UNet(nn.Module):
             return attention(name)(h, context, context_mask)
 
         emb = emb.astype(self.dtype)
-        h = layers.conv(self.channels * self.channel_mult[0], dtype=self.dtype, name="conv_in")(
-            x.astype(self.dtype)
-        )
+        h = layers.conv(widths[0], dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
         if known is not None:
             conv = layers.conv(h.shape[-1], dtype=self.dtype, name="conv_in_known", zero=True)
             h = h + conv(known.astype(self.dtype))
         skips = [h]
-        for level, mult in enumerate(self.channel_mult):
+        for level, width in enumerate(widths):
             for j in range(self.num_res_blocks):
-                h = res(f"down_{level}_res_{j}", self.channels * mult)(h)
+                h = res(f"down_{level}_res_{j}", width)(h)
                 h = attend(f"down_{level}_attn_{j}", h, level)
                 skips.append(h)
             if level < levels - 1:
-                h = res(f"down_{level}_down", self.channels * mult, "down")(h)
+                h = res(f"down_{level}_down", width, "down")(h)
                 skips.append(h)
 
         h = res("mid_res_0", h.shape[-1])(h)
@@ -170,13 +168,13 @@ class UNet(nn.Module):
             pool = AttentionPool(self.num_pool_heads, self.out_channels, self.dtype, name="pool")
             return pool(h).astype(jnp.float32)
 
-        for level, mult in reversed(list(enumerate(self.channel_mult))):
+        for level, width in reversed(list(enumerate(widths))):
             for j in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = res(f"up_{level}_res_{j}", self.channels * mult)(h)
+                h = res(f"up_{level}_res_{j}", width)(h)
                 h = attend(f"up_{level}_attn_{j}", h, level)
             if level > 0:
-                h = res(f"up_{level}_up", self.channels * mult, "up")(h)
+                h = res(f"up_{level}_up", width, "up")(h)
 
         h = nn.silu(layers.GroupNorm(name="norm_out")(h)).astype(self.dtype)
         return layers.conv(self.out_channels, dtype=self.dtype, name="conv_out", zero=True)(h).astype(
