@@ -24,6 +24,7 @@ from ml_collections import config_flags
 
 from dalle2_jax import (
     checkpoint,
+    hub,
     lock,
     metrics,
     modeldir,
@@ -125,9 +126,10 @@ def make_tokenizer(config: dict, workdir: epath.Path, clip_path: str):
     if (workdir / "tokenizer").exists():
         return tokenizer.load_tokenizer(workdir / "tokenizer", settings["context_length"])
     if clip_path:
-        made = tokenizer.load_tokenizer(epath.Path(clip_path) / "tokenizer", settings["context_length"])
+        folder = epath.Path(hub.local(clip_path)) / "tokenizer"
+        made = tokenizer.load_tokenizer(folder, settings["context_length"])
     elif settings["path"]:
-        made = tokenizer.load_tokenizer(settings["path"], settings["context_length"])
+        made = tokenizer.load_tokenizer(hub.local(settings["path"]), settings["context_length"])
     else:
         captions = pipeline.iterate_captions(
             **pipeline_source(config), split=config["data"]["split"], limit=TOKENIZER_RECORDS
