@@ -167,6 +167,16 @@ class Lazy:
         return array if dtype is None else array.astype(dtype)
 
 
+def expected_shapes(table: Iterable[Row], abstract: Any) -> dict[str, tuple[int, ...]]:
+    """Their tensors' names and shapes for parameters of ours with the shapes of `abstract`."""
+    shapes = {name: tuple(leaf.shape) for name, leaf in modeldir.flatten(abstract).items()}
+    return {
+        name: shape
+        for row in table
+        for name, shape in zip(row.theirs, _theirs_shapes(row, shapes[row.ours]), strict=True)
+    }
+
+
 def _theirs_shapes(row: Row, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The shapes of a row's tensors, by laying out an array that takes no memory."""
     empty = np.broadcast_to(np.float32(0), shape)
@@ -201,11 +211,7 @@ def imported(
         raise ValueError(
             f"the table and the model differ in {', '.join(unknown[:10])}: a mistake in the format"
         )
-    expected = {
-        name: shape
-        for row in rows.values()
-        for name, shape in zip(row.theirs, _theirs_shapes(row, shapes[row.ours]), strict=True)
-    }
+    expected = expected_shapes(rows.values(), abstract)
     found = {name: shape for name, shape in tensors.shapes.items() if not re.fullmatch(ignored, name)}
     complaints = modeldir.differences(found, expected)
     if complaints:

@@ -1,13 +1,15 @@
 """ADM's networks equal torch modules in their layout; formats that are not read say why."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from dalle2_jax import convert, modeldir, models, pipeline
-from dalle2_jax.formats import adm, refused
+from dalle2_jax.formats import adm, refused, tables
+from dalle2_jax.formats.tensors import Tensors
 
 torch = pytest.importorskip("torch", reason="the oracle is in torch")
 
@@ -161,6 +163,36 @@ def test_files_that_do_not_go_together_are_refused(small, tmp_path, capsys):
     torch.save(state, tmp_path / "one.pt")
     assert convert.main(["adm", str(tmp_path / "one.pt"), str(tmp_path / "out")]) == 2
     assert "sees 4 channels: a generator sees 3, an upsampler 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("role", "side", "millions", "mult", "channels", "depth", "first", "facts"),
+    [
+        ("decoder", 64, 296, [1, 2, 3, 4], 192, 3, 1, dict(schedule="cosine")),
+        ("decoder", 128, 422, [1, 1, 2, 3, 4], 256, 2, 2, dict(num_heads=4)),
+        ("decoder", 256, 554, [1, 1, 2, 2, 4, 4], 256, 2, 3, {}),
+        ("decoder", 512, 559, [0.5, 1, 1, 2, 2, 4, 4], 256, 2, 4, {}),
+        ("upsampler256", 256, 312, [1, 1, 2, 2, 4, 4], 192, 2, 3, dict(num_heads=4, low_res_size=64)),
+        ("upsampler512", 512, 309, [1, 1, 2, 2, 4, 4], 192, 2, 4, dict(low_res_size=128)),
+    ],
+)
+def test_the_released_sizes_are_read_off_the_tensors(
+    role, side, millions, mult, channels, depth, first, facts
+):
+    """The counts are those of ADM's tables."""
+    attention = [side // 2**level for level in range(first, len(mult))]
+    model = dict(image_size=side, channels=channels, channel_mult=mult, num_res_blocks=depth)
+    model |= dict(attention_resolutions=attention, num_classes=1000, learned_variance=True)
+    model |= dict(embed_dim=0) if role == "decoder" else {"low_res_size": side // 4}
+    abstract = models.abstract_params(
+        models.build_stage({"stage": role.rstrip("0123456789"), "model": model})
+    )
+    shapes = tables.expected_shapes(adm.rows(abstract), abstract)
+    assert round(sum(np.prod(shape) for shape in shapes.values()) / 1e6) == millions
+    found, (config, _) = adm._stage(Tensors("a file", shapes, None), Path("no classes"))
+    assert found == role and (model | facts).items() <= config["model"].items()
+    assert config["model"]["schedule"] == facts.get("schedule", "linear")
+    assert config["data"]["classes"][207] == "class 207"
 
 
 @pytest.mark.parametrize("name", refused.REASONS)

@@ -9,7 +9,8 @@ import pytest
 
 from dalle2_jax import convert, editing, modeldir, models, pipeline
 from dalle2_jax.data.tokenizer import load_tokenizer
-from dalle2_jax.formats import glide
+from dalle2_jax.formats import glide, tables
+from dalle2_jax.formats.tensors import Tensors
 
 torch = pytest.importorskip("torch", reason="the oracle is in torch")
 
@@ -160,6 +161,25 @@ def test_the_tokenizer_has_neither_start_nor_end(tmp_path):
     assert made.decode(tokens[0]) == "a red star"
     made.save(tmp_path / "saved")
     np.testing.assert_array_equal(load_tokenizer(tmp_path / "saved")([" A  RED\nstar", "a"])[0], tokens)
+
+
+@pytest.mark.parametrize(
+    ("stage", "count", "own"),
+    [
+        ("decoder", 385_030_726, dict(channel_mult=[1, 2, 3, 4], num_res_blocks=3, embed_dim=0)),
+        ("upsampler", 398_361_286, dict(channel_mult=[1, 1, 2, 2, 4, 4], num_res_blocks=2)),
+    ],
+)
+def test_the_released_sizes_are_read_off_the_tensors(stage, count, own):
+    """The counts are those of the released files."""
+    text = dict(vocab_size=50257, context_length=128, width=512, depth=16, num_heads=8)
+    shared = dict(channels=192, attention_resolutions=[32, 16, 8], learned_variance=True, text=text)
+    model = shared | own | dict(image_size=64 if stage == "decoder" else 256)
+    abstract = models.abstract_params(models.build_stage({"stage": stage, "model": model}))
+    shapes = tables.expected_shapes(glide.rows(abstract), abstract)
+    assert sum(np.prod(shape) for shape in shapes.values()) == count
+    config, _ = glide._stage(Tensors("a file", shapes, None), stage)
+    assert model.items() <= config["model"].items()
 
 
 def test_what_does_not_fit_is_refused(tmp_path, capsys):
