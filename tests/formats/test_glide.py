@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dalle2_jax import convert, editing, modeldir, models, pipeline
+from dalle2_jax import convert, editing, evaluate, modeldir, models, pipeline
 from dalle2_jax.data.tokenizer import load_tokenizer
 from dalle2_jax.formats import glide, tables
 from dalle2_jax.formats.tensors import Tensors
@@ -139,6 +139,9 @@ def test_it_draws_and_repaints_captions_without_clip_and_prior(repainting):
         model.variations(drawn.images[0])
     with pytest.raises(ValueError, match="has no prior"):
         model.settings(prior_steps=2)
+    with pytest.raises(ValueError, match="say which scenes to draw"):
+        evaluate.scenes_of(model)
+    assert evaluate.scenes_of(model, "quickstart")[1] == LARGE
 
 
 def test_latents_without_an_embedding_come_back(repainting, tmp_path):
