@@ -4,22 +4,24 @@
     --config.data.path=SHARDS
 
 The architecture is what MODEL/STAGE/config.json says, parameters start from that folder's, and prior and
-decoder read the embeddings of the CLIP beside it. The numbers are a beginning for small data: 1000 steps of
-32 pictures at a constant rate. `--config.model.remat=True` and `--config.model.dtype=bfloat16` save memory.
-Without a folder it is the bundled decoder that is trained on.
+decoder read the embeddings of the CLIP beside it. MODEL is a folder, or hf://OWNER/NAME@COMMIT. The numbers
+are a beginning for small data: 1000 steps of 32 pictures at a constant rate. `--config.model.remat=True` and
+`--config.model.dtype=bfloat16` save memory. Without a folder it is the bundled decoder that is trained on.
 """
 
 import json
 from pathlib import Path
 
 from configs import common
+from dalle2_jax import hub
 
 BUNDLED = Path(__file__).resolve().parents[1] / "dalle2_jax" / "bundled" / "decoder"
 
 
 def get_config(preset: str = ""):
     """`preset`: a stage's folder in a model directory, '' for the bundled decoder."""
-    folder = Path(preset) if preset else BUNDLED
+    where = preset.rstrip("/") or str(BUNDLED)
+    model, folder = where.rpartition("/")[0] or ".", Path(hub.local(where))
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"preset {preset!r} is unknown: give a stage's folder in a model directory, such as MODEL/decoder"
@@ -28,9 +30,13 @@ def get_config(preset: str = ""):
     config = common.get_config()
     config.stage = stored["stage"]
     config.model = {"remat": False, "dtype": "float32"} | stored["model"]
-    config.init_from = str(folder)
-    if stored["stage"] in ("prior", "ar_prior", "decoder"):
-        config.clip = str(folder.parent)
+    config.init_from = where
+    reads_embeds = stored["stage"] == "decoder" and stored["model"].get("embed_dim", 1) > 0
+    if reads_embeds or stored["stage"] in ("prior", "ar_prior"):
+        config.clip = model
+    elif (folder.parent / "tokenizer").is_dir():
+        config.tokenizer.path = f"{model}/tokenizer"
+    config.data.classes = tuple(stored.get("data", {}).get("classes", ()))
     text = stored["model"].get("text") or {}
     config.tokenizer.context_length = text.get("context_length", 77)
     config.tokenizer.vocab_size = text.get("vocab_size", 49408)

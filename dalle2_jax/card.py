@@ -44,7 +44,7 @@ def model_card(index: Mapping[str, Any], stages: Mapping[str, tuple], library: s
     front += ["pipeline_tag: text-to-image"] * ("decoder" in stages)
     lines = [*front, "tags: [unclip, dalle-2, jax]", "---", "", f"# {index.get('name', 'A model')}", ""]
     lines += [
-        "A DALL·E 2 (unCLIP) model, written by dalle2_jax "
+        f"A {'DALL·E 2 (unCLIP) ' * ('prior' in stages)}model, written by dalle2_jax "
         f"{index.get('dalle2_jax_version', '(version unknown)')}.",
         "",
         "| stage | kind | parameters | steps trained | trained on |",

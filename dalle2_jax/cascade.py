@@ -82,9 +82,10 @@ def check_cascade(configs: dict[str, dict], stages: dict, vocab_size: int) -> No
     """
     clip = stages.get("clip")
     for name in ("prior", "decoder"):
-        if clip is not None and name in stages and stages[name].embed_dim != clip.embed_dim:
+        embed_dim = stages[name].embed_dim if name in stages else 0
+        if clip is not None and embed_dim and embed_dim != clip.embed_dim:
             raise ValueError(
-                f"the {name} has embeddings of {stages[name].embed_dim} entries, CLIP of {clip.embed_dim}: "
+                f"the {name} has embeddings of {embed_dim} entries, CLIP of {clip.embed_dim}: "
                 f"use the CLIP that the {name} was trained with"
             )
     for name in ("prior", "decoder"):
@@ -157,6 +158,7 @@ class Cascade:
       name: the model's name.
       configs, stages: stage name -> stored config, built stage. Upsamplers are named as their folders and
         come last, in the order in which they run.
+      has_tokenizer: whether any stage reads tokens, as those of classes and of pictures alone do not.
       mesh: the devices that share a batch.
       low_memory: whether weights keep the type that they are stored in, and only those of the stage at work
         are on the devices.
@@ -175,7 +177,8 @@ class Cascade:
         self.low_memory = low_memory
         self.directory, self.name = directory, index.get("name") or directory.name
         self.configs, self.stages, self.mesh = configs, stages, mesh
-        self._tokenizer_path = directory / index.get("tokenizer", "tokenizer")
+        tokenizer = index.get("tokenizer", "tokenizer")
+        self.has_tokenizer, self._tokenizer_path = bool(tokenizer), directory / tokenizer
         self._folders = folders
         self._params: dict = {}
         self._programs: dict = {}
@@ -200,8 +203,13 @@ class Cascade:
         folders, configs, stages = _read_stages(directory, index, dtype)
         mesh = partition.local_mesh() if mesh is None else mesh
         cascade = Cascade(directory, index, folders, configs, stages, mesh, low_memory)
-        check_cascade(configs, stages, cascade.tokenizer(3).vocab_size)
+        check_cascade(configs, stages, cascade.tokenizer(3).vocab_size if cascade.has_tokenizer else 0)
         return cascade
+
+    @property
+    def reads_embeds(self) -> bool:
+        """Whether the decoder draws image embeddings, for which there has to be a prior."""
+        return self.stage("decoder").embed_dim > 0
 
     @property
     def upsamplers(self) -> tuple[str, ...]:

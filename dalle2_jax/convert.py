@@ -33,7 +33,17 @@ from dalle2_jax.formats import refused, to_diffusers
 from dalle2_jax.formats.tensors import sha256
 
 DTYPES = tuple(modeldir.DTYPES)
-FORMATS = ("hf-clip", "openai-clip", "open-clip", "karlo", "karlo-original", "kandinsky", "adm-classifier")
+FORMATS = (
+    "hf-clip",
+    "openai-clip",
+    "open-clip",
+    "karlo",
+    "karlo-original",
+    "kandinsky",
+    "glide",
+    "adm",
+    "adm-classifier",
+)
 
 
 def without_paths(value):
@@ -50,9 +60,9 @@ def without_paths(value):
 def convert_workdirs(
     out: str | os.PathLike,
     *,
-    clip: str,
-    prior: str,
     decoder: str,
+    clip: str = "",
+    prior: str = "",
     noisy_clip: str = "",
     classifier: str = "",
     upsamplers: tuple[str, ...] = (),
@@ -64,7 +74,8 @@ def convert_workdirs(
 
     Args:
       out: the directory; made if absent. Files of the same names are replaced.
-      clip, prior, decoder: workdirs, or model directories that hold the stage.
+      decoder, clip, prior: workdirs, or model directories that hold the stage, or their hf:// addresses; a
+        decoder that reads no image embeddings needs neither CLIP nor prior.
       noisy_clip, classifier: the same for what is to guide the decoder; empty for none.
       upsamplers: workdirs, in the order in which they run.
       dtype: 'bfloat16' (half the size) or 'float32' (exact).
@@ -75,11 +86,11 @@ def convert_workdirs(
       FileNotFoundError, ValueError: a workdir lacks something, or the stages do not fit together.
     """
     out = _check_out(out, dtype)
-    wanted = [("clip", clip), ("prior", prior), ("decoder", decoder)]
-    reading = [clip, prior, decoder] + ([noisy_clip] if noisy_clip else [])  # captions
-    wanted += [(role, w) for role, w in (("noisy_clip", noisy_clip), ("classifier", classifier)) if w]
-    wanted += [("upsampler", w) for w in upsamplers]
-    configs, stages, weights, steps = {}, {}, {}, {}
+    named = dict(clip=clip, prior=prior, decoder=decoder, noisy_clip=noisy_clip, classifier=classifier)
+    wanted = [(role, source) for role, source in named.items() if source]
+    wanted += [("upsampler", source) for source in upsamplers]
+    configs, stages, weights, steps, reading = {}, {}, {}, {}, []
+    local = {source: hub.local(source) for _, source in wanted}
     for role, source in wanted:
         stage, config, params = models.load_stage(source, role)
         folder = f"upsampler{stage.image_size}" if role == "upsampler" else role
@@ -88,13 +99,16 @@ def convert_workdirs(
                 f"two upsamplers draw {stage.image_size} x {stage.image_size}: {source} is one too many"
             )
         configs[folder], stages[folder], weights[folder] = config, stage, params
-        steps[folder] = _trained_steps(source, folder)
+        steps[folder] = _trained_steps(local[source], folder)
+        reading += [local[source]] if getattr(stage, "context_length", None) else []
         print(f"read {folder} from {source}", flush=True)
-    tokenizer = _shared_tokenizer(reading)
-    check_cascade(configs, stages, tokenizer.vocab_size)
+    if stages["decoder"].embed_dim and not (clip and prior):
+        raise ValueError("this decoder draws image embeddings: give a clip and a prior, too")
+    tokenizer = _shared_tokenizer(reading) if reading else None
+    check_cascade(configs, stages, tokenizer.vocab_size if tokenizer else 0)
     configs = {folder: without_paths(config) | {"wandb": ""} for folder, config in configs.items()}
     parts = {folder: (config, weights[folder]) for folder, config in configs.items()}
-    inherited = sorted({found for _, source in wanted if (found := _licence(source))})
+    inherited = sorted({found for _, source in wanted if (found := _licence(local[source]))})
     extra = {"trained_steps": steps, "licence": licence or "; ".join(inherited)}
     _write_model(out, parts, tokenizer, dtype, name, extra)
 
@@ -131,14 +145,15 @@ def convert_weights(
         raise FileNotFoundError(f"there is no tokenizer folder {tokenizer}")
     words = load_tokenizer(tokenizer) if tokenizer else None
     read = module.import_weights(Path(source), words)
-    words = words or read.tokenizer
-    if words is None and set(read.stages) != {"classifier"}:
+    configs = {folder: config for folder, (config, _) in read.stages.items()}
+    stages = {folder: models.build_stage(config) for folder, config in configs.items()}
+    reads = any(getattr(stage, "context_length", None) for stage in stages.values())
+    words = (words or read.tokenizer) if reads else None
+    if reads and words is None:
         raise ValueError(
             f"{source} comes without a tokenizer: give a folder with CLIP's vocab.json and merges.txt, or a "
             "model directory's tokenizer, as --tokenizer=FOLDER"
         )
-    configs = {folder: config for folder, (config, _) in read.stages.items()}
-    stages = {folder: models.build_stage(config) for folder, config in configs.items()}
     check_cascade(configs, stages, words.vocab_size if words else 0)
     files = [path for tensors in read.tensors for path in tensors.files]
     inside = [path.relative_to(source) if path != Path(source) else path.name for path in files]
@@ -200,7 +215,7 @@ def _licence(source: str) -> str:
     """The licence of a model directory, or of the one that a workdir's parameters began as; '' if unknown."""
     folder = epath.Path(source)
     if models.is_workdir(folder):
-        began = json.loads((folder / "config.json").read_text()).get("init_from", "")
+        began = hub.local(json.loads((folder / "config.json").read_text()).get("init_from", ""))
         if not began or models.is_workdir(began):
             return _licence(began) if began else ""
         folder = epath.Path(began)
@@ -238,8 +253,10 @@ def make_parser() -> argparse.ArgumentParser:
     workdirs = commands.add_parser(
         "workdirs", aliases=["export"], help="averaged weights of training workdirs"
     )
-    for role in ("clip", "prior", "decoder"):
-        workdirs.add_argument(f"--{role}", required=True, metavar="W", help=f"workdir of the {role}")
+    workdirs.add_argument("--decoder", required=True, metavar="W", help="workdir of the decoder")
+    for role in ("clip", "prior"):
+        help_text = f"workdir of the {role}; needed unless the decoder reads captions or classes alone"
+        workdirs.add_argument(f"--{role}", default="", metavar="W", help=help_text)
     workdirs.add_argument(
         "--upsamplers", default="", metavar="W1,W2", help="workdirs of the upsamplers, in their order"
     )

@@ -12,7 +12,7 @@ Edits pictures with a model directory, or with the small model that comes with t
   invert PICTURE ...                    latents.npz, and what is drawn from it; --steps
   redraw LATENTS.npz                    draw from it again; --eta
   reconstruct PICTURE                   from --components=4,8,16 of its embedding
-  upscale PICTURE                       by the last upsampler; --tile
+  upscale PICTURE                       by the last upsampler; --tile, --caption
 
 --out gets every picture as PNG (with the settings inside), grid.png and edit.json; actions that go from one
 picture to another also write path.webp, which moves. --keep=K keeps the K pictures closest to the caption.
@@ -166,6 +166,7 @@ def main(argv):
                 seed=FLAGS.seed,
                 num_steps=FLAGS.steps,
                 tile=FLAGS.tile,
+                caption=FLAGS.caption,
                 progress=StageLines(),
             )
             made = json.dumps(said | {"model": model.name, "seed": FLAGS.seed})
@@ -193,7 +194,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("keep", None, "Keep so many of them, those closest to the caption.", lower_bound=1)
     flags.DEFINE_integer("steps", None, "Steps of the decoder, and of the inversion before it.")
     flags.DEFINE_float("guidance_scale", None, "Guidance of the decoder; 1 is none.")
-    flags.DEFINE_string("caption", None, "variations: what the picture shows, for the decoder to read.")
+    flags.DEFINE_string("caption", None, "variations, upscale: what the picture shows, to be read.")
     flags.DEFINE_string("source", None, "textdiff: what the picture shows.")
     flags.DEFINE_string("negative", None, "A caption to lead away from.")
     flags.DEFINE_float("eta", None, "Noise of DDIM, 0 to 1; variations: 1, redraw: 0.")

@@ -150,10 +150,11 @@ class Editing:
     ) -> Latents:
         """The latents of pictures; the more steps, the closer what is drawn from them."""
         squares = [square_picture(image, self.image_size, fit) for image in images]
-        embeds = self.encode_image(squares, batch_size)
+        embeds = np.zeros((len(squares), 0), np.float32)
+        rows = {"image": self.base_pictures(squares)} | self._told("decoder", captions, len(squares))
+        if self.cascade.reads_embeds:
+            embeds = rows["image_embed"] = self.encode_image(squares, batch_size)
         task = tasks.invert_task(self.cascade, num_steps)
-        rows = {"image": self.base_pictures(squares), "image_embed": embeds}
-        rows |= self._decoder_text(captions, len(squares))
         x_T, _ = self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
         return Latents(embeds, x_T, num_steps, None if captions is None else tuple(captions))
 
@@ -174,6 +175,7 @@ class Editing:
         noised, whose layout stays, then.
         """
         how, captions = Drawing(**drawing), None if caption is None else [caption]
+        self._check_reads_embeds("variations")
         _check_strength(strength)
         square = square_picture(image, self.image_size, how.fit)
         own = how.faithful | dict(eta=eta, guidance_scale=how.guidance_scale)
@@ -214,6 +216,7 @@ class Editing:
         """
         if frames < 2:
             raise ValueError(f"frames {frames} must be 2 or more")
+        self._check_reads_embeds("interpolate")
         how = Drawing(**drawing)
         (z_1, x_1), (z_2, x_2) = (self._end(thing, i, how) for i, thing in enumerate((first, second)))
         thetas = np.linspace(0, 1, frames)
@@ -255,6 +258,7 @@ class Editing:
             raise ValueError(f"theta {theta} must lie in 0 .. 1; 0.25 to 0.5 are usual")
         if frames < 2:
             raise ValueError(f"frames {frames} must be 2 or more")
+        self._check_reads_embeds("textdiff")
         how, texts = Drawing(**drawing), [target] if source is None else [target, source]
         (embeds, _), _ = self.encode_text(texts, **how.running)
         if source is not None and np.allclose(embeds[0], embeds[1]):
@@ -391,12 +395,20 @@ class Editing:
         )
 
     def upscale(
-        self, image, *, seed: int = 0, num_steps: int | None = None, tile: int | None = None, progress=None
+        self,
+        image,
+        *,
+        seed: int = 0,
+        num_steps: int | None = None,
+        tile: int | None = None,
+        caption: str | None = None,
+        progress=None,
     ) -> np.ndarray:
         """A picture of any size, enlarged by the last upsampler: uint8 [s H, s W, 3].
 
         tile: side of the windows that are drawn at a time, in finished pixels; by default the whole picture
-        where it is no larger than in training.
+        where it is no larger than in training. caption: what the picture shows, for an upsampler that reads
+        it; None for the null caption.
         """
         name = self.cascade.upsamplers[-1] if self.cascade.upsamplers else None
         if name is None:
@@ -408,6 +420,7 @@ class Editing:
             own["tile"] = own["tile"] or stage.crop_size
         task = tasks.upsampler_task(self.cascade, name, seed, own, low_res.shape)
         rows = {"low_res": low_res[None], "number": np.zeros(1, np.uint32)}
+        rows |= self._told(name, None if caption is None else [caption], 1)
         images, _ = self.cascade.run(task, rows, batch_size=1, progress=progress)
         return images[0]
 
@@ -415,6 +428,13 @@ class Editing:
         """The order [N] of pictures by how close CLIP finds them to `caption`, the closest first."""
         (text, _), _ = self.encode_text([caption], batch_size)
         return np.argsort(-(unit(self.encode_image(images, batch_size)) @ text[0]), kind="stable")
+
+    def _check_reads_embeds(self, action: str) -> None:
+        if not self.cascade.reads_embeds:
+            raise ValueError(
+                f"{action} needs CLIP's image embeddings, and the decoder of model {self.name!r} reads none: "
+                "image_to_image and inpaint work with it"
+            )
 
     def _drawn(
         self,
@@ -440,7 +460,7 @@ class Editing:
         base, timings["decoder"] = self.decode(embeds, captions, known=at_base, **own, **common)
         images = base
         if how.upsample:
-            images, more = self.upsample(base, known=known, **common)
+            images, more = self.upsample(base, captions, known=known, **common)
             timings |= more
         used = {
             "decoder": {name: value for name, value in own.items() if isinstance(value, int | float | str)}

@@ -74,7 +74,9 @@ def scenes_of(model: pipeline.UnCLIP, name: str | None = None) -> tuple[scenes.S
 
     Raises ValueError for a model that was not trained on scenes, unless a name is given.
     """
-    data = model.cascade.configs["clip"]["data"]
+    configs = model.cascade.configs
+    stored_data = (configs.get("clip") or configs["decoder"]).get("data") or {}
+    data = {"path": "", "source": ""} | stored_data  # weights of others do not say
     stored, _, side = data["path"].partition("_")
     if name is None and (data["source"] != "scenes" or stored not in scenes.PRESETS):
         raise ValueError(

@@ -1,5 +1,6 @@
 """Models on the Hugging Face Hub: hf://OWNER/NAME@COMMIT in the place of a folder, and publishing one.
 
+hf://OWNER/NAME@COMMIT/FOLDER is a folder in it, such as that of a stage.
 A revision has to be a commit, so that what is read today is what is read in a year. Files of data alone are
 fetched (safetensors, JSON, text), into huggingface_hub's own cache. Nothing here is needed without the hub.
 """
@@ -31,10 +32,10 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
     """
     if not os.fspath(path).startswith(SCHEME):
         return path
-    match = re.fullmatch(rf"{SCHEME}([\w.-]+/[\w.-]+)(?:@(.*))?", os.fspath(path))
+    match = re.fullmatch(rf"{SCHEME}([\w.-]+/[\w.-]+)(?:@([^/]*))?((?:/\w[\w.-]*)*)/?", os.fspath(path))
     if not match:
         raise ValueError(f"{path} is no address of a model: write {SCHEME}OWNER/NAME@COMMIT")
-    name, revision = match.groups()
+    name, revision, folder = match.groups()
     if not re.fullmatch("[0-9a-f]{40}", revision or ""):
         raise ValueError(
             f"{path} names no commit, and what it means could change: write {SCHEME}{name}@COMMIT with the "
@@ -42,11 +43,10 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
         )
     library = _library()
     try:
-        return Path(
-            library.snapshot_download(
-                name, revision=revision, allow_patterns=list(PATTERNS), ignore_patterns=list(IGNORED)
-            )
+        fetched = library.snapshot_download(
+            name, revision=revision, allow_patterns=list(PATTERNS), ignore_patterns=list(IGNORED)
         )
+        return Path(fetched) / folder.strip("/")
     except library.errors.HfHubHTTPError as error:
         raise ValueError(f"{path} cannot be fetched: {str(error).strip().splitlines()[0]}") from error
 

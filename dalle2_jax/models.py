@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from dalle2_jax import checkpoint, modeldir
+from dalle2_jax import checkpoint, hub, modeldir
 
 STAGES = ("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier")
 # What may take the place of a stage in a model.
@@ -104,11 +104,12 @@ def load_stage(path, name: str):
     """(stage, config, parameters) of a training workdir (its newest average), of stage `name` of a model
     directory, or of a stage's folder in one.
 
+    path: on the disk, or hf://OWNER/NAME@COMMIT of a model directory, or with a stage's folder behind it.
     name: 'clip', 'prior', 'decoder', 'upsampler' or, of a model directory with several, 'upsampler64' and the
     like. Parameters are float32 arrays on the host. Raises FileNotFoundError or ValueError that says what
     `path` lacks.
     """
-    path = epath.Path(path)
+    path = epath.Path(hub.local(path))
     if is_workdir(path):
         config = json.loads((path / "config.json").read_text())
         stage = build_stage(config)

@@ -2,6 +2,7 @@
 
     caption --CLIP text--> text embedding --prior--> image embedding --decoder--> base --upsamplers--> picture
 
+A model whose decoder reads no image embedding (GLIDE, ADM) begins with the decoder.
 Each stage samples in one compiled function that holds one `lax.scan` (see tasks.py). The same seed and
 caption give the same picture whatever else is drawn with it. Nothing here needs TensorFlow.
 """
@@ -29,7 +30,7 @@ class Result:
       captions: N captions, one a picture.
       numbers: N picture numbers, 0 .. n-1 within a caption; with seed and settings they fix the picture.
       seed: the seed of all of them.
-      image_embeds: [N, E] float32, the prior's, in CLIP's own scale.
+      image_embeds: [N, E] float32, the prior's, in CLIP's own scale; [N, 0] where the decoder reads none.
       base: uint8 [N, h, w, 3], the decoder's pictures.
       images: uint8 [N, H, W, 3], after the last upsampler (`base` if there is none).
       settings: stage -> what it was run with, JSON values.
@@ -101,9 +102,13 @@ class UnCLIP(Editing):
         return self.cascade.stage((("decoder",) + self.cascade.upsamplers)[-1]).image_size
 
     def cut_captions(self, captions: Sequence[str]) -> list[str]:
-        """A line for each caption that is longer than a stage reads, saying what is left of it."""
+        """A line for each caption that is longer than a stage reads, saying what is left of it; one for all
+        where nothing reads them."""
         stages = self.cascade.stages
         reads = {name: getattr(stages.get(name), "context_length", None) for name in BASE_STAGES}
+        if not any(reads.values()):
+            told = any(getattr(stage, "num_classes", 0) for stage in stages.values())
+            return [] if told else [f"model {self.name!r} reads no captions: it draws what it was trained on"]
         # A token stands for at least one byte, a character for at most four.
         lengths = self.cascade.tokenizer(4 * MAX_CAPTION + 2)(list(captions))[1].sum(axis=1)
         lines = []
@@ -163,8 +168,11 @@ class UnCLIP(Editing):
     ) -> tuple[np.ndarray, dict[str, Timing]]:
         """(n image embeddings of each caption, [N, E] float32 in CLIP's own scale; stage -> Timing).
 
-        own: instead of the prior's own settings, its names of them: num_steps, guidance_scale, ...
+        [N, 0] for a decoder that reads none. own: instead of the prior's own settings, its names of them:
+        num_steps, guidance_scale, ...
         """
+        if not self.cascade.reads_embeds:
+            return np.zeros((n * len(captions), 0), np.float32), {}
         own = of_stage(self.cascade, "prior", **own)
         (text_embed, text_states), text_timing = self.encode_text(captions, batch_size, progress)
         tokens, token_mask = self._tokens("prior", captions)
@@ -195,7 +203,7 @@ class UnCLIP(Editing):
         """(base pictures uint8 [N, h, w, 3] of image embeddings, Timing).
 
         Args:
-          image_embeds: [N, E] in CLIP's own scale.
+          image_embeds: [N, E] in CLIP's own scale; [N, 0] for a decoder that reads none.
           captions: N of them, or None for the null caption.
           seed, numbers: picture i has the key of (seed, numbers[i]); by default 0 .. N-1.
           negative: a caption that guidance leads away from.
@@ -225,29 +233,33 @@ class UnCLIP(Editing):
                 raise ValueError(
                     "a negative caption needs a decoder that reads captions, and guidance above 1"
                 )
-            text = self._decoder_text([negative] * count, count)
+            text = self._told("decoder", [negative] * count, count)
             given |= {f"negative_{name}": value for name, value in text.items()}
         how |= {"strength": strength} if strength != 1 else {}
         how |= {"resample": resample} if resample != 1 else {}
         task = tasks.decoder_task(self.cascade, seed, how, tuple(given))
-        rows = {"image_embed": image_embeds, "number": numbers} | given
-        rows |= self._guide_rows(how, captions, batch_size) | self._decoder_text(captions, count)
+        rows = {"number": numbers} | given | self._guide_rows(how, captions, batch_size)
+        rows |= {"image_embed": image_embeds} if decoder.embed_dim else {}
+        rows |= self._told("decoder", captions, count)
         return self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
 
-    def _decoder_text(self, captions: Sequence[str] | None, count: int) -> dict[str, np.ndarray]:
-        """What the decoder reads of captions, or of `count` null ones; {} if it reads none."""
-        decoder = self.cascade.stage("decoder")
-        if captions is None and decoder.null_tokens:
+    def _told(self, name: str, captions: Sequence[str] | None, count: int) -> dict[str, np.ndarray]:
+        """What the decoder or an upsampler reads of captions, or of `count` null ones; {} if nothing."""
+        stage = self.cascade.stage(name)
+        specs = tasks.told_specs(stage)
+        rows = {field: np.zeros((count, *spec.shape), spec.dtype) for field, spec in specs.items()}
+        if "label" in rows:
+            if captions is None and not getattr(stage, "label_drop", 0):
+                raise ValueError(f"the {name} draws classes: give a caption that names one")
+            rows["label"] = np.full(count, -1) if captions is None else self.labels(captions, name)
+        if captions is None and getattr(stage, "null_tokens", 0):
             captions = [""] * count  # which is the null caption of decoders that have tokens of one
-        if captions is None or decoder.context_length is None:
-            specs = decoder.batch_spec(count)
-            names = [name for name in specs if name not in ("image", "image_embed")]
-            return {name: np.zeros(specs[name].shape, specs[name].dtype) for name in names}
-        tokens, token_mask = self._tokens("decoder", captions)
-        if not decoder.states_width:
-            return {"tokens": tokens, "token_mask": token_mask}
-        (text_embed, text_states), _ = self._encode_text(captions)
-        return {"text_embed": text_embed, "text_states": text_states, "token_mask": token_mask}
+        if captions is not None and "token_mask" in rows:
+            known = dict(zip(("tokens", "token_mask"), self._tokens(name, captions), strict=True))
+            if "text_states" in rows:
+                (known["text_embed"], known["text_states"]), _ = self._encode_text(captions)
+            rows |= {field: value for field, value in known.items() if field in rows}
+        return rows
 
     def _guide_rows(self, own: dict, captions: Sequence[str] | None, batch_size: int | None) -> dict:
         """What the guides of these settings are to steer to: a text embedding, a label a caption."""
@@ -261,26 +273,38 @@ class UnCLIP(Editing):
             known = {"tokens": tokens, "token_mask": token_mask}
             (rows["guide_text_embed"], _), _ = self.cascade.run(task, known, batch_size=batch_size)
         if "classifier" in used:
-            rows["label"] = self.labels(captions)
+            rows["guide_label"] = self.labels(captions)
         return rows
 
-    def labels(self, captions: Sequence[str]) -> np.ndarray:
-        """The classifier's class [N] int32 that each caption names; ValueError for one that names not one."""
+    def labels(self, captions: Sequence[str], name: str = "classifier") -> np.ndarray:
+        """The class [N] int32 of the classifier, or of stage `name`, that each caption names.
+
+        -1 where a caption names not one, for a stage that was trained without classes, too; ValueError for
+        others.
+        """
         from dalle2_jax.data.pipeline import label_of
 
-        classes = self.cascade.configs["classifier"]["data"]["classes"]
+        classes = self.cascade.configs[name]["data"]["classes"]
         labels = [label_of(caption, classes) for caption in captions]
         for caption, label in zip(captions, labels, strict=True):
-            if label < 0:
+            if label < 0 and not getattr(self.cascade.stage(name), "label_drop", 0):
+                leave = ", or leave classifier out" if name == "classifier" else ""
                 raise ValueError(
-                    f"caption {caption!r} does not name exactly one class of the classifier, such as "
-                    f"{', '.join(map(repr, classes[:3]))}: name one, or leave classifier out"
+                    f"caption {caption!r} does not name exactly one class of the {name}, such as "
+                    f"{', '.join(map(repr, classes[:3]))}: name one{leave}"
                 )
         return np.array(labels, np.int32)
+
+    def _check_classes(self, settings: dict, captions: Sequence[str]) -> None:
+        """Raise ValueError for a caption that names no class where a stage or the classifier needs one."""
+        told = [name for name in settings if getattr(self.cascade.stage(name), "num_classes", 0)]
+        for name in told + ["classifier"] * ("classifier" in settings.get("decoder", {})):
+            self.labels(captions, name)
 
     def upsample(
         self,
         images: np.ndarray,
+        captions: Sequence[str] | None = None,
         *,
         seed: int = 0,
         numbers: Sequence[int] | None = None,
@@ -291,8 +315,9 @@ class UnCLIP(Editing):
     ) -> tuple[np.ndarray, dict[str, Timing]]:
         """(pictures of the decoder's size, uint8 [N, h, w, 3], through all upsamplers; stage -> Timing).
 
-        known: a finished picture uint8 [H, W, 3] and where to repaint it, bool [H, W]; the rest comes back.
-        own: as for `decode`, for every upsampler; of `num_steps` there is one number for each.
+        captions: N of them for upsamplers that read them, None for the null caption. known: a finished
+        picture uint8 [H, W, 3] and where to repaint it, bool [H, W]; the rest comes back. own: as for
+        `decode`, for every upsampler; of `num_steps` there is one number for each.
         """
         own = of_upsamplers(self.cascade, **own)
         images, timings = np.asarray(images), {}
@@ -303,7 +328,7 @@ class UnCLIP(Editing):
             task = tasks.upsampler_task(
                 self.cascade, name, seed, own[name], images.shape[1:], keeps=known is not None
             )
-            rows = {"low_res": images, "number": numbers}
+            rows = {"low_res": images, "number": numbers} | self._told(name, captions, len(images))
             if known is not None:
                 size = self.cascade.stage(name).image_size
                 at_size = square_picture(known[0], size), shrink_mask(known[1], size)
@@ -364,12 +389,12 @@ class UnCLIP(Editing):
         if n < 1:
             raise ValueError(f"n {n} must be 1 or more pictures a caption")
         settings, own = self.settings(**asked), split(asked)
-        if "classifier" in settings["decoder"]:
-            self.labels(captions)  # a caption that it cannot steer to is named before anything is computed
+        self._check_classes(settings, captions)  # before anything is computed
         # All stages are compiled at once, the later ones while the earlier ones run.
         count, prepare = n * len(captions), self.cascade.prepare
-        prepare(tasks.text_task(self.cascade), len(captions), batch_size)
-        prepare(tasks.prior_task(self.cascade, seed, settings["prior"]), count, batch_size)
+        if "prior" in settings:
+            prepare(tasks.text_task(self.cascade), len(captions), batch_size)
+            prepare(tasks.prior_task(self.cascade, seed, settings["prior"]), count, batch_size)
         prepare(tasks.decoder_task(self.cascade, seed, settings["decoder"]), count, batch_size)
         side = self.cascade.stage("decoder").image_size
         for name in self.cascade.upsamplers if upsample else ():
@@ -388,7 +413,7 @@ class UnCLIP(Editing):
         base, timings["decoder"] = self.decode(image_embeds, repeated, **common, **own["decoder"])
         images = base
         if upsample:
-            images, more = self.upsample(base, **common, **own["upsampler"])
+            images, more = self.upsample(base, repeated, **common, **own["upsampler"])
             timings |= more
         settings = {name: values for name, values in settings.items() if name in timings}
         return self._result(repeated, numbers, seed, image_embeds, base, images, settings, timings)

@@ -75,7 +75,8 @@ def resolve(cascade: Cascade, **asked) -> dict[str, dict]:
     Raises ValueError for what there is no setting for, and for what the model cannot do.
     """
     roles = split(asked)
-    settings = {name: of_stage(cascade, name, **roles[name]) for name in ("prior", "decoder")}
+    names = ("prior", "decoder") if cascade.reads_embeds or roles["prior"] else ("decoder",)
+    settings = {name: of_stage(cascade, name, **roles[name]) for name in names}
     return settings | of_upsamplers(cascade, **roles["upsampler"])
 
 
@@ -163,6 +164,11 @@ def _check_ranges(cascade: Cascade, name: str, values: dict) -> None:
     scale = values.get("guidance_scale", 1)
     if not 0 <= scale <= 100:
         raise ValueError(f"{name}: guidance_scale {scale} must lie in 0 .. 100; 1 is none, 2 to 5 are usual")
+    if scale != 1 and not getattr(stage, "guidable", True):
+        raise ValueError(
+            f"{name}: guidance_scale {scale} has no meaning for a stage that was never trained without its "
+            "condition: leave it out, or steer with a classifier"
+        )
     if values.get("temperature", 1) <= 0:
         raise ValueError(f"{name}: temperature {values['temperature']} must be above 0")
     if not 0 <= values.get("dot_quantile", 0) < 1:

@@ -56,12 +56,16 @@ def _fixed(own: dict) -> dict:
     return {name: value for name, value in own.items() if name != "guidance_scale"}
 
 
-def _decoder_text_specs(decoder) -> dict[str, jax.ShapeDtypeStruct]:
-    """The rows of captions that a decoder reads."""
-    specs = {
-        name: spec for name, spec in decoder.batch_spec(1).items() if name not in ("image", "image_embed")
-    }
+def told_specs(stage) -> dict[str, jax.ShapeDtypeStruct]:
+    """The rows that a decoder or an upsampler reads of captions: of tokens or states, and of classes."""
+    pictures = ("image", "image_embed", "low_res", "crop_yx")
+    specs = {name: spec for name, spec in stage.batch_spec(1).items() if name not in pictures}
     return {name: _spec(spec.shape[1:], spec.dtype) for name, spec in specs.items()}
+
+
+def _embed_specs(decoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """The row of image embeddings, for a decoder that reads them."""
+    return {"image_embed": _spec((decoder.embed_dim,), np.float32)} if decoder.embed_dim else {}
 
 
 def text_task(cascade: Cascade, name: str = "clip") -> Task:
@@ -96,7 +100,8 @@ def prior_task(cascade: Cascade, seed: int, own: dict) -> Task:
 def decoder_task(cascade: Cascade, seed: int, own: dict, given: Collection[str] = ()) -> Task:
     """number, image_embed and what the decoder reads of captions -> base picture in uint8.
 
-    Where `own` has a scale for a guide, also guide_text_embed (noisy_clip's) or label (the classifier's).
+    Where `own` has a scale for a guide, also guide_text_embed (noisy_clip's) or guide_label (the
+    classifier's).
     given: which rows there are of x_T (noise, float32), init (uint8), known (uint8) with repaint (bool,
     [h, w]), negative_token_mask and what else is read of captions; see `Decoder.sample`.
     """
@@ -104,18 +109,16 @@ def decoder_task(cascade: Cascade, seed: int, own: dict, given: Collection[str] 
     picture = (decoder.image_size, decoder.image_size, 3)
     scales = {name: own[name] for name in GUIDES if name in own}
     fixed = _fixed({name: value for name, value in own.items() if name not in scales})
-    rows = {"number": _spec((), np.uint32), "image_embed": _spec((decoder.embed_dim,), np.float32)}
-    rows |= _decoder_text_specs(decoder)
-
+    rows = {"number": _spec((), np.uint32)} | _embed_specs(decoder) | told_specs(decoder)
     optional = {
         "x_T": _spec(picture, np.float32),
         "init": _spec(picture, np.uint8),
         "known": _spec(picture, np.uint8),
         "repaint": _spec(picture[:2], np.bool_),
-    } | {f"negative_{name}": spec for name, spec in _decoder_text_specs(decoder).items()}
+    } | {f"negative_{name}": spec for name, spec in told_specs(decoder).items()}
     rows |= {name: optional[name] for name in given}
 
-    targets = {"noisy_clip": "guide_text_embed", "classifier": "label"}
+    targets = {"noisy_clip": "guide_text_embed", "classifier": "guide_label"}
     if "noisy_clip" in scales:
         rows[targets["noisy_clip"]] = _spec((cascade.stage("noisy_clip").embed_dim,), np.float32)
     if "classifier" in scales:
@@ -162,11 +165,10 @@ def _known(batch: dict) -> tuple[jax.Array, jax.Array] | None:
 
 
 def invert_task(cascade: Cascade, num_steps: int) -> Task:
-    """image in uint8, image_embed, tokens, token_mask -> x_T, by the decoder."""
+    """image in uint8, image_embed and what the decoder reads of captions -> x_T, by the decoder."""
     decoder = cascade.stage("decoder")
     picture = (decoder.image_size, decoder.image_size, 3)
-    rows = {"image": _spec(picture, np.uint8), "image_embed": _spec((decoder.embed_dim,), np.float32)}
-    rows |= _decoder_text_specs(decoder)
+    rows = {"image": _spec(picture, np.uint8)} | _embed_specs(decoder) | told_specs(decoder)
 
     def function(params, batch, scalars):
         return decoder.invert(params, batch | {"image": to_float(batch["image"])}, num_steps=num_steps)
@@ -182,10 +184,11 @@ def upsampler_task(
     low_res_shape: tuple[int, ...],
     keeps: bool = False,
 ) -> Task:
-    """number, low_res in uint8 -> larger picture in uint8; `keeps`: also known and repaint, of its size."""
+    """number, low_res in uint8 and what the upsampler reads of captions -> larger picture in uint8; `keeps`:
+    also known and repaint, of its size."""
     stage, fixed = cascade.stage(name), _fixed(own)
     number = _UPSAMPLER + cascade.upsamplers.index(name)
-    rows = {"number": _spec((), np.uint32), "low_res": _spec(low_res_shape, np.uint8)}
+    rows = {"number": _spec((), np.uint32), "low_res": _spec(low_res_shape, np.uint8)} | told_specs(stage)
     if keeps:
         factor = stage.image_size // stage.low_res_size
         size = (factor * low_res_shape[0], factor * low_res_shape[1])
@@ -193,8 +196,8 @@ def upsampler_task(
 
     def function(params, batch, scalars):
         keys = picture_keys(scalars["seed"], batch["number"], number)
-        low_res = {"low_res": to_float(batch["low_res"])}
-        return to_uint8(stage.sample(params, keys, low_res, known=_known(batch), **fixed))
+        batch = batch | {"low_res": to_float(batch["low_res"])}
+        return to_uint8(stage.sample(params, keys, batch, known=_known(batch), **fixed))
 
     return Task(name, function, tuple(fixed.items()), rows, {"seed": np.uint32(seed)}, fixed["num_steps"])
 

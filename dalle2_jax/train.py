@@ -26,6 +26,7 @@ from ml_collections import config_flags
 
 from dalle2_jax import (
     checkpoint,
+    hub,
     lock,
     metrics,
     modeldir,
@@ -127,9 +128,10 @@ def make_tokenizer(config: dict, workdir: epath.Path, clip_path: str):
     if (workdir / "tokenizer").exists():
         return tokenizer.load_tokenizer(workdir / "tokenizer", settings["context_length"])
     if clip_path:
-        made = tokenizer.load_tokenizer(epath.Path(clip_path) / "tokenizer", settings["context_length"])
+        folder = epath.Path(hub.local(clip_path)) / "tokenizer"
+        made = tokenizer.load_tokenizer(folder, settings["context_length"])
     elif settings["path"]:
-        made = tokenizer.load_tokenizer(settings["path"], settings["context_length"])
+        made = tokenizer.load_tokenizer(hub.local(settings["path"]), settings["context_length"])
     elif _precomputed(config) and (epath.Path(_precomputed(config)) / "tokenizer").exists():
         folder = epath.Path(_precomputed(config)) / "tokenizer"  # of the CLIP that embedded the captions
         made = tokenizer.load_tokenizer(folder, settings["context_length"])
@@ -216,7 +218,7 @@ def check_settings(config: dict, stage, mesh) -> None:
     if config["grad_accum"] > 1 and config["model"].get("loss") == "vlb":
         raise ValueError("model.loss 'vlb' keeps a history of a batch's losses: set grad_accum=1")
     classes = config["data"].get("classes", ())
-    if hasattr(stage, "num_classes") and len(classes) != stage.num_classes:
+    if getattr(stage, "num_classes", 0) not in (0, len(classes)):
         raise ValueError(
             f"data.classes has {len(classes)} names, model.num_classes is {stage.num_classes}: make them one"
         )

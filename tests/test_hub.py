@@ -1,6 +1,7 @@
 """The hub, with a fake in the place of huggingface_hub: addresses are pinned, data alone travels."""
 
 import fnmatch
+import importlib
 import shutil
 import sys
 import types
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalle2_jax import convert, hub, modeldir, pipeline
+from dalle2_jax import convert, hub, modeldir, models, pipeline, train
 from tests.tiny_model import make_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -74,6 +75,28 @@ def test_what_is_published_is_what_is_loaded(fake, model, capsys):
     theirs, ours = (modeldir.load_stage(place / "prior")[1] for place in (loaded.cascade.directory, model))
     np.testing.assert_array_equal(theirs["net"]["out_proj"]["kernel"], ours["net"]["out_proj"]["kernel"])
     assert not list(fake.root.rglob("*.pkl"))
+
+
+def test_training_takes_addresses_as_it_takes_folders(fake, model, tmp_path):
+    hub.push(model, "somebody/tiny")
+    address = f"hf://somebody/tiny@{COMMIT}"
+    for path in (address, f"{address}/", f"{address}/decoder"):
+        stage, _, params = models.load_stage(path, "decoder")
+        np.testing.assert_array_equal(
+            params["time"]["fc1"]["bias"], modeldir.load_stage(model / "decoder")[1]["time"]["fc1"]["bias"]
+        )
+    recipe = importlib.import_module("configs.finetune")
+    config = recipe.get_config(f"{address}/decoder")
+    assert config.clip == address and config.init_from == f"{address}/decoder"
+    made = train.make_tokenizer(config.to_dict(), tmp_path / "one", config.clip)
+    clip = recipe.get_config(f"{address}/clip")
+    assert not clip.clip and clip.tokenizer.path == f"{address}/tokenizer"
+    again = train.make_tokenizer(clip.to_dict(), tmp_path / "two", clip.clip)
+    assert made(["a red star"])[0].tolist() == again(["a red star"])[0].tolist()
+    convert.convert_workdirs(tmp_path / "out", clip=address, prior=address, decoder=address)
+    assert modeldir.read_index(tmp_path / "out")["licence"] == "Apache-2.0"
+    with pytest.raises(ValueError, match="is no address of a model"):
+        models.load_stage(f"{address}/../decoder", "decoder")
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
-"""Captions to token ids: OpenAI CLIP's byte-pair encoding, or a byte-level one trained on captions.
+"""Captions to token ids: OpenAI CLIP's byte-pair encoding, GLIDE's, or a byte-level one trained on captions.
 
 A row is SOT, the caption's tokens, EOT, then zeros; a caption that is too long is cut so that EOT stays.
 SOT and EOT are the two highest ids, EOT the highest, so `tokens.argmax(-1)` is the position of EOT, as
 CLIP pools. The id 0 is also an ordinary token: `token_mask` says which positions are real. Text is cleaned
-alike for both kinds (`clean`), which makes the ids of Hugging Face's CLIP tokenizer equal to OpenAI's.
+alike for all kinds (`clean`), which makes the ids of Hugging Face's CLIP tokenizer equal to OpenAI's.
+GLIDE's, of GPT-2's layout, has neither SOT nor EOT: a row is the caption's tokens, then zeros.
 
 Saved as tokenizer.json (the `tokenizers` library's format, without SOT and EOT) and tokenizer_config.json.
 """
 
 import functools
+import gzip
 import html
 import json
 import os
@@ -17,7 +19,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-KINDS = ("clip", "bpe")
+KINDS = ("clip", "bpe", "gpt2")
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 _SPACES = re.compile(r"\s+")
 _MIN_VOCAB = 256 + 2
@@ -37,40 +39,46 @@ class Tokenizer:
     """A tokenizer with a fixed context length; call it with a list of captions."""
 
     def __init__(self, encoder, kind: str, vocab_size: int, context_length: int):
-        """encoder: a `tokenizers.Tokenizer`; the ids vocab_size - 2 and vocab_size - 1 are SOT and EOT."""
+        """encoder: a `tokenizers.Tokenizer`; the ids vocab_size - 2 and vocab_size - 1 are SOT and EOT, but
+        of kind 'gpt2', which has neither."""
         if context_length < 3:
             raise ValueError(
                 f"context_length {context_length} leaves no room between SOT and EOT; give 3 or more"
             )
         self.kind, self.vocab_size, self.context_length = kind, vocab_size, context_length
         self.sot, self.eot = vocab_size - 2, vocab_size - 1
+        self.has_ends = kind != "gpt2"
         self._encoder = encoder
         self._cached = functools.lru_cache(maxsize=1 << 15)(self._encode)
 
     def _encode(self, caption: str) -> tuple[int, ...]:
         ids = self._encoder.encode(clean(caption), add_special_tokens=False).ids
-        return tuple(ids[: self.context_length - 2])
+        return tuple(ids[: self.context_length - 2 * self.has_ends])
 
     def _ids(self, caption: str) -> tuple[int, ...]:
         return self._cached(caption) if len(caption) < 1000 else self._encode(caption)
 
     def __call__(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int32 [B, L], token_mask bool [B, L]) of B captions, cut after L - 2 tokens."""
+        """(tokens int32 [B, L], token_mask bool [B, L]) of B captions, cut after L - 2 tokens, or after L
+        where there is neither SOT nor EOT."""
         tokens = np.zeros((len(captions), self.context_length), np.int32)
         token_mask = np.zeros(tokens.shape, bool)
         for row, caption in enumerate(captions):
             ids = self._ids(caption)
-            tokens[row, : len(ids) + 2] = (self.sot, *ids, self.eot)
-            token_mask[row, : len(ids) + 2] = True
+            if self.has_ends:
+                tokens[row, : len(ids) + 2] = (self.sot, *ids, self.eot)
+            else:
+                tokens[row, : len(ids)] = ids
+            token_mask[row, : len(ids) + 2 * self.has_ends] = True
         return tokens, token_mask
 
     def decode(self, ids) -> str:
         """The cleaned caption of one row of ids, up to EOT."""
         kept = []
         for number in np.asarray(ids).tolist():
-            if number == self.eot:
+            if number == self.eot and self.has_ends:
                 break
-            if number != self.sot:
+            if number != self.sot or not self.has_ends:
                 kept.append(number)
         if self.kind == "clip":  # the end-of-word mark stands for the space
             pieces = "".join(self._encoder.id_to_token(number) for number in kept)
@@ -104,8 +112,9 @@ def load_tokenizer(path, context_length: int | None = None) -> Tokenizer:
 
     Args:
         path: a folder that `Tokenizer.save` wrote; a folder with vocab.json and merges.txt (or
-            tokenizer.json); or a name on the Hugging Face Hub, such as 'openai/clip-vit-large-patch14'.
-        context_length: tokens a row; None for the saved one, 77 for CLIP.
+            tokenizer.json); one with GLIDE's encoder.json and vocab.bpe, perhaps with .gz behind; or a name
+            on the Hugging Face Hub, such as 'openai/clip-vit-large-patch14'.
+        context_length: tokens a row; None for the saved one, 77 for CLIP, 128 for GLIDE.
 
     Raises:
         ValueError: the path is neither, or the vocabulary is not laid out as CLIP's.
@@ -125,7 +134,30 @@ def load_tokenizer(path, context_length: int | None = None) -> Tokenizer:
                 settings["vocab_size"],
                 context_length or settings["context_length"],
             )
+    if any(os.path.isfile(os.path.join(path, f"encoder.json{end}")) for end in ("", ".gz")):
+        return _load_gpt2(path, context_length or 128)
     return _load_clip(path, context_length or 77)
+
+
+def _load_gpt2(path: str, context_length: int) -> Tokenizer:
+    """The tokenizer of encoder.json (token -> id) and vocab.bpe (a line of version, then a merge a line)."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    def text(name: str) -> str:
+        for end, opened in (("", open), (".gz", gzip.open)):
+            if os.path.isfile(os.path.join(path, name + end)):
+                with opened(os.path.join(path, name + end), "rt", encoding="utf-8") as file:
+                    return file.read()
+        raise ValueError(f"{path} holds no {name} beside its encoder.json")
+
+    vocab = json.loads(text("encoder.json"))
+    lines = text("vocab.bpe").split("\n")[1:]
+    merges = [tuple(line.split()) for line in lines if len(line.split()) == 2]
+    encoder = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder.decoder = decoders.ByteLevel()
+    return Tokenizer(encoder, "gpt2", max(vocab.values()) + 1, context_length)
 
 
 def _load_clip(path: str, context_length: int) -> Tokenizer:

@@ -3,6 +3,7 @@
 Sizes are read off the tensors; heads have 64 entries. Its noise is the model's beside which ADM trained it:
 the cosine schedule at 64 x 64, the linear one above. What the classes are called is read from classes.txt
 beside the file, a name a line in the order of ImageNet's numbers; a caption steers where it holds a name.
+Without that file they are called 'class 0', 'class 1', ...
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from dalle2_jax import models
 from dalle2_jax.formats import tables
 from dalle2_jax.formats.tables import POINTWISE, Imported, Layout, Row, dense, leaf, under
-from dalle2_jax.formats.tensors import Tensors, open_tensors
+from dalle2_jax.formats.tensors import Tensors, open_tensors, parted
 from dalle2_jax.formats.unet import adm_rows, adm_settings, check_groups
 
 HELP = "ADM's classifier of noised pictures, a .pt file"
@@ -36,25 +37,38 @@ def rows(net: Mapping) -> list[Row]:
 
 def split_qkv(tensors: Tensors) -> Tensors:
     """`tensors` with the pool's one projection as two: its query is asked of the first position alone."""
-    shapes, where = dict(tensors.shapes), {}
-    for kind in ("weight", "bias"):
-        whole = f"out.2.qkv_proj.{kind}"
-        length, *rest = tensors.shape(whole)
-        for name, part in (("q_proj", slice(0, length // 3)), ("kv_proj", slice(length // 3, length))):
-            shapes[f"out.2.{name}.{kind}"] = (part.stop - part.start, *rest)
-            where[f"out.2.{name}.{kind}"] = whole, part
-        del shapes[whole]
+    third = tensors.shape("out.2.qkv_proj.bias")[0] // 3
+    rows = {"q_proj": slice(0, third), "kv_proj": slice(third, None)}
+    return parted(
+        tensors,
+        {
+            f"out.2.{name}.{kind}": (f"out.2.qkv_proj.{kind}", 0, part)
+            for name, part in rows.items()
+            for kind in ("weight", "bias")
+        },
+    )
 
-    def read(name):
-        whole, part = where.get(name, (name, slice(None)))
-        return tensors[whole][part] if name in where else tensors[name]
 
-    return Tensors(tensors.source, shapes, read, tensors.files)
+def class_names(folder: Path, count: int) -> list[str]:
+    """The names of `count` classes; ValueError if classes.txt in `folder` has another number of them."""
+    path = folder / "classes.txt"
+    if not path.is_file():
+        return [f"class {number}" for number in range(count)]
+    names = path.read_text(encoding="utf-8").splitlines()
+    if count and len(names) != count:
+        raise ValueError(f"{path} has {len(names)} names, the model {count} classes")
+    return names if count else []
 
 
 def import_weights(source: Path, tokenizer=None) -> Imported:
     """The classifier in the file `source`."""
-    tensors = split_qkv(open_tensors(source))
+    tensors = open_tensors(source)
+    return Imported({"classifier": read(tensors, source.parent)}, None, [tensors], LICENCE)
+
+
+def read(tensors: Tensors, folder: Path) -> tuple[dict, dict]:
+    """(config, parameters) of a classifier, whose classes' names are in `folder`."""
+    tensors = split_qkv(tensors)
     settings, attending = adm_settings(tensors)
     levels = len(settings["channel_mult"])
     last_side = round((tensors.shape("out.2.positional_embedding")[1] - 1) ** 0.5)
@@ -66,12 +80,8 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
         head_dim=HEAD_DIM,
         schedule="cosine" if side <= 64 else "linear",
     )
-    names = source.parent / "classes.txt"
-    classes = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
-    if classes and len(classes) != model["num_classes"]:
-        raise ValueError(f"{names} has {len(classes)} names, the classifier {model['num_classes']} classes")
-    config = {"stage": "classifier", "model": model, "data": {"classes": classes}}
+    config = {"stage": "classifier", "model": model}
+    config["data"] = {"classes": class_names(folder, model["num_classes"])}
     abstract = models.abstract_params(models.build_stage(config))
-    check_groups(abstract["net"], 32, str(source))
-    params = tables.imported(rows(abstract), tensors, abstract)
-    return Imported({"classifier": (config, params)}, None, [tensors], LICENCE)
+    check_groups(abstract["net"], 32, tensors.source)
+    return config, tables.imported(rows(abstract), tensors, abstract)

@@ -76,11 +76,11 @@ def read_json(path: Path) -> dict:
 
 
 def _transformer(settings: dict, where: str) -> dict:
-    """width, depth and heads of a tower. Raises ValueError for what our networks do not have."""
+    """width, depth, heads and perhaps mlp_width of a tower. Raises ValueError for what ours do not have."""
     default_width, default_heads = (512, 8) if where == "text_config" else (768, 12)
     width = settings.get("hidden_size", default_width)
     mlp = settings.get("intermediate_size", 4 * default_width)
-    if mlp != 4 * width:
+    if mlp != 4 * width and where == "text_config":
         raise ValueError(
             f"{where}.intermediate_size is {mlp}: only four times hidden_size ({width}) is built"
         )
@@ -88,7 +88,8 @@ def _transformer(settings: dict, where: str) -> dict:
     if not math.isclose(epsilon, 1e-5):
         raise ValueError(f"{where}.layer_norm_eps is {epsilon}: only 1e-5 is built")
     depth, heads = settings.get("num_hidden_layers", 12), settings.get("num_attention_heads", default_heads)
-    return dict(width=width, depth=depth, num_heads=heads)
+    own = {} if mlp == 4 * width else {"mlp_width": mlp}
+    return dict(width=width, depth=depth, num_heads=heads) | own
 
 
 def text_model(settings: dict) -> dict:
@@ -187,7 +188,7 @@ def tower_rows(model: dict) -> list[Row]:
 def _tower_config(part: dict, activation: str, embed_dim: int) -> dict:
     return dict(
         hidden_size=part["width"],
-        intermediate_size=4 * part["width"],
+        intermediate_size=part.get("mlp_width") or 4 * part["width"],
         num_hidden_layers=part["depth"],
         num_attention_heads=part["num_heads"],
         hidden_act=activation,

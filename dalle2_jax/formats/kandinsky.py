@@ -1,4 +1,4 @@
-"""Kandinsky 2.2's prior as diffusers' KandinskyV22PriorPipeline: CLIP's text tower and the prior.
+"""Kandinsky 2.2's prior as diffusers' KandinskyV22PriorPipeline: CLIP and the prior.
 
 It is Karlo's prior on the embeddings of another CLIP (ViT-bigG/14). What it draws is for a decoder that was
 trained on that CLIP's embeddings: `configs/prior.py`'s place in a cascade of one's own, or a beginning for
@@ -17,22 +17,14 @@ LICENCE = "Kandinsky 2.2's are Apache-2.0, its CLIP's MIT; of other weights in t
 
 
 def import_weights(source: Path, tokenizer=None) -> Imported:
-    """CLIP and prior in the folder `source`.
-
-    The image tower is left out where its MLPs are not four times as wide as it is, as ViT-bigG's: such a CLIP
-    reads captions alone.
-    """
+    """CLIP and prior in the folder `source`; without an image_encoder, a CLIP that reads captions alone."""
     index = read_json(source / "model_index.json")
     if index.get("_class_name") != "KandinskyV22PriorPipeline":
         raise ValueError(f"{source} holds a {index.get('_class_name')!r}, not a KandinskyV22PriorPipeline")
     vision = source / "image_encoder"
-    if vision.is_dir():
-        config = read_json(vision / "config.json")
-        ours = config.get("intermediate_size") == 4 * config.get("hidden_size", 0)
-        vision = vision if ours else None
-    else:
-        vision = None
-    clip, clip_params, clip_file = hf_clip.import_towers(source / "text_encoder", vision, unit_embeds=False)
+    clip, clip_params, clip_file = hf_clip.import_towers(
+        source / "text_encoder", vision if vision.is_dir() else None, unit_embeds=False
+    )
     tokenizer = tokenizer or load_tokenizer(source / "tokenizer", clip["model"]["text"]["context_length"])
     prior, prior_params, prior_file = karlo.read_prior(
         source / "prior", source / "scheduler", karlo.null_caption(clip, clip_params, tokenizer)

@@ -51,13 +51,7 @@ def prior_rows(depth: int) -> list[Row]:
         "time_fc2": "time_embed.2",
         "out_proj": "out_proj",
     }
-    kernel, bias = per_head(3, HEAD_DIM)
-    blocks = [
-        dataclasses.replace(row, layout=kernel if row.ours.endswith("kernel") else bias)
-        if "/qkv/" in row.ours
-        else row
-        for row in BLOCKS.rows("transformer", "transformer.resblocks.{}", depth)
-    ]
+    blocks = BLOCKS.rows("transformer", "transformer.resblocks.{}", depth, per_head(3, HEAD_DIM))
     net = [row for ours, theirs in names.items() for row in dense(ours, theirs)]
     net += leaf("position/embedding", "positional_embedding", tables.LEADING)
     net += leaf("query/embedding", "prd_emb", karlo.QUERY) + norm("norm_out", "final_ln")

@@ -34,13 +34,15 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
         "pool_type": (None, "tok", "argmax"),
     }
     for part, settings in (("vision_cfg", vision), ("text_cfg", text)):
+        any_width = ("head_width", "mlp_ratio") if part == "vision_cfg" else ()
         for name, allowed in same.items():
-            if settings.get(name) not in allowed:
+            if settings.get(name) not in allowed and name not in any_width:
                 raise ValueError(
                     f"{path}: {part}.{name} is {settings[name]!r}: only CLIP's own architecture is read, "
-                    f"with heads of {HEAD_DIM} and MLPs of four times the width"
+                    f"its text with heads of {HEAD_DIM} and MLPs of four times the width"
                 )
     named = {"image_mean": "mean", "image_std": "std"}
     statistics = {ours: list(preprocess[name]) for ours, name in named.items() if name in preprocess}
     activation = "quick_gelu" if described.get("quick_gelu") else "gelu"
-    return import_tensors(open_tensors(source), activation, **statistics)
+    head_dim = vision.get("head_width") or HEAD_DIM
+    return import_tensors(open_tensors(source), activation, head_dim=head_dim, **statistics)

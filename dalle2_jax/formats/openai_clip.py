@@ -103,14 +103,15 @@ def resnet_rows(depths: tuple[int, ...]) -> list[Row]:
     return rows + dense("vision/pool/kv", f"{pool}.k_proj", f"{pool}.v_proj")
 
 
-def vision_model(tensors: Tensors) -> tuple[dict, int]:
-    """(our settings of the image tower, the side of its pictures)."""
+def vision_model(tensors: Tensors, head_dim: int = HEAD_DIM) -> tuple[dict, int]:
+    """(our settings of the image tower, the side of its pictures); head_dim: of a vision transformer."""
     if "visual.proj" in tensors.shapes:
         width, _, _, patch = tensors.shape("visual.conv1.weight")
         side = round((tensors.shape("visual.positional_embedding")[0] - 1) ** 0.5)
         depth = _blocks(tensors, r"visual\.transformer\.resblocks\.(\d+)\.ln_1\.weight")
-        heads = width // HEAD_DIM
-        return dict(kind="vit", patch_size=patch, width=width, depth=depth, num_heads=heads), side * patch
+        model = dict(kind="vit", patch_size=patch, width=width, depth=depth, num_heads=width // head_dim)
+        mlp_width = tensors.shape("visual.transformer.resblocks.0.mlp.c_fc.bias")[0]
+        return model | ({} if mlp_width == 4 * width else {"mlp_width": mlp_width}), side * patch
     width = tensors.shape("visual.layer1.0.conv1.weight")[0]
     depths = [_blocks(tensors, rf"visual\.layer{i}\.(\d+)\.conv1\.weight") for i in (1, 2, 3, 4)]
     side = round((tensors.shape("visual.attnpool.positional_embedding")[0] - 1) ** 0.5)
@@ -118,9 +119,10 @@ def vision_model(tensors: Tensors) -> tuple[dict, int]:
     return dict(kind="resnet", width=width, depths=depths, num_heads=heads, norm="frozen_batch"), 32 * side
 
 
-def import_tensors(tensors: Tensors, activation: str, **settings) -> Imported:
-    """The CLIP of tensors in this layout; `settings` are further ones of the model."""
-    text, (vision, side) = text_model(tensors), vision_model(tensors)
+def import_tensors(tensors: Tensors, activation: str, *, head_dim: int = HEAD_DIM, **settings) -> Imported:
+    """The CLIP of tensors in this layout; head_dim: of a vision transformer; `settings` are further ones of
+    the model."""
+    text, (vision, side) = text_model(tensors), vision_model(tensors, head_dim)
     embed_dim = tensors.shape("text_projection")[1]
     model = dict(embed_dim=embed_dim, image_size=side, vision=vision, text=text, activation=activation)
     config = stage(model | settings)

@@ -1,15 +1,6 @@
 """Formats that are known and not read, and why: what their networks have that ours have not."""
 
 REASONS = {
-    "glide": (
-        "GLIDE draws from captions alone: its decoder has no image embedding, which every stage between CLIP "
-        "and the base picture here passes on, and its upsampler attends to the caption, ours to nothing"
-    ),
-    "adm": (
-        "ADM's generators are told of a class, by an embedding that is added to the time's; our decoder and "
-        "upsamplers are told of image embeddings, captions and small pictures. Its classifiers are read: "
-        "adm-classifier"
-    ),
     "kandinsky-decoder": (
         "Kandinsky 2.2's decoder draws the latents of a VQ-GAN, not pictures. Its prior is read: kandinsky"
     ),

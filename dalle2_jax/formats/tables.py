@@ -135,13 +135,19 @@ class BlockNames:
     fc1: str
     fc2: str
 
-    def rows(self, ours: str, theirs: str, depth: int) -> list[Row]:
-        """The rows of `depth` blocks; `theirs` has their number in the place of {}."""
+    def rows(
+        self, ours: str, theirs: str, depth: int, qkv: tuple[Layout | None, Layout | None] = (None, None)
+    ) -> list[Row]:
+        """The rows of `depth` blocks; `theirs` has their number in the place of {}.
+
+        qkv: the layouts of kernel and bias of queries, keys and values, which are in blocks unless given.
+        """
         rows = []
         for number in range(depth):
             a, b = f"{ours}/block_{number}", theirs.format(number)
             rows += norm(f"{a}/norm1", f"{b}.{self.norm1}") + norm(f"{a}/norm2", f"{b}.{self.norm2}")
-            rows += dense(f"{a}/attn/qkv", *(f"{b}.{name}" for name in self.qkv))
+            names = (f"{b}.{name}" for name in self.qkv)
+            rows += dense(f"{a}/attn/qkv", *names, layout=qkv[0], bias_layout=qkv[1])
             rows += dense(f"{a}/attn/out", f"{b}.{self.out}")
             rows += dense(f"{a}/mlp/fc1", f"{b}.{self.fc1}") + dense(f"{a}/mlp/fc2", f"{b}.{self.fc2}")
         return rows
@@ -159,6 +165,16 @@ class Lazy:
         if array.shape != self.shape:
             raise ValueError(f"an array was to have shape {self.shape}, it has {array.shape}")
         return array if dtype is None else array.astype(dtype)
+
+
+def expected_shapes(table: Iterable[Row], abstract: Any) -> dict[str, tuple[int, ...]]:
+    """Their tensors' names and shapes for parameters of ours with the shapes of `abstract`."""
+    shapes = {name: tuple(leaf.shape) for name, leaf in modeldir.flatten(abstract).items()}
+    return {
+        name: shape
+        for row in table
+        for name, shape in zip(row.theirs, _theirs_shapes(row, shapes[row.ours]), strict=True)
+    }
 
 
 def _theirs_shapes(row: Row, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -195,11 +211,7 @@ def imported(
         raise ValueError(
             f"the table and the model differ in {', '.join(unknown[:10])}: a mistake in the format"
         )
-    expected = {
-        name: shape
-        for row in rows.values()
-        for name, shape in zip(row.theirs, _theirs_shapes(row, shapes[row.ours]), strict=True)
-    }
+    expected = expected_shapes(rows.values(), abstract)
     found = {name: shape for name, shape in tensors.shapes.items() if not re.fullmatch(ignored, name)}
     complaints = modeldir.differences(found, expected)
     if complaints:

@@ -62,6 +62,27 @@ class Tensors(Mapping):
         raise ValueError(f"{self.source} has no tensors called {' or '.join(p + '*' for p in prefixes)}")
 
 
+def parted(tensors: Tensors, parts: Mapping[str, tuple[str, int, slice | list[int]]]) -> Tensors:
+    """`tensors` with some cut up.
+
+    parts: new name -> (the tensor, which is no longer there; an axis; the entries along it).
+    """
+    shapes = dict(tensors.shapes)
+    for name, (whole, axis, entries) in parts.items():
+        shape = list(tensors.shape(whole))
+        shape[axis] = len(np.arange(shape[axis])[entries])
+        shapes[name] = tuple(shape)
+        shapes.pop(whole, None)
+
+    def read(name):
+        if name not in parts:
+            return tensors[name]
+        whole, axis, entries = parts[name]
+        return tensors[whole][(slice(None),) * axis + (entries,)]
+
+    return Tensors(tensors.source, shapes, read, tensors.files)
+
+
 def joined(parts: Mapping[str, Tensors]) -> Tensors:
     """Several sources as one, the names of each behind its key: {'decoder.': ..., 'text_proj.': ...}."""
     where = {prefix + name: (prefix, name) for prefix, part in parts.items() for name in part.shapes}

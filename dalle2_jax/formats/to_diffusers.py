@@ -99,9 +99,10 @@ def _check_cascade(settings: Mapping[str, dict]) -> str:
         raise ValueError("the prior is an autoregressive one, diffusers has the diffusion prior alone")
     _demand("prior", settings["prior"], embed_scale={"mode": "meanstd"}, **noise)
     _demand("decoder", settings["decoder"], embed_scale=1.0, objective="eps", learned_variance=True, **noise)
-    _demand("decoder", settings["decoder"], inpaint=False)
+    _demand("decoder", settings["decoder"], inpaint=False, num_heads=0, num_classes=0)
     _demand(above[0], settings[above[0]], objective="eps", learned_variance=False, **noise)
-    _demand(above[0], settings[above[0]], low_res_noise=0.0, resize="cubic")
+    _demand(above[0], settings[above[0]], low_res_noise=0.0, resize="cubic", text=None, num_classes=0)
+    _demand(above[0], settings[above[0]], attention_resolutions=[], inpaint=False)
     for role in ("prior", "decoder"):
         own, text = settings[role], settings[role]["text"] or {}
         if text.get("states_width") != own["embed_dim"]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dalle2_jax import modeldir
-from dalle2_jax.formats.tables import POINTWISE, Row, conv, dense, norm, per_head
-from dalle2_jax.formats.tensors import Tensors
+from dalle2_jax.formats.tables import POINTWISE, Row, conv, dense, leaf, norm, per_head
+from dalle2_jax.formats.tensors import Tensors, parted
 from dalle2_jax.nets.layers import num_groups
 
 
@@ -41,10 +41,14 @@ def diffusers_rows(net: Mapping[str, Any], prefix: str = "") -> list[Row]:
     return rows
 
 
-def adm_rows(net: Mapping[str, Any], head_dim: int, prefix: str = "") -> list[Row]:
+def adm_rows(
+    net: Mapping[str, Any], head_dim: int, prefix: str = "", num_heads: int = 0, blocks: bool = False
+) -> list[Row]:
     """The table of guided-diffusion's UNetModel or EncoderUNetModel, without what comes after its last norm.
 
-    `net`: our shapes, `prefix`: before their names. Keys, queries and values stand head by head.
+    `net`: our shapes, `prefix`: before their names. Queries, keys and values stand head by head, of heads of
+    `head_dim` entries or of `num_heads` heads, or with `blocks` in three blocks (their "new" order). The
+    first convolution of a network for repainting is cut up: see `known_apart`.
     """
     # In theirs a residual block begins a module of its own, which attention follows inside it; on the way up
     # the block that doubles the side does as well.
@@ -56,7 +60,13 @@ def adm_rows(net: Mapping[str, Any], head_dim: int, prefix: str = "") -> list[Ro
         count[side] += begins
         within = 0 if begins else within + 1
         places[name] = f"{called[side]}.{count[side]}" + (f".{within}" if side != "mid" else "")
-    rows = conv("conv_in", f"{prefix}input_blocks.0.0") + norm("norm_out", f"{prefix}out.0")
+    rows = norm("norm_out", f"{prefix}out.0")
+    if "conv_in_known" in net:
+        rows += conv("conv_in", f"{prefix}input_blocks.0.0.seen", bias=False)
+        rows += leaf("conv_in/bias", f"{prefix}input_blocks.0.0.bias")
+        rows += conv("conv_in_known", f"{prefix}input_blocks.0.0.known", bias=False)
+    else:
+        rows += conv("conv_in", f"{prefix}input_blocks.0.0")
     rows += conv("conv_out", f"{prefix}out.2") if "conv_out" in net else []
     for a, place in places.items():
         block, b = net[a], prefix + place
@@ -68,10 +78,27 @@ def adm_rows(net: Mapping[str, Any], head_dim: int, prefix: str = "") -> list[Ro
         else:
             rows += norm(f"{a}/norm", f"{b}.norm") + dense(f"{a}/out", f"{b}.proj_out", layout=POINTWISE)
             for ours, theirs, parts in (("qkv", "qkv", 3), ("text_kv", "encoder_kv", 2)):
-                kernel, bias = per_head(parts, head_dim, pointwise=True)
-                if ours in block:
+                if ours not in block:
+                    continue
+                if blocks:
+                    rows += dense(f"{a}/{ours}", f"{b}.{theirs}", layout=POINTWISE)
+                else:
+                    width = block["out"]["bias"].shape[0]
+                    own_dim = width // num_heads if num_heads else min(head_dim, width)
+                    kernel, bias = per_head(parts, own_dim, pointwise=True)
                     rows += dense(f"{a}/{ours}", f"{b}.{theirs}", layout=kernel, bias_layout=bias)
     return rows
+
+
+def known_apart(tensors: Tensors, low_res: bool) -> Tensors:
+    """`tensors` of a network for repainting, whose first convolution sees, in this order, the noised picture,
+    the four channels of what is kept and, with `low_res`, the small picture: those of what is kept apart."""
+    weight = "input_blocks.0.0.weight"
+    seen = [0, 1, 2, *([7, 8, 9] if low_res else [])]
+    known = {"seen": seen, "known": [3, 4, 5, 6]}
+    return parted(
+        tensors, {f"input_blocks.0.0.{name}.weight": (weight, 1, entries) for name, entries in known.items()}
+    )
 
 
 def _adm_depth(names: list[str], source: str) -> tuple[int, int]:
@@ -100,13 +127,13 @@ def adm_settings(tensors: Tensors, prefix: str = "") -> tuple[dict, list[int]]:
     channels = tensors.shape(f"{prefix}time_embed.0.weight")[1]
     widths = [tensors.shape(f"{prefix}input_blocks.{number}.0.out_layers.3.weight")[0] for number in first]
     added = tensors.shape(f"{prefix}input_blocks.1.0.emb_layers.1.weight")[0]
-    if any(width % channels for width in widths):
+    if any(2 * width % channels for width in widths):
         raise ValueError(
-            f"{tensors.source}: widths {widths} are no multiples of {channels}, which is not built"
+            f"{tensors.source}: widths {widths} are no multiples of half of {channels}, which is not built"
         )
     settings = dict(
         channels=channels,
-        channel_mult=[width // channels for width in widths],
+        channel_mult=[width / channels if width % channels else width // channels for width in widths],
         num_res_blocks=num_res_blocks,
         scale_shift=added == 2 * widths[0],
         dropout=0.0,
@@ -136,9 +163,9 @@ def _blocks(net: Mapping[str, Any]) -> list[tuple[str, Mapping]]:
 
 def check_groups(net: Any, groups: int, where: str) -> None:
     """Raise ValueError unless our group norms of these widths have `groups` groups."""
-    for name, leaf in modeldir.flatten(net).items():
-        if re.search(r"(^|/)norm(1|2|_out)?/scale$", name) and num_groups(leaf.shape[0]) != groups:
+    for name, array in modeldir.flatten(net).items():
+        if re.search(r"(^|/)norm(1|2|_out)?/scale$", name) and num_groups(array.shape[0]) != groups:
             raise ValueError(
-                f"{where} has group norms of {groups} groups, ours have {num_groups(leaf.shape[0])} at "
-                f"{leaf.shape[0]} channels: only 32 groups of at least 4 channels are shared"
+                f"{where} has group norms of {groups} groups, ours have {num_groups(array.shape[0])} at "
+                f"{array.shape[0]} channels: only 32 groups of at least 4 channels are shared"
             )

@@ -65,17 +65,19 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Dense to four times the width, activation, Dense back."""
+    """Dense to four times the width, or to `hidden`, activation, Dense back."""
 
     activation: str
     out_std: float
     dtype: jnp.dtype = jnp.float32
+    hidden: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         init = nn.initializers.normal((2 * width) ** -0.5)
-        h = layers.Dense(4 * width, dtype=self.dtype, kernel_init=init, name="fc1")(x)
+        hidden = self.hidden or 4 * width
+        h = layers.Dense(hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x)
         h = layers.activation(self.activation)(h)
         return layers.Dense(
             width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.out_std), name="fc2"
@@ -89,23 +91,29 @@ class Block(nn.Module):
     activation: str
     out_std: float
     dtype: jnp.dtype = jnp.float32
+    mlp_width: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         h = layers.LayerNorm(name="norm1")(x).astype(self.dtype)
         x = x + Attention(self.num_heads, self.out_std, self.dtype, name="attn")(h, mask)
         h = layers.LayerNorm(name="norm2")(x).astype(self.dtype)
-        return constrain(x + Mlp(self.activation, self.out_std, self.dtype, name="mlp")(h))
+        mlp = Mlp(self.activation, self.out_std, self.dtype, self.mlp_width, name="mlp")
+        return constrain(x + mlp(h))
 
 
 class TransformerStack(nn.Module):
-    """Blocks called block_0, block_1, ...; with `remat` their activations are recomputed, names unchanged."""
+    """Blocks called block_0, block_1, ...; with `remat` their activations are recomputed, names unchanged.
+
+    mlp_width: of the MLPs' inner layer, 0 for four times the width.
+    """
 
     depth: int
     num_heads: int
     activation: str = "gelu"
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
+    mlp_width: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -116,8 +124,9 @@ class TransformerStack(nn.Module):
         out_std = width**-0.5 * (2 * self.depth) ** -0.5
         block = nn.remat(Block) if self.remat else Block
         x = x.astype(self.dtype)
+        common = (self.num_heads, self.activation, out_std, self.dtype, self.mlp_width)
         for i in range(self.depth):
-            x = block(self.num_heads, self.activation, out_std, self.dtype, name=f"block_{i}")(x, mask)
+            x = block(*common, name=f"block_{i}")(x, mask)
         return x
 
 

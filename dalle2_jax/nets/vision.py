@@ -10,7 +10,10 @@ from dalle2_jax.partition import constrain
 
 
 class ViT(nn.Module):
-    """CLIP's vision transformer: patches and a class token, a layer norm before the blocks and one after."""
+    """CLIP's vision transformer: patches and a class token, a layer norm before the blocks and one after.
+
+    mlp_width: of the MLPs' inner layer, 0 for four times the width.
+    """
 
     patch_size: int
     width: int
@@ -18,6 +21,7 @@ class ViT(nn.Module):
     num_heads: int
     embed_dim: int
     activation: str = "gelu"
+    mlp_width: int = 0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -44,9 +48,8 @@ class ViT(nn.Module):
         if t is not None:
             x = x + _time(t, self.width, self.dtype)[:, None]
         x = layers.LayerNorm(name="norm_pre")(x)
-        x = TransformerStack(
-            self.depth, self.num_heads, self.activation, self.remat, self.dtype, name="transformer"
-        )(x)
+        common = (self.depth, self.num_heads, self.activation, self.remat, self.dtype, self.mlp_width)
+        x = TransformerStack(*common, name="transformer")(x)
         x = layers.LayerNorm(name="norm_post")(x[:, 0]).astype(self.dtype)
         init = nn.initializers.normal(std)
         proj = layers.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="proj")

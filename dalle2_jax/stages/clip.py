@@ -316,9 +316,10 @@ def build(
     Args:
       embed_dim: size of the embeddings.
       image_size: side of the pictures.
-      vision: dict(kind='vit', patch_size, width, depth, num_heads), or dict(kind='resnet', width, depths,
-        num_heads) with the blocks of each stage in `depths`, and norm='group' (the default, to train) or
-        'frozen_batch' (released weights). None: a text tower alone, as some released models come with.
+      vision: dict(kind='vit', patch_size, width, depth, num_heads) and mlp_width, if its MLPs are not four
+        times as wide as it is; or dict(kind='resnet', width, depths, num_heads) with the blocks of each stage
+        in `depths`, and norm='group' (the default, to train) or 'frozen_batch' (released weights). None: a
+        text tower alone, as some released models come with.
       text: dict(vocab_size, context_length, width, depth, num_heads).
       activation: 'gelu' or 'quick_gelu' (OpenAI's weights), of both transformers.
       image_mean, image_std: of the channels in [0, 1]; pictures are normalised by them inside.
@@ -349,7 +350,7 @@ def build(
     if vision is None:
         tower = None
     elif vision["kind"] == "vit":
-        check_settings(options, ("patch_size", "width", "depth", "num_heads"), (), "vision")
+        check_settings(options, ("patch_size", "width", "depth", "num_heads"), ("mlp_width",), "vision")
         if image_size % vision["patch_size"]:
             raise ValueError(
                 f"image_size {image_size} is not a multiple of vision.patch_size {vision['patch_size']}"

@@ -4,6 +4,9 @@ A GLIDE-shaped diffusion model. The image embedding is projected and added to th
 projected to four tokens in front of the text transformer's outputs, which every attention layer reads. In
 training the image embedding is dropped with probability 0.1 and the caption, independently, with 0.5;
 classifier-free guidance drops both.
+
+The same stage is a generator without image embeddings: of captions alone (GLIDE), of classes (ADM), or of
+nothing at all.
 """
 
 import dataclasses
@@ -22,7 +25,8 @@ class Decoder:
     """A decoder's network, noise process and sampling defaults; parameters are passed to every call.
 
     `inpaint` says whether the network sees what is to be kept of a picture, `states_width` of what width the
-    states of a frozen CLIP's text transformer are that it reads captions from, 0 for tokens.
+    states of a frozen CLIP's text transformer are that it reads captions from, 0 for tokens. An `embed_dim`
+    of 0 is a decoder without image embeddings, a context_length of None one without captions.
     """
 
     net: DecoderNet
@@ -35,6 +39,13 @@ class Decoder:
     guidance_scale: float
     inpaint: bool = False
     states_width: int = 0
+    num_classes: int = 0
+    label_drop: float = 0.0
+
+    @property
+    def guidable(self) -> bool:
+        """Whether anything is dropped in training, for guidance to lead away from."""
+        return bool(self.embed_dim or self.context_length or self.label_drop)
 
     @property
     def null_tokens(self) -> int:
@@ -66,10 +77,12 @@ class Decoder:
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without `image`."""
-        spec = {
-            "image": jax.ShapeDtypeStruct((batch_size, self.image_size, self.image_size, 3), jnp.float32),
-            "image_embed": jax.ShapeDtypeStruct((batch_size, self.embed_dim), jnp.float32),
-        }
+        picture = (batch_size, self.image_size, self.image_size, 3)
+        spec = {"image": jax.ShapeDtypeStruct(picture, jnp.float32)}
+        if self.embed_dim:
+            spec["image_embed"] = jax.ShapeDtypeStruct((batch_size, self.embed_dim), jnp.float32)
+        if self.num_classes:
+            spec["label"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
         if self.context_length is None:
             return spec
         length = (batch_size, self.context_length)
@@ -81,19 +94,28 @@ class Decoder:
             spec["tokens"] = jax.ShapeDtypeStruct(length, jnp.int32)
         return spec
 
-    def _text(self, batch: dict, prefix: str = "") -> dict:
-        """What the network's `condition` reads of the captions, or the negative ones; {} for none."""
-        names = {"text": "text_states" if self.states_width else "tokens", "token_mask": "token_mask"}
-        names |= {"text_embed": "text_embed"} if self.states_width else {}
-        return {to: batch[prefix + name] for to, name in names.items()} if self.context_length else {}
+    def _told(self, batch: dict, drops: tuple[jax.Array, jax.Array, jax.Array], prefix: str = "") -> dict:
+        """What the network's `condition` reads of a batch, of the negative captions with their prefix.
+
+        drops: [B] bool each, which image embeddings, captions and classes to leave out.
+        """
+        drop_image, drop_text, drop_label = drops
+        told = {}
+        if self.embed_dim:
+            told |= {"image_embed": batch["image_embed"], "drop_image": drop_image}
+        if self.num_classes:
+            told["label"] = jnp.where(drop_label, -1, batch["label"])
+        if self.context_length:
+            names = {"text": "text_states" if self.states_width else "tokens", "token_mask": "token_mask"}
+            names |= {"text_embed": "text_embed"} if self.states_width else {}
+            told |= {to: batch[prefix + name] for to, name in names.items()} | {"drop_text": drop_text}
+        return told
 
     def init(self, key: jax.Array, batch: dict) -> dict:
         """Float32 parameters."""
         t = jnp.zeros(batch["image"].shape[0], jnp.int32)
-        drop = jnp.zeros(t.shape, bool)
-        text = self._text(batch)
-        params = self.net.init(key, batch["image"], t, batch["image_embed"], drop, drop_text=drop, **text)
-        params = params["params"]
+        kept = (jnp.zeros(t.shape, bool),) * 3
+        params = self.net.init(key, batch["image"], t, **self._told(batch, kept))["params"]
         if self.diffusion.loss_kind == "vlb":
             params = params | {"stats": process.init_history(self.diffusion.schedule.num_timesteps)}
         return params
@@ -112,20 +134,19 @@ class Decoder:
         known = None
         if self.inpaint:
             repaint = random_repaint(jax.random.fold_in(key, 0), size, self.image_size)
-            known = _seen(batch["image"], repaint)
+            known = seen_of(batch["image"], repaint)
         drop_image = jax.random.bernoulli(image_key, self.image_drop, (size,)) & train
         drop_text = jax.random.bernoulli(text_key, self.text_drop, (size,)) & train
+        drop_label = jax.random.bernoulli(jax.random.fold_in(key, 1), self.label_drop, (size,)) & train
+        told = self._told(batch, (drop_image, drop_text, drop_label))
 
         def network(x_t, t):
             return self.net.apply(
                 {"params": params},
                 x_t,
                 t,
-                batch["image_embed"],
-                drop_image,
-                drop_text=drop_text,
                 known=known,
-                **self._text(batch),
+                **told,
                 deterministic=not train,
                 rngs={"dropout": dropout_key},
             )
@@ -157,7 +178,7 @@ class Decoder:
         known: tuple[jax.Array, jax.Array] | None = None,
         resample: int = 1,
     ) -> jax.Array:
-        """Pictures [B, H, W, 3] in [-1, 1] for `image_embed` and the caption, one key a picture.
+        """Pictures [B, H, W, 3] in [-1, 1] for what `batch` says (see `batch_spec`), one key a picture.
 
         A guidance scale given as the Python number 1 saves the unconditional half of the work; an array is
         traced. Where the batch has negative_tokens and negative_token_mask, guidance leads away from that
@@ -168,10 +189,11 @@ class Decoder:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         guided = gaussian.is_guided(scale)
         side = image_size or self.image_size
-        conditions = self._conditions(params, batch)
+        conditions = self._conditions(params, batch, len(keys))
         if guided:
-            conditions = gaussian.interleave(conditions, self._conditions(params, batch, null=True))
-        seen = _seen(*known) if known is not None and self.inpaint else None
+            null = self._conditions(params, batch, len(keys), null=True)
+            conditions = gaussian.interleave(conditions, null)
+        seen = seen_of(*known) if known is not None and self.inpaint else None
 
         def network(x_t, t):
             rows = None if seen is None else jnp.repeat(seen, len(x_t) // len(seen), axis=0)
@@ -198,23 +220,21 @@ class Decoder:
     def invert(self, params: dict, batch: dict, *, num_steps: int | None = None) -> jax.Array:
         """x_T [B, H, W, 3], from which 'ddim' with eta 0, guidance 1, the same conditions and as many steps
         returns to about `image` (section 3 of the paper). Reads what `loss` reads."""
-        conditions = self._conditions(params, batch)
+        conditions = self._conditions(params, batch, len(batch["image"]))
         return self.diffusion.invert(
             lambda x_t, t: self.net.apply({"params": params}, x_t, t, conditions, method="denoise"),
             batch["image"],
             num_steps=num_steps,
         )
 
-    def _conditions(self, params: dict, batch: dict, null: bool = False):
-        """What the network is told of the batch; `null` drops the embedding, and the caption or puts the
-        negative one in its place."""
-        drop = jnp.full(batch["image_embed"].shape[:1], null)
+    def _conditions(self, params: dict, batch: dict, count: int, null: bool = False):
+        """What the network is told of the `count` rows of a batch; `null` drops embedding and class, and the
+        caption or puts the negative one in its place."""
+        drop = jnp.full(count, null)
         negative = null and "negative_token_mask" in batch
         prefix, drop_text = ("negative_", ~drop) if negative else ("", drop)
-        text = self._text(batch, prefix)
-        return self.net.apply(
-            {"params": params}, batch["image_embed"], drop, drop_text=drop_text, **text, method="condition"
-        )
+        told = self._told(batch, (drop, drop_text, drop), prefix)
+        return self.net.apply({"params": params}, **told, method="condition")
 
 
 def random_repaint(key: jax.Array, count: int, side: int) -> jax.Array:
@@ -238,7 +258,7 @@ def random_repaint(key: jax.Array, count: int, side: int) -> jax.Array:
     return jax.vmap(one)(jax.random.split(key, count))[..., None].astype(jnp.float32)
 
 
-def _seen(picture: jax.Array, repaint: jax.Array) -> jax.Array:
+def seen_of(picture: jax.Array, repaint: jax.Array) -> jax.Array:
     """[B, H, W, 4]: the pixels of a picture that are kept, zero elsewhere, and 1 where they are."""
     return jnp.concatenate([picture * (1 - repaint), 1 - repaint], axis=-1)
 
@@ -252,13 +272,16 @@ def build(
     num_res_blocks: int = 3,
     attention_resolutions: tuple[int, ...] = (32, 16, 8),
     head_dim: int = 64,
+    num_heads: int = 0,
     dropout: float = 0.1,
     scale_shift: bool = True,
     num_image_tokens: int = 4,
     embed_scale: float | None = None,
     text: dict | None = None,
+    num_classes: int = 0,
     image_drop: float = 0.1,
     text_drop: float = 0.5,
+    label_drop: float = 0.0,
     schedule: str = "cosine",
     num_timesteps: int = 1000,
     objective: str = "eps",
@@ -278,7 +301,9 @@ def build(
     """The decoder of a config; defaults are Table 3's, but `text` (keywords of GlideTextTransformer), which
     it needs.
 
-    embed_scale: what embeddings are multiplied by; None is sqrt(embed_dim), for those of unit norm.
+    embed_dim: 0 for a decoder without image embeddings. embed_scale: what embeddings are multiplied by; None
+    is sqrt(embed_dim), for those of unit norm. num_classes: how many classes a caption may name; 0 where the
+    network is told none. num_heads: of every attention, in the place of heads of head_dim entries.
 
     `text=None` builds a decoder that reads the image embedding alone; with dict(states_width, context_length,
     width) it reads the states of a frozen CLIP's text transformer, as Karlo's does; null_tokens is then the
@@ -296,6 +321,10 @@ def build(
             f"channel_mult {channel_mult} "
             f"or make image_size a multiple of {2 ** (len(channel_mult) - 1)}"
         )
+    if text and text.get("states_width") and not embed_dim:
+        raise ValueError(
+            "text.states_width is for decoders of image embeddings: set embed_dim, or read tokens"
+        )
     if text and text.get("states_width"):
         check_settings(text, ("states_width", "context_length", "width"), ("null_tokens",), "text")
     elif text:
@@ -309,6 +338,7 @@ def build(
         num_res_blocks=num_res_blocks,
         attention_resolutions=tuple(attention_resolutions),
         head_dim=head_dim,
+        num_heads=num_heads,
         dropout=dropout,
         scale_shift=scale_shift,
         remat=remat,
@@ -322,6 +352,7 @@ def build(
             num_image_tokens=num_image_tokens,
             inpaint=inpaint,
             embed_scale=embed_dim**0.5 if embed_scale is None else embed_scale,
+            num_classes=num_classes,
             dtype=jnp.dtype(dtype),
         ),
         diffusion=gaussian.GaussianDiffusion(
@@ -344,4 +375,6 @@ def build(
         guidance_scale=guidance_scale,
         inpaint=inpaint,
         states_width=text.get("states_width", 0) if text else 0,
+        num_classes=num_classes,
+        label_drop=label_drop,
     )

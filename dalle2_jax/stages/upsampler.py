@@ -10,6 +10,9 @@ up to a random time that the network is told; and sampling in tiles, for picture
 fit at once: every step runs the network on overlapping windows of a training crop's size and blends what
 they say.
 
+The paper's upsamplers read no captions. Others do: GLIDE's attends to them by a text transformer of its own,
+and its network for repainting sees what is kept; ADM's is told a class.
+
 With `last_step` a second network of the same shape takes the last step of sampling. Karlo's authors trained
 theirs against a discriminator; training here leaves it as it is.
 """
@@ -22,6 +25,8 @@ import numpy as np
 
 from dalle2_jax.diffusion import gaussian, process, schedules
 from dalle2_jax.nets.unet import UpsamplerNet
+from dalle2_jax.stages import check_settings
+from dalle2_jax.stages.decoder import random_repaint, seen_of
 
 # The small picture's noise folds a number into a sample's key that is no time and not the first noise's.
 _LOW_RES_FOLD = 2**31 - 2
@@ -29,7 +34,10 @@ _LOW_RES_FOLD = 2**31 - 2
 
 @dataclasses.dataclass(frozen=True)
 class Upsampler:
-    """An upsampler's network, noise process and sampling defaults; parameters are passed to every call."""
+    """An upsampler's network, noise process and sampling defaults; parameters are passed to every call.
+
+    A context_length of None is an upsampler without captions, `num_classes` of 0 one without classes.
+    """
 
     net: UpsamplerNet
     diffusion: gaussian.GaussianDiffusion
@@ -41,6 +49,9 @@ class Upsampler:
     low_res_level: float = 0.0
     tile: int | None = None
     last_step: bool = False
+    context_length: int | None = None
+    num_classes: int = 0
+    inpaint: bool = False
 
     @property
     def sampling(self) -> dict:
@@ -56,14 +67,27 @@ class Upsampler:
         return tile
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """The fields that `loss` reads; `sample` reads `low_res` alone."""
-        return {
+        """The fields that `loss` reads; `sample` reads them without `image` and `crop_yx`."""
+        spec = {
             "image": jax.ShapeDtypeStruct((batch_size, self.crop_size, self.crop_size, 3), jnp.float32),
             "low_res": jax.ShapeDtypeStruct(
                 (batch_size, self.low_res_size, self.low_res_size, 3), jnp.float32
             ),
             "crop_yx": jax.ShapeDtypeStruct((batch_size, 2), jnp.int32),
         }
+        if self.num_classes:
+            spec["label"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+        if self.context_length:
+            spec["tokens"] = jax.ShapeDtypeStruct((batch_size, self.context_length), jnp.int32)
+            spec["token_mask"] = jax.ShapeDtypeStruct((batch_size, self.context_length), jnp.bool_)
+        return spec
+
+    def _told(self, batch: dict) -> dict:
+        """What the network's `condition` reads of a batch."""
+        told = {"label": batch["label"]} if self.num_classes else {}
+        if self.context_length:
+            told |= {"text": batch["tokens"], "token_mask": batch["token_mask"]}
+        return told
 
     def enlarge(self, low_res: jax.Array) -> jax.Array:
         """low_res [B, h, w, 3] -> [B, s h, s w, 3] with s = image_size / low_res_size."""
@@ -71,11 +95,17 @@ class Upsampler:
         factor = self.image_size // self.low_res_size
         return jax.image.resize(low_res, (batch, height * factor, width * factor, channels), self.resize)
 
+    def _condition(self, params: dict, batch: dict) -> tuple:
+        """What a network is told at every step, of its `condition`."""
+        told = self._told(batch)
+        return self.net.apply({"params": params}, **told, method="condition") if told else (None, None)
+
     def init(self, key: jax.Array, batch: dict) -> dict:
         """Float32 parameters."""
         t = jnp.zeros(batch["image"].shape[0], jnp.int32)
         level = t if self.low_res_noise else None
-        params = self.net.init(key, batch["image"], t, batch["image"], level)["params"]
+        told = self._told(batch)
+        params = self.net.init(key, batch["image"], t, batch["image"], level, **told)["params"]
         return params | {"last": params} if self.last_step else params
 
     def _networks(self, params: dict) -> tuple[dict, dict]:
@@ -103,11 +133,22 @@ class Upsampler:
         low_res_up = window(self.enlarge(low_res), batch["crop_yx"])
 
         trained, _ = self._networks(params)
+        known = None
+        if self.inpaint:
+            repaint = random_repaint(jax.random.fold_in(key, 0), len(low_res), self.crop_size)
+            known = seen_of(batch["image"], repaint)
 
         def network(x_t, t):
-            rngs = {"dropout": dropout_key}
             return self.net.apply(
-                {"params": trained}, x_t, t, low_res_up, level, deterministic=not train, rngs=rngs
+                {"params": trained},
+                x_t,
+                t,
+                low_res_up,
+                level,
+                known=known,
+                **self._told(batch),
+                deterministic=not train,
+                rngs={"dropout": dropout_key},
             )
 
         losses, metrics, _ = self.diffusion.loss(diffusion_key, network, batch["image"], train=train)
@@ -125,7 +166,8 @@ class Upsampler:
         tile: int | None = None,
         known: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
-        """Pictures [B, s h, s w, 3] in [-1, 1] for `low_res` [B, h, w, 3] of any size, one key a picture.
+        """Pictures [B, s h, s w, 3] in [-1, 1] for `low_res` [B, h, w, 3] of any size and what else is read
+        (see `batch_spec`), one key a picture.
 
         `tile` is the side of the windows that the network sees, None for the whole picture at once. known:
         see `GaussianDiffusion.sample`.
@@ -143,21 +185,27 @@ class Upsampler:
         low_res_up = self.enlarge(low_res)
 
         first, last = self._networks(params)
+        condition, last_condition = (self._condition(own, batch) for own in (first, last))
+        seen = seen_of(*known) if known is not None and self.inpaint else None
 
-        def network(x_t, t, low_res_up=low_res_up):
-            def apply(own):
-                return self.net.apply({"params": own}, x_t, t, low_res_up, level)
+        def network(x_t, t, low_res_up=low_res_up, seen=seen):
+            def apply(own, condition):
+                given = dict(condition=condition, known=seen, method="denoise")
+                return self.net.apply({"params": own}, x_t, t, low_res_up, level, **given)
 
             if not self.last_step:
-                return apply(first)
+                return apply(first, condition)
             last_time = self.diffusion.timesteps(num_steps)[-1]
-            return jax.lax.cond(t[0] == last_time, lambda: apply(last), lambda: apply(first))
+            return jax.lax.cond(
+                t[0] == last_time, lambda: apply(last, last_condition), lambda: apply(first, condition)
+            )
 
         if tile is not None and tile < max(low_res_up.shape[1:3]):
-            whole, network = (
-                network,
-                lambda x_t, t: in_tiles(lambda parts: whole(parts[0], t, parts[1]), (x_t, low_res_up), tile),
-            )
+            whole, beside = network, (low_res_up,) if seen is None else (low_res_up, seen)
+
+            def network(x_t, t):
+                return in_tiles(lambda parts: whole(parts[0], t, *parts[1:]), (x_t, *beside), tile)
+
         x0 = self.diffusion.sample(
             network,
             keys,
@@ -219,8 +267,13 @@ def build(
     channels: int = 320,
     channel_mult: tuple[int, ...] = (1, 2, 3, 4),
     num_res_blocks: int = 3,
+    attention_resolutions: tuple[int, ...] = (),
+    head_dim: int = 64,
+    num_heads: int = 0,
     dropout: float = 0.1,
     scale_shift: bool = True,
+    text: dict | None = None,
+    num_classes: int = 0,
     resize: str = "cubic",
     schedule: str = "cosine",
     num_timesteps: int = 1000,
@@ -235,6 +288,7 @@ def build(
     low_res_level: float = 0.0,
     tile: int | None = None,
     last_step: bool = False,
+    inpaint: bool = False,
     remat: bool = False,
     dtype: str = "float32",
 ) -> Upsampler:
@@ -243,7 +297,8 @@ def build(
 
     low_res_noise is the share of the times up to which the small picture is noised in training (0: never),
     low_res_level the share at which it is in sampling; tile: see `Upsampler.sample`. last_step: whether a
-    second network, parameters 'last', takes the last step.
+    second network, parameters 'last', takes the last step. attention_resolutions, head_dim, num_heads, text
+    (for tokens), num_classes and inpaint: see `decoder.build`; the sides that attend are of the full picture.
 
     Raises ValueError for sizes that cannot go together.
     """
@@ -261,17 +316,32 @@ def build(
         raise ValueError(
             f"low_res_level {low_res_level} must be in 0 .. low_res_noise = {low_res_noise}, that at most 1"
         )
+    if text:
+        required = ("vocab_size", "context_length", "width", "depth", "num_heads")
+        check_settings(text, required, ("activation",), "text")
+        if not attention_resolutions:
+            raise ValueError("text is read by attention layers: set attention_resolutions, or leave text out")
     unet = dict(
         out_channels=6 if learned_variance else 3,
         channels=channels,
         channel_mult=tuple(channel_mult),
         num_res_blocks=num_res_blocks,
+        attention_resolutions=tuple(attention_resolutions),
+        head_dim=head_dim,
+        num_heads=num_heads,
         dropout=dropout,
         scale_shift=scale_shift,
         remat=remat,
     )
     built = Upsampler(
-        net=UpsamplerNet(unet=unet, image_size=image_size, dtype=jnp.dtype(dtype)),
+        net=UpsamplerNet(
+            unet=unet,
+            image_size=image_size,
+            text=dict(text, remat=remat) if text else None,
+            num_classes=num_classes,
+            inpaint=inpaint,
+            dtype=jnp.dtype(dtype),
+        ),
         diffusion=gaussian.GaussianDiffusion(
             schedule=schedules.make_schedule(schedule, num_timesteps),
             objective=objective,
@@ -290,6 +360,9 @@ def build(
         low_res_level=low_res_level,
         tile=tile,
         last_step=last_step,
+        context_length=text["context_length"] if text else None,
+        num_classes=num_classes,
+        inpaint=inpaint,
     )
     if tile is not None:
         built.check_tile(tile)

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers", reason="the oracle is transfo
 LENGTH, SIDE, EMBED = 8, 12, 24
 
 
-def clip_model(vocab_size, activation="quick_gelu", embed=EMBED):
+def clip_model(vocab_size, activation="quick_gelu", embed=EMBED, **vision):
     """A CLIPModel with random weights, two and three heads of 64, none of them zero."""
     common = dict(num_hidden_layers=2, hidden_act=activation)
     model = transformers.CLIPModel(
@@ -39,7 +39,8 @@ def clip_model(vocab_size, activation="quick_gelu", embed=EMBED):
             vision_config=common
             | dict(
                 hidden_size=192, intermediate_size=768, num_attention_heads=3, image_size=SIDE, patch_size=4
-            ),
+            )
+            | vision,
             projection_dim=embed,
         )
     ).eval()
@@ -193,20 +194,27 @@ def test_openais_layout_is_read_from_their_archives(source, tmp_path, archive):
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_open_clip_says_which_activation(source, tmp_path, quick):
-    model = clip_model(source[1].config.text_config.vocab_size, "quick_gelu" if quick else "gelu")
+def test_open_clip_says_which_activation_and_which_heads(source, tmp_path, quick):
+    own = {} if quick else dict(num_attention_heads=4, intermediate_size=840)  # as ViT-g has them
+    model = clip_model(source[1].config.text_config.vocab_size, "quick_gelu" if quick else "gelu", **own)
     from safetensors.torch import save_file
 
     folder = tmp_path / "source"
     folder.mkdir()
     state = {name: value.contiguous() for name, value in openai_state(model).items()}
     save_file(state, folder / "open_clip_model.safetensors")
-    described = dict(vision_cfg=dict(width=192), text_cfg=dict(width=128, heads=2), quick_gelu=quick)
+    tower = dict(width=192) | ({} if quick else dict(head_width=48, mlp_ratio=4.375))
+    described = dict(vision_cfg=tower, text_cfg=dict(width=128, heads=2), quick_gelu=quick)
     config = dict(model_cfg=described, preprocess_cfg=dict(mean=list(clip_stage.IMAGE_MEAN)))
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     out = tmp_path / "out"
     convert.convert_weights("open-clip", folder, out, tokenizer=str(source[0]), dtype="float32")
     assert_equal_to_transformers(out, model)
+    if not quick:
+        assert convert.main(["to-diffusers", str(out), str(tmp_path / "back")]) == 0
+        again = transformers.CLIPModel.from_pretrained(tmp_path / "back")
+        theirs = model.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in again.state_dict().items())
     described["vision_cfg"]["timm_model_name"] = "convnext_base"
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="timm_model_name is 'convnext_base': only CLIP's own architecture"):

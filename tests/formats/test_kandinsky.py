@@ -9,6 +9,7 @@ import pytest
 
 from dalle2_jax import convert, modeldir, models
 from dalle2_jax.diffusion import sampling
+from dalle2_jax.stages import clip as clip_stage
 from tests.formats import clip_tokenizer
 
 torch = pytest.importorskip("torch", reason="the oracle is diffusers' KandinskyV22PriorPipeline")
@@ -69,7 +70,13 @@ def test_a_run_of_the_prior_is_the_same(theirs, tmp_path, monkeypatch):
     convert.convert_weights("kandinsky", theirs[0], tmp_path / "ours", dtype="float32")
     assert "Apache-2.0" in modeldir.read_index(tmp_path / "ours")["licence"]
     clip, config, clip_params = models.load_stage(tmp_path / "ours", "clip")
-    assert config["model"]["vision"] is None
+    assert config["model"]["vision"]["mlp_width"] == 3 * EMBED
+    image = np.random.default_rng(1).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+    pixels = ((image + 1) / 2 - clip_stage.IMAGE_MEAN) / clip_stage.IMAGE_STD
+    pixels = torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)
+    seen = theirs[1].image_encoder(pixels).image_embeds.detach().numpy()
+    assert seen.std() > 1e-2
+    np.testing.assert_allclose(clip.encode_image(clip_params, image), seen, atol=1e-5)
     prior, _, params = models.load_stage(tmp_path / "ours", "prior")
     assert prior.diffusion.limit == 10
 

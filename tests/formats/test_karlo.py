@@ -15,6 +15,7 @@ import pytest
 
 from dalle2_jax import convert, modeldir, models, pipeline
 from dalle2_jax.diffusion import sampling
+from tests.data.test_tokenizer import data_dir
 from tests.formats import clip_tokenizer
 
 torch = pytest.importorskip("torch", reason="the oracle is diffusers' UnCLIPPipeline")
@@ -384,15 +385,31 @@ def add_image_encoder(folder):
     randomise(model, 7).save_pretrained(folder / "image_encoder")
 
 
-def test_it_is_trained_on_and_goes_back(source, texts, tmp_path, monkeypatch):
-    """The ordinary command on the prior: its loss falls, and diffusers draws what the result draws."""
+def emoji() -> str:
+    """The folder of the emoji's shards; the test is skipped where there is none."""
+    shards = data_dir() / "emoji128"
+    if not shards.is_dir():
+        pytest.skip(f"{shards} is absent; set DALLE2_JAX_TEST_DATA to the folder that holds emoji128")
+    return str(shards)
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_it_is_trained_on_and_goes_back(stage, source, texts, tmp_path, monkeypatch):
+    """The ordinary command, the prior on scenes, the decoder on emoji: its loss falls, and diffusers draws
+    what the result draws."""
     folder, model, workdir = shutil.copytree(source, tmp_path / "theirs"), tmp_path / "ours", tmp_path / "run"
     add_image_encoder(folder)
     convert.convert_weights("karlo", folder, model, dtype="float32")
     changes = dict(batch_size=8, num_steps=24, eval_batches=1, num_samples=1, log_every=1, ema_decay=0.5)
-    changes |= {"data.source": "scenes", "data.path": "debug_64", "model.num_steps": 2}
-    changes |= {"optim.learning_rate": 3e-3, "optim.weight_decay": 0.1}
-    command = [sys.executable, "-m", "dalle2_jax.train", f"--config=configs/finetune.py:{model}/prior"]
+    rate = {"prior": 3e-3, "decoder": 3e-4}[stage]
+    changes |= {"model.num_steps": 2, "optim.learning_rate": rate, "optim.weight_decay": 0.1}
+    data = (
+        {"source": "scenes", "path": "debug_64"}
+        if stage == "prior"
+        else {"path": emoji(), "eval_split": "val"}
+    )
+    changes |= {f"data.{name}": value for name, value in data.items()}
+    command = [sys.executable, "-m", "dalle2_jax.train", f"--config=configs/finetune.py:{model}/{stage}"]
     command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in changes.items())]
     ran = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}, capture_output=True, text=True
@@ -402,8 +419,8 @@ def test_it_is_trained_on_and_goes_back(source, texts, tmp_path, monkeypatch):
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == 24 and np.mean(losses[-3:]) < 0.7 * losses[0]
 
-    parts = dict(clip=str(model), decoder=str(model), upsamplers=(str(model),))
-    convert.convert_workdirs(tmp_path / "tuned", prior=str(workdir), **parts, dtype="float32")
+    parts = dict(clip=str(model), prior=str(model), decoder=str(model), upsamplers=(str(model),))
+    convert.convert_workdirs(tmp_path / "tuned", **parts | {stage: str(workdir)}, dtype="float32")
     notes = convert.export_diffusers(tmp_path / "tuned", tmp_path / "back")
     assert notes == []  # the null caption is still ""
     assert "OpenRAIL" in (tmp_path / "back" / "README.md").read_text()  # it goes with what came of them
@@ -411,7 +428,11 @@ def test_it_is_trained_on_and_goes_back(source, texts, tmp_path, monkeypatch):
     again.set_progress_bar_config(disable=True)
     tuned = load_stages(tmp_path / "tuned")
     assert_same_run(again, tuned, texts, monkeypatch)
-    before, after = (modeldir.flatten(models.load_stage(m, "prior")[2]) for m in (model, tmp_path / "tuned"))
+    before, after = (modeldir.flatten(models.load_stage(m, stage)[2]) for m in (model, tmp_path / "tuned"))
     same = [name for name in before if np.array_equal(before[name], after[name])]
-    nulls = ["net/null_text_embed/embedding", "net/null_text_states/embedding"]
-    assert sorted(same) == [*nulls, "stats/embed_mean", "stats/embed_std"]
+    untrained = {
+        "prior": ["net/null_text_embed/embedding", "net/null_text_states/embedding"]
+        + ["stats/embed_mean", "stats/embed_std"],
+        "decoder": ["null_text_embed", "null_text_states/embedding"],
+    }
+    assert sorted(same) == untrained[stage]

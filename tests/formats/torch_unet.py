@@ -49,19 +49,22 @@ class Res(nn.Module):
         return self.skip_connection(self.resampled(x)) + h
 
 
-def heads_of(x, parts):
-    """[B, H * parts * D, N] as `parts` tensors [B, H, D, N]."""
-    return x.reshape(len(x), -1, parts, HEAD_DIM, x.shape[-1]).unbind(2)
+def heads_of(x, parts, dim=HEAD_DIM, blocks=False):
+    """[B, H * parts * D, N] as `parts` tensors [B, H, D, N]; `blocks`: [B, parts * H * D, N]."""
+    if blocks:
+        return [part.unflatten(1, (-1, dim)) for part in x.chunk(parts, dim=1)]
+    return x.reshape(len(x), -1, parts, dim, x.shape[-1]).unbind(2)
 
 
 def attend(q, k, v):
-    weights = (torch.einsum("bhdn,bhdm->bhnm", q, k) / HEAD_DIM**0.5).softmax(-1)
+    weights = (torch.einsum("bhdn,bhdm->bhnm", q, k) / q.shape[2] ** 0.5).softmax(-1)
     return torch.einsum("bhnm,bhdm->bhdn", weights, v).flatten(1, 2)
 
 
 class Attention(nn.Module):
-    def __init__(self, channels, context_width):
+    def __init__(self, channels, context_width, num_heads=0, blocks=False):
         super().__init__()
+        self.dim, self.blocks = channels // num_heads if num_heads else HEAD_DIM, blocks
         self.norm, self.qkv = group_norm(channels), nn.Conv1d(channels, 3 * channels, 1)
         if context_width:
             self.encoder_kv = nn.Conv1d(context_width, 2 * channels, 1)
@@ -69,9 +72,9 @@ class Attention(nn.Module):
 
     def forward(self, x, emb, context):
         flat = x.flatten(2)
-        q, k, v = heads_of(self.qkv(self.norm(flat)), 3)
+        q, k, v = heads_of(self.qkv(self.norm(flat)), 3, self.dim, self.blocks)
         if context is not None:
-            text_k, text_v = heads_of(self.encoder_kv(context), 2)
+            text_k, text_v = heads_of(self.encoder_kv(context), 2, self.dim, self.blocks)
             k, v = torch.cat([text_k, k], -1), torch.cat([text_v, v], -1)
         return x + self.proj_out(attend(q, k, v)).reshape(x.shape)
 
@@ -84,35 +87,53 @@ class Block(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """guided-diffusion's UNetModel; `attends`: levels with attention, `context_width`: of what they read."""
+    """guided-diffusion's UNetModel; `attends`: levels with attention, `context_width`: of what they read.
 
-    def __init__(self, c_in, c_out, channels, mult, depth, attends=(), scale_shift=True, context_width=0):
+    num_heads: in the place of heads of HEAD_DIM; blocks: queries, keys and values in blocks; classes: added.
+    """
+
+    def __init__(
+        self,
+        c_in,
+        c_out,
+        channels,
+        mult,
+        depth,
+        attends=(),
+        scale_shift=True,
+        context_width=0,
+        num_heads=0,
+        blocks=False,
+        classes=0,
+    ):
         super().__init__()
         self.channels, emb = channels, 4 * channels
+        if classes:
+            self.label_emb = nn.Embedding(classes, emb)
         self.time_embed = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-        now = channels * mult[0]
+        mult = [int(channels * factor) for factor in mult]
+        now = mult[0]
         self.input_blocks, skips = nn.ModuleList([Block(nn.Conv2d(c_in, now, 3, padding=1))]), [now]
 
         def layers(before, after, level):
-            attention = [Attention(after, context_width)] if level in attends else []
+            attention = [Attention(after, context_width, num_heads, blocks)] if level in attends else []
             return [Res(before, after, emb, scale_shift), *attention]
 
-        for level, factor in enumerate(mult):
+        for level, after in enumerate(mult):
             for _ in range(depth):
-                self.input_blocks.append(Block(*layers(now, channels * factor, level)))
-                now = channels * factor
+                self.input_blocks.append(Block(*layers(now, after, level)))
+                now = after
                 skips.append(now)
             if level < len(mult) - 1:
                 self.input_blocks.append(Block(Res(now, now, emb, scale_shift, "down")))
                 skips.append(now)
-        middle = [Attention(now, context_width)] if attends else []
+        middle = [Attention(now, context_width, num_heads, blocks)] if attends else []
         self.middle_block = Block(Res(now, now, emb, scale_shift), *middle, Res(now, now, emb, scale_shift))
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(mult))):
             for j in range(depth + 1):
-                after = channels * mult[level]
-                own = layers(now + skips.pop(), after, level)
-                now = after
+                own = layers(now + skips.pop(), mult[level], level)
+                now = mult[level]
                 up = [Res(now, now, emb, scale_shift, "up")] if level and j == depth else []
                 self.output_blocks.append(Block(*own, *up))
         self.out = nn.Sequential(group_norm(now), nn.SiLU(), nn.Conv2d(now, c_out, 3, padding=1))
@@ -131,6 +152,38 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], 1), emb, context)
         return self.out(x)
+
+
+class TextBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.ModuleDict({"c_qkv": nn.Linear(width, 3 * width), "c_proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+
+    def forward(self, x):
+        qkv = heads_of(self.attn["c_qkv"](self.ln_1(x)).transpose(1, 2), 3)
+        x = x + self.attn["c_proj"](attend(*qkv).transpose(1, 2))
+        return x + self.mlp["c_proj"](nn.functional.gelu(self.mlp["c_fc"](self.ln_2(x))))
+
+
+class Glide(UNet):
+    """GLIDE's networks: what is seen is joined by the caller, the caption read without an attention mask."""
+
+    def __init__(self, c_in, channels, mult, depth, attends, vocab, length, width, text_depth):
+        super().__init__(c_in, 6, channels, mult, depth, attends, context_width=width)
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.Sequential(*(TextBlock(width) for _ in range(text_depth)))
+        self.token_embedding, self.final_ln = nn.Embedding(vocab, width), nn.LayerNorm(width)
+        self.positional_embedding = nn.Parameter(torch.randn(length, width))
+        self.padding_embedding = nn.Parameter(torch.randn(length, width))
+        self.transformer_proj = nn.Linear(width, 4 * channels)
+
+    def forward(self, x, t, tokens, mask):
+        words = self.token_embedding(tokens) + self.positional_embedding
+        words = torch.where(mask[..., None], words, self.padding_embedding)
+        states = self.final_ln(self.transformer.resblocks(words))
+        return super().forward(x, t, self.transformer_proj(states[:, -1]), states.transpose(1, 2))
 
 
 class Pool(nn.Module):

@@ -470,3 +470,54 @@ def test_a_decoder_reads_the_states_of_a_frozen_clip():
     negative = {f"negative_{name}": batch[name] for name in ("text_states", "text_embed", "token_mask")}
     led = stage.sample(params, keys, batch | negative, guidance_scale=2.0, num_steps=2)
     assert gap(led, stage.sample(params, keys, batch, guidance_scale=2.0, num_steps=2)).max() > 1e-4
+
+
+# --- without image embeddings ---
+
+
+@pytest.mark.parametrize(
+    ("told", "fields"),
+    [
+        (dict(text=TEXT), {"image", "tokens", "token_mask"}),
+        (dict(text=None, num_classes=3, label_drop=0.5), {"image", "label"}),
+        (dict(text=None), {"image"}),
+    ],
+    ids=["captions", "classes", "nothing"],
+)
+def test_a_decoder_without_image_embeddings(told, fields):
+    stage = build_flat(embed_dim=0, learned_variance=False, **told)  # which guidance leaves alone
+    assert stage.batch_spec(2).keys() == fields and stage.guidable == (len(fields) > 1)
+    batch = batch_of(2) | {"label": jnp.array([0, 2])}
+    batch = {name: batch[name] for name in fields}
+    params = random_params(stage)
+    assert not [name for name in params if name.startswith(("image_", "null_"))]
+    loss, _ = jax.jit(stage.loss)(params, CHEAP_KEY, batch)
+    assert np.isfinite(loss)
+    keys = jax.random.split(CHEAP_KEY, 2)
+    sample = jax.jit(lambda batch, scale: stage.sample(params, keys, batch, guidance_scale=scale))
+    conditions = {name: value for name, value in batch.items() if name != "image"}
+    if not conditions:
+        drawn = jax.jit(lambda: stage.sample(params, keys, {}, guidance_scale=1))()
+        assert drawn.shape == (2, SIDE, SIDE, 3) and gap(drawn[:1], drawn[1:]).min() > 1e-3
+        return
+    drawn, other = sample(conditions, 1.0), sample(jax.tree.map(lambda x: x[::-1], conditions), 1.0)
+    assert (gap(drawn, other) > 1e-3).all() and (gap(drawn, sample(conditions, 3.0)) > 1e-3).all()
+    # guidance of 0 is the network without its condition, which sees none of it
+    none, others = sample(conditions, 0.0), sample(jax.tree.map(lambda x: x[::-1], conditions), 0.0)
+    np.testing.assert_allclose(none, others, atol=1e-5)
+
+
+def test_a_class_that_is_left_out_is_none():
+    stage = build_flat(embed_dim=0, text=None, num_classes=3)
+    params = random_params(stage)
+    condition = {
+        label: stage.net.apply({"params": params}, label=jnp.array([label]), method="condition")[0]
+        for label in (-1, 0, 2)
+    }
+    assert (condition[-1] == 0).all() and gap(condition[0], condition[2]) > 1e-3
+    np.testing.assert_array_equal(condition[2][0], params["label_embed"]["embedding"][2])
+
+
+def test_states_of_a_clip_without_its_embeddings_are_refused():
+    with pytest.raises(ValueError, match="text.states_width is for decoders of image embeddings"):
+        build(embed_dim=0, text=dict(states_width=4, context_length=LENGTH, width=8))

@@ -307,3 +307,36 @@ def test_noise_conditioning_noises_what_the_network_sees_and_says_how_far():
     ):
         with pytest.raises(ValueError, match=message):
             build(**changes)
+
+
+def test_an_upsampler_reads_captions_classes_and_what_is_kept():
+    text = dict(vocab_size=9, context_length=4, width=8, depth=1, num_heads=2)
+    told = dict(text=text, num_classes=3, inpaint=True, attention_resolutions=(16,), head_dim=8)
+    stage = build(**told, channels=8, num_steps=2)
+    assert {"tokens", "token_mask", "label"} <= stage.batch_spec(1).keys()
+    assert stage.context_length == 4 and build().context_length is None
+    shapes = jax.eval_shape(stage.init, KEY, stage.batch_spec(1))
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * RNG.standard_normal(x.shape), jnp.float32), shapes)
+    batch = {
+        "image": pictures(2, 8, 8, 3),
+        "low_res": pictures(2, 4, 4, 3),
+        "crop_yx": np.array([[0, 3], [8, 1]], np.int32),
+        "tokens": np.array([[1, 2, 3, 0], [4, 5, 0, 0]], np.int32),
+        "token_mask": np.array([[True, True, True, False], [True, True, False, False]]),
+        "label": np.array([0, 2], np.int32),
+    }
+    loss, _ = jax.jit(stage.loss)(params, CHEAP_KEY, batch)
+    assert np.isfinite(loss)
+    keys, kept, whole = jax.random.split(CHEAP_KEY, 2), pictures(2, 16, 16, 3), np.ones((2, 16, 16, 1))
+    right = whole * (np.arange(16) >= 8)[:, None]
+    draw = jax.jit(lambda batch, *known: stage.sample(params, keys, batch, known=known, tile=8))
+    drawn = draw(batch, kept, right)
+    np.testing.assert_allclose(drawn[:, :, :8], kept[:, :, :8], atol=1e-6)
+    captions = {name: batch[name][::-1] for name in ("tokens", "token_mask")}
+    for change in (captions, {"label": batch["label"][::-1]}):
+        assert np.abs(draw(batch | change, kept, right) - drawn)[:, :, 8:].max() > 1e-4
+    # the network sees what is kept, and nothing of what is drawn anew
+    np.testing.assert_array_equal(draw(batch, kept, whole), draw(batch, -kept, whole))
+    assert np.abs(draw(batch, kept * [0.5, 1, 1], right) - drawn)[:, :, 8:].max() > 1e-4
+    with pytest.raises(ValueError, match="text is read by attention layers: set attention_resolutions"):
+        build(text=text)
