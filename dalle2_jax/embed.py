@@ -27,7 +27,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from dalle2_jax import metrics, models, partition, processes, train
+from dalle2_jax import hub, metrics, models, partition, processes, train
 from dalle2_jax.data import embeddings
 from dalle2_jax.data.records import BadRecord
 
@@ -177,7 +177,8 @@ def embed(
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
     encoder, out = Encoder(clip, batch_size), epath.Path(out)
-    words = tokenizer.load_tokenizer(epath.Path(clip) / "tokenizer", encoder.stage.context_length)
+    folder = epath.Path(hub.local(clip)) / "tokenizer"
+    words = tokenizer.load_tokenizer(folder, encoder.stage.context_length)
     sha256, lost = checksum(encoder._params), {}
     if worker[0] == 0:
         words.save(out / "tokenizer")
