@@ -8,6 +8,7 @@ utilisation that follows, what goes over the links. Nothing is allocated and no 
   --clip=configs/clip.py  the frozen CLIP that fills embeddings into the batch, else they are precomputed
   --sample=8              the program that draws 8 pictures in the place of the training step
   --json=FILE             the report as JSON
+  --hlo=FILE              the compiled program as text
 
 The numbers are the compiler's, not measurements. How far its estimate of the time includes communication is
 not known: the report gives utilisation for the two extremes, links that run wholly beside the computation
@@ -349,11 +350,17 @@ def _parameters(tree) -> int:
 
 
 def inspect(
-    config: dict, topology: str | None = None, *, clip_config: str | None = None, sample: int | None = None
+    config: dict,
+    topology: str | None = None,
+    *,
+    clip_config: str | None = None,
+    sample: int | None = None,
+    hlo: str | None = None,
 ) -> Report:
     """Compile the training step of `config` (plain JSON types), or its sampler for `sample` examples.
 
-    topology: see `topology_devices`; None: the devices of this machine.
+    topology: see `topology_devices`; None: the devices of this machine. hlo: a file for the compiled
+    program's text.
 
     Raises ValueError for settings that do not fit together, before anything is compiled, and for a program
     that the compiler refuses because it needs more memory than a chip has.
@@ -381,7 +388,10 @@ def inspect(
     seconds = time.monotonic() - began
     needs, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
     chip = CHIPS.get((topology or "").partition(":")[0])
-    moved = collectives(compiled.as_text())
+    text = compiled.as_text()
+    if hlo:
+        epath.Path(hlo).write_text(text)
+    moved = collectives(text)
     links = chip and sum(one.bytes for one in moved.values()) / chip.link_bandwidth
     return Report(
         program=f"{config['stage']}, {'drawing' if sample else 'a training step'}",
@@ -428,7 +438,7 @@ def main(argv):
         partition.initialise()
         config = models.to_plain(FLAGS.config)
         print("compiling; a large stage takes minutes", file=sys.stderr, flush=True)
-        report = inspect(config, FLAGS.topology, clip_config=FLAGS.clip, sample=FLAGS.sample)
+        report = inspect(config, FLAGS.topology, clip_config=FLAGS.clip, sample=FLAGS.sample, hlo=FLAGS.hlo)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from (error if FLAGS.debug else None)
@@ -451,6 +461,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("clip", None, "Config file of the frozen CLIP that takes part in the step.")
     flags.DEFINE_integer("sample", None, "Compile drawing so many examples instead.", lower_bound=1)
     flags.DEFINE_string("json", None, "Also write the report there.")
+    flags.DEFINE_string("hlo", None, "Also write the compiled program's text there.")
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
     flags.mark_flags_as_required(["config"])
     app.run(main)

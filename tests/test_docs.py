@@ -242,7 +242,7 @@ def problems(words: list[str], whole: bool = True) -> list[str]:
     if known["subcommands"]:
         if positional and positional[0] not in known["subcommands"]:
             found.append(f"{module} has no subcommand {positional[0]}")
-    elif positional and module in ("dalle2_jax.train", "dalle2_jax.evaluate"):
+    elif positional and module in ("dalle2_jax.train", "dalle2_jax.evaluate", "dalle2_jax.preflight"):
         found.append(f"{module} takes no {positional}")
     return found
 
@@ -259,7 +259,7 @@ def test_commands_are_right(page):
 
 def test_the_pages_have_commands():
     found = {words[0] for page in PAGES for words, whole in commands(page.read_text("utf-8")) if whole}
-    assert found == {f"dalle2_jax.{name}" for name in ("train", "generate", "edit", "evaluate", "convert")}
+    assert found == {f"dalle2_jax.{name}" for name in ("train", "generate", "edit", "evaluate", "convert", "preflight")}
     assert len(commands((ROOT / "README.md").read_text("utf-8"))) >= 8
 
 
