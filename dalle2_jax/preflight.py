@@ -8,10 +8,13 @@ utilisation that follows, what goes over the links. Nothing is allocated and no 
   --clip=configs/clip.py  the frozen CLIP that fills embeddings into the batch, else they are precomputed
   --sample=8              the program that draws 8 pictures in the place of the training step
   --json=FILE             the report as JSON
+  --hlo=FILE              the compiled program as text
 
-The numbers are the compiler's, not measurements. How far its estimate of the time includes communication is
-not known: the report gives utilisation for the two extremes, links that run wholly beside the computation
-and links that hold it up. A large stage compiles for minutes (docs/scaling.md).
+The numbers are the compiler's, not measurements. The time is the sum of the cycles that it estimates for each
+operation of the program, which leaves out what goes over the links: the report gives utilisation for the two
+extremes, links that run wholly beside the computation and links that hold it up. The cost analysis
+(`optimal_seconds`) is shown beside it; it counts convolutions at a fraction of their arithmetic and so is too
+short for U-Nets. A large stage compiles for minutes (docs/scaling.md).
 """
 
 import collections
@@ -38,18 +41,22 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """memory: bytes. link_bandwidth: bytes/s that a chip sends over all of its links; as many come in."""
+    """memory: bytes. link_bandwidth: bytes/s that a chip sends over all of its links; as many come in.
+    clock: Hz."""
 
     memory: float
     link_bandwidth: float
+    clock: float
 
 
-# Google's pages on the versions of Cloud TPU; link bandwidths there are for both directions together.
+# Google's pages on the versions of Cloud TPU; link bandwidths there are for both directions together. The
+# clock is the bfloat16 peak (metrics.PEAK_FLOPS) over two FLOPs for each cell of the chip's matrix units: 8
+# of 128 x 128 (v4, v5p), 4 of 128 x 128 (v5e), 4 of 256 x 256 (v6e).
 CHIPS = {
-    "v4": Chip(32 * GIB, 300e9),
-    "v5e": Chip(16 * GIB, 200e9),
-    "v5p": Chip(95 * GIB, 600e9),
-    "v6e": Chip(32 * GIB, 400e9),
+    "v4": Chip(32 * GIB, 300e9, 1.05e9),
+    "v5e": Chip(16 * GIB, 200e9, 1.50e9),
+    "v5p": Chip(95 * GIB, 600e9, 1.75e9),
+    "v6e": Chip(32 * GIB, 400e9, 1.75e9),
 }
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BYTES = dict(pred=1, s4=0.5, u4=0.5, bf16=2, f16=2)
@@ -73,7 +80,8 @@ class Report:
       arguments, outputs, temporaries, aliased, code: bytes a chip; aliased ones are both argument and output.
       memory: bytes a chip has, None where that is not known.
       model_flops: of the whole step over all chips, as `flops` counts.
-      compiler_flops: a chip's, with recomputations. seconds: the compiler's estimate; None: it gives none.
+      compiler_flops: a chip's, with recomputations, as the cost analysis counts.
+      seconds: by `scheduled_cycles`; None: the compiler gives none. optimal_seconds: the cost analysis's.
       peak: FLOP/s of a chip in bfloat16. collectives: by kind. link_seconds: they need on the links.
       compile_seconds: how long compiling took here.
     """
@@ -93,6 +101,7 @@ class Report:
     model_flops: int
     compiler_flops: float
     seconds: float | None
+    optimal_seconds: float | None
     peak: float | None
     collectives: dict[str, Collective]
     link_seconds: float | None
@@ -151,8 +160,8 @@ class Report:
             f"{self.chips} x {self.device} ({mesh}), compiled in {took}",
             f"  memory a chip    {self.total / GIB:8.2f} GiB{fits} (arguments {held['a']}, "
             f"of which {held['b']} are reused for outputs, temporaries {held['c']})",
-            f"  arithmetic       {self.model_flops / self.chips / 1e12:8.2f} TFLOP a chip and step of the "
-            f"model, {self.compiler_flops / 1e12:.2f} of the program",
+            f"  arithmetic       {self.model_flops / self.chips / 1e12:8.2f} TFLOP a chip and step, "
+            "recomputations left out",
         ]
         for kind, found in self.collectives.items():
             said.append(f"  {kind:18}{found.count:7} x, {found.bytes / GIB:.3f} GiB a chip and step")
@@ -165,6 +174,8 @@ class Report:
                 f"{share(self.utilisation())}, if nothing of the links is hidden "
                 f"{share(self.utilisation(self.link_seconds or 0.0))}"
             )
+        if self.optimal_seconds:
+            said.append(f"  cost analysis    {self.optimal_seconds * 1e3:8.1f} ms")
         return said + [f"  ! {sentence}" for sentence in self.advice()]
 
     def to_json(self) -> str:
@@ -237,6 +248,22 @@ def collectives(program: str) -> dict[str, Collective]:
         counts[kind] += repeated
         sent[kind] += repeated * size * factor.get(kind, (group - 1) / group)
     return {kind: Collective(counts[kind], sent[kind]) for kind, _ in sent.most_common()}
+
+
+def scheduled_cycles(program: str) -> int:
+    """Cycles that the compiler estimates for the operations of a compiled program, its HLO text, one after
+    the other; 0 where it says nothing. Operations over the links have no estimate. Loops as in
+    `collectives`."""
+    times, computation, total = _trip_counts(program), "", 0
+    for line in program.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            computation = header[1]
+            continue
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if estimate:
+            total += int(estimate[1]) * times.get(computation, 1)
+    return total
 
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -349,11 +376,17 @@ def _parameters(tree) -> int:
 
 
 def inspect(
-    config: dict, topology: str | None = None, *, clip_config: str | None = None, sample: int | None = None
+    config: dict,
+    topology: str | None = None,
+    *,
+    clip_config: str | None = None,
+    sample: int | None = None,
+    hlo: str | None = None,
 ) -> Report:
     """Compile the training step of `config` (plain JSON types), or its sampler for `sample` examples.
 
-    topology: see `topology_devices`; None: the devices of this machine.
+    topology: see `topology_devices`; None: the devices of this machine. hlo: a file for the compiled
+    program's text.
 
     Raises ValueError for settings that do not fit together, before anything is compiled, and for a program
     that the compiler refuses because it needs more memory than a chip has.
@@ -381,7 +414,10 @@ def inspect(
     seconds = time.monotonic() - began
     needs, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
     chip = CHIPS.get((topology or "").partition(":")[0])
-    moved = collectives(compiled.as_text())
+    text = compiled.as_text()
+    if hlo:
+        epath.Path(hlo).write_text(text)
+    moved = collectives(text)
     links = chip and sum(one.bytes for one in moved.values()) / chip.link_bandwidth
     return Report(
         program=f"{config['stage']}, {'drawing' if sample else 'a training step'}",
@@ -398,7 +434,8 @@ def inspect(
         memory=chip.memory if chip else _device_memory(devices[0]),
         model_flops=arithmetic,
         compiler_flops=costs.get("flops", 0.0),
-        seconds=costs.get("optimal_seconds") if chip else None,
+        seconds=(scheduled_cycles(text) / chip.clock or None) if chip else None,
+        optimal_seconds=costs.get("optimal_seconds") if chip else None,
         peak=metrics.peak_flops(devices[0].device_kind),
         collectives=moved,
         link_seconds=links,
@@ -428,7 +465,7 @@ def main(argv):
         partition.initialise()
         config = models.to_plain(FLAGS.config)
         print("compiling; a large stage takes minutes", file=sys.stderr, flush=True)
-        report = inspect(config, FLAGS.topology, clip_config=FLAGS.clip, sample=FLAGS.sample)
+        report = inspect(config, FLAGS.topology, clip_config=FLAGS.clip, sample=FLAGS.sample, hlo=FLAGS.hlo)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from (error if FLAGS.debug else None)
@@ -451,6 +488,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("clip", None, "Config file of the frozen CLIP that takes part in the step.")
     flags.DEFINE_integer("sample", None, "Compile drawing so many examples instead.", lower_bound=1)
     flags.DEFINE_string("json", None, "Also write the report there.")
+    flags.DEFINE_string("hlo", None, "Also write the compiled program's text there.")
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
     flags.mark_flags_as_required(["config"])
     app.run(main)

@@ -247,7 +247,7 @@ def problems(words: list[str], whole: bool = True) -> list[str]:
     if known["subcommands"]:
         if positional and positional[0] not in known["subcommands"]:
             found.append(f"{module} has no subcommand {positional[0]}")
-    elif positional and module in ("dalle2_jax.train", "dalle2_jax.evaluate"):
+    elif positional and module in ("dalle2_jax.train", "dalle2_jax.evaluate", "dalle2_jax.preflight"):
         found.append(f"{module} takes no {positional}")
     return found
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import clip, decoder64, prior
-from dalle2_jax import flops, models, partition, preflight
+from dalle2_jax import flops, metrics, models, partition, preflight
 from dalle2_jax.preflight import GIB, Collective
 
 
@@ -88,6 +88,29 @@ ENTRY %main (a: bf16[32,8]) -> bf16[32,32] {
     }
 
 
+def test_cycles_are_added_up_and_once_a_turn_of_a_loop():
+    text = """
+%body.1 (p: f32[4]) -> f32[4] {
+  ROOT %m = f32[4]{0} multiply(%p, %p), backend_config={"window_config":{"estimated_cycles":"10"}}
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %c = f32[4]{0} copy(%a), backend_config={"window_config":{"estimated_cycles":"7"}}
+  ROOT %w = f32[4] while(%c), condition=%cond.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    assert preflight.scheduled_cycles(text) == 7 + 5 * 10
+    assert preflight.scheduled_cycles(compiled(lambda x: x * 2, ((8, 64), P("data")), P("data"))) == 0
+
+
+def test_the_clock_of_each_chip_goes_with_its_peak():
+    cells = dict(v4=8 * 128**2, v5e=4 * 128**2, v5p=8 * 128**2, v6e=4 * 256**2)
+    kinds = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+    assert cells.keys() == preflight.CHIPS.keys()
+    for name, chip in preflight.CHIPS.items():
+        assert 2 * cells[name] * chip.clock == pytest.approx(metrics.peak_flops(kinds[name]), rel=0.005)
+
+
 # Whole steps, on the devices of the tests
 
 
@@ -111,7 +134,7 @@ def test_bytes_are_those_of_the_state(reports):
         assert 0.9 * report.outputs <= report.aliased <= min(report.outputs, report.arguments)
         assert report.total >= report.arguments + report.temporaries > report.temporaries > 0
         assert report.model_flops == flops.of_step(stage, stage.batch_spec(8))
-        assert report.seconds is None and report.utilisation() is None
+        assert report.seconds is None and report.optimal_seconds is None and report.utilisation() is None
     # Copies of the parameters are kept equal by one sum of all gradients; pieces are gathered besides.
     gradients = whole.collectives["all-reduce"].bytes
     assert 0.95 * 2 * 4 * numbers * 7 / 8 <= gradients <= 2 * 4 * numbers  # null embeddings have none
@@ -166,6 +189,7 @@ def report(**changes) -> preflight.Report:
         model_flops=64 * 200 * 10**12,
         compiler_flops=270e12,
         seconds=1.0,
+        optimal_seconds=0.9,
         peak=459e12,
         collectives={"all-gather": Collective(300, 60e9)},
         link_seconds=0.1,
@@ -186,6 +210,7 @@ def test_numbers_follow_from_each_other():
         "3.500B parameters",
         "32.00 GiB of 95: fits",
         "100.0 ms",
+        "900.0 ms",
         "43.6%",
         "39.6%",
         "2048 examples/s",

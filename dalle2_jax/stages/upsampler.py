@@ -100,6 +100,21 @@ class Upsampler:
         told = self._told(batch)
         return self.net.apply({"params": params}, **told, method="condition") if told else (None, None)
 
+    def enlarged_windows(self, low_res: jax.Array, crop_yx: jax.Array, size: tuple[int, int]) -> jax.Array:
+        """The windows of that size [B, H, W, 3] at `crop_yx` [B, 2] of `enlarge(low_res)`, and nothing else
+        of it: the whole of 16 pictures of 1024 pixels would be most of a training step's memory."""
+        factor = self.image_size // self.low_res_size
+        if self.resize == "nearest":
+            window = jax.vmap(lambda full, yx: jax.lax.dynamic_slice(full, (yx[0], yx[1], 0), (*size, 3)))
+            return window(self.enlarge(low_res), crop_yx)
+
+        def one(picture, yx):
+            scale, origin = jnp.full(2, factor, jnp.float32), -yx.astype(jnp.float32)
+            shape = (*size, picture.shape[-1])
+            return jax.image.scale_and_translate(picture, shape, (0, 1), scale, origin, self.resize)
+
+        return jax.vmap(one)(low_res, crop_yx)
+
     def init(self, key: jax.Array, batch: dict) -> dict:
         """Float32 parameters."""
         t = jnp.zeros(batch["image"].shape[0], jnp.int32)
@@ -122,15 +137,13 @@ class Upsampler:
         """Mean loss over the batch and its scalars; `image` is the window at `crop_yx` of the full-size
         picture."""
         diffusion_key, dropout_key, level_key, noise_key = jax.random.split(key, 4)
-        size = batch["image"].shape[1:]
         low_res, level = batch["low_res"], None
         if self.low_res_noise:
             most = max(1, round(self.low_res_noise * self.diffusion.schedule.num_timesteps))
             level = jax.random.randint(level_key, low_res.shape[:1], 0, most)
             level = level if train else jnp.zeros_like(level)
             low_res = self._noised(low_res, level, jax.random.normal(noise_key, low_res.shape))
-        window = jax.vmap(lambda full, yx: jax.lax.dynamic_slice(full, (yx[0], yx[1], 0), size))
-        low_res_up = window(self.enlarge(low_res), batch["crop_yx"])
+        low_res_up = self.enlarged_windows(low_res, batch["crop_yx"], batch["image"].shape[1:3])
 
         trained, _ = self._networks(params)
         known = None
