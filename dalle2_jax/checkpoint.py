@@ -370,10 +370,9 @@ def _check_format(path: epath.Path, contents: Mapping[str, Any]) -> None:
 
 def _cause(error: BaseException) -> str:
     """What the operating system said, in the long messages of tensorstore; else the first line."""
-    found = re.search(r"\[OS error \d+: (?:E[A-Z]+ )?([^\]]+)\]", str(error))
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return found[1] if found else (str(error).splitlines() or [type(error).__name__])[0][:300]
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
+    return os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _committed_by_file(directory: epath.Path) -> type | None:
