@@ -37,6 +37,7 @@ from dalle2_jax.modeldir import save_stage as save_stage
 from dalle2_jax.modeldir import write_index as write_index
 
 
+SAVE_SECONDS = 30 * 86400  # Orbax gives up then, by a clock that may be set while it writes
 FORMAT = 1  # of what `meta` holds beside the leaves; raised when older code could misread it
 COMMIT = "commit_success.txt"  # Orbax's
 
@@ -112,7 +113,9 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep or None,
             cleanup_tmp_directories=True,  # left by a process that was killed while saving
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._committed),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=SAVE_SECONDS, post_finalization_callback=self._committed
+            ),
             temporary_path_class=None if self._renames else ocp.path.atomicity.CommitFileTemporaryPath,
         )
         # Named here, not inferred from the first save: a resumed run reads before it writes.
@@ -434,10 +437,10 @@ def _explain_damage(path: epath.Path) -> Iterator[None]:
     """Turns the many errors of Orbax for missing or damaged files into one that says what to do."""
     try:
         yield
-    except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError, OSError) as error:
+    except Exception as error:  # also bare ones, for a file that was cut
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
-        first_line = (str(error).splitlines() or [""])[0]
+        first_line = (str(error.__cause__ or error).splitlines() or [""])[0]
         raise DamagedCheckpoint(
             f"checkpoint {path} cannot be read, it is incomplete or damaged: move that folder away to go on "
             f"from an earlier step ({type(error).__name__}: {first_line[:300]})"

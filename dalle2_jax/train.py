@@ -143,13 +143,20 @@ def check_resume(workdir: epath.Path, config: dict) -> None:
         )
 
 
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file that is there as it was or as it shall be, whatever happens meanwhile."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def make_tokenizer(config: dict, workdir: epath.Path, clip_path: str):
     """The tokenizer of the workdir, of the frozen CLIP, or the one that the config describes (saved in the
     workdir)."""
     from dalle2_jax.data import pipeline, tokenizer
 
     settings = dict(config["tokenizer"])
-    if (workdir / "tokenizer").exists():
+    if (workdir / "tokenizer" / "tokenizer_config.json").exists():  # else a run was killed while saving it
         return tokenizer.load_tokenizer(workdir / "tokenizer", settings["context_length"])
     if clip_path:
         made = tokenizer.load_tokenizer(epath.Path(clip_path) / "tokenizer", settings["context_length"])
@@ -434,7 +441,7 @@ def _train(
 
     processes.sync("config compared")  # by every process, before it is written
     if jax.process_index() == 0:  # also on resume, where free settings may have changed
-        (workdir / "config.json").write_text(json.dumps(config, indent=1))
+        write_whole(workdir / "config.json", json.dumps(config, indent=1))
     step_function = state.make_train_step(
         stage,
         optimizer,
@@ -474,7 +481,7 @@ def note_bad_steps(workdir: epath.Path, step: int, scalars: dict, batches: list,
     shown = {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()}
     path = workdir / "bad_steps.json"
     if jax.process_index() == 0:
-        path.write_text(json.dumps({"step": step, "scalars": shown, "records": records}, indent=1))
+        write_whole(path, json.dumps({"step": step, "scalars": shown, "records": records}, indent=1))
     return path
 
 
@@ -618,4 +625,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
     flags.mark_flags_as_required(["config", "workdir"])
     logging.set_verbosity(logging.INFO)
-    app.run(main)
+    try:
+        app.run(main)
+    except SystemExit as ended:
+        processes.leave(ended.code)
