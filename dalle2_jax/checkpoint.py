@@ -36,7 +36,6 @@ from dalle2_jax.modeldir import read_index as read_index
 from dalle2_jax.modeldir import save_stage as save_stage
 from dalle2_jax.modeldir import write_index as write_index
 
-
 SAVE_SECONDS = 30 * 86400  # Orbax gives up then, by a clock that may be set while it writes
 FORMAT = 1  # of what `meta` holds beside the leaves; raised when older code could misread it
 COMMIT = "commit_success.txt"  # Orbax's
@@ -232,8 +231,8 @@ class Checkpointer:
         processes.sync(f"set aside {step}")
 
     def warn_of_little_space(self, state: Any) -> None:
-        """Logs a warning where the disk has no room for two checkpoints of such a state, the least that saving
-        needs."""
+        """Logs a warning where the disk has no room for two checkpoints of such a state: the one that is kept
+        and the next."""
         size = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state))
         with contextlib.suppress(OSError):  # not a disk of this machine
             free = shutil.disk_usage(self.directory).free
@@ -279,8 +278,8 @@ class Checkpointer:
                         left.rmtree()
             whole = ", ".join(map(str, self.all_steps())) or "none"
             raise SaveFailed(
-                f"a checkpoint could not be written to {self.directory}: {_cause(error)}. Whole ones are those "
-                f"of steps {whole}. Free space there, then run the same command to go on from the last"
+                f"a checkpoint could not be written to {self.directory}: {_cause(error)}. Whole ones are "
+                f"those of steps {whole}. Free space there, then run the same command to go on from the last"
             ) from error
 
     def __enter__(self):
@@ -306,7 +305,10 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
     if not directory.exists():
         raise FileNotFoundError(f"{workdir} is not a training workdir: it has no folder 'checkpoints'")
     options = ocp.CheckpointManagerOptions(
-        read_only=True, save_interval_steps=0, create=False, temporary_path_class=_committed_by_file(directory)
+        read_only=True,
+        save_interval_steps=0,
+        create=False,
+        temporary_path_class=_committed_by_file(directory),
     )
     with ocp.CheckpointManager(_absolute(directory), options=options) as manager:
         steps = sorted(manager.all_steps())
@@ -366,8 +368,8 @@ def _check_format(path: epath.Path, contents: Mapping[str, Any]) -> None:
     written = contents.get("format", 0)  # before there was such a number
     if written > FORMAT:
         raise ValueError(
-            f"checkpoint {path} has format {written}, this version of dalle2_jax reads up to {FORMAT}: use the "
-            "version that wrote it, or a newer one"
+            f"checkpoint {path} has format {written}, this version of dalle2_jax reads up to {FORMAT}: use "
+            "the version that wrote it, or a newer one"
         )
 
 

@@ -157,8 +157,8 @@ class Writer:
             raise OSError(error.errno, error.strerror, os.fspath(self._workdir / "metrics.jsonl")) from error
 
     def _writes_events(self) -> bool:
-        """Whether TensorBoard's events are written. Its thread dies of a full disk, silently, and whoever gives
-        it more than a few events then waits for ever; so it is let go."""
+        """Whether TensorBoard's events are written. Its thread dies of a full disk, silently, and whoever
+        gives it more than a few events then waits for ever; so it is let go."""
         if self._board is not None:
             thread = getattr(getattr(self._board.file_writer, "event_writer", None), "_worker", None)
             if thread is not None and not thread.is_alive():
@@ -211,8 +211,8 @@ class Progress:
         steps/s = n / (time - p)    wait = w / (time - p)    MFU = flops_per_step * steps/s / (peak * devices)
         time left = (total_steps - step) * (seconds a step, recent ones weighing more, + pauses a step)
 
-    Call `report` only after the step's results have reached the host, since JAX computes asynchronously. Where
-    the wait is above SLOW_INPUT a warning says so, at most once in SLOW_INPUT_EVERY seconds.
+    Call `report` only after the step's results have reached the host, since JAX computes asynchronously.
+    Where the wait is above SLOW_INPUT a warning says so, at most once in SLOW_INPUT_EVERY seconds.
 
     Args:
       total_steps: the step at which the run ends.
@@ -320,8 +320,8 @@ class Progress:
         if wait > SLOW_INPUT and not first and now - self._warned >= SLOW_INPUT_EVERY:
             self._warned = now
             logging.warning(
-                "%.0f%% of the time of the last %d steps was spent waiting for input: raise data.num_workers, "
-                "store smaller pictures or a faster disk, or use more processes",
+                "%.0f%% of the time of the last %d steps was spent waiting for input: raise "
+                "data.num_workers, store smaller pictures, or use a faster disk or more processes",
                 100 * wait,
                 steps,
             )

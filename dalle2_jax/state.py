@@ -4,10 +4,11 @@ The PRNG is fold_in(key(seed), step), so there is no random state to save. Param
 optimizer are float32 and sharded alike. A step whose loss or gradient is not finite changes nothing but the
 counter of such steps.
 
-Spikes are skipped likewise where `spike_sigma` is above 0. A step is a spike if its loss or its gradient's norm
-is above mean + spike_sigma * (standard deviation) of the last SPIKE_WINDOW finite steps that were not skipped,
-once SPIKE_HISTORY of these are known (levanter's and OLMo's window of 128, six deviations and half a window of
-history). At most SPIKES_IN_A_ROW are skipped one after the other: what stays up is a new level and no spike.
+Spikes are skipped likewise where `spike_sigma` is above 0. A step is a spike if its loss or its gradient's
+norm is above mean + spike_sigma * (standard deviation) of the last SPIKE_WINDOW finite steps that were not
+skipped, once SPIKE_HISTORY of these are known (the window of 128 and the half of it are those of levanter and
+OLMo, as are six deviations). At most SPIKES_IN_A_ROW are skipped one after the other: what stays up is a new
+level and no spike.
 """
 
 import dataclasses

@@ -82,8 +82,8 @@ class Interrupted:
     """Notes SIGTERM and SIGINT, so that the loop finishes its step and saves; a second signal ends the
     process at once.
 
-    Python's own handlers wait for the program that XLA compiles or the devices run, which may be minutes. So a
-    thread watches, which the signals reach through a pipe.
+    Python's own handlers wait for the program that XLA compiles or the devices run, which may be minutes. So
+    a thread watches, which the signals reach through a pipe.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -435,8 +435,8 @@ def _train(
         raise ValueError(
             f"the dataset has changed since step {start} of {workdir}: fingerprint "
             f"{meta['fingerprint'][:12]} and {meta.get('num_records', '?')} records then, "
-            f"{dataset.fingerprint[:12]} and {dataset.num_records} now. Names, sizes and numbers of records of "
-            "its files must be as they were: restore the data, or use another --workdir"
+            f"{dataset.fingerprint[:12]} and {dataset.num_records} now. Names, sizes and numbers of records "
+            "of its files must be as they were: restore the data, or use another --workdir"
         )
 
     processes.sync("config compared")  # by every process, before it is written
@@ -543,10 +543,10 @@ def run_steps(
                     checkpointer.wait()
                     note = note_bad_steps(workdir, step, host, [b for b in read if b[0] <= step], mesh)
                     raise FloatingPointError(
-                        f"{host['train/bad_steps']:.0f} steps in a row had a loss or gradient that is not finite "
-                        f"(step {step}); they changed nothing, and the last good state is checkpoint "
-                        f"{checkpointer.latest_step()}. The records of the last batches are in {note}: look at "
-                        "them, lower optim.learning_rate or set optim.grad_clip"
+                        f"{host['train/bad_steps']:.0f} steps in a row had a loss or gradient that is not "
+                        f"finite (step {step}); they changed nothing, and the last good state is checkpoint "
+                        f"{checkpointer.latest_step()}. The records of the last batches are in {note}: look "
+                        "at them, lower optim.learning_rate or set optim.grad_clip"
                     )
                 checkpointer.check()
                 bad = {f"data/bad_{reason}": n for reason, n in dataset.bad_records().items()}
@@ -590,6 +590,8 @@ def run_steps(
 
 
 def main(argv):
+    from dalle2_jax.data import budget
+
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     partition.initialise()
@@ -600,7 +602,7 @@ def main(argv):
     except FloatingPointError as error:
         logging.error("%s", error)
         raise SystemExit(3) from (error if FLAGS.debug else None)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, budget.TooManyBadRecords) as error:
         processes.end_together(error, FAILED)
         logging.error("%s", error)
         raise SystemExit(FAILED) from (error if FLAGS.debug else None)

@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 
@@ -52,7 +53,9 @@ def workdir(tmp_path):
 # Numbers
 
 
-def test_a_streak_of_bad_steps_ends_with_status_3_and_harms_nothing(data, whole, workdir, monkeypatch, caplog):
+def test_a_streak_of_bad_steps_ends_with_status_3_and_harms_nothing(
+    data, whole, workdir, monkeypatch, caplog
+):
     """Pictures that are not numbers come from step 4 on."""
     make, struck = train.make_datasets, []
 
@@ -373,3 +376,125 @@ def test_a_second_sigterm_ends_at_once_even_in_the_middle_of_a_computation(tmp_p
             assert process.wait(timeout=2) == 128 + signal.SIGTERM
         finally:
             process.kill()
+
+
+# All of them together
+
+
+class Interrupted200:
+    """A run of 200 steps of an upsampler's preset `debug` on two devices, a checkpoint each ten, and what
+    strikes it. A strike waits for a moment, strikes, and asserts that the run felt it."""
+
+    def __init__(self, folder, data, steps: int = 200):
+        self.folder, self.workdir, self.data, self.steps = folder, folder / "run", data, steps
+        self.chance = random.Random(5)
+
+    def start(self, environment=(), devices: int = 2):
+        settings = dict(num_steps=self.steps, checkpoint_every=10, keep_checkpoints=0, log_every=1)
+        settings |= dict(eval_every=10**6, sample_every=10**6) | {
+            "data.source": "tar",
+            "data.path": self.data,
+            "data.split": "",
+            "data.eval_split": "",
+            "data.max_bad_fraction": 0.0,  # a record that cannot be used stops the run before it is replaced
+        }
+        command = [sys.executable, "-m", "dalle2_jax.train", "--config=configs/upsampler256.py:debug"]
+        command += [f"--workdir={self.workdir}", *(f"--config.{n}={v}" for n, v in settings.items())]
+        return tiny_run.launch(command, f"{self.workdir}.log", devices, environment)
+
+    def said(self) -> str:
+        with open(f"{self.workdir}.log") as log:
+            return log.read()
+
+    def run_for_a_while(self, *processes) -> None:
+        """Until the run is 1 to 14 steps beyond its last checkpoint, and part of a step."""
+        before, more = len(self.said().split("compiled the train step")), self.chance.randint(1, 14)
+        committed = max(steps_of(self.workdir), default=0)
+
+        def far_enough():
+            compiled = len(self.said().split("compiled the train step")) > before
+            return compiled and max(logged(self.workdir, "train/loss"), default=0) >= committed + more
+
+        (self.workdir / "metrics.jsonl").unlink(missing_ok=True)  # so that its lines are this leg's
+        for process in processes:
+            wait_for(far_enough, process, self.workdir, seconds=300)
+        time.sleep(self.chance.uniform(0, 0.2))
+
+    def kill(self):
+        process = self.start()
+        self.run_for_a_while(process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+
+    def terminate(self):
+        process = self.start()
+        self.run_for_a_while(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0
+        assert f"stopped at step {max(steps_of(self.workdir))}, saved" in self.said()
+
+    def fill_the_disk(self):
+        process = self.start()
+        self.run_for_a_while(process)
+        hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (150_000, hard))
+        assert process.wait(timeout=300) == train.FAILED
+        assert "a checkpoint could not be written" in self.said().splitlines()[-1]
+
+    def spoil_a_record(self):
+        process, shard = self.start(), self.data / "00000.tar"
+        whole = shard.read_bytes()
+        self.run_for_a_while(process)
+        with shard.open("r+b") as file:  # in place: the run has it open
+            for at in range(0, len(whole), 4096):
+                file.seek(at)
+                file.write(bytes(2048))
+        try:
+            assert process.wait(timeout=300) == train.FAILED
+        finally:
+            shard.write_bytes(whole)
+        assert "above data.max_bad_fraction=0.0" in self.said().splitlines()[-1]
+
+    def two_processes(self):
+        """The same two devices, one a process."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        pair = [self.start(names | {"JAX_PROCESS_ID": str(i)}, devices=1) for i in range(2)]
+        try:
+            self.run_for_a_while(*pair)
+            pair[1].send_signal(signal.SIGTERM)
+            assert [process.wait(timeout=120) for process in pair] == [0, 0]
+        finally:
+            for process in pair:
+                process.kill()
+        assert "process 1 of 2" in self.said()
+
+
+@pytest.mark.slow
+def test_ten_interruptions_change_nothing(tmp_path):
+    """200 steps, interrupted ten times at random: parameters, average and optimizer are to the bit those of
+    200 steps that nothing interrupted."""
+    pictures = [made.encode(made.noise_picture((64, 64), n)) for n in range(60)]
+    (tmp_path / "data").mkdir()
+    members = [m for n, picture in enumerate(pictures) for m in made.sample(n, image=picture)]
+    made.write_tar(tmp_path / "data" / "00000.tar", members)
+    alone = Interrupted200(tmp_path / "alone", tmp_path / "data")
+    struck = Interrupted200(tmp_path, tmp_path / "data")
+    (tmp_path / "alone").mkdir()
+    process = alone.start()
+    assert process.wait(timeout=1200) == 0, alone.said()
+    strikes = [struck.kill] * 3 + [struck.terminate] * 2 + [struck.fill_the_disk] * 2
+    strikes += [struck.spoil_a_record] * 2 + [struck.two_processes]
+    struck.chance.shuffle(strikes)
+    for strike in strikes:
+        before = max(steps_of(struck.workdir), default=0)
+        strike()
+        print(strike.__name__, before, "->", max(steps_of(struck.workdir), default=0), flush=True)
+    assert 0 < max(steps_of(struck.workdir)) < 200
+    process = struck.start()
+    assert process.wait(timeout=1200) == 0, struck.said()
+    one, other = stored_state(alone.workdir, 200), stored_state(struck.workdir, 200)
+    assert len(one) > 100
+    assert_same(one, other)

@@ -1,6 +1,6 @@
 """The smallest run: a denoiser of 8 x 8 pictures with two layers, through the whole of train.py in a second.
 
-    python -m tests.tiny_run WORKDIR DATA [NAME=VALUE ...]    a process of its own, with train.py's exit statuses
+python -m tests.tiny_run WORKDIR DATA [NAME=VALUE ...]    a process of its own, with train.py's exit statuses
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class Tiny:
 
 
 def config(data, num_steps: int, **changes) -> dict:
-    """Its settings as plain JSON types: `num_steps` steps of the tar shards in `data`, logged and saved each."""
+    """Its settings, plain: `num_steps` steps on the tar shards in `data`, each of them logged and saved."""
     made = models.to_plain(common.get_config())
     made |= dict(stage="upsampler", batch_size=8, num_steps=num_steps, keep_checkpoints=0, eval_batches=1)
     made |= dict(log_every=1, checkpoint_every=1, eval_every=10**6, sample_every=10**6)
@@ -107,7 +107,11 @@ def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Non
 def steps_of(workdir) -> list[int]:
     """The committed steps of a run, oldest first; nothing is touched."""
     folder = Path(workdir) / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+    return (
+        sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        if folder.is_dir()
+        else []
+    )
 
 
 def logged(workdir, name: str) -> dict[int, float]:
