@@ -21,7 +21,7 @@ from configs import common
 from dalle2_jax import checkpoint, models, processes, train
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTH = 32
+WIDTH = 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Tokenizer:
         return self._encoder.decode(kept, skip_special_tokens=False).strip()
 
     def save(self, directory) -> None:
-        """Write tokenizer.json and then tokenizer_config.json, which says that it is whole, into `directory`."""
+        """Write tokenizer.json into `directory`, then tokenizer_config.json, which says that it is whole."""
         os.makedirs(directory, exist_ok=True)
         self._encoder.save(os.path.join(directory, "tokenizer.json"))
         settings = dict(kind=self.kind, vocab_size=self.vocab_size, context_length=self.context_length)
