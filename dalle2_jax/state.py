@@ -72,7 +72,8 @@ def _judge(spikes: dict, sigma: float, finite: jax.Array, **values: jax.Array) -
         mean = jnp.where(there, spikes[name], 0).sum() / jnp.maximum(count, 1)
         variance = jnp.where(there, jnp.square(spikes[name] - mean), 0).sum() / jnp.maximum(count - 1, 1)
         above |= value > mean + sigma * jnp.sqrt(variance)
-    skip = finite & above & (count >= SPIKE_HISTORY) & (spikes["in_a_row"] < SPIKES_IN_A_ROW)
+    spike = finite & above & (count >= SPIKE_HISTORY)
+    skip = spike & (spikes["in_a_row"] < SPIKES_IN_A_ROW)
     entered = finite & ~skip
     place = spikes["known"] % SPIKE_WINDOW
     after = {
@@ -80,7 +81,7 @@ def _judge(spikes: dict, sigma: float, finite: jax.Array, **values: jax.Array) -
         for name, value in values.items()
     }
     after["known"] = spikes["known"] + entered
-    after["in_a_row"] = jnp.where(skip, spikes["in_a_row"] + 1, jnp.where(finite, 0, spikes["in_a_row"]))
+    after["in_a_row"] = jnp.where(spike, spikes["in_a_row"] + 1, jnp.where(finite, 0, spikes["in_a_row"]))
     after["skipped"] = spikes["skipped"] + skip
     return skip, after
 
