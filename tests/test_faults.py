@@ -228,6 +228,29 @@ def test_what_else_lies_among_the_checkpoints_does_not_count(data, whole, workdi
     assert (folder / "8 (copy)").is_dir() and (folder / "notes").is_dir()
 
 
+def test_a_workdir_of_version_0_1_goes_on(data, tmp_path, monkeypatch):
+    """tests/workdir_0_1 was written before checkpoints had a number of their format and configs the setting
+    `spike_sigma`. Its two steps saw these pictures, whose files another encoder may write otherwise."""
+    from dalle2_jax.data import pipeline
+
+    stored, workdir = tiny_run.ROOT / "tests" / "workdir_0_1", tmp_path / "run"
+    shutil.copytree(stored, workdir)
+    shutil.copytree(data, tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    contents = json.loads((stored / "checkpoints" / "2" / "meta" / "metadata").read_text())
+    settings = json.loads((stored / "config.json").read_text())
+    assert "format" not in contents and "spike_sigma" not in settings
+    fingerprint = property(lambda self: contents["meta"]["fingerprint"])
+    monkeypatch.setattr(pipeline.Dataset, "fingerprint", fingerprint)
+    before = stored_state(workdir, 2)
+    new = dict(num_steps=4, checkpoint_every=1)
+    assert status(settings | train.SETTINGS_SINCE | new, workdir, monkeypatch) == 0
+    assert steps_of(workdir) == [2, 3, 4] and sorted(logged(workdir, "train/loss")) == [3, 4]
+    after = stored_state(workdir, 4)
+    assert before.keys() == after.keys()
+    assert all((before[name] != after[name]).any() for name in before if "kernel" in name)
+
+
 # Data and settings
 
 
@@ -358,8 +381,8 @@ def test_kill_9_at_any_time_goes_on_from_the_last_committed_step(data, workdir):
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_on_other_devices_it_goes_on_with_the_same_batches(data, whole, workdir, processes, monkeypatch):
-    """Four steps on eight devices that split the parameters, two on one or two others, two on eight: what eight
-    steps on eight devices give, to 1e-5. A batch that came twice or never would show in the losses."""
+    """Four steps on eight devices that split the parameters, two on one or two others, two on eight: what
+    eight steps on eight devices give, to 1e-5. A batch that came twice or never would show in the losses."""
     mesh = dict(data=2, fsdp=4, tensor=1)
     assert status(config(data, 4, mesh=mesh), workdir, monkeypatch) == 0
     with socket.socket() as free:
