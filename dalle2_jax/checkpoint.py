@@ -2,7 +2,8 @@
 
 A run keeps WORKDIR/checkpoints/STEP/{state, meta}, written by Orbax: asynchronously (training goes on
 meanwhile), sharded (each process writes its part) and atomically (a step counts only once it is committed
-whole). Leaves are stored under flat names such as 'params/conv_in/kernel', so a checkpoint can be read onto
+whole: its folder gets its name last, or, where a file system cannot rename folders, the file COMMIT last).
+Leaves are stored under flat names such as 'params/conv_in/kernel', so a checkpoint can be read onto
 any mesh and without the classes it came from.
 
 Orbax does not notice flipped bits in its files, so `meta` carries a checksum of every leaf, compared on
@@ -12,7 +13,10 @@ are odd), and devices that hold parts of an array just add up theirs.
 """
 
 import contextlib
+import errno
 import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,9 +36,17 @@ from dalle2_jax.modeldir import read_index as read_index
 from dalle2_jax.modeldir import save_stage as save_stage
 from dalle2_jax.modeldir import write_index as write_index
 
+SAVE_SECONDS = 30 * 86400  # Orbax gives up then, by a clock that may be set while it writes
+FORMAT = 1  # of what `meta` holds beside the leaves; raised when older code could misread it
+COMMIT = "commit_success.txt"  # Orbax's
+
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint that cannot be read, or whose leaves are not what was saved."""
+
+
+class SaveFailed(OSError):
+    """A checkpoint that could not be written: a full disk, a quota, a file system that went away."""
 
 
 def checksum(x: Any) -> Any:
@@ -93,13 +105,17 @@ class Checkpointer:
         import orbax.checkpoint as ocp
 
         _quiet_orbax()
-        self._ocp, self._before_save = ocp, before_save
+        self._ocp, self._before_save, self._failed = ocp, before_save, False
         self.directory = epath.Path(workdir) / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._renames = _renames_folders(self.directory)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep or None,
             cleanup_tmp_directories=True,  # left by a process that was killed while saving
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._committed),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=SAVE_SECONDS, post_finalization_callback=self._committed
+            ),
+            temporary_path_class=None if self._renames else ocp.path.atomicity.CommitFileTemporaryPath,
         )
         # Named here, not inferred from the first save: a resumed run reads before it writes.
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
@@ -130,10 +146,12 @@ class Checkpointer:
         if self._before_save is not None:
             self._before_save()
         args, flat = self._ocp.args, flatten(state)
-        contents = {"meta": dict(meta), "checksums": checksums(flat)}
-        return self._manager.save(
-            step, args=args.Composite(state=args.PyTreeSave(flat), meta=args.JsonSave(contents))
-        )
+        self._failed = False
+        contents = {"format": FORMAT, "meta": dict(meta), "checksums": checksums(flat)}
+        with self._explain_failure():
+            return self._manager.save(
+                step, args=args.Composite(state=args.PyTreeSave(flat), meta=args.JsonSave(contents))
+            )
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
         """Returns (state, meta) of `step` (the newest if None), placed as `abstract_state` says.
@@ -163,6 +181,7 @@ class Checkpointer:
                 ),
             )
         flat = {name: restored["state"][name] for name in expected}
+        _check_format(path, restored["meta"])
         _check_sums(path, flat, restored["meta"]["checksums"])
         return jax.tree.unflatten(jax.tree.structure(abstract_state), flat.values()), restored["meta"]["meta"]
 
@@ -197,20 +216,71 @@ class Checkpointer:
 
     def _set_aside(self, step: int) -> None:
         """Moves a checkpoint to WORKDIR/damaged, on process 0."""
-        target = self.directory.parent / "damaged" / f"{step}_{time.strftime('%Y%m%d_%H%M%S')}"
         if jax.process_index() == 0:
-            target.parent.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(target)
+            source, folder = self.directory / str(step), self.directory.parent / "damaged"
+            folder.mkdir(exist_ok=True)
+            name, others = f"{step}_{time.strftime('%Y%m%d_%H%M%S')}", 0
+            while (target := folder / (f"{name}_{others}" if others else name)).exists():
+                others += 1  # the clock was set back
+            if self._renames:
+                source.rename(target)
+            else:
+                _copy_folder(source, target)
+                source.rmtree()
             logging.warning("moved the damaged checkpoint to %s", target)
         processes.sync(f"set aside {step}")
 
+    def warn_of_little_space(self, state: Any) -> None:
+        """Logs a warning where the disk has no room for two checkpoints of such a state: the one that is kept
+        and the next."""
+        size = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state))
+        with contextlib.suppress(OSError):  # not a disk of this machine
+            free = shutil.disk_usage(self.directory).free
+            if free < 2 * size:
+                logging.warning(
+                    "%s: %.2f GB are free, a checkpoint takes about %.2f GB",
+                    self.directory,
+                    free / 1e9,
+                    size / 1e9,
+                )
+
+    def check(self) -> None:
+        """Raises SaveFailed if the save in progress is known to have failed; does not wait."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
-        """Waits until the save in progress is committed; raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        """Waits until the save in progress is committed. Raises SaveFailed."""
+        if not self._failed:
+            with self._explain_failure():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and frees the threads."""
-        self._manager.close()
+        """Waits, and frees the threads. Raises SaveFailed, unless it was raised before."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _explain_failure(self) -> Iterator[None]:
+        """Turns what Orbax raises for a save that failed into a SaveFailed, and frees what it had written."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            with contextlib.suppress(Exception):
+                self._manager.wait_until_finished()
+            if jax.process_count() == 1:
+                for left in self.directory.glob("*.orbax-checkpoint-tmp"):
+                    with contextlib.suppress(OSError):
+                        left.rmtree()
+            whole = ", ".join(map(str, self.all_steps())) or "none"
+            raise SaveFailed(
+                f"a checkpoint could not be written to {self.directory}: {_cause(error)}. Whole ones are "
+                f"those of steps {whole}. Free space there, then run the same command to go on from the last"
+            ) from error
 
     def __enter__(self):
         return self
@@ -234,7 +304,12 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
     directory = epath.Path(workdir) / "checkpoints"
     if not directory.exists():
         raise FileNotFoundError(f"{workdir} is not a training workdir: it has no folder 'checkpoints'")
-    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+    options = ocp.CheckpointManagerOptions(
+        read_only=True,
+        save_interval_steps=0,
+        create=False,
+        temporary_path_class=_committed_by_file(directory),
+    )
     with ocp.CheckpointManager(_absolute(directory), options=options) as manager:
         steps = sorted(manager.all_steps())
     step = (steps[-1] if steps else None) if step is None else step
@@ -259,8 +334,9 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
             args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True),
         )
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            sums = reader.restore(_absolute(path / "meta"))["checksums"]
-    _check_sums(path, {leaf: flat[leaf] for leaf in wanted}, sums)
+            contents = reader.restore(_absolute(path / "meta"))
+    _check_format(path, contents)
+    _check_sums(path, {leaf: flat[leaf] for leaf in wanted}, contents["checksums"])
     return unflatten({leaf.removeprefix(f"{name}/"): flat[leaf] for leaf in wanted})
 
 
@@ -288,6 +364,61 @@ def _check_stored(path: epath.Path, stored: Mapping[str, Any], expected: Mapping
         )
 
 
+def _check_format(path: epath.Path, contents: Mapping[str, Any]) -> None:
+    written = contents.get("format", 0)  # before there was such a number
+    if written > FORMAT:
+        raise ValueError(
+            f"checkpoint {path} has format {written}, this version of dalle2_jax reads up to {FORMAT}: use "
+            "the version that wrote it, or a newer one"
+        )
+
+
+def _cause(error: BaseException) -> str:
+    """What the operating system said, in the long messages of tensorstore; else the first line."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
+    return os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _committed_by_file(directory: epath.Path) -> type | None:
+    """The class by which Orbax tells whole checkpoints from others: by COMMIT if any has it, else by name."""
+    import orbax.checkpoint as ocp
+
+    if any((folder / COMMIT).exists() for folder in directory.iterdir() if folder.name.isdecimal()):
+        return ocp.path.atomicity.CommitFileTemporaryPath
+    return None
+
+
+def _copy_folder(source: epath.Path, target: epath.Path) -> None:
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_dir():
+            _copy_folder(path, target / path.name)
+        else:
+            path.copy(target / path.name)
+
+
+def _renames_folders(directory: epath.Path) -> bool:
+    """Whether a folder that is not empty can be renamed there; buckets, and gcsfuse by default, cannot."""
+    if "://" in os.fspath(directory):
+        return False
+    probe = directory.parent / f".probe_{os.getpid()}_{jax.process_index()}"
+    target = probe.with_name(probe.name + "_renamed")
+    try:
+        probe.mkdir()
+        (probe / "file").write_text("")
+        os.rename(probe, target)
+        return True
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            return True  # that is another matter, and will be told by who writes
+        logging.info("%s cannot rename folders: checkpoints are committed by a file", directory)
+        return False
+    finally:
+        for left in (probe, target):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _check_sums(path: epath.Path, flat: Mapping[str, Any], sums: Mapping[str, int]) -> None:
     changed = [name for name, value in checksums(flat).items() if value != sums.get(name)]
     if changed:
@@ -308,10 +439,10 @@ def _explain_damage(path: epath.Path) -> Iterator[None]:
     """Turns the many errors of Orbax for missing or damaged files into one that says what to do."""
     try:
         yield
-    except (ValueError, FileNotFoundError, KeyError, TypeError, AttributeError, OSError) as error:
+    except Exception as error:  # also bare ones, for a file that was cut
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
-        first_line = (str(error).splitlines() or [""])[0]
+        first_line = (str(error.__cause__ or error).splitlines() or [""])[0]
         raise DamagedCheckpoint(
             f"checkpoint {path} cannot be read, it is incomplete or damaged: move that folder away to go on "
             f"from an earlier step ({type(error).__name__}: {first_line[:300]})"
@@ -339,4 +470,6 @@ def _quiet_orbax() -> None:
 
 
 def _not_orbax_chatter(record: Any) -> bool:
-    return record.levelno > 20 or f"{os.sep}orbax{os.sep}" not in record.pathname
+    # What failed is raised as well, so the pages of traceback that each thread of Orbax logs say nothing new.
+    chatty = record.levelno <= 20 or record.exc_info
+    return not chatty or f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -35,6 +35,9 @@ PEAK_FLOPS = (
     ("H200", 989e12),
 )
 
+SLOW_INPUT = 0.2  # share of time spent waiting for input above which a run is told
+SLOW_INPUT_EVERY = 300.0  # seconds
+
 
 def peak_flops(device_kind: str) -> float | None:
     """Returns the dense bfloat16 peak of one device in FLOP/s, None if unknown (a CPU, for instance)."""
@@ -86,9 +89,8 @@ class Writer:
         values = {name: float(value) for name, value in values.items()}
         # JSON has no NaN
         numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": int(step), "time": round(time.time(), 3), **numbers}) + "\n")
-        self._file.flush()
-        if self._board is not None:
+        self._line({"step": int(step), "time": round(time.time(), 3), **numbers})
+        if self._writes_events():
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
@@ -111,7 +113,7 @@ class Writer:
         grid = labelled_grid(images, captions, columns)
         path = self._workdir / "samples" / f"{name.replace('/', '_')}_{step:08d}.png"
         save_png(path, grid, {"captions": json.dumps(list(captions or []), ensure_ascii=False)})
-        if self._board is not None:
+        if self._writes_events():
             self._board.add_image(name, grid, step, dataformats="HWC")
         if self._wandb is not None:
             import wandb
@@ -122,15 +124,15 @@ class Writer:
         """Writes a text to metrics.jsonl and TensorBoard."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": int(step), name: text}, ensure_ascii=False) + "\n")
-        if self._board is not None:
+        self._line({"step": int(step), name: text})
+        if self._writes_events():
             self._board.add_text(name, text, step)
 
     def flush(self) -> None:
         """Makes all that was written visible to readers."""
         if self._active:
             self._file.flush()
-            if self._board is not None:
+            if self._writes_events():
                 self._board.flush()
 
     def close(self) -> None:
@@ -138,11 +140,31 @@ class Writer:
         if not self._active:
             return
         self._active = False
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with contextlib.suppress(OSError):  # a full disk, of which the last line has told
+            self._file.close()
+        if self._writes_events():
+            with contextlib.suppress(OSError):
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _line(self, values: dict) -> None:
+        """Appends to metrics.jsonl. Raises OSError that names the file."""
+        try:
+            self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(self._workdir / "metrics.jsonl")) from error
+
+    def _writes_events(self) -> bool:
+        """Whether TensorBoard's events are written. Its thread dies of a full disk, silently, and whoever
+        gives it more than a few events then waits for ever; so it is let go."""
+        if self._board is not None:
+            thread = getattr(getattr(self._board.file_writer, "event_writer", None), "_worker", None)
+            if thread is not None and not thread.is_alive():
+                logging.warning("TensorBoard's events can be written no more (is the disk full?)")
+                self._board = None
+        return self._board is not None
 
 
 def _start_tensorboard(workdir: epath.Path):
@@ -190,6 +212,7 @@ class Progress:
         time left = (total_steps - step) * (seconds a step, recent ones weighing more, + pauses a step)
 
     Call `report` only after the step's results have reached the host, since JAX computes asynchronously.
+    Where the wait is above SLOW_INPUT a warning says so, at most once in SLOW_INPUT_EVERY seconds.
 
     Args:
       total_steps: the step at which the run ends.
@@ -223,6 +246,7 @@ class Progress:
         self._waited = self._paused = 0.0
         self._seconds_per_step: float | None = None
         self._pauses, self._steps = 0.0, 0
+        self._warned = -math.inf
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -283,9 +307,21 @@ class Progress:
                 values["speed/gflops"] = flops / 1e9
                 line.append(f"{flops / 1e9:.3g} GFLOP/s")
         line.append(f"{show_duration(now - self._began)} gone, {show_duration(left)} left")
+        self._warn_of_slow_input(values["speed/wait"], steps, now)
         if step >= self._total or now - self._last_print >= self._print_every:
             self._last_print = now
             if jax.process_index() == 0:
                 print(" | ".join(line), file=self._file or sys.stdout, flush=True)
         self._last_time, self._last_step, self._waited, self._paused = now, step, 0.0, 0.0
         return values
+
+    def _warn_of_slow_input(self, wait: float, steps: int, now: float) -> None:
+        first = self._steps == steps  # the reading threads have just begun
+        if wait > SLOW_INPUT and not first and now - self._warned >= SLOW_INPUT_EVERY:
+            self._warned = now
+            logging.warning(
+                "%.0f%% of the time of the last %d steps was spent waiting for input: raise "
+                "data.num_workers, store smaller pictures, or use a faster disk or more processes",
+                100 * wait,
+                steps,
+            )

@@ -199,6 +199,10 @@ def load_stage(
             with safetensors.safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     leaf = file.get_tensor(name)
+                    if not name.startswith("stats/") and not _is_finite(leaf):  # what was not measured is NaN
+                        raise ValueError(
+                            f"{directory / WEIGHTS_FILE}: {name} holds numbers that are not finite"
+                        )
                     narrow = not keep_dtype and leaf.dtype in (ml_dtypes.bfloat16, np.float16)
                     flat[name] = place(leaf.astype(np.float32) if narrow else leaf)
         except safetensors.SafetensorError as error:
@@ -206,6 +210,13 @@ def load_stage(
                 f"{directory / WEIGHTS_FILE} is not a whole safetensors file: {error}"
             ) from error
     return config, unflatten(flat)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether all numbers are; by the bits of bfloat16, for which numpy is slow."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def write_index(

@@ -3,8 +3,15 @@
 The PRNG is fold_in(key(seed), step), so there is no random state to save. Parameters, their average and the
 optimizer are float32 and sharded alike. A step whose loss or gradient is not finite changes nothing but the
 counter of such steps.
+
+Spikes are skipped likewise where `spike_sigma` is above 0. A step is a spike if its loss or its gradient's
+norm is above mean + spike_sigma * (standard deviation) of the last SPIKE_WINDOW finite steps that were not
+skipped, once SPIKE_HISTORY of these are known (the window of 128 and the half of it are those of levanter and
+OLMo, as are six deviations). At most SPIKES_IN_A_ROW are skipped one after the other: what stays up is a new
+level and no spike.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -12,19 +19,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
+SPIKE_WINDOW, SPIKE_HISTORY, SPIKES_IN_A_ROW = 128, 64, 8
+
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training carries from step to step; `bad_steps` counts non-finite steps in a row."""
+    """All that training carries from step to step.
+
+    bad_steps: non-finite steps in a row. spikes: what the rule for spikes remembers, {} where there is none.
+    """
 
     step: jax.Array
     params: dict
     ema_params: dict
     opt_state: optax.OptState
     bad_steps: jax.Array
+    spikes: dict = dataclasses.field(default_factory=dict)
 
 
-def init_state(stage, optimizer: optax.GradientTransformation, key: jax.Array, batch: dict) -> TrainState:
+def init_state(
+    stage, optimizer: optax.GradientTransformation, key: jax.Array, batch: dict, spike_sigma: float = 0.0
+) -> TrainState:
     """The state before the first step; the average starts at the parameters."""
     params = stage.init(key, batch)
     # No two leaves may share a buffer: the step donates its state.
@@ -34,7 +49,41 @@ def init_state(stage, optimizer: optax.GradientTransformation, key: jax.Array, b
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
         bad_steps=jnp.zeros((), jnp.int32),
+        spikes=_no_spikes() if spike_sigma else {},
     )
+
+
+def _no_spikes() -> dict:
+    """The memory of the rule for spikes before the first step: the last losses and norms, and counters."""
+    return {
+        "loss": jnp.zeros(SPIKE_WINDOW, jnp.float32),
+        "grad_norm": jnp.zeros(SPIKE_WINDOW, jnp.float32),
+        "known": jnp.zeros((), jnp.int32),  # steps that were ever entered above
+        "in_a_row": jnp.zeros((), jnp.int32),
+        "skipped": jnp.zeros((), jnp.int32),
+    }
+
+
+def _judge(spikes: dict, sigma: float, finite: jax.Array, **values: jax.Array) -> tuple[jax.Array, dict]:
+    """(whether a step with these values is a spike to skip, the memory after it)."""
+    count = jnp.minimum(spikes["known"], SPIKE_WINDOW)
+    there, above = jnp.arange(SPIKE_WINDOW) < count, jnp.zeros((), bool)
+    for name, value in values.items():
+        mean = jnp.where(there, spikes[name], 0).sum() / jnp.maximum(count, 1)
+        variance = jnp.where(there, jnp.square(spikes[name] - mean), 0).sum() / jnp.maximum(count - 1, 1)
+        above |= value > mean + sigma * jnp.sqrt(variance)
+    spike = finite & above & (count >= SPIKE_HISTORY)
+    skip = spike & (spikes["in_a_row"] < SPIKES_IN_A_ROW)
+    entered = finite & ~skip
+    place = spikes["known"] % SPIKE_WINDOW
+    after = {
+        name: jnp.where(entered, spikes[name].at[place].set(value.astype(jnp.float32)), spikes[name])
+        for name, value in values.items()
+    }
+    after["known"] = spikes["known"] + entered
+    after["in_a_row"] = jnp.where(spike, spikes["in_a_row"] + 1, jnp.where(finite, 0, spikes["in_a_row"]))
+    after["skipped"] = spikes["skipped"] + skip
+    return skip, after
 
 
 def ema_decay_at(step: jax.Array, ema_decay: float) -> jax.Array:
@@ -71,6 +120,7 @@ def make_train_step(
     seed: int,
     ema_decay: float,
     grad_accum: int = 1,
+    spike_sigma: float = 0.0,
     fill: Callable[[dict, dict], dict] = lambda frozen, batch: batch,
 ) -> Callable:
     """train_step(state, batch, frozen) -> (state, scalars), to be jitted with `state` donated.
@@ -78,7 +128,8 @@ def make_train_step(
     `fill(frozen, batch)` adds what a frozen CLIP contributes to the batch; its parameters are an argument,
     never a closure constant. A stage that has `project(params)` is projected after each update
     (CLIP's temperature). What a loss reports as 'observed' goes to `observe(params, observed)` instead of
-    the log: statistics that the next step draws on (the decoder's history of L_vlb).
+    the log: statistics that the next step draws on (the decoder's history of L_vlb). spike_sigma: see the
+    module; the state must come from `init_state` with the same.
     """
     project = getattr(stage, "project", lambda params: params)
 
@@ -93,9 +144,14 @@ def make_train_step(
             params = stage.observe(params, metrics.pop("observed"))
         decay = ema_decay_at(state.step, ema_decay)
         ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params)
+        taken, spikes = finite, state.spikes
+        if spike_sigma:
+            skipped, spikes = _judge(spikes, spike_sigma, finite, loss=loss, grad_norm=grad_norm)
+            taken = finite & ~skipped
+            metrics["spikes"] = spikes["skipped"]
 
         def keep(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
 
         state = TrainState(
             step=state.step + 1,
@@ -103,6 +159,7 @@ def make_train_step(
             ema_params=keep(ema_params, state.ema_params),
             opt_state=keep(opt_state, state.opt_state),
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            spikes=spikes,
         )
         return state, dict(metrics, loss=loss, grad_norm=grad_norm, bad_steps=state.bad_steps)
 

@@ -6,13 +6,16 @@ metrics.jsonl, TensorBoard events, samples/ and, on request, profile/. Several p
 the same command on the same DIR, train as one: see `processes`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import inspect
 import json
 import math
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 
@@ -63,11 +66,14 @@ SETTINGS = (
     "optim",
     "batch_size",
     "grad_accum",
+    "spike_sigma",
     "ema_decay",
     "seed",
     "clip",
     "init_from",
 )
+# Settings that config.json of older workdirs lacks, with what these runs did.
+SETTINGS_SINCE = {"spike_sigma": 0.0}
 TOKENIZER_SETTINGS = ("path", "vocab_size", "context_length")
 MAX_BAD_STEPS = 8
 FAILED = 2  # exit status of a run whose settings, data or disk do not allow it
@@ -77,21 +83,41 @@ TOKENIZER_RECORDS = 10_000  # spread over the dataset; a vocabulary needs no mor
 
 class Interrupted:
     """Notes SIGTERM and SIGINT, so that the loop finishes its step and saves; a second signal ends the
-    process at once."""
+    process at once.
+
+    Python's own handlers wait for the program that XLA compiles or the devices run, which may be minutes. So
+    a thread watches, which the signals reach through a pipe.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self):
         self.signal = None
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._previous = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
+        self._previous_pipe = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
 
-    def _note(self, number, frame):
-        if self.signal is not None:
-            raise SystemExit(128 + number)
-        self.signal = number
-        logging.warning("%s: saving after this step (again to stop at once)", signal.Signals(number).name)
+    def _watch(self):
+        while number := os.read(self._pipe[0], 1)[0]:
+            if number not in self.SIGNALS:
+                continue
+            if self.signal is not None:
+                os._exit(128 + number)
+            self.signal = number
+            name = signal.Signals(number).name
+            logging.warning("%s: saving after this step (again to stop at once)", name)
 
     def restore(self):
+        signal.set_wakeup_fd(self._previous_pipe)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        os.write(self._pipe[1], bytes(1))
+        self._thread.join()
+        for end in self._pipe:
+            os.close(end)
 
 
 def check_resume(workdir: epath.Path, config: dict) -> None:
@@ -106,7 +132,8 @@ def check_resume(workdir: epath.Path, config: dict) -> None:
             return {prefix[:-1]: tree}
         return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}{key}.").items()}
 
-    stored, now = flat(json.loads(stored_path.read_text())), flat(json.loads(json.dumps(config)))
+    stored = flat(SETTINGS_SINCE | json.loads(stored_path.read_text()))
+    now = flat(json.loads(json.dumps(config)))
     differing = [
         f"  {name}: {stored.get(name, '(absent)')!r} in the workdir, {now.get(name, '(absent)')!r} now"
         for name in sorted(stored.keys() | now.keys())
@@ -119,13 +146,20 @@ def check_resume(workdir: epath.Path, config: dict) -> None:
         )
 
 
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file that is there as it was or as it shall be, whatever happens meanwhile."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def make_tokenizer(config: dict, workdir: epath.Path, clip_path: str):
     """The tokenizer of the workdir, of the frozen CLIP, or the one that the config describes (saved in the
     workdir)."""
     from dalle2_jax.data import pipeline, tokenizer
 
     settings = dict(config["tokenizer"])
-    if (workdir / "tokenizer").exists():
+    if (workdir / "tokenizer" / "tokenizer_config.json").exists():  # else a run was killed while saving it
         return tokenizer.load_tokenizer(workdir / "tokenizer", settings["context_length"])
     if clip_path:
         folder = epath.Path(hub.local(clip_path)) / "tokenizer"
@@ -215,6 +249,8 @@ def check_settings(config: dict, stage, mesh) -> None:
             f"batch_size {config['batch_size']} is not a multiple of grad_accum {config['grad_accum']}"
         )
     partition.check_batch_size(config["batch_size"] // config["grad_accum"], mesh, "batch_size / grad_accum")
+    if config["spike_sigma"] < 0:
+        raise ValueError(f"spike_sigma {config['spike_sigma']} must be 0 (none) or above; 6 is usual")
     if config["grad_accum"] > 1 and config["model"].get("loss") == "vlb":
         raise ValueError("model.loss 'vlb' keeps a history of a batch's losses: set grad_accum=1")
     classes = config["data"].get("classes", ())
@@ -288,7 +324,12 @@ def make_plan(config: dict, stage, mesh) -> Plan:
     """The plan of a run; parameters are born sharded: shapes, then shardings, then a jitted init."""
     optimizer = optim.make_optimizer(**config["optim"], num_steps=config["num_steps"])
     init = functools.partial(
-        state.init_state, stage, optimizer, jax.random.key(config["seed"]), models.zeros(stage.batch_spec(1))
+        state.init_state,
+        stage,
+        optimizer,
+        jax.random.key(config["seed"]),
+        models.zeros(stage.batch_spec(1)),
+        config["spike_sigma"],
     )
     abstract = jax.eval_shape(init)
     shardings = partition.shardings(abstract, mesh)
@@ -305,6 +346,7 @@ def jit_step(config: dict, stage, plan: Plan, fill, mesh):
         plan.optimizer,
         seed=config["seed"],
         ema_decay=config["ema_decay"],
+        spike_sigma=config["spike_sigma"],
         grad_accum=config["grad_accum"],
         fill=fill,
     )
@@ -386,9 +428,16 @@ def train(config: dict, workdir: str) -> None:
     if config["init_from"]:  # looked at now, so that a wrong path stops before data is read
         models.load_start(config["init_from"], config)
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    with lock.Lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext() as held:
-        _train(config, workdir, mesh, stage, clip, frozen, fill, fields, held)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        held = lock.Lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    except OSError as error:
+        raise ValueError(
+            f"the workdir {workdir} cannot be written: {error}. Make it writable and see that the disk has "
+            "space, or use another --workdir"
+        ) from error
+    with held as lock_held:
+        _train(config, workdir, mesh, stage, clip, frozen, fill, fields, lock_held)
 
 
 def _train(
@@ -417,7 +466,9 @@ def _train(
     checkpointer = checkpoint.Checkpointer(
         workdir, config["keep_checkpoints"], before_save=held.check if held else None
     )
-    start = checkpointer.latest_step() or 0
+    start = 0
+    if checkpointer.latest_step() is not None:  # a finished run's is looked at, too
+        start, train_state, meta = checkpointer.restore_newest(plan.abstract)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(plan.abstract.params))
     logging.info(
         "%s: %.2fM parameters, %d records, mesh %s, steps %d -> %d",
@@ -433,19 +484,19 @@ def _train(
         checkpointer.close()
         return
     if start == 0:
+        checkpointer.warn_of_little_space(plan.abstract)
         train_state = first_state(config, stage, plan, frozen, fill, dataset, mesh)
-    else:
-        start, train_state, meta = checkpointer.restore_newest(plan.abstract)
-        if meta["fingerprint"] != dataset.fingerprint:
-            raise ValueError(
-                f"the dataset has changed since step {start} of {workdir}: fingerprint "
-                f"{meta['fingerprint'][:12]} then, {dataset.fingerprint[:12]} now; restore the data or use "
-                "another --workdir"
-            )
+    elif meta["fingerprint"] != dataset.fingerprint:
+        raise ValueError(
+            f"the dataset has changed since step {start} of {workdir}: fingerprint "
+            f"{meta['fingerprint'][:12]} and {meta.get('num_records', '?')} records then, "
+            f"{dataset.fingerprint[:12]} and {dataset.num_records} now. Names, sizes and numbers of records "
+            "of its files must be as they were: restore the data, or use another --workdir"
+        )
 
     processes.sync("config compared")  # by every process, before it is written
     if jax.process_index() == 0:  # also on resume, where free settings may have changed
-        (workdir / "config.json").write_text(json.dumps(config, indent=1))
+        write_whole(workdir / "config.json", json.dumps(config, indent=1))
     jitted = jit_step(config, stage, plan, fill, mesh)
     with partition.use_mesh(mesh):
         evaluation = validation.Validation(config, stage, fill, eval_dataset, mesh)
@@ -463,6 +514,16 @@ def _train(
             mesh,
             measure,
         )
+
+
+def note_bad_steps(workdir: epath.Path, step: int, scalars: dict, batches: list, mesh) -> epath.Path:
+    """Writes WORKDIR/bad_steps.json: the record numbers of `batches`, (step, this process's numbers) each."""
+    records = {str(number): partition.gather_index(index, mesh).tolist() for number, index in batches}
+    shown = {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()}
+    path = workdir / "bad_steps.json"
+    if jax.process_index() == 0:
+        write_whole(path, json.dumps({"step": step, "scalars": shown, "records": records}, indent=1))
+    return path
 
 
 def run_steps(
@@ -485,8 +546,11 @@ def run_steps(
     batches = dataset.batches(config["batch_size"], start_step=start, **partition.host_slice(mesh))
     writer = metrics.Writer(workdir, wandb=config["wandb"] or None)
     interrupted, agreement, stop = Interrupted(), processes.Agreement(), 0
+    read = collections.deque(maxlen=MAX_BAD_STEPS + 1)  # (step, record numbers) of the last batches
     try:
-        batch = partition.on_devices(next(batches), mesh)
+        raw = next(batches)
+        read.append((start + 1, raw["index"]))
+        batch = partition.on_devices(raw, mesh)
         began = time.monotonic()
         lowered = jitted.lower(train_state, batch, frozen)
         flops = (lowered.cost_analysis() or {}).get("flops", 0.0)
@@ -512,15 +576,20 @@ def run_steps(
             if not last:
                 with progress.waiting():
                     raw = next(batches)
+                read.append((step + 1, raw["index"]))
                 batch = partition.on_devices(raw, mesh)
             if last or step % config["log_every"] == 0:
                 host = {f"train/{k}": float(v) for k, v in jax.device_get(scalars).items()}
                 if host["train/bad_steps"] >= MAX_BAD_STEPS:
+                    checkpointer.wait()
+                    note = note_bad_steps(workdir, step, host, [b for b in read if b[0] <= step], mesh)
                     raise FloatingPointError(
-                        f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite (step "
-                        f"{step}); the last good state is checkpoint {checkpointer.latest_step()}. Lower "
-                        "optim.learning_rate or set optim.grad_clip"
+                        f"{host['train/bad_steps']:.0f} steps in a row had a loss or gradient that is not "
+                        f"finite (step {step}); they changed nothing, and the last good state is checkpoint "
+                        f"{checkpointer.latest_step()}. The records of the last batches are in {note}: look "
+                        "at them, lower optim.learning_rate or set optim.grad_clip"
                     )
+                checkpointer.check()
                 bad = {f"data/bad_{reason}": n for reason, n in dataset.bad_records().items()}
                 writer.scalars(step, host | bad | progress.report(step, loss=host["train/loss"]))
             drawing = finished or step % config["sample_every"] == 0
@@ -535,7 +604,12 @@ def run_steps(
                     if drawing:
                         evaluation.samples(train_state.ema_params, frozen, writer, step)
             if saving:
-                meta = dict(step=step, fingerprint=dataset.fingerprint, bad_records=dataset.bad_records())
+                meta = dict(
+                    step=step,
+                    fingerprint=dataset.fingerprint,
+                    num_records=dataset.num_records,
+                    bad_records=dataset.bad_records(),
+                )
                 checkpointer.save(step, train_state, meta)
             if last:
                 break
@@ -557,6 +631,8 @@ def run_steps(
 
 
 def main(argv):
+    from dalle2_jax.data import budget
+
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     partition.initialise()
@@ -567,7 +643,7 @@ def main(argv):
     except FloatingPointError as error:
         logging.error("%s", error)
         raise SystemExit(3) from (error if FLAGS.debug else None)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, budget.TooManyBadRecords) as error:
         processes.end_together(error, FAILED)
         logging.error("%s", error)
         raise SystemExit(FAILED) from (error if FLAGS.debug else None)
@@ -592,4 +668,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
     flags.mark_flags_as_required(["config", "workdir"])
     logging.set_verbosity(logging.INFO)
-    app.run(main)
+    try:
+        app.run(main)
+    except SystemExit as ended:
+        processes.leave(ended.code)

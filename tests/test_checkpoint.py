@@ -1,9 +1,11 @@
 """Checkpoints of a run."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +236,90 @@ os._exit(9)
             assert loader.all_steps() == [1]
             loader.save(2, {"kernel": np.zeros(3)}, {})
         assert sorted(p.name for p in directory.iterdir()) == ["1", "2"]
+
+
+class TestWithoutRenaming:
+    """R43: buckets, and gcsfuse as it is mounted by default, cannot rename folders."""
+
+    @pytest.fixture
+    def refused(self, monkeypatch):
+        """The folders whose renaming was refused."""
+        refused = []
+        for name in ("rename", "replace"):
+            whole = getattr(os, name)
+
+            def rename(source, target, *args, whole=whole, **options):
+                if os.path.isdir(source):
+                    refused.append(os.fspath(source))
+                    raise OSError(errno.EMFILE, "Too many open files")
+                return whole(source, target, *args, **options)
+
+            monkeypatch.setattr(os, name, rename)
+        return refused
+
+    def test_a_step_counts_once_its_commit_file_is_there(self, tmp_path, mesh, refused):
+        state = make_state(mesh, 3)
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            for step in (1, 2, 3):
+                saver.save(step, state, {})
+        assert len(refused) == 1  # when it was tried
+        folder = tmp_path / "checkpoints"
+        assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
+        (folder / "3" / checkpoint.COMMIT).unlink()  # what a process leaves that is killed while it saves
+        assert_same(checkpoint.restore_ema_params(tmp_path), state["ema_params"])
+        with pytest.raises(FileNotFoundError, match="there are 1, 2"):
+            checkpoint.restore_ema_params(tmp_path, 3)
+        with checkpoint.Checkpointer(tmp_path) as loader:
+            assert loader.all_steps() == [1, 2]
+            step, restored, _ = loader.restore_newest(abstract(state, mesh))
+            assert step == 2 and loader.save(3, restored, {})
+        assert_same(checkpoint.restore_subtree(tmp_path, "params", 3), state["params"])
+
+    def test_a_damaged_one_is_set_aside_by_copying(self, tmp_path, mesh, refused):
+        state = make_state(mesh, 3)
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            for step in (1, 2):
+                saver.save(step, state, {})
+        (tmp_path / "checkpoints" / "2" / "state" / "_METADATA").unlink()
+        with checkpoint.Checkpointer(tmp_path) as loader:
+            assert loader.restore_newest(abstract(state, mesh))[0] == 1
+        (aside,) = (tmp_path / "damaged").iterdir()
+        assert refused and aside.name.startswith("2_") and (aside / "meta" / "metadata").is_file()
+        assert not (tmp_path / "checkpoints" / "2").exists()
+
+
+def test_two_damaged_ones_of_a_second_are_both_kept(tmp_path, mesh, monkeypatch):
+    """R42: the clock that names them stands still."""
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101_000000")
+    state = make_state(mesh)
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        saver.save(1, state, {})
+        for _ in range(2):
+            saver.save(2, state, {})
+            saver.wait()
+            (tmp_path / "checkpoints" / "2" / "state" / "_METADATA").unlink()
+            assert saver.restore_newest(abstract(state, mesh))[0] == 1
+    names = sorted(path.name for path in (tmp_path / "damaged").iterdir())
+    assert names == ["2_20260101_000000", "2_20260101_000000_1"]
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_left_alone(tmp_path, mesh):
+    state = make_state(mesh)
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        saver.save(1, state, {})
+        saver.save(2, state, {})
+    meta = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
+    contents = json.loads(meta.read_text())
+    assert contents["format"] == checkpoint.FORMAT
+    meta.write_text(json.dumps(contents | {"format": checkpoint.FORMAT + 1}))
+    with (
+        checkpoint.Checkpointer(tmp_path) as loader,
+        pytest.raises(ValueError, match="has format 2, .* up to 1"),
+    ):
+        loader.restore_newest(abstract(state, mesh))
+    with pytest.raises(ValueError, match="has format 2"):
+        checkpoint.restore_ema_params(tmp_path)
+    assert not (tmp_path / "damaged").exists()
 
 
 class TestChecksum:

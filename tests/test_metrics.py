@@ -103,6 +103,25 @@ class TestWriter:
         writer.close()
         assert lines_of(tmp_path)[0]["loss"] == 1 and not list(tmp_path.glob("events*"))
 
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    def test_events_that_can_be_written_no_more_do_not_stop_the_run(self, tmp_path, caplog):
+        """R08: the thread that writes them dies of a full disk; its queue of ten would stay full for ever."""
+        writer = metrics.Writer(tmp_path)
+        events = writer._board.file_writer.event_writer._ev_writer
+
+        def full(event):
+            raise OSError(28, "No space left on device")
+
+        thread = writer._board.file_writer.event_writer._worker
+        events.write_event = full
+        writer.scalars(1, {"loss": 1})
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+        for step in range(2, 40):
+            writer.scalars(step, {"loss": step})
+        writer.close()
+        assert len(lines_of(tmp_path)) == 39 and "can be written no more" in caplog.text
+
     def test_absent_wandb_says_what_to_do(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "wandb", None)
         with pytest.raises(ValueError, match="pip install wandb"):
@@ -186,6 +205,18 @@ class TestProgress:
         assert 480 < second["speed/seconds_left"] < 960
         assert "speed/examples_per_s" not in first
         assert progress.report(520) == {}
+
+    def test_slow_input_is_told_but_not_at_the_start_nor_all_the_time(self, clock, caplog):
+        progress = metrics.Progress(1000, file=io.StringIO(), clock=clock)
+        told = []
+        for step in range(10, 110, 10):
+            clock.now += 60
+            with progress.waiting():
+                clock.now += 40 if step != 60 else 1
+            progress.report(step)
+            told.append(sum("waiting for input" in r.getMessage() for r in caplog.records))
+        assert told == [0, 1, 1, 1, 2, 2, 2, 2, 3, 3]
+        assert "40% of the time of the last 10 steps was spent waiting for input" in caplog.text
 
     def test_pauses_do_not_slow_the_steps_but_take_their_time(self, clock):
         """Each 10 steps: 10 s of work and 20 s of evaluation, so 90 more steps take 270 s."""

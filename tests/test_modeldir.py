@@ -92,6 +92,34 @@ class TestStageDirectory:
         with pytest.raises(FileNotFoundError, match="has no model.safetensors"):
             modeldir.load_stage(tmp_path)
 
+    def test_weights_of_strangers(self, tmp_path):
+        """R32: a header of a terabyte, tensors that overlap, numbers that are not finite."""
+        modeldir.save_stage(tmp_path, {}, make_params())
+        weights = tmp_path / "model.safetensors"
+        whole = weights.read_bytes()
+
+        def refused(data, message):
+            assert data != whole
+            weights.write_bytes(data)
+            with pytest.raises(ValueError, match=message):
+                modeldir.load_stage(tmp_path)
+
+        refused((10**12).to_bytes(8, "little") + whole[8:], "is not a whole safetensors file")
+        length = int.from_bytes(whole[:8], "little")
+        header = json.loads(whole[8 : 8 + length])
+        first, second = [name for name in header if name != "__metadata__"][:2]
+        header[second]["data_offsets"] = header[first]["data_offsets"]
+        text = json.dumps(header).encode()
+        refused(len(text).to_bytes(8, "little") + text + whole[8 + length :], "not a whole safetensors file")
+        for dtype, bits in (("float32", np.float32(np.nan)), ("bfloat16", np.float32(-np.inf))):
+            params = make_params()
+            params["conv_in"]["bias"] = jnp.asarray([0, 1, bits, 3], jnp.float32)
+            modeldir.save_stage(tmp_path, {}, params, dtype)
+            with pytest.raises(ValueError, match="conv_in/bias holds numbers that are not finite"):
+                modeldir.load_stage(tmp_path)
+        modeldir.save_stage(tmp_path, {}, {"stats": {"eps_sq": jnp.full(4, jnp.nan)}})
+        modeldir.load_stage(tmp_path)  # what was not measured is so
+
 
 class TestCheckParams:
     def test_equal_trees_pass(self):

@@ -200,6 +200,100 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_caught():
     assert after.bad_steps == 1
 
 
+def unchanging(train_state):
+    """What a step that is not taken leaves alone."""
+    return train_state.params, train_state.ema_params, train_state.opt_state
+
+
+class Half(Line):
+    """Computes in bfloat16 and is above its largest number, 3.39e38, where the batch says so (R18)."""
+
+    def loss(self, params, key, batch, *, train=True):
+        half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+        out = jnp.tanh(batch["x"].astype(jnp.bfloat16) @ half["one"]) @ half["two"]["kernel"]
+        square = jnp.square(out - batch["y"].astype(jnp.bfloat16))
+        return square.mean().astype(jnp.float32), {}
+
+
+def test_an_overflow_of_bfloat16_is_a_step_that_is_not_finite():
+    train_step, good = step_of(Half()), batch_of(8)
+    after, scalars = train_step(start(), good | {"y": np.full((8, 2), 2.0**66, np.float32)})
+    assert np.isposinf(scalars["loss"]) and after.bad_steps == 1
+    assert_equal(
+        (after.params, after.ema_params, after.opt_state), (start().params, start().params, start().opt_state)
+    )
+    assert differ(train_step(after, good)[0].params, start().params)
+
+
+# --- spikes ---
+
+
+def spiked(count: int, size: float = 0.0) -> dict:
+    """A batch for step `count`, whose losses vary a little; `size` is added to all that is asked for."""
+    batch = batch_of(8)
+    return batch | {"y": batch["y"] + np.float32(size + 0.01 * (count % 7))}
+
+
+def spike_run(sizes, sigma=6.0):
+    """(states, scalars) after each of so many steps."""
+    train_step = step_of(spike_sigma=sigma)
+    train_state = state.init_state(Line(), OPTIMIZER, KEY, batch_of(8), sigma)
+    states, scalars = [], []
+    for count, size in enumerate(sizes):
+        train_state, told = train_step(train_state, spiked(count, size))
+        states.append(train_state)
+        scalars.append(jax.device_get(told))
+    return states, scalars
+
+
+def test_a_spike_is_skipped_once_there_is_a_history_of_64_steps():
+    states, scalars = spike_run([0] * 63 + [30] + [0] * 10 + [30] + [0])
+    losses = [float(told["loss"]) for told in scalars]
+    assert losses[63] > 100 * losses[62] and losses[74] > 100 * losses[73]
+    assert scalars[63]["spikes"] == 0 and differ(states[63].params, states[62].params)  # too early to tell
+    # The window holds that first one, so the next has to be larger still: half of it is above six deviations.
+    window = np.array(losses[:74])
+    bound = window.mean() + 6 * window.std(ddof=1)
+    assert (losses[74] > bound) == bool(scalars[74]["spikes"]) and losses[74] > bound
+
+
+def test_a_skipped_step_changes_nothing_and_is_forgotten():
+    states, scalars = spike_run([0] * 70 + [30] + [0] * 2)
+    norms = [float(told["grad_norm"]) for told in scalars]
+    losses = np.array([float(told["loss"]) for told in scalars])
+    assert losses[70] > losses[:70].mean() + 6 * losses[:70].std(ddof=1)
+    before, after = states[69], states[70]
+    assert scalars[70]["spikes"] == 1 and after.bad_steps == 0 and after.step == before.step + 1
+    assert_equal(
+        (after.params, after.ema_params, after.opt_state),
+        (before.params, before.ema_params, before.opt_state),
+    )
+    assert after.spikes["known"] == before.spikes["known"] == 70
+    assert_equal(
+        (after.spikes["loss"], after.spikes["grad_norm"]), (before.spikes["loss"], before.spikes["grad_norm"])
+    )
+    np.testing.assert_allclose(after.spikes["grad_norm"][:70], norms[:70], rtol=1e-6)
+    assert differ(states[71].params, after.params) and states[71].spikes["in_a_row"] == 0
+    assert scalars[72]["spikes"] == 1
+    # Without the rule the step is taken; without a spike the rule changes nothing.
+    assert differ(spike_run([0] * 70 + [30], sigma=0.0)[0][-1].params, before.params)
+    assert_equal(spike_run([0] * 70, sigma=0.0)[0][-1].params, before.params)
+
+
+def test_what_stays_up_is_a_new_level_and_no_spike():
+    states, scalars = spike_run([0] * 70 + [30] * 12)
+    skipped = np.diff([int(told["spikes"]) for told in scalars])[69:]
+    assert skipped.tolist() == [1] * state.SPIKES_IN_A_ROW + [0] * (12 - state.SPIKES_IN_A_ROW)
+    assert differ(states[-1].params, states[69].params)
+
+
+def test_a_step_that_is_not_finite_is_no_spike_and_not_remembered():
+    states, scalars = spike_run([0] * 70 + [np.nan, 0])
+    assert scalars[70]["bad_steps"] == 1 and scalars[70]["spikes"] == 0
+    assert states[70].spikes["known"] == 70 and np.isfinite(states[70].spikes["loss"]).all()
+    assert states[71].spikes["known"] == 71
+
+
 # --- the rest of a step ---
 
 

@@ -149,7 +149,7 @@ def test_impossible_settings_stop_at_once(override, said, tmp_path):
 
 def test_a_workdir_that_cannot_be_made_or_is_in_use_stops_at_once(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(ValueError, match="workdir .*file/work cannot be written"):
         train.train(recipe(1), str(tmp_path / "file" / "work"))
     other = subprocess.Popen(["sleep", "60"])
     try:

@@ -86,12 +86,14 @@ class Tokenizer:
         return self._encoder.decode(kept, skip_special_tokens=False).strip()
 
     def save(self, directory) -> None:
-        """Write tokenizer.json and tokenizer_config.json into `directory`."""
+        """Write tokenizer.json into `directory`, then tokenizer_config.json, which says that it is whole."""
         os.makedirs(directory, exist_ok=True)
         self._encoder.save(os.path.join(directory, "tokenizer.json"))
         settings = dict(kind=self.kind, vocab_size=self.vocab_size, context_length=self.context_length)
-        with open(os.path.join(directory, "tokenizer_config.json"), "w", encoding="utf-8") as file:
+        path = os.path.join(directory, "tokenizer_config.json")
+        with open(f"{path}.partial", "w", encoding="utf-8") as file:
             json.dump({"dalle2_jax": settings}, file, indent=2)
+        os.replace(f"{path}.partial", path)
 
 
 @functools.cache

@@ -184,6 +184,8 @@ def _array(path: str):
         raise ValueError(f"{path} has no array arr_0: {error}") from None
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or 0 in shape:
         raise ValueError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {dtype} {list(shape)}")
+    if shape[1] * shape[2] > transforms.MAX_PIXELS:  # said by the header alone, which may lie
+        raise ValueError(f"the pictures of {path} are {shape[2]} x {shape[1]}, above {transforms.MAX_PIXELS}")
     with archive, file:
         yield file, shape
 

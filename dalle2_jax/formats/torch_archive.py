@@ -3,6 +3,10 @@
 An archive holds `data.pkl` and one file of raw numbers for each storage. The pickle is a program for a stack
 machine; here its instructions are walked over and only those that build containers and describe tensors have
 an effect. What it calls or instantiates is a name, and stays one: an unknown call yields an `Opaque`.
+
+Nothing is larger in memory than in the file: torch does not compress, so a compressed archive is refused, and
+so is a tensor of more numbers than its storage has. A pickle may refer to one list many times over, and so be
+a tree without end: no more than _MAX_NODES of it are looked at.
 """
 
 import dataclasses
@@ -27,6 +31,8 @@ _STORAGES = {
     "BoolStorage": np.bool_,
 }
 _MAX_DEPTH = 64
+_MAX_NODES = 1_000_000
+_MAX_PICKLE_BYTES = 64 << 20
 _MARK = object()
 
 
@@ -72,28 +78,20 @@ class TorchArchive:
         if len(pickles) != 1:
             raise ValueError(f"{path} is a zip archive, but none of torch: it has no data.pkl")
         self._root = pickles[0].split("/")[0]
-        order = f"{self._root}/byteorder"
+        order, storages = f"{self._root}/byteorder", f"{self._root}/data/"
+        for entry in self._zip.infolist():  # of TorchScript, the code is compressed, which is not read
+            read = entry.filename in (pickles[0], order) or entry.filename.startswith(storages)
+            if read and entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{path} has compressed numbers, which torch does not write")
+        if self._zip.getinfo(pickles[0]).file_size > _MAX_PICKLE_BYTES:
+            raise ValueError(f"{path}: its data.pkl has more than {_MAX_PICKLE_BYTES >> 20} MiB")
         if order in self._zip.namelist() and self._zip.read(order).strip() == b"big":
             raise ValueError(f"{path} has big-endian numbers, which are not read")
         try:
             tree = walk(self._zip.read(pickles[0]))
         except (IndexError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: its data.pkl is damaged ({error!r})") from error
-        self.tensors: dict[str, StoredTensor] = {}
-        self._collect(tree, (), 0)
-
-    def _collect(self, node: Any, path: tuple[str, ...], depth: int) -> None:
-        if depth > _MAX_DEPTH:
-            raise ValueError(f"the archive is nested more than {_MAX_DEPTH} deep")
-        if isinstance(node, StoredTensor):
-            self.tensors[".".join(path)] = node
-        elif isinstance(node, Opaque):
-            self._collect(node.state, path, depth + 1)
-        elif isinstance(node, dict | list | tuple):
-            pairs = node.items() if isinstance(node, dict) else enumerate(node)
-            for name, value in pairs:
-                if isinstance(name, str | int):
-                    self._collect(value, (*path, str(name)), depth + 1)
+        self.tensors = tensors_in(tree)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor of this name, as it is stored. Raises ValueError where its storage is too short."""
@@ -105,6 +103,8 @@ class TorchArchive:
         if min((tensor.offset, *tensor.strides)) < 0:
             raise ValueError(f"tensor {name} lies outside its storage: the archive is damaged")
         count = sum(ends) + 1
+        if np.prod(tensor.shape, dtype=np.float64) > count:
+            raise ValueError(f"tensor {name} has more numbers than its storage, which is not read")
         entry = f"{self._root}/data/{tensor.storage}"
         try:
             with self._zip.open(entry) as file:
@@ -117,6 +117,26 @@ class TorchArchive:
         flat = np.frombuffer(data, tensor.dtype)
         strides = [stride * size for stride in tensor.strides]
         return np.array(np.lib.stride_tricks.as_strided(flat, tensor.shape, strides), order="C")
+
+
+def tensors_in(tree: Any) -> dict[str, StoredTensor]:
+    """{dotted name: tensor} of all in a tree of dicts, lists and objects. ValueError for one without end."""
+    found, waiting, seen = {}, [((), tree)], 0
+    while waiting:
+        path, node = waiting.pop()
+        seen += 1
+        if seen > _MAX_NODES:
+            raise ValueError(f"the file's tree has more than {_MAX_NODES} nodes: it holds no weights alone")
+        if len(path) > _MAX_DEPTH:
+            raise ValueError(f"the file is nested more than {_MAX_DEPTH} deep")
+        if isinstance(node, StoredTensor):
+            found[".".join(filter(None, path))] = node
+        elif isinstance(node, Opaque):
+            waiting.append(((*path, ""), node.state))
+        elif isinstance(node, dict | list | tuple):
+            pairs = list(node.items() if isinstance(node, dict) else enumerate(node))
+            waiting += [((*path, str(n)), value) for n, value in reversed(pairs) if isinstance(n, str | int)]
+    return found
 
 
 def _tensor(storage: Any, offset: int, shape: tuple, strides: tuple) -> StoredTensor:

@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from dalle2_jax.formats.torch_archive import Opaque, StoredTensor, TorchArchive, is_archive, walk
+from dalle2_jax.formats.torch_archive import StoredTensor, TorchArchive, is_archive, tensors_in, walk
 
 MAGIC, LAYOUT = 0x1950A86A20F9469CFC6C, 1001
 
@@ -33,7 +33,7 @@ def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
             raise ValueError(f"{path} is no file of weights that torch wrote")
         if not sizes.get("little_endian", True):
             raise ValueError(f"{path} has big-endian numbers, which are not read")
-        found = dict(_tensors(tree, ""))
+        found = tensors_in(tree)
         types = {tensor.storage: tensor.dtype for tensor in found.values()}
         storages = {}
         for key in keys:
@@ -48,19 +48,6 @@ def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
     return {name: _view(name, tensor, storages) for name, tensor in found.items()}
 
 
-def _tensors(node, path: str, depth: int = 0):
-    """(dotted name, StoredTensor) of all in a tree of dicts and lists."""
-    if depth > 64:
-        raise ValueError("the file is nested more than 64 deep")
-    if isinstance(node, StoredTensor):
-        yield path, node
-    elif isinstance(node, Opaque):
-        yield from _tensors(node.state, path, depth + 1)
-    elif isinstance(node, dict | list | tuple):
-        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _tensors(value, f"{path}.{name}" if path else str(name), depth + 1)
-
-
 def _view(name: str, tensor: StoredTensor, storages: dict[str, np.ndarray]) -> np.ndarray:
     storage = storages.get(tensor.storage)
     reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.strides, strict=True))
@@ -69,6 +56,7 @@ def _view(name: str, tensor: StoredTensor, storages: dict[str, np.ndarray]) -> n
         storage is None
         or min((tensor.offset, *tensor.strides, *tensor.shape)) < 0
         or (not empty and tensor.offset + reach >= len(storage))
+        or np.prod(tensor.shape, dtype=np.float64) > len(storage)
     ):
         raise ValueError(f"tensor {name} lies outside its storage: the file is damaged")
     if empty:

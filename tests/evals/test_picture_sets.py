@@ -2,6 +2,7 @@
 
 import json
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -87,6 +88,11 @@ def test_npz_files_that_are_refused(tmp_path):
         np.savez(tmp_path / f"{name}.npz", **arrays)
         with pytest.raises(ValueError, match=message):
             picture_sets.open_pictures(tmp_path / f"{name}.npz")
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+        header = dict(descr="|u1", fortran_order=False, shape=(1, 10**6, 10**6, 3))
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ValueError, match="huge.npz are 1000000 x 1000000, above 50000000"):
+        picture_sets.open_pictures(tmp_path / "huge.npz")
     (tmp_path / "cut.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="has no array arr_0"):
         picture_sets.open_pictures(tmp_path / "cut.npz")

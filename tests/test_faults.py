@@ -1,0 +1,544 @@
+"""Faults of machines, disks and data strike a whole run; docs/reliability.md says what is promised then.
+
+Each test also asserts that its fault really struck. The run is that of `tiny_run`, the capstone's at the end
+an upsampler's.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
+
+from dalle2_jax import checkpoint, train  # noqa: E402
+from tests import tiny_run  # noqa: E402
+from tests.data import shards_for_tests as made  # noqa: E402
+from tests.tiny_run import assert_same, config, logged, status, steps_of, stored_state  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """23 pictures, of which one cannot be read."""
+    folder = tmp_path_factory.mktemp("data")
+    members = [m for n in range(23) for m in made.sample(n, image=b"<html>404</html>" if n == 7 else None)]
+    made.write_tar(folder / "00000.tar", members)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An uninterrupted run of eight steps, one checkpoint each."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        assert status(config(data, 8), workdir, patched) == 0
+    return workdir
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return tmp_path / "run"
+
+
+# Numbers
+
+
+def test_a_streak_of_bad_steps_ends_with_status_3_and_harms_nothing(
+    data, whole, workdir, monkeypatch, caplog
+):
+    """Pictures that are not numbers come from step 4 on."""
+    make, struck = train.make_datasets, []
+
+    class Poisoned:
+        def __init__(self, dataset):
+            self._dataset = dataset
+
+        def __getattr__(self, name):
+            return getattr(self._dataset, name)
+
+        def batches(self, *args, start_step=0, **options):
+            for step, batch in enumerate(
+                self._dataset.batches(*args, start_step=start_step, **options), start_step + 1
+            ):
+                struck.append(batch["index"].tolist())
+                yield batch | {"image": batch["image"] * np.nan} if step > 3 else batch
+
+    def poisoned(*args):
+        training, validation = make(*args)
+        return Poisoned(training), validation
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "make_datasets", poisoned)
+        assert status(config(data, 30, log_every=4, checkpoint_every=3), workdir, patched) == 3
+    assert len(struck) > 12
+    assert "9 steps in a row had a loss or gradient that is not finite (step 12)" in caplog.text
+    assert steps_of(workdir) == [3, 6, 9]
+    for step in steps_of(workdir):
+        before, after = stored_state(whole, 3), stored_state(workdir, step)
+        assert_same(before, after)
+    noted = json.loads((workdir / "bad_steps.json").read_text())
+    assert noted["step"] == 12 and noted["scalars"]["train/loss"] == "nan"
+    assert noted["records"] == {str(step): struck[step - 1] for step in range(5, 13)}  # the last eight
+    # With the data mended the run goes on from there, and counts no more.
+    assert status(config(data, 11, checkpoint_every=3), workdir, monkeypatch) == 0
+    assert logged(workdir, "train/bad_steps")[11] == 0 and not any(
+        (stored_state(workdir, 11)[name] == value).all() for name, value in before.items() if "kernel" in name
+    )
+
+
+def test_skipping_spikes_survives_an_interruption(data, tmp_path, monkeypatch):
+    """The rule's memory is saved: five steps and three are eight, to the bit, also of that memory."""
+    for name, lengths in (("whole", (8,)), ("parts", (5, 8))):
+        for length in lengths:
+            assert status(config(data, length, spike_sigma=6.0), tmp_path / name, monkeypatch) == 0
+    one, other = (checkpoint.restore_subtree(tmp_path / name, "spikes", 8) for name in ("whole", "parts"))
+    assert one["known"] == 8 and np.count_nonzero(one["loss"]) == np.count_nonzero(one["grad_norm"]) == 8
+    assert_same(one, other)
+    assert_same(stored_state(tmp_path / "whole", 8), stored_state(tmp_path / "parts", 8))
+    assert logged(tmp_path / "parts", "train/spikes")[8] == 0
+
+
+# Disks
+
+
+@contextlib.contextmanager
+def files_at_most(size: int):
+    """No file may become larger than `size` bytes: what a full disk looks like, wherever one is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_clear_error_and_the_run_goes_on(data, whole, workdir, monkeypatch, caplog):
+    assert status(config(data, 2), workdir, monkeypatch) == 0
+    before = stored_state(workdir, 2)
+    caplog.clear()
+    with files_at_most(20_000):
+        assert status(config(data, 8), workdir, monkeypatch) == train.FAILED
+    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert len(errors) == 1 and "a checkpoint could not be written" in errors[0]
+    assert "File too large. Whole ones are those of steps 1, 2." in errors[0]
+    assert steps_of(workdir) == [1, 2] == sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert_same(before, stored_state(workdir, 2))
+    assert status(config(data, 8), workdir, monkeypatch) == 0
+    assert_same(stored_state(whole, 8), stored_state(workdir, 8))
+
+
+def test_a_disk_that_fills_before_a_line_of_the_log(data, whole, workdir, monkeypatch, caplog):
+    assert status(config(data, 2), workdir, monkeypatch) == 0
+    with (workdir / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 0}\n' * 1000)
+    size = (workdir / "metrics.jsonl").stat().st_size
+    with files_at_most(size + 10):
+        assert status(config(data, 8, checkpoint_every=8), workdir, monkeypatch) == train.FAILED
+    assert f"File too large: '{workdir / 'metrics.jsonl'}'" in caplog.text
+    assert steps_of(workdir) == [1, 2]
+    assert status(config(data, 8), workdir, monkeypatch) == 0
+    assert_same(stored_state(whole, 8), stored_state(workdir, 8))
+    assert sorted(logged(workdir, "train/loss")) == list(range(1, 9))  # the torn line costs no other
+
+
+@contextlib.contextmanager
+def without_the_rights_of_root():
+    """This thread keeps to the permissions of files, also where root runs the tests."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, words = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if not sys.platform.startswith("linux") or libc.capget(header, words):
+        pytest.skip("root's rights cannot be laid down here")
+    effective, override = words[0], 0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    words[0] = effective & ~override
+    assert libc.capset(header, words) == 0
+    try:
+        yield
+    finally:
+        words[0] = effective
+        assert libc.capset(header, words) == 0
+
+
+def test_a_workdir_that_is_read_only_stops_before_anything_is_read(data, workdir, monkeypatch, caplog):
+    workdir.mkdir()
+    workdir.chmod(0o555)
+    try:
+        with without_the_rights_of_root():
+            with pytest.raises(PermissionError):
+                (workdir / "file").write_text("")
+            with monkeypatch.context() as patched:
+                patched.setattr(train, "make_datasets", lambda *_: pytest.fail("data was read"))
+                assert status(config(data, 2), workdir, patched) == train.FAILED
+    finally:
+        workdir.chmod(0o755)
+    assert f"the workdir {workdir} cannot be written: [Errno 13] Permission denied" in caplog.text
+
+
+# Checkpoints
+
+
+def damage(workdir, step: int) -> None:
+    """Cuts the largest file of a checkpoint to half."""
+    files = [p for p in (workdir / "checkpoints" / str(step) / "state").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def test_a_finished_run_with_a_damaged_checkpoint_does_its_last_steps_again(
+    data, whole, workdir, monkeypatch, caplog
+):
+    shutil.copytree(whole, workdir)
+    damage(workdir, 8)
+    with pytest.raises(ValueError):
+        stored_state(workdir, 8)
+    assert status(config(data, 8), workdir, monkeypatch) == 0
+    assert "checkpoints/8 cannot be read" in caplog.text and "moved the damaged checkpoint" in caplog.text
+    assert_same(stored_state(whole, 8), stored_state(workdir, 8))
+    for step in steps_of(workdir):
+        damage(workdir, step)
+    assert status(config(data, 8), workdir, monkeypatch) == train.FAILED  # none is whole: it says so
+    assert steps_of(workdir) == list(range(1, 9))
+
+
+def test_what_else_lies_among_the_checkpoints_does_not_count(data, whole, workdir, monkeypatch):
+    """An empty folder, a copy that stopped, a stray file and foreign names (R12)."""
+    shutil.copytree(whole, workdir)
+    folder = workdir / "checkpoints"
+    (folder / "9").mkdir()
+    shutil.copytree(folder / "8" / "meta", folder / "10" / "meta")
+    shutil.copytree(folder / "8", folder / "8 (copy)")
+    (folder / "11").write_text("")
+    (folder / "notes").mkdir()
+    assert status(config(data, 10), workdir, monkeypatch) == 0
+    resumed = stored_state(workdir, 10)
+    assert status(config(data, 10), whole.parent / "ten", monkeypatch) == 0
+    assert_same(stored_state(whole.parent / "ten", 10), resumed)
+    assert (folder / "8 (copy)").is_dir() and (folder / "notes").is_dir()
+
+
+def test_a_workdir_of_version_0_1_goes_on(data, tmp_path, monkeypatch):
+    """tests/workdir_0_1 was written before checkpoints had a number of their format and configs the setting
+    `spike_sigma`. Its two steps saw these pictures, whose files another encoder may write otherwise."""
+    from dalle2_jax.data import pipeline
+
+    stored, workdir = tiny_run.ROOT / "tests" / "workdir_0_1", tmp_path / "run"
+    shutil.copytree(stored, workdir)
+    shutil.copytree(data, tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    contents = json.loads((stored / "checkpoints" / "2" / "meta" / "metadata").read_text())
+    settings = json.loads((stored / "config.json").read_text())
+    assert "format" not in contents and "spike_sigma" not in settings
+    fingerprint = property(lambda self: contents["meta"]["fingerprint"])
+    monkeypatch.setattr(pipeline.Dataset, "fingerprint", fingerprint)
+    before = stored_state(workdir, 2)
+    new = dict(num_steps=4, checkpoint_every=1)
+    assert status(settings | train.SETTINGS_SINCE | new, workdir, monkeypatch) == 0
+    assert steps_of(workdir) == [2, 3, 4] and sorted(logged(workdir, "train/loss")) == [3, 4]
+    after = stored_state(workdir, 4)
+    assert before.keys() == after.keys()
+    assert all((before[name] != after[name]).any() for name in before if "kernel" in name)
+
+
+# Data and settings
+
+
+def test_a_changed_dataset_is_refused_and_the_old_one_goes_on(data, whole, tmp_path, monkeypatch, caplog):
+    folder, workdir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(data, folder)
+    assert status(config(folder, 2), workdir, monkeypatch) == 0
+    made.write_samples(folder / "00001.tar", range(3))
+    assert status(config(folder, 4), workdir, monkeypatch) == train.FAILED
+    assert "the dataset has changed since step 2" in caplog.text
+    assert "and 23 records then" in caplog.text and "and 26 now" in caplog.text
+    (folder / "00001.tar").unlink()
+    (folder / "00000.tar").rename(folder / "other.tar")
+    assert status(config(folder, 4), workdir, monkeypatch) == train.FAILED
+    assert steps_of(workdir) == [1, 2]
+    (folder / "other.tar").rename(folder / "00000.tar")
+    assert status(config(folder, 8), workdir, monkeypatch) == 0
+    assert_same(stored_state(whole, 8), stored_state(workdir, 8))
+
+
+def test_settings_that_change_what_a_step_computes_are_refused_on_resume_and_others_not(data, tmp_path):
+    workdir = train.epath.Path(tmp_path)
+    stored = config(data, 4) | dict(model=dict(channels=16, schedule="cosine", num_timesteps=1000, width=8))
+    (workdir / "config.json").write_text(json.dumps(stored))
+    train.check_resume(workdir, stored)
+    free = set(train.FREE_ON_RESUME)
+    for name, value in stored.items():
+        changed = {**value, "other": 1} if isinstance(value, dict) else "other"
+        if name in free:
+            train.check_resume(workdir, stored | {name: changed})
+            continue
+        with pytest.raises(ValueError, match=rf"  {name}(\.other)?: "):
+            train.check_resume(workdir, stored | {name: changed})
+    for name, value in dict(channels=8, schedule="linear", num_timesteps=500, width=4).items():
+        with pytest.raises(ValueError, match=rf"model.{name}: .* in the workdir, '?{value}'? now"):
+            train.check_resume(workdir, stored | dict(model=stored["model"] | {name: value}))
+    older = {name: value for name, value in stored.items() if name not in train.SETTINGS_SINCE}
+    (workdir / "config.json").write_text(json.dumps(older))
+    train.check_resume(workdir, stored)  # what came later is as it was without
+    with pytest.raises(ValueError, match="spike_sigma: 0.0 in the workdir, 6 now"):
+        train.check_resume(workdir, stored | dict(spike_sigma=6))
+
+
+def test_slow_input_is_told(data, workdir, monkeypatch, caplog):
+    from dalle2_jax.data import pipeline
+
+    load, calls = pipeline.Dataset._load, []
+
+    def slowly(self, *args):
+        calls.append(args)
+        time.sleep(0.1)
+        return load(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.Dataset, "_load", slowly)
+        assert status(config(data, 12, log_every=4, checkpoint_every=12), workdir, patched) == 0
+    assert len(calls) >= 12
+    assert logged(workdir, "speed/wait")[8] > 0.3
+    (told,) = [r.getMessage() for r in caplog.records if "waiting for input" in r.getMessage()]
+    assert "of the last 4 steps" in told and "data.num_workers" in told
+
+
+# Clocks
+
+
+def test_a_clock_that_jumps_changes_nothing(data, whole, workdir, monkeypatch):
+    """It jumps by days at each look for two steps, and is set back by ten years before the resumption."""
+    now, told, years = time.time, [], 10 * 365 * 86400
+
+    def jumping():
+        if len(logged(workdir, "train/loss")) < 2:
+            told.append(None)
+            return now() + (-1) ** len(told) * 86400 * (len(told) % 7)
+        return now()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", jumping)
+        assert status(config(data, 4, checkpoint_every=4), workdir, patched) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: now() - years)
+        damage(workdir, 4)
+        assert status(config(data, 4), workdir, patched) == train.FAILED  # no other checkpoint is whole
+        shutil.copytree(whole / "checkpoints" / "2", workdir / "checkpoints" / "2")
+        assert status(config(data, 8), workdir, patched) == 0
+    assert len(told) > 20
+    assert_same(stored_state(whole, 8), stored_state(workdir, 8))
+
+
+# Machines
+
+
+def wait_for(condition, process, workdir, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        said = open(f"{workdir}.log").read()
+        assert process.poll() is None and time.monotonic() < deadline, said
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_time_goes_on_from_the_last_committed_step(data, workdir):
+    """Five runs without end, one checkpoint a step, are killed at a random time; a sixth equals one that was
+    left alone."""
+    chance, left, killed_at = random.Random(0), 0, []
+    for _ in range(5):
+        before = len(steps_of(workdir))
+        process = tiny_run.start(workdir, data, num_steps=10**6)
+        try:
+            wait_for(lambda before=before: len(steps_of(workdir)) > before, process, workdir)
+            time.sleep(chance.uniform(0, 0.2))
+        finally:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL
+        killed_at.append(steps_of(workdir)[-1])
+        left += any("tmp" in path.name for path in (workdir / "checkpoints").iterdir())
+    assert left >= 1, "no kill came while a checkpoint was written"
+    end = killed_at[-1] + 3
+    for folder in (workdir, workdir.with_name("alone")):
+        process = tiny_run.start(folder, data, num_steps=end, checkpoint_every=end)
+        assert process.wait(timeout=120) == 0, open(f"{folder}.log").read()
+    assert_same(stored_state(workdir.with_name("alone"), end), stored_state(workdir, end))
+    losses = [logged(folder, "train/loss") for folder in (workdir, workdir.with_name("alone"))]
+    assert losses[0] == losses[1] and len(losses[0]) == end
+    said = open(f"{workdir}.log").read()
+    assert [f"steps {step} -> " in said for step in killed_at] == [True] * 5
+    assert not [path for path in (workdir / "checkpoints").iterdir() if not path.name.isdecimal()]
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_on_other_devices_it_goes_on_with_the_same_batches(data, whole, workdir, processes, monkeypatch):
+    """Four steps on eight devices that split the parameters, two on one or two others, two on eight: what
+    eight steps on eight devices give, to 1e-5. A batch that came twice or never would show in the losses."""
+    mesh = dict(data=2, fsdp=4, tensor=1)
+    assert status(config(data, 4, mesh=mesh), workdir, monkeypatch) == 0
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        names = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}"}
+    names["JAX_NUM_PROCESSES"] = str(processes)
+    started = [
+        tiny_run.start(workdir, data, devices=1, num_steps=6, environment=names | {"JAX_PROCESS_ID": str(i)})
+        for i in range(processes)
+    ]
+    try:
+        assert [p.wait(timeout=120) for p in started] == [0] * processes, open(f"{workdir}.log").read()
+    finally:
+        for process in started:
+            process.kill()
+    assert f"mesh {dict(data=processes, fsdp=1, tensor=1)}, steps 4 -> 6" in open(f"{workdir}.log").read()
+    assert status(config(data, 8), workdir, monkeypatch) == 0
+    expected, found = (logged(folder, "train/loss") for folder in (whole, workdir))
+    assert found == pytest.approx(expected, rel=1e-5) and len(found) == 8
+    expected, found = stored_state(whole, 8), stored_state(workdir, 8)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_second_sigterm_ends_at_once_even_in_the_middle_of_a_computation(tmp_path):
+    """The first one waits, here for a hash that takes a minute and does not let Python's handlers run."""
+    code = (
+        "import hashlib, sys; from dalle2_jax import train; train.Interrupted(); print('ready', flush=True);"
+        "hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)"
+    )
+    with open(tmp_path / "log", "w+") as log:
+        process = tiny_run.launch([sys.executable, "-c", code], log.name, 1)
+        try:
+            while "ready" not in log.read():
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            while "again to stop at once" not in log.read():
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=2) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+
+
+# All of them together
+
+
+class Interrupted200:
+    """A run of 200 steps of an upsampler's preset `debug` on two devices, a checkpoint each ten, and what
+    strikes it. A strike waits for a moment, strikes, and asserts that the run felt it."""
+
+    def __init__(self, folder, data, steps: int = 200):
+        self.folder, self.workdir, self.data, self.steps = folder, folder / "run", data, steps
+        self.chance = random.Random(5)
+
+    def start(self, before=()):
+        settings = dict(num_steps=self.steps, checkpoint_every=10, keep_checkpoints=0, log_every=1)
+        settings |= dict(eval_every=10**6, sample_every=10**6) | {
+            "data.source": "tar",
+            "data.path": self.data,
+            "data.split": "",
+            "data.eval_split": "",
+            "data.max_bad_fraction": 0.0,  # a record that cannot be used stops the run before it is replaced
+        }
+        command = [*before, sys.executable, "-m", "dalle2_jax.train"]
+        command += ["--config=configs/upsampler256.py:debug"]
+        command += [f"--workdir={self.workdir}", *(f"--config.{n}={v}" for n, v in settings.items())]
+        return tiny_run.launch(command, f"{self.workdir}.log", devices=2)
+
+    def said(self) -> str:
+        with open(f"{self.workdir}.log") as log:
+            return log.read()
+
+    def run_for_a_while(self, process) -> None:
+        """Until the run is 6 to 18 steps beyond its last checkpoint, and part of a step."""
+        before, more = len(self.said().split("compiled the train step")), self.chance.randint(6, 18)
+        committed = max(steps_of(self.workdir), default=0)
+
+        def far_enough():
+            compiled = len(self.said().split("compiled the train step")) > before
+            return compiled and max(logged(self.workdir, "train/loss"), default=0) >= committed + more
+
+        (self.workdir / "metrics.jsonl").unlink(missing_ok=True)  # so that its lines are this leg's
+        wait_for(far_enough, process, self.workdir, seconds=300)
+        time.sleep(self.chance.uniform(0, 0.2))
+
+    def kill(self):
+        process = self.start()
+        self.run_for_a_while(process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+
+    def terminate(self):
+        process = self.start()
+        self.run_for_a_while(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0
+        assert f"stopped at step {max(steps_of(self.workdir))}, saved" in self.said()
+
+    def fill_the_disk(self):
+        process = self.start()
+        self.run_for_a_while(process)
+        hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (150_000, hard))
+        assert process.wait(timeout=300) == train.FAILED
+        assert "a checkpoint could not be written" in self.said().splitlines()[-1]
+
+    def spoil_a_record(self):
+        process, shard = self.start(), self.data / "00000.tar"
+        whole = shard.read_bytes()
+        self.run_for_a_while(process)
+        with shard.open("r+b") as file:  # in place: the run has it open
+            for at in range(0, len(whole), 4096):
+                file.seek(at)
+                file.write(bytes(2048))
+        try:
+            assert process.wait(timeout=300) == train.FAILED
+        finally:
+            shard.write_bytes(whole)
+        assert "above data.max_bad_fraction=0.0" in self.said().splitlines()[-1]
+
+    def move_to_one_core(self):
+        """The same devices, but fewer cores that compute them, as after a move to another machine."""
+        process = self.start(before=("taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))))
+        self.run_for_a_while(process)
+        assert len(os.sched_getaffinity(process.pid)) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0
+
+
+@pytest.mark.slow
+def test_ten_interruptions_change_nothing(tmp_path):
+    """200 steps, interrupted ten times at random: parameters, average and optimizer are to the bit those of
+    200 steps that nothing interrupted."""
+    pictures = [made.encode(made.noise_picture((64, 64), n)) for n in range(60)]
+    (tmp_path / "data").mkdir()
+    members = [m for n, picture in enumerate(pictures) for m in made.sample(n, image=picture)]
+    made.write_tar(tmp_path / "data" / "00000.tar", members)
+    alone = Interrupted200(tmp_path / "alone", tmp_path / "data")
+    struck = Interrupted200(tmp_path, tmp_path / "data")
+    (tmp_path / "alone").mkdir()
+    process = alone.start()
+    assert process.wait(timeout=1200) == 0, alone.said()
+    strikes = [struck.kill] * 3 + [struck.terminate] * 2 + [struck.fill_the_disk] * 2
+    strikes += [struck.spoil_a_record] * 2
+    strikes += [struck.move_to_one_core if shutil.which("taskset") else struck.terminate]
+    struck.chance.shuffle(strikes)
+    for strike in strikes:
+        before = max(steps_of(struck.workdir), default=0)
+        strike()
+        print(strike.__name__, before, "->", max(steps_of(struck.workdir), default=0), flush=True)
+    assert len(strikes) == 10 and 50 < max(steps_of(struck.workdir)) < 200
+    process = struck.start()
+    assert process.wait(timeout=1200) == 0, struck.said()
+    one, other = stored_state(alone.workdir, 200), stored_state(struck.workdir, 200)
+    assert len(one) > 100
+    assert_same(one, other)

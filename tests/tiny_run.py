@@ -1,0 +1,132 @@
+"""The smallest run: a denoiser of 8 x 8 pictures with two layers, through the whole of train.py in a second.
+
+python -m tests.tiny_run WORKDIR DATA [NAME=VALUE ...]    a process of its own, with train.py's exit statuses
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from configs import common
+from dalle2_jax import checkpoint, models, processes, train
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDTH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """A stage whose loss is that of guessing the noise in a picture."""
+
+    image_size: int = 8
+
+    def batch_spec(self, batch_size):
+        return {"image": jax.ShapeDtypeStruct((batch_size, 8, 8, 3), jnp.float32)}
+
+    def init(self, key, batch):
+        one, two = jax.random.split(key)
+        return {
+            "fc1": {"kernel": jax.random.normal(one, (192, WIDTH)) / 14},
+            "fc2": {"kernel": jax.random.normal(two, (WIDTH, 192)) / 6},
+        }
+
+    def loss(self, params, key, batch, *, train=True):
+        noise = jax.random.normal(key, (batch["image"].shape[0], 192))
+        hidden = jnp.tanh((batch["image"].reshape(-1, 192) + noise) @ params["fc1"]["kernel"])
+        return jnp.square(hidden @ params["fc2"]["kernel"] - noise).mean(), {}
+
+
+def config(data, num_steps: int, **changes) -> dict:
+    """Its settings, plain: `num_steps` steps on the tar shards in `data`, each of them logged and saved."""
+    made = models.to_plain(common.get_config())
+    made |= dict(stage="upsampler", batch_size=8, num_steps=num_steps, keep_checkpoints=0, eval_batches=1)
+    made |= dict(log_every=1, checkpoint_every=1, eval_every=10**6, sample_every=10**6)
+    made["data"] |= dict(path=str(data), split="", eval_split="")
+    made["optim"] |= dict(learning_rate=1e-2, warmup_steps=0)
+    return made | changes
+
+
+def status(settings: dict, workdir, monkeypatch) -> int:
+    """The exit status of a run in this process."""
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "build_stage", lambda config: Tiny())
+        return _main(settings, workdir, patched.setattr)
+
+
+def _main(settings: dict, workdir, set_attribute) -> int:
+    set_attribute(train, "FLAGS", types.SimpleNamespace(config=settings, workdir=str(workdir), debug=False))
+    try:
+        train.main(["train"])
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def start(workdir, data, *, devices: int = 2, environment=(), **changes) -> subprocess.Popen:
+    """A run as a process of its own; its output goes to WORKDIR.log, appended. `changes`: of the settings."""
+    command = [sys.executable, "-m", "tests.tiny_run", str(workdir), str(data)]
+    command += [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+    return launch(command, f"{workdir}.log", devices, environment)
+
+
+def launch(command: list[str], log: str, devices: int, environment=()) -> subprocess.Popen:
+    """A process with so many CPU devices, whose output is appended to the file `log`."""
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | dict(environment)
+    with open(log, "a") as output:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=inherited | own, stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def stored_state(workdir, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, by path."""
+    trees = {name: checkpoint.restore_subtree(workdir, name, step) for name in ("params", "ema_params")}
+    trees["opt_state"] = checkpoint.restore_subtree(workdir, "opt_state", step)
+    flat, _ = jax.tree_util.tree_flatten_with_path(trees)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    """Two states are equal to the bit."""
+    assert one.keys() == other.keys() and one
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def steps_of(workdir) -> list[int]:
+    """The committed steps of a run, oldest first; nothing is touched."""
+    folder = Path(workdir) / "checkpoints"
+    return (
+        sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        if folder.is_dir()
+        else []
+    )
+
+
+def logged(workdir, name: str) -> dict[int, float]:
+    """{step: value} of a scalar in metrics.jsonl; the last value counts, a torn line does not."""
+    path, found = Path(workdir) / "metrics.jsonl", {}
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text)
+            found |= {line["step"]: line[name]} if name in line else {}
+    return found
+
+
+if __name__ == "__main__":
+    workdir_, data_, *changes_ = sys.argv[1:]
+    parsed = {name: json.loads(value) for name, _, value in (change.partition("=") for change in changes_)}
+    models.build_stage = lambda config: Tiny()
+    logging.set_verbosity(logging.INFO)
+    processes.leave(_main(config(data_, **parsed), workdir_, setattr))
