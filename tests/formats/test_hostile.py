@@ -1,4 +1,4 @@
-"""Weights of strangers: nothing in them is executed, wherever it stands and whatever the file's name (R31)."""
+"""Weights of strangers (R31): nothing in them is executed, wherever it stands, whatever a file is called."""
 
 import json
 import pickle
