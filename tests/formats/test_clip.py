@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import zipfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -300,26 +299,8 @@ def test_nothing_in_an_archive_is_executed(tmp_path, monkeypatch):
     assert not (tmp_path / "harmed").exists()
 
 
-def test_archives_take_no_more_memory_than_their_file(tmp_path):
-    """A compressed one; a tensor of 10^18 numbers that repeats a storage of one; a tree of 10^12 leaves."""
-    import pickle
-
-    def archive(name, tree, method=zipfile.ZIP_STORED):
-        with zipfile.ZipFile(tmp_path / name, "w", method) as file:
-            file.writestr("a/data.pkl", tree if isinstance(tree, bytes) else pickle.dumps(tree, 2))
-        return tmp_path / name
-
-    bomb = archive("bomb.pt", bytes(100 << 20), zipfile.ZIP_DEFLATED)
-    assert bomb.stat().st_size < 200_000
-    with pytest.raises(ValueError, match="compressed numbers, which torch does not write"):
-        TorchArchive(bomb)
-    with pytest.raises(ValueError, match="data.pkl has more than 64 MiB"):
-        TorchArchive(archive("long.pt", bytes(65 << 20)))
-    tree = []
-    for _ in range(12):
-        tree = [tree] * 10
-    with pytest.raises(ValueError, match="more than 1000000 nodes"):
-        TorchArchive(archive("laughs.pt", tree))
+def test_a_tensor_that_repeats_its_storage_is_not_read(tmp_path):
+    """10^18 numbers in a file of a few hundred bytes."""
     torch.save({"weight": torch.ones(1).expand(10**9, 10**9)}, tmp_path / "wide.pt")
     wide = TorchArchive(tmp_path / "wide.pt")
     assert wide.tensors["weight"].shape == (10**9, 10**9)
