@@ -230,6 +230,18 @@ def test_a_preempted_job_is_queued_again_and_a_finished_one_is_not(tmp_path):
     assert "scontrol" not in calls.read_text() and "-m dalle2_jax.train" in calls.read_text()
 
 
+@pytest.mark.parametrize(
+    ("status", "before", "again"), [(4, 0, True), (137, 2, True), (4, 3, False), (3, 0, False), (2, 0, False)]
+)
+def test_a_lost_process_is_tried_again_and_a_failure_is_not(tmp_path, status, before, again):
+    stand_in(tmp_path, "scontrol", "")
+    stand_in(tmp_path, "srun", f"exit {status}")
+    environment = dict(SLURM_JOB_ID="77", SLURM_SUBMIT_DIR=str(ROOT), SLURM_RESTART_COUNT=str(before))
+    said = bash("slurm.sh", "--", *TRAINING, path=tmp_path, **environment)
+    assert said.returncode == status
+    assert ("scontrol requeue 77" in (tmp_path / "calls.txt").read_text()) == again
+
+
 @pytest.mark.slow
 def test_slurm_trains_with_two_processes(tmp_path):
     """srun's stand-in starts two tasks with the variables that Slurm sets; they find each other and train."""

@@ -11,14 +11,15 @@
 #       -- --config=configs/decoder64.py --workdir=/shared/DIR --config.data.path=/shared/shards
 #
 #   --python=python   the interpreter of the environment, the same on every node
+#   --retries=3       how often to queue again after a process was lost (status 4) or killed (137)
 #
 # Five minutes before the time limit, and when the job is preempted, training saves; then the job is queued again and goes
-# on. It is not queued again when training has finished or has failed.
+# on. It is not queued again when training has finished, nor for wrong settings (status 2) or numbers (status 3).
 set -euo pipefail
 here="${DALLE2_JAX_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}" # sbatch runs a copy of this file from elsewhere
 [ -f "$here/launch/pods/common.sh" ] || { echo "error: submit this from the repository" >&2 && exit 2; }
 source "$here/launch/pods/common.sh"
-parse python=python -- "$@"
+parse python=python retries=3 -- "$@"
 check_training
 [ -n "$DRY" ] || [ -n "${SLURM_JOB_ID:-}" ] || fail "this runs in a job: sbatch --nodes=N $0 -- ..."
 cd "$here"
@@ -37,6 +38,9 @@ wait "$step" || status=$?
 while kill -0 "$step" 2> /dev/null; do wait "$step" && status=0 || status=$?; done
 if [ -n "$preempted" ] && [ "$status" = 0 ]; then
   echo "stopped before the end and saved; queued again"
+  scontrol requeue "$SLURM_JOB_ID"
+elif { [ "$status" = 4 ] || [ "$status" = 137 ]; } && [ "${SLURM_RESTART_COUNT:-0}" -lt "$retries" ]; then
+  echo "a process was lost (status $status); queued again"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
