@@ -1,13 +1,14 @@
 """GLIDE's checkpoints equal torch modules in their layout; captions are drawn without CLIP and prior."""
 
 import gzip
+import importlib
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from dalle2_jax import convert, editing, evaluate, modeldir, models, pipeline
+from dalle2_jax import convert, editing, evaluate, modeldir, models, pipeline, train
 from dalle2_jax.data.tokenizer import load_tokenizer
 from dalle2_jax.formats import glide, tables
 from dalle2_jax.formats.tensors import Tensors
@@ -152,6 +153,20 @@ def test_latents_without_an_embedding_come_back(repainting, tmp_path):
     again = editing.Latents.load(tmp_path / "latents.npz")
     assert again.image_embeds.shape == (1, 0) and again.captions == (CAPTION,)
     assert model.from_latents(again, upsample=False).base.shape == (1, SIDE, SIDE, 3)
+
+
+@pytest.mark.parametrize("stage", ["decoder", f"upsampler{LARGE}"])
+def test_a_stage_is_trained_on_with_its_own_tokenizer(repainting, stage, tmp_path):
+    """Without a CLIP; its parameters are what the released ones were, and it needs captions alone."""
+    config = importlib.import_module("configs.finetune").get_config(f"{repainting[2]}/{stage}").to_dict()
+    assert not config["clip"] and config["tokenizer"]["context_length"] == LENGTH
+    tokens, _ = train.make_tokenizer(config, tmp_path, "")([CAPTION])
+    assert (tokens == load_tokenizer(repainting[2] / "tokenizer", LENGTH)([CAPTION])[0]).all()
+    built = models.build_stage(config)
+    fields = train.dataset_fields(config, built, None)
+    assert {"image", "tokens", "token_mask"} <= fields and "image_embed" not in fields
+    _, _, params = models.load_start(config["init_from"], config)
+    modeldir.check_params(train.started_from("", params, models.abstract_params(built)), params)
 
 
 def test_the_tokenizer_has_neither_start_nor_end(tmp_path):
