@@ -177,7 +177,7 @@ class Cascade:
         self.low_memory = low_memory
         self.directory, self.name = directory, index.get("name") or directory.name
         self.configs, self.stages, self.mesh = configs, stages, mesh
-        tokenizer = index.get("tokenizer", "tokenizer")
+        tokenizer = index.get("tokenizer", "tokenizer") or ""
         self.has_tokenizer, self._tokenizer_path = bool(tokenizer), directory / tokenizer
         self._folders = folders
         self._params: dict = {}

@@ -155,6 +155,7 @@ def test_stages_that_do_not_fit_are_refused(workdirs, tmp_path):
     refused("holds a 'prior', not a 'decoder'", decoder=str(root / "prior"))
     refused("no model directory", clip=str(tmp_path / "absent"))
     refused("dtype 'float16'", dtype="float16")
+    refused("draws image embeddings: give a clip and a prior", clip="")
     half_made = shutil.copytree(root / "clip", tmp_path / "half_made")
     shutil.rmtree(half_made / "checkpoints" / "2")
     refused("no committed checkpoint", clip=str(half_made))

@@ -304,6 +304,7 @@ def build(
     embed_dim: 0 for a decoder without image embeddings. embed_scale: what embeddings are multiplied by; None
     is sqrt(embed_dim), for those of unit norm. num_classes: how many classes a caption may name; 0 where the
     network is told none. num_heads: of every attention, in the place of heads of head_dim entries.
+    guidance_scale: it is 1 where nothing is ever dropped.
 
     `text=None` builds a decoder that reads the image embedding alone; with dict(states_width, context_length,
     width) it reads the states of a frozen CLIP's text transformer, as Karlo's does; null_tokens is then the
@@ -372,7 +373,7 @@ def build(
         context_length=text["context_length"] if text else None,
         image_drop=image_drop,
         text_drop=text_drop,
-        guidance_scale=guidance_scale,
+        guidance_scale=guidance_scale if embed_dim or text or label_drop else 1.0,
         inpaint=inpaint,
         states_width=text.get("states_width", 0) if text else 0,
         num_classes=num_classes,

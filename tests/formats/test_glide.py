@@ -1,14 +1,16 @@
 """GLIDE's checkpoints equal torch modules in their layout; captions are drawn without CLIP and prior."""
 
 import gzip
+import importlib
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from dalle2_jax import convert, editing, evaluate, modeldir, models, pipeline
+from dalle2_jax import convert, editing, evaluate, modeldir, models, pipeline, train
 from dalle2_jax.data.tokenizer import load_tokenizer
+from dalle2_jax.diffusion import sampling
 from dalle2_jax.formats import glide, tables
 from dalle2_jax.formats.tensors import Tensors
 
@@ -119,6 +121,73 @@ def test_the_upsampler_is_the_same(made, read):
     assert_close(ours, modules["upsample"](torch.cat([*seen, theirs], 1), *words))
 
 
+def ancestral(network, beta, times, x, kept, keep):
+    """DDPM's sampling in torch with learned variances (improved DDPM, equations 14 and 15) and the same noise
+    `x` at every step; x0 is `kept` where `keep` is 1."""
+    alpha_bar = np.cumprod(1 - np.asarray(beta, np.float64))
+    noise, before = x, [*alpha_bar[times[1:]], 1.0]
+    for number, (t, bar_s) in enumerate(zip(times, before, strict=True)):
+        bar_t = alpha_bar[t]
+        beta_t = 1 - bar_t / bar_s
+        eps, frac = network(x, torch.full((len(x),), int(t))).chunk(2, dim=1)
+        x0 = (x - (1 - bar_t) ** 0.5 * eps) / bar_t**0.5
+        x0 = (x0 * (1 - keep) + kept * keep).clamp(-1, 1)
+        x = (bar_s**0.5 * beta_t * x0 + (bar_t / bar_s) ** 0.5 * (1 - bar_s) * x) / (1 - bar_t)
+        if number < len(times) - 1:
+            small, share = np.log(beta_t * (1 - bar_s) / (1 - bar_t)), (frac + 1) / 2
+            x = x + (share * np.log(beta_t) + (1 - share) * small).mul(0.5).exp() * noise
+    return x
+
+
+def test_a_whole_run_is_the_same(repainting, monkeypatch):
+    """Guidance, schedules, the enlarging and what is kept: a caption drawn into half of a picture."""
+    _, modules, model = repainting
+    tokens, mask = load_tokenizer(model / "tokenizer", LENGTH)([CAPTION])
+
+    def noise(*shape):
+        return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
+
+    monkeypatch.setattr(sampling, "_normal", lambda keys, fold, shape: noise(len(keys), *shape))
+    picture = np.clip(noise(1, LARGE, LARGE, 3), -1, 1)
+    repaint = (np.arange(LARGE) < LARGE // 2).astype(np.float32)[None, :, None, None] + 0 * picture[..., :1]
+    small = (picture[:, ::2, ::2], repaint[:, ::2, ::2])
+    keys, batch = jax.random.split(jax.random.key(0), 1), {"tokens": tokens, "token_mask": mask}
+    base, _, base_params = models.load_stage(model, "decoder")
+    above, _, above_params = models.load_stage(model, "upsampler")
+    how = dict(num_steps=4, known=small)
+    drawn = jax.jit(lambda p: base.sample(p, keys, batch, **how))(base_params)
+    low_res = np.round((np.asarray(drawn) + 1) * 127.5) / 127.5 - 1
+    how = dict(num_steps=3, known=(picture, repaint))
+    large = jax.jit(lambda p, b: above.sample(p, keys, b, **how))(above_params, batch | {"low_res": low_res})
+
+    words, empty = torch.from_numpy(tokens), torch.zeros(1, LENGTH, dtype=torch.bool)
+    kept, keep = channels_first(small[0]), channels_first(1 - small[1])
+
+    def guided(x, t):
+        seen = torch.cat([x, kept * keep, keep], 1)
+        told, untold = (modules["base"](seen, t, words, m) for m in (torch.from_numpy(mask), empty))
+        eps = untold[:, :3] + 3.0 * (told[:, :3] - untold[:, :3])
+        return torch.cat([eps, told[:, 3:]], 1)
+
+    u = np.arange(1001) / 1000
+    cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+    beta = np.minimum(1 - cosine[1:] / cosine[:-1], 0.999)
+    x_T = channels_first(noise(1, SIDE, SIDE, 3))
+    with torch.no_grad():
+        expected = ancestral(guided, beta, [999, 666, 333, 0], x_T, kept, keep)
+        assert_close(drawn, expected)
+        kept, keep = channels_first(picture), channels_first(1 - repaint)
+        enlarged = torch.nn.functional.interpolate(channels_first(low_res), LARGE, mode="bilinear")
+
+        def upsampler(x, t):
+            seen = torch.cat([x, kept * keep, keep, enlarged], 1)
+            return modules["upsample"](seen, t, words, torch.from_numpy(mask))
+
+        x_T, linear = channels_first(noise(1, LARGE, LARGE, 3)), np.linspace(1e-4, 0.02, 1000)
+        assert_close(large, ancestral(upsampler, linear, [999, 500, 0], x_T, kept, keep))
+    assert np.abs(np.asarray(large) - picture)[:, LARGE // 2 :].max() < 1e-6
+
+
 def test_it_draws_and_repaints_captions_without_clip_and_prior(repainting):
     folder = repainting[2]
     index = modeldir.read_index(folder)
@@ -152,6 +221,20 @@ def test_latents_without_an_embedding_come_back(repainting, tmp_path):
     again = editing.Latents.load(tmp_path / "latents.npz")
     assert again.image_embeds.shape == (1, 0) and again.captions == (CAPTION,)
     assert model.from_latents(again, upsample=False).base.shape == (1, SIDE, SIDE, 3)
+
+
+@pytest.mark.parametrize("stage", ["decoder", f"upsampler{LARGE}"])
+def test_a_stage_is_trained_on_with_its_own_tokenizer(repainting, stage, tmp_path):
+    """Without a CLIP; its parameters are what the released ones were, and it needs captions alone."""
+    config = importlib.import_module("configs.finetune").get_config(f"{repainting[2]}/{stage}").to_dict()
+    assert not config["clip"] and config["tokenizer"]["context_length"] == LENGTH
+    tokens, _ = train.make_tokenizer(config, tmp_path, "")([CAPTION])
+    assert (tokens == load_tokenizer(repainting[2] / "tokenizer", LENGTH)([CAPTION])[0]).all()
+    built = models.build_stage(config)
+    fields = train.dataset_fields(config, built, None)
+    assert {"image", "tokens", "token_mask"} <= fields and "image_embed" not in fields
+    _, _, params = models.load_start(config["init_from"], config)
+    modeldir.check_params(train.started_from("", params, models.abstract_params(built)), params)
 
 
 def test_the_tokenizer_has_neither_start_nor_end(tmp_path):

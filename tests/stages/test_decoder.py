@@ -487,6 +487,7 @@ def test_a_decoder_reads_the_states_of_a_frozen_clip():
 def test_a_decoder_without_image_embeddings(told, fields):
     stage = build_flat(embed_dim=0, learned_variance=False, **told)  # which guidance leaves alone
     assert stage.batch_spec(2).keys() == fields and stage.guidable == (len(fields) > 1)
+    assert stage.guidance_scale == (3 if stage.guidable else 1)
     batch = batch_of(2) | {"label": jnp.array([0, 2])}
     batch = {name: batch[name] for name in fields}
     params = random_params(stage)
