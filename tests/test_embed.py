@@ -223,7 +223,7 @@ def test_two_processes_embed_as_one(whole, damaged, model, tmp_path):
     command += [f"--out={tmp_path / 'rows'}", "--rows_per_shard=8", "--batch_size=8", "--dtype=float32"]
     data = dict(source="tar", path=damaged, split="train", eval_split="train", max_bad_fraction=0.1)
     command += [f"--config.data.{name}={value}" for name, value in data.items()]
-    texts = run_processes(command, 2, tmp_path)
+    texts = run_processes(command, 2, tmp_path / "log")
     for name, rows in stored(whole[0]).items():
         np.testing.assert_allclose(stored(tmp_path / "rows")[name], rows, atol=1e-5)
     plan = json.loads((tmp_path / "rows" / "train" / "embed.json").read_text())

@@ -15,6 +15,7 @@ import pytest
 
 from dalle2_jax import checkpoint, partition, processes, train
 from tests.test_train import ROOT, logged, recipe, stored_state
+from tests.test_train_stages import recipe as stage_recipe
 from tests.tiny_model import make_model
 
 BY_HAND = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -121,13 +122,9 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start_processes(workdir, count: int, devices: int) -> list[subprocess.Popen]:
-    """A run without end of `count` processes of so many devices each, with a checkpoint every second step."""
-    port = free_port()
-    config = recipe(100_000)
-    overrides = ("num_steps", "checkpoint_every", "eval_every", "sample_every", "keep_checkpoints")
-    config.update(checkpoint_every=2, keep_checkpoints=0)
-    started = []
+def launch(command: list[str], logs, count: int, devices: int) -> list[subprocess.Popen]:
+    """`count` processes of so many devices each that run `python -m COMMAND`; process i writes LOGS.i.log."""
+    port, started = free_port(), []
     for i in range(count):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
@@ -137,13 +134,45 @@ def start_processes(workdir, count: int, devices: int) -> list[subprocess.Popen]
             "JAX_PROCESS_ID": str(i),
         }
         environment.pop("XLA_FLAGS", None)
-        command = [sys.executable, "-m", "dalle2_jax.train", "--config=configs/upsampler256.py:debug"]
-        command += [f"--workdir={workdir}", *(f"--config.{name}={config[name]}" for name in overrides)]
-        with open(workdir.parent / f"{workdir.name}.{i}.log", "w") as log:
+        with open(logs.parent / f"{logs.name}.{i}.log", "w") as log:
+            whole = [sys.executable, "-m", *command]
             started.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                subprocess.Popen(whole, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             )
     return started
+
+
+def run_processes(command: list[str], count: int, logs, devices: int = 2, seconds: float = 400) -> list[str]:
+    """`launch` and wait; what each of them said. All must end with status 0."""
+    running = launch(command, logs, count, devices)
+    try:
+        codes = [process.wait(timeout=seconds) for process in running]
+        texts = [said(logs, i) for i in range(count)]
+        assert codes == [0] * count, "".join(texts)
+        return texts
+    finally:
+        end(running)
+
+
+def end(running) -> None:
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def train_command(config: dict, workdir, name: str = "upsampler256", **settings) -> list[str]:
+    """`dalle2_jax.train` with the `debug` preset of a recipe, and what a config has that is not of it."""
+    names = ("num_steps", "checkpoint_every", "eval_every", "sample_every", "keep_checkpoints")
+    settings = {name: config[name] for name in names} | settings
+    command = ["dalle2_jax.train", f"--config=configs/{name}.py:debug", f"--workdir={workdir}"]
+    return command + [f"--config.{name}={value}" for name, value in settings.items()]
+
+
+def start_processes(workdir, count: int, devices: int) -> list[subprocess.Popen]:
+    """A run without end of `count` processes of so many devices each, with a checkpoint every second step."""
+    config = recipe(100_000, checkpoint_every=2, keep_checkpoints=0)
+    return launch(train_command(config, workdir), workdir, count, devices)
 
 
 def said(workdir, i: int) -> str:
@@ -199,33 +228,7 @@ def test_two_processes_train_stop_and_fail_as_one(workdir, tmp_path):
         assert running[0].wait(timeout=processes.HEARTBEAT_SECONDS + 15) not in (0, None)
         assert "another process of the run was lost" in said(workdir, 0), said(workdir, 0)
     finally:
-        for process in running:
-            if process.poll() is None:
-                process.kill()
-
-
-def run_processes(command: list[str], count: int, folder, devices: int = 2) -> list[str]:
-    """Run a command to its end as so many processes of one run; what each of them said."""
-    port, running = free_port(), []
-    for i in range(count):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": str(count),
-            "JAX_PROCESS_ID": str(i),
-        }
-        environment.pop("XLA_FLAGS", None)
-        with open(folder / f"{i}.log", "w") as log:
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", *command], cwd=ROOT, env=environment, stdout=log, stderr=log
-                )
-            )
-    statuses = [p.wait(300) for p in running]
-    texts = [(folder / f"{i}.log").read_text() for i in range(count)]
-    assert statuses == [0] * count, "\n".join(texts)
-    return texts
+        end(running)
 
 
 def test_shares_are_taken_apart_again(monkeypatch):
@@ -238,6 +241,80 @@ def test_shares_are_taken_apart_again(monkeypatch):
             shares.append(processes.share(count))
         assert len({len(part) for part in shares}) == 1
         np.testing.assert_array_equal(np.concatenate(shares)[:count], np.arange(count))
+
+
+def assert_alike(found: dict, expected: dict, tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh"),
+    [
+        (4, 2, dict(data=4, fsdp=2, tensor=1)),
+        (4, 2, dict(data=1, fsdp=8, tensor=1)),  # parameters split over all processes
+        (4, 2, dict(data=2, fsdp=1, tensor=4)),  # layers split over two, which read the same examples
+        (2, 4, dict(data=1, fsdp=1, tensor=8)),  # and over all of them
+    ],
+)
+def test_meshes_over_processes_train_as_one_device(workdir, tmp_path, count, devices, mesh):
+    settings = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    run_processes(train_command(recipe(2), workdir, **settings), count, workdir, devices)
+    train.train(recipe(2), str(tmp_path / "alone"))
+    assert_alike(stored_state(workdir, 2), stored_state(tmp_path / "alone", 2), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prior", "ar_prior", "decoder64"])
+def test_a_frozen_clip_and_measured_statistics_are_those_of_one_process(workdir, tmp_path, name):
+    """What CLIP fills in, what `fit` finds in the data and what `measure` finds in the network."""
+    clip = str(make_model(tmp_path / "model"))
+    config = recipe(2)
+    run_processes(train_command(config, workdir, name, clip=clip), 2, workdir, 4)
+    plain = stage_recipe(name, clip=clip)
+    kept = ("num_steps", "checkpoint_every", "eval_every", "sample_every", "keep_checkpoints")
+    train.train(plain | {key: config[key] for key in kept}, str(tmp_path / "alone"))
+    found, expected = stored_state(workdir, 2), stored_state(tmp_path / "alone", 2)
+    assert_alike(found, expected, 1e-4)
+    if name != "decoder64":
+        assert any("stats" in key for key in found)
+
+
+@pytest.mark.slow
+def test_two_processes_then_one_then_two_are_one_run(workdir, tmp_path):
+    """Every resumption goes on with the next batch: losses and parameters are those of one process."""
+    for steps, count in ((2, 2), (4, 1), (6, 2)):
+        if count == 1:
+            train.train(recipe(steps), str(workdir))
+        else:
+            run_processes(train_command(recipe(steps), workdir), count, workdir, 4)
+    train.train(recipe(6), str(tmp_path / "alone"))
+    losses = [logged(folder, "train/loss") for folder in (workdir, tmp_path / "alone")]
+    assert list(losses[0]) == [1, 2, 3, 4, 5, 6] and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_alike(stored_state(workdir, 6), stored_state(tmp_path / "alone", 6), 1e-4)
+
+
+@pytest.mark.slow
+def test_the_loss_of_the_coordinator_ends_the_others_with_the_cause(workdir):
+    running = []
+
+    def logged_steps():
+        return max(logged(workdir, "train/loss"), default=0) if (workdir / "metrics.jsonl").exists() else 0
+
+    try:
+        running = start_processes(workdir, 3, 1)
+        wait_until(lambda: logged_steps() >= 2, running, workdir)
+        running[0].kill()
+        began = time.monotonic()
+        codes = [process.wait(timeout=processes.HEARTBEAT_SECONDS + 15) for process in running]
+        assert codes[0] == -signal.SIGKILL and 0 not in codes
+        assert time.monotonic() - began < processes.HEARTBEAT_SECONDS + 15
+        for i in (1, 2):
+            assert "another process of the run was lost" in said(workdir, i), said(workdir, i)
+    finally:
+        end(running)
 
 
 @pytest.mark.slow
@@ -253,7 +330,7 @@ def test_processes_draw_and_measure_as_one(tmp_path):
         out = tmp_path / str(count)
         out.mkdir()
         for name, command in (("drawn", draw), ("measured", measure)):
-            texts = run_processes([*command, f"--out={out / name}"], count, out)
+            texts = run_processes([*command, f"--out={out / name}"], count, out / f"{name}_log")
             assert all("wrote" not in text and "pictures of" not in text for text in texts[1:]), texts
     one, three = (
         {path.name: path.read_bytes() for path in (tmp_path / name / "drawn").glob("*.png")} for name in "13"
@@ -272,12 +349,12 @@ def test_processes_draw_and_measure_as_one(tmp_path):
         "--n=9",
     ]
     from_reference.append(f"--out={tmp_path / 'resumed'}")
-    first, *_ = run_processes(from_reference, 3, tmp_path)
+    run_processes(from_reference, 3, tmp_path / "first")
     pictures = sorted((tmp_path / "resumed" / "pictures").glob("*.png"))
     assert len(pictures) == 9
     before = [path.read_bytes() for path in pictures]
     pictures[4].unlink()
-    run_processes(from_reference, 3, tmp_path)
+    run_processes(from_reference, 3, tmp_path / "second")
     assert [path.read_bytes() for path in pictures] == before
 
 
