@@ -21,6 +21,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -42,21 +43,22 @@ GIB = 2**30
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """memory: bytes. link_bandwidth: bytes/s that a chip sends over all of its links; as many come in.
-    clock: Hz."""
+    clock: Hz. axes: of the torus that slices are cut from."""
 
     memory: float
     link_bandwidth: float
     clock: float
+    axes: int
 
 
 # Google's pages on the versions of Cloud TPU; link bandwidths there are for both directions together. The
 # clock is the bfloat16 peak (metrics.PEAK_FLOPS) over two FLOPs for each cell of the chip's matrix units: 8
 # of 128 x 128 (v4, v5p), 4 of 128 x 128 (v5e), 4 of 256 x 256 (v6e).
 CHIPS = {
-    "v4": Chip(32 * GIB, 300e9, 1.05e9),
-    "v5e": Chip(16 * GIB, 200e9, 1.50e9),
-    "v5p": Chip(95 * GIB, 600e9, 1.75e9),
-    "v6e": Chip(32 * GIB, 400e9, 1.75e9),
+    "v4": Chip(32 * GIB, 300e9, 1.05e9, axes=3),
+    "v5e": Chip(16 * GIB, 200e9, 1.50e9, axes=2),
+    "v5p": Chip(95 * GIB, 600e9, 1.75e9, axes=3),
+    "v6e": Chip(32 * GIB, 400e9, 1.75e9, axes=2),
 }
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BYTES = dict(pred=1, s4=0.5, u4=0.5, bf16=2, f16=2)
@@ -191,11 +193,15 @@ def topology_devices(name: str) -> list:
     Raises ValueError for a name that is none, and where libtpu is not installed.
     """
     version, _, shape = name.partition(":")
-    if version not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
+    # The compiler of TPUs ends the process for a slice with a wrong number of axes.
+    if version not in CHIPS or len(sizes) != CHIPS[version].axes or not all(sizes):
         raise ValueError(
             f"--topology={name!r} must be a version and its slice, such as v5p:4x4x4 or v5e:8x8; versions "
-            f"are {', '.join(CHIPS)}"
+            f"are {', '.join(f'{version} ({chip.axes} axes)' for version, chip in CHIPS.items())}"
         )
+    if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
+        raise ValueError("compiling for TPUs needs libtpu: pip install 'dalle2_jax[tpu]'")
     # Not to ask the metadata server of a cloud that this machine is not in, nor for a lock on a chip.
     for variable, value in dict(
         TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost"
@@ -207,9 +213,10 @@ def topology_devices(name: str) -> list:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:  # RuntimeError, JaxRuntimeError or ValueError, by what is missing
         first = str(error).strip().splitlines()[0]
-        if "libtpu" in str(error).lower() or "unable to initialize" in str(error).lower():
-            raise ValueError(f"no libtpu, pip install 'dalle2_jax[tpu]' brings it: {first}") from error
-        raise ValueError(f"--topology={name!r} is not possible: {first}") from error
+        raise ValueError(
+            f"--topology={name!r} is not possible: {first}. Slices of {version} are whole hosts, such as "
+            f"{'2x2x1, 2x2x4, 4x4x4, 4x4x8' if CHIPS[version].axes == 3 else '2x2, 4x4, 4x8, 8x8, 16x16'}"
+        ) from error
     return list(described.devices)
 
 
