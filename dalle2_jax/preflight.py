@@ -13,8 +13,8 @@ utilisation that follows, what goes over the links. Nothing is allocated and no 
 The numbers are the compiler's, not measurements. The time is the sum of the cycles that it estimates for each
 operation of the program, which leaves out what goes over the links: the report gives utilisation for the two
 extremes, links that run wholly beside the computation and links that hold it up. The cost analysis
-(`optimal_seconds`) is shown beside it; it counts convolutions at a fraction of their arithmetic and so is too
-short for U-Nets. A large stage compiles for minutes (docs/scaling.md).
+(`optimal_seconds`) is shown beside it: a bound by arithmetic and bytes, in which a loop counts once. A large
+stage compiles for minutes (docs/scaling.md).
 """
 
 import collections
