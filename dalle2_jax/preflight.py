@@ -278,20 +278,29 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 
 def _trip_counts(program: str) -> dict[str, int]:
     """Name of a computation -> how often it runs, of those in loops of known length and of what they call."""
-    calls, computation = collections.defaultdict(list), ""
+    calls, bounds, computation = collections.defaultdict(list), collections.defaultdict(list), ""
     for line in program.splitlines():
         header = _COMPUTATION.match(line)
         if header:
             computation = header[1]
             continue
+        bound = re.search(r" = [su]32\[\]\S* constant\((\d+)\)", line)
+        if bound:
+            bounds[computation].append(int(bound[1]))
         called = re.findall(r"(?:body|condition|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line)
         length = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        condition = re.search(r"condition=%?([\w.\-]+)", line)
         for name in called:
-            calls[computation].append((name, int(length[1]) if length and " while(" in line else 1))
+            known = int(length[1]) if length else None
+            calls[computation].append((name, known, condition[1] if condition else None))
     times: dict[str, int] = {}
 
     def visit(name: str, factor: int):
-        for inner, length in calls.get(name, ()):
+        for inner, length, condition in calls.get(name, ()):
+            if condition is None:
+                length = 1
+            elif length is None:  # a counter from 0 is compared with the one number of the condition
+                length = bounds[condition][0] if len(bounds[condition]) == 1 else 1
             if factor * length > times.get(inner, 0):
                 times[inner] = factor * length
                 visit(inner, factor * length)
@@ -409,7 +418,7 @@ def inspect(
         lowered, arithmetic, parameters = lower_step(config, stage, mesh, clip_config)
     began = time.monotonic()
     try:
-        compiled = lowered.compile(compiler_options=None if topology else partition.compiler_options())
+        compiled = lowered.compile(compiler_options=partition.compiler_options(mesh=mesh))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -100,6 +100,13 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 }
 """
     assert preflight.scheduled_cycles(text) == 7 + 5 * 10
+    counted = """
+%cond.1 (q: u32[]) -> pred[] {
+  %n = u32[]{:T(128)} constant(3)
+  ROOT %l = pred[] compare(%q, %n), direction=LT
+}
+""" + text.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+    assert preflight.scheduled_cycles(counted) == 7 + 3 * 10
     assert preflight.scheduled_cycles(compiled(lambda x: x * 2, ((8, 64), P("data")), P("data"))) == 0
 
 
