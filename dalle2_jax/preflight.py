@@ -13,14 +13,15 @@ utilisation that follows, what goes over the links. Nothing is allocated and no 
 The numbers are the compiler's, not measurements. The time is the sum of the cycles that it estimates for each
 operation of the program, which leaves out what goes over the links: the report gives utilisation for the two
 extremes, links that run wholly beside the computation and links that hold it up. The cost analysis
-(`optimal_seconds`) is shown beside it; it counts convolutions at a fraction of their arithmetic and so is too
-short for U-Nets. A large stage compiles for minutes (docs/scaling.md).
+(`optimal_seconds`) is shown beside it: a bound by arithmetic and bytes, in which a loop counts once. A large
+stage compiles for minutes (docs/scaling.md).
 """
 
 import collections
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -42,21 +43,22 @@ GIB = 2**30
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """memory: bytes. link_bandwidth: bytes/s that a chip sends over all of its links; as many come in.
-    clock: Hz."""
+    clock: Hz. axes: of the torus that slices are cut from."""
 
     memory: float
     link_bandwidth: float
     clock: float
+    axes: int
 
 
 # Google's pages on the versions of Cloud TPU; link bandwidths there are for both directions together. The
 # clock is the bfloat16 peak (metrics.PEAK_FLOPS) over two FLOPs for each cell of the chip's matrix units: 8
 # of 128 x 128 (v4, v5p), 4 of 128 x 128 (v5e), 4 of 256 x 256 (v6e).
 CHIPS = {
-    "v4": Chip(32 * GIB, 300e9, 1.05e9),
-    "v5e": Chip(16 * GIB, 200e9, 1.50e9),
-    "v5p": Chip(95 * GIB, 600e9, 1.75e9),
-    "v6e": Chip(32 * GIB, 400e9, 1.75e9),
+    "v4": Chip(32 * GIB, 300e9, 1.05e9, axes=3),
+    "v5e": Chip(16 * GIB, 200e9, 1.50e9, axes=2),
+    "v5p": Chip(95 * GIB, 600e9, 1.75e9, axes=3),
+    "v6e": Chip(32 * GIB, 400e9, 1.75e9, axes=2),
 }
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BYTES = dict(pred=1, s4=0.5, u4=0.5, bf16=2, f16=2)
@@ -191,11 +193,15 @@ def topology_devices(name: str) -> list:
     Raises ValueError for a name that is none, and where libtpu is not installed.
     """
     version, _, shape = name.partition(":")
-    if version not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
+    # The compiler of TPUs ends the process for a slice with a wrong number of axes.
+    if version not in CHIPS or len(sizes) != CHIPS[version].axes or not all(sizes):
         raise ValueError(
             f"--topology={name!r} must be a version and its slice, such as v5p:4x4x4 or v5e:8x8; versions "
-            f"are {', '.join(CHIPS)}"
+            f"are {', '.join(f'{version} ({chip.axes} axes)' for version, chip in CHIPS.items())}"
         )
+    if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
+        raise ValueError("compiling for TPUs needs libtpu: pip install 'dalle2_jax[tpu]'")
     # Not to ask the metadata server of a cloud that this machine is not in, nor for a lock on a chip.
     for variable, value in dict(
         TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost"
@@ -207,9 +213,10 @@ def topology_devices(name: str) -> list:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:  # RuntimeError, JaxRuntimeError or ValueError, by what is missing
         first = str(error).strip().splitlines()[0]
-        if "libtpu" in str(error).lower() or "unable to initialize" in str(error).lower():
-            raise ValueError(f"no libtpu, pip install 'dalle2_jax[tpu]' brings it: {first}") from error
-        raise ValueError(f"--topology={name!r} is not possible: {first}") from error
+        raise ValueError(
+            f"--topology={name!r} is not possible: {first}. Slices of {version} are whole hosts, such as "
+            f"{'2x2x1, 2x2x4, 4x4x4, 4x4x8' if CHIPS[version].axes == 3 else '2x2, 4x4, 4x8, 8x8, 16x16'}"
+        ) from error
     return list(described.devices)
 
 
@@ -271,20 +278,29 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 
 def _trip_counts(program: str) -> dict[str, int]:
     """Name of a computation -> how often it runs, of those in loops of known length and of what they call."""
-    calls, computation = collections.defaultdict(list), ""
+    calls, bounds, computation = collections.defaultdict(list), collections.defaultdict(list), ""
     for line in program.splitlines():
         header = _COMPUTATION.match(line)
         if header:
             computation = header[1]
             continue
+        bound = re.search(r" = [su]32\[\]\S* constant\((\d+)\)", line)
+        if bound:
+            bounds[computation].append(int(bound[1]))
         called = re.findall(r"(?:body|condition|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line)
         length = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        condition = re.search(r"condition=%?([\w.\-]+)", line)
         for name in called:
-            calls[computation].append((name, int(length[1]) if length and " while(" in line else 1))
+            known = int(length[1]) if length else None
+            calls[computation].append((name, known, condition[1] if condition else None))
     times: dict[str, int] = {}
 
     def visit(name: str, factor: int):
-        for inner, length in calls.get(name, ()):
+        for inner, length, condition in calls.get(name, ()):
+            if condition is None:
+                length = 1
+            elif length is None:  # a counter from 0 is compared with the one number of the condition
+                length = bounds[condition][0] if len(bounds[condition]) == 1 else 1
             if factor * length > times.get(inner, 0):
                 times[inner] = factor * length
                 visit(inner, factor * length)
@@ -402,7 +418,7 @@ def inspect(
         lowered, arithmetic, parameters = lower_step(config, stage, mesh, clip_config)
     began = time.monotonic()
     try:
-        compiled = lowered.compile(compiler_options=None if topology else partition.compiler_options())
+        compiled = lowered.compile(compiler_options=partition.compiler_options(mesh=mesh))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

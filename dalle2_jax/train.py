@@ -354,7 +354,7 @@ def jit_step(config: dict, stage, plan: Plan, fill, mesh):
         step,
         donate_argnums=0,
         out_shardings=(plan.shardings, partition.replicated(mesh)),
-        compiler_options=partition.compiler_options(),
+        compiler_options=partition.compiler_options(mesh=mesh),
     )
 
 

@@ -100,6 +100,13 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 }
 """
     assert preflight.scheduled_cycles(text) == 7 + 5 * 10
+    counted = """
+%cond.1 (q: u32[]) -> pred[] {
+  %n = u32[]{:T(128)} constant(3)
+  ROOT %l = pred[] compare(%q, %n), direction=LT
+}
+""" + text.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+    assert preflight.scheduled_cycles(counted) == 7 + 3 * 10
     assert preflight.scheduled_cycles(compiled(lambda x: x * 2, ((8, 64), P("data")), P("data"))) == 0
 
 
@@ -233,7 +240,9 @@ def test_what_does_not_fit_gets_advice(changes, part):
     assert ("DOES NOT FIT" in "\n".join(report(**changes).lines())) == ("links" not in part)
 
 
-@pytest.mark.parametrize("name", ["v5p", "v5p:4", "v9:2x2x1", "v5p:axb", "2x2x1"])
+@pytest.mark.parametrize(
+    "name", ["v5p", "v5p:4", "v9:2x2x1", "v5p:axb", "2x2x1", "v5e:4x4x4", "v5p:8x8", "v5p:2x0x2"]
+)
 def test_a_topology_that_is_none_is_refused(name):
     with pytest.raises(ValueError, match="must be a version and its slice, such as v5p:4x4x4"):
         preflight.topology_devices(name)
@@ -252,13 +261,9 @@ def test_settings_that_do_not_fit_the_mesh_are_refused_before_compiling():
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
-    from jax.experimental import topologies
-
-    def fail(**_):
-        raise RuntimeError("Unable to initialize backend 'tpu': libtpu.so not found")
-
-    monkeypatch.setattr(topologies, "get_topology_desc", fail)
-    with pytest.raises(ValueError, match=r"no libtpu, pip install 'dalle2_jax\[tpu\]' brings it"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(ValueError, match=r"needs libtpu: pip install 'dalle2_jax\[tpu\]'"):
         preflight.topology_devices("v5p:2x2x1")
 
 

@@ -142,6 +142,17 @@ def test_resize_names_the_filter():
     assert np.abs(linear - build().enlarge(low_res)).max() > 1e-2
 
 
+@pytest.mark.parametrize("resize", ["nearest", "linear", "lanczos3"])
+def test_windows_are_those_of_the_enlarged_picture_with_any_filter(resize):
+    """Its corners too, where a filter leaves the picture."""
+    stage, low_res = build(resize=resize), jnp.asarray(pictures(3, 4, 4, 3))
+    corners = np.array([[0, 0], [8, 8], [3, 5]], np.int32)
+    found = stage.enlarged_windows(low_res, jnp.asarray(corners), (8, 8))
+    full = np.asarray(stage.enlarge(low_res))
+    expected = [picture[y : y + 8, x : x + 8] for picture, (y, x) in zip(full, corners, strict=True)]
+    np.testing.assert_allclose(found, np.stack(expected), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "spacing, num_steps, asked, visited",
     [("fast27", 27, None, "fast27"), ("fast27", 27, 9, "uniform"), ("trailing", 5, 9, "trailing")],
