@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -318,3 +319,15 @@ class TestInitialise:
         assert partition._available_cores() == 4
         monkeypatch.setattr(partition.Path, "read_text", lambda self: "max 100000\n")
         assert partition._available_cores() == 64
+
+
+def test_compiler_options_are_those_of_the_meshs_devices():
+    """A mesh of TPUs may be described on a machine that has none."""
+    one = types.SimpleNamespace(platform="tpu")
+    described = types.SimpleNamespace(devices=np.array([one], dtype=object))
+    assert set(partition.compiler_options(mesh=described)) == {
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib"
+    }
+    here = partition.make_mesh(devices=jax.devices()[:1])
+    assert partition.compiler_options(mesh=here) == partition.compiler_options()
+    assert partition.compiler_options(once=True) != partition.compiler_options()
