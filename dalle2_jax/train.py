@@ -7,6 +7,7 @@ the same command on the same DIR, train as one: see `processes`.
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import json
@@ -18,6 +19,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
@@ -253,10 +255,55 @@ def started_from(path: str, loaded: dict, fresh: dict) -> dict:
     return modeldir.unflatten(wanted | found)
 
 
-def first_state(config: dict, stage, init, shardings, frozen: dict, fill, dataset, mesh) -> state.TrainState:
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a run's state is made and where it lies, before any of it exists.
+
+    init: () -> TrainState. abstract: its ShapeDtypeStructs with shardings. shardings: these alone.
+    """
+
+    optimizer: optax.GradientTransformation
+    init: Callable[[], state.TrainState]
+    abstract: state.TrainState
+    shardings: state.TrainState
+
+
+def make_plan(config: dict, stage, mesh) -> Plan:
+    """The plan of a run; parameters are born sharded: shapes, then shardings, then a jitted init."""
+    optimizer = optim.make_optimizer(**config["optim"], num_steps=config["num_steps"])
+    init = functools.partial(
+        state.init_state, stage, optimizer, jax.random.key(config["seed"]), models.zeros(stage.batch_spec(1))
+    )
+    abstract = jax.eval_shape(init)
+    shardings = partition.shardings(abstract, mesh)
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    return Plan(optimizer, init, placed, shardings)
+
+
+def jit_step(config: dict, stage, plan: Plan, fill, mesh):
+    """The training step, (state, batch, frozen) -> (state, scalars), jitted; the state is donated."""
+    step = state.make_train_step(
+        stage,
+        plan.optimizer,
+        seed=config["seed"],
+        ema_decay=config["ema_decay"],
+        grad_accum=config["grad_accum"],
+        fill=fill,
+    )
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(plan.shardings, partition.replicated(mesh)),
+        compiler_options=partition.compiler_options(),
+    )
+
+
+def first_state(config: dict, stage, plan: Plan, frozen: dict, fill, dataset, mesh) -> state.TrainState:
     """The state before the first step: fresh, or with the parameters of `init_from`."""
     options = partition.compiler_options(once=True)
-    train_state = jax.jit(init, out_shardings=shardings, compiler_options=options)()
+    train_state = jax.jit(plan.init, out_shardings=plan.shardings, compiler_options=options)()
     params = train_state.params
     if config["init_from"]:
         _, _, loaded = models.load_start(config["init_from"], config)
@@ -267,7 +314,7 @@ def first_state(config: dict, stage, init, shardings, frozen: dict, fill, datase
         return train_state
     if "stats" in params:  # fitted on this process, the same on all
         params = params | {"stats": partition.to_host(params["stats"])}
-    params = jax.device_put(params, shardings.params)
+    params = jax.device_put(params, plan.shardings.params)
     return train_state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
 
@@ -350,18 +397,12 @@ def _train(
         logging.warning("validation reads the very records that training reads: see data.eval_split")
     frozen = jax.device_put(frozen, partition.replicated(mesh))
 
-    # Parameters are born sharded: shapes, then shardings, then a jitted init that writes straight into them.
-    optimizer = optim.make_optimizer(**config["optim"], num_steps=config["num_steps"])
-    init = functools.partial(
-        state.init_state, stage, optimizer, jax.random.key(config["seed"]), models.zeros(stage.batch_spec(1))
-    )
-    abstract = jax.eval_shape(init)
-    shardings = partition.shardings(abstract, mesh)
+    plan = make_plan(config, stage, mesh)
     checkpointer = checkpoint.Checkpointer(
         workdir, config["keep_checkpoints"], before_save=held.check if held else None
     )
     start = checkpointer.latest_step() or 0
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(plan.abstract.params))
     logging.info(
         "%s: %.2fM parameters, %d records, mesh %s, steps %d -> %d",
         config["stage"],
@@ -376,12 +417,9 @@ def _train(
         checkpointer.close()
         return
     if start == 0:
-        train_state = first_state(config, stage, init, shardings, frozen, fill, dataset, mesh)
+        train_state = first_state(config, stage, plan, frozen, fill, dataset, mesh)
     else:
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-        )
-        start, train_state, meta = checkpointer.restore_newest(abstract)
+        start, train_state, meta = checkpointer.restore_newest(plan.abstract)
         if meta["fingerprint"] != dataset.fingerprint:
             raise ValueError(
                 f"the dataset has changed since step {start} of {workdir}: fingerprint "
@@ -392,20 +430,7 @@ def _train(
     processes.sync("config compared")  # by every process, before it is written
     if jax.process_index() == 0:  # also on resume, where free settings may have changed
         (workdir / "config.json").write_text(json.dumps(config, indent=1))
-    step_function = state.make_train_step(
-        stage,
-        optimizer,
-        seed=config["seed"],
-        ema_decay=config["ema_decay"],
-        grad_accum=config["grad_accum"],
-        fill=fill,
-    )
-    jitted = jax.jit(
-        step_function,
-        donate_argnums=0,
-        out_shardings=(shardings, partition.replicated(mesh)),
-        compiler_options=partition.compiler_options(),
-    )
+    jitted = jit_step(config, stage, plan, fill, mesh)
     with partition.use_mesh(mesh):
         evaluation = validation.Validation(config, stage, fill, eval_dataset, mesh)
         measure = make_measure(config, stage, fill, dataset, frozen, mesh)
