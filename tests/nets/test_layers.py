@@ -141,3 +141,47 @@ def test_activations_are_those_that_weights_were_trained_with():
     np.testing.assert_allclose(layers.activation("silu")(x), x / (1 + np.exp(-x)), atol=1e-6)
     with pytest.raises(ValueError, match="activation 'relu' is unknown; choose one of .*'gelu'"):
         layers.activation("relu")
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "features", "kernel"), [(8, 16, 32, 3), (4, 32, 16, 5), (2, 16, 16, 3)]
+)
+def test_the_gradient_by_a_kernel_is_the_convolutions(side, channels, features, kernel):
+    """On a CPU it is a sum of products, which must be what XLA's own transposition finds."""
+    keys = jax.random.split(jax.random.key(side), 3)
+    x = jax.random.normal(keys[0], (3, side, side + 2, channels))
+    weights = jax.random.normal(keys[1], (kernel, kernel, channels, features))
+    wanted = jax.random.normal(keys[2], (3, side, side + 2, features))
+    module = layers.conv(features, kernel, dtype=jnp.float32, name=None)
+
+    def ours(x, weights):
+        return module.apply({"params": {"kernel": weights, "bias": jnp.zeros(features)}}, x)
+
+    def plain(x, weights):
+        pad = (kernel // 2, kernel // 2)
+        return jax.lax.conv_general_dilated(
+            x, weights, (1, 1), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    assert "custom_vjp" in str(jax.make_jaxpr(ours)(x, weights))
+    np.testing.assert_array_equal(ours(x, weights), plain(x, weights))
+    pairs = zip(*(jax.vjp(f, x, weights)[1](wanted) for f in (ours, plain)), strict=True)
+    for actual, expected in pairs:
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * float(jnp.abs(expected).max()), rtol=0)
+
+
+def test_thin_and_strided_convolutions_are_left_alone_and_so_are_accelerators():
+    def program(channels, stride=1, kernel=3):
+        module = layers.conv(32, kernel, stride=stride, dtype=jnp.float32, name=None)
+        x = jnp.ones((1, 4, 4, channels))
+        params = module.init(jax.random.key(0), x)
+        return jax.jit(jax.grad(lambda p: module.apply(p, x).sum())), params
+
+    for arguments in (dict(channels=3), dict(channels=32, stride=2), dict(channels=32, kernel=1)):
+        gradient, params = program(**arguments)
+        assert "custom_vjp" not in str(gradient.trace(params).jaxpr)
+    gradient, params = program(32)
+    text = gradient.trace(params).lower(lowering_platforms=("cpu",)).as_text()
+    assert text.count("stablehlo.dot_general") == 9
+    text = gradient.trace(params).lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.dot_general" not in text and "stablehlo.convolution" in text
