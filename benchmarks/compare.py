@@ -12,6 +12,7 @@ median. Where that is above --max_spread there is no ratio.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import io
@@ -230,6 +231,7 @@ def our_step(stage, stored: dict, mesh) -> Side:
     config = models.to_plain(common.get_config()) | dict(
         stage=stored["stage"], model=stored["model"], batch_size=BATCH, num_steps=1000
     )
+    config["optim"]["warmup_steps"] = 0
     plan = train.make_plan(config, stage, mesh)
     batch = benchmark.synthetic_batch(config, stage, BATCH, mesh)
     with partition.use_mesh(mesh):
@@ -739,11 +741,14 @@ def main(arguments: Sequence[str]) -> int:
     results, failed = [], 0
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        made = Models(Path(folder))
+        with contextlib.redirect_stdout(sys.stderr):
+            made = Models(Path(folder))
         for name in given.cases.split(","):
             more = (given.data,) if name in OF_DATA else ()
             try:
-                result = measure(CASES[name](made, *more), given.rounds, given.max_spread)
+                with contextlib.redirect_stdout(sys.stderr):  # what converting says is no row of the table
+                    case = CASES[name](made, *more)
+                result = measure(case, given.rounds, given.max_spread)
             except ValueError as error:
                 failed = 1
                 print(f"error: {error}", file=sys.stderr)
