@@ -81,62 +81,6 @@ class GroupNorm(nn.Module):
         return x * jnp.expand_dims(gain, axes) + jnp.expand_dims(shift, axes)
 
 
-# Fewer channels than this make products too thin for the shifted form of `_kernel_gradient`.
-MIN_SHIFTED_CHANNELS = 16
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _same_conv(x: jax.Array, kernel: jax.Array, options: tuple) -> jax.Array:
-    """`lax.conv_general_dilated` of odd square kernels, stride 1 and sides that stay; see
-    `_kernel_gradient`."""
-    return jax.lax.conv_general_dilated(x, kernel, **dict(options))
-
-
-def _same_conv_forward(x, kernel, options):
-    return _same_conv(x, kernel, options), (x, kernel)
-
-
-def _same_conv_backward(options, saved, grad):
-    x, kernel = saved
-    plain = partial(jax.lax.conv_general_dilated, **dict(options))
-    (grad_x,) = jax.linear_transpose(lambda x: plain(x, kernel), x)(grad)
-
-    def by_convolution(x, grad):
-        return jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)(grad)[0]
-
-    side = kernel.shape[0]
-    shifted = partial(_kernel_gradient, side=side)
-    return grad_x, jax.lax.platform_dependent(x, grad, cpu=shifted, default=by_convolution)
-
-
-_same_conv.defvjp(_same_conv_forward, _same_conv_backward)
-
-
-def _kernel_gradient(x: jax.Array, grad: jax.Array, *, side: int) -> jax.Array:
-    """The gradient [side, side, C, F] by the kernel of a convolution of x [B, H, W, C], from its output's
-    [B, H, W, F]: a product of matrices for each position of the kernel.
-
-    XLA:CPU does that as a convolution whose kernel is the whole picture, at half the speed.
-    """
-    pad, (height, width) = side // 2, x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    products = [
-        jnp.einsum("bhwc,bhwf->cf", padded[:, i : i + height, j : j + width], grad)
-        for i in range(side)
-        for j in range(side)
-    ]
-    return jnp.stack(products).reshape(side, side, *products[0].shape)
-
-
-def _convolve(x, kernel, strides, padding, **options):
-    """`lax.conv_general_dilated`, whose gradient by the kernel is another program on a CPU."""
-    options |= dict(window_strides=tuple(strides), padding=tuple(padding))
-    thick = min(kernel.shape[2:]) >= MIN_SHIFTED_CHANNELS
-    if kernel.shape[0] == 1 or any(stride != 1 for stride in strides) or not thick:
-        return jax.lax.conv_general_dilated(x, kernel, **options)
-    return _same_conv(x, kernel, tuple(sorted(options.items())))
-
-
 def conv(
     features: int,
     kernel_size: int = 3,
@@ -158,7 +102,6 @@ def conv(
         dtype=dtype,
         param_dtype=jnp.float32,
         kernel_init=nn.initializers.zeros if zero else nn.initializers.lecun_normal(),
-        conv_general_dilated=_convolve,
         name=name,
     )
 
