@@ -236,6 +236,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def all_devices(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array with one row for each device: axis 0 split over all axes."""
+    return NamedSharding(mesh, P(AXES))
+
+
 def batch_shards(mesh: Mesh | None = None) -> int:
     """Returns data * fsdp: a global batch must be a multiple of it.
 

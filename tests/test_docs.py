@@ -264,7 +264,7 @@ def test_commands_are_right(page):
 
 def test_the_pages_have_commands():
     found = {words[0] for page in PAGES for words, whole in commands(page.read_text("utf-8")) if whole}
-    everyone = ("train", "generate", "edit", "evaluate", "convert", "embed", "preflight")
+    everyone = ("train", "generate", "edit", "evaluate", "convert", "embed", "preflight", "benchmark")
     assert found == {f"dalle2_jax.{name}" for name in everyone}
     assert len(commands((ROOT / "README.md").read_text("utf-8"))) >= 8
 

@@ -16,107 +16,24 @@ import pytest
 from dalle2_jax import convert, modeldir, models, pipeline
 from dalle2_jax.diffusion import sampling
 from tests.data.test_tokenizer import data_dir
-from tests.formats import clip_tokenizer
 
 torch = pytest.importorskip("torch", reason="the oracle is diffusers' UnCLIPPipeline")
 diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers' UnCLIPPipeline")
 transformers = pytest.importorskip("transformers", reason="the oracle is diffusers' UnCLIPPipeline")
 
+from tests.formats import unclip_pipeline  # noqa: E402 (it imports torch)
+from tests.formats.unclip_pipeline import EMBED, LARGE, SIDE  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
-LENGTH, EMBED, SIDE, LARGE = 8, 32, 8, 16
 CAPTION = "a red star"
 FOLDERS = ("prior", "decoder", "text_proj", "super_res_first", "super_res_last", "text_encoder")
-
-
-def randomise(model, seed):
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or "embedding" in name:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def write_pipeline(folder):
-    """A tiny UnCLIPPipeline with random weights; several heads, scale and shift, and added times."""
-    from diffusers.pipelines.deprecated.unclip import text_proj
-
-    torch.manual_seed(0)
-    vocab = clip_tokenizer.write(folder / "tokenizer")
-    text = transformers.CLIPTextConfig(
-        hidden_size=EMBED,
-        intermediate_size=4 * EMBED,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        projection_dim=EMBED,
-        vocab_size=vocab,
-        max_position_embeddings=LENGTH,
-        bos_token_id=vocab - 2,
-        eos_token_id=vocab - 1,
-        pad_token_id=0,
-    )
-    unets = dict(block_out_channels=(128, 256), layers_per_block=1, attention_head_dim=64)
-    decoder = dict(
-        sample_size=SIDE,
-        in_channels=3,
-        out_channels=6,
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        cross_attention_dim=48,
-        resnet_time_scale_shift="scale_shift",
-        class_embed_type="identity",
-    )
-    above = dict(
-        sample_size=LARGE,
-        in_channels=6,
-        out_channels=3,
-        down_block_types=("ResnetDownsampleBlock2D",) * 2,
-        up_block_types=("ResnetUpsampleBlock2D",) * 2,
-        add_attention=False,
-    )
-    scheduler = diffusers.UnCLIPScheduler
-    parts = dict(
-        text_encoder=transformers.CLIPTextModelWithProjection(text),
-        prior=diffusers.PriorTransformer(
-            num_attention_heads=2,
-            attention_head_dim=16,
-            num_layers=2,
-            embedding_dim=EMBED,
-            num_embeddings=LENGTH,
-        ),
-        text_proj=text_proj.UnCLIPTextProjModel(
-            clip_embeddings_dim=EMBED, time_embed_dim=512, cross_attention_dim=48
-        ),
-        decoder=diffusers.UNet2DConditionModel(**unets, **decoder),
-        super_res_first=diffusers.UNet2DModel(**unets, **above),
-        super_res_last=diffusers.UNet2DModel(**unets, **above),
-    )
-    parts = {name: randomise(model, seed) for seed, (name, model) in enumerate(parts.items())}
-    with torch.no_grad():
-        parts["prior"].clip_std.uniform_(0.5, 2.0)
-    made = diffusers.UnCLIPPipeline(
-        **parts,
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        prior_scheduler=scheduler(
-            variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0
-        ),
-        decoder_scheduler=scheduler(variance_type="learned_range", prediction_type="epsilon"),
-        super_res_scheduler=scheduler(variance_type="fixed_small_log", prediction_type="epsilon"),
-    )
-    made.set_progress_bar_config(disable=True)
-    made.save_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    index["text_proj"][0] = "unclip"  # as Karlo's own says
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return made
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """(folder, the pipeline that is in it)."""
     folder = tmp_path_factory.mktemp("karlo")
-    return folder, write_pipeline(folder)
+    return folder, unclip_pipeline.write(folder)
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +299,7 @@ def add_image_encoder(folder):
         patch_size=4,
     )
     model = transformers.CLIPVisionModelWithProjection(settings)
-    randomise(model, 7).save_pretrained(folder / "image_encoder")
+    unclip_pipeline.randomise(model, 7).save_pretrained(folder / "image_encoder")
 
 
 def emoji() -> str:

@@ -1,0 +1,765 @@
+"""python -m benchmarks.compare [--cases=decoder_step,end_to_end] [--rounds=7] [--json=FILE] [--data=SHARDS]
+
+Ours and what people would use instead, in turn in one process on the same work, so that what else the
+machine does falls on both. The peers are diffusers' and transformers' networks in eager PyTorch on all cores.
+Ours are converted from them. Needs the extras `oracle` and `train`; run it from the repository's root, on a
+machine with nothing else to do.
+
+Before anything is timed the two sides are compared: parameters within 2 %, FLOPs within 5 %, and the same
+batch, steps, precision and guidance, else the case is an error. A ratio is peer / ours of medians, above 1
+where ours is faster. With it goes the spread: the larger of the two sides' distances of quartiles over
+median. Where that is above --max_spread there is no ratio.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle2_jax import benchmark, checkpoint, flops, models, partition, train
+from dalle2_jax.benchmark import Spread
+
+PARAMETERS, FLOPS, MAX_SPREAD = 0.02, 0.05, 0.25
+CAPTION = "a red star"
+EMBED, LENGTH, SIDE, LARGE, BATCH = 128, 16, 32, 64, 8
+STEPS = dict(prior=10, decoder=5, upsampler=3)
+GUIDANCE = dict(prior=4.0, decoder=8.0)
+# Let threads that wait busily for more work fall asleep, before the other side's turn.
+PAUSE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side of a case.
+
+    Attributes:
+      run: does the work once and returns when it is done; or returns seconds, where it measures itself.
+      parameters, flops: of the networks, of one run; 0 where there are none.
+      batch, steps, precision, guidance: of the work.
+    """
+
+    run: Callable[[], float | None]
+    batch: int
+    parameters: int = 0
+    flops: int = 0
+    steps: int = 1
+    precision: str = "float32"
+    guidance: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Two sides of the same work; `unit` is what a run makes `ours.batch` of."""
+
+    name: str
+    ours: Side
+    peer: Side
+    unit: str = "examples"
+
+
+def check_equal(case: Case) -> None:
+    """Raise ValueError, naming what differs, unless both sides do the same work."""
+    ours, peer = case.ours, case.peer
+    for name, allowed in (("parameters", PARAMETERS), ("flops", FLOPS)):
+        a, b = getattr(ours, name), getattr(peer, name)
+        if abs(a - b) > allowed * max(a, b):
+            raise ValueError(f"{case.name}: {name} differ by more than {allowed:.0%}: ours {a}, peer {b}")
+    for name in ("batch", "steps", "precision", "guidance"):
+        a, b = getattr(ours, name), getattr(peer, name)
+        if a != b:
+            raise ValueError(f"{case.name}: {name} differ: ours {a}, peer {b}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Seconds of a run of both sides, and peer / ours; no ratio where the spread is above what is allowed."""
+
+    name: str
+    unit: str
+    batch: int
+    parameters: int
+    flops: int
+    ours: Spread
+    peer: Spread
+    spread: float
+    ratio: float | None
+    rounds: int
+
+    def line(self) -> str:
+        """The row of a Markdown table."""
+        shown = "refused" if self.ratio is None else f"**{self.ratio:.2f}**"
+        cells = [self.name, f"{self.batch} {self.unit}", f"{self.parameters / 1e6:.2f}M"]
+        cells += [f"{self.flops / 1e9:.3g}", f"{self.ours.median:.3g}", f"{self.peer.median:.3g}", shown]
+        return "| " + " | ".join([*cells, f"{self.spread:.0%}", str(self.rounds)]) + " |"
+
+
+HEADER = (
+    "| case | a run | parameters | GFLOP | ours, s | peer, s | peer / ours | spread | rounds |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def judged(case: Case, ours: Sequence[float], peer: Sequence[float], max_spread: float) -> Result:
+    """The result of a case from the seconds of its rounds."""
+    of_ours, of_peer = Spread.of(ours), Spread.of(peer)
+    spread = max(of_ours.relative, of_peer.relative)
+    ratio = of_peer.median / of_ours.median if spread <= max_spread else None
+    side = case.ours
+    return Result(
+        case.name,
+        case.unit,
+        side.batch,
+        side.parameters,
+        side.flops,
+        of_ours,
+        of_peer,
+        spread,
+        ratio,
+        len(ours),
+    )
+
+
+def measure(case: Case, rounds: int, max_spread: float = MAX_SPREAD) -> Result:
+    """Run both sides in turn, either first in every other round; one round before does not count."""
+    check_equal(case)
+    seconds = {"ours": [], "peer": []}
+    for i in range(rounds + 1):
+        for name in ("ours", "peer") if i % 2 else ("peer", "ours"):
+            time.sleep(PAUSE)
+            began = time.perf_counter()
+            took = getattr(case, name).run()
+            took = time.perf_counter() - began if took is None else took
+            if i:
+                seconds[name].append(took)
+    return judged(case, seconds["ours"], seconds["peer"], max_spread)
+
+
+# Both models
+
+
+class Models:
+    """UnCLIPPipeline with random weights, and the model directory converted from it, in a folder."""
+
+    def __init__(self, folder: Path):
+        from dalle2_jax import convert
+        from tests.formats import unclip_pipeline
+
+        self.folder, self.mesh = folder, partition.make_mesh()
+        sizes = dict(embed=EMBED, length=LENGTH, side=SIDE, large=LARGE, heads=16, depth=4)
+        self.theirs = unclip_pipeline.write(folder / "theirs", **sizes)
+        convert.convert_weights("karlo", folder / "theirs", folder / "ours", dtype="float32")
+
+    @functools.cached_property
+    def texts(self):
+        """(text_embed, text_states, token_mask) of BATCH captions, in torch."""
+        import torch
+
+        with torch.no_grad():
+            return self.theirs._encode_prompt([CAPTION] * BATCH, "cpu", 1, False)
+
+    def stage(self, role: str):
+        """(stage, config, parameters) of ours."""
+        return models.load_stage(self.folder / "ours", role)
+
+
+def parameters_of(*modules) -> int:
+    """Of torch modules."""
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def flops_of(run: Callable[[], object]) -> int:
+    """FLOPs of what torch does in `run`, products and convolutions as `dalle2_jax.flops` counts them."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+def normal(*shape, seed=0) -> np.ndarray:
+    """Float32 noise."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def torch_step(modules, forward: Callable, inputs: dict) -> Side:
+    """Training steps of torch modules: forward(**inputs) is the loss; AdamW, clipping, an average of the
+    parameters."""
+    import torch
+
+    weights = [p for module in modules for p in module.parameters()]
+    average = [p.detach().clone() for p in weights]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0)
+    for module in modules:
+        module.train()
+
+    def run():
+        optimizer.zero_grad(set_to_none=True)
+        loss = forward(**inputs)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(average, [p.detach() for p in weights], 1e-3)
+        loss.item()
+
+    arithmetic = flops.TRAINING_PASSES * flops_of(lambda: forward(**inputs))
+    return Side(run, BATCH, parameters_of(*modules), arithmetic)
+
+
+def our_step(stage, stored: dict, mesh) -> Side:
+    """The training step that `dalle2_jax.train` compiles for a stage."""
+    from configs import common
+
+    config = models.to_plain(common.get_config()) | dict(
+        stage=stored["stage"], model=stored["model"], batch_size=BATCH, num_steps=1000
+    )
+    config["optim"]["warmup_steps"] = 0
+    plan = train.make_plan(config, stage, mesh)
+    batch = benchmark.synthetic_batch(config, stage, BATCH, mesh)
+    with partition.use_mesh(mesh):
+        step, _, _, arithmetic = benchmark.training_step(config, stage, plan, batch, mesh)
+
+    def run():
+        with partition.use_mesh(mesh):
+            jax.block_until_ready(step())
+
+    return Side(run, BATCH, count_of(plan.abstract.params), arithmetic)
+
+
+def count_of(params) -> int:
+    """Numbers in a tree, without what is measured on data."""
+    kept = {k: v for k, v in params.items() if k != "stats"} if isinstance(params, dict) else params
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(kept))
+
+
+def our_sampling(m: Models, role: str, batch: dict, steps: int, guidance: float) -> Side:
+    """Drawing with a stage of ours, `steps` and `guidance` given."""
+    stage, _, params = m.stage(role)
+    rows, whole = partition.batch_sharding(m.mesh), partition.replicated(m.mesh)
+    keys = jax.device_put(jax.random.split(jax.random.key(0), BATCH), rows)
+    batch = jax.device_put(batch, rows)
+    own = dict(num_steps=steps) | (dict(guidance_scale=guidance) if guidance != 1 else {})
+    if role == "prior":
+        own["num_candidates"] = 1
+
+    def sample(params, keys, batch):
+        return stage.sample(params, keys, batch, **own)
+
+    arithmetic = flops.count(sample, params, keys, batch)
+    params = jax.device_put(params, whole)
+    with partition.use_mesh(m.mesh):
+        jitted = jax.jit(sample, out_shardings=rows, compiler_options=partition.compiler_options())
+        program = jitted.lower(params, keys, batch).compile()
+    run = functools.partial(_wait, program, params, keys, batch)
+    return Side(run, BATCH, count_of(params), arithmetic, steps, guidance=guidance)
+
+
+def _wait(program, *arguments) -> None:
+    jax.block_until_ready(program(*arguments))
+
+
+def torch_sampling(scheduler, network: Callable, modules, shape, steps: int, guidance: float) -> Side:
+    """A loop of diffusers' scheduler over network(x_t, t)."""
+    import torch
+
+    def run():
+        x, times = torch.from_numpy(normal(*shape)), scheduler.timesteps
+        for t, before in itertools.zip_longest(times, times[1:]):
+            x = scheduler.step(network(x, t), timestep=t, sample=x, prev_timestep=before).prev_sample
+
+    def drawing():
+        scheduler.set_timesteps(steps)
+        with torch.no_grad():
+            run()
+
+    return Side(drawing, BATCH, parameters_of(*modules), flops_of(drawing), steps, guidance=guidance)
+
+
+def guided(output, scale: float, channels: int):
+    """Guidance of a doubled batch, null conditions first; the channels behind are the variance."""
+    import torch
+
+    null, conditional = output.chunk(2)
+    mean = null[:, :channels] + scale * (conditional[:, :channels] - null[:, :channels])
+    return torch.cat([mean, conditional[:, channels:]], dim=1)
+
+
+# Cases
+
+
+def decoder_step(m: Models) -> Case:
+    """diffusers' UNet2DConditionModel with UnCLIP's projections; the loss is the squared error alone."""
+    import torch
+
+    decoder, project = m.theirs.decoder, m.theirs.text_proj
+    embed, states, mask = m.texts
+    mask = torch.nn.functional.pad(mask, (4, 0), value=True)
+    x, z = torch.from_numpy(normal(BATCH, 3, SIDE, SIDE)), torch.from_numpy(normal(BATCH, EMBED))
+
+    def loss(x, z):
+        noise, t = torch.randn_like(x), torch.randint(0, 1000, (BATCH,))
+        x_t = m.theirs.decoder_scheduler.add_noise(x, noise, t)
+        context, added = project(
+            image_embeddings=z,
+            prompt_embeds=embed,
+            text_encoder_hidden_states=states,
+            do_classifier_free_guidance=False,
+        )
+        out = decoder(x_t, t, context, class_labels=added, attention_mask=mask).sample
+        return torch.nn.functional.mse_loss(out[:, :3], noise)
+
+    peer = torch_step((decoder, project), loss, dict(x=x, z=z))
+    stage, stored, _ = m.stage("decoder")
+    return Case("decoder_step", our_step(stage, stored, m.mesh), peer)
+
+
+def prior_step(m: Models) -> Case:
+    """diffusers' PriorTransformer."""
+    import torch
+
+    prior, (embed, states, mask) = m.theirs.prior, m.texts
+    z = torch.from_numpy(normal(BATCH, EMBED))
+
+    def loss(z):
+        noise, t = torch.randn_like(z), torch.randint(0, 1000, (BATCH,))
+        z_t = m.theirs.prior_scheduler.add_noise(z, noise, t)
+        return torch.nn.functional.mse_loss(prior(z_t, t, embed, states, mask).predicted_image_embedding, z)
+
+    stage, stored, _ = m.stage("prior")
+    return Case("prior_step", our_step(stage, stored, m.mesh), torch_step((prior,), loss, dict(z=z)))
+
+
+def upsampler_step(m: Models) -> Case:
+    """diffusers' UNet2DModel, as UnCLIP's first upsampler."""
+    import torch
+
+    net = m.theirs.super_res_first
+    x, low = torch.from_numpy(normal(BATCH, 3, LARGE, LARGE)), torch.from_numpy(normal(BATCH, 3, SIDE, SIDE))
+
+    def loss(x, low):
+        noise, t = torch.randn_like(x), torch.randint(0, 1000, (BATCH,))
+        x_t = m.theirs.super_res_scheduler.add_noise(x, noise, t)
+        up = torch.nn.functional.interpolate(low, size=[LARGE, LARGE], mode="bicubic", antialias=True)
+        return torch.nn.functional.mse_loss(net(torch.cat([x_t, up], dim=1), t).sample, noise)
+
+    _, stored, _ = m.stage(f"upsampler{LARGE}")
+    stored["model"] |= dict(last_step=False, crop_size=LARGE)
+    stage = models.build_stage(stored)
+    return Case(
+        "upsampler_step", our_step(stage, stored, m.mesh), torch_step((net,), loss, dict(x=x, low=low))
+    )
+
+
+def clip_step(m: Models) -> Case:
+    """transformers' CLIPModel."""
+    import torch
+    import transformers
+
+    from dalle2_jax import convert
+    from tests.formats import clip_tokenizer
+
+    folder = m.folder / "clip"
+    vocab = clip_tokenizer.write(folder / "theirs")
+    common = dict(num_hidden_layers=4, hidden_act="quick_gelu")
+    text = dict(hidden_size=128, intermediate_size=512, num_attention_heads=2, vocab_size=vocab)
+    text |= dict(
+        max_position_embeddings=LENGTH, bos_token_id=vocab - 2, eos_token_id=vocab - 1, pad_token_id=0
+    )
+    vision = dict(hidden_size=256, intermediate_size=1024, num_attention_heads=4, image_size=32, patch_size=4)
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=common | text, vision_config=common | vision, projection_dim=EMBED
+        )
+    )
+    model.save_pretrained(folder / "theirs")
+    convert.convert_weights("hf-clip", folder / "theirs", folder / "ours", dtype="float32")
+    stage, stored, _ = models.load_stage(folder / "ours", "clip")
+    tokens = np.random.default_rng(0).integers(1, vocab - 2, (BATCH, LENGTH))
+    tokens[:, 0], tokens[:, -1] = vocab - 2, vocab - 1
+    inputs = dict(pixel_values=torch.from_numpy(normal(BATCH, 3, 32, 32)), input_ids=torch.from_numpy(tokens))
+
+    def loss(**inputs):
+        return model(**inputs, return_loss=True).loss
+
+    return Case("clip_step", our_step(stage, stored, m.mesh), torch_step((model,), loss, inputs))
+
+
+def _text_batch(m: Models) -> dict:
+    names = ("text_embed", "text_states", "token_mask")
+    return {name: value.numpy() for name, value in zip(names, m.texts, strict=True)}
+
+
+def _both_texts(m: Models):
+    """(embeds, states, mask) of null captions and then captions."""
+    import torch
+
+    with torch.no_grad():
+        return m.theirs._encode_prompt([CAPTION] * BATCH, "cpu", 1, True)
+
+
+def prior_sampling(m: Models) -> Case:
+    """diffusers' PriorTransformer with UnCLIPScheduler, as UnCLIPPipeline has them."""
+    prior, (embed, states, mask) = m.theirs.prior, _both_texts(m)
+    scale, steps = GUIDANCE["prior"], STEPS["prior"]
+
+    def network(x, t):
+        out = prior(x.repeat(2, 1), t, embed, states, mask).predicted_image_embedding
+        return guided(out, scale, EMBED)
+
+    prior.eval()
+    peer = torch_sampling(m.theirs.prior_scheduler, network, (prior,), (BATCH, EMBED), steps, scale)
+    return Case("prior_sampling", our_sampling(m, "prior", _text_batch(m), steps, scale), peer)
+
+
+def decoder_sampling(m: Models) -> Case:
+    """diffusers' UNet2DConditionModel with UnCLIPScheduler, as UnCLIPPipeline has them."""
+    import torch
+
+    decoder, project, (embed, states, mask) = m.theirs.decoder, m.theirs.text_proj, _both_texts(m)
+    scale, steps, z = GUIDANCE["decoder"], STEPS["decoder"], normal(BATCH, EMBED)
+    mask = torch.nn.functional.pad(mask, (4, 0), value=True)
+    with torch.no_grad():
+        context, added = project(
+            image_embeddings=torch.from_numpy(z),
+            prompt_embeds=embed,
+            text_encoder_hidden_states=states,
+            do_classifier_free_guidance=True,
+        )
+
+    def network(x, t):
+        both = x.repeat(2, 1, 1, 1)
+        out = decoder(both, t, context, class_labels=added, attention_mask=mask).sample
+        return guided(out, scale, 3)
+
+    decoder.eval()
+    shape = (BATCH, 3, SIDE, SIDE)
+    peer = torch_sampling(m.theirs.decoder_scheduler, network, (decoder, project), shape, steps, scale)
+    batch = _text_batch(m) | {"image_embed": z}
+    return Case("decoder_sampling", our_sampling(m, "decoder", batch, steps, scale), peer)
+
+
+def upsampler_sampling(m: Models) -> Case:
+    """diffusers' two UNet2DModels, the second for the last step, as UnCLIPPipeline has them."""
+    import torch
+
+    nets, steps = (m.theirs.super_res_first, m.theirs.super_res_last), STEPS["upsampler"]
+    low = normal(BATCH, SIDE, SIDE, 3).clip(-1, 1)
+    up = torch.nn.functional.interpolate(
+        torch.from_numpy(np.moveaxis(low, -1, 1).copy()), size=[LARGE, LARGE], mode="bicubic", antialias=True
+    )
+    scheduler = m.theirs.super_res_scheduler
+
+    def network(x, t):
+        net = nets[int(t) == int(scheduler.timesteps[-1])]
+        return net(torch.cat([x, up], dim=1), t).sample
+
+    for net in nets:
+        net.eval()
+    peer = torch_sampling(scheduler, network, nets, (BATCH, 3, LARGE, LARGE), steps, 1.0)
+    return Case(
+        "upsampler_sampling", our_sampling(m, f"upsampler{LARGE}", {"low_res": low}, steps, 1.0), peer
+    )
+
+
+def our_pictures(folder: Path) -> Callable[[], None]:
+    """Opens the model directory; what it returns draws BATCH pictures."""
+    from dalle2_jax import pipeline
+
+    model = pipeline.UnCLIP.load(folder / "ours")
+    settings = {f"{role}_steps": [n] if role == "upsampler" else n for role, n in STEPS.items()}
+    settings |= dict(guidance_scale=GUIDANCE["decoder"], prior_guidance_scale=GUIDANCE["prior"])
+
+    def run():
+        model.text_to_image([CAPTION], n=BATCH, prior_candidates=1, **settings)
+
+    return run
+
+
+def their_pictures(folder: Path) -> Callable[[], None]:
+    """The same with diffusers' UnCLIPPipeline."""
+    import diffusers
+
+    model = diffusers.UnCLIPPipeline.from_pretrained(folder / "theirs")
+    model.set_progress_bar_config(disable=True)
+
+    def run():
+        model(
+            CAPTION,
+            num_images_per_prompt=BATCH,
+            prior_num_inference_steps=STEPS["prior"],
+            decoder_num_inference_steps=STEPS["decoder"],
+            super_res_num_inference_steps=STEPS["upsampler"],
+            prior_guidance_scale=GUIDANCE["prior"],
+            decoder_guidance_scale=GUIDANCE["decoder"],
+        )
+
+    return run
+
+
+def end_to_end(m: Models) -> Case:
+    """A caption to BATCH pictures by diffusers' UnCLIPPipeline, both opened and warm."""
+    parts = [make(m) for make in SAMPLING_CASES]
+
+    def side(name, run):
+        of = [getattr(part, name) for part in parts]
+        sums = dict(parameters=sum(x.parameters for x in of), flops=sum(x.flops for x in of))
+        return Side(run, BATCH, **sums, steps=sum(STEPS.values()), guidance=GUIDANCE["decoder"])
+
+    ours, peer = our_pictures(m.folder), their_pictures(m.folder)
+    return Case("end_to_end", side("ours", ours), side("peer", peer), "pictures")
+
+
+def _start(m: Models, who: str, cache: str) -> float:
+    """Seconds from the start of a process to its first pictures."""
+    environment = os.environ | {"DALLE2_JAX_CACHE": cache}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "benchmarks.compare", f"--first={who}", f"--folder={m.folder}"]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def cold_start(m: Models) -> Case:
+    """From the start of a process to its first pictures, nothing compiled before."""
+
+    def ours():
+        with tempfile.TemporaryDirectory() as empty:
+            return _start(m, "ours", empty)
+
+    peer = Side(lambda: _start(m, "peer", ""), BATCH)
+    return Case("cold_start", Side(ours, BATCH), peer, "pictures")
+
+
+def warm_start(m: Models) -> Case:
+    """From the start of a process to its first pictures, programs in the cache."""
+    cache = str(m.folder / "cache")
+    ours = Side(lambda: _start(m, "ours", cache), BATCH)
+    return Case("warm_start", ours, Side(lambda: _start(m, "peer", ""), BATCH), "pictures")
+
+
+DATA = dict(count=512, side=64)
+
+
+def _shards(data: str) -> list[Path]:
+    found = sorted(Path(data or "").glob("train-*.tar")) if data else []
+    if not found:
+        raise ValueError("the cases of the data pipeline need --data=FOLDER of shards train-*.tar")
+    return found
+
+
+def _our_images(data: str) -> Callable[[], float]:
+    """Reads DATA['count'] pictures with our pipeline; CPU seconds, of all threads."""
+    from dalle2_jax.data import pipeline
+
+    dataset = pipeline.make_dataset(
+        source="tar", path=data, split="train", fields=("image",), image_size=DATA["side"]
+    )
+
+    def run():
+        batches = dataset.batches(32)
+        next(batches)
+        began = time.process_time()
+        for _ in range(DATA["count"] // 32):
+            next(batches)
+        return time.process_time() - began
+
+    return run
+
+
+def data_against_torch(m: Models, data: str) -> Case:
+    """A torch DataLoader over the same shards: PIL, bicubic. Seconds of CPU, not of the clock."""
+    import torch
+    from PIL import Image
+
+    shards, side = _shards(data), DATA["side"]
+
+    class Shards(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for shard in itertools.cycle(shards):
+                with tarfile.open(shard) as archive:
+                    for member in archive:
+                        if member.name.endswith((".png", ".jpg")):
+                            picture = Image.open(io.BytesIO(archive.extractfile(member).read()))
+                            picture = picture.convert("RGB").resize((side, side), Image.BICUBIC)
+                            pixels = torch.from_numpy(np.asarray(picture).copy())
+                            yield pixels.permute(2, 0, 1).float().div(127.5).sub(1)
+
+    def theirs():
+        began = time.process_time()
+        loader = iter(torch.utils.data.DataLoader(Shards(), batch_size=32))
+        for _ in range(DATA["count"] // 32):
+            next(loader)
+        return time.process_time() - began
+
+    count = DATA["count"]
+    return Case("data_against_torch", Side(_our_images(data), count), Side(theirs, count), "pictures")
+
+
+def data_against_decoding(m: Models, data: str) -> Case:
+    """The same pictures decoded to RGB and nothing else: 1.00 would be a pipeline that costs nothing more."""
+    from dalle2_jax.data import transforms
+
+    found = []
+    for shard in _shards(data):
+        with tarfile.open(shard) as archive:
+            names = (member for member in archive if member.name.endswith((".png", ".jpg")))
+            found += [archive.extractfile(member).read() for member in names]
+    chosen = found[:: max(1, len(found) // DATA["count"])][: DATA["count"]]
+
+    def decoding():
+        began = time.process_time()
+        for content in chosen:
+            transforms.decode(content)
+        return time.process_time() - began
+
+    count = DATA["count"]
+    return Case("data_against_decoding", Side(_our_images(data), count), Side(decoding, count), "pictures")
+
+
+def checkpoint_blocking(m: Models) -> Case:
+    """How long training waits for a checkpoint of the decoder's state; torch.save of as many numbers."""
+    import torch
+
+    _, _, params = m.stage("decoder")
+    state = jax.device_put({f"copy{i}": params for i in range(4)}, partition.replicated(m.mesh))
+    state = jax.tree.map(jnp.copy, state)
+    tensors = [torch.from_numpy(np.array(x)) for x in jax.tree.leaves(state)]
+    saver = checkpoint.Checkpointer(m.folder / "workdir", max_to_keep=1)
+    steps = itertools.count(1)
+
+    def ours():
+        began = time.perf_counter()
+        saver.save(next(steps), state, {})
+        took = time.perf_counter() - began
+        saver.wait()
+        return took
+
+    def theirs():
+        torch.save(tensors, m.folder / "state.pt")
+
+    count = count_of(params)
+    return Case("checkpoint_blocking", Side(ours, 1, 4 * count), Side(theirs, 1, 4 * count), "checkpoints")
+
+
+def inception_features(m: Models) -> Case:
+    """The same network written in torch, random weights."""
+    import torch
+
+    from dalle2_jax import convert
+    from dalle2_jax.evals import inception
+    from tests.evals.torch_inception import random_inception
+
+    theirs, old, out = random_inception(), m.folder / "old.pth", m.folder / "inception.safetensors"
+    torch.save(theirs.state_dict(), old, _use_new_zipfile_serialization=False)
+    convert.main(["inception", str(old), str(out), "--any_checksum"])
+    params = inception.load(out).params
+    pictures = normal(BATCH, 299, 299, 3)
+    rows, whole = partition.batch_sharding(m.mesh), partition.replicated(m.mesh)
+    arithmetic = flops.count(inception.features, params, pictures)
+    params, ours = jax.device_put(params, whole), jax.device_put(pictures, rows)
+    jitted = jax.jit(inception.features, out_shardings=rows, compiler_options=partition.compiler_options())
+    with partition.use_mesh(m.mesh):
+        program = jitted.lower(params, ours).compile()
+    tensors = torch.from_numpy(np.moveaxis(pictures, -1, 1).copy())
+
+    def run():
+        with torch.no_grad():
+            theirs(tensors)
+
+    return Case(
+        "inception_features",
+        Side(functools.partial(_wait, program, params, ours), BATCH, count_of(params), arithmetic),
+        Side(run, BATCH, parameters_of(theirs), flops_of(run)),
+        "pictures",
+    )
+
+
+STEP_CASES = (clip_step, prior_step, decoder_step, upsampler_step)
+SAMPLING_CASES = (prior_sampling, decoder_sampling, upsampler_sampling)
+PICTURE_CASES = (end_to_end, cold_start, warm_start)
+OTHER_CASES = (data_against_torch, data_against_decoding, checkpoint_blocking, inception_features)
+CASES = {made.__name__: made for made in STEP_CASES + SAMPLING_CASES + PICTURE_CASES + OTHER_CASES}
+OF_DATA = ("data_against_torch", "data_against_decoding")
+
+
+def versions() -> dict[str, str]:
+    """Of what was measured, and the machine."""
+    import diffusers
+    import torch
+    import transformers
+
+    found = {module.__name__: module.__version__ for module in (jax, torch, diffusers, transformers)}
+    return found | dict(
+        python=platform.python_version(), machine=platform.machine(), cores=str(os.cpu_count())
+    )
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command's options; ends the process for wrong ones."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
+    parser.add_argument("--cases", default=",".join(CASES), help="which, with commas between")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--max_spread", type=float, default=MAX_SPREAD)
+    parser.add_argument("--data", default="", help="folder of tar shards, for the data pipeline")
+    parser.add_argument("--json", help="also write the results there")
+    parser.add_argument("--first", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    unknown = set(given.cases.split(",")) - CASES.keys()
+    if unknown:
+        parser.error(f"--cases: {', '.join(sorted(unknown))} unknown; there are {', '.join(CASES)}")
+    if given.rounds < 3:
+        parser.error("--rounds must be 3 or more: fewer have no spread")
+    return given
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measures and prints; the status is 1 if a case could not be measured."""
+    given = parse(arguments)
+    partition.initialise()
+    if given.first:
+        (our_pictures if given.first == "ours" else their_pictures)(given.folder)()
+        return 0
+    results, failed = [], 0
+    print(HEADER, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(sys.stderr):
+            made = Models(Path(folder))
+        for name in given.cases.split(","):
+            more = (given.data,) if name in OF_DATA else ()
+            try:
+                with contextlib.redirect_stdout(sys.stderr):  # what converting says is no row of the table
+                    case = CASES[name](made, *more)
+                result = measure(case, given.rounds, given.max_spread)
+            except ValueError as error:
+                failed = 1
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            results.append(result)
+            print(result.line(), flush=True)
+    if given.json:
+        known = dict(versions=versions(), results=[dataclasses.asdict(result) for result in results])
+        Path(given.json).write_text(json.dumps(known, indent=2) + "\n")
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,336 @@
+"""python -m dalle2_jax.benchmark --config=configs/X.py [--config.a.b=value ...]
+
+How fast a stage trains on this machine, and how close that is to what the machine can do: examples a second,
+utilisation, memory, the time to compile. The batches are made up on the devices, so that no data is read and
+nothing waits for it; the program is the one that `dalle2_jax.train` compiles.
+
+  --sample=8    draws 8 examples at a time with the stage's own settings in the place of training steps
+  --steps=10    how many are measured, after two that are not
+  --json=FILE   the report as JSON
+
+The ceilings are measured in the same run: the rate of products of large square matrices in the type that the
+stage computes in, and the rate at which large arrays are copied. What a frozen CLIP adds to a batch is made
+up, too, so --config.clip makes no difference.
+"""
+
+import dataclasses
+import json
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from etils import epath
+from ml_collections import config_flags
+
+from dalle2_jax import flops, metrics, models, partition, train
+
+GIB = 2**30
+WARM_UP = 2
+# Side of the matrices, and bytes of the array on each device; a CPU needs seconds for what takes others
+# milliseconds.
+MATRIX_SIDE = {"cpu": 1024}
+COPY_BYTES = {"cpu": 64 << 20}
+REPEATS = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Of times or rates: the median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Spread":
+        """Of one value or more."""
+        low, high = np.quantile(values, (0.25, 0.75))
+        return Spread(statistics.median(values), float(low), float(high))
+
+    @property
+    def relative(self) -> float:
+        """The distance of the quartiles as a share of the median."""
+        return (self.high - self.low) / self.median
+
+    def rate(self, count: float) -> "Spread":
+        """Of `count` things in these times, the rates."""
+        return Spread(count / self.median, count / self.high, count / self.low)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What the devices together can do: matrix FLOP/s by type, bytes/s read and written by a copy."""
+
+    devices: int
+    kind: str
+    matrix: dict[str, float]
+    copy: float
+    datasheet: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was measured.
+
+    Attributes:
+      program, batch_size, parameters, dtype: of what; mesh: on what.
+      model_flops: of a step, as `flops` counts. compiler_flops: as the compiler does, with recomputations; 0
+        where it does not say.
+      seconds: a step. compile_seconds: tracing and compiling, or reading what was compiled before.
+      memory: bytes at most on a device. planned_memory: what the compiler set aside for the program on one.
+      host_memory: bytes that this process held at most.
+    """
+
+    program: str
+    batch_size: int
+    parameters: int
+    dtype: str
+    mesh: dict[str, int]
+    machine: Machine
+    model_flops: int
+    compiler_flops: float
+    seconds: Spread
+    steps: int
+    compile_seconds: float
+    memory: int | None
+    planned_memory: int
+    host_memory: int
+
+    @property
+    def flops_per_second(self) -> float:
+        """Of the model, on all devices."""
+        return self.model_flops / self.seconds.median
+
+    @property
+    def of_matrix(self) -> float:
+        """Utilisation: the share of this machine's own rate of products of matrices."""
+        return self.flops_per_second / self.machine.matrix[self.dtype]
+
+    @property
+    def of_datasheet(self) -> float | None:
+        """Utilisation: the share of the datasheet's peak in bfloat16; None where it is not known."""
+        return self.flops_per_second / self.machine.datasheet if self.machine.datasheet else None
+
+    def lines(self) -> list[str]:
+        """The report as lines of text."""
+        mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        examples, seconds, machine = self.seconds.rate(self.batch_size), self.seconds, self.machine
+        shares = f"{self.of_matrix:.1%} of the products of matrices measured here"
+        if self.of_datasheet is not None:
+            shares += f", {self.of_datasheet:.1%} of the datasheet's {machine.datasheet / 1e12:.0f} TFLOP/s"
+        held = f"{self.host_memory / GIB:.2f} GiB of this process"
+        if self.memory is not None:
+            held = f"{self.memory / GIB:.2f} GiB at most on a device, {held}"
+        rates = ", ".join(f"{rate / 1e9:.4g} GFLOP/s in {name}" for name, rate in machine.matrix.items())
+        return [
+            f"{self.program}: {self.parameters / 1e6:.2f}M parameters, batch {self.batch_size} in "
+            f"{self.dtype} on {machine.devices} x {machine.kind} ({mesh})",
+            f"  speed        {examples.median:.4g} examples/s (quartiles {examples.low:.4g} .. "
+            f"{examples.high:.4g}); {seconds.median:.4g} s a step, median of {self.steps}",
+            f"  arithmetic   {self.model_flops / 1e9:.4g} GFLOP a step of the model, "
+            f"{self.flops_per_second / 1e9:.4g} GFLOP/s",
+            f"  utilisation  {shares}",
+            f"  memory       {held}; {self.planned_memory / GIB:.2f} GiB a device planned for the program",
+            f"  compiling    {self.compile_seconds:.1f} s",
+            f"  machine      {rates}; copies {machine.copy / 1e9:.4g} GB/s",
+        ]
+
+    def to_json(self) -> str:
+        """All of it."""
+        derived = dict(
+            flops_per_second=self.flops_per_second,
+            of_matrix=self.of_matrix,
+            of_datasheet=self.of_datasheet,
+            examples_per_second=dataclasses.asdict(self.seconds.rate(self.batch_size)),
+            jax=jax.__version__,
+        )
+        return json.dumps(dataclasses.asdict(self) | derived, indent=2) + "\n"
+
+
+def timed(run: Callable[[], object], count: int, warm_up: int = WARM_UP) -> list[float]:
+    """Seconds of each of `count` runs, which return what to wait for, after some that are not measured."""
+    seconds = []
+    for i in range(warm_up + count):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        if i >= warm_up:
+            seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def measure_machine(mesh, dtypes: Sequence[str]) -> Machine:
+    """The ceilings of the mesh's devices, all of them at work; the best of a few runs."""
+    devices = mesh.devices.ravel()
+    platform, rows = devices[0].platform, partition.all_devices(mesh)
+    side = MATRIX_SIDE.get(platform, 8192)
+    matrix = {}
+    for name in dtypes:
+        shape = (len(devices), side, side)
+        make = jax.jit(
+            lambda shape=shape, name=name: jnp.ones(shape, jnp.dtype(name)) / side, out_shardings=rows
+        )
+        a, product = make(), jax.jit(lambda a, b: a @ b, out_shardings=rows)
+        best = min(timed(lambda a=a, product=product: product(a, a), REPEATS))
+        matrix[name] = 2 * len(devices) * side**3 / best
+    count = COPY_BYTES.get(platform, 1 << 30) // 4
+    x = jax.jit(lambda: jnp.zeros((len(devices), count), jnp.float32), out_shardings=rows)()
+    add = jax.jit(lambda x: x + 1, out_shardings=rows)
+    copy = 2 * x.nbytes / min(timed(lambda: add(x), REPEATS))
+    peak = metrics.peak_flops(devices[0].device_kind)
+    return Machine(len(devices), devices[0].device_kind, matrix, copy, peak and peak * len(devices))
+
+
+def synthetic_batch(config: dict, stage, size: int, mesh) -> dict[str, jax.Array]:
+    """A batch that nobody drew, on the devices: noise for what is continuous, and captions of full length."""
+    vocabulary = (config["model"].get("text") or {}).get("vocab_size", 2)
+
+    def make():
+        made = {}
+        for number, (name, spec) in enumerate(sorted(stage.batch_spec(size).items())):
+            key = jax.random.key(number)
+            if spec.dtype == jnp.bool_:
+                made[name] = jnp.ones(spec.shape, bool)
+            elif name == "tokens":
+                made[name] = jax.random.randint(key, spec.shape, 1, vocabulary, spec.dtype)
+            elif jnp.issubdtype(spec.dtype, jnp.integer):  # the first corner, the first class
+                made[name] = jnp.zeros(spec.shape, spec.dtype)
+            elif name in models.CLIP_FIELDS:
+                noise = jax.random.normal(key, spec.shape, spec.dtype)
+                made[name] = noise / jnp.linalg.norm(noise, axis=-1, keepdims=True)
+            else:
+                made[name] = jax.random.uniform(key, spec.shape, spec.dtype, -1, 1)
+        return made
+
+    return jax.jit(make, out_shardings=partition.batch_sharding(mesh))()
+
+
+def run(config: dict, *, sample: int | None = None, steps: int = 10) -> Report:
+    """Measure training steps of `config` (plain JSON types), or drawing `sample` examples at a time.
+
+    Raises ValueError for settings that do not fit together, before anything is compiled.
+    """
+    train.check_names(config)
+    mesh, stage = partition.make_mesh(**config["mesh"]), models.build_stage(config)
+    if sample is not None and not hasattr(stage, "sample"):
+        raise ValueError(f"stage {config['stage']!r} does not draw: leave --sample out")
+    size = config["batch_size"] if sample is None else sample
+    if sample is None:
+        train.check_settings(config, stage, mesh)
+    partition.check_batch_size(size, mesh, "batch_size" if sample is None else "--sample")
+    dtype = config["model"].get("dtype", "float32")
+    machine = measure_machine(mesh, sorted({dtype, "float32"}))
+    plan, batch = train.make_plan(config, stage, mesh), synthetic_batch(config, stage, size, mesh)
+    with partition.use_mesh(mesh):
+        if sample is None:
+            made = training_step(config, stage, plan, batch, mesh)
+        else:
+            made = drawing(stage, plan, batch, size, mesh)
+        step, program, compile_seconds, arithmetic = made
+        seconds = timed(step, steps)
+    plan_of_memory, costs = program.memory_analysis(), program.cost_analysis() or {}
+    with_stats = [d.memory_stats() or {} for d in mesh.local_devices]
+    peak = max((s.get("peak_bytes_in_use", 0) for s in with_stats), default=0)
+    return Report(
+        program=f"{config['stage']}, {'a training step' if sample is None else 'drawing'}",
+        batch_size=size,
+        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(plan.abstract.params)),
+        dtype=dtype,
+        mesh=dict(mesh.shape),
+        machine=machine,
+        model_flops=arithmetic,
+        compiler_flops=costs.get("flops", 0.0),
+        seconds=Spread.of(seconds),
+        steps=steps,
+        compile_seconds=compile_seconds,
+        memory=peak or None,
+        planned_memory=plan_of_memory.argument_size_in_bytes
+        + plan_of_memory.output_size_in_bytes
+        - plan_of_memory.alias_size_in_bytes
+        + plan_of_memory.temp_size_in_bytes,
+        # Linux counts in KiB, macOS in bytes
+        host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+    )
+
+
+def _compiled(jitted, *arguments):
+    """(the program, seconds that tracing and compiling took)."""
+    began = time.perf_counter()
+    program = jitted.lower(*arguments).compile()
+    return program, time.perf_counter() - began
+
+
+def _init(plan: train.Plan):
+    options = partition.compiler_options(once=True)
+    return jax.jit(plan.init, out_shardings=plan.shardings, compiler_options=options)()
+
+
+def training_step(config: dict, stage, plan: train.Plan, batch: dict, mesh):
+    """(what runs a step, its program, seconds of compiling, FLOPs)."""
+    held = [_init(plan)]
+    jitted = train.jit_step(config, stage, plan, lambda frozen, batch: batch, mesh)
+    program, seconds = _compiled(jitted, held[0], batch, {})
+
+    def step():
+        held[0], scalars = program(held[0], batch, {})
+        return held[0], scalars
+
+    return step, program, seconds, flops.of_step(stage, batch)
+
+
+def drawing(stage, plan: train.Plan, batch: dict, count: int, mesh):
+    """As `training_step`, of drawing `count` examples."""
+    params = jax.device_put(_init(plan).params, partition.replicated(mesh))
+    rows = partition.batch_sharding(mesh)
+    keys = jax.device_put(jax.random.split(jax.random.key(0), count), rows)
+    options = partition.compiler_options()
+    jitted = jax.jit(lambda p, k, b: stage.sample(p, k, b), out_shardings=rows, compiler_options=options)
+    program, seconds = _compiled(jitted, params, keys, batch)
+    return (
+        lambda: program(params, keys, batch),
+        program,
+        seconds,
+        flops.count(stage.sample, params, keys, batch),
+    )
+
+
+FLAGS = flags.FLAGS
+
+
+def main(argv):
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected arguments {argv[1:]}")
+        partition.initialise()
+        config = models.to_plain(FLAGS.config)
+        print("compiling; a large stage takes minutes", file=sys.stderr, flush=True)
+        report = run(config, sample=FLAGS.sample, steps=FLAGS.steps)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from (error if FLAGS.debug else None)
+    print("\n".join(report.lines()))
+    if FLAGS.json:
+        epath.Path(FLAGS.json).write_text(report.to_json())
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file, FILE.py[:preset]; override with --config.a.b=value.",
+        lock_config=False,
+        accept_new_attributes=True,
+    )
+    flags.DEFINE_integer("sample", None, "Draw so many examples at a time instead.", lower_bound=1)
+    flags.DEFINE_integer("steps", 10, "How many steps are measured.", lower_bound=3)
+    flags.DEFINE_string("json", None, "Also write the report there.")
+    flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
+    flags.mark_flags_as_required(["config"])
+    app.run(main)
