@@ -166,8 +166,8 @@ TRAPS = (
         "the window of the small picture lies beside that of the target",
         "tests/stages/test_upsampler.py::test_the_input_is_the_targets_window_of_the_enlarged_picture",
         "dalle2_jax/stages/upsampler.py",
-        'low_res_up = window(self.enlarge(low_res), batch["crop_yx"])',
-        'low_res_up = window(self.enlarge(low_res), batch["crop_yx"][:, ::-1])',
+        'low_res_up = self.enlarged_windows(low_res, batch["crop_yx"],',
+        'low_res_up = self.enlarged_windows(low_res, batch["crop_yx"][:, ::-1],',
     ),
     Trap(
         18,

@@ -292,5 +292,8 @@ class Paired:
         record = self._source.read(index, image, captions)
         texts = record.captions
         if captions and self._captions:
-            texts = freeze({language: [column[index]] for language, column in self._captions.items()})
+            found: dict[str, list[str]] = {}
+            for language, column in self._captions.items():
+                add_caption(found, language, column[index] or "")
+            texts = freeze(found)
         return Record(record.key, record.image, texts, self._table.row(index))
