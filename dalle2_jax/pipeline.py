@@ -370,8 +370,7 @@ class UnCLIP(Editing):
         if processes.share(len(captions)).size == len(captions):
             return self._text_to_image(captions, **common, **asked)
         mine = [captions[i] for i in processes.share(len(captions))]
-        if "classifier" in self.settings(**asked)["decoder"]:
-            self.labels(captions)
+        self._check_classes(self.settings(**asked), captions)  # of all, so that all processes refuse alike
         own = self._text_to_image(mine, **common, **asked)
         count = n * len(captions)
         whole = {

@@ -146,6 +146,8 @@ def gather(rows: np.ndarray, count: int) -> np.ndarray:
         return rows
     from jax.experimental import multihost_utils
 
+    if rows.size == 0:  # such as the image embeddings of a decoder that reads none
+        return np.zeros((count, *rows.shape[1:]), rows.dtype)
     # Bytes, as JAX would make float64 and int64 smaller.
     rows = np.ascontiguousarray(rows)
     plain = rows.reshape(len(rows), -1).view(np.uint8)

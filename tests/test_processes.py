@@ -243,6 +243,24 @@ def test_shares_are_taken_apart_again(monkeypatch):
         np.testing.assert_array_equal(np.concatenate(shares)[:count], np.arange(count))
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((3,), np.float64), ((3, 2, 2, 3), np.uint8), ((3, 0), np.float32), ((3, 4), np.int64)],
+)
+def test_rows_come_together_as_they_were(monkeypatch, shape, dtype):
+    """Bit for bit, whatever their type, also rows that hold nothing; what was repeated is cut off."""
+    from jax.experimental import multihost_utils
+
+    first = np.arange(np.prod(shape)).reshape(shape).astype(dtype) + dtype(2) ** 7
+    second = first + dtype(1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    others = np.ascontiguousarray(second).reshape(3, -1).view(np.uint8) if second.size else None
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x, tiled: np.concatenate([x, others]))
+    found = processes.gather(first, 5)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, np.concatenate([first, second])[:5])
+
+
 def assert_alike(found: dict, expected: dict, tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name in expected:
