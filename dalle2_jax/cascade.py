@@ -27,6 +27,9 @@ BASE_STAGES = ("clip", "prior", "decoder")
 GUIDES = ("noisy_clip", "classifier")  # that a model may have, to steer its decoder
 # progress(stage, rows done, rows in all, seconds in this stage without compiling)
 Progress = Callable[[str, int, int, float], None]
+# seen(stage, uint8 [N, h, w, 3]): the pictures of a stage that has finished
+Seen = Callable[[str, np.ndarray], None]
+MAX_PROGRAMS = 64  # kept by a cascade; of more, those that were used least lately are compiled anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,11 +292,17 @@ class Cascade:
         if not self.low_memory:
             self._submit(task, count, batch_size)
 
-    def _submit(self, task: Task, count: int, batch_size: int | None) -> None:
-        size = self._micro_batch(count, batch_size)
+    def _submit(self, task: Task, count: int, batch_size: int | None) -> concurrent.futures.Future:
+        key = task.key, self._micro_batch(count, batch_size)
         with self._lock:
-            if (task.key, size) not in self._programs:
-                self._programs[task.key, size] = self._workers.submit(self._compile, task, size)
+            program = self._programs.pop(key, None)
+            if program is None:
+                program = self._workers.submit(self._compile, task, key[1])
+            self._programs[key] = program  # the last is the one used last
+            for old in [old for old, made in self._programs.items() if made.done()]:
+                if len(self._programs) > MAX_PROGRAMS and old != key:
+                    del self._programs[old]
+        return program
 
     def run(
         self,
@@ -314,9 +323,9 @@ class Cascade:
         count = len(next(iter(rows.values())))
         size = self._micro_batch(count, batch_size)
         began = time.monotonic()
-        self._submit(task, count, batch_size)
+        submitted = self._submit(task, count, batch_size)
         try:
-            program = self._programs[task.key, size].result()
+            program = submitted.result()
         except BaseException:  # what waits to be compiled would hold up the end of the program
             with self._lock:
                 self._programs = {key: made for key, made in self._programs.items() if not made.cancel()}

@@ -99,7 +99,7 @@ class Drawing:
       guidance_scale: of the decoder; None is the model's own, or 1 where a picture is to come back.
       fit: 'crop' or 'pad', how a picture becomes square.
       upsample: False for base pictures alone.
-      batch_size, progress: as for `text_to_image`.
+      batch_size, progress, seen: as for `text_to_image`.
     """
 
     seed: int = 0
@@ -109,6 +109,7 @@ class Drawing:
     upsample: bool = True
     batch_size: int | None = None
     progress: Callable | None = None
+    seen: Callable | None = None
 
     @property
     def running(self) -> dict:
@@ -458,9 +459,11 @@ class Editing:
             size = self.cascade.stage("decoder").image_size
             at_base = (self.base_pictures([square])[0], shrink_mask(repaint, size))
         base, timings["decoder"] = self.decode(embeds, captions, known=at_base, **own, **common)
+        if how.seen is not None:
+            how.seen("decoder", base)
         images = base
         if how.upsample:
-            images, more = self.upsample(base, captions, known=known, **common)
+            images, more = self.upsample(base, captions, known=known, seen=how.seen, **common)
             timings |= more
         used = {
             "decoder": {name: value for name, value in own.items() if isinstance(value, int | float | str)}

@@ -52,6 +52,13 @@ def report(result: pipeline.Result, name: str) -> dict:
     }
 
 
+def metadata(result: pipeline.Result, i: int, name: str, **said) -> dict[str, str]:
+    """The text entries of picture i's PNG: its caption, and as JSON all that made it and what is `said`."""
+    made = {"caption": result.captions[i], "number": result.numbers[i], "seed": result.seed} | said
+    made |= {"model": name, "settings": result.settings}
+    return {"caption": result.captions[i], "dalle2_jax": json.dumps(made)}
+
+
 def write_pictures(
     out: str | os.PathLike, result: pipeline.Result, name: str, command: str = "generate", **said
 ) -> list[epath.Path]:
@@ -68,11 +75,7 @@ def write_pictures(
     ):
         path = out / f"{i:04d}_{slug(caption)}.png"
         made = {"caption": caption, "number": number, "seed": result.seed} | said
-        texts = {
-            "caption": caption,
-            "dalle2_jax": json.dumps(made | {"model": name, "settings": result.settings}),
-        }
-        metrics.save_png(path, image, texts)
+        metrics.save_png(path, image, metadata(result, i, name, **said))
         paths.append(path)
         pictures.append({"file": path.name} | made)
     columns = max(result.numbers) + 1

@@ -159,8 +159,8 @@ def _has_glyph(font, character: str) -> bool:
     return drawn.size != missing.size or bytes(drawn) != bytes(missing)
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray, texts: Mapping[str, str] | None = None) -> None:
-    """Writes uint8 [H, W, 3] as PNG with optional text entries; makes the folder if needed."""
+def png_bytes(image: np.ndarray, texts: Mapping[str, str] | None = None) -> bytes:
+    """uint8 [H, W, 3] as a PNG file, with optional text entries."""
     import io
 
     from PIL import Image, PngImagePlugin
@@ -170,6 +170,11 @@ def save_png(path: str | os.PathLike, image: np.ndarray, texts: Mapping[str, str
         info.add_itxt(name, text)
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(image)).save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray, texts: Mapping[str, str] | None = None) -> None:
+    """Writes uint8 [H, W, 3] as PNG with optional text entries; makes the folder if needed."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
+    path.write_bytes(png_bytes(image, texts))

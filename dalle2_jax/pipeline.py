@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dalle2_jax import processes, tasks
-from dalle2_jax.cascade import BASE_STAGES, GUIDES, Cascade, Progress, Timing
-from dalle2_jax.editing import Editing
+from dalle2_jax.cascade import BASE_STAGES, GUIDES, Cascade, Progress, Seen, Timing
+from dalle2_jax.editing import Editing, unit
 from dalle2_jax.pictures import shrink_mask, square_picture
 from dalle2_jax.settings import of_stage, of_upsamplers, resolve, split
 
@@ -164,16 +164,19 @@ class UnCLIP(Editing):
         n: int = 1,
         batch_size: int | None = None,
         progress: Progress | None = None,
+        return_candidates: bool = False,
         **own,
     ) -> tuple[np.ndarray, dict[str, Timing]]:
         """(n image embeddings of each caption, [N, E] float32 in CLIP's own scale; stage -> Timing).
 
-        [N, 0] for a decoder that reads none. own: instead of the prior's own settings, its names of them:
+        [N, 0] for a decoder that reads none. return_candidates: all that a diffusion prior drew for each,
+        [N, num_candidates, E], none chosen. own: instead of the prior's own settings, its names of them:
         num_steps, guidance_scale, ...
         """
         if not self.cascade.reads_embeds:
             return np.zeros((n * len(captions), 0), np.float32), {}
         own = of_stage(self.cascade, "prior", **own)
+        own |= {"return_candidates": True} if return_candidates else {}
         (text_embed, text_states), text_timing = self.encode_text(captions, batch_size, progress)
         tokens, token_mask = self._tokens("prior", captions)
         known = dict(tokens=tokens, token_mask=token_mask, text_embed=text_embed, text_states=text_states)
@@ -196,6 +199,7 @@ class UnCLIP(Editing):
         strength: float = 1.0,
         known: tuple[np.ndarray, np.ndarray] | None = None,
         resample: int = 1,
+        return_path: bool = False,
         batch_size: int | None = None,
         progress: Progress | None = None,
         **own,
@@ -211,6 +215,7 @@ class UnCLIP(Editing):
           init, strength: base pictures uint8 [N, h, w, 3], and the share of the steps taken from there.
           known: a base picture uint8 [h, w, 3] and where to repaint it, bool [h, w]; the rest comes back.
           resample: how often each step is taken, see `diffusion.sampling`.
+          return_path: the pictures after every step instead, uint8 [N, steps, h, w, 3].
           batch_size, progress: see `text_to_image`.
           own: instead of the decoder's own settings, its names of them (num_steps, guidance_scale, ...), and
             how strongly guides of the model steer to the captions.
@@ -237,11 +242,54 @@ class UnCLIP(Editing):
             given |= {f"negative_{name}": value for name, value in text.items()}
         how |= {"strength": strength} if strength != 1 else {}
         how |= {"resample": resample} if resample != 1 else {}
+        how |= {"return_path": True} if return_path else {}
         task = tasks.decoder_task(self.cascade, seed, how, tuple(given))
         rows = {"number": numbers} | given | self._guide_rows(how, captions, batch_size)
         rows |= {"image_embed": image_embeds} if decoder.embed_dim else {}
         rows |= self._told("decoder", captions, count)
         return self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
+
+    def explain(self, caption: str, *, seed: int = 0, progress: Progress | None = None, **asked) -> dict:
+        """What happens on the way from a caption to picture 0 of `text_to_image` with the same arguments.
+
+        Returns a dict of
+          tokens: the texts of the tokens that CLIP reads, as many as it reads of the caption.
+          text_embed: [E] float32, what CLIP made of the caption.
+          candidates: [k, E] float32, the embeddings that the prior drew; cosines: [k], theirs with the text
+            embedding; kept: which is the largest.
+          path: uint8 [n, h, w, 3], the base picture after each of the decoder's steps.
+          stages: name -> uint8 [h, w, 3], what the decoder and each upsampler drew.
+
+        Raises ValueError for a model without a CLIP and a prior.
+        """
+        check_captions([caption])
+        if not self.cascade.reads_embeds:
+            raise ValueError("only a model with a CLIP and a prior can be explained")
+        settings, own = self.settings(**asked), split(asked)
+        tokens, mask = self._tokens("clip", [caption])
+        tokenizer = self.cascade.tokenizer(self.cascade.stage("clip").context_length)
+        pieces = [tokenizer.decode(tokens[0][i : i + 1]) for i in np.flatnonzero(mask[0])]
+        common = dict(seed=seed, progress=progress)
+        candidates = settings["prior"].get("num_candidates", 1)
+        embed, _ = self.sample_prior([caption], **common, **own["prior"])
+        drawn = embed
+        if "num_steps" in settings["prior"] and candidates > 1:
+            drawn, _ = self.sample_prior([caption], **common, **own["prior"], return_candidates=True)
+            drawn = drawn[0]
+        (text_embed, _), _ = self.encode_text([caption])
+        cosines = unit(drawn) @ unit(text_embed[0])
+        path, _ = self.decode(embed, [caption], return_path=True, **common, **own["decoder"])
+        stages = {"decoder": path[:, -1]}
+        self.upsample(path[:, -1], [caption], seen=stages.__setitem__, **common, **own["upsampler"])
+        return dict(
+            tokens=[piece for piece in pieces if piece],
+            text_embed=text_embed[0],
+            candidates=drawn,
+            cosines=cosines,
+            kept=int(cosines.argmax()),
+            path=path[0],
+            stages={name: images[0] for name, images in stages.items()},
+        )
 
     def _told(self, name: str, captions: Sequence[str] | None, count: int) -> dict[str, np.ndarray]:
         """What the decoder or an upsampler reads of captions, or of `count` null ones; {} if nothing."""
@@ -311,13 +359,15 @@ class UnCLIP(Editing):
         known: tuple[np.ndarray, np.ndarray] | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
+        seen: Seen | None = None,
         **own,
     ) -> tuple[np.ndarray, dict[str, Timing]]:
         """(pictures of the decoder's size, uint8 [N, h, w, 3], through all upsamplers; stage -> Timing).
 
         captions: N of them for upsamplers that read them, None for the null caption. known: a finished
-        picture uint8 [H, W, 3] and where to repaint it, bool [H, W]; the rest comes back. own: as for
-        `decode`, for every upsampler; of `num_steps` there is one number for each.
+        picture uint8 [H, W, 3] and where to repaint it, bool [H, W]; the rest comes back. seen: called with
+        the pictures of every upsampler as it finishes. own: as for `decode`, for every upsampler; of
+        `num_steps` there is one number for each.
         """
         own = of_upsamplers(self.cascade, **own)
         images, timings = np.asarray(images), {}
@@ -334,6 +384,8 @@ class UnCLIP(Editing):
                 at_size = square_picture(known[0], size), shrink_mask(known[1], size)
                 rows["known"], rows["repaint"] = (np.repeat(x[None], len(images), 0) for x in at_size)
             images, timings[name] = self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
+            if seen is not None:
+                seen(name, images)
         return images, timings
 
     def text_to_image(
@@ -345,6 +397,7 @@ class UnCLIP(Editing):
         upsample: bool = True,
         batch_size: int | None = None,
         progress: Progress | None = None,
+        seen: Seen | None = None,
         **asked,
     ) -> Result:
         """Draw n pictures of each caption.
@@ -356,6 +409,8 @@ class UnCLIP(Editing):
           upsample: False stops at the base pictures.
           batch_size: pictures at a time, rounded up to a multiple of the devices; None: 8, or one a device.
           progress: called as progress(stage, pictures done, pictures in all, seconds in this stage).
+          seen: called as seen(stage, pictures) when the decoder and each upsampler have finished, with the
+            pictures of this process.
           asked: any of `settings.SETTINGS` (guidance_scale, decoder_steps, prior_method, ...) instead of the
             model's own.
 
@@ -366,7 +421,7 @@ class UnCLIP(Editing):
           ValueError: for captions or settings that are not allowed, before anything is computed.
         """
         check_captions(captions)
-        common = dict(seed=seed, n=n, upsample=upsample, batch_size=batch_size, progress=progress)
+        common = dict(seed=seed, n=n, upsample=upsample, batch_size=batch_size, progress=progress, seen=seen)
         if processes.share(len(captions)).size == len(captions):
             return self._text_to_image(captions, **common, **asked)
         mine = [captions[i] for i in processes.share(len(captions))]
@@ -379,20 +434,15 @@ class UnCLIP(Editing):
         repeated = tuple(caption for caption in captions for _ in range(n))
         return dataclasses.replace(own, captions=repeated, numbers=tuple(range(n)) * len(captions), **whole)
 
-    def _text_to_image(
-        self, captions: Sequence[str], *, seed: int, n: int, upsample: bool, batch_size, progress, **asked
-    ) -> Result:
-        """`text_to_image` of captions that are this process's own."""
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed {seed} must lie in 0 .. {2**32 - 1}")
-        if n < 1:
-            raise ValueError(f"n {n} must be 1 or more pictures a caption")
-        settings, own = self.settings(**asked), split(asked)
-        self._check_classes(settings, captions)  # before anything is computed
+    def prepare(self, *, n: int = 1, upsample: bool = True, batch_size: int | None = None, **asked) -> None:
+        """Begins to compile, beside other work, what `text_to_image` of a caption with these needs."""
+        self._prepare(self.settings(**asked), 1, n, 0, upsample, batch_size)
+
+    def _prepare(self, settings: dict, captions: int, n: int, seed: int, upsample: bool, batch_size) -> None:
         # All stages are compiled at once, the later ones while the earlier ones run.
-        count, prepare = n * len(captions), self.cascade.prepare
+        count, prepare = n * captions, self.cascade.prepare
         if "prior" in settings:
-            prepare(tasks.text_task(self.cascade), len(captions), batch_size)
+            prepare(tasks.text_task(self.cascade), captions, batch_size)
             prepare(tasks.prior_task(self.cascade, seed, settings["prior"]), count, batch_size)
         prepare(tasks.decoder_task(self.cascade, seed, settings["decoder"]), count, batch_size)
         side = self.cascade.stage("decoder").image_size
@@ -404,15 +454,37 @@ class UnCLIP(Editing):
             )
             side = self.cascade.stage(name).image_size
 
+    def _text_to_image(
+        self,
+        captions: Sequence[str],
+        *,
+        seed: int,
+        n: int,
+        upsample: bool,
+        batch_size,
+        progress,
+        seen,
+        **asked,
+    ) -> Result:
+        """`text_to_image` of captions that are this process's own."""
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed {seed} must lie in 0 .. {2**32 - 1}")
+        if n < 1:
+            raise ValueError(f"n {n} must be 1 or more pictures a caption")
+        settings, own = self.settings(**asked), split(asked)
+        self._check_classes(settings, captions)  # before anything is computed
+        self._prepare(settings, len(captions), n, seed, upsample, batch_size)
         numbers = tuple(range(n)) * len(captions)
         repeated = tuple(caption for caption in captions for _ in range(n))
         common = dict(seed=seed, batch_size=batch_size, progress=progress)
         image_embeds, timings = self.sample_prior(captions, n=n, **common, **own["prior"])
         common["numbers"] = numbers
         base, timings["decoder"] = self.decode(image_embeds, repeated, **common, **own["decoder"])
+        if seen is not None:
+            seen("decoder", base)
         images = base
         if upsample:
-            images, more = self.upsample(base, repeated, **common, **own["upsampler"])
+            images, more = self.upsample(base, repeated, **common, seen=seen, **own["upsampler"])
             timings |= more
         settings = {name: values for name, values in settings.items() if name in timings}
         return self._result(repeated, numbers, seed, image_embeds, base, images, settings, timings)

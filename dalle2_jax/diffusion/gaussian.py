@@ -109,7 +109,8 @@ class GaussianDiffusion:
         strength: float = 1.0,
         known: tuple[jax.Array, jax.Array] | None = None,
         resample: int = 1,
-    ) -> jax.Array:
+        return_path: bool = False,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """x0 [B, *shape] float32, one key an example; `eps_sq` [T] is for method 'analytic'.
 
         log_p(x_t [B, ...], t [B]) -> [B] steers the samples to where it is large: see `sampling.steered`.
@@ -120,8 +121,8 @@ class GaussianDiffusion:
 
         x_T [B, *shape] is the noise to start from, drawn from the keys unless given. With a `strength` below
         1 only that share of the steps is taken, from `init` [B, *shape] noised up to where they begin. known:
-        (x0 [B, *shape], repaint [B, ..., 1]), of which the first comes back where the second is 0; resample:
-        see `sampling.sample`.
+        (x0 [B, *shape], repaint [B, ..., 1]), of which the first comes back where the second is 0; resample,
+        return_path: see `sampling.sample`.
         """
         denoiser = self._denoiser(network, guidance_scale)
         if log_p is not None:
@@ -149,6 +150,7 @@ class GaussianDiffusion:
             eps_sq=eps_sq,
             data_variance=self.data_variance,
             resample=resample,
+            return_path=return_path,
         )
 
     def invert(self, network: Network, x0: jax.Array, *, num_steps: int | None = None) -> jax.Array:

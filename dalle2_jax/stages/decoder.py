@@ -177,6 +177,7 @@ class Decoder:
         strength: float = 1.0,
         known: tuple[jax.Array, jax.Array] | None = None,
         resample: int = 1,
+        return_path: bool = False,
     ) -> jax.Array:
         """Pictures [B, H, W, 3] in [-1, 1] for what `batch` says (see `batch_spec`), one key a picture.
 
@@ -184,7 +185,7 @@ class Decoder:
         traced. Where the batch has negative_tokens and negative_token_mask, guidance leads away from that
         caption instead of from none. log_p(x_t, t) -> [B], of a classifier or a CLIP of noised pictures,
         steers on top of that. The others start from pictures and keep parts of them: see
-        `GaussianDiffusion.sample`.
+        `GaussianDiffusion.sample`. return_path: the picture after every step instead, [B, n, H, W, 3].
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         guided = gaussian.is_guided(scale)
@@ -214,7 +215,10 @@ class Decoder:
             strength=strength,
             known=known,
             resample=resample,
+            return_path=return_path,
         )
+        if return_path:
+            x0 = jnp.moveaxis(x0[1], 0, 1)
         return jnp.clip(x0, -1.0, 1.0)
 
     def invert(self, params: dict, batch: dict, *, num_steps: int | None = None) -> jax.Array:

@@ -203,6 +203,7 @@ class Prior:
         num_candidates: int | None = None,
         method: str | None = None,
         eta: float | None = None,
+        return_candidates: bool = False,
     ) -> jax.Array:
         """Image embeddings [B, E] float32 in CLIP's own scale, one key a caption.
 
@@ -210,6 +211,7 @@ class Prior:
         alone; the first of n candidates is the only one of one. A guidance scale given as the Python number 1
         saves the unconditional half of the work; an array is traced. `method` is one of `sampling.METHODS`
         ('ddpm' has the small fixed variance); 'analytic' needs parameters that hold its statistics.
+        return_candidates: all of them, [B, num_candidates, E], none chosen.
         """
         num_candidates = self.num_candidates if num_candidates is None else num_candidates
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
@@ -234,7 +236,10 @@ class Prior:
             eta=eta,
             eps_sq=params.get("stats", {}).get("eps_sq"),
         )
-        return candidates.closest(self.embed_scale.inverse(params, z), batch["text_embed"])
+        z = self.embed_scale.inverse(params, z)
+        if return_candidates:
+            return z.reshape(size, num_candidates, self.embed_dim)
+        return candidates.closest(z, batch["text_embed"])
 
 
 def build(
