@@ -45,6 +45,9 @@ EXTRAS = {
     "eval": ["matplotlib>=3.9", "scipy>=1.14"],
     "cuda": ["jax[cuda12]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
+    # gradio 6 wants pillow below 13
+    "studio": ["gradio>=6.31,<7"],
+    "browser": ["selenium>=4.51"],  # drives the Chromium of the system in the tests of the studio
     "hub": ["huggingface_hub>=0.34"],
     "wandb": ["wandb>=0.19"],
     "test": ["packaging>=24", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.17"],

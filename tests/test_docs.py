@@ -40,7 +40,8 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def module_path(module: str) -> Path:
-    return ROOT / (module.replace(".", "/") + ".py")
+    path = ROOT / module.replace(".", "/")
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 # Commands
@@ -264,7 +265,17 @@ def test_commands_are_right(page):
 
 def test_the_pages_have_commands():
     found = {words[0] for page in PAGES for words, whole in commands(page.read_text("utf-8")) if whole}
-    everyone = ("train", "generate", "edit", "evaluate", "convert", "embed", "preflight", "benchmark")
+    everyone = (
+        "train",
+        "generate",
+        "edit",
+        "evaluate",
+        "convert",
+        "embed",
+        "preflight",
+        "benchmark",
+        "studio",
+    )
     assert found == {f"dalle2_jax.{name}" for name in everyone}
     assert len(commands((ROOT / "README.md").read_text("utf-8"))) >= 8
 

@@ -1,0 +1,160 @@
+"""What the studio refuses and why, its queue, its commands; nothing is drawn."""
+
+import base64
+import io
+import random
+import shlex
+import struct
+import threading
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle2_jax.studio import work
+
+
+def png(mode="RGB", size=(8, 6)) -> str:
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def bomb(width=60000, height=60000) -> str:
+    """A PNG of a few bytes whose header speaks of gigabytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    return base64.b64encode(data).decode()
+
+
+def test_defaults_are_filled_in_and_the_models_own_left_out():
+    assert work.check("create", {"caption": " a  ring "}) == {"caption": "a ring", "seed": 0, "n": 4}
+    made = work.check("create", {"caption": "a", "upsampler_steps": "4, 2", "guidance_scale": 3})
+    assert made["upsampler_steps"] == [4, 2] and made["guidance_scale"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("action", "request_", "why"),
+    [
+        ("create", {}, "caption is missing"),
+        ("create", {"caption": "  "}, "caption is empty"),
+        ("create", {"caption": "a" * 301}, "at most 300"),
+        ("create", {"caption": "\ud800"}, "no text"),
+        ("create", {"caption": "a", "n": 9}, "give 1 to 8"),
+        ("create", {"caption": "a", "n": 1.5}, "whole number"),
+        ("create", {"caption": "a", "n": True}, "must be a number"),
+        ("create", {"caption": "a", "seed": float("nan")}, "seed"),
+        ("create", {"caption": "a", "seed": float("inf")}, "seed"),
+        ("create", {"caption": "a", "guidance_scale": float("nan")}, "guidance_scale"),
+        ("create", {"caption": "a", "decoder_steps": 10**9}, "give 1 to 250"),
+        ("create", {"caption": "a", "upsampler_steps": [1] * 9}, "such as 4,2"),
+        ("create", {"caption": "a", "model": "/etc/passwd"}, "no field of create"),
+        ("__init__", {}, "no such action"),
+        ("create", [1], "JSON object"),
+        ("variations", {"picture": "/etc/passwd"}, "not base64"),
+        ("variations", {"picture": base64.b64encode(b"GIF89a").decode()}, "cannot be read"),
+        ("variations", {"picture": bomb()}, "too_large"),
+        ("variations", {"picture": {"path": "/etc/passwd"}}, "must be a PNG"),
+    ],
+)
+def test_what_is_not_allowed_is_refused_with_the_reason(action, request_, why):
+    with pytest.raises(work.Refused, match=why):
+        work.check(action, request_)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "I;16"])
+def test_pictures_of_odd_modes_are_read(mode):
+    assert work.check("variations", {"picture": png(mode)})["picture"].shape == (6, 8, 3)
+
+
+def test_nonsense_is_refused_and_never_breaks():
+    draw = random.Random(0)
+    whole = base64.b64decode(png())
+    values = [None, "", "a", "九", "\0", "../x", -1, 0, 1, 4, 1e30, float("nan"), [], {}, True, b"\0", [[]]]
+    accepted = 0
+    for _ in range(3000):
+        action = draw.choice([*work.ACTIONS, "x", None, 3])
+        names = list(work.ACTIONS.get(action, {"caption": 0})) if isinstance(action, str) else ["a"]
+        request = {name: draw.choice(values) for name in names if draw.random() < 0.6}
+        if draw.random() < 0.5:
+            broken = bytearray(whole)
+            for _ in range(draw.randrange(4)):
+                broken[draw.randrange(len(broken))] = draw.randrange(256)
+            for name in {"picture", "mask", "first", "second"} & set(names):
+                request[name] = bytes(broken)
+        try:
+            made = work.check(action, request)
+        except work.Refused as error:
+            assert str(error)
+            continue
+        accepted += 1
+        for name, value in made.items():
+            field = work.ACTIONS[action][name]
+            if field.kind in ("int", "float"):
+                assert field.low <= value <= field.high
+            if field.kind == "text":
+                assert 0 < len(value) <= work.MAX_CAPTION
+    assert accepted > 20
+
+
+def test_the_queue_is_bounded_and_the_first_come_first():
+    turns, order = work.Turns(most=2), []
+    entered, release = threading.Event(), threading.Event()
+
+    def first():
+        with turns.turn():
+            entered.set()
+            assert release.wait(10)
+            order.append("first")
+
+    def second():
+        with turns.turn(lambda before: waits.set()):
+            order.append("second")
+
+    waits = threading.Event()
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert entered.wait(10)
+    threads[1].start()
+    assert waits.wait(10)
+    with pytest.raises(work.Full, match="2 requests wait"), turns.turn():
+        pass
+    release.set()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["first", "second"]
+
+
+def test_who_passes_the_turn_on_lets_the_other_finish_first():
+    turns, order, waits = work.Turns(), [], threading.Event()
+
+    def short():
+        with turns.turn(lambda before: waits.set()):
+            order.append("short")
+
+    with turns.turn() as pass_on:
+        thread = threading.Thread(target=short)
+        thread.start()
+        assert waits.wait(10)
+        order.append("long begins")
+        pass_on()
+        order.append("long ends")
+    thread.join(10)
+    assert order == ["long begins", "short", "long ends"]
+
+
+def test_the_command_line_is_safe_to_paste():
+    studio = work.Studio([])
+    studio.folders["a"] = None
+    line = studio.command(
+        "a", "create", work.check("create", {"caption": "a'; rm -rf $HOME", "n": 2, "seed": 3})
+    )
+    assert shlex.split(line)[-1] == "a'; rm -rf $HOME" and "--seed=3" in shlex.split(line)
+    given = {"picture": np.zeros((2, 2, 3)), "caption": "--debug", "n": 1, "seed": 0, "num_steps": 5}
+    words = shlex.split(studio.command("a", "image_to_image", given))
+    assert words[-3:] == ["--", "picture.png", "--debug"] and "--steps=5" in words
