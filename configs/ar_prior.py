@@ -23,7 +23,7 @@ def get_config(preset: str = ""):
         num_buckets=1024,
         text_drop=0.1,
         dot_quantile=0.5,
-        remat=True,
+        remat="products",
         dtype="bfloat16",
     )
     config.tokenizer.context_length = 256

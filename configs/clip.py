@@ -22,7 +22,7 @@ def get_config(preset: str = ""):
         text=dict(vocab_size=49408, context_length=77, width=1024, depth=24, num_heads=16),
         sam_rho=0.1,
         sam_batch_size=64,
-        remat=True,
+        remat="products",
         dtype="bfloat16",
     )
     config.optim.update(

@@ -31,7 +31,7 @@ def get_config(preset: str = ""):
         learned_variance=True,
         num_steps=250,
         method="ddpm",
-        remat=True,
+        remat="products",
         dtype="bfloat16",
     )
     config.tokenizer.context_length = 256

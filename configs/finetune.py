@@ -5,7 +5,7 @@
 
 The architecture is what MODEL/STAGE/config.json says, parameters start from that folder's, and prior and
 decoder read the embeddings of the CLIP beside it. MODEL is a folder, or hf://OWNER/NAME@COMMIT. The numbers
-are a beginning for small data: 1000 steps of 32 pictures at a constant rate. `--config.model.remat=True` and
+are a beginning for small data: 1000 steps of 32 pictures at a constant rate. `--config.model.remat=all` and
 `--config.model.dtype=bfloat16` save memory. Without a folder it is the bundled decoder that is trained on.
 """
 
@@ -29,7 +29,7 @@ def get_config(preset: str = ""):
     stored = json.loads((folder / "config.json").read_text())
     config = common.get_config()
     config.stage = stored["stage"]
-    config.model = {"remat": False, "dtype": "float32"} | stored["model"]
+    config.model = {"dtype": "float32"} | stored["model"] | {"remat": "none"}
     config.init_from = where
     reads_embeds = stored["stage"] == "decoder" and stored["model"].get("embed_dim", 1) > 0
     if reads_embeds or stored["stage"] in ("prior", "ar_prior"):

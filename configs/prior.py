@@ -24,7 +24,7 @@ def get_config(preset: str = ""):
         method="analytic",
         num_candidates=2,
         guidance_scale=1.0,
-        remat=True,
+        remat="products",
         dtype="bfloat16",
     )
     config.tokenizer.context_length = 256

@@ -26,7 +26,7 @@ def get_config(preset: str = ""):
         num_steps=15,
         spacing="uniform",
         method="ddim",
-        remat=True,
+        remat="products",
         dtype="bfloat16",
     )
     config.data.low_res_bsr = "full"

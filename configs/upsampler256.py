@@ -26,7 +26,7 @@ def get_config(preset: str = ""):
         num_steps=27,
         spacing="fast27",
         method="ddim",
-        remat=True,
+        remat="products",
         dtype="bfloat16",
     )
     config.data.low_res_blur = 1.0

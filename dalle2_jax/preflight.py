@@ -134,7 +134,7 @@ class Report:
             else:
                 each = self.batch_size // (self.mesh["data"] * self.mesh["fsdp"])
                 said.append(
-                    f"activations take most, of {each} examples a chip: --config.model.remat=True, or "
+                    f"activations take most, of {each} examples a chip: --config.model.remat=all, or "
                     "--config.grad_accum=2, or a larger topology"
                 )
         if self.link_seconds and self.seconds and self.link_seconds > self.seconds:
@@ -423,7 +423,7 @@ def inspect(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ValueError(
-            "the program needs more memory than a chip has: --config.model.remat=True, "
+            "the program needs more memory than a chip has: --config.model.remat=all, "
             "--config.grad_accum=2, more chips, or --config.mesh.data=1 --config.mesh.fsdp=-1. The compiler "
             f"says:\n{_head(str(error))}"
         ) from None

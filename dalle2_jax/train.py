@@ -261,7 +261,7 @@ def check_settings(config: dict, stage, mesh) -> None:
     if config["grad_accum"] > 1 and getattr(stage, "whole_batch", False):
         raise ValueError(
             f"the loss of stage {config['stage']!r} compares all examples of a batch, which cannot be cut: "
-            "set grad_accum=1 (model.remat=True saves memory)"
+            "set grad_accum=1 (model.remat='all' saves memory)"
         )
 
 

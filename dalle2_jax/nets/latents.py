@@ -130,7 +130,7 @@ class LatentTransformer(nn.Module):
     depth: int
     num_heads: int
     activation: str = "gelu"
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -148,7 +148,7 @@ class LatentTransformer(nn.Module):
         self.code_embedding = TokenEmbedding(self.num_buckets, self.width, dtype)
         self.latent_position = Embedding((self.num_codes + 1, self.width), stddev=0.01)
         out_std = self.width**-0.5 * (2 * self.depth) ** -0.5
-        block = nn.remat(LatentBlock) if self.remat else LatentBlock
+        block = layers.remat(LatentBlock, self.remat)
         self.block = [
             block(self.width, self.num_heads, out_std, self.activation, dtype) for _ in range(self.depth)
         ]

@@ -23,6 +23,31 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * nn.sigmoid(1.702 * x)
 
 
+REMAT = ("none", "products", "all")
+
+
+def remat(block: type[nn.Module], what: bool | str, **options) -> type[nn.Module]:
+    """A module whose activations are computed again in the backward pass, to save memory; names unchanged.
+
+    what: 'none'; 'all' of them; 'products': those that are neither the results of convolutions nor of
+    products with a kernel, which is little work for most of the memory. True is 'all', False 'none'. options:
+    of `nn.remat`. Raises ValueError for another `what`.
+    """
+    what = {True: "all", False: "none"}.get(what, what)
+    if what not in REMAT:
+        raise ValueError(f"remat {what!r} is unknown; choose one of {REMAT}")
+    if what == "none":
+        return block
+    return nn.remat(block, policy=_is_product if what == "products" else None, **options)
+
+
+def _is_product(primitive, *_, **how) -> bool:
+    """Whether a result is worth keeping; products of two activations (attention's) have batch dimensions."""
+    if primitive is jax.lax.dot_general_p:
+        return not any(how["dimension_numbers"][1])
+    return primitive is jax.lax.conv_general_dilated_p
+
+
 _ACTIVATIONS: dict[str, Callable] = {
     "gelu": partial(nn.gelu, approximate=False),
     "quick_gelu": quick_gelu,

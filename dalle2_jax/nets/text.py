@@ -23,7 +23,7 @@ class CLIPTextTransformer(nn.Module):
     num_heads: int
     embed_dim: int
     activation: str = "gelu"
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -58,7 +58,7 @@ class GlideTextTransformer(nn.Module):
     depth: int
     num_heads: int
     activation: str = "gelu"
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact

@@ -103,7 +103,7 @@ class Block(nn.Module):
 
 
 class TransformerStack(nn.Module):
-    """Blocks called block_0, block_1, ...; with `remat` their activations are recomputed, names unchanged.
+    """Blocks called block_0, block_1, ...; `remat`: see `layers.remat`.
 
     mlp_width: of the MLPs' inner layer, 0 for four times the width.
     """
@@ -111,7 +111,7 @@ class TransformerStack(nn.Module):
     depth: int
     num_heads: int
     activation: str = "gelu"
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
     mlp_width: int = 0
 
@@ -122,7 +122,7 @@ class TransformerStack(nn.Module):
         if width % self.num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}: change either")
         out_std = width**-0.5 * (2 * self.depth) ** -0.5
-        block = nn.remat(Block) if self.remat else Block
+        block = layers.remat(Block, self.remat)
         x = x.astype(self.dtype)
         common = (self.num_heads, self.activation, out_std, self.dtype, self.mlp_width)
         for i in range(self.depth):
@@ -183,7 +183,7 @@ class PriorTransformer(nn.Module):
     states_width: int = 0
     null_tokens: int = 0
     activation: str = "gelu"
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact

@@ -99,7 +99,7 @@ class UNet(nn.Module):
     num_heads: int = 0
     dropout: float = 0.0
     scale_shift: bool = True
-    remat: bool = False
+    remat: bool | str = False
     num_pool_heads: int = 0
     dtype: jnp.dtype = jnp.float32
 
@@ -129,8 +129,8 @@ class UNet(nn.Module):
                 f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, "
                 f"got {x.shape[1:3]}"
             )
-        res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
-        attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        res_block = layers.remat(ResBlock, self.remat, static_argnums=(3,))
+        attention_block = layers.remat(AttentionBlock, self.remat)
 
         def res(name, channels, resample=""):
             block = res_block(channels, self.dropout, resample, self.scale_shift, self.dtype, name=name)

@@ -22,7 +22,7 @@ class ViT(nn.Module):
     embed_dim: int
     activation: str = "gelu"
     mlp_width: int = 0
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -158,7 +158,7 @@ class ModifiedResNet(nn.Module):
     num_heads: int
     embed_dim: int
     norm: str = "group"
-    remat: bool = False
+    remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -176,7 +176,7 @@ class ModifiedResNet(nn.Module):
         x = layers.downsample(x)
         if t is not None:
             x = x + _time(t, x.shape[-1], self.dtype)[:, None, None]
-        block = nn.remat(Bottleneck) if self.remat else Bottleneck
+        block = layers.remat(Bottleneck, self.remat)
         for stage, depth in enumerate(self.depths):
             for j in range(depth):
                 stride = 2 if stage and j == 0 else 1

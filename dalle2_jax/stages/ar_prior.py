@@ -285,7 +285,7 @@ def build(
     num_candidates: int = 1,
     temperature: float = 1.0,
     dot_quantile: float = 0.5,
-    remat: bool = False,
+    remat: bool | str = "none",
     dtype: str = "float32",
 ) -> ARPrior:
     """The autoregressive prior of a config; defaults are the paper's.
@@ -300,7 +300,7 @@ def build(
       fit_rows: training examples over which components and buckets are fitted.
       text_drop: how often the text is dropped in training.
       guidance_scale, num_candidates, temperature, dot_quantile: what `sample` does unless told.
-      remat: recompute a block's activations in the backward pass.
+      remat: what of a block is computed again in the backward pass, 'none', 'products' (all else) or 'all'.
       dtype: compute type of the network.
 
     Raises:

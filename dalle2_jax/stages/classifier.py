@@ -72,7 +72,7 @@ def build(
     scale_shift: bool = True,
     schedule: str = "cosine",
     num_timesteps: int = 1000,
-    remat: bool = False,
+    remat: bool | str = "none",
     dtype: str = "float32",
 ) -> Classifier:
     """The classifier of a config; defaults are ADM's at 64 x 64 (its table 12).

@@ -308,7 +308,7 @@ def build(
     sam_batch_size: int = 64,
     noise: dict | None = None,
     unit_embeds: bool = True,
-    remat: bool = False,
+    remat: bool | str = "none",
     dtype: str = "float32",
 ) -> CLIP:
     """The CLIP of a config.
@@ -329,7 +329,7 @@ def build(
       noise: None, or dict(schedule, num_timesteps) of the noise that pictures get: the decoder's.
       unit_embeds: whether the other stages get embeddings of unit norm, or as the towers give them (Karlo's
         way). The loss and the guides compare unit vectors in either case.
-      remat: recompute a block's activations in the backward pass.
+      remat: what of a block is computed again in the backward pass, 'none', 'products' (all else) or 'all'.
       dtype: compute type of the towers; norms, softmax and the loss are float32.
 
     Raises:

@@ -299,7 +299,7 @@ def build(
     guidance_scale: float = 3.0,
     threshold: float | None = None,
     inpaint: bool = False,
-    remat: bool = False,
+    remat: bool | str = "none",
     dtype: str = "float32",
 ) -> Decoder:
     """The decoder of a config; defaults are Table 3's, but `text` (keywords of GlideTextTransformer), which

@@ -258,7 +258,7 @@ def build(
     num_candidates: int = 2,
     guidance_scale: float = 1.0,
     clip_range: float | None = None,
-    remat: bool = False,
+    remat: bool | str = "none",
     dtype: str = "float32",
 ) -> Prior:
     """The prior of a config; defaults are the paper's, but for its method, 'analytic'.
@@ -275,7 +275,7 @@ def build(
       weighting: of the loss, see diffusion.process.
       num_steps, spacing, method, eta, num_candidates, guidance_scale: what `sample` does unless told.
       clip_range: bound of |z| in sampling, in the scaled space (Karlo's weights: 5 or 10); None: no bound.
-      remat: recompute a block's activations in the backward pass.
+      remat: what of a block is computed again in the backward pass, 'none', 'products' (all else) or 'all'.
       dtype: compute type of the network; norms, softmax, diffusion and loss are float32.
 
     Raises:

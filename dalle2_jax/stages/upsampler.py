@@ -302,7 +302,7 @@ def build(
     tile: int | None = None,
     last_step: bool = False,
     inpaint: bool = False,
-    remat: bool = False,
+    remat: bool | str = "none",
     dtype: str = "float32",
 ) -> Upsampler:
     """The upsampler of a config; defaults are Table 3's 64 -> 256. `crop_size` is a quarter of the side

@@ -90,7 +90,7 @@ def test_a_causal_stack_never_looks_ahead():
 
 def test_remat_changes_neither_names_nor_gradients():
     x = jax.random.normal(KEY, (1, 4, 8))
-    plain, remat = TransformerStack(2, 2), TransformerStack(2, 2, remat=True)
+    plain, remat = TransformerStack(2, 2), TransformerStack(2, 2, remat="products")
     params = plain.init(KEY, x)["params"]
     again = remat.init(KEY, x)["params"]
     jax.tree.map(np.testing.assert_array_equal, params, again)  # also compares the names

@@ -229,14 +229,35 @@ def test_remat_changes_neither_names_nor_gradients(small):
 
         return jax.jit(jax.value_and_grad(loss))(params)
 
-    plain, remat = gradient(build()), gradient(build(remat=True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)
+    plain = gradient(build())
+    for what in ("products", "all"):
+        remat = gradient(build(remat=what))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)
     everything = dict(channel_mult=(1, 2), attention_resolutions=(8, 4))
     names, remat_names = (
         jax.eval_shape(lambda net=net: net.init(KEY, *args, image_size=SIDE))
-        for net in (build(**everything), build(**everything, remat=True))
+        for net in (build(**everything), build(**everything, remat="products"))
     )
     assert jax.tree.map(jnp.shape, names) == jax.tree.map(jnp.shape, remat_names)
+
+
+def test_remat_of_all_but_products_convolves_nothing_twice(small):
+    args, params = small
+
+    def operations(what):
+        def loss(params):
+            return jnp.square(build(remat=what).apply({"params": params}, *args, image_size=SIDE)).mean()
+
+        text = str(jax.make_jaxpr(jax.grad(loss))(params))
+        return text.count("conv_general_dilated["), text.count(" logistic ")
+
+    (convolutions, activations), (again, more), (all_again, most) = map(
+        operations, ("none", "products", "all")
+    )
+    assert convolutions == again < all_again
+    assert activations < more <= most
+    with pytest.raises(ValueError, match="remat 'some' is unknown"):
+        operations("some")
 
 
 def test_dropout_acts_unless_deterministic():
