@@ -29,23 +29,23 @@ REMAT = ("none", "products", "all")
 def remat(block: type[nn.Module], what: bool | str, **options) -> type[nn.Module]:
     """A module whose activations are computed again in the backward pass, to save memory; names unchanged.
 
-    what: 'none'; 'all' of them; 'products': those that are neither the results of convolutions nor of
-    products with a kernel, which is little work for most of the memory. True is 'all', False 'none'. options:
-    of `nn.remat`. Raises ValueError for another `what`.
+    what: 'none'; 'all' of them; 'products': those that are neither the results of convolutions and products
+    with a kernel nor sums (the statistics of norms), which is little work for most of the memory. True is
+    'all', False 'none'. options: of `nn.remat`. Raises ValueError for another `what`.
     """
     what = {True: "all", False: "none"}.get(what, what)
     if what not in REMAT:
         raise ValueError(f"remat {what!r} is unknown; choose one of {REMAT}")
     if what == "none":
         return block
-    return nn.remat(block, policy=_is_product if what == "products" else None, **options)
+    return nn.remat(block, policy=_worth_keeping if what == "products" else None, **options)
 
 
-def _is_product(primitive, *_, **how) -> bool:
-    """Whether a result is worth keeping; products of two activations (attention's) have batch dimensions."""
+def _worth_keeping(primitive, *_, **how) -> bool:
+    """Of a result: products of two activations, attention's, have batch dimensions and are not."""
     if primitive is jax.lax.dot_general_p:
         return not any(how["dimension_numbers"][1])
-    return primitive is jax.lax.conv_general_dilated_p
+    return primitive in (jax.lax.conv_general_dilated_p, jax.lax.reduce_sum_p)
 
 
 _ACTIVATIONS: dict[str, Callable] = {
