@@ -45,8 +45,8 @@ EXTRAS = {
     "eval": ["matplotlib>=3.9", "scipy>=1.14"],
     "cuda": ["jax[cuda12]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
-    # gradio 6 wants pillow below 13
-    "studio": ["gradio>=6.31,<7"],
+    # gradio 6 wants pillow below 13, and brings the other three
+    "studio": ["gradio>=6.31,<7", "fastapi>=0.115", "starlette>=0.40", "uvicorn>=0.30"],
     "browser": ["selenium>=4.51"],  # drives the Chromium of the system in the tests of the studio
     "hub": ["huggingface_hub>=0.34"],
     "wandb": ["wandb>=0.19"],

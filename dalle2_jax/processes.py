@@ -13,6 +13,7 @@ JAX_NUM_PROCESSES=1 means one process, whatever the environment looks like.
 
 import glob
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ from absl import logging
 
 HEARTBEAT_SECONDS = 30  # silence after which a process counts as lost
 START_SECONDS = 300  # for all processes to come up
+WAIT_SECONDS = 6 * 3600  # for the others in `sync`; a process that is lost ends the wait long before
 LOST = 4  # exit status of a process that ends because the run lost another
 
 
@@ -119,11 +121,19 @@ def join() -> None:
 
 
 def sync(name: str) -> None:
-    """Waits until every process has come to this place."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    """Waits until every process has come to this place, however long one of them takes.
 
-        multihost_utils.sync_global_devices(name)
+    A collective operation would not do: on CPUs (Gloo) it fails after 30 seconds.
+    """
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        everyone = set(range(jax.process_count()))
+        unique = f"{name} {next(_SYNCS)}"
+        multihost.sync_global_processes(unique, processes=everyone, timeout=WAIT_SECONDS)
+
+
+_SYNCS = itertools.count()
 
 
 def is_first() -> bool:
@@ -150,6 +160,7 @@ def gather(rows: np.ndarray, count: int) -> np.ndarray:
         return np.zeros((count, *rows.shape[1:]), rows.dtype)
     # Bytes, as JAX would make float64 and int64 smaller.
     rows = np.ascontiguousarray(rows)
+    sync("gather")  # some had more to do
     plain = rows.reshape(len(rows), -1).view(np.uint8)
     together = np.asarray(multihost_utils.process_allgather(plain, tiled=True))[:count]
     return np.ascontiguousarray(together).view(rows.dtype).reshape(count, *rows.shape[1:])
@@ -161,6 +172,7 @@ def from_first(values: np.ndarray) -> np.ndarray:
         return values
     from jax.experimental import multihost_utils
 
+    sync("from first")
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 

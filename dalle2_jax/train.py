@@ -555,6 +555,7 @@ def run_steps(
         lowered = jitted.lower(train_state, batch, frozen)
         flops = (lowered.cost_analysis() or {}).get("flops", 0.0)
         compiled = lowered.compile()
+        processes.sync("compiled")
         logging.info("compiled the train step in %.1f s (%.1f GFLOP)", time.monotonic() - began, flops / 1e9)
         progress = metrics.Progress(
             config["num_steps"],

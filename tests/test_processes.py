@@ -273,12 +273,7 @@ def assert_alike(found: dict, expected: dict, tolerance: float) -> None:
     [
         (4, 2, dict(data=4, fsdp=2, tensor=1)),
         (4, 2, dict(data=1, fsdp=8, tensor=1)),  # parameters split over all processes
-        pytest.param(  # layers split over two processes, which read the same examples
-            4,
-            1,
-            dict(data=2, fsdp=1, tensor=2),
-            marks=pytest.mark.xfail(reason="Gloo: groups of some of the processes time out", strict=True),
-        ),
+        (4, 1, dict(data=2, fsdp=1, tensor=2)),  # layers split over two, which read the same examples
         (2, 4, dict(data=1, fsdp=1, tensor=8)),  # and over all of them
     ],
 )

@@ -94,8 +94,8 @@ TRAPS = (
         "the prior's samples stay in the scale of the noise",
         "tests/stages/test_prior.py::test_eight_embeddings_are_learned",
         "dalle2_jax/stages/prior.py",
-        "candidates.closest(self.embed_scale.inverse(params, z), ",
-        "candidates.closest(z, ",
+        "z = self.embed_scale.inverse(params, z)",
+        "z = z * 1",
     ),
     Trap(
         9,
