@@ -35,7 +35,9 @@ class ResBlock(nn.Module):
         resample = {"": lambda y: y, "down": layers.downsample, "up": layers.upsample}[self.resample]
         h = resample(nn.silu(layers.GroupNorm(name="norm1")(x)).astype(self.dtype))
         x = resample(x)
-        h = layers.conv(self.channels, dtype=self.dtype, name="conv1")(h)
+        # Around convolutions too: the gradient by a kernel that is split over `fsdp` would else gather the
+        # whole batch where it is recomputed.
+        h = constrain(layers.conv(self.channels, dtype=self.dtype, name="conv1")(constrain(h)))
         width = 2 * self.channels if self.scale_shift else self.channels
         shift = layers.Dense(width, dtype=self.dtype, name="emb_proj")(nn.silu(emb))[:, None, None, :]
         if self.scale_shift:
@@ -44,7 +46,7 @@ class ResBlock(nn.Module):
         else:
             h = layers.GroupNorm(name="norm2")(h + shift)
         h = nn.Dropout(self.dropout)(nn.silu(h).astype(self.dtype), deterministic=deterministic)
-        h = layers.conv(self.channels, dtype=self.dtype, name="conv2", zero=True)(h)
+        h = layers.conv(self.channels, dtype=self.dtype, name="conv2", zero=True)(constrain(h))
         if x.shape[-1] != self.channels:
             x = layers.conv(self.channels, 1, dtype=self.dtype, name="skip")(x)
         return constrain(x + h)
