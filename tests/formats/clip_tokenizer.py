@@ -6,7 +6,7 @@ MERGES = ["r e", "re d</w>", "s t", "st a", "sta r</w>", "b l", "bl u", "blu e</
 
 
 def write(folder, length: int = 8) -> int:
-    """Writes vocab.json and merges.txt, for captions of `length` tokens; returns the size of the vocabulary."""
+    """Writes vocab.json and merges.txt, for `length` tokens; returns the size of the vocabulary."""
     own = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = [chr(byte) for byte in own] + [chr(256 + i) for i in range(256 - len(own))]
     words = [*letters, *(letter + "</w>" for letter in letters), *(m.replace(" ", "") for m in MERGES)]
