@@ -237,7 +237,10 @@ def leave(status: int | str | None) -> NoReturn:
 
 def _end(error: BaseException, status: int) -> NoReturn:
     first_line = (str(error).splitlines() or [""])[0][:500]
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    reasons = [error]  # a save that fails because the others have gone is no fault of the disk
+    while reasons[-1].__cause__ is not None:
+        reasons.append(reasons[-1].__cause__)
+    if any(isinstance(reason, jax.errors.JaxRuntimeError) for reason in reasons):
         status = LOST
         cause = "another process of the run was lost, or the devices failed"
     else:

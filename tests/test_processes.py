@@ -231,6 +231,17 @@ def test_two_processes_train_stop_and_fail_as_one(workdir, tmp_path):
         end(running)
 
 
+def test_a_save_that_fails_because_another_process_has_gone_is_told_as_that(monkeypatch):
+    statuses = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    for cause in (jax.errors.JaxRuntimeError("UNKNOWN: Connection closed by peer"), ValueError("disk full")):
+        error = checkpoint.SaveFailed("a checkpoint could not be written")
+        error.__cause__ = cause
+        processes.end_together(error, 1)
+    assert statuses == [processes.LOST, 1]
+
+
 def test_shares_are_taken_apart_again(monkeypatch):
     """Whatever does not divide: as many rows on every process, and all of them once."""
     for count, processes_ in ((7, 3), (8, 4), (2, 4), (1, 2)):
