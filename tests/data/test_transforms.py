@@ -130,15 +130,25 @@ def test_exif_orientation_is_undone(orientation, kind):
 
 def test_square_follows_the_rule_for_a_non_square_picture():
     picture = noise_picture((150, 100))
-    halved = picture.resize((75, 50), Image.Resampling.BOX)
+    fours = np.asarray(picture).astype(int).reshape(50, 2, 75, 2, 3).sum(axis=(1, 3))
+    halved = Image.fromarray(((fours + 2) // 4).astype(np.uint8))
     resized = halved.resize((48, 32), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(
         np.asarray(transforms.square(picture, 32)), np.asarray(resized.crop((8, 0, 40, 32)))
     )
+
     left = transforms.square(picture, 32, place=(0.0, 0.0))
     right = transforms.square(picture, 32, place=(1 - 1e-9, 0.0))
     np.testing.assert_array_equal(np.asarray(left), np.asarray(resized.crop((0, 0, 32, 32))))
     np.testing.assert_array_equal(np.asarray(right), np.asarray(resized.crop((16, 0, 48, 32))))
+
+
+def test_a_picture_of_odd_sides_is_halved_by_a_box_filter():
+    picture = noise_picture((131, 67))
+    halved = picture.resize((65, 33), Image.Resampling.BOX)
+    np.testing.assert_array_equal(
+        np.asarray(transforms.square(picture, 33)), np.asarray(halved.crop((16, 0, 49, 33)))
+    )
 
 
 @pytest.mark.parametrize("size", [16, 31, 64])
