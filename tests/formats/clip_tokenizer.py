@@ -5,8 +5,8 @@ import json
 MERGES = ["r e", "re d</w>", "s t", "st a", "sta r</w>", "b l", "bl u", "blu e</w>"]
 
 
-def write(folder) -> int:
-    """Writes vocab.json and merges.txt; returns the size of the vocabulary."""
+def write(folder, length=8) -> int:
+    """Writes vocab.json and merges.txt; returns the size of the vocabulary. Captions have `length` tokens."""
     own = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = [chr(byte) for byte in own] + [chr(256 + i) for i in range(256 - len(own))]
     words = [*letters, *(letter + "</w>" for letter in letters), *(m.replace(" ", "") for m in MERGES)]
@@ -18,7 +18,7 @@ def write(folder) -> int:
         json.dumps(
             dict(
                 tokenizer_class="CLIPTokenizer",
-                model_max_length=8,
+                model_max_length=length,
                 bos_token="<|startoftext|>",
                 eos_token="<|endoftext|>",
                 unk_token="<|endoftext|>",

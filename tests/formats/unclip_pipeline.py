@@ -28,7 +28,7 @@ def write(folder, *, embed=EMBED, length=LENGTH, side=SIDE, large=LARGE, heads=2
     from diffusers.pipelines.deprecated.unclip import text_proj
 
     torch.manual_seed(0)
-    vocab = clip_tokenizer.write(folder / "tokenizer")
+    vocab = clip_tokenizer.write(folder / "tokenizer", length)
     text = transformers.CLIPTextConfig(
         hidden_size=embed,
         intermediate_size=4 * embed,
