@@ -25,6 +25,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -749,9 +750,11 @@ def main(arguments: Sequence[str]) -> int:
                 with contextlib.redirect_stdout(sys.stderr):  # what converting says is no row of the table
                     case = CASES[name](made, *more)
                 result = measure(case, given.rounds, given.max_spread)
-            except ValueError as error:
+            except Exception as error:  # the other cases can still be measured
                 failed = 1
-                print(f"error: {error}", file=sys.stderr)
+                if not isinstance(error, ValueError):
+                    traceback.print_exc()
+                print(f"error: {name}: {error}", file=sys.stderr, flush=True)
                 continue
             results.append(result)
             print(result.line(), flush=True)
