@@ -127,15 +127,8 @@ def conv(
         dtype=dtype,
         param_dtype=jnp.float32,
         kernel_init=nn.initializers.zeros if zero else nn.initializers.lecun_normal(),
-        conv_general_dilated=_pointwise if (kernel_size, stride) == (1, 1) else None,
         name=name,
     )
-
-
-def _pointwise(x: jax.Array, kernel: jax.Array, *_, **__) -> jax.Array:
-    """A convolution of [B, H, W, C] with a kernel [1, 1, C, D] as a product: XLA:CPU's gradient by the kernel
-    of the convolution is four times slower than the product's."""
-    return jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
 
 
 def split_heads(x: jax.Array, head_dim: int) -> jax.Array:

@@ -154,7 +154,7 @@ def test_both_networks_of_the_upsampler_are_the_same(theirs, ours, network):
     assert_close(jax.jit(stage.net.apply)({"params": params}, x_t, times, low_res), expected)
 
 
-def assert_same_run(theirs, ours, texts, monkeypatch):
+def assert_same_run(theirs, ours, texts, monkeypatch, guidance=8.0):
     """The same picture of CAPTION, with the same first noise, and none at the steps; each of our stages
     starts from what theirs drew."""
     from diffusers.schedulers import scheduling_unclip
@@ -197,6 +197,7 @@ def assert_same_run(theirs, ours, texts, monkeypatch):
         prior_latents=torch.from_numpy(x_T["prior"].copy()),
         decoder_latents=channels_first(x_T["decoder"]),
         super_res_latents=channels_first(x_T["upsampler16"]),
+        decoder_guidance_scale=guidance,
         output_type="np",
     ).images
 
@@ -209,9 +210,9 @@ def assert_same_run(theirs, ours, texts, monkeypatch):
     samples = {}
     for role, (stage, params) in list(ours.items())[1:]:
         wanted = x_T[role]
-        samples[role] = jax.jit(lambda p, b, s=stage, r=role: s.sample(p, keys, b, num_steps=steps[r]))(
-            params, batch | given.get(role, {})
-        )
+        how = {"num_steps": steps[role]} | ({"guidance_scale": guidance} if role == "decoder" else {})
+        sample = jax.jit(lambda p, b, s=stage, how=how: s.sample(p, keys, b, **how))
+        samples[role] = sample(params, batch | given.get(role, {}))
     assert_close(samples["prior"], drawn["embed"], 1e-3)
     assert_close((samples["decoder"] + 1) / 2, (drawn["base"] + 1) / 2, 2e-3)
     assert expected.std() > 0.05
@@ -344,7 +345,8 @@ def test_it_is_trained_on_and_goes_back(stage, source, texts, tmp_path, monkeypa
     again = diffusers.UnCLIPPipeline.from_pretrained(tmp_path / "back")
     again.set_progress_bar_config(disable=True)
     tuned = load_stages(tmp_path / "tuned")
-    assert_same_run(again, tuned, texts, monkeypatch)
+    # Without guidance, which would multiply the difference of rounding in the first steps by eight.
+    assert_same_run(again, tuned, texts, monkeypatch, guidance=1.0)
     before, after = (modeldir.flatten(models.load_stage(m, stage)[2]) for m in (model, tmp_path / "tuned"))
     same = [name for name in before if np.array_equal(before[name], after[name])]
     untrained = {
