@@ -497,8 +497,18 @@ def our_pictures(folder: Path) -> Callable[[], None]:
 def their_pictures(folder: Path) -> Callable[[], None]:
     """The same with diffusers' UnCLIPPipeline."""
     import diffusers
+    import transformers
+    from diffusers.pipelines.deprecated.unclip import text_proj
 
-    model = diffusers.UnCLIPPipeline.from_pretrained(folder / "theirs")
+    # Part by part: diffusers no longer finds the projections by the name that is in its own folders.
+    parts = json.loads((folder / "theirs" / "model_index.json").read_text())
+    parts = {name: of for name, of in parts.items() if not name.startswith("_")}
+    modules = dict(diffusers=diffusers, transformers=transformers)
+    parts = {
+        name: getattr(modules.get(module, text_proj), kind).from_pretrained(folder / "theirs" / name)
+        for name, (module, kind) in parts.items()
+    }
+    model = diffusers.UnCLIPPipeline(**parts)
     model.set_progress_bar_config(disable=True)
 
     def run():

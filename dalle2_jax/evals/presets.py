@@ -41,7 +41,7 @@ def _central(picture: np.ndarray, size: int, filter_: Image.Resampling) -> np.nd
 
 
 def _openai(picture: np.ndarray) -> np.ndarray:
-    return np.asarray(transforms.square(Image.fromarray(picture), COCO_SIZE))
+    return np.asarray(transforms.square(Image.fromarray(picture), COCO_SIZE, round_twice=True))
 
 
 def _karlo(picture: np.ndarray) -> np.ndarray:

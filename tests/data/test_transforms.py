@@ -143,6 +143,16 @@ def test_square_follows_the_rule_for_a_non_square_picture():
     np.testing.assert_array_equal(np.asarray(right), np.asarray(resized.crop((16, 0, 48, 32))))
 
 
+def test_halving_may_round_as_guided_diffusion_does():
+    picture = noise_picture((64, 64))
+    box = picture.resize((32, 32), Image.Resampling.BOX)
+    twice, once = (
+        np.asarray(transforms.square(picture, 32, round_twice=x)).astype(int) for x in (True, False)
+    )
+    np.testing.assert_array_equal(twice, np.asarray(box))
+    assert 0 < np.abs(twice - once).max() <= 1
+
+
 def test_a_picture_of_odd_sides_is_halved_by_a_box_filter():
     picture = noise_picture((131, 67))
     halved = picture.resize((65, 33), Image.Resampling.BOX)
