@@ -146,10 +146,9 @@ def test_square_follows_the_rule_for_a_non_square_picture():
 def test_halving_may_round_as_guided_diffusion_does():
     picture = noise_picture((64, 64))
     box = picture.resize((32, 32), Image.Resampling.BOX)
-    twice, once = (
-        np.asarray(transforms.square(picture, 32, round_twice=x)).astype(int) for x in (True, False)
-    )
+    twice = np.asarray(transforms.square(picture, 32, round_twice=True)).astype(int)
     np.testing.assert_array_equal(twice, np.asarray(box))
+    once = np.asarray(transforms.square(picture, 32)).astype(int)
     assert 0 < np.abs(twice - once).max() <= 1
 
 
