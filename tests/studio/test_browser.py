@@ -96,7 +96,6 @@ def two_pictures(browser):
     """Ids of two pictures of the visit, drawn if they are not there."""
     if len(found(browser, "#history .card")) < 2:
         until(browser, lambda: found(browser, "#caption textarea"))  # the page is there
-        browser.execute_script("document.querySelector('#draw').scrollIntoView()")
         finished(browser, "#draw")
     ids = sorted(int(card.get_attribute("data-id")) for card in found(browser, "#history .card"))
     return [str(id) for id in ids[:2]]
