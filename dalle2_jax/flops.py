@@ -2,13 +2,15 @@
 
 Everything else (norms, activations, the optimizer) is left out, as is customary for utilisation, and so are
 recomputations: a training step counts as three forward passes, one forward and two for the gradients by
-inputs and by weights.
+inputs and by weights. A convolution counts as a direct one, also where `nets.convolution` multiplies less.
 """
 
 import math
 from collections.abc import Callable
 
 import jax
+
+from dalle2_jax.nets import convolution
 
 TRAINING_PASSES = 3
 
@@ -46,6 +48,9 @@ def _of_equation(equation) -> int:
         kernel = equation.invars[1].aval.shape
         outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs
+    if parameters.get("name") == convolution.winograd_3x3.__name__:
+        kernel = equation.invars[1].aval.shape
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[:-1])
     if name == "cond":
         return max(_of(branch.jaxpr) for branch in parameters["branches"])
     inner = sum(_of(jaxpr) for value in parameters.values() for jaxpr in _programs(value))

@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dalle2_jax.nets import convolution
+
 NORM_EPSILON = 1e-5
 
 Dense = partial(nn.Dense, param_dtype=jnp.float32)
@@ -127,6 +129,7 @@ def conv(
         dtype=dtype,
         param_dtype=jnp.float32,
         kernel_init=nn.initializers.zeros if zero else nn.initializers.lecun_normal(),
+        conv_general_dilated=convolution.conv_general_dilated,
         name=name,
     )
 
