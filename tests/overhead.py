@@ -10,6 +10,7 @@ import importlib
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def main(where: str = "configs/tiny/upsampler64.py", steps: str = "120") -> None
     checkpoint.Checkpointer.check = check
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(sys.stderr):
         train.train(settings, workdir)
-        size = sum(f.stat().st_size for f in (checkpoint.epath.Path(workdir) / "checkpoints").rglob("*"))
+        size = sum(f.stat().st_size for f in (Path(workdir) / "checkpoints").rglob("*"))
 
     durations = np.diff(lines)
     held = [
