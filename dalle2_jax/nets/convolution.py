@@ -41,11 +41,14 @@ _A = (
     (0, 1, -1, 8, -8, 1),
 )
 TILE = len(_A)
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 # With fewer channels the sums around the products cost what these save, with fewer pixels those of the kernel
-# do, and with less work in all compiling takes longer than is won. They are of one example, so that a picture
-# does not depend on how many are drawn at once.
-MIN_CHANNELS, MIN_PIXELS, MIN_PRODUCTS = 32, 16 * 16, 16 << 20
+# do, and with less work in all compiling takes longer than is won: training repeats a step for hours, drawing
+# for some seconds. They are of one example, so that a picture does not depend on how many are drawn at once.
+MIN_PIXELS = 16 * 16
+MIN_CHANNELS, MIN_PRODUCTS = 32, 16 << 20
+MIN_CHANNELS_DRAWING, MIN_PRODUCTS_DRAWING = 64, 64 << 20
 
 
 def conv_general_dilated(
@@ -68,10 +71,14 @@ def _on_cpu() -> bool:
 
 
 def _worth_it(x: jax.Array, kernel: jax.Array) -> bool:
-    (height, width, channels), features = x.shape[1:], kernel.shape[-1]
-    large = height * width >= MIN_PIXELS and 9 * height * width * channels * features >= MIN_PRODUCTS
-    fits = width % TILE == 0 and x.dtype == kernel.dtype == jnp.float32
-    return fits and large and min(channels, features) >= MIN_CHANNELS
+    pixels, fits = x.shape[1] * x.shape[2], x.shape[2] % TILE == 0 and x.dtype == kernel.dtype == jnp.float32
+    return fits and pixels >= MIN_PIXELS and _large(x, kernel, MIN_CHANNELS, MIN_PRODUCTS)
+
+
+def _large(x: jax.Array, kernel: jax.Array, min_channels: int, min_products: int) -> bool:
+    """By the channels on either side and the products of one example."""
+    products = kernel.size * x.shape[1] * x.shape[2]
+    return min(kernel.shape[2:]) >= min_channels and products >= min_products
 
 
 # jitted for its name, by which `dalle2_jax.flops` counts it as the convolution that it is
@@ -83,17 +90,23 @@ def winograd_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """What is not differentiated: drawing, and losses that are only measured."""
+    if _large(x, kernel, MIN_CHANNELS_DRAWING, MIN_PRODUCTS_DRAWING):
+        return _filtered(x, kernel)
+    one_around = ((1, 1), (1, 1))
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), one_around, dimension_numbers=_DIMENSIONS)
+
+
+def _filtered(x: jax.Array, kernel: jax.Array) -> jax.Array:
     products = [
-        jax.lax.conv_general_dilated(
-            d, w, (1, 1), ((1, 1), (0, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        jax.lax.conv_general_dilated(d, w, (1, 1), ((1, 1), (0, 0)), dimension_numbers=_DIMENSIONS)
         for d, w in zip(_tiles(x), _combine(_G, [kernel[:, i : i + 1] for i in range(3)]), strict=True)
     ]
     return jnp.stack(_combine(_A, products), axis=3).reshape(*x.shape[:3], kernel.shape[-1])
 
 
 def _forward(x, kernel):
-    return _conv(x, kernel), (x, kernel)
+    return _filtered(x, kernel), (x, kernel)
 
 
 def _backward(saved, gradient):

@@ -13,6 +13,7 @@ from dalle2_jax.nets import convolution, layers
 def small_ones_too(monkeypatch):
     monkeypatch.setattr(convolution, "MIN_PIXELS", 0)
     monkeypatch.setattr(convolution, "MIN_PRODUCTS", 0)
+    monkeypatch.setattr(convolution, "MIN_PRODUCTS_DRAWING", 0)
 
 
 def direct(x, kernel):
@@ -79,6 +80,23 @@ def test_little_work_is_left_to_xla(monkeypatch):
     assert not uses_it(fast, x, kernel)
     assert uses_it(fast, jnp.zeros((1, 32, 32, 64)), kernel)
     assert not uses_it(fast, jnp.zeros((64, 8, 8, 512)), jnp.zeros((3, 3, 512, 512)))
+
+
+def test_drawing_needs_more_work_than_training_to_be_worth_its_compiling(monkeypatch):
+    monkeypatch.undo()
+
+    def convolutions(function, x):
+        kernel = jnp.zeros((3, 3, *x.shape[-1:] * 2))
+        return str(jax.make_jaxpr(lambda x, kernel: function(x, kernel))(x, kernel)).count(
+            "= conv_general_dilated["
+        )
+
+    def training(x, kernel):
+        return jax.vjp(fast, x, kernel)[0]
+
+    little, much = jnp.zeros((8, 32, 32, 64)), jnp.zeros((1, 64, 64, 64))
+    assert (convolutions(training, little), convolutions(fast, little)) == (6, 1)
+    assert (convolutions(training, much), convolutions(fast, much)) == (6, 6)
 
 
 def test_other_platforms_keep_their_program(monkeypatch):
