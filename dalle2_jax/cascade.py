@@ -20,6 +20,7 @@ from etils import epath
 
 from dalle2_jax import hub, modeldir, models, partition
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dalle2_jax.nets import layers
 
 BUNDLED = Path(__file__).parent / "bundled"
 BATCH_SIZE = 8
@@ -280,7 +281,7 @@ class Cascade:
             for name, value in task.scalars.items()
         }
         params = self._task_params(task)
-        with partition.use_mesh(self.mesh):
+        with partition.use_mesh(self.mesh), layers.shapes_only(True):
             jitted = jax.jit(task.function, out_shardings=rows, compiler_options=partition.compiler_options())
             return jitted.lower(params, batch, scalars).compile()
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from dalle2_jax import checkpoint, hub, modeldir
+from dalle2_jax.nets import layers
 
 STAGES = ("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier")
 # What may take the place of a stage in a model.
@@ -141,7 +142,8 @@ def load_start(path, config: dict):
 
 def abstract_params(stage) -> dict:
     """Shapes and types of a stage's parameters, without computing anything."""
-    return jax.eval_shape(stage.init, jax.random.key(0), stage.batch_spec(1))
+    with layers.shapes_only(True):
+        return jax.eval_shape(stage.init, jax.random.key(0), stage.batch_spec(1))
 
 
 def zeros(spec: dict) -> dict:

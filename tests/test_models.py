@@ -60,6 +60,18 @@ def test_a_config_survives_json():
     hash(built.net.unet["channel_mult"])
 
 
+def test_parameters_are_drawn_also_after_their_shapes_were_asked_for():
+    stage = models.build_stage(UPSAMPLER)
+    models.abstract_params(stage)
+    params = jax.jit(stage.init)(jax.random.key(0), models.zeros(stage.batch_spec(1)))
+    models.abstract_params(stage)
+    flat = modeldir.flatten(params)
+    drawn = [leaf for name, leaf in flat.items() if name.endswith("conv_in/kernel")]
+    assert drawn and all(np.std(leaf) > 0.01 for leaf in drawn)
+    again = modeldir.flatten(jax.jit(stage.init)(jax.random.key(0), models.zeros(stage.batch_spec(1))))
+    assert all(np.array_equal(leaf, again[name]) for name, leaf in flat.items())
+
+
 def test_abstract_parameters_are_those_of_init():
     stage = models.build_stage(UPSAMPLER)
     abstract = models.abstract_params(stage)

@@ -26,9 +26,9 @@ class CachedAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        init = nn.initializers.normal(self.width**-0.5)
+        init = layers.normal(self.width**-0.5)
         self.qkv = layers.Dense(3 * self.width, dtype=self.dtype, kernel_init=init)
-        out_init = nn.initializers.normal(self.out_std)
+        out_init = layers.normal(self.out_std)
         self.out = layers.Dense(self.width, dtype=self.dtype, kernel_init=out_init)
 
     def _split(self, x):
@@ -60,10 +60,10 @@ class CrossAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        init = nn.initializers.normal(self.width**-0.5)
+        init = layers.normal(self.width**-0.5)
         self.q = layers.Dense(self.width, dtype=self.dtype, kernel_init=init)
         self.kv = layers.Dense(2 * self.width, dtype=self.dtype, kernel_init=init)
-        out_init = nn.initializers.normal(self.out_std)
+        out_init = layers.normal(self.out_std)
         self.out = layers.Dense(self.width, dtype=self.dtype, kernel_init=out_init)
 
     def read(self, states: jax.Array) -> Cache:

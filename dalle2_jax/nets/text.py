@@ -41,7 +41,7 @@ class CLIPTextTransformer(nn.Module):
         )
         states = layers.LayerNorm(name="norm_out")(stack(x, causal_mask(tokens.shape[1])))
         pooled = jnp.take_along_axis(states, last_true(token_mask)[:, None, None], axis=1)[:, 0]
-        init = nn.initializers.normal(self.width**-0.5)
+        init = layers.normal(self.width**-0.5)
         proj = layers.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="proj")
         return proj(pooled.astype(self.dtype)).astype(jnp.float32), states
 

@@ -27,7 +27,7 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return self.param("embedding", nn.initializers.normal(self.stddev), self.shape, jnp.float32)
+        return self.param("embedding", layers.normal(self.stddev), self.shape, jnp.float32)
 
 
 class TokenEmbedding(nn.Module):
@@ -40,7 +40,7 @@ class TokenEmbedding(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         shape = (self.vocab_size, self.width)
-        table = self.param("embedding", nn.initializers.normal(0.02), shape, jnp.float32)
+        table = self.param("embedding", layers.normal(0.02), shape, jnp.float32)
         return jnp.take(table.astype(self.dtype), tokens, axis=0)
 
 
@@ -55,13 +55,11 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """x [B, N, C], mask broadcastable to [B, H, N, N] (True = attend) -> [B, N, C]."""
         width = x.shape[-1]
-        init = nn.initializers.normal(width**-0.5)
+        init = layers.normal(width**-0.5)
         qkv = layers.Dense(3 * width, dtype=self.dtype, kernel_init=init, name="qkv")(x)
         q, k, v = (layers.split_heads(y, width // self.num_heads) for y in jnp.split(qkv, 3, axis=-1))
         h = layers.attention(q, k, v, mask)
-        return layers.Dense(
-            width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.out_std), name="out"
-        )(h)
+        return layers.Dense(width, dtype=self.dtype, kernel_init=layers.normal(self.out_std), name="out")(h)
 
 
 class Mlp(nn.Module):
@@ -75,13 +73,11 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        init = nn.initializers.normal((2 * width) ** -0.5)
+        init = layers.normal((2 * width) ** -0.5)
         hidden = self.hidden or 4 * width
         h = layers.Dense(hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x)
         h = layers.activation(self.activation)(h)
-        return layers.Dense(
-            width, dtype=self.dtype, kernel_init=nn.initializers.normal(self.out_std), name="fc2"
-        )(h)
+        return layers.Dense(width, dtype=self.dtype, kernel_init=layers.normal(self.out_std), name="fc2")(h)
 
 
 class Block(nn.Module):
@@ -154,7 +150,7 @@ class NullStates(nn.Module):
         if not self.count:
             return states, token_mask
         shape = (self.count, self.width)
-        null = kept(self.param("embedding", nn.initializers.normal(0.02), shape, jnp.float32), self.count)
+        null = kept(self.param("embedding", layers.normal(0.02), shape, jnp.float32), self.count)
         null = jnp.pad(null, ((0, states.shape[1] - self.count), (0, 0)))
         states = jnp.where(drop[..., None], null, states)
         return states, token_mask | (drop & (jnp.arange(states.shape[1]) < self.count))

@@ -235,7 +235,7 @@ class DecoderNet(nn.Module):
             self.image_emb_proj = layers.Dense(4 * channels, dtype=self.dtype)
             self.image_token_proj = layers.Dense(self.num_image_tokens * self.token_width, dtype=self.dtype)
             self.null_image_embed = self.param(
-                "null_image_embed", nn.initializers.normal(0.02), (self.embed_dim,), jnp.float32
+                "null_image_embed", layers.normal(0.02), (self.embed_dim,), jnp.float32
             )
         if self.num_classes:
             self.label_embed = TokenEmbedding(self.num_classes, 4 * channels, self.dtype)
@@ -246,7 +246,7 @@ class DecoderNet(nn.Module):
             self.text_states_norm = layers.LayerNorm()
             self.null_text_states = NullStates(self.text.get("null_tokens", 0), self.text["states_width"])
             self.null_text_embed = self.param(
-                "null_text_embed", nn.initializers.normal(0.02), (self.embed_dim,), jnp.float32
+                "null_text_embed", layers.normal(0.02), (self.embed_dim,), jnp.float32
             )
         elif self.text:
             self.text_net = GlideTextTransformer(**self.text, dtype=self.dtype)

@@ -51,7 +51,7 @@ class ViT(nn.Module):
         common = (self.depth, self.num_heads, self.activation, self.remat, self.dtype, self.mlp_width)
         x = TransformerStack(*common, name="transformer")(x)
         x = layers.LayerNorm(name="norm_post")(x[:, 0]).astype(self.dtype)
-        init = nn.initializers.normal(std)
+        init = layers.normal(std)
         proj = layers.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="proj")
         return proj(x).astype(jnp.float32)
 
@@ -134,7 +134,7 @@ class AttentionPool(nn.Module):
             raise ValueError(
                 f"the pooled width {width} is not a multiple of num_heads {self.num_heads}: change either"
             )
-        init = nn.initializers.normal(width**-0.5)
+        init = layers.normal(width**-0.5)
         x = x.reshape(x.shape[0], -1, width)
         x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)
         x = x + Embedding((x.shape[1], width), stddev=width**-0.5, name="position")().astype(self.dtype)
