@@ -83,7 +83,8 @@ class Report:
       memory: bytes a chip has, None where that is not known.
       model_flops: of the whole step over all chips, as `flops` counts.
       compiler_flops: a chip's, with recomputations, as the cost analysis counts.
-      seconds: by `scheduled_cycles`; None: the compiler gives none. optimal_seconds: the cost analysis's.
+      seconds: by `scheduled_cycles`; None: the compiler gives none. untold: operations that are not in it,
+      as the compiler has no number for them. optimal_seconds: the cost analysis's.
       peak: FLOP/s of a chip in bfloat16. collectives: by kind. link_seconds: they need on the links.
       compile_seconds: how long compiling took here.
     """
@@ -103,6 +104,7 @@ class Report:
     model_flops: int
     compiler_flops: float
     seconds: float | None
+    untold: int
     optimal_seconds: float | None
     peak: float | None
     collectives: dict[str, Collective]
@@ -176,6 +178,8 @@ class Report:
                 f"{share(self.utilisation())}, if nothing of the links is hidden "
                 f"{share(self.utilisation(self.link_seconds or 0.0))}"
             )
+        if self.untold:
+            said.append(f"  left out         {self.untold:6} operations, of which the compiler knows no time")
         if self.optimal_seconds:
             said.append(f"  cost analysis    {self.optimal_seconds * 1e3:8.1f} ms")
         return said + [f"  ! {sentence}" for sentence in self.advice()]
@@ -257,20 +261,26 @@ def collectives(program: str) -> dict[str, Collective]:
     return {kind: Collective(counts[kind], sent[kind]) for kind, _ in sent.most_common()}
 
 
-def scheduled_cycles(program: str) -> int:
-    """Cycles that the compiler estimates for the operations of a compiled program, its HLO text, one after
-    the other; 0 where it says nothing. Operations over the links have no estimate. Loops as in
-    `collectives`."""
-    times, computation, total = _trip_counts(program), "", 0
+def scheduled_cycles(program: str) -> tuple[int, int]:
+    """(cycles that the compiler estimates for the operations of a compiled program, its HLO text, one after
+    the other; how many operations it gives a number that cannot be one, 2^64 - 1 and the like: left out).
+
+    0 where it says nothing. Operations over the links have no estimate. Loops as in `collectives`."""
+    times, computation, total, untold = _trip_counts(program), "", 0, 0
     for line in program.splitlines():
         header = _COMPUTATION.match(line)
         if header:
             computation = header[1]
             continue
         estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-        if estimate:
+        if estimate and int(estimate[1]) >= _CYCLES_OF_NOTHING:
+            untold += times.get(computation, 1)
+        elif estimate:
             total += int(estimate[1]) * times.get(computation, 1)
-    return total
+    return total, untold
+
+
+_CYCLES_OF_NOTHING = 1 << 48  # of one operation: two days
 
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -433,7 +443,8 @@ def inspect(
     text = compiled.as_text()
     if hlo:
         epath.Path(hlo).write_text(text)
-    moved = collectives(text)
+    moved, (cycles, untold) = collectives(text), scheduled_cycles(text)
+    optimal = costs.get("optimal_seconds", 0.0)
     links = chip and sum(one.bytes for one in moved.values()) / chip.link_bandwidth
     return Report(
         program=f"{config['stage']}, {'drawing' if sample else 'a training step'}",
@@ -450,8 +461,9 @@ def inspect(
         memory=chip.memory if chip else _device_memory(devices[0]),
         model_flops=arithmetic,
         compiler_flops=costs.get("flops", 0.0),
-        seconds=(scheduled_cycles(text) / chip.clock or None) if chip else None,
-        optimal_seconds=costs.get("optimal_seconds") if chip else None,
+        seconds=cycles / chip.clock if chip and cycles else None,
+        untold=untold,
+        optimal_seconds=optimal if chip and optimal > 0 else None,  # below 0: the compiler does not know
         peak=metrics.peak_flops(devices[0].device_kind),
         collectives=moved,
         link_seconds=links,

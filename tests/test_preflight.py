@@ -99,15 +99,17 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   ROOT %w = f32[4] while(%c), condition=%cond.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
 }
 """
-    assert preflight.scheduled_cycles(text) == 7 + 5 * 10
+    assert preflight.scheduled_cycles(text) == (7 + 5 * 10, 0)
     counted = """
 %cond.1 (q: u32[]) -> pred[] {
   %n = u32[]{:T(128)} constant(3)
   ROOT %l = pred[] compare(%q, %n), direction=LT
 }
 """ + text.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
-    assert preflight.scheduled_cycles(counted) == 7 + 3 * 10
-    assert preflight.scheduled_cycles(compiled(lambda x: x * 2, ((8, 64), P("data")), P("data"))) == 0
+    assert preflight.scheduled_cycles(counted) == (7 + 3 * 10, 0)
+    unknown = text.replace('"7"', f'"{2**64 - 1}"')
+    assert preflight.scheduled_cycles(unknown) == (5 * 10, 1)
+    assert preflight.scheduled_cycles(compiled(lambda x: x * 2, ((8, 64), P("data")), P("data"))) == (0, 0)
 
 
 def test_the_clock_of_each_chip_goes_with_its_peak():
@@ -196,6 +198,7 @@ def report(**changes) -> preflight.Report:
         model_flops=64 * 200 * 10**12,
         compiler_flops=270e12,
         seconds=1.0,
+        untold=0,
         optimal_seconds=0.9,
         peak=459e12,
         collectives={"all-gather": Collective(300, 60e9)},
@@ -223,6 +226,7 @@ def test_numbers_follow_from_each_other():
         "2048 examples/s",
     ):
         assert part in said, part
+    assert "left out" not in said and "3 operations" in "\n".join(report(untold=3).lines())
 
 
 @pytest.mark.parametrize(
