@@ -185,7 +185,7 @@ class CLIP:
         The loss depends on a replica's parameters through its own rows alone: its gradient with respect to
         all embeddings is computed once, and carried back to the parameters replica by replica. As many
         replicas are handled at a time as there are parts of the batch on devices, so that a device holds one
-        moved copy; the copies are made again in the backward pass.
+        moved copy; where it has more than one replica, the copies are made again in the backward pass.
         """
         size, rows, shards = len(batch["tokens"]), self.sam_batch_size, batch_shards()
         shards = shards if (size // rows) % shards == 0 else 1
@@ -215,12 +215,13 @@ class CLIP:
             moved = jax.tree.map(lambda p, g: p + jax.lax.stop_gradient(rate * g), params, gradient)
             return self._embed(moved, part), {name: jnp.repeat(moved[name], rows) for name in names}
 
-        @jax.checkpoint
         def of_group(params, part, slope):
             part, slope = jax.tree.map(constrain, (part, slope))
             return jax.vmap(of_replica, in_axes=(None, 0, 0))(params, part, slope)
 
         parts = jax.tree.map(grouped, (batch, slopes))
+        if size // rows > shards:  # one group's copy may stay
+            of_group = jax.checkpoint(of_group)
         _, found = jax.lax.scan(lambda _, x: (None, of_group(params, *x)), None, parts)
         return jax.tree.map(whole, found)
 
