@@ -246,7 +246,9 @@ def batch_shards(mesh: Mesh | None = None) -> int:
 
     Without a mesh, of the one that `use_mesh` has set: into how many parts `constrain` splits; 1 for none.
     """
-    return _size(jax.sharding.get_abstract_mesh(), _batch_axes()) if mesh is None else _size(mesh, BATCH_AXES)
+    if mesh is None:
+        return _size(jax.sharding.get_abstract_mesh(), _auto_axes(BATCH_AXES))
+    return _size(mesh, BATCH_AXES)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
@@ -325,24 +327,29 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def constrain(x: jax.Array) -> jax.Array:
+def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
     """Keeps an activation [B, ...] split over (data, fsdp) along axis 0; the identity where no mesh is set.
 
     Called at the edges of blocks. Without it XLA may let the parameters' split over `fsdp` leak into the
     activations, and then gathers whole activations ("full rematerialization") where it should gather a
-    kernel.
+    kernel. `tensor_axis` (heads of attention) is split over `tensor`, where that divides it.
     """
-    axes = _batch_axes()
+    axes = _auto_axes(BATCH_AXES)
     if not axes or x.ndim == 0 or x.shape[0] % batch_shards():
         return x
-    return jax.lax.with_sharding_constraint(x, P(axes))
+    spec = [axes] + [None] * (x.ndim - 1)
+    if tensor_axis is not None:
+        tensor = _auto_axes(("tensor",))
+        if tensor and x.shape[tensor_axis] % _size(jax.sharding.get_abstract_mesh(), tensor) == 0:
+            spec[tensor_axis] = tensor
+    return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
-def _batch_axes() -> tuple[str, ...]:
-    """The axes of the mesh that batches are split over; none inside a shard_map over them."""
+def _auto_axes(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those axes of the mesh that XLA splits over; none inside a shard_map over them."""
     mesh = jax.sharding.get_abstract_mesh()
     types = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return tuple(axis for axis in BATCH_AXES if types.get(axis) == AxisType.Auto)
+    return tuple(axis for axis in names if types.get(axis) == AxisType.Auto)
 
 
 def process_index() -> int:
