@@ -8,9 +8,9 @@ nothing waits for it; the program is the one that `dalle2_jax.train` compiles.
   --steps=10    how many are measured, after two that are not
   --json=FILE   the report as JSON
 
-The ceilings are measured in the same run: the rate of products of large square matrices in the type that the
-stage computes in, and the rate at which large arrays are copied. What a frozen CLIP adds to a batch is made
-up, too, so --config.clip makes no difference.
+The ceilings are measured in the same run, behind the stage: the rate of products of large square matrices in
+the type that the stage computes in, and the rate at which large arrays are copied. What a frozen CLIP adds to
+a batch is made up, too, so --config.clip makes no difference.
 """
 
 import dataclasses
@@ -84,7 +84,8 @@ class Report:
       model_flops: of a step, as `flops` counts. compiler_flops: as the compiler does, with recomputations; 0
         where it does not say.
       seconds: a step. compile_seconds: tracing and compiling, or reading what was compiled before.
-      memory: bytes at most on a device. planned_memory: what the compiler set aside for the program on one.
+      memory: bytes at most on a device, since the process began. planned_memory: what the compiler set aside
+        for the program on one.
       host_memory: bytes that this process held at most.
     """
 
@@ -211,8 +212,18 @@ def synthetic_batch(config: dict, stage, size: int, mesh) -> dict[str, jax.Array
     return jax.jit(make, out_shardings=partition.batch_sharding(mesh))()
 
 
-def run(config: dict, *, sample: int | None = None, steps: int = 10) -> Report:
+def run(
+    config: dict,
+    *,
+    sample: int | None = None,
+    steps: int = 10,
+    warm_up: int = WARM_UP,
+    machine: Machine | None = None,
+) -> Report:
     """Measure training steps of `config` (plain JSON types), or drawing `sample` examples at a time.
+
+    machine: its ceilings, in float32 and the stage's type; measured here unless given, behind the stage, so
+    that what they take is not counted as the stage's memory.
 
     Raises ValueError for settings that do not fit together, before anything is compiled.
     """
@@ -225,25 +236,25 @@ def run(config: dict, *, sample: int | None = None, steps: int = 10) -> Report:
         train.check_settings(config, stage, mesh)
     partition.check_batch_size(size, mesh, "batch_size" if sample is None else "--sample")
     dtype = config["model"].get("dtype", "float32")
-    machine = measure_machine(mesh, sorted({dtype, "float32"}))
-    plan, batch = train.make_plan(config, stage, mesh), synthetic_batch(config, stage, size, mesh)
+    batch = synthetic_batch(config, stage, size, mesh)
     with partition.use_mesh(mesh):
         if sample is None:
-            made = training_step(config, stage, plan, batch, mesh)
+            made = training_step(config, stage, train.make_plan(config, stage, mesh), batch, mesh)
         else:
-            made = drawing(stage, plan, batch, size, mesh)
+            made = drawing(stage, batch, size, mesh)
         step, program, compile_seconds, arithmetic = made
-        seconds = timed(step, steps)
+        seconds = timed(step, steps, warm_up)
     plan_of_memory, costs = program.memory_analysis(), program.cost_analysis() or {}
     with_stats = [d.memory_stats() or {} for d in mesh.local_devices]
     peak = max((s.get("peak_bytes_in_use", 0) for s in with_stats), default=0)
+    del batch, made, step  # their arrays make room
     return Report(
         program=f"{config['stage']}, {'a training step' if sample is None else 'drawing'}",
         batch_size=size,
-        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(plan.abstract.params)),
+        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(models.abstract_params(stage))),
         dtype=dtype,
         mesh=dict(mesh.shape),
-        machine=machine,
+        machine=measure_machine(mesh, sorted({dtype, "float32"})) if machine is None else machine,
         model_flops=arithmetic,
         compiler_flops=costs.get("flops", 0.0),
         seconds=Spread.of(seconds),
@@ -267,14 +278,10 @@ def _compiled(jitted, *arguments):
     return program, time.perf_counter() - began
 
 
-def _init(plan: train.Plan):
-    options = partition.compiler_options(once=True)
-    return jax.jit(plan.init, out_shardings=plan.shardings, compiler_options=options)()
-
-
 def training_step(config: dict, stage, plan: train.Plan, batch: dict, mesh):
     """(what runs a step, its program, seconds of compiling, FLOPs)."""
-    held = [_init(plan)]
+    options = partition.compiler_options(once=True)
+    held = [jax.jit(plan.init, out_shardings=plan.shardings, compiler_options=options)()]
     jitted = train.jit_step(config, stage, plan, lambda frozen, batch: batch, mesh)
     program, seconds = _compiled(jitted, held[0], batch, {})
 
@@ -285,10 +292,14 @@ def training_step(config: dict, stage, plan: train.Plan, batch: dict, mesh):
     return step, program, seconds, flops.of_step(stage, batch)
 
 
-def drawing(stage, plan: train.Plan, batch: dict, count: int, mesh):
-    """As `training_step`, of drawing `count` examples."""
-    params = jax.device_put(_init(plan).params, partition.replicated(mesh))
-    rows = partition.batch_sharding(mesh)
+def drawing(stage, batch: dict, count: int, mesh):
+    """As `training_step`, of drawing `count` examples; the devices hold parameters, no state of training."""
+    init = jax.jit(
+        lambda: stage.init(jax.random.key(0), models.zeros(stage.batch_spec(1))),
+        out_shardings=partition.replicated(mesh),
+        compiler_options=partition.compiler_options(once=True),
+    )
+    params, rows = init(), partition.batch_sharding(mesh)
     keys = jax.device_put(jax.random.split(jax.random.key(0), count), rows)
     options = partition.compiler_options()
     jitted = jax.jit(lambda p, k, b: stage.sample(p, k, b), out_shardings=rows, compiler_options=options)

@@ -2,7 +2,8 @@
 
 Everything else (norms, activations, the optimizer) is left out, as is customary for utilisation, and so are
 recomputations: a training step counts as three forward passes, one forward and two for the gradients by
-inputs and by weights. A convolution counts as a direct one, also where `nets.convolution` multiplies less.
+inputs and by weights. A convolution counts as a direct one, also where `nets.convolution` multiplies less,
+and attention as its two products, also where it is one kernel.
 """
 
 import math
@@ -10,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 
-from dalle2_jax.nets import convolution
+from dalle2_jax.nets import convolution, layers
 
 TRAINING_PASSES = 3
 
@@ -51,6 +52,8 @@ def _of_equation(equation) -> int:
     if parameters.get("name") == convolution.winograd_3x3.__name__:
         kernel = equation.invars[1].aval.shape
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[:-1])
+    if parameters.get("name") == layers.cudnn_attention.__name__:
+        return 4 * math.prod(equation.outvars[0].aval.shape) * equation.invars[1].aval.shape[1]
     if name == "cond":
         return max(_of(branch.jaxpr) for branch in parameters["branches"])
     inner = sum(_of(jaxpr) for value in parameters.values() for jaxpr in _programs(value))

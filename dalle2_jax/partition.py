@@ -71,11 +71,14 @@ def compiler_options(once: bool = False, mesh: Mesh | None = None) -> dict | Non
 
     On a CPU it then compiles in a fifth less time and is as fast; one that runs `once` compiles in half the
     time and is slower. On TPUs kernels that are split are gathered whole: XLA would else pass their pieces
-    round beside large activations, in a loop whose products have a few channels each (docs/scaling.md).
+    round beside large activations, in a loop whose products have a few channels each (docs/scaling.md). On a
+    mesh of several GPUs the schedule lets devices compute while they wait for each other.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if platform == "tpu":
         return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}  # larger than any activation
+    if platform == "gpu" and mesh is not None and mesh.size > 1:
+        return {"xla_gpu_enable_latency_hiding_scheduler": True}
     if platform != "cpu":
         return None
     return {"xla_backend_optimization_level": 0} if once else {"xla_llvm_disable_expensive_passes": True}
@@ -267,7 +270,9 @@ def batch_shards(mesh: Mesh | None = None) -> int:
 
     Without a mesh, of the one that `use_mesh` has set: into how many parts `constrain` splits; 1 for none.
     """
-    return _size(jax.sharding.get_abstract_mesh(), _batch_axes()) if mesh is None else _size(mesh, BATCH_AXES)
+    if mesh is None:
+        return _size(jax.sharding.get_abstract_mesh(), _auto_axes(BATCH_AXES))
+    return _size(mesh, BATCH_AXES)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
@@ -346,24 +351,29 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def constrain(x: jax.Array) -> jax.Array:
+def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
     """Keeps an activation [B, ...] split over (data, fsdp) along axis 0; the identity where no mesh is set.
 
     Called at the edges of blocks. Without it XLA may let the parameters' split over `fsdp` leak into the
     activations, and then gathers whole activations ("full rematerialization") where it should gather a
-    kernel.
+    kernel. `tensor_axis` (heads of attention) is split over `tensor`, where that divides it.
     """
-    axes = _batch_axes()
+    axes = _auto_axes(BATCH_AXES)
     if not axes or x.ndim == 0 or x.shape[0] % batch_shards():
         return x
-    return jax.lax.with_sharding_constraint(x, P(axes))
+    spec = [axes] + [None] * (x.ndim - 1)
+    if tensor_axis is not None:
+        tensor = _auto_axes(("tensor",))
+        if tensor and x.shape[tensor_axis] % _size(jax.sharding.get_abstract_mesh(), tensor) == 0:
+            spec[tensor_axis] = tensor
+    return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
-def _batch_axes() -> tuple[str, ...]:
-    """The axes of the mesh that batches are split over; none inside a shard_map over them."""
+def _auto_axes(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those axes of the mesh that XLA splits over; none inside a shard_map over them."""
     mesh = jax.sharding.get_abstract_mesh()
     types = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return tuple(axis for axis in BATCH_AXES if types.get(axis) == AxisType.Auto)
+    return tuple(axis for axis in names if types.get(axis) == AxisType.Auto)
 
 
 def process_index() -> int:

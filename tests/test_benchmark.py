@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from benchmarks import compare
@@ -103,6 +104,32 @@ def test_a_training_step_is_measured(config):
     assert "% of the products" in "\n".join(report.lines())
     known = dataclasses.replace(report, machine=dataclasses.replace(report.machine, datasheet=1e15))
     assert known.of_datasheet == report.flops_per_second / 1e15
+
+
+def test_drawing_holds_no_state_of_training_and_the_machine_is_measured_last(config, monkeypatch):
+    """A training state is four times the parameters: themselves, two moments and an average."""
+    held, order = [], []
+    measure_machine, timed = benchmark.measure_machine, benchmark.timed
+
+    def measured(mesh, dtypes):
+        order.append("machine")
+        return measure_machine(mesh, dtypes)
+
+    def noted(run, *how):
+        order.append("stage")
+        held.append(sum(x.nbytes for x in jax.live_arrays()))
+        return timed(run, *how)
+
+    before = sum(x.nbytes for x in jax.live_arrays())
+    monkeypatch.setattr(benchmark, "measure_machine", measured)
+    monkeypatch.setattr(benchmark, "timed", noted)
+    monkeypatch.setattr(benchmark, "MATRIX_SIDE", {"cpu": 64})
+    report = benchmark.run(config, sample=8, steps=3, warm_up=0)
+    assert order[:2] == ["stage", "machine"]
+    parameters = 4 * report.parameters
+    assert parameters < held[0] - before < 2 * parameters
+    assert benchmark.run(config, sample=8, steps=3, machine=report.machine).machine == report.machine
+    assert order.count("machine") == 1
 
 
 def test_what_cannot_be_measured_is_refused(config):

@@ -331,3 +331,18 @@ def test_compiler_options_are_those_of_the_meshs_devices():
     here = partition.make_mesh(devices=jax.devices()[:1])
     assert partition.compiler_options(mesh=here) == partition.compiler_options()
     assert partition.compiler_options(once=True) != partition.compiler_options()
+
+
+def test_several_gpus_hide_the_time_of_their_messages(monkeypatch):
+    """The mesh stands for one of GPUs. XLA refuses an option that it does not know, on any platform."""
+
+    def options(count):
+        gpus = types.SimpleNamespace(platform="gpu")
+        return partition.compiler_options(
+            mesh=types.SimpleNamespace(devices=np.array([gpus] * count), size=count)
+        )
+
+    assert options(1) is None
+    assert jax.jit(jnp.sin, compiler_options=options(2))(0.0) == 0
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(jnp.sin, compiler_options={name + "s": True for name in options(2)})(0.0)

@@ -1,4 +1,4 @@
-"""3 x 3 convolutions on CPUs with half of the multiplications: here alone `nets` asks for the platform.
+"""3 x 3 convolutions on CPUs with half of the multiplications.
 
 Winograd's minimal filtering F(4, 3) along each row of a picture (Lavin and Gray, arXiv 1509.09308, sections
 4.1 and 4.3): four neighbours of a row of the output are A'[(G w) * (B' d)] of six neighbours d of the input
@@ -16,6 +16,8 @@ from functools import reduce
 
 import jax
 import jax.numpy as jnp
+
+from dalle2_jax.nets import platforms
 
 # F(4, 3) interpolates at 0, 1, -1, 2, -2 and infinity.
 _B = (
@@ -59,15 +61,10 @@ def conv_general_dilated(
     undilated = all(set(how.get(name) or (1,)) == {1} for name in ("lhs_dilation", "rhs_dilation"))
     plain = undilated and set(window_strides) == {1} and how.get("feature_group_count", 1) == 1
     same = kernel.shape[:2] == (3, 3) and set(itertools.chain(*padding)) == {1}
-    if plain and same and precision is None and _on_cpu() and _worth_it(x, kernel):
+    on_cpu = platforms.target().platform == "cpu"
+    if plain and same and precision is None and on_cpu and _worth_it(x, kernel):
         return winograd_3x3(x, kernel)
     return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, precision=precision, **how)
-
-
-def _on_cpu() -> bool:
-    """Whether what is traced will run on CPUs: on the mesh's devices, or else on the default ones."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "cpu"
 
 
 def _worth_it(x: jax.Array, kernel: jax.Array) -> bool:

@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.nets import convolution
+from dalle2_jax.nets import convolution, platforms
+from dalle2_jax.partition import constrain
 
 NORM_EPSILON = 1e-5
 
@@ -66,9 +67,12 @@ def remat(block: type[nn.Module], what: bool | str, **options) -> type[nn.Module
 
 
 def _worth_keeping(primitive, *_, **how) -> bool:
-    """Of a result: products of two activations, attention's, have batch dimensions and are not."""
+    """Of a result: products of two activations, attention's, have batch dimensions and are not; cuDNN's
+    attention is, as its weights, [N, M], are not among its results."""
     if primitive is jax.lax.dot_general_p:
         return not any(how["dimension_numbers"][1])
+    if primitive.name == _CUDNN_FORWARD:
+        return True
     return primitive in (jax.lax.conv_general_dilated_p, jax.lax.reduce_sum_p)
 
 
@@ -161,16 +165,46 @@ def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, *, cudnn: bool = False
+) -> jax.Array:
     """Scaled dot-product attention with a float32 softmax.
 
     q [B, N, H, D], k and v [B, M, H, D], mask broadcastable to [B, H, N, M] (True = attend). Returns [B, N,
     H * D] in the type of v. A row whose keys are all masked gets finite values, not NaN.
+
+    cudnn: whether cuDNN's kernel may compute it, where there is one; not for what is under a `vmap`, whose
+    gradient JAX cannot take through it (jax-ml/jax issues 38495, 39451).
     """
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    if cudnn and mask is None and _cudnn_takes(q, k):
+        # what the kernel reads is to be split alike over devices, its result's gradient too
+        q, k, v = (constrain(y, tensor_axis=2) for y in (q, k, v))
+        out = constrain(cudnn_attention(q, k, v), tensor_axis=2)
+    else:
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask)
     return out.reshape(*out.shape[:2], -1)
+
+
+def _cudnn_takes(q: jax.Array, k: jax.Array) -> bool:
+    """Whether cuDNN has a kernel for them on what the program is traced for. JAX refuses odd lengths when it
+    takes the gradient."""
+    capability, head_dim = platforms.target().capability, q.shape[-1]
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+    even = q.shape[1] % 2 == k.shape[1] % 2 == 0
+    return fits and even and capability is not None and capability >= (8, 0)
+
+
+# The name of the primitive of JAX's whose results are the output and the sums of the softmax.
+_CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+
+
+# jitted for its name, by which `dalle2_jax.flops` counts it as the two products that it is
+@jax.jit
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """q [B, N, H, D], k and v [B, M, H, D] in 16 bits, split alike over devices -> [B, N, H, D]."""
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
 def downsample(x: jax.Array) -> jax.Array:

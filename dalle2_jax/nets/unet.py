@@ -80,7 +80,7 @@ class AttentionBlock(nn.Module):
                 ]
         head_dim = channels // self.num_heads if self.num_heads else min(self.head_dim, channels)
         q, k, v = (layers.split_heads(y, head_dim) for y in (q, k, v))
-        h = layers.attention(q, k, v, mask)
+        h = layers.attention(q, k, v, mask, cudnn=True)
         h = layers.Dense(channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")(h)
         return constrain(x + h.reshape(x.shape))
 
