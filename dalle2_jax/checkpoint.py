@@ -54,7 +54,9 @@ def checksum(x: Any) -> Any:
     """Returns the checksum above of an array, uint32: in numpy for numpy, in JAX for a tracer."""
     kind = np.dtype(f"uint{8 * x.dtype.itemsize}")
     if isinstance(x, np.ndarray):
-        return _checksum_of_words(np.ascontiguousarray(x).reshape(-1).view(kind).astype(np.uint32, copy=False))
+        return _checksum_of_words(
+            np.ascontiguousarray(x).reshape(-1).view(kind).astype(np.uint32, copy=False)
+        )
     bits = x.astype(kind) if x.dtype == bool else jax.lax.bitcast_convert_type(x, kind)
     index = jax.numpy.zeros((), np.uint32)  # of each element in row-major order, without gathering the array
     for axis, size in enumerate(x.shape):

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.nets import convolution, platforms
+from dalle2_jax.nets import convolution, platforms, products
 from dalle2_jax.partition import constrain
 
 NORM_EPSILON = 1e-5
@@ -39,7 +39,9 @@ def _unless_shapes_only(draw: Callable) -> Callable:
     return init
 
 
-Dense = partial(nn.Dense, param_dtype=jnp.float32, kernel_init=lecun_normal())
+Dense = partial(
+    nn.Dense, param_dtype=jnp.float32, kernel_init=lecun_normal(), dot_general=products.dot_general
+)
 LayerNorm = partial(nn.LayerNorm, epsilon=NORM_EPSILON, dtype=jnp.float32, param_dtype=jnp.float32)
 
 
@@ -68,12 +70,17 @@ def remat(block: type[nn.Module], what: bool | str, **options) -> type[nn.Module
 
 def _worth_keeping(primitive, *_, **how) -> bool:
     """Of a result: products of two activations, attention's, have batch dimensions and are not; cuDNN's
-    attention is, as its weights, [N, M], are not among its results."""
+    attention is, as its weights, [N, M], are not among its results. `nets.products` and `nets.convolution`
+    have the custom gradients."""
     if primitive is jax.lax.dot_general_p:
         return not any(how["dimension_numbers"][1])
     if primitive.name == _CUDNN_FORWARD:
         return True
-    return primitive in (jax.lax.conv_general_dilated_p, jax.lax.reduce_sum_p)
+    return primitive in (
+        jax.lax.conv_general_dilated_p,
+        jax.lax.reduce_sum_p,
+        jax.custom_derivatives.custom_vjp_call_p,
+    )
 
 
 _ACTIVATIONS: dict[str, Callable] = {
