@@ -45,7 +45,11 @@ class TokenEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention; the kernel `qkv` holds the blocks q | k | v, heads contiguous inside each."""
+    """Self-attention; the kernel `qkv` holds the blocks q | k | v, heads contiguous inside each.
+
+    Applied with `mutable="cache"`, it leaves its keys and values in that collection; applied with a cache,
+    its positions follow those of the cache, which they see too.
+    """
 
     num_heads: int
     out_std: float
@@ -53,11 +57,18 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """x [B, N, C], mask broadcastable to [B, H, N, N] (True = attend) -> [B, N, C]."""
+        """x [B, N, C], mask broadcastable to [B, H, N, M] (True = attend), M = N and what the cache holds ->
+        [B, N, C]."""
         width = x.shape[-1]
         init = layers.normal(width**-0.5)
         qkv = layers.Dense(3 * width, dtype=self.dtype, kernel_init=init, name="qkv")(x)
         q, k, v = (layers.split_heads(y, width // self.num_heads) for y in jnp.split(qkv, 3, axis=-1))
+        if self.has_variable("cache", "keys"):
+            before = (self.get_variable("cache", name) for name in ("keys", "values"))
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
+        elif self.is_mutable_collection("cache") and not self.is_initializing():
+            self.put_variable("cache", "keys", k)
+            self.put_variable("cache", "values", v)
         h = layers.attention(q, k, v, mask)
         return layers.Dense(width, dtype=self.dtype, kernel_init=layers.normal(self.out_std), name="out")(h)
 
@@ -168,6 +179,9 @@ class PriorTransformer(nn.Module):
     Dropping the text replaces the text embedding by a learned vector and the caption by nothing: all its
     positions are masked, but for the first `null_tokens` of a prior on states (see NullStates). The noised
     embedding is never dropped.
+
+    The caption and its embedding, which come first, see neither timestep nor noised embedding. `read` puts
+    what the others need of them into a cache, with which the network runs these three positions alone.
     """
 
     embed_dim: int
@@ -182,54 +196,67 @@ class PriorTransformer(nn.Module):
     remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
 
+    def read(self, params: dict, *text: jax.Array) -> dict:
+        """What `apply` takes beside `params` in the place of `text` (text_embed, text, token_mask,
+        drop_text): a cache."""
+        return self.apply({"params": params}, None, None, *text, mutable="cache")[1]
+
     @nn.compact
     def __call__(
         self,
-        x_t: jax.Array,
-        t: jax.Array,
-        text_embed: jax.Array,
-        text: jax.Array,
-        token_mask: jax.Array,
-        drop_text: jax.Array,
-    ) -> jax.Array:
+        x_t: jax.Array | None,
+        t: jax.Array | None,
+        text_embed: jax.Array | None = None,
+        text: jax.Array | None = None,
+        token_mask: jax.Array | None = None,
+        drop_text: jax.Array | None = None,
+    ) -> jax.Array | None:
         """x_t [B, E] (scaled), t [B], text_embed [B, E], token_mask [B, L], drop_text [B] -> x0 [B, E].
 
         x0 is scaled as x_t is, and float32. `text` is tokens [B, L] int32, or states [B, L, states_width]
-        where the prior is built on states.
+        where the prior is built on states. With a cache the text is left out; without x_t and t, as `read`
+        calls it, nothing is returned.
         """
 
         def dense(features, name):
             return layers.Dense(features, dtype=self.dtype, name=name)
 
-        drop = drop_text[:, None]
-
-        null_embed = kept(Embedding((self.embed_dim,), name="null_text_embed")(), self.null_tokens)
-        text_embed = jnp.where(drop, null_embed, text_embed)
-        if self.states_width:
-            null_states = NullStates(self.null_tokens, self.states_width, name="null_text_states")
-            text, token_mask = null_states(text, token_mask, drop_text)
-            text = dense(self.width, "text_states_proj")(text)
+        parts = []
+        if self.has_variable("cache", "visible"):
+            visible = self.get_variable("cache", "visible")
         else:
-            token_mask = token_mask & ~drop
-            text = TokenEmbedding(self.vocab_size, self.width, self.dtype, name="token_embedding")(text)
+            drop = drop_text[:, None]
+            null_embed = kept(Embedding((self.embed_dim,), name="null_text_embed")(), self.null_tokens)
+            text_embed = jnp.where(drop, null_embed, text_embed)
+            if self.states_width:
+                null_states = NullStates(self.null_tokens, self.states_width, name="null_text_states")
+                text, token_mask = null_states(text, token_mask, drop_text)
+                text = dense(self.width, "text_states_proj")(text)
+            else:
+                token_mask = token_mask & ~drop
+                text = TokenEmbedding(self.vocab_size, self.width, self.dtype, name="token_embedding")(text)
+            parts += [text, dense(self.width, "text_embed_proj")(text_embed)[:, None]]
+            visible = jnp.pad(token_mask, ((0, 0), (0, 1)), constant_values=True)
+            if self.is_mutable_collection("cache") and not self.is_initializing():
+                self.put_variable("cache", "visible", visible)
+        if x_t is not None:
+            time = layers.timestep_embedding(t, self.width).astype(self.dtype)
+            time = dense(self.width, "time_fc2")(nn.silu(dense(self.width, "time_fc1")(time)))
+            noised = dense(self.width, "image_embed_proj")(x_t)
+            query = jnp.broadcast_to(Embedding((self.width,), name="query")().astype(self.dtype), time.shape)
+            parts.append(jnp.stack([time, noised, query], axis=1))
+            visible = jnp.pad(visible, ((0, 0), (0, 3)), constant_values=True)
 
-        time = layers.timestep_embedding(t, self.width).astype(self.dtype)
-        time = dense(self.width, "time_fc2")(nn.silu(dense(self.width, "time_fc1")(time)))
-        query = Embedding((self.width,), name="query")().astype(self.dtype)
-        single = [
-            dense(self.width, "text_embed_proj")(text_embed),
-            time,
-            dense(self.width, "image_embed_proj")(x_t),
-            jnp.broadcast_to(query, time.shape),
-        ]
-        x = jnp.concatenate([text, jnp.stack(single, axis=1)], axis=1)
-        length = self.context_length + len(single)
-        x = x + Embedding((length, self.width), stddev=0.01, name="position")().astype(self.dtype)
-
-        visible = jnp.pad(token_mask, ((0, 0), (0, len(single))), constant_values=True)
-        mask = causal_mask(length) & visible[:, None, None, :]
+        x, length = jnp.concatenate(parts, axis=1), visible.shape[1]
+        first = length - x.shape[1]
+        position = Embedding((self.context_length + 4, self.width), stddev=0.01, name="position")()
+        x = x + position[first:length].astype(self.dtype)
+        mask = causal_mask(length)[:, :, first:] & visible[:, None, None, :]
         stack = TransformerStack(
             self.depth, self.num_heads, self.activation, self.remat, self.dtype, name="transformer"
         )
-        x = layers.LayerNorm(name="norm_out")(stack(x, mask)[:, -1]).astype(self.dtype)
+        x = stack(x, mask)
+        if x_t is None:
+            return None
+        x = layers.LayerNorm(name="norm_out")(x[:, -1]).astype(self.dtype)
         return dense(self.embed_dim, "out_proj")(x).astype(jnp.float32)

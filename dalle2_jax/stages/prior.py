@@ -223,9 +223,10 @@ class Prior:
         halves = jnp.array([False, True] if guided else [False])
         text = [jnp.repeat(x, num_candidates * len(halves), axis=0) for x in self._text(batch)]
         drop = jnp.tile(halves, size * num_candidates)
+        read = self.net.read(params["net"], *text, drop)
 
         z = self.diffusion.sample(
-            lambda x_t, t: self.net.apply({"params": params["net"]}, x_t, t, *text, drop),
+            lambda x_t, t: self.net.apply({"params": params["net"]} | read, x_t, t),
             keys,
             (self.embed_dim,),
             guidance_scale=(jnp.repeat(scale, num_candidates) if jnp.ndim(scale) else scale)

@@ -134,14 +134,16 @@ def prior_inputs(net, size=3):
     }
 
 
-@pytest.fixture(scope="module", params=["tokens", "states", "states with null tokens"])
+KINDS = {
+    "tokens": {},
+    "states": dict(vocab_size=0, states_width=4),
+    "states with null tokens": dict(vocab_size=0, states_width=4, null_tokens=2),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def prior(request):
-    changes = {
-        "tokens": {},
-        "states": dict(vocab_size=0, states_width=4),
-        "states with null tokens": dict(vocab_size=0, states_width=4, null_tokens=2),
-    }
-    net = small_prior(**changes[request.param])
+    net = small_prior(**KINDS[request.param])
     inputs = prior_inputs(net)
     params = randomise(net.init(KEY, **inputs)["params"])
     return jax.jit(lambda **kwargs: net.apply({"params": params}, **kwargs)), inputs
@@ -188,6 +190,23 @@ def test_padding_does_not_reach_the_prediction(prior):
     text = jnp.where(mask, inputs["text"], other_text(inputs)["text"])
     assert gap(inputs["text"], text) > 0
     assert gap(apply(**inputs), apply(**inputs | {"text": text})) == 0.0
+
+
+@pytest.mark.parametrize("remat", ["none", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_the_text_read_before_it_predicts_the_same_from_three_positions(kind, remat):
+    net = small_prior(**KINDS[kind], remat=remat)
+    x_t, t, *text = prior_inputs(net).values()
+    params = randomise(net.init(KEY, x_t, t, *text)["params"])
+    text[3] = jnp.array([False, True, False])
+    whole = net.apply({"params": params}, x_t, t, *text)
+    read = net.read(params, *text)
+    assert set(read) == {"cache"}
+    np.testing.assert_allclose(net.apply({"params": params} | read, x_t, t), whole, atol=1e-5)
+    other = net.apply({"params": params} | read, x_t + 1, t + 1)
+    np.testing.assert_allclose(other, net.apply({"params": params}, x_t + 1, t + 1, *text), atol=1e-5)
+    assert gap(other, whole) > 1e-3
+    assert net.init(KEY, x_t, t, *text).keys() == {"params"}
 
 
 def test_text_is_dropped_by_example(prior):

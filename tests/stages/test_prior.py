@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from dalle2_jax import flops
 from dalle2_jax.stages import prior
 from dalle2_jax.stages.clip import unit_norm
 
@@ -110,6 +111,27 @@ def test_guidance_0_drops_the_text():
     mixed = sample(batch, jnp.array([0.0, 1.0, 3.0]))
     np.testing.assert_allclose(mixed[:2], jnp.stack([null[0], cond[1]]), atol=1e-5)
     assert np.abs(mixed[2] - cond[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("scale", [1, 3.0])
+def test_reading_the_text_once_draws_what_reading_it_at_every_step_does(scale, monkeypatch):
+    stage = build(text=TEXT | dict(depth=2))
+    params, batch = random_params(stage), batch_of(4)
+    keys, how = jax.random.split(KEY, 4), dict(num_steps=5, guidance_scale=scale)
+    drawn = stage.sample(params, keys, batch, **how)
+    cached = flops.count(lambda: stage.sample(params, keys, batch, **how))
+    net, texts = type(stage.net), []
+    apply = net.apply
+
+    def whole(self, variables, x_t, t, *text, **options):
+        return apply(self, {"params": variables["params"]}, x_t, t, *(text or texts[-1]), **options)
+
+    monkeypatch.setattr(net, "read", lambda self, params, *text: texts.append(text) or {})
+    monkeypatch.setattr(net, "apply", whole)
+    np.testing.assert_allclose(stage.sample(params, keys, batch, **how), drawn, atol=1e-5)
+    rows = 4 * stage.num_candidates * (1 if scale == 1 else 2)
+    a_step = flops.of_step(stage, stage.batch_spec(rows)) // flops.TRAINING_PASSES
+    assert flops.count(lambda: stage.sample(params, keys, batch, **how)) == 5 * a_step > 1.5 * cached
 
 
 def test_the_candidate_nearest_to_the_text_is_kept():
