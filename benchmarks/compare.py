@@ -266,8 +266,8 @@ def our_sampling(m: Models, role: str, batch: dict, steps: int, guidance: float)
 
     arithmetic = flops.count(sample, params, keys, batch)
     if role == "prior":  # the definition's, as the peer computes it: ours reads the text once and keeps it
-        rows = BATCH * (2 if guidance != 1 else 1)
-        arithmetic = steps * flops.of_step(stage, stage.batch_spec(rows)) // flops.TRAINING_PASSES
+        a_step = flops.of_step(stage, stage.batch_spec(BATCH * (2 if guidance != 1 else 1)))
+        arithmetic = steps * a_step // flops.TRAINING_PASSES
     params = jax.device_put(params, whole)
     with partition.use_mesh(m.mesh):
         jitted = jax.jit(sample, out_shardings=rows, compiler_options=partition.compiler_options())
