@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -106,6 +106,7 @@ class Checkpointer:
       workdir: the run's folder; checkpoints go to workdir/checkpoints.
       max_to_keep: how many of the newest to keep; None or 0 keeps all.
       before_save: called before each save; it raises where nothing may be written any more.
+      zero_at_first: names of leaves, or of what they lie in, that a checkpoint may lack: they are zero then.
     """
 
     def __init__(
@@ -113,11 +114,13 @@ class Checkpointer:
         workdir: str | os.PathLike,
         max_to_keep: int | None = 3,
         before_save: Callable[[], None] | None = None,
+        zero_at_first: tuple[str, ...] = (),
     ):
         import orbax.checkpoint as ocp
 
         _quiet_orbax()
         self._ocp, self._before_save, self._failed = ocp, before_save, False
+        self._zero_at_first = zero_at_first
         self.directory = epath.Path(workdir) / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
         self._renames = _renames_folders(self.directory)
@@ -183,18 +186,28 @@ class Checkpointer:
         args = self._ocp.args
         with _explain_damage(path):
             stored = dict(self._manager.item_metadata(step)["state"].tree)
-        _check_stored(path, stored, expected)
-        restore_args = self._ocp.checkpoint_utils.construct_restore_args(expected)
+        zero = {
+            name: leaf
+            for name, leaf in expected.items()
+            if name not in stored and _lies_in(name, self._zero_at_first)
+        }
+        where = _where_stored(stored, [name for name in expected if name not in zero])
+        wanted = {where[name]: leaf for name, leaf in expected.items() if name not in zero}
+        _check_stored(path, stored, wanted)
+        restore_args = self._ocp.checkpoint_utils.construct_restore_args(wanted)
         with _explain_damage(path):
             restored = self._manager.restore(
                 step,
                 args=args.Composite(
-                    state=args.PyTreeRestore(expected, restore_args=restore_args), meta=args.JsonRestore()
+                    state=args.PyTreeRestore(wanted, restore_args=restore_args), meta=args.JsonRestore()
                 ),
             )
-        flat = {name: restored["state"][name] for name in expected}
         _check_format(path, restored["meta"])
-        _check_sums(path, flat, restored["meta"]["checksums"])
+        _check_sums(path, {name: restored["state"][name] for name in wanted}, restored["meta"]["checksums"])
+        flat = {
+            name: _zeros(leaf) if name in zero else restored["state"][where[name]]
+            for name, leaf in expected.items()
+        }
         return jax.tree.unflatten(jax.tree.structure(abstract_state), flat.values()), restored["meta"]["meta"]
 
     def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict]:
@@ -348,13 +361,50 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             contents = reader.restore(_absolute(path / "meta"))
     _check_format(path, contents)
-    _check_sums(path, {leaf: flat[leaf] for leaf in wanted}, contents["checksums"])
+    sums = {leaf: value for leaf, value in contents["checksums"].items() if leaf.startswith(f"{name}/")}
+    _check_sums(path, {leaf: flat[leaf] for leaf in wanted}, sums)
     return unflatten({leaf.removeprefix(f"{name}/"): flat[leaf] for leaf in wanted})
 
 
 def restore_ema_params(workdir: str | os.PathLike, step: int | None = None) -> dict:
     """Returns the averaged parameters of a run (see `restore_subtree`)."""
     return restore_subtree(workdir, "ema_params", step)
+
+
+def _lies_in(name: str, places: tuple[str, ...]) -> bool:
+    return any(name == place or name.startswith(f"{place}/") for place in places)
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros placed as `leaf` says."""
+
+    return jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.shape, leaf.dtype)[index]
+    )
+
+
+def _where_stored(stored: Iterable[str], names: list[str]) -> dict[str, str]:
+    """{name: the name that a checkpoint has it under}: its own, but for the numbers in the optimizer's.
+
+    'opt_state/1/0/mu/...' is 'opt_state/0/mu/...' where the gradient is not clipped. So of those whose words
+    are the same the first is the first, and the second the second; a name without its like keeps its own.
+    """
+
+    def by_words(flat: Iterable[str]) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}
+        for name in flat:
+            if name.startswith("opt_state/"):
+                words = [part for part in name.split("/") if not part.isdecimal()]
+                groups.setdefault("/".join(words), []).append(name)
+        for group in groups.values():
+            group.sort(key=lambda name: [int(part) for part in name.split("/") if part.isdecimal()])
+        return groups
+
+    there, where = by_words(stored), {name: name for name in names}
+    for words, group in by_words(names).items():
+        if len(there.get(words, ())) == len(group):
+            where |= dict(zip(group, there[words], strict=True))
+    return where
 
 
 def _check_stored(path: epath.Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -433,6 +483,7 @@ def _renames_folders(directory: epath.Path) -> bool:
 
 def _check_sums(path: epath.Path, flat: Mapping[str, Any], sums: Mapping[str, int]) -> None:
     changed = [name for name, value in checksums(flat).items() if value != sums.get(name)]
+    changed += sorted(sums.keys() - flat.keys())
     if changed:
         raise DamagedCheckpoint(
             f"checkpoint {path} is damaged: {len(changed)} leaves are not what was saved "

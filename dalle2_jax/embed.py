@@ -16,7 +16,6 @@ shards that are missing. Several processes (see `processes`), or several machine
 
 import concurrent.futures
 import functools
-import hashlib
 import re
 import time
 from collections import Counter
@@ -27,7 +26,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from dalle2_jax import hub, metrics, models, partition, processes, train
+from dalle2_jax import hub, metrics, modeldir, models, partition, processes, train
 from dalle2_jax.data import embeddings
 from dalle2_jax.data.records import BadRecord
 
@@ -65,15 +64,6 @@ class Encoder:
         with partition.use_mesh(self._mesh):
             found = self._encode(self._params, jax.device_put(whole, self._split))
         return tuple(np.asarray(value, np.float32)[:count] for value in found)
-
-
-def checksum(params) -> str:
-    """sha256 of parameters, by name, on the host."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
-        digest.update(str(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def embed_split(
@@ -179,7 +169,7 @@ def embed(
     encoder, out = Encoder(clip, batch_size), epath.Path(out)
     folder = epath.Path(hub.local(clip)) / "tokenizer"
     words = tokenizer.load_tokenizer(folder, encoder.stage.context_length)
-    sha256, lost = checksum(encoder._params), {}
+    sha256, lost = modeldir.sha256(encoder._params), {}
     if worker[0] == 0:
         words.save(out / "tokenizer")
     data = {name: value for name, value in config["data"].items() if name not in ("split", "eval_split")}

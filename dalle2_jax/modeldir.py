@@ -10,6 +10,7 @@ A model directory is what generating needs and nothing else, readable with safet
 
 import contextlib
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -61,6 +62,15 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
+
+
+def sha256(params: Any) -> str:
+    """Returns the sha256 of parameters, by name, on the host."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
+        digest.update(str(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def check_params(params: Any, abstract: Any, where: str = "the parameters") -> None:

@@ -19,7 +19,7 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -220,13 +220,33 @@ def spec_for(name: str, rank: int) -> P:
     """Returns the spec, one entry an axis, of the first of `RULES` that matches the leaf 'a/b/kernel'."""
     if rank < 2:
         return P(*(None,) * rank)
-    for pattern, spec in RULES:
-        if re.search(pattern, name):
-            return P(*(None,) * (rank - len(spec)), *tuple(spec)[-rank:])
+    rule = _rule_for(name)
+    if rule is not None:
+        spec = rule[1]
+        return P(*(None,) * (rank - len(spec)), *tuple(spec)[-rank:])
     raise ValueError(
         f"no sharding rule matches the parameter {name!r} (rank {rank}): give the leaf one of the usual "
         "names (kernel, bias, scale, embedding, positional) or add a line to partition.RULES"
     )
+
+
+def _rule_for(name: str) -> tuple[str, P] | None:
+    return next((rule for rule in RULES if re.search(rule[0], name)), None)
+
+
+def check_rules(trees: Iterable[Any]) -> None:
+    """Raises ValueError naming those of `RULES` that no leaf of these trees (of parameters, or of their
+    shapes) asks for: what they were for has another name now, or another rule comes first."""
+    used = set()
+    for tree in trees:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        used |= {_rule_for(path_name(path)) for path, leaf in leaves if len(leaf.shape) > 1}
+    unused = [pattern for pattern, spec in RULES if (pattern, spec) not in used]
+    if unused:
+        raise ValueError(
+            f"no parameter uses the sharding rules {', '.join(map(repr, unused))}: take them out of "
+            "partition.RULES, or mend their patterns"
+        )
 
 
 def fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:

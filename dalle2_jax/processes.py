@@ -1,4 +1,4 @@
-"""Several processes of one run: how they find each other, stop together and fail together.
+"""Several processes of one run: how they find each other, wait for each other and fail together.
 
 A run may have one process a host (TPU pods, GPU machines) or one a device. Every process runs the same
 command on the same workdir, which all must see. `join` finds out what there is, in this order:
@@ -184,35 +184,6 @@ def one_then_others(name: str, make: Callable):
     if jax.process_index() == 0:
         sync(name)
     return made
-
-
-class Agreement:
-    """The largest of the processes' small numbers, known to all of them one call later.
-
-    A process that was told to stop must not stop alone: the others would wait for it. Each step every process
-    calls `latest` with its number; the maximum is a collective that runs beside the step, and what is
-    returned is that of the call before, so no process waits for the step that it has just begun.
-    """
-
-    def __init__(self):
-        self._pending = None
-        if jax.process_count() == 1:
-            return
-        mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
-        self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("all"))
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        self._maximum = jax.jit(lambda x: x.max(), out_shardings=whole)
-
-    def latest(self, value: int) -> int:
-        """The maximum over processes of the call before (0 at first); with one process, `value` at once."""
-        if jax.process_count() == 1:
-            return value
-        mine = np.full(jax.local_device_count(), value, np.int32)
-        before, self._pending = (
-            self._pending,
-            self._maximum(jax.make_array_from_process_local_data(self._split, mine)),
-        )
-        return 0 if before is None else int(before)
 
 
 def end_together(error: BaseException, status: int) -> None:

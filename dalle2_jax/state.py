@@ -2,7 +2,8 @@
 
 The PRNG is fold_in(key(seed), step), so there is no random state to save. Parameters, their average and the
 optimizer are float32 and sharded alike. A step whose loss or gradient is not finite changes nothing but the
-counter of such steps.
+counters of such steps, which are part of the state, so that the host may look at them now and then and misses
+none.
 
 Spikes are skipped likewise where `spike_sigma` is above 0. A step is a spike if its loss or its gradient's
 norm is above mean + spike_sigma * (standard deviation) of the last SPIKE_WINDOW finite steps that were not
@@ -20,13 +21,18 @@ import jax.numpy as jnp
 import optax
 
 SPIKE_WINDOW, SPIKE_HISTORY, SPIKES_IN_A_ROW = 128, 64, 8
+MAX_BAD_STEPS = 8  # non-finite steps in a row that are a streak, which ends a run
+# Leaves that checkpoints of older runs lack, or that a setting adds later: all of them begin at zero.
+ZERO_AT_FIRST = ("bad_total", "bad_streak", "spikes")
 
 
 @flax.struct.dataclass
 class TrainState:
     """All that training carries from step to step.
 
-    bad_steps: non-finite steps in a row. spikes: what the rule for spikes remembers, {} where there is none.
+    bad_steps: non-finite steps in a row. bad_total: of the whole run. bad_streak: the number of the step that
+    was the last MAX_BAD_STEPS-th in a row, 0 for none. spikes: what the rule for spikes remembers, {} where
+    there is none.
     """
 
     step: jax.Array
@@ -34,6 +40,8 @@ class TrainState:
     ema_params: dict
     opt_state: optax.OptState
     bad_steps: jax.Array
+    bad_total: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros((), jnp.int32))
+    bad_streak: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros((), jnp.int32))
     spikes: dict = dataclasses.field(default_factory=dict)
 
 
@@ -153,14 +161,18 @@ def make_train_step(
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
 
+        bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
         state = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
             ema_params=keep(ema_params, state.ema_params),
             opt_state=keep(opt_state, state.opt_state),
-            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            bad_steps=bad_steps,
+            bad_total=state.bad_total + ~finite,
+            bad_streak=jnp.where(bad_steps == MAX_BAD_STEPS, state.step + 1, state.bad_streak),
             spikes=spikes,
         )
-        return state, dict(metrics, loss=loss, grad_norm=grad_norm, bad_steps=state.bad_steps)
+        counters = {name: getattr(state, name) for name in ("bad_steps", "bad_total", "bad_streak")}
+        return state, dict(metrics, loss=loss, grad_norm=grad_norm, **counters)
 
     return train_step

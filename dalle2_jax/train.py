@@ -6,18 +6,14 @@ metrics.jsonl, TensorBoard events, samples/ and, on request, profile/. Several p
 the same command on the same DIR, train as one: see `processes`.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import inspect
-import json
 import math
-import os
 import signal
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +24,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from dalle2_jax import (
+    bad_steps,
     checkpoint,
     hub,
     lock,
@@ -37,28 +34,15 @@ from dalle2_jax import (
     optim,
     partition,
     processes,
+    resume,
     state,
+    stopping,
     validation,
 )
 
-# Settings that may differ between a run and its resumption: none of them changes what a step computes.
-FREE_ON_RESUME = (
-    "num_steps",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "sample_every",
-    "eval_every",
-    "eval_batches",
-    "num_samples",
-    "profile_at",
-    "profile_steps",
-    "wandb",
-    "mesh",
-)
-# What a config holds besides; `model`, `data`, `optim` and `mesh` are keywords of functions.
+# What a config holds; `model`, `data`, `optim` and `mesh` are keywords of functions.
 SETTINGS = (
-    *FREE_ON_RESUME,
+    *(name for name in resume.FREE if "." not in name),
     "stage",
     "model",
     "data",
@@ -72,85 +56,10 @@ SETTINGS = (
     "clip",
     "init_from",
 )
-# Settings that config.json of older workdirs lacks, with what these runs did.
-SETTINGS_SINCE = {"spike_sigma": 0.0}
 TOKENIZER_SETTINGS = ("path", "vocab_size", "context_length")
-MAX_BAD_STEPS = 8
 FAILED = 2  # exit status of a run whose settings, data or disk do not allow it
 MEASURE_ROWS = 1024  # examples over which a trained stage measures itself
 TOKENIZER_RECORDS = 10_000  # spread over the dataset; a vocabulary needs no more
-
-
-class Interrupted:
-    """Notes SIGTERM and SIGINT, so that the loop finishes its step and saves; a second signal ends the
-    process at once.
-
-    Python's own handlers wait for the program that XLA compiles or the devices run, which may be minutes. So
-    a thread watches, which the signals reach through a pipe.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self):
-        self.signal = None
-        self._pipe = os.pipe()
-        os.set_blocking(self._pipe[1], False)
-        self._previous = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
-        self._previous_pipe = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self):
-        while number := os.read(self._pipe[0], 1)[0]:
-            if number not in self.SIGNALS:
-                continue
-            if self.signal is not None:
-                os._exit(128 + number)
-            self.signal = number
-            name = signal.Signals(number).name
-            logging.warning("%s: saving after this step (again to stop at once)", name)
-
-    def restore(self):
-        signal.set_wakeup_fd(self._previous_pipe)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        os.write(self._pipe[1], bytes(1))
-        self._thread.join()
-        for end in self._pipe:
-            os.close(end)
-
-
-def check_resume(workdir: epath.Path, config: dict) -> None:
-    """Raise ValueError listing the settings in which `config` differs from the one that the workdir was
-    trained with."""
-    stored_path = workdir / "config.json"
-    if not stored_path.exists():
-        return
-
-    def flat(tree, prefix=""):
-        if not isinstance(tree, dict) or not tree:
-            return {prefix[:-1]: tree}
-        return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}{key}.").items()}
-
-    stored = flat(SETTINGS_SINCE | json.loads(stored_path.read_text()))
-    now = flat(json.loads(json.dumps(config)))
-    differing = [
-        f"  {name}: {stored.get(name, '(absent)')!r} in the workdir, {now.get(name, '(absent)')!r} now"
-        for name in sorted(stored.keys() | now.keys())
-        if name.split(".")[0] not in FREE_ON_RESUME and stored.get(name) != now.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{workdir} was trained with another config; use another --workdir, or set these back:\n"
-            + "\n".join(differing)
-        )
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file that is there as it was or as it shall be, whatever happens meanwhile."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def make_tokenizer(config: dict, workdir: epath.Path, clip_path: str):
@@ -411,11 +320,27 @@ def make_measure(
     return measure
 
 
-def train(config: dict, workdir: str) -> None:
-    """Train `config` in `workdir` until config['num_steps']; `config` is plain JSON types."""
-    workdir = epath.Path(workdir)
+def train(config: dict, workdir: str, allow_changed: Collection[str] = ()) -> None:
+    """Train `config` in `workdir` until config['num_steps']; `config` is plain JSON types.
+
+    allow_changed: names of settings in which a resumption may differ; see `resume`. A run that is told to
+    stop before its first step has nothing to save: it ends as one that was told later.
+    """
+    with stopping.Stopping() as stops:
+        try:
+            _train(config, epath.Path(workdir), allow_changed, stops)
+        except stopping.Stopped as stopped:
+            logging.warning("stopped before the first step; run the same command to go on")
+            if stopped.signal == signal.SIGINT:
+                raise SystemExit(128 + stopped.signal) from None
+
+
+def _train(
+    config: dict, workdir: epath.Path, allow_changed: Collection[str], stops: stopping.Stopping
+) -> None:
+    """`train` where signals are listened to: all that can be looked at before a file is written."""
     check_names(config)
-    check_resume(workdir, config)
+    resumption = resume.Resumption(workdir, config, allow_changed)
     mesh = partition.make_mesh(**config["mesh"])
     stage = models.build_stage(config)
     check_settings(config, stage, mesh)
@@ -437,10 +362,10 @@ def train(config: dict, workdir: str) -> None:
             "space, or use another --workdir"
         ) from error
     with held as lock_held:
-        _train(config, workdir, mesh, stage, clip, frozen, fill, fields, lock_held)
+        _train_locked(config, workdir, mesh, stage, clip, frozen, fill, fields, lock_held, resumption, stops)
 
 
-def _train(
+def _train_locked(
     config: dict,
     workdir: epath.Path,
     mesh,
@@ -450,8 +375,10 @@ def _train(
     fill,
     fields: set[str],
     held: lock.Lock | None,
+    resumption: resume.Resumption,
+    stops: stopping.Stopping,
 ) -> None:
-    """`train` from where the first file is written; `held` is the workdir's lock, of process 0."""
+    """`_train` from where the first file is written; `held` is the workdir's lock, of process 0."""
     tokenizer = None
     if "tokens" in fields:
         make = functools.partial(make_tokenizer, config, workdir, config["clip"])
@@ -460,13 +387,18 @@ def _train(
     dataset, eval_dataset = make_datasets(config, stage, clip, fields, tokenizer)
     if dataset.fingerprint == eval_dataset.fingerprint:
         logging.warning("validation reads the very records that training reads: see data.eval_split")
+    about = resume.describe(dataset, modeldir.sha256(frozen) if frozen else "")
     frozen = jax.device_put(frozen, partition.replicated(mesh))
+    stops.check("data opened")
 
     plan = make_plan(config, stage, mesh)
     checkpointer = checkpoint.Checkpointer(
-        workdir, config["keep_checkpoints"], before_save=held.check if held else None
+        workdir,
+        config["keep_checkpoints"],
+        before_save=held.check if held else None,
+        zero_at_first=state.ZERO_AT_FIRST,
     )
-    start = 0
+    start, meta = 0, None
     if checkpointer.latest_step() is not None:  # a finished run's is looked at, too
         start, train_state, meta = checkpointer.restore_newest(plan.abstract)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(plan.abstract.params))
@@ -483,20 +415,15 @@ def _train(
         logging.info("%s is finished at step %d; raise --config.num_steps to go on", workdir, start)
         checkpointer.close()
         return
+    resumption.compare(meta, about)
     if start == 0:
         checkpointer.warn_of_little_space(plan.abstract)
         train_state = first_state(config, stage, plan, frozen, fill, dataset, mesh)
-    elif meta["fingerprint"] != dataset.fingerprint:
-        raise ValueError(
-            f"the dataset has changed since step {start} of {workdir}: fingerprint "
-            f"{meta['fingerprint'][:12]} and {meta.get('num_records', '?')} records then, "
-            f"{dataset.fingerprint[:12]} and {dataset.num_records} now. Names, sizes and numbers of records "
-            "of its files must be as they were: restore the data, or use another --workdir"
-        )
 
     processes.sync("config compared")  # by every process, before it is written
-    if jax.process_index() == 0:  # also on resume, where free settings may have changed
-        write_whole(workdir / "config.json", json.dumps(config, indent=1))
+    if jax.process_index() == 0:  # also on resume, where settings may have changed
+        resumption.note(start)
+        modeldir.write_json(workdir / "config.json", config)
     jitted = jit_step(config, stage, plan, fill, mesh)
     with partition.use_mesh(mesh):
         evaluation = validation.Validation(config, stage, fill, eval_dataset, mesh)
@@ -513,17 +440,9 @@ def _train(
             evaluation,
             mesh,
             measure,
+            about,
+            stops,
         )
-
-
-def note_bad_steps(workdir: epath.Path, step: int, scalars: dict, batches: list, mesh) -> epath.Path:
-    """Writes WORKDIR/bad_steps.json: the record numbers of `batches`, (step, this process's numbers) each."""
-    records = {str(number): partition.gather_index(index, mesh).tolist() for number, index in batches}
-    shown = {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()}
-    path = workdir / "bad_steps.json"
-    if jax.process_index() == 0:
-        write_whole(path, json.dumps({"step": step, "scalars": shown, "records": records}, indent=1))
-    return path
 
 
 def run_steps(
@@ -538,24 +457,27 @@ def run_steps(
     evaluation: validation.Validation,
     mesh,
     measure,
+    about: dict,
+    stops: stopping.Stopping,
 ) -> None:
     """The loop from step `start` to the last or to a signal; it saves, evaluates, draws and reports.
 
-    A state that is drawn from or saved, but for one that a signal asks for, is measure(state).
+    A state that is drawn from or saved, but for one that a signal asks for, is measure(state). about: what
+    checkpoints say of the data, `resume.describe`.
     """
     batches = dataset.batches(config["batch_size"], start_step=start, **partition.host_slice(mesh))
     writer = metrics.Writer(workdir, wandb=config["wandb"] or None)
-    interrupted, agreement, stop = Interrupted(), processes.Agreement(), 0
-    read = collections.deque(maxlen=MAX_BAD_STEPS + 1)  # (step, record numbers) of the last batches
+    bad, stop = bad_steps.BadSteps(workdir, checkpointer, train_state, config["log_every"], mesh), 0
     try:
+        stops.check("state made")
         raw = next(batches)
-        read.append((start + 1, raw["index"]))
+        bad.read(start + 1, raw["index"])
         batch = partition.on_devices(raw, mesh)
         began = time.monotonic()
         lowered = jitted.lower(train_state, batch, frozen)
         flops = (lowered.cost_analysis() or {}).get("flops", 0.0)
         compiled = lowered.compile()
-        processes.sync("compiled")
+        stops.check("compiled")
         logging.info("compiled the train step in %.1f s (%.1f GFLOP)", time.monotonic() - began, flops / 1e9)
         progress = metrics.Progress(
             config["num_steps"],
@@ -572,27 +494,19 @@ def run_steps(
                 jax.block_until_ready(scalars)
                 jax.profiler.stop_trace()
             finished = step == config["num_steps"]
-            stop = agreement.latest(interrupted.signal or 0)
+            stop = stops.latest()
             last = finished or stop != 0
             if not last:
                 with progress.waiting():
                     raw = next(batches)
-                read.append((step + 1, raw["index"]))
+                bad.read(step + 1, raw["index"])
                 batch = partition.on_devices(raw, mesh)
             if last or step % config["log_every"] == 0:
                 host = {f"train/{k}": float(v) for k, v in jax.device_get(scalars).items()}
-                if host["train/bad_steps"] >= MAX_BAD_STEPS:
-                    checkpointer.wait()
-                    note = note_bad_steps(workdir, step, host, [b for b in read if b[0] <= step], mesh)
-                    raise FloatingPointError(
-                        f"{host['train/bad_steps']:.0f} steps in a row had a loss or gradient that is not "
-                        f"finite (step {step}); they changed nothing, and the last good state is checkpoint "
-                        f"{checkpointer.latest_step()}. The records of the last batches are in {note}: look "
-                        "at them, lower optim.learning_rate or set optim.grad_clip"
-                    )
+                bad.look(step, host)
                 checkpointer.check()
-                bad = {f"data/bad_{reason}": n for reason, n in dataset.bad_records().items()}
-                writer.scalars(step, host | bad | progress.report(step, loss=host["train/loss"]))
+                unusable = {f"data/bad_{reason}": n for reason, n in dataset.bad_records().items()}
+                writer.scalars(step, host | unusable | progress.report(step, loss=host["train/loss"]))
             drawing = finished or step % config["sample_every"] == 0
             saving = last or step % config["checkpoint_every"] == 0
             # A run that was interrupted saves first and leaves the rest to its resumption.
@@ -605,12 +519,7 @@ def run_steps(
                     if drawing:
                         evaluation.samples(train_state.ema_params, frozen, writer, step)
             if saving:
-                meta = dict(
-                    step=step,
-                    fingerprint=dataset.fingerprint,
-                    num_records=dataset.num_records,
-                    bad_records=dataset.bad_records(),
-                )
+                meta = about | dict(step=step, bad_records=dataset.bad_records())
                 checkpointer.save(step, train_state, meta)
             if last:
                 break
@@ -620,11 +529,10 @@ def run_steps(
         if dataset.bad_records():
             logging.warning("records skipped by reason: %s", dataset.bad_records())
     except Exception as error:
-        if not isinstance(error, FloatingPointError):  # that one all processes see at the same step
+        if not isinstance(error, FloatingPointError | stopping.Stopped):  # all processes have these together
             processes.end_together(error, FAILED)
         raise
     finally:
-        interrupted.restore()
         checkpointer.close()
         writer.close()
     if stop == signal.SIGINT and step < config["num_steps"]:
@@ -640,7 +548,7 @@ def main(argv):
     config = models.to_plain(FLAGS.config)
     try:
         processes.join()
-        train(config, FLAGS.workdir)
+        train(config, FLAGS.workdir, FLAGS.allow_changed)
     except FloatingPointError as error:
         logging.error("%s", error)
         raise SystemExit(3) from (error if FLAGS.debug else None)
@@ -665,6 +573,12 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string(
         "workdir", None, "Where checkpoints, logs and samples go; an existing one is resumed."
+    )
+    flags.DEFINE_list(
+        "allow_changed",
+        [],
+        "Settings, or groups of them, in which a resumption may differ: optim.learning_rate,data. With data "
+        "and clip the dataset and the frozen CLIP themselves may be others.",
     )
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
     flags.mark_flags_as_required(["config", "workdir"])

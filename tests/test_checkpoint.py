@@ -14,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dalle2_jax import checkpoint, partition
+from dalle2_jax import checkpoint, optim, partition
 
 
 def make_params(seed=0, scale=1.0):
@@ -76,6 +76,61 @@ class TestCheckpointer:
                 kernel.sharding.spec
                 == partition.shardings(state, other)["params"]["block_0"]["fc1"]["kernel"].spec
             )
+
+    def test_leaves_that_older_checkpoints_lack_are_zero(self, tmp_path, mesh):
+        """But for those that their list of checksums has: such a checkpoint has lost them."""
+        state = make_state(mesh, 3)
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            saver.save(3, state, {})
+        new = {"count": jnp.int32(7), "memory": {"loss": jnp.ones((8, 16)), "known": jnp.int32(2)}}
+        where = partition.replicated(mesh)
+        asked = abstract(state, mesh) | jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), new
+        )
+        with checkpoint.Checkpointer(tmp_path, zero_at_first=("count", "memory")) as loader:
+            restored, _ = loader.restore(asked)
+            assert restored["memory"]["loss"].sharding.is_equivalent_to(where, 2)
+            assert_same(restored, state | jax.tree.map(jnp.zeros_like, new))
+            with pytest.raises(ValueError, match="missing: other"):
+                loader.restore(asked | {"other": asked["count"]})
+        with checkpoint.Checkpointer(tmp_path, zero_at_first=("count",)) as loader:
+            with pytest.raises(ValueError, match="missing: memory/known"):
+                loader.restore(asked)
+        path = tmp_path / "checkpoints" / "3" / "meta" / "metadata"
+        contents = json.loads(path.read_text())
+        contents["checksums"]["count"] = 0
+        path.write_text(json.dumps(contents))
+        with checkpoint.Checkpointer(tmp_path, zero_at_first=("count", "memory")) as loader:
+            with pytest.raises(checkpoint.DamagedCheckpoint, match="1 leaves are not what was saved .count."):
+                loader.restore(asked)
+
+    @pytest.mark.parametrize(
+        "changed", [dict(grad_clip=1.0), dict(weight_decay=0.1), dict(grad_clip=1.0, weight_decay=0.1)]
+    )
+    @pytest.mark.parametrize("back", [False, True])
+    def test_an_optimizer_with_another_chain_finds_its_leaves(self, tmp_path, mesh, changed, back):
+        settings = dict(learning_rate=0.1, num_steps=9)
+        one, other = (
+            optim.make_optimizer(**settings | more) for more in ((changed, {}) if back else ({}, changed))
+        )
+        params = make_params()
+        grads = make_params(1)
+        opt_state = one.init(params)
+        for _ in range(2):
+            _, opt_state = one.update(grads, opt_state, params)
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            saver.save(2, {"opt_state": opt_state}, {})
+            saver.wait()
+            asked = {"opt_state": other.init(params)}
+            restored, _ = saver.restore(abstract(asked, mesh))
+            assert jax.tree.structure(restored) == jax.tree.structure(asked)
+            found, expected = jax.tree.leaves(restored), jax.tree.leaves(opt_state)
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+            assert [int(x) for x in found if x.ndim == 0] == [2, 2]
+            muon = optim.make_optimizer(**settings, muon_learning_rate=0.02)
+            with pytest.raises(ValueError, match="missing: opt_state"):
+                saver.restore(abstract({"opt_state": muon.init(params)}, mesh))
 
     def test_saving_is_asynchronous_and_the_state_may_be_donated(self, tmp_path, mesh):
         """The next step overwrites the state's buffers while they are still being written."""

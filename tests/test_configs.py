@@ -118,6 +118,16 @@ def test_every_parameter_of_a_recipe_has_a_place_on_a_mesh(recipe):
     assert count(params) > 1000 and len(jax.tree.leaves(placed)) == len(jax.tree.leaves(params))
 
 
+def test_every_sharding_rule_is_one_that_a_recipe_uses(monkeypatch):
+    trees = [abstract(config_of(recipe))[1] for recipe in RECIPES]
+    partition.check_rules(trees)
+    dead = (r"(^|/)not_in_any_network/kernel$", partition.P())
+    monkeypatch.setattr(partition, "RULES", (dead, *partition.RULES))
+    with pytest.raises(ValueError, match="not_in_any_network") as error:
+        partition.check_rules(trees)
+    assert all(repr(pattern) not in str(error.value) for pattern, _ in partition.RULES[1:])
+
+
 @pytest.mark.parametrize("recipe, preset", CASES)
 def test_keywords_of_a_recipe_are_those_of_what_it_configures(recipe, preset):
     config = config_of(recipe, preset)

@@ -424,10 +424,10 @@ def test_settings_that_may_differ_on_resume_are_documented():
     listed = re.search(r"Settings that may differ: (.*?)\. Any", text, re.S)[1]
     assigned = next(
         node.value
-        for node in tree_of(ROOT / "dalle2_jax/train.py").body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FREE_ON_RESUME"
+        for node in tree_of(ROOT / "dalle2_jax/resume.py").body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FREE"
     )
-    assert re.findall(r"`(\w+)`", listed) == constants(assigned)
+    assert re.findall(r"`([\w.]+)`", listed) == constants(assigned)
 
 
 def test_reasons_of_bad_records_are_documented():

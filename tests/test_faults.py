@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -18,10 +19,11 @@ import time
 
 import numpy as np
 import pytest
+from etils import epath
 
 pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
 
-from dalle2_jax import checkpoint, train  # noqa: E402
+from dalle2_jax import checkpoint, resume, train  # noqa: E402
 from tests import tiny_run  # noqa: E402
 from tests.data import shards_for_tests as made  # noqa: E402
 from tests.tiny_run import assert_same, config, logged, status, steps_of, stored_state  # noqa: E402
@@ -57,28 +59,8 @@ def test_a_streak_of_bad_steps_ends_with_status_3_and_harms_nothing(
     data, whole, workdir, monkeypatch, caplog
 ):
     """Pictures that are not numbers come from step 4 on."""
-    make, struck = train.make_datasets, []
-
-    class Poisoned:
-        def __init__(self, dataset):
-            self._dataset = dataset
-
-        def __getattr__(self, name):
-            return getattr(self._dataset, name)
-
-        def batches(self, *args, start_step=0, **options):
-            for step, batch in enumerate(
-                self._dataset.batches(*args, start_step=start_step, **options), start_step + 1
-            ):
-                struck.append(batch["index"].tolist())
-                yield batch | {"image": batch["image"] * np.nan} if step > 3 else batch
-
-    def poisoned(*args):
-        training, validation = make(*args)
-        return Poisoned(training), validation
-
     with monkeypatch.context() as patched:
-        patched.setattr(train, "make_datasets", poisoned)
+        struck = tiny_run.poison(patched, lambda step: step > 3)
         assert status(config(data, 30, log_every=4, checkpoint_every=3), workdir, patched) == 3
     assert len(struck) > 12
     assert "9 steps in a row had a loss or gradient that is not finite (step 12)" in caplog.text
@@ -244,10 +226,11 @@ def test_a_workdir_of_version_0_1_goes_on(data, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.Dataset, "fingerprint", fingerprint)
     before = stored_state(workdir, 2)
     new = dict(num_steps=4, checkpoint_every=1)
-    assert status(settings | train.SETTINGS_SINCE | new, workdir, monkeypatch) == 0
+    assert status(settings | resume.SETTINGS_SINCE | new, workdir, monkeypatch) == 0
     assert steps_of(workdir) == [2, 3, 4] and sorted(logged(workdir, "train/loss")) == [3, 4]
     after = stored_state(workdir, 4)
     assert before.keys() == after.keys()
+    assert logged(workdir, "train/bad_total") == {3: 0, 4: 0}  # which its checkpoint did not have
     assert all((before[name] != after[name]).any() for name in before if "kernel" in name)
 
 
@@ -262,9 +245,13 @@ def test_a_changed_dataset_is_refused_and_the_old_one_goes_on(data, whole, tmp_p
     assert status(config(folder, 4), workdir, monkeypatch) == train.FAILED
     assert "the dataset has changed since step 2" in caplog.text
     assert "and 23 records then" in caplog.text and "and 26 now" in caplog.text
+    assert re.search(r"\n  added: 00001.tar \(\d+ bytes, 3 records\)$", caplog.messages[-1])
     (folder / "00001.tar").unlink()
     (folder / "00000.tar").rename(folder / "other.tar")
     assert status(config(folder, 4), workdir, monkeypatch) == train.FAILED
+    size = (folder / "other.tar").stat().st_size
+    shown = f"({size} bytes, 23 records)"
+    assert f"\n  removed: 00000.tar {shown}\n  added: other.tar {shown}" in caplog.messages[-1]
     assert steps_of(workdir) == [1, 2]
     (folder / "other.tar").rename(folder / "00000.tar")
     assert status(config(folder, 8), workdir, monkeypatch) == 0
@@ -272,26 +259,33 @@ def test_a_changed_dataset_is_refused_and_the_old_one_goes_on(data, whole, tmp_p
 
 
 def test_settings_that_change_what_a_step_computes_are_refused_on_resume_and_others_not(data, tmp_path):
-    workdir = train.epath.Path(tmp_path)
-    stored = config(data, 4) | dict(model=dict(channels=16, schedule="cosine", num_timesteps=1000, width=8))
+    workdir = epath.Path(tmp_path)
+    stored = config(data, 4)
+    stored["model"] = dict(channels=16, schedule="cosine", num_timesteps=1000, width=8, remat="none")
     (workdir / "config.json").write_text(json.dumps(stored))
-    train.check_resume(workdir, stored)
-    free = set(train.FREE_ON_RESUME)
+    resume.Resumption(workdir, stored)
+    free = set(resume.FREE)
     for name, value in stored.items():
         changed = {**value, "other": 1} if isinstance(value, dict) else "other"
         if name in free:
-            train.check_resume(workdir, stored | {name: changed})
+            resume.Resumption(workdir, stored | {name: changed})
             continue
         with pytest.raises(ValueError, match=rf"  {name}(\.other)?: "):
-            train.check_resume(workdir, stored | {name: changed})
-    for name, value in dict(channels=8, schedule="linear", num_timesteps=500, width=4).items():
-        with pytest.raises(ValueError, match=rf"model.{name}: .* in the workdir, '?{value}'? now"):
-            train.check_resume(workdir, stored | dict(model=stored["model"] | {name: value}))
-    older = {name: value for name, value in stored.items() if name not in train.SETTINGS_SINCE}
+            resume.Resumption(workdir, stored | {name: changed})
+    for group in ("model", "data", "optim", "tokenizer"):
+        for name in stored[group]:
+            changed = stored | {group: stored[group] | {name: "other"}}
+            if f"{group}.{name}" in free:
+                resume.Resumption(workdir, changed)
+                continue
+            with pytest.raises(ValueError, match=rf"  {group}.{name}: .* in the workdir, 'other' now"):
+                resume.Resumption(workdir, changed)
+    assert all(name.split(".")[-1] in stored[name.split(".")[0]] for name in free if "." in name)
+    older = {name: value for name, value in stored.items() if name not in resume.SETTINGS_SINCE}
     (workdir / "config.json").write_text(json.dumps(older))
-    train.check_resume(workdir, stored)  # what came later is as it was without
+    resume.Resumption(workdir, stored)  # what came later is as it was without
     with pytest.raises(ValueError, match="spike_sigma: 0.0 in the workdir, 6 now"):
-        train.check_resume(workdir, stored | dict(spike_sigma=6))
+        resume.Resumption(workdir, stored | dict(spike_sigma=6))
 
 
 def test_slow_input_is_told(data, workdir, monkeypatch, caplog):
@@ -410,7 +404,7 @@ def test_on_other_devices_it_goes_on_with_the_same_batches(data, whole, workdir,
 def test_a_second_sigterm_ends_at_once_even_in_the_middle_of_a_computation(tmp_path):
     """The first one waits, here for a hash that takes a minute and does not let Python's handlers run."""
     code = (
-        "import hashlib, sys; from dalle2_jax import train; train.Interrupted(); print('ready', flush=True);"
+        "import hashlib; from dalle2_jax import stopping; stopping.Interrupted(); print('ready', flush=True);"
         "hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)"
     )
     with open(tmp_path / "log", "w+") as log:

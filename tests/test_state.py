@@ -185,6 +185,21 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(value, grad_ac
     assert_equal((recovered.params, recovered.opt_state), (expected.params, expected.opt_state))
 
 
+def test_bad_steps_are_counted_one_by_one_and_in_streaks():
+    """Isolated ones leave a trace, and so does a streak that has ended: its eighth step is remembered."""
+    train_step, good = step_of(), batch_of(8)
+    bad = good | {"y": np.full((8, 2), np.nan, np.float32)}
+    lengths, train_state = (1, state.MAX_BAD_STEPS - 1, state.MAX_BAD_STEPS + 2, 3), start()
+    for length in lengths:
+        for batch in [bad] * length + [good]:
+            train_state, scalars = train_step(train_state, batch)
+    assert train_state.bad_steps == scalars["bad_steps"] == 0
+    assert train_state.bad_total == scalars["bad_total"] == sum(lengths)
+    # steps 1 and 2, then 8, then 8 of the third streak: it alone is long enough
+    assert train_state.bad_streak == scalars["bad_streak"] == 2 + state.MAX_BAD_STEPS + state.MAX_BAD_STEPS
+    assert train_state.bad_total.dtype == train_state.bad_streak.dtype == jnp.int32
+
+
 class Root(Line):
     """sqrt has an infinite slope at 0: the loss is finite where its gradient is not."""
 

@@ -56,15 +56,42 @@ def config(data, num_steps: int, **changes) -> dict:
     return made | changes
 
 
-def status(settings: dict, workdir, monkeypatch) -> int:
+def status(settings: dict, workdir, monkeypatch, allow_changed=()) -> int:
     """The exit status of a run in this process."""
     with monkeypatch.context() as patched:
         patched.setattr(models, "build_stage", lambda config: Tiny())
-        return _main(settings, workdir, patched.setattr)
+        return _main(settings, workdir, patched.setattr, allow_changed)
 
 
-def _main(settings: dict, workdir, set_attribute) -> int:
-    set_attribute(train, "FLAGS", types.SimpleNamespace(config=settings, workdir=str(workdir), debug=False))
+def poison(monkeypatch, is_bad) -> list[list[int]]:
+    """Makes pictures that are not numbers of those of the steps of which `is_bad(step)`; returns the records
+    that each step read, as they are read."""
+    make, read = train.make_datasets, []
+
+    class Poisoned:
+        def __init__(self, dataset):
+            self._dataset = dataset
+
+        def __getattr__(self, name):
+            return getattr(self._dataset, name)
+
+        def batches(self, *args, start_step=0, **options):
+            stream = self._dataset.batches(*args, start_step=start_step, **options)
+            for step, batch in enumerate(stream, start_step + 1):
+                read.append(batch["index"].tolist())
+                yield batch | {"image": batch["image"] * np.nan} if is_bad(step) else batch
+
+    def poisoned(*args):
+        training, validation = make(*args)
+        return Poisoned(training), validation
+
+    monkeypatch.setattr(train, "make_datasets", poisoned)
+    return read
+
+
+def _main(settings: dict, workdir, set_attribute, allow_changed=()) -> int:
+    flags = dict(config=settings, workdir=str(workdir), allow_changed=allow_changed, debug=False)
+    set_attribute(train, "FLAGS", types.SimpleNamespace(**flags))
     try:
         train.main(["train"])
     except SystemExit as ended:

@@ -202,7 +202,7 @@ class EmbeddingSource:
         if any(count != len(self._table) for count in counts.values()):
             raise ValueError(f"{path}: {len(self._table)} embeddings but captions {counts} in metadata")
         self.refused, self.embed_dims = {}, self._table.dims
-        self.fingerprint = records.fingerprint(self._table.entries)
+        self.files, self.fingerprint = self._table.entries, records.fingerprint(self._table.entries)
 
     def __len__(self):
         return len(self._table)
@@ -283,6 +283,8 @@ class Paired:
         embedded = "text_embed" in self._table.dims
         self._captions = _metadata_captions(metadata) if embedded else {}
         self.refused, self.has_images, self.embed_dims = source.refused, source.has_images, self._table.dims
+        beside = [(f"embeddings/{name}", size, count) for name, size, count in self._table.entries]
+        self.files = [*source.files, *beside]
         self.fingerprint = records.fingerprint([(source.fingerprint, 0, len(source)), *self._table.entries])
 
     def __len__(self):

@@ -63,6 +63,11 @@ class Dataset:
         """sha256 that changes when a file of the dataset does (name, size or number of records)."""
         return self.source.fingerprint
 
+    @property
+    def files(self) -> list[tuple[str, int, int]]:
+        """(name, size in bytes, number of records) of each file, which the fingerprint is made of."""
+        return self.source.files
+
     def bad_records(self) -> dict[str, int]:
         """{reason: count} of what could not be used so far: refused while indexing, and bad while reading."""
         return self._bad.counts()

@@ -60,7 +60,8 @@ class Record:
 class RecordSource(Protocol):
     """What the pipeline knows of a dataset."""
 
-    fingerprint: str
+    files: list[tuple[str, int, int]]  # (relative path, size in bytes, number of records) of each
+    fingerprint: str  # of these
     refused: dict[str, int]  # records or members lost before reading, by reason
     embed_dims: dict[str, int]  # {'image_embed': E, ...}; empty without embeddings
     has_images: bool

@@ -127,7 +127,7 @@ class _Indexed:
         self._first = np.concatenate([[0], np.cumsum([len(index.rows) for index in indexes])])
         self.refused, self.embed_dims = collections.Counter(), {}
         root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-        entries = []
+        self.files = []
         for path, index in zip(paths, indexes, strict=True):
             self.refused.update(index.refused)
             missing = _missing_by_manifest(path, len(index.rows))
@@ -137,10 +137,10 @@ class _Indexed:
                 logging.warning("%s: %s x %d", path, reason, count)
             if missing:
                 logging.warning("%s: %d samples fewer than its _stats.json counts", path, missing)
-            entries.append(
+            self.files.append(
                 (os.path.relpath(os.path.abspath(path), root), os.path.getsize(path), len(index.rows))
             )
-        self.fingerprint = records.fingerprint(entries)
+        self.fingerprint = records.fingerprint(self.files)
         if not len(self._rows):
             raise ValueError(
                 f"no usable record in {len(paths)} files under {root}: refused {dict(self.refused)}"

@@ -1,0 +1,191 @@
+"""What a resumption may differ in, and what it is told where it differs in more."""
+
+import json
+import shutil
+import types
+
+import numpy as np
+import pytest
+from etils import epath
+
+pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
+
+from dalle2_jax import models, resume, train  # noqa: E402
+from tests.data import shards_for_tests as made  # noqa: E402
+from tests.tiny_run import assert_same, config, logged, status, steps_of, stored_state  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """23 pictures, of which one cannot be read."""
+    folder = tmp_path_factory.mktemp("data")
+    members = [m for n in range(23) for m in made.sample(n, image=b"<html>404</html>" if n == 7 else None)]
+    made.write_tar(folder / "00000.tar", members)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An uninterrupted run of six steps, one checkpoint each."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        assert status(config(data, 6), workdir, patched) == 0
+    return workdir
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A folder that was trained with the settings of `stored()`."""
+    (tmp_path / "config.json").write_text(json.dumps(stored()))
+    return epath.Path(tmp_path)
+
+
+def stored(**optim) -> dict:
+    return config("shards", 4) | dict(optim=dict(learning_rate=0.1, grad_clip=1.0) | optim)
+
+
+def test_settings_that_are_free_change_no_step(data, whole, tmp_path, monkeypatch):
+    assert status(config(data, 3), tmp_path, monkeypatch) == 0
+    other = config(data, 6, log_every=2)
+    other["data"] |= dict(
+        num_workers=5, max_bad_fraction=0.5, eval_split="", data_dir=str(tmp_path / "other")
+    )
+    assert status(other, tmp_path, monkeypatch) == 0
+    assert_same(stored_state(whole, 6), stored_state(tmp_path, 6))
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["num_workers"] == 5
+    assert not (tmp_path / "changes.json").exists()
+
+
+def test_the_budget_of_bad_records_may_be_raised_as_its_error_says(
+    data, whole, tmp_path, monkeypatch, caplog
+):
+    strict = config(data, 6)
+    strict["data"]["max_bad_fraction"] = 0.0
+    shutil.copytree(whole, tmp_path / "run")
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    assert status(strict, tmp_path / "run", monkeypatch) == train.FAILED
+    assert "raise data.max_bad_fraction" in caplog.text
+    assert status(config(data, 6), tmp_path / "run", monkeypatch) == 0
+    assert_same(stored_state(whole, 6), stored_state(tmp_path / "run", 6))
+
+
+def test_a_changed_setting_is_allowed_by_its_name_or_its_group(workdir):
+    changed = stored(learning_rate=0.2)
+    with pytest.raises(
+        ValueError, match=r"--allow_changed=optim.learning_rate:\n  optim.learning_rate: 0.1 in"
+    ):
+        resume.Resumption(workdir, changed)
+    for allowed in ("optim.learning_rate", "optim"):
+        resume.Resumption(workdir, changed, [allowed])
+    with pytest.raises(ValueError, match=r"--allow_changed=optim.grad_clip:") as error:
+        resume.Resumption(workdir, stored(learning_rate=0.2, grad_clip=2.0), ["optim.learning_rate"])
+    assert "learning_rate" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "said"),
+    [
+        (
+            "optim.lerning_rate",
+            r"config.optim.lerning_rate is not a setting; did you mean config.optim.learning",
+        ),
+        ("optim.grad_clip", "names optim.grad_clip, which is as it was in .* leave it out"),
+        ("log_every", "names log_every, which is as it was in .* or may change without: leave it out"),
+        ("model", "names model, which is as it was"),
+    ],
+)
+def test_names_that_need_no_permission_are_refused(workdir, allowed, said):
+    with pytest.raises(ValueError, match=said):
+        resume.Resumption(
+            workdir, stored(learning_rate=0.2) | dict(log_every=7), ["optim.learning_rate", allowed]
+        )
+
+
+def dataset(files: dict[str, tuple[int, int]]) -> dict:
+    """What `describe` says of one with these files, name -> (size, records)."""
+    entries = [(name, *entry) for name, entry in files.items()]
+    count = sum(records for _, records in files.values())
+    made = types.SimpleNamespace(files=entries, fingerprint=repr(sorted(entries)) * 12, num_records=count)
+    return resume.describe(made)
+
+
+def test_files_that_differ_are_listed(workdir):
+    then = dataset({"a.tar": (10, 1), "b.tar": (20, 2), "c.tar": (30, 3)}) | {"step": 5}
+    now = dataset({"b.tar": (20, 2), "c.tar": (33, 4), "d.tar": (40, 4)})
+    resume.Resumption(workdir, stored()).compare(then, {n: v for n, v in then.items() if n != "step"})
+    with pytest.raises(
+        ValueError, match="since step 5 .* go on with what there is by --allow_changed=data"
+    ) as error:
+        resume.Resumption(workdir, stored()).compare(then, now)
+    assert str(error.value).splitlines()[1:] == [
+        "  removed: a.tar (10 bytes, 1 records)",
+        "  added: d.tar (40 bytes, 4 records)",
+        "  resized: c.tar (30 bytes, 3 records then, 33 bytes, 4 records now)",
+    ]
+    with pytest.raises(ValueError, match="names data, which is as it was"):
+        resume.Resumption(workdir, stored(), ["data"]).compare(then, then)
+
+
+def test_a_long_list_of_files_is_cut_and_a_very_long_one_is_not_kept(workdir, monkeypatch):
+    then = dataset({f"{n:05d}.tar": (10, 1) for n in range(40)}) | {"step": 5}
+    now = dataset({f"{n:05d}.tar": (10, 1) for n in range(27)})
+    with pytest.raises(ValueError) as error:
+        resume.Resumption(workdir, stored()).compare(then, now)
+    lines = str(error.value).splitlines()[1:]
+    assert lines[0] == "  removed: 00027.tar (10 bytes, 1 records)" and lines[-1] == "  ... and 3 more"
+    assert len(lines) == 11
+    monkeypatch.setattr(resume, "MAX_FILES", 30)
+    many = dataset({f"{n:05d}.tar": (10, 1) for n in range(40)}) | {"step": 5}
+    assert "files" not in many
+    with pytest.raises(
+        ValueError, match=r"\n  40 files of 400 bytes then, 27 of 270 now; more than 30 are not"
+    ):
+        resume.Resumption(workdir, stored()).compare(many, now)
+    older = {name: then[name] for name in ("step", "fingerprint")}  # a checkpoint of before
+    with pytest.raises(ValueError, match=r"and \? records then(.|\n)*from before they were listed"):
+        resume.Resumption(workdir, stored()).compare(older, now)
+
+
+def test_a_dataset_that_changed_is_gone_on_with_by_permission(data, whole, tmp_path, monkeypatch, caplog):
+    folder, workdir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(data, folder)
+    assert status(config(folder, 2), workdir, monkeypatch) == 0
+    made.write_samples(folder / "00001.tar", range(3))
+    assert status(config(folder, 4), workdir, monkeypatch) == train.FAILED
+    assert "--allow_changed=data\n  added: 00001.tar" in caplog.text
+    assert status(config(folder, 4), workdir, monkeypatch, ["data"]) == 0
+    assert "changed from step 2 on, as allowed: data: " in caplog.text
+    assert steps_of(workdir) == [1, 2, 3, 4]
+    (entry,) = json.loads((workdir / "changes.json").read_text())["changes"]
+    assert entry["step"] == 2 and entry["name"] == "data"
+    assert status(config(folder, 5), workdir, monkeypatch, ["data"]) == 0  # the same command goes on
+    assert status(config(folder, 6), workdir, monkeypatch) == 0
+    (folder / "00001.tar").unlink()
+    assert status(config(folder, 7), workdir, monkeypatch) == train.FAILED
+    assert "removed: 00001.tar" in caplog.messages[-1]
+
+
+def test_another_frozen_clip_at_the_same_place_is_refused(data, tmp_path, monkeypatch, caplog):
+    params = {"text": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+    clip_stage = types.SimpleNamespace(image_size=8)
+    monkeypatch.setattr(models, "load_stage", lambda path, name: (clip_stage, {}, params))
+    workdir, settings = tmp_path / "run", dict(clip="runs/clip")
+    assert status(config(data, 2, **settings), workdir, monkeypatch) == 0
+    params["text"]["kernel"] = params["text"]["kernel"].copy()
+    params["text"]["kernel"][1, 2] += 1e-6
+    assert status(config(data, 3, **settings), workdir, monkeypatch) == train.FAILED
+    assert "the frozen CLIP has changed since step 2" in caplog.text and steps_of(workdir) == [1, 2]
+    older = tmp_path / "older"
+    shutil.copytree(workdir, older)
+    path = older / "checkpoints" / "2" / "meta" / "metadata"
+    contents = json.loads(path.read_text())
+    assert len(contents["meta"].pop("clip_sha256")) == 64
+    path.write_text(json.dumps(contents))
+    assert status(config(data, 3, **settings), older, monkeypatch) == 0  # it does not say which it was
+    assert status(config(data, 3, **settings), workdir, monkeypatch, ["clip"]) == 0
+    assert "changed from step 2 on, as allowed: clip: " in caplog.text
+    assert status(config(data, 4, **settings), workdir, monkeypatch) == 0
+    params["text"]["kernel"][1, 2] -= 1e-6
+    assert status(config(data, 5, **settings), workdir, monkeypatch) == train.FAILED
+    assert logged(workdir, "train/loss").keys() == {1, 2, 3, 4}

@@ -1,0 +1,125 @@
+"""A run that is told to stop before its first step. Between steps: test_train.py, test_faults.py."""
+
+import os
+import shutil
+import signal
+import socket
+import time
+
+import pytest
+
+pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
+
+from dalle2_jax import stopping, train  # noqa: E402
+from tests import tiny_run  # noqa: E402
+from tests.data import shards_for_tests as made  # noqa: E402
+from tests.tiny_run import assert_same, config, status, steps_of, stored_state  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    made.write_samples(folder / "00000.tar", range(23))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run of four steps, one checkpoint each."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        assert status(config(data, 4), workdir, patched) == 0
+    return workdir
+
+
+def test_signals_are_told_where_a_run_may_stop_and_handlers_come_back():
+    before = [signal.getsignal(number) for number in stopping.Interrupted.SIGNALS]
+    with stopping.Stopping() as stops:
+        stops.check("quiet")
+        assert stops.latest() == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while not stops.latest():
+            assert time.monotonic() < deadline
+        assert stops.latest() == signal.SIGTERM
+        with pytest.raises(stopping.Stopped, match="SIGTERM"):
+            stops.check("told")
+    assert [signal.getsignal(number) for number in stopping.Interrupted.SIGNALS] == before
+
+
+@pytest.mark.parametrize("where", ["make_datasets", "make_plan", "jit_step", "the compiler"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_before_its_first_step_stops_without_it(
+    data, whole, tmp_path, monkeypatch, caplog, where, number
+):
+    """What was saved before stands, and the same command goes on."""
+    workdir, struck = tmp_path / "run", []
+
+    def strike(function):
+        def striking(*args, **options):
+            struck.append(where)
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)  # until the watching thread has heard
+            return function(*args, **options)
+
+        return striking
+
+    class Striking:
+        def __init__(self, jitted):
+            self.lower = strike(jitted.lower)
+
+    jit_step = train.jit_step
+    for begun in (False, True):
+        if begun:
+            shutil.copytree(whole, workdir)
+            for step in (3, 4):
+                shutil.rmtree(workdir / "checkpoints" / str(step))
+        struck.clear()
+        with monkeypatch.context() as patched:
+            if where == "the compiler":
+                patched.setattr(train, "jit_step", lambda *args: Striking(jit_step(*args)))
+            else:
+                patched.setattr(train, where, strike(getattr(train, where)))
+            assert status(config(data, 4), workdir, patched) == (0 if number == signal.SIGTERM else 130)
+        assert struck == [where]
+        assert "stopped before the first step; run the same command to go on" in caplog.messages
+        assert steps_of(workdir) == ([1, 2] if begun else []) and not (workdir / "lock").exists()
+        assert status(config(data, 4), workdir, monkeypatch) == 0
+        assert_same(stored_state(whole, 4), stored_state(workdir, 4))
+        shutil.rmtree(workdir)
+
+
+def wait_for_lock(workdir, processes) -> None:
+    deadline = time.monotonic() + 120
+    while not (workdir / "lock").exists():
+        said = open(f"{workdir}.log").read()
+        assert all(p.poll() is None for p in processes) and time.monotonic() < deadline, said
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_to_a_process_that_has_just_begun_ends_it_with_status_0(data, tmp_path, count):
+    """Of two, it goes to the second: both end."""
+    workdir = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        names = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}"}
+    names["JAX_NUM_PROCESSES"] = str(count)
+    started = [
+        tiny_run.start(
+            workdir, data, devices=1, num_steps=10**6, environment=names | {"JAX_PROCESS_ID": str(i)}
+        )
+        for i in range(count)
+    ]
+    try:
+        wait_for_lock(workdir, started)
+        started[-1].send_signal(signal.SIGTERM)
+        codes = [process.wait(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    said = open(f"{workdir}.log").read()
+    assert codes == [0] * count, said
+    assert said.count("SIGTERM: stopping once nothing is lost by it") == 1
+    assert said.count("stopped before the first step") == count
+    assert steps_of(workdir) == [] and not (workdir / "lock").exists()
