@@ -33,9 +33,9 @@ import time
 import jax
 from absl import app, flags
 from etils import epath
-from ml_collections import config_flags
 
 from dalle2_jax import flops, metrics, models, partition, train
+from dalle2_jax.commandline import define_config
 
 GIB = 2**30
 
@@ -505,13 +505,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file, FILE.py[:preset]; override with --config.a.b=value.",
-        lock_config=False,
-        accept_new_attributes=True,
-    )
+    define_config()
     flags.DEFINE_string("topology", None, "A described TPU slice, such as v5p:4x4x4; default: what is here.")
     flags.DEFINE_string("clip", None, "Config file of the frozen CLIP that takes part in the step.")
     flags.DEFINE_integer("sample", None, "Compile drawing so many examples instead.", lower_bound=1)

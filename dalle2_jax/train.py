@@ -25,7 +25,6 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import config_flags
 
 from dalle2_jax import (
     checkpoint,
@@ -40,6 +39,7 @@ from dalle2_jax import (
     state,
     validation,
 )
+from dalle2_jax.commandline import define_config
 
 # Settings that may differ between a run and its resumption: none of them changes what a step computes.
 FREE_ON_RESUME = (
@@ -656,13 +656,7 @@ def main(argv):
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file, FILE.py[:preset]; override with --config.a.b=value.",
-        lock_config=False,
-        accept_new_attributes=True,
-    )
+    define_config()
     flags.DEFINE_string(
         "workdir", None, "Where checkpoints, logs and samples go; an existing one is resumed."
     )
