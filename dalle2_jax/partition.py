@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -133,8 +134,12 @@ def _cpu_fingerprint() -> str:
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
     """Returns a mesh of all devices (or of `devices`), axes data, fsdp, tensor; one may be -1: the rest.
 
+    Over several slices of TPUs goes `data` alone, whose axis then has the slices one after the other: it
+    needs the network between them for one sum of gradients a step.
+
     Raises:
-      ValueError: when the sizes do not multiply to the number of devices; the message lists what would fit.
+      ValueError: when the sizes do not multiply to the number of devices, or `data` is no multiple of the
+        slices; the message lists what would fit.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -145,16 +150,33 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     if len(free) > 1:
         raise ValueError(f"mesh ({asked}): only one axis may be -1, here {' and '.join(free)} are")
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    count = len(devices)
+    count, slices = len(devices), num_slices(devices)
     if count % fixed or (not free and fixed != count):
         raise ValueError(
-            f"mesh ({asked}) does not fit the {count} {devices[0].platform} device(s) here: "
-            f"data * fsdp * tensor must be {count}. For instance: {_fitting(sizes, count)} (-1: the rest)"
+            f"mesh ({asked}) does not fit the {count} {devices[0].platform} device(s) here: data * fsdp * "
+            f"tensor must be {count}. For instance: {_fitting(sizes, count, slices)} (-1: the rest)"
         )
     if free:
         sizes[free[0]] = count // fixed
-    shape = tuple(sizes[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if sizes["data"] % slices:
+        raise ValueError(
+            f"mesh ({asked}) does not fit {slices} slices of {count // slices} devices: only data goes over "
+            f"slices, so it must be a multiple of {slices}. For instance: {_fitting(sizes, count, slices)}"
+        )
+    shape = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])  # of a slice
+    if slices > 1:
+        over = slices, 1, 1
+        arranged = mesh_utils.create_hybrid_device_mesh(shape, over, devices, allow_split_physical_axes=True)
+    else:
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def num_slices(devices: list) -> int:
+    """Into how many slices, with their own links inside, these devices fall; 1 for all but TPUs."""
+    if devices[0].platform != "tpu":  # a GPU's slice_index tells machines apart
+        return 1
+    return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def local_mesh() -> Mesh:
@@ -162,9 +184,10 @@ def local_mesh() -> Mesh:
     return make_mesh(devices=jax.local_devices())
 
 
-def _fitting(sizes: Mapping[str, int], count: int) -> str:
-    divisors = [n for n in range(1, count + 1) if count % n == 0]
-    meshes = [(count // (f * t), f, t) for f in divisors for t in divisors if count % (f * t) == 0]
+def _fitting(sizes: Mapping[str, int], count: int, slices: int) -> str:
+    each = count // slices
+    divisors = [n for n in range(1, each + 1) if each % n == 0]
+    meshes = [(count // (f * t), f, t) for f in divisors for t in divisors if each % (f * t) == 0]
     wish = [count if sizes[axis] == -1 else sizes[axis] for axis in AXES]
     meshes.sort(key=lambda mesh: sum(abs(np.log2(a / b)) for a, b in zip(mesh, wish, strict=True)))
     return " | ".join(f"data={d} fsdp={f} tensor={t}" for d, f, t in meshes[:4])

@@ -1,5 +1,6 @@
 """Meshes, sharding rules and batches, on the 8 virtual CPU devices of conftest.py."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -41,6 +42,23 @@ def mlp_loss(params, x):
     return jnp.mean((y - x) ** 2)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks a TPU chip, without one."""
+
+    slice_index: int
+    coords: tuple[int, int, int]
+    id: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def tpu(slice_index: int, x: int, y: int) -> Chip:
+    return Chip(slice_index, (x, y, 0), 4 * slice_index + 2 * x + y)
+
+
 class TestMesh:
     @pytest.mark.parametrize(
         ("asked", "sizes"),
@@ -76,6 +94,39 @@ class TestMesh:
             partition.make_mesh(0, 1, 1)
         with pytest.raises(ValueError, match="whole numbers"):
             partition.make_mesh(2.0, 4, 1)
+
+    def test_data_goes_over_slices(self):
+        """Two slices of 2 x 2 chips, given mixed: each half of `data` is one slice, in its order."""
+        devices = [tpu(slice_index, x, y) for x in range(2) for slice_index in (1, 0) for y in range(2)]
+        for asked in ({"data": 2, "fsdp": -1}, {"data": -1, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}):
+            mesh = partition.make_mesh(**asked, devices=devices)
+            assert set(mesh.axis_types) == set(partition.make_mesh().axis_types)
+            assert partition.num_slices(devices) == 2 and mesh.size == 8
+            halves = np.split(mesh.devices, 2)
+            assert [{device.slice_index for device in half.flat} for half in halves] == [{0}, {1}]
+            assert all(len({device.coords for device in half.flat}) == 4 for half in halves)
+
+    @pytest.mark.parametrize(
+        ("asked", "why"),
+        [
+            ({"data": 1, "fsdp": -1}, "3 slices of 4 devices: only data goes over slices"),
+            ({"data": 4, "fsdp": 3}, "it must be a multiple of 3"),
+            ({"data": 1}, "must be 12"),
+        ],
+    )
+    def test_another_axis_over_slices_is_refused_with_meshes_that_fit(self, asked, why):
+        devices = [tpu(slice_index, x, y) for slice_index in range(3) for x in range(2) for y in range(2)]
+        with pytest.raises(ValueError, match=why) as error:
+            partition.make_mesh(**asked, devices=devices)
+        for suggestion in str(error.value).split("For instance: ")[1].split(" (-1")[0].split(" | "):
+            sizes = dict(entry.split("=") for entry in suggestion.split())
+            made = partition.make_mesh(**{a: int(size) for a, size in sizes.items()}, devices=devices)
+            assert made.shape["data"] % 3 == 0
+
+    def test_hosts_of_other_devices_are_no_slices(self):
+        devices = [dataclasses.replace(tpu(host, 0, y), platform="gpu") for host in (0, 1) for y in (0, 1)]
+        assert partition.num_slices(devices) == 1
+        assert list(partition.make_mesh(1, -1, 1, devices=devices).devices.flat) == devices
 
 
 class TestRules:
