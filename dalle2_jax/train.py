@@ -76,6 +76,7 @@ SETTINGS = (
 SETTINGS_SINCE = {"spike_sigma": 0.0}
 TOKENIZER_SETTINGS = ("path", "vocab_size", "context_length")
 MAX_BAD_STEPS = 8
+SAME_MOMENT = 1.0  # seconds
 FAILED = 2  # exit status of a run whose settings, data or disk do not allow it
 MEASURE_ROWS = 1024  # examples over which a trained stage measures itself
 TOKENIZER_RECORDS = 10_000  # spread over the dataset; a vocabulary needs no more
@@ -83,7 +84,8 @@ TOKENIZER_RECORDS = 10_000  # spread over the dataset; a vocabulary needs no mor
 
 class Interrupted:
     """Notes SIGTERM and SIGINT, so that the loop finishes its step and saves; a second signal ends the
-    process at once.
+    process at once. Signals within SAME_MOMENT are one: who stops a terminal's or a service's processes
+    signals all of them, and launchers pass theirs on.
 
     Python's own handlers wait for the program that XLA compiles or the devices run, which may be minutes. So
     a thread watches, which the signals reach through a pipe.
@@ -92,7 +94,7 @@ class Interrupted:
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self):
-        self.signal = None
+        self.signal, self._noted_at = None, math.nan
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._previous = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
@@ -104,9 +106,11 @@ class Interrupted:
         while number := os.read(self._pipe[0], 1)[0]:
             if number not in self.SIGNALS:
                 continue
+            if time.monotonic() - self._noted_at < SAME_MOMENT:
+                continue
             if self.signal is not None:
                 os._exit(128 + number)
-            self.signal = number
+            self.signal, self._noted_at = number, time.monotonic()
             name = signal.Signals(number).name
             logging.warning("%s: saving after this step (again to stop at once)", name)
 
