@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.manifests import JOBSET, SKYPILOT, XPK, unfit
+
 yaml = pytest.importorskip("yaml", reason="manifests are read with PyYAML")
 ROOT = Path(__file__).resolve().parents[1]
 PODS = ROOT / "launch" / "pods"
@@ -274,13 +276,41 @@ def test_a_cloud_that_does_not_answer_has_not_taken_the_slice_away(tmp_path, tim
 # Kubernetes
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "why"),
+    [
+        ("spec.failurePolicy.maxRestart", 3, "maxRestart is unknown"),
+        ("spec.failurePolicy.rules.0.action", "Fail", "action is 'Fail'"),
+        ("spec.replicatedJobs.0.replicas", "2", "replicas is '2'"),
+        (
+            "spec.replicatedJobs.0.template.spec.template.spec.restartPolicy",
+            "Always",
+            "restartPolicy is 'Always'",
+        ),
+        ("spec.replicatedJobs.0.template.spec.template.spec.containers", [], "containers is []"),
+        ("spec.replicatedJobs.0.template.spec.template.spec.nodeSelector", {"a": 4}, "nodeSelector.a is 4"),
+        ("metadata", {}, "metadata.name is missing"),
+        ("spec", [], "spec is []"),
+    ],
+)
+def test_a_wrong_manifest_is_found(path, value, why):
+    found = yaml.safe_load(bash("gke.sh", *NEEDED["gke.sh"], "--", *TRAINING).stdout)
+    assert unfit(found, JOBSET) == []
+    *outer, last = path.split(".")
+    place = found
+    for name in outer:
+        place = place[int(name) if name.isdigit() else name]
+    place[last] = value
+    (line,) = unfit(found, JOBSET)
+    assert why in line
+
+
 def test_the_jobset_is_what_its_definition_asks_for():
     """The fields of jobset.x-k8s.io/v1alpha2 and batch/v1 that matter here, in their places and types."""
     said = bash("gke.sh", *NEEDED["gke.sh"], "--slices=2", "--volume=shards", "--", *TRAINING)
     assert said.returncode == 0, said.stderr
     found = yaml.safe_load(said.stdout)
-    assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert found["spec"].keys() == {"failurePolicy", "replicatedJobs"}
+    assert unfit(found, JOBSET) == []
     (slices,) = found["spec"]["replicatedJobs"]
     job = slices["template"]["spec"]
     assert slices["replicas"] == 2 and job["parallelism"] == job["completions"] == 16
@@ -297,6 +327,7 @@ def test_the_jobset_is_what_its_definition_asks_for():
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4x4"
     (volume,) = pod["volumes"]
     assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/data"}]
+    assert pod["terminationGracePeriodSeconds"] == 600
     bare = yaml.safe_load(bash("gke.sh", *NEEDED["gke.sh"], "--", *TRAINING).stdout)
     assert "volumes" not in bare["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
 
@@ -313,6 +344,29 @@ def test_the_jobset_is_what_its_definition_asks_for():
 def test_a_jobset_that_cannot_be_is_refused(changes, part):
     said = bash("gke.sh", *NEEDED["gke.sh"], *changes, "--", *TRAINING)
     assert said.returncode == 2 and part in said.stderr and not said.stdout
+
+
+def test_xpk_gets_the_same_job(tmp_path):
+    """With its own options: ten minutes to save, and again after what may pass (127 and above of itself)."""
+    stand_in(tmp_path, "xpk", f'printf "%s\\0" "$@" > {tmp_path}/words')
+    settings = ["--name=n", "--image=r/i:tpu", "--xpk=c", "--type=v5p-128", "--slices=2", "--restarts=7"]
+    said = bash("gke.sh", *settings, "--", *TRAINING, path=tmp_path)
+    assert said.returncode == 0, said.stderr
+    workload, create, *options = (tmp_path / "words").read_text().split("\0")[:-1]
+    given = dict(option.removeprefix("--").split("=", 1) for option in options)
+    assert (workload, create) == ("workload", "create") and given.keys() <= XPK
+    start = ["bash", "launch/pods/job.sh", "python", "-m", "dalle2_jax.train"]
+    assert shell_words(given.pop("command")) == [*start, *TRAINING]
+    assert given == {
+        "cluster": "c",
+        "workload": "n",
+        "docker-image": "r/i:tpu",
+        "tpu-type": "v5p-128",
+        "num-slices": "2",
+        "max-restarts": "7",
+        "termination-grace-period-seconds": "600",
+        "restart-on-exit-codes": "1,4",
+    }
 
 
 def test_a_stopped_job_is_not_taken_for_finished(tmp_path):
@@ -411,8 +465,9 @@ status=0; for job in $(jobs -p); do wait "$job" || status=$?; done; exit "$statu
 
 def test_the_task_of_skypilot_is_whole():
     task = yaml.safe_load((PODS / "skypilot.yaml").read_text())
-    assert {"resources", "num_nodes", "setup", "run", "workdir", "envs"} <= task.keys()
-    program = task["run"].replace("bash launch/pods/host.sh", "printf '%s\\n'")
+    assert unfit(task, SKYPILOT) == []
+    assert unfit(task | {"numnodes": 1}, SKYPILOT) == [".numnodes is unknown"]
+    program = task["run"].replace("bash launch/pods/job.sh bash launch/pods/host.sh", "printf '%s\\n'")
     environment = dict(
         SKYPILOT_NUM_NODES="1", TRAIN="--config=a '--config.data.path=/x y'", PATH=os.environ["PATH"]
     )
@@ -428,6 +483,14 @@ def test_the_task_of_skypilot_is_whole():
         ["bash", "-c", task["run"]], env=environment | dict(TRAIN=""), capture_output=True
     )
     assert missing.returncode == 2
+
+
+def test_skypilot_recovers_a_run_that_was_stopped_and_saved(tmp_path):
+    task = yaml.safe_load((PODS / "skypilot.yaml").read_text())
+    environment = installed(tmp_path, SAVING) | dict(SKYPILOT_NUM_NODES="1", TRAIN="--config=a --workdir=b")
+    status, notes = stopped(["bash", "-c", task["run"]], tmp_path / "notes", **environment)
+    assert notes == "ready\nsaved\n"
+    assert status in task["resources"]["job_recovery"]["recover_on_exit_codes"]
 
 
 def test_the_images_hold_what_they_copy_and_install():
