@@ -13,6 +13,7 @@ inside, so the same rules (which look at the end of a path) shard the whole trai
 Everything runs under `jax.jit` with `NamedSharding`s; on one device all of this is the identity.
 """
 
+import collections
 import contextlib
 import hashlib
 import os
@@ -285,15 +286,16 @@ def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> N
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Turns this process's slice of a batch (numpy, axis 0: examples) into global arrays over (data, fsdp).
+    """Turns this process's rows of a batch (numpy, axis 0: examples) into global arrays over (data, fsdp).
 
-    With one process the slice is the batch. Returns without waiting for the copies to the devices.
+    With one process these are the batch; with several, the parts that `host_slice` says, one after the other.
+    Returns without waiting for the copies to the devices.
     """
-    sharding = batch_sharding(mesh)
+    sharding, mine = batch_sharding(mesh), host_slice(mesh)
     result = {}
     for name, value in batch.items():
         value = np.asarray(value)
-        rows = value.shape[0] * host_slice(mesh)["process_count"] if value.ndim else 0
+        rows = value.shape[0] * mine["num_parts"] // len(mine["parts"]) if value.ndim else 0
         check_batch_size(rows, mesh, f"rows of batch[{name!r}]")
         result[name] = jax.make_array_from_process_local_data(sharding, value)
     return result
@@ -305,23 +307,26 @@ def without_index(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def host_slice(mesh: Mesh) -> dict:
-    """Which part of each batch this process reads: `process_index` of `process_count` equal parts.
+    """Which rows of each batch this process reads: `parts`, ascending, of `num_parts` equal ones.
 
-    With `tensor` inside processes that is one part a process. Processes that share the axis `tensor` hold the
-    same examples and read the same part.
+    Where its devices lie decides: a host of TPUs has a square of the torus, in v5p:4x4x4 parts such as 0, 4,
+    16 and 20 of 64. Processes that share the axis `tensor` hold the same examples and read the same parts.
 
     Raises:
-      ValueError: the devices of this process hold parts of the batch that do not follow each other.
+      ValueError: processes have other numbers of parts, or share some of them and not all.
     """
-    shards = batch_shards(mesh)
-    placed = batch_sharding(mesh).addressable_devices_indices_map((shards,))
-    mine = sorted({rows[0].start or 0 for rows in placed.values()})
-    if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine) or shards % len(mine):
-        raise ValueError(
-            f"the mesh gives process {jax.process_index()} the parts {mine} of {shards} of a batch, which "
-            "are not one piece: let data * fsdp be a multiple of the number of processes"
-        )
-    return dict(process_index=mine[0] // len(mine), process_count=shards // len(mine))
+    shards, parts = batch_shards(mesh), collections.defaultdict(set)
+    for device, rows in batch_sharding(mesh).devices_indices_map((shards,)).items():
+        parts[device.process_index].add(rows[0].start or 0)
+    mine = parts[jax.process_index()]
+    for process, theirs in parts.items():
+        if len(theirs) != len(mine) or (theirs != mine and theirs & mine):
+            raise ValueError(
+                f"the mesh gives process {jax.process_index()} the parts {sorted(mine)} of {shards} of a "
+                f"batch and process {process} {sorted(theirs)}: all need as many, the same ones or others. "
+                "Let data * fsdp be a multiple of the number of processes"
+            )
+    return dict(parts=tuple(sorted(mine)), num_parts=shards)
 
 
 def gather_index(index: np.ndarray, mesh: Mesh) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Meshes, sharding rules and batches, on the 8 virtual CPU devices of conftest.py."""
 
+import collections
 import dataclasses
 import importlib
 import json
@@ -57,6 +58,12 @@ class Chip:
 
 def tpu(slice_index: int, x: int, y: int) -> Chip:
     return Chip(slice_index, (x, y, 0), 4 * slice_index + 2 * x + y)
+
+
+def of_torus(x: int, y: int, z: int) -> Chip:
+    """A chip of a slice of 4 x 4 x 4, whose hosts have 2 x 2 x 1."""
+    host = 4 * z + 2 * (y // 2) + x // 2
+    return Chip(0, (x, y, z), 16 * z + 4 * y + x, device_kind="TPU v5", process_index=host)
 
 
 class TestMesh:
@@ -247,6 +254,22 @@ class TestBatch:
 
     def test_record_numbers_stay_on_the_host(self):
         assert set(partition.without_index({"index": np.arange(8), "image": np.zeros(8)})) == {"image"}
+
+
+@pytest.mark.parametrize("sizes", [(1, 64, 1), (2, 32, 1), (4, 8, 2), (1, 8, 8)])
+def test_hosts_of_a_torus_read_every_part_of_a_batch(monkeypatch, sizes):
+    """The 16 hosts of 2 x 2 x 1 chips of a 4 x 4 x 4 slice: as many parts each, and together all of them."""
+    chips = [of_torus(x, y, z) for z in range(4) for y in range(4) for x in range(4)]
+    mesh = partition.make_mesh(*sizes, devices=chips)
+    read = []
+    for host in range(16):
+        monkeypatch.setattr(jax, "process_index", lambda n=host: n)
+        mine = partition.host_slice(mesh)
+        assert mine["num_parts"] == sizes[0] * sizes[1]
+        read.append(mine["parts"])
+    shards = sizes[0] * sizes[1]
+    assert collections.Counter(part for parts in set(read) for part in parts) == {i: 1 for i in range(shards)}
+    assert sizes != (1, 64, 1) or read[0] == (0, 4, 16, 20)
 
 
 class TestConstrain:
