@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from etils import epath
-from ml_collections import config_flags
 
 from dalle2_jax import flops, metrics, models, partition, train
+from dalle2_jax.commandline import define_config
 
 GIB = 2**30
 WARM_UP = 2
@@ -332,13 +332,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file, FILE.py[:preset]; override with --config.a.b=value.",
-        lock_config=False,
-        accept_new_attributes=True,
-    )
+    define_config()
     flags.DEFINE_integer("sample", None, "Draw so many examples at a time instead.", lower_bound=1)
     flags.DEFINE_integer("steps", 10, "How many steps are measured.", lower_bound=3)
     flags.DEFINE_string("json", None, "Also write the report there.")

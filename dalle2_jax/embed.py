@@ -24,9 +24,9 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import config_flags
 
 from dalle2_jax import hub, metrics, modeldir, models, partition, processes, train
+from dalle2_jax.commandline import define_config
 from dalle2_jax.data import embeddings
 from dalle2_jax.data.records import BadRecord
 
@@ -256,13 +256,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file whose data is embedded; override with --config.data.path=... and the like.",
-        lock_config=False,
-        accept_new_attributes=True,
-    )
+    define_config("Config file whose data is embedded; override with --config.data.path=... and the like.")
     flags.DEFINE_string("clip", None, "Workdir or model directory of the trained CLIP.")
     flags.DEFINE_string("out", None, "Where the embeddings go; an interrupted pass goes on there.")
     flags.DEFINE_list("splits", None, "Splits to embed; default: data.split and data.eval_split.")

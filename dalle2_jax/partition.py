@@ -13,6 +13,7 @@ inside, so the same rules (which look at the end of a path) shard the whole trai
 Everything runs under `jax.jit` with `NamedSharding`s; on one device all of this is the identity.
 """
 
+import collections
 import contextlib
 import ctypes
 import hashlib
@@ -26,6 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -138,8 +140,12 @@ def _cpu_fingerprint() -> str:
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
     """Returns a mesh of all devices (or of `devices`), axes data, fsdp, tensor; one may be -1: the rest.
 
+    Over several slices of TPUs goes `data` alone, whose axis then has the slices one after the other: it
+    needs the network between them for one sum of gradients a step.
+
     Raises:
-      ValueError: when the sizes do not multiply to the number of devices; the message lists what would fit.
+      ValueError: when the sizes do not multiply to the number of devices, or `data` is no multiple of the
+        slices; the message lists what would fit.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -150,18 +156,35 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     if len(free) > 1:
         raise ValueError(f"mesh ({asked}): only one axis may be -1, here {' and '.join(free)} are")
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    count = len(devices)
+    count, slices = len(devices), num_slices(devices)
     if count % fixed or (not free and fixed != count):
         raise ValueError(
-            f"mesh ({asked}) does not fit the {count} {devices[0].platform} device(s) here: "
-            f"data * fsdp * tensor must be {count}. For instance: {_fitting(sizes, count)} (-1: the rest)"
+            f"mesh ({asked}) does not fit the {count} {devices[0].platform} device(s) here: data * fsdp * "
+            f"tensor must be {count}. For instance: {_fitting(sizes, count, slices)} (-1: the rest)"
         )
     if free:
         sizes[free[0]] = count // fixed
     if devices[0].platform == "cpu":
         _keep_freed_memory()
-    shape = tuple(sizes[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if sizes["data"] % slices:
+        raise ValueError(
+            f"mesh ({asked}) does not fit {slices} slices of {count // slices} devices: only data goes over "
+            f"slices, so it must be a multiple of {slices}. For instance: {_fitting(sizes, count, slices)}"
+        )
+    shape = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])  # of a slice
+    if slices > 1:
+        over = slices, 1, 1
+        arranged = mesh_utils.create_hybrid_device_mesh(shape, over, devices, allow_split_physical_axes=True)
+    else:
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def num_slices(devices: list) -> int:
+    """Into how many slices, with their own links inside, these devices fall; 1 for all but TPUs."""
+    if devices[0].platform != "tpu":  # a GPU's slice_index tells machines apart
+        return 1
+    return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def local_mesh() -> Mesh:
@@ -186,9 +209,10 @@ def _keep_freed_memory() -> None:
             libc.mallopt(ctypes.c_int(parameter), ctypes.c_int(value))
 
 
-def _fitting(sizes: Mapping[str, int], count: int) -> str:
-    divisors = [n for n in range(1, count + 1) if count % n == 0]
-    meshes = [(count // (f * t), f, t) for f in divisors for t in divisors if count % (f * t) == 0]
+def _fitting(sizes: Mapping[str, int], count: int, slices: int) -> str:
+    each = count // slices
+    divisors = [n for n in range(1, each + 1) if each % n == 0]
+    meshes = [(count // (f * t), f, t) for f in divisors for t in divisors if each % (f * t) == 0]
     wish = [count if sizes[axis] == -1 else sizes[axis] for axis in AXES]
     meshes.sort(key=lambda mesh: sum(abs(np.log2(a / b)) for a, b in zip(mesh, wish, strict=True)))
     return " | ".join(f"data={d} fsdp={f} tensor={t}" for d, f, t in meshes[:4])
@@ -308,15 +332,16 @@ def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> N
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Turns this process's slice of a batch (numpy, axis 0: examples) into global arrays over (data, fsdp).
+    """Turns this process's rows of a batch (numpy, axis 0: examples) into global arrays over (data, fsdp).
 
-    With one process the slice is the batch. Returns without waiting for the copies to the devices.
+    With one process these are the batch; with several, the parts that `host_slice` says, one after the other.
+    Returns without waiting for the copies to the devices.
     """
-    sharding = batch_sharding(mesh)
+    sharding, mine = batch_sharding(mesh), host_slice(mesh)
     result = {}
     for name, value in batch.items():
         value = np.asarray(value)
-        rows = value.shape[0] * host_slice(mesh)["process_count"] if value.ndim else 0
+        rows = value.shape[0] * mine["num_parts"] // len(mine["parts"]) if value.ndim else 0
         check_batch_size(rows, mesh, f"rows of batch[{name!r}]")
         result[name] = jax.make_array_from_process_local_data(sharding, value)
     return result
@@ -328,23 +353,26 @@ def without_index(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def host_slice(mesh: Mesh) -> dict:
-    """Which part of each batch this process reads: `process_index` of `process_count` equal parts.
+    """Which rows of each batch this process reads: `parts`, ascending, of `num_parts` equal ones.
 
-    With `tensor` inside processes that is one part a process. Processes that share the axis `tensor` hold the
-    same examples and read the same part.
+    Where its devices lie decides: a host of TPUs has a square of the torus, in v5p:4x4x4 parts such as 0, 4,
+    16 and 20 of 64. Processes that share the axis `tensor` hold the same examples and read the same parts.
 
     Raises:
-      ValueError: the devices of this process hold parts of the batch that do not follow each other.
+      ValueError: processes have other numbers of parts, or share some of them and not all.
     """
-    shards = batch_shards(mesh)
-    placed = batch_sharding(mesh).addressable_devices_indices_map((shards,))
-    mine = sorted({rows[0].start or 0 for rows in placed.values()})
-    if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine) or shards % len(mine):
-        raise ValueError(
-            f"the mesh gives process {jax.process_index()} the parts {mine} of {shards} of a batch, which "
-            "are not one piece: let data * fsdp be a multiple of the number of processes"
-        )
-    return dict(process_index=mine[0] // len(mine), process_count=shards // len(mine))
+    shards, parts = batch_shards(mesh), collections.defaultdict(set)
+    for device, rows in batch_sharding(mesh).devices_indices_map((shards,)).items():
+        parts[device.process_index].add(rows[0].start or 0)
+    mine = parts[jax.process_index()]
+    for process, theirs in parts.items():
+        if len(theirs) != len(mine) or (theirs != mine and theirs & mine):
+            raise ValueError(
+                f"the mesh gives process {jax.process_index()} the parts {sorted(mine)} of {shards} of a "
+                f"batch and process {process} {sorted(theirs)}: all need as many, the same ones or others. "
+                "Let data * fsdp be a multiple of the number of processes"
+            )
+    return dict(parts=tuple(sorted(mine)), num_parts=shards)
 
 
 def gather_index(index: np.ndarray, mesh: Mesh) -> np.ndarray:

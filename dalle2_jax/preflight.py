@@ -17,69 +17,38 @@ extremes, links that run wholly beside the computation and links that hold it up
 stage compiles for minutes (docs/scaling.md).
 """
 
-import collections
-import contextlib
+import copy
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
-import os
+import operator
 import re
 import runpy
 import sys
 import time
+from collections.abc import Iterable, Mapping
 
 import jax
 from absl import app, flags
 from etils import epath
-from ml_collections import config_flags
 
-from dalle2_jax import flops, metrics, models, partition, train
-
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """memory: bytes. link_bandwidth: bytes/s that a chip sends over all of its links; as many come in.
-    clock: Hz. axes: of the torus that slices are cut from."""
-
-    memory: float
-    link_bandwidth: float
-    clock: float
-    axes: int
-
-
-# Google's pages on the versions of Cloud TPU; link bandwidths there are for both directions together. The
-# clock is the bfloat16 peak (metrics.PEAK_FLOPS) over two FLOPs for each cell of the chip's matrix units: 8
-# of 128 x 128 (v4, v5p), 4 of 128 x 128 (v5e), 4 of 256 x 256 (v6e).
-CHIPS = {
-    "v4": Chip(32 * GIB, 300e9, 1.05e9, axes=3),
-    "v5e": Chip(16 * GIB, 200e9, 1.50e9, axes=2),
-    "v5p": Chip(95 * GIB, 600e9, 1.75e9, axes=3),
-    "v6e": Chip(32 * GIB, 400e9, 1.75e9, axes=2),
-}
-COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-_BYTES = dict(pred=1, s4=0.5, u4=0.5, bf16=2, f16=2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """Operations of one kind in a step: how many, and bytes that each chip sends for them."""
-
-    count: int
-    bytes: float
+from dalle2_jax import chips, flops, hlo, metrics, models, partition, train
+from dalle2_jax.chips import GIB
+from dalle2_jax.commandline import define_config
+from dalle2_jax.nets import layers
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a compiled program is expected to need.
+    """What a compiled program, or one that the compiler refused, is expected to need.
 
     Attributes:
       program, chips, device, mesh, batch_size: of what, on what.
       parameters: numbers of the stage.
       arguments, outputs, temporaries, aliased, code: bytes a chip; aliased ones are both argument and output.
+        Where the compiler refused, temporaries are all that it says to need besides arguments, None if it
+        does not say.
       memory: bytes a chip has, None where that is not known.
       model_flops: of the whole step over all chips, as `flops` counts.
       compiler_flops: a chip's, with recomputations, as the cost analysis counts.
@@ -87,6 +56,8 @@ class Report:
       as the compiler has no number for them. optimal_seconds: the cost analysis's.
       peak: FLOP/s of a chip in bfloat16. collectives: by kind. link_seconds: they need on the links.
       compile_seconds: how long compiling took here.
+      refusal: what the compiler said where it refused the program, as it needs more memory than a chip has.
+      advice: what to change, a sentence each.
     """
 
     program: str
@@ -96,25 +67,36 @@ class Report:
     batch_size: int
     parameters: int
     arguments: int
-    outputs: int
-    temporaries: int
-    aliased: int
-    code: int
     memory: float | None
     model_flops: int
-    compiler_flops: float
-    seconds: float | None
-    untold: int
-    optimal_seconds: float | None
     peak: float | None
-    collectives: dict[str, Collective]
-    link_seconds: float | None
-    compile_seconds: float
+    outputs: int = 0
+    temporaries: int | None = None
+    aliased: int = 0
+    code: int = 0
+    compiler_flops: float = 0.0
+    seconds: float | None = None
+    untold: int = 0
+    optimal_seconds: float | None = None
+    collectives: dict[str, hlo.Collective] = dataclasses.field(default_factory=dict)
+    link_seconds: float | None = None
+    compile_seconds: float = 0.0
+    refusal: str = ""
+    advice: tuple[str, ...] = ()
 
     @property
-    def total(self) -> int:
-        """Bytes a chip needs."""
+    def total(self) -> int | None:
+        """Bytes a chip needs, None where the compiler refused and did not say."""
+        if self.temporaries is None:
+            return None
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a chip has that memory; None where it is not known how much one has."""
+        if self.refusal:
+            return False
+        return None if self.memory is None else self.total <= self.memory
 
     def utilisation(self, link_seconds: float = 0.0) -> float | None:
         """Share of the chips' peak that the model's FLOPs are, with so many seconds added to the estimate."""
@@ -122,48 +104,27 @@ class Report:
             return None
         return self.model_flops / self.chips / self.peak / (self.seconds + link_seconds)
 
-    def advice(self) -> list[str]:
-        """What to change, a sentence each; nothing where it fits and computes more than it waits."""
-        said = []
-        if self.memory is not None and self.total > self.memory:
-            state, rest = self.arguments, self.temporaries
-            if state > rest and self.mesh["fsdp"] * self.mesh["tensor"] < self.chips:
-                said.append(
-                    "the state takes most: split it further with --config.mesh.data=1 --config.mesh.fsdp=-1"
-                )
-            elif state > rest:
-                said.append("the state takes most, and is split over every chip: take a larger topology")
-            else:
-                each = self.batch_size // (self.mesh["data"] * self.mesh["fsdp"])
-                said.append(
-                    f"activations take most, of {each} examples a chip: --config.model.remat=all, or "
-                    "--config.grad_accum=2, or a larger topology"
-                )
-        if self.link_seconds and self.seconds and self.link_seconds > self.seconds:
-            said.append(
-                "the links take longer than the arithmetic: more examples a chip (a smaller topology), or "
-                "less sharding (--config.mesh.data above 1)"
-            )
-        return said
-
     def lines(self) -> list[str]:
         """The report as lines of text."""
 
         def share(value):
             return "unknown" if value is None else f"{value:.1%}"
 
+        def gib(size):
+            return "?" if size is None else f"{size / GIB:.2f}"
+
         mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
-        took = metrics.show_duration(self.compile_seconds)
-        held = dict(a=self.arguments, b=self.aliased, c=self.temporaries)
-        held = {name: f"{size / GIB:.2f}" for name, size in held.items()}
+        ended = (
+            f"{'refused' if self.refusal else 'compiled'} in {metrics.show_duration(self.compile_seconds)}"
+        )
         fits = ""
         if self.memory is not None:
-            fits = f" of {self.memory / GIB:.0f}: {'fits' if self.total <= self.memory else 'DOES NOT FIT'}"
+            fits = f" of {self.memory / GIB:.4g}: {'fits' if self.fits else 'DOES NOT FIT'}"
         said = [
             f"{self.program}: {self.parameters / 1e9:.3f}B parameters, batch {self.batch_size} on "
-            f"{self.chips} x {self.device} ({mesh}), compiled in {took}",
-            f"  memory a chip    {self.total / GIB:8.2f} GiB{fits} (arguments {held['a']}, "
-            f"of which {held['b']} are reused for outputs, temporaries {held['c']})",
+            f"{self.chips} x {self.device} ({mesh}), {ended}",
+            f"  memory a chip    {gib(self.total):>8} GiB{fits} (arguments {gib(self.arguments)}, of which "
+            f"{gib(self.aliased)} are reused for outputs, temporaries {gib(self.temporaries)})",
             f"  arithmetic       {self.model_flops / self.chips / 1e12:8.2f} TFLOP a chip and step, "
             "recomputations left out",
         ]
@@ -182,164 +143,139 @@ class Report:
             said.append(f"  left out         {self.untold:6} operations, of which the compiler knows no time")
         if self.optimal_seconds:
             said.append(f"  cost analysis    {self.optimal_seconds * 1e3:8.1f} ms")
-        return said + [f"  ! {sentence}" for sentence in self.advice()]
+        if self.refusal:
+            said.append(f"  the compiler     {self.refusal}")
+        return said + [f"  ! {sentence}" for sentence in self.advice]
 
     def to_json(self) -> str:
         """All of it."""
-        derived = dict(total=self.total, utilisation=self.utilisation(), advice=self.advice())
+        derived = dict(total=self.total, fits=self.fits, utilisation=self.utilisation())
         derived["utilisation_with_links"] = self.utilisation(self.link_seconds or 0.0)
         return json.dumps(dataclasses.asdict(self) | derived, indent=2) + "\n"
 
 
-def topology_devices(name: str) -> list:
-    """The devices of a described slice such as 'v5p:4x4x4'; nothing of it needs to exist.
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is looked at: a config (plain JSON types), a described slice (None: the devices of this machine),
+    how many examples are drawn (None: a training step)."""
 
-    Raises ValueError for a name that is none, and where libtpu is not installed.
+    config: dict
+    topology: str | None = None
+    sample: int | None = None
+
+    def checked(self):
+        """(mesh, stage). Raises ValueError for settings that cannot go together; nothing is compiled."""
+        devices = chips.topology_devices(self.topology) if self.topology else jax.devices()
+        train.check_names(self.config)
+        mesh = partition.make_mesh(**self.config["mesh"], devices=devices)
+        stage = models.build_stage(self.config)
+        if self.sample is None:
+            train.check_settings(self.config, stage, mesh)
+        elif not hasattr(stage, "sample"):
+            raise ValueError(f"stage {self.config['stage']!r} does not draw: leave --sample out")
+        else:
+            partition.check_batch_size(self.sample, mesh, "--sample")
+        return mesh, stage
+
+    def changed(self, settings: Mapping[str, object]) -> "Asked":
+        """The same with these flags, such as {'config.mesh.data': 1, 'topology': 'v5p:4x4x8'}."""
+        config, own = copy.deepcopy(self.config), {}
+        for name, value in settings.items():
+            first, *inner = name.split(".")
+            if inner:
+                functools.reduce(operator.getitem, inner[:-1], config)[inner[-1]] = value
+            else:
+                own[first] = value
+        return dataclasses.replace(self, config=config, **own)
+
+    def first_accepted(self, alternatives: Iterable[Mapping[str, object]]) -> str:
+        """The first of the settings that would not be refused, as flags; '' if all would be."""
+        for settings in alternatives:
+            try:
+                self.changed(settings).checked()
+            except ValueError:
+                continue
+            return " ".join(f"--{name}={value}" for name, value in settings.items())
+        return ""
+
+
+def advise(report: Report, asked: Asked, slices: int = 1) -> tuple[str, ...]:
+    """What to change, a sentence each: flags that would be accepted, `or` between them. Nothing where a
+    program fits and computes longer than its links need. slices: of the devices.
     """
-    version, _, shape = name.partition(":")
-    sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
-    # The compiler of TPUs ends the process for a slice with a wrong number of axes.
-    if version not in CHIPS or len(sizes) != CHIPS[version].axes or not all(sizes):
-        raise ValueError(
-            f"--topology={name!r} must be a version and its slice, such as v5p:4x4x4 or v5e:8x8; versions "
-            f"are {', '.join(f'{version} ({chip.axes} axes)' for version, chip in CHIPS.items())}"
-        )
-    if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
-        raise ValueError("compiling for TPUs needs libtpu: pip install 'dalle2_jax[tpu]'")
-    # Not to ask the metadata server of a cloud that this machine is not in, nor for a lock on a chip.
-    for variable, value in dict(
-        TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost"
-    ).items():
-        os.environ.setdefault(variable, value)
-    from jax.experimental import topologies
-
-    try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except Exception as error:  # RuntimeError, JaxRuntimeError or ValueError, by what is missing
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--topology={name!r} is not possible: {first}. Slices of {version} are whole hosts, such as "
-            f"{'2x2x1, 2x2x4, 4x4x4, 4x4x8' if CHIPS[version].axes == 3 else '2x2, 4x4, 4x8, 8x8, 16x16'}"
-        ) from error
-    return list(described.devices)
+    if report.fits is False:
+        why, offers = (_offers_drawing if asked.sample else _offers_training)(report, asked, slices)
+    elif asked.sample is None and (report.link_seconds or 0) > (report.seconds or math.inf):
+        why, offers = "the links take longer than the arithmetic", _offers_links(report, asked)
+    else:
+        return ()
+    found = [flag for flag in map(asked.first_accepted, offers) if flag]
+    if found or report.fits is not False:
+        return (": ".join([why, *([" or ".join(found)] if found else [])]),)
+    return (f"{why}, and no setting helps: take chips with more memory, or more of them",)
 
 
-def collectives(program: str) -> dict[str, Collective]:
-    """What a compiled program, its HLO text, sends, by kind, largest first.
-
-    Bytes that a chip sends for an operation with result R in a group of g: all-gather R (g - 1) / g,
-    reduce-scatter R (g - 1), all-reduce 2 R (g - 1) / g (rings), all-to-all R (g - 1) / g, permute R. An
-    all-reduce of which a fusion keeps a part is a reduce-scatter. What lies in a loop counts as often as the
-    compiler says that it runs.
-    """
-    times = _trip_counts(program)
-    counts, sent = collections.Counter(), collections.Counter()
-    pattern = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
-    computation = ""
-    for line in program.splitlines():
-        header = _COMPUTATION.match(line)
-        if header:
-            computation = header[1]
-        found = pattern.match(line)
-        if not found:
-            continue
-        shape, kind, started = found.groups()
-        group = _group_size(line)
-        if group == 1 and kind != "collective-permute":
-            continue
-        results = _sizes(shape)
-        # The asynchronous form returns (operands, results, ...): what is sent is in the largest of them.
-        size = max(results) if started else sum(results)
-        if kind == "all-reduce" and "all-reduce-scatter" in computation:
-            kind, size = "reduce-scatter", size / group
-        factor = {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1, "collective-permute": 1}
-        if kind == "reduce-scatter" and started:
-            size /= group
-        repeated = times.get(computation, 1)
-        counts[kind] += repeated
-        sent[kind] += repeated * size * factor.get(kind, (group - 1) / group)
-    return {kind: Collective(counts[kind], sent[kind]) for kind, _ in sent.most_common()}
+def _offers_training(report: Report, asked: Asked, slices: int):
+    """(why a step does not fit, lists of settings of which the first that is accepted is offered)."""
+    config, mesh = asked.config, report.mesh
+    whole = {"config.mesh.data": slices, "config.mesh.fsdp": -1}
+    twice = {"config.mesh.tensor": 2 * mesh["tensor"]}
+    larger = {"topology": chips.resized(asked.topology, larger=True)} if asked.topology else {}
+    more_chips = [larger, larger | whole, larger | whole | twice] if larger else []
+    if report.temporaries is not None and report.arguments > report.temporaries:
+        if mesh["data"] > slices:
+            return "the state takes most, and `data` repeats it", [[whole]]
+        return "the state takes most, and is split over every chip", [more_chips]
+    size, accum = config["batch_size"], config["grad_accum"]
+    each = size // accum // (mesh["data"] * mesh["fsdp"])
+    remat = config["model"].get("remat", "none")
+    remat = {True: "all", False: "none"}.get(remat, remat)
+    stronger = layers.REMAT[layers.REMAT.index(remat) + 1 :] if remat in layers.REMAT else ()
+    offers = [[{"config.model.remat": what}] for what in stronger]
+    offers.append([{"config.grad_accum": n} for n in range(accum + 1, size + 1) if size % n == 0])
+    if each == 1:  # an example can only be split inside its layers
+        offers.append([whole | twice | {"config.grad_accum": 2 * accum}])
+    return f"activations take most, of {each} examples a chip", [*offers, more_chips]
 
 
-def scheduled_cycles(program: str) -> tuple[int, int]:
-    """(cycles that the compiler estimates for the operations of a compiled program, its HLO text, one after
-    the other; how many operations it gives a number that cannot be one, 2^64 - 1 and the like: left out).
-
-    0 where it says nothing. Operations over the links have no estimate. Loops as in `collectives`."""
-    times, computation, total, untold = _trip_counts(program), "", 0, 0
-    for line in program.splitlines():
-        header = _COMPUTATION.match(line)
-        if header:
-            computation = header[1]
-            continue
-        estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-        if estimate and int(estimate[1]) >= _CYCLES_OF_NOTHING:
-            untold += times.get(computation, 1)
-        elif estimate:
-            total += int(estimate[1]) * times.get(computation, 1)
-    return total, untold
-
-
-_CYCLES_OF_NOTHING = 1 << 48  # of one operation: two days
+def _offers_drawing(report: Report, asked: Asked, slices: int):
+    """As `_offers_training`; parameters are whole on every chip, so neither mesh nor more chips help."""
+    needed = report.memory if report.total is None else report.total
+    one_each = {"config.mesh.data": -1, "config.mesh.fsdp": 1, "config.mesh.tensor": 1}
+    roomier = []
+    for version, chip in sorted(chips.CHIPS.items(), key=lambda item: item[1].memory):
+        if asked.topology and chip.memory > needed:
+            name = f"{version}:{'2x2x1' if chip.axes == 3 else '2x2'}"
+            roomier += [{"topology": name}, {"topology": name} | one_each]
+    if report.temporaries is not None and report.arguments > report.temporaries:
+        return "the parameters take most, and every chip has all of them", [roomier]
+    shards = report.mesh["data"] * report.mesh["fsdp"]
+    each = asked.sample // shards
+    offers = [[{"sample": shards * (each // 2)}]] if each > 1 else []
+    if asked.config["model"].get("dtype", "float32") == "float32":
+        offers.append([{"config.model.dtype": "bfloat16"}])
+    return f"activations take most, of {each} examples a chip", [*offers, roomier]
 
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+def _offers_links(report: Report, asked: Asked):
+    """Lists of settings with which fewer bytes go over the links, as far as there is memory for them."""
+    room = math.inf if report.memory is None else report.memory - report.total
+    offers = []
+    if report.arguments <= room:
+        offers.append([{"config.mesh.data": 2 * report.mesh["data"], "config.mesh.fsdp": -1}])
+    if asked.topology and report.total <= room:
+        offers.append([{"topology": chips.resized(asked.topology, larger=False)}])
+    return offers
 
 
-def _trip_counts(program: str) -> dict[str, int]:
-    """Name of a computation -> how often it runs, of those in loops of known length and of what they call."""
-    calls, bounds, computation = collections.defaultdict(list), collections.defaultdict(list), ""
-    for line in program.splitlines():
-        header = _COMPUTATION.match(line)
-        if header:
-            computation = header[1]
-            continue
-        bound = re.search(r" = [su]32\[\]\S* constant\((\d+)\)", line)
-        if bound:
-            bounds[computation].append(int(bound[1]))
-        called = re.findall(r"(?:body|condition|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line)
-        length = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        condition = re.search(r"condition=%?([\w.\-]+)", line)
-        for name in called:
-            known = int(length[1]) if length else None
-            calls[computation].append((name, known, condition[1] if condition else None))
-    times: dict[str, int] = {}
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A lowered program, the model's FLOPs in it, numbers of parameters, bytes a chip of its arguments."""
 
-    def visit(name: str, factor: int):
-        for inner, length, condition in calls.get(name, ()):
-            if condition is None:
-                length = 1
-            elif length is None:  # a counter from 0 is compared with the one number of the condition
-                length = bounds[condition][0] if len(bounds[condition]) == 1 else 1
-            if factor * length > times.get(inner, 0):
-                times[inner] = factor * length
-                visit(inner, factor * length)
-
-    entry = re.search(r"^ENTRY %?([\w.\-]+)", program, re.M)
-    visit(entry[1] if entry else "", 1)
-    return times
-
-
-def _sizes(shape: str) -> list[float]:
-    """Bytes of the arrays in an HLO shape, '(bf16[2,3]{1,0}, f32[])'."""
-    found = []
-    for kind, axes in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", shape):
-        width = _BYTES.get(kind) or int(re.search(r"\d+", kind)[0]) / 8
-        found.append(width * math.prod(int(n) for n in axes.split(",") if n))
-    return found or [0.0]
-
-
-def _group_size(line: str) -> int:
-    """Chips that take part in one collective of this line."""
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{}]*\{([^}]*)\}", line)
-    if named:
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line)
-    if iota:
-        return int(iota[2])
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    return len(listed[1].split(",")) if listed else 1
+    lowered: jax.stages.Lowered
+    flops: int
+    parameters: int
+    arguments: int
 
 
 def _abstract(spec: dict, sharding) -> dict:
@@ -360,8 +296,8 @@ def _frozen_clip(path: str | None, stage, mesh) -> tuple[models.FrozenClip | Non
     return models.FrozenClip(clip), params
 
 
-def lower_step(config: dict, stage, mesh, clip_config: str | None = None):
-    """(the lowered training step of `config`, FLOPs of the model in it, number of parameters)."""
+def lower_step(config: dict, stage, mesh, clip_config: str | None = None) -> Program:
+    """The training step of `config`."""
     plan = train.make_plan(config, stage, mesh)
     clip, frozen = _frozen_clip(clip_config, stage, mesh)
     spec, fill = dict(stage.batch_spec(config["batch_size"])), lambda params, batch: batch
@@ -378,14 +314,13 @@ def lower_step(config: dict, stage, mesh, clip_config: str | None = None):
     batch = _abstract(spec, partition.batch_sharding(mesh))
     with partition.use_mesh(mesh):
         lowered = train.jit_step(config, stage, plan, fill, mesh).lower(plan.abstract, batch, frozen)
-    return lowered, arithmetic, _parameters(plan.abstract.params)
+    return Program(
+        lowered, arithmetic, _parameters(plan.abstract.params), _held((plan.abstract, batch, frozen))
+    )
 
 
-def lower_sampler(config: dict, stage, mesh, count: int):
-    """The same of the program that draws `count` examples with parameters whole on every chip."""
-    if not hasattr(stage, "sample"):
-        raise ValueError(f"stage {config['stage']!r} does not draw: leave --sample out")
-    partition.check_batch_size(count, mesh, "--sample")
+def lower_sampler(stage, mesh, count: int) -> Program:
+    """Drawing `count` examples with parameters whole on every chip, as `generate` has them."""
     params = models.abstract_params(stage)
     whole, rows = partition.replicated(mesh), partition.batch_sharding(mesh)
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
@@ -393,12 +328,19 @@ def lower_sampler(config: dict, stage, mesh, count: int):
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows)
     batch = _abstract(stage.batch_spec(count), rows)
     with partition.use_mesh(mesh):
-        lowered = jax.jit(stage.sample).lower(placed, keys, batch)
-    return lowered, flops.count(stage.sample, placed, keys, batch), _parameters(params)
+        lowered = jax.jit(stage.sample, out_shardings=rows).lower(placed, keys, batch)
+    arithmetic = flops.count(stage.sample, placed, keys, batch)
+    return Program(lowered, arithmetic, _parameters(params), _held((placed, keys, batch)))
 
 
 def _parameters(tree) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def _held(tree) -> int:
+    """Bytes of a tree of ShapeDtypeStructs on each chip."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def inspect(
@@ -407,78 +349,87 @@ def inspect(
     *,
     clip_config: str | None = None,
     sample: int | None = None,
-    hlo: str | None = None,
+    hlo_path: str | None = None,
 ) -> Report:
     """Compile the training step of `config` (plain JSON types), or its sampler for `sample` examples.
 
-    topology: see `topology_devices`; None: the devices of this machine. hlo: a file for the compiled
-    program's text.
+    topology: see `chips.topology_devices`; None: the devices of this machine. hlo_path: a file for the
+    compiled program's text.
 
-    Raises ValueError for settings that do not fit together, before anything is compiled, and for a program
-    that the compiler refuses because it needs more memory than a chip has.
+    Raises ValueError for settings that do not fit together, before anything is compiled.
     """
-    devices = topology_devices(topology) if topology else jax.devices()
-    train.check_names(config)
-    mesh = partition.make_mesh(**config["mesh"], devices=devices)
-    stage = models.build_stage(config)
-    if sample:
-        lowered, arithmetic, parameters = lower_sampler(config, stage, mesh, sample)
+    asked = Asked(config, topology, sample)
+    mesh, stage = asked.checked()
+    if sample is None:
+        program = lower_step(config, stage, mesh, clip_config)
     else:
-        train.check_settings(config, stage, mesh)
-        lowered, arithmetic, parameters = lower_step(config, stage, mesh, clip_config)
-    began = time.monotonic()
-    try:
-        compiled = lowered.compile(compiler_options=partition.compiler_options(mesh=mesh))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ValueError(
-            "the program needs more memory than a chip has: --config.model.remat=all, "
-            "--config.grad_accum=2, more chips, or --config.mesh.data=1 --config.mesh.fsdp=-1. The compiler "
-            f"says:\n{_head(str(error))}"
-        ) from None
-    seconds = time.monotonic() - began
-    needs, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    chip = CHIPS.get((topology or "").partition(":")[0])
-    text = compiled.as_text()
-    if hlo:
-        epath.Path(hlo).write_text(text)
-    moved, (cycles, untold) = collectives(text), scheduled_cycles(text)
-    optimal = costs.get("optimal_seconds", 0.0)
-    links = chip and sum(one.bytes for one in moved.values()) / chip.link_bandwidth
-    return Report(
-        program=f"{config['stage']}, {'drawing' if sample else 'a training step'}",
+        program = lower_sampler(stage, mesh, sample)
+    devices = list(mesh.devices.flat)
+    report = Report(
+        program=f"{config['stage']}, {'a training step' if sample is None else 'drawing'}",
         chips=len(devices),
         device=devices[0].device_kind,
         mesh=dict(mesh.shape),
-        batch_size=sample or config["batch_size"],
-        parameters=parameters,
+        batch_size=config["batch_size"] if sample is None else sample,
+        parameters=program.parameters,
+        arguments=program.arguments,
+        memory=chips.memory_of(devices[0]),
+        model_flops=program.flops,
+        peak=metrics.peak_flops(devices[0].device_kind),
+    )
+    began = time.monotonic()
+    try:
+        compiled, refusal = program.lowered.compile(partition.compiler_options(mesh=mesh)), ""
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        compiled, refusal = None, str(error)
+    report = dataclasses.replace(report, compile_seconds=time.monotonic() - began)
+    if compiled is None:
+        report = _refused(report, refusal)
+    else:
+        text = compiled.as_text()
+        if hlo_path:
+            epath.Path(hlo_path).write_text(text)
+        report = _told(report, compiled, text, chips.chip_of(devices[0]))
+    return dataclasses.replace(report, advice=advise(report, asked, partition.num_slices(devices)))
+
+
+def _told(report: Report, compiled, text: str, chip: chips.Chip | None) -> Report:
+    """`report` with what a compiled program, whose text is given, says of itself."""
+    needs, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    moved, (cycles, untold) = hlo.collectives(text), hlo.scheduled_cycles(text)
+    optimal = costs.get("optimal_seconds", 0.0)
+    return dataclasses.replace(
+        report,
         arguments=needs.argument_size_in_bytes,
         outputs=needs.output_size_in_bytes,
         temporaries=needs.temp_size_in_bytes,
         aliased=needs.alias_size_in_bytes,
         code=needs.generated_code_size_in_bytes,
-        memory=chip.memory if chip else _device_memory(devices[0]),
-        model_flops=arithmetic,
         compiler_flops=costs.get("flops", 0.0),
         seconds=cycles / chip.clock if chip and cycles else None,
         untold=untold,
         optimal_seconds=optimal if chip and optimal > 0 else None,  # below 0: the compiler does not know
-        peak=metrics.peak_flops(devices[0].device_kind),
         collectives=moved,
-        link_seconds=links,
-        compile_seconds=seconds,
+        link_seconds=chip and sum(one.bytes for one in moved.values()) / chip.link_bandwidth,
     )
 
 
-def _head(text: str, lines: int = 12) -> str:
-    return "\n".join(line[:200] for line in text.strip().splitlines()[:lines])
-
-
-def _device_memory(device) -> float | None:
-    with contextlib.suppress(Exception):  # not every platform tells
-        return (device.memory_stats() or {}).get("bytes_limit")
-    return None
+def _refused(report: Report, message: str) -> Report:
+    """`report` with the numbers of a message of the compiler: '... (572.00G) exceeds available HBM
+    (15.75G)' or 'Used 24.13G of 15.75G hbm'."""
+    size = r"\(?([\d.]+)([KMGT]?)\)?"
+    stated = re.search(rf"{size} exceeds available \w+ {size}|[Uu]sed {size} of {size}", message)
+    refusal = re.sub(r"^.*?RESOURCE_EXHAUSTED:\s*", "", message.strip(), flags=re.S).splitlines()
+    report = dataclasses.replace(report, refusal=refusal[0][:300] if refusal else "RESOURCE_EXHAUSTED")
+    if not stated:
+        return report
+    used, unit, available, other = [part for part in stated.groups() if part is not None]
+    used, available = (
+        int(float(n) * 1024 ** " KMGT".index(u or " ")) for n, u in ((used, unit), (available, other))
+    )
+    return dataclasses.replace(report, memory=available, temporaries=max(0, used - report.arguments))
 
 
 FLAGS = flags.FLAGS
@@ -493,25 +444,21 @@ def main(argv):
         partition.initialise()
         config = models.to_plain(FLAGS.config)
         print("compiling; a large stage takes minutes", file=sys.stderr, flush=True)
-        report = inspect(config, FLAGS.topology, clip_config=FLAGS.clip, sample=FLAGS.sample, hlo=FLAGS.hlo)
+        report = inspect(
+            config, FLAGS.topology, clip_config=FLAGS.clip, sample=FLAGS.sample, hlo_path=FLAGS.hlo
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from (error if FLAGS.debug else None)
     print("\n".join(report.lines()))
     if FLAGS.json:
         epath.Path(FLAGS.json).write_text(report.to_json())
-    if report.memory is not None and report.total > report.memory:
+    if report.fits is False:
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file, FILE.py[:preset]; override with --config.a.b=value.",
-        lock_config=False,
-        accept_new_attributes=True,
-    )
+    define_config()
     flags.DEFINE_string("topology", None, "A described TPU slice, such as v5p:4x4x4; default: what is here.")
     flags.DEFINE_string("clip", None, "Config file of the frozen CLIP that takes part in the step.")
     flags.DEFINE_integer("sample", None, "Compile drawing so many examples instead.", lower_bound=1)

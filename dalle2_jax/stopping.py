@@ -5,15 +5,19 @@ Before the first step there is nothing to lose but time, so a run stops at the n
 steps it saves first, and asks `Stopping.latest` once a step.
 """
 
+import math
 import os
 import signal
 import threading
+import time
 
 import jax
 import numpy as np
 from absl import logging
 
 from dalle2_jax import processes
+
+SAME_MOMENT = 1.0  # seconds
 
 
 class Stopped(Exception):
@@ -25,7 +29,8 @@ class Stopped(Exception):
 
 
 class Interrupted:
-    """Notes SIGTERM and SIGINT; a second signal ends the process at once.
+    """Notes SIGTERM and SIGINT; a second signal ends the process at once. Signals within SAME_MOMENT are one:
+    who stops a terminal's or a service's processes signals all of them, and launchers pass theirs on.
 
     Python's own handlers wait for the program that XLA compiles or the devices run, which may be minutes. So
     a thread watches, which the signals reach through a pipe.
@@ -34,7 +39,7 @@ class Interrupted:
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self):
-        self.signal = None
+        self.signal, self._noted_at = None, math.nan
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._previous = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
@@ -46,9 +51,11 @@ class Interrupted:
         while number := os.read(self._pipe[0], 1)[0]:
             if number not in self.SIGNALS:
                 continue
+            if time.monotonic() - self._noted_at < SAME_MOMENT:
+                continue
             if self.signal is not None:
                 os._exit(128 + number)
-            self.signal = number
+            self.signal, self._noted_at = number, time.monotonic()
             name = signal.Signals(number).name
             logging.warning("%s: stopping once nothing is lost by it (again to stop at once)", name)
 

@@ -21,7 +21,6 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import config_flags
 
 from dalle2_jax import (
     bad_steps,
@@ -39,6 +38,7 @@ from dalle2_jax import (
     stopping,
     validation,
 )
+from dalle2_jax.commandline import define_config
 
 # What a config holds; `model`, `data`, `optim` and `mesh` are keywords of functions.
 SETTINGS = (
@@ -564,13 +564,7 @@ def main(argv):
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file, FILE.py[:preset]; override with --config.a.b=value.",
-        lock_config=False,
-        accept_new_attributes=True,
-    )
+    define_config()
     flags.DEFINE_string(
         "workdir", None, "Where checkpoints, logs and samples go; an existing one is resumed."
     )

@@ -7,6 +7,7 @@
 #   PYTHON              the interpreter to make the environment with  (default: the first Python 3.11 or 3.12)
 #   DALLE2_JAX_VENV     where the environment is                      (default: .venv in the repository)
 #   EXTRAS              further extras of setup.py, for instance cuda, tpu or oracle
+#   FAIL_STATUS         with which a failure here ends the script       (default: 1)
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${DALLE2_JAX_VENV:-$ROOT/.venv}"
@@ -16,7 +17,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 fail() {
   printf '\nerror: %s\n' "$*" >&2
-  exit 1
+  exit "${FAIL_STATUS:-1}"
 }
 
 # Prints the Python to use. A candidate must run (a shim may have nothing behind it) and be able to make environments.
@@ -55,7 +56,7 @@ pip_install() {
 prepare() {
   local extras="$1${EXTRAS:+,$EXTRAS}" python state stamp began=$SECONDS
   if ! "$VENV/bin/python" -m pip --version > /dev/null 2>&1; then # absent, or its making was interrupted
-    python="$(find_python)" || exit 1
+    python="$(find_python)" || exit "${FAIL_STATUS:-1}"
     say "making an environment in $VENV with $("$python" --version)"
     "$python" -m venv "$VENV" || fail "$python -m venv $VENV failed; its lines above say why"
     "$VENV/bin/python" -m pip --version > /dev/null || fail "$VENV has no pip; remove it and run this again"

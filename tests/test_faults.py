@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -402,7 +403,10 @@ def test_on_other_devices_it_goes_on_with_the_same_batches(data, whole, workdir,
 
 
 def test_a_second_sigterm_ends_at_once_even_in_the_middle_of_a_computation(tmp_path):
-    """The first one waits, here for a hash that takes a minute and does not let Python's handlers run."""
+    """The first one waits, here for a hash that takes a minute and does not let Python's handlers run.
+
+    What comes in the same moment is no second one: Ctrl-C reaches training and a launcher that passes it on.
+    """
     code = (
         "import hashlib; from dalle2_jax import stopping; stopping.Interrupted(); print('ready', flush=True);"
         "hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)"
@@ -414,9 +418,12 @@ def test_a_second_sigterm_ends_at_once_even_in_the_middle_of_a_computation(tmp_p
                 assert process.poll() is None
                 time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
             while "again to stop at once" not in log.read():
                 assert process.poll() is None
                 time.sleep(0.01)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=train.SAME_MOMENT)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=2) == 128 + signal.SIGTERM
         finally:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.manifests import JOBSET, SKYPILOT, XPK, unfit
+
 yaml = pytest.importorskip("yaml", reason="manifests are read with PyYAML")
 ROOT = Path(__file__).resolve().parents[1]
 PODS = ROOT / "launch" / "pods"
@@ -47,11 +49,48 @@ def bash(
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def stand_in(folder: Path, name: str, lines: str) -> None:
+def stand_in(folder: Path, name: str, lines: str = "") -> None:
     """A program of this name that notes its words in calls.txt, and then runs `lines`."""
     program = folder / name
     program.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "{name} $*" >> "{folder}/calls.txt"\n{lines}\n')
     program.chmod(0o755)
+
+
+def shell_words(text: str) -> list[str]:
+    """The words that a shell reads in a line."""
+    said = subprocess.run(["bash", "-c", f"printf '%s\\0' {text}"], capture_output=True, text=True)
+    return said.stdout.split("\0")[:-1]
+
+
+def installed(folder: Path, training: str, root: Path = ROOT, extras: str = "train") -> dict[str, str]:
+    """Variables for launch/env.sh: an environment that counts as installed, whose Python runs, in the place
+    of dalle2_jax.train, the lines `training`."""
+    programs = folder / "environment" / "bin"
+    programs.mkdir(parents=True)
+    stand_in(programs, "python", f'case "$*" in\n*dalle2_jax.train*)\n{training}\n;;\nesac')
+    state = subprocess.run("cat setup.py constraints.txt | cksum", shell=True, cwd=ROOT, capture_output=True)
+    stamp = programs.parent / f"installed-{extras.replace(',', '-')}"
+    stamp.write_text(f"{root} {state.stdout.decode()}")
+    return dict(DALLE2_JAX_VENV=str(programs.parent), EXTRAS="")
+
+
+SAVING = (
+    'trap \'echo saved >> "$NOTES"; exit 0\' TERM; echo ready >> "$NOTES"; while :; do /bin/sleep 0.05; done'
+)
+
+
+def stopped(command: list[str], notes: Path, **environment) -> tuple[int, str]:
+    """(status, notes) of a command that is told to stop by SIGTERM once training has begun."""
+    running = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment | dict(NOTES=str(notes)))
+    try:
+        deadline = time.monotonic() + 30
+        while not (notes.exists() and "ready" in notes.read_text()) and time.monotonic() < deadline:
+            assert running.poll() is None
+            time.sleep(0.02)
+        running.send_signal(signal.SIGTERM)
+        return running.wait(30), notes.read_text()
+    finally:
+        running.kill()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -95,6 +134,50 @@ def test_training_gets_its_arguments_untouched(script):
     assert words.stdout.splitlines()[-3:] == TRAINING
 
 
+# This machine
+
+
+@pytest.mark.parametrize(
+    ("statuses", "retries", "ended", "tries"),
+    [
+        ([0], 3, 0, 1),
+        ([1, 4, 0], 3, 0, 3),
+        ([1, 1, 1], 1, 1, 2),
+        ([1, 0], 0, 1, 1),
+        ([1, 2, 0], 3, 2, 2),
+        ([3, 0], 3, 3, 1),
+    ],
+)
+def test_a_host_starts_again_after_what_may_pass(tmp_path, statuses, retries, ended, tries):
+    for i, status in enumerate(statuses):
+        (tmp_path / f"status{i}").write_text(str(status))
+    training = 'for file in "$WHERE"/status*; do status="$(cat "$file")"; rm "$file"; exit "$status"; done'
+    environment = installed(tmp_path, training) | dict(WHERE=str(tmp_path))
+    said = bash("host.sh", f"--retries={retries}", "--", *TRAINING, **environment)
+    assert said.returncode == ended, said.stderr
+    calls = (tmp_path / "environment" / "bin" / "calls.txt").read_text().splitlines()
+    begun = [line for line in calls if "dalle2_jax.train" in line]
+    assert begun == [f"python -m dalle2_jax.train {' '.join(TRAINING)}"] * tries
+    assert said.stderr.count("again from the last checkpoint") == tries - 1
+
+
+def test_a_host_that_is_told_to_stop_saves_and_does_not_start_again(tmp_path):
+    environment = installed(tmp_path, SAVING)
+    command = ["bash", str(PODS / "host.sh"), "--retries=3", "--", *TRAINING]
+    status, notes = stopped(command, tmp_path / "notes", **environment)
+    assert (status, notes) == (0, "ready\nsaved\n")
+
+
+def test_an_installation_that_fails_has_its_own_status(tmp_path):
+    stand_in(tmp_path, "sleep")
+    environment = installed(tmp_path, "exit 0")
+    (tmp_path / "environment" / "installed-train").unlink()
+    python = tmp_path / "environment" / "bin" / "python"
+    python.write_text(python.read_text() + 'case "$*" in *"pip install"*) exit 1 ;; esac\n')
+    said = bash("host.sh", "--retries=3", "--", *TRAINING, path=tmp_path, **environment)
+    assert said.returncode == 5 and "the installation failed" in said.stderr
+
+
 # Cloud TPU
 
 
@@ -104,41 +187,122 @@ def test_a_slice_is_asked_for_used_and_given_back():
     assert said.returncode == 0 and len(lines) == 6
     assert "queued-resources create n --node-id=n --project=p --zone=z --accelerator-type=v5p-128" in lines[0]
     assert lines[0].endswith("--spot") and "tpu-vm scp" in lines[2] and "--worker=all" in lines[3]
-    remote = subprocess.run(["bash", "-c", f"printf '%s\\n' {lines[4]}"], capture_output=True, text=True)
-    remote = remote.stdout.splitlines()[-1].removeprefix("--command=")
-    assert remote.startswith("cd dalle2_jax && EXTRAS=tpu bash launch/pods/host.sh -- ")
-    words = subprocess.run(
-        ["bash", "-c", f"printf '%s\\n' {remote.split(' -- ')[1]}"], capture_output=True, text=True
-    )
-    assert words.stdout.splitlines() == TRAINING
+    remote = shell_words(lines[4])[-1].removeprefix("--command=")
+    start = "cd dalle2_jax && EXTRAS=tpu bash launch/pods/job.sh bash launch/pods/host.sh -- "
+    assert remote.startswith(start) and shell_words(remote.removeprefix(start)) == TRAINING
     assert "mount\\ it" in lines[3] and "queued-resources delete n" in lines[5]
 
 
-@pytest.mark.parametrize(("status", "attempts"), [(0, 1), (3, 1), (1, 2)])
-def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path, status, attempts):
-    """A stand-in for gcloud: training fails once while its slice vanishes, then ends well."""
-    stand_in(
-        tmp_path,
-        "gcloud",
-        f"""
+GCLOUD = """
 case "$*" in
-  *create*) echo ACTIVE > {tmp_path}/state ;;
-  *delete*) rm -f {tmp_path}/state ;;
-  *describe*) cat {tmp_path}/state 2> /dev/null ;;
-  *host.sh*)
-    echo again >> {tmp_path}/attempts
-    if [ "$(wc -l < {tmp_path}/attempts)" = 1 ] && [ {status} = 1 ]; then rm {tmp_path}/state; exit 1; fi
-    [ {status} = 1 ] || exit {status} ;;
-esac""",
-    )
-    said = bash("tpu.sh", *NEEDED["tpu.sh"], "--", *TRAINING, path=tmp_path)
-    calls = (tmp_path / "calls.txt").read_text()
+  *create*) echo ACTIVE > "$WHERE/state" ;;
+  *delete*) rm -f "$WHERE/state" ;;
+  *describe*)
+    if [ -s "$WHERE/silent" ]; then sed -i 1d "$WHERE/silent"; echo "ERROR: no answer" >&2; exit 1; fi
+    cat "$WHERE/state" 2> /dev/null || { echo "ERROR: NOT_FOUND" >&2; exit 1; } ;;
+  *host.sh*) echo again >> "$WHERE/attempts"; attempt="$(wc -l < "$WHERE/attempts")"
+"""
+
+
+def slices(tmp_path: Path, trains: str, *settings: str, **environment):
+    """(how tpu.sh ended, calls) with a stand-in for gcloud whose training is `trains`; nobody waits."""
+    stand_in(tmp_path, "sleep")
+    stand_in(tmp_path, "gcloud", f"{GCLOUD}\n{trains}\n;;\nesac")
+    arguments = [*NEEDED["tpu.sh"], *settings, "--", *TRAINING]
+    said = bash("tpu.sh", *arguments, path=tmp_path, WHERE=str(tmp_path), **environment)
+    return said, (tmp_path / "calls.txt").read_text()
+
+
+@pytest.mark.parametrize(("status", "attempts"), [(0, 1), (3, 1), (2, 1), (5, 1), (1, 2)])
+def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path, status, attempts):
+    """Training fails once with status 1 while its slice vanishes, then ends well; or ends otherwise."""
+    trains = f"""
+if [ {status} = 1 ]; then [ "$attempt" != 1 ] || {{ rm "$WHERE/state"; exit 1; }}; else exit {status}; fi"""
+    said, calls = slices(tmp_path, trains)
     assert said.returncode == (0 if status == 1 else status), said.stderr
     assert calls.count("create n") == attempts and calls.count("host.sh") == attempts
     assert not (tmp_path / "state").exists()  # given back
 
 
+def test_a_run_that_was_stopped_and_saved_is_not_taken_for_finished(tmp_path):
+    """What is started on the host gets SIGTERM, and training saves and ends with 0, as the slice is taken
+    away; with the next slice it goes on, and ends by itself."""
+    (tmp_path / "dalle2_jax").symlink_to(ROOT)
+    training = f'[ "$(wc -l < "$WHERE/attempts")" = 1 ] || exit 0\n{SAVING}'
+    extras = dict(root=tmp_path / "dalle2_jax", extras="train,tpu")
+    environment = installed(tmp_path, training, **extras)
+    trains = """
+cd "$WHERE/dalle2_jax"
+command="${*: -1}"
+eval "exec env ${command#*&& }" &
+if [ "$attempt" = 1 ]; then
+  until [ -e "$NOTES" ] || ! kill -0 $!; do /bin/sleep 0.05; done
+  rm "$WHERE/state"
+  kill -TERM $!
+fi
+wait $!"""
+    said, calls = slices(tmp_path, trains, NOTES=str(tmp_path / "notes"), **environment)
+    assert said.returncode == 0, said.stderr
+    assert (tmp_path / "notes").read_text() == "ready\nsaved\n"
+    assert calls.count("create n") == 2 and calls.count("host.sh") == 2
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_failure_on_a_slice_that_stays_is_tried_again_so_often(tmp_path):
+    said, calls = slices(tmp_path, "exit 1", "--retries=2")
+    assert said.returncode == 1 and "given up after 2 retries" in said.stderr
+    assert calls.count("create n") == 1 and calls.count("host.sh") == 3
+    assert not (tmp_path / "state").exists()  # given back
+
+
+def test_every_slice_has_its_retries(tmp_path):
+    """Two failures, the second with the slice; two more on the next one; then it ends well."""
+    trains = """case "$attempt" in 1 | 3 | 4) exit 1 ;; 2) rm "$WHERE/state"; exit 1 ;; esac"""
+    said, calls = slices(tmp_path, trains, "--retries=2", "--keep=yes")
+    assert said.returncode == 0, said.stderr
+    assert calls.count("create n") == 2 and calls.count("host.sh") == 5
+    assert (tmp_path / "state").exists()  # kept
+
+
+@pytest.mark.parametrize("times", [2, 7])
+def test_a_cloud_that_does_not_answer_has_not_taken_the_slice_away(tmp_path, times):
+    trains = f"""[ "$attempt" != 1 ] || {{ printf 'x\\n%.0s' $(seq {times}) > "$WHERE/silent"; exit 1; }}"""
+    said, calls = slices(tmp_path, trains)
+    assert said.returncode == 0, said.stderr
+    assert not (tmp_path / "silent").read_text() and ("no answer" in said.stderr) == (times == 7)
+    assert calls.count("create n") == 1 and calls.count("host.sh") == 2
+
+
 # Kubernetes
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "why"),
+    [
+        ("spec.failurePolicy.maxRestart", 3, "maxRestart is unknown"),
+        ("spec.failurePolicy.rules.0.action", "Fail", "action is 'Fail'"),
+        ("spec.replicatedJobs.0.replicas", "2", "replicas is '2'"),
+        (
+            "spec.replicatedJobs.0.template.spec.template.spec.restartPolicy",
+            "Always",
+            "restartPolicy is 'Always'",
+        ),
+        ("spec.replicatedJobs.0.template.spec.template.spec.containers", [], "containers is []"),
+        ("spec.replicatedJobs.0.template.spec.template.spec.nodeSelector", {"a": 4}, "nodeSelector.a is 4"),
+        ("metadata", {}, "metadata.name is missing"),
+        ("spec", [], "spec is []"),
+    ],
+)
+def test_a_wrong_manifest_is_found(path, value, why):
+    found = yaml.safe_load(bash("gke.sh", *NEEDED["gke.sh"], "--", *TRAINING).stdout)
+    assert unfit(found, JOBSET) == []
+    *outer, last = path.split(".")
+    place = found
+    for name in outer:
+        place = place[int(name) if name.isdigit() else name]
+    place[last] = value
+    (line,) = unfit(found, JOBSET)
+    assert why in line
 
 
 def test_the_jobset_is_what_its_definition_asks_for():
@@ -146,8 +310,7 @@ def test_the_jobset_is_what_its_definition_asks_for():
     said = bash("gke.sh", *NEEDED["gke.sh"], "--slices=2", "--volume=shards", "--", *TRAINING)
     assert said.returncode == 0, said.stderr
     found = yaml.safe_load(said.stdout)
-    assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert found["spec"].keys() == {"failurePolicy", "replicatedJobs"}
+    assert unfit(found, JOBSET) == []
     (slices,) = found["spec"]["replicatedJobs"]
     job = slices["template"]["spec"]
     assert slices["replicas"] == 2 and job["parallelism"] == job["completions"] == 16
@@ -164,6 +327,7 @@ def test_the_jobset_is_what_its_definition_asks_for():
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4x4"
     (volume,) = pod["volumes"]
     assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/data"}]
+    assert pod["terminationGracePeriodSeconds"] == 600
     bare = yaml.safe_load(bash("gke.sh", *NEEDED["gke.sh"], "--", *TRAINING).stdout)
     assert "volumes" not in bare["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
 
@@ -180,6 +344,29 @@ def test_the_jobset_is_what_its_definition_asks_for():
 def test_a_jobset_that_cannot_be_is_refused(changes, part):
     said = bash("gke.sh", *NEEDED["gke.sh"], *changes, "--", *TRAINING)
     assert said.returncode == 2 and part in said.stderr and not said.stdout
+
+
+def test_xpk_gets_the_same_job(tmp_path):
+    """With its own options: ten minutes to save, and again after what may pass (127 and above of itself)."""
+    stand_in(tmp_path, "xpk", f'printf "%s\\0" "$@" > {tmp_path}/words')
+    settings = ["--name=n", "--image=r/i:tpu", "--xpk=c", "--type=v5p-128", "--slices=2", "--restarts=7"]
+    said = bash("gke.sh", *settings, "--", *TRAINING, path=tmp_path)
+    assert said.returncode == 0, said.stderr
+    workload, create, *options = (tmp_path / "words").read_text().split("\0")[:-1]
+    given = dict(option.removeprefix("--").split("=", 1) for option in options)
+    assert (workload, create) == ("workload", "create") and given.keys() <= XPK
+    start = ["bash", "launch/pods/job.sh", "python", "-m", "dalle2_jax.train"]
+    assert shell_words(given.pop("command")) == [*start, *TRAINING]
+    assert given == {
+        "cluster": "c",
+        "workload": "n",
+        "docker-image": "r/i:tpu",
+        "tpu-type": "v5p-128",
+        "num-slices": "2",
+        "max-restarts": "7",
+        "termination-grace-period-seconds": "600",
+        "restart-on-exit-codes": "1,4",
+    }
 
 
 def test_a_stopped_job_is_not_taken_for_finished(tmp_path):
@@ -278,8 +465,9 @@ status=0; for job in $(jobs -p); do wait "$job" || status=$?; done; exit "$statu
 
 def test_the_task_of_skypilot_is_whole():
     task = yaml.safe_load((PODS / "skypilot.yaml").read_text())
-    assert {"resources", "num_nodes", "setup", "run", "workdir", "envs"} <= task.keys()
-    program = task["run"].replace("bash launch/pods/host.sh", "printf '%s\\n'")
+    assert unfit(task, SKYPILOT) == []
+    assert unfit(task | {"numnodes": 1}, SKYPILOT) == [".numnodes is unknown"]
+    program = task["run"].replace("bash launch/pods/job.sh bash launch/pods/host.sh", "printf '%s\\n'")
     environment = dict(
         SKYPILOT_NUM_NODES="1", TRAIN="--config=a '--config.data.path=/x y'", PATH=os.environ["PATH"]
     )
@@ -295,6 +483,14 @@ def test_the_task_of_skypilot_is_whole():
         ["bash", "-c", task["run"]], env=environment | dict(TRAIN=""), capture_output=True
     )
     assert missing.returncode == 2
+
+
+def test_skypilot_recovers_a_run_that_was_stopped_and_saved(tmp_path):
+    task = yaml.safe_load((PODS / "skypilot.yaml").read_text())
+    environment = installed(tmp_path, SAVING) | dict(SKYPILOT_NUM_NODES="1", TRAIN="--config=a --workdir=b")
+    status, notes = stopped(["bash", "-c", task["run"]], tmp_path / "notes", **environment)
+    assert notes == "ready\nsaved\n"
+    assert status in task["resources"]["job_recovery"]["recover_on_exit_codes"]
 
 
 def test_the_images_hold_what_they_copy_and_install():

@@ -1,5 +1,7 @@
 """Meshes, sharding rules and batches, on the 8 virtual CPU devices of conftest.py."""
 
+import collections
+import dataclasses
 import importlib
 import json
 import math
@@ -41,6 +43,29 @@ def mlp_loss(params, x):
     return jnp.mean((y - x) ** 2)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks a TPU chip, without one."""
+
+    slice_index: int
+    coords: tuple[int, int, int]
+    id: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def tpu(slice_index: int, x: int, y: int) -> Chip:
+    return Chip(slice_index, (x, y, 0), 4 * slice_index + 2 * x + y)
+
+
+def of_torus(x: int, y: int, z: int) -> Chip:
+    """A chip of a slice of 4 x 4 x 4, whose hosts have 2 x 2 x 1."""
+    host = 4 * z + 2 * (y // 2) + x // 2
+    return Chip(0, (x, y, z), 16 * z + 4 * y + x, device_kind="TPU v5", process_index=host)
+
+
 class TestMesh:
     @pytest.mark.parametrize(
         ("asked", "sizes"),
@@ -76,6 +101,39 @@ class TestMesh:
             partition.make_mesh(0, 1, 1)
         with pytest.raises(ValueError, match="whole numbers"):
             partition.make_mesh(2.0, 4, 1)
+
+    def test_data_goes_over_slices(self):
+        """Two slices of 2 x 2 chips, given mixed: each half of `data` is one slice, in its order."""
+        devices = [tpu(slice_index, x, y) for x in range(2) for slice_index in (1, 0) for y in range(2)]
+        for asked in ({"data": 2, "fsdp": -1}, {"data": -1, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}):
+            mesh = partition.make_mesh(**asked, devices=devices)
+            assert set(mesh.axis_types) == set(partition.make_mesh().axis_types)
+            assert partition.num_slices(devices) == 2 and mesh.size == 8
+            halves = np.split(mesh.devices, 2)
+            assert [{device.slice_index for device in half.flat} for half in halves] == [{0}, {1}]
+            assert all(len({device.coords for device in half.flat}) == 4 for half in halves)
+
+    @pytest.mark.parametrize(
+        ("asked", "why"),
+        [
+            ({"data": 1, "fsdp": -1}, "3 slices of 4 devices: only data goes over slices"),
+            ({"data": 4, "fsdp": 3}, "it must be a multiple of 3"),
+            ({"data": 1}, "must be 12"),
+        ],
+    )
+    def test_another_axis_over_slices_is_refused_with_meshes_that_fit(self, asked, why):
+        devices = [tpu(slice_index, x, y) for slice_index in range(3) for x in range(2) for y in range(2)]
+        with pytest.raises(ValueError, match=why) as error:
+            partition.make_mesh(**asked, devices=devices)
+        for suggestion in str(error.value).split("For instance: ")[1].split(" (-1")[0].split(" | "):
+            sizes = dict(entry.split("=") for entry in suggestion.split())
+            made = partition.make_mesh(**{a: int(size) for a, size in sizes.items()}, devices=devices)
+            assert made.shape["data"] % 3 == 0
+
+    def test_hosts_of_other_devices_are_no_slices(self):
+        devices = [dataclasses.replace(tpu(host, 0, y), platform="gpu") for host in (0, 1) for y in (0, 1)]
+        assert partition.num_slices(devices) == 1
+        assert list(partition.make_mesh(1, -1, 1, devices=devices).devices.flat) == devices
 
 
 class TestRules:
@@ -202,6 +260,22 @@ class TestBatch:
 
     def test_record_numbers_stay_on_the_host(self):
         assert set(partition.without_index({"index": np.arange(8), "image": np.zeros(8)})) == {"image"}
+
+
+@pytest.mark.parametrize("sizes", [(1, 64, 1), (2, 32, 1), (4, 8, 2), (1, 8, 8)])
+def test_hosts_of_a_torus_read_every_part_of_a_batch(monkeypatch, sizes):
+    """The 16 hosts of 2 x 2 x 1 chips of a 4 x 4 x 4 slice: as many parts each, and together all of them."""
+    chips = [of_torus(x, y, z) for z in range(4) for y in range(4) for x in range(4)]
+    mesh = partition.make_mesh(*sizes, devices=chips)
+    read = []
+    for host in range(16):
+        monkeypatch.setattr(jax, "process_index", lambda n=host: n)
+        mine = partition.host_slice(mesh)
+        assert mine["num_parts"] == sizes[0] * sizes[1]
+        read.append(mine["parts"])
+    shards = sizes[0] * sizes[1]
+    assert collections.Counter(part for parts in set(read) for part in parts) == {i: 1 for i in range(shards)}
+    assert sizes != (1, 64, 1) or read[0] == (0, 4, 16, 20)
 
 
 class TestConstrain:

@@ -3,6 +3,11 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import re
+import subprocess
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +16,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import clip, decoder64, prior
-from dalle2_jax import flops, metrics, models, partition, preflight
-from dalle2_jax.preflight import GIB, Collective
+from dalle2_jax import chips, flops, hlo, metrics, models, partition, preflight
+from dalle2_jax.chips import GIB
+from dalle2_jax.hlo import Collective
 
 
 def plain(recipe, **changes) -> dict:
@@ -37,7 +43,7 @@ def compiled(function, *shapes_and_specs):
 
 def test_a_gather_is_counted():
     """[8, 64] float32 split by 4: a chip gets what the other three hold, and sends as much on."""
-    found = preflight.collectives(compiled(lambda x: x * 2, ((8, 64), P("fsdp")), P()))
+    found = hlo.collectives(compiled(lambda x: x * 2, ((8, 64), P("fsdp")), P()))
     assert found == {"all-gather": Collective(1, 8 * 64 * 4 * 3 / 4)}
 
 
@@ -46,7 +52,7 @@ def test_a_sum_over_chips_is_counted_and_once_a_turn_of_a_loop():
         return x @ w
 
     shapes = ((8, 64), P(None, ("data", "fsdp"))), ((64, 16), P(("data", "fsdp"), None))
-    found = preflight.collectives(compiled(contract, *shapes, P()))
+    found = hlo.collectives(compiled(contract, *shapes, P()))
     assert found == {"all-reduce": Collective(1, 2 * 8 * 16 * 4 * 7 / 8)}
 
     def loop(x, w):
@@ -55,14 +61,14 @@ def test_a_sum_over_chips_is_counted_and_once_a_turn_of_a_loop():
 
         return jax.lax.scan(turn, x, None, length=5)[0]
 
-    looped = preflight.collectives(compiled(loop, *shapes, P(None, ("data", "fsdp"))))
+    looped = hlo.collectives(compiled(loop, *shapes, P(None, ("data", "fsdp"))))
     assert looped["all-reduce"].count == 5
     assert looped["all-reduce"].bytes == 5 * found["all-reduce"].bytes
 
 
 def test_nothing_is_sent_where_all_is_whole():
-    assert preflight.collectives(compiled(lambda x: x @ x.T, ((8, 64), P("data")), P("data"))) != {}
-    assert preflight.collectives(compiled(lambda x: x * 2, ((8, 64), P("data")), P("data"))) == {}
+    assert hlo.collectives(compiled(lambda x: x @ x.T, ((8, 64), P("data")), P("data"))) != {}
+    assert hlo.collectives(compiled(lambda x: x * 2, ((8, 64), P("data")), P("data"))) == {}
 
 
 def test_the_forms_that_tpus_write():
@@ -80,7 +86,7 @@ ENTRY %main (a: bf16[32,8]) -> bf16[32,32] {
   ROOT %t = bf16[32,32]{1,0} all-to-all(%d), replica_groups={{0,1,2,3,4,5,6,7}}
 }
 """
-    assert preflight.collectives(text) == {
+    assert hlo.collectives(text) == {
         "all-gather": Collective(1, 32 * 32 * 2 * 3 / 4),
         "all-to-all": Collective(1, 32 * 32 * 2 * 7 / 8),
         "reduce-scatter": Collective(1, 16 * 8 * 4 * 3),
@@ -99,24 +105,24 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   ROOT %w = f32[4] while(%c), condition=%cond.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
 }
 """
-    assert preflight.scheduled_cycles(text) == (7 + 5 * 10, 0)
+    assert hlo.scheduled_cycles(text) == (7 + 5 * 10, 0)
     counted = """
 %cond.1 (q: u32[]) -> pred[] {
   %n = u32[]{:T(128)} constant(3)
   ROOT %l = pred[] compare(%q, %n), direction=LT
 }
 """ + text.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
-    assert preflight.scheduled_cycles(counted) == (7 + 3 * 10, 0)
+    assert hlo.scheduled_cycles(counted) == (7 + 3 * 10, 0)
     unknown = text.replace('"7"', f'"{2**64 - 1}"')
-    assert preflight.scheduled_cycles(unknown) == (5 * 10, 1)
-    assert preflight.scheduled_cycles(compiled(lambda x: x * 2, ((8, 64), P("data")), P("data"))) == (0, 0)
+    assert hlo.scheduled_cycles(unknown) == (5 * 10, 1)
+    assert hlo.scheduled_cycles(compiled(lambda x: x * 2, ((8, 64), P("data")), P("data"))) == (0, 0)
 
 
 def test_the_clock_of_each_chip_goes_with_its_peak():
     cells = dict(v4=8 * 128**2, v5e=4 * 128**2, v5p=8 * 128**2, v6e=4 * 256**2)
     kinds = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
-    assert cells.keys() == preflight.CHIPS.keys()
-    for name, chip in preflight.CHIPS.items():
+    assert cells.keys() == chips.CHIPS.keys()
+    for name, chip in chips.CHIPS.items():
         assert 2 * cells[name] * chip.clock == pytest.approx(metrics.peak_flops(kinds[name]), rel=0.005)
 
 
@@ -193,12 +199,10 @@ def report(**changes) -> preflight.Report:
         outputs=2 * GIB,
         temporaries=30 * GIB,
         aliased=2 * GIB,
-        code=0,
         memory=95 * GIB,
         model_flops=64 * 200 * 10**12,
         compiler_flops=270e12,
         seconds=1.0,
-        untold=0,
         optimal_seconds=0.9,
         peak=459e12,
         collectives={"all-gather": Collective(300, 60e9)},
@@ -209,12 +213,13 @@ def report(**changes) -> preflight.Report:
 
 
 def test_numbers_follow_from_each_other():
-    found = report()
-    assert found.total == 32 * GIB and found.advice() == []
+    found = report(advice=("do this",))
+    assert found.total == 32 * GIB and found.fits and report(memory=None).fits is None
     assert found.utilisation() == pytest.approx(200 / 459)
     assert found.utilisation(0.1) == pytest.approx(200 / 459 / 1.1)
     stored = json.loads(found.to_json())
     assert stored["utilisation_with_links"] == pytest.approx(200 / 459 / 1.1) and stored["total"] == 32 * GIB
+    assert stored["fits"] is True and stored["advice"] == ["do this"]
     said = "\n".join(found.lines())
     for part in (
         "3.500B parameters",
@@ -224,24 +229,235 @@ def test_numbers_follow_from_each_other():
         "43.6%",
         "39.6%",
         "2048 examples/s",
+        "! do this",
     ):
         assert part in said, part
     assert "knows no time" not in said and "3 operations" in "\n".join(report(untold=3).lines())
+    assert "DOES NOT FIT" in "\n".join(report(temporaries=94 * GIB).lines())
+
+
+def advice(asked: preflight.Asked, slices: int = 1, **changes) -> tuple[str, list[dict]]:
+    """(the one sentence about a program with such a report, the settings in it, each tried out)."""
+    mesh, _ = asked.checked()
+    size = asked.sample or asked.config["batch_size"]
+    found = report(mesh=dict(mesh.shape), chips=mesh.size, batch_size=size, **changes)
+    (sentence,) = preflight.advise(found, asked, slices)
+    offers = []
+    for part in sentence.partition(": --")[2] and sentence.partition(": ")[2].split(" or "):
+        settings = dict(re.fullmatch(r"--(\S+?)=(\S+)", flag).groups() for flag in part.split())
+        offers.append({n: int(v) if re.fullmatch(r"-?\d+", v) else v for n, v in settings.items()})
+        asked.changed(offers[-1]).checked()  # raises ValueError where it would be refused
+    return sentence, offers
+
+
+ACTIVATIONS, STATE = dict(temporaries=200 * GIB), dict(arguments=200 * GIB)
+SPLIT = {"config.mesh.data": 1, "config.mesh.fsdp": -1}
+OVER_DATA = dict(data=8, fsdp=1, tensor=1)
 
 
 @pytest.mark.parametrize(
-    ("changes", "part"),
+    ("recipe", "changes", "where", "offered"),
     [
-        (dict(temporaries=200 * GIB), "activations take most, of 32 examples a chip"),
-        (dict(arguments=200 * GIB), "is split over every chip: take a larger topology"),
-        (dict(arguments=200 * GIB, mesh=dict(data=64, fsdp=1, tensor=1)), "split it further"),
-        (dict(link_seconds=2.0), "links take longer"),
+        (prior, dict(mesh=OVER_DATA), STATE, [SPLIT]),
+        (clip, dict(mesh=dict(data=4, fsdp=1, tensor=2)), STATE, [SPLIT]),
+        (
+            prior,
+            dict(batch_size=48, model=dict(remat="none")),
+            ACTIVATIONS,
+            [{"config.model.remat": "products"}, {"config.model.remat": "all"}, {"config.grad_accum": 2}],
+        ),
+        (decoder64, dict(batch_size=48, grad_accum=2, model=dict(remat=True)), ACTIVATIONS, [dict(grad=3)]),
+        (
+            prior,
+            dict(batch_size=16, grad_accum=2, mesh=OVER_DATA, model=dict(remat="all")),
+            ACTIVATIONS,
+            [SPLIT | {"config.mesh.tensor": 2, "config.grad_accum": 4}],
+        ),
+        # its loss cannot be accumulated
+        (
+            clip,
+            dict(batch_size=16, model=dict(remat="products")),
+            ACTIVATIONS,
+            [{"config.model.remat": "all"}],
+        ),
+        (clip, dict(batch_size=16, model=dict(remat="all")), ACTIVATIONS, []),
+        (prior, dict(mesh=dict(data=1, fsdp=8, tensor=1)), STATE, []),
+        (prior, dict(mesh=dict(data=1, fsdp=8, tensor=1)), dict(link_seconds=2.0), [dict(data=2)]),
     ],
 )
-def test_what_does_not_fit_gets_advice(changes, part):
-    (sentence,) = report(**changes).advice()
-    assert part in sentence
-    assert ("DOES NOT FIT" in "\n".join(report(**changes).lines())) == ("links" not in part)
+def test_advice_for_a_step_is_what_would_be_accepted(recipe, changes, where, offered):
+    short = {"grad": "config.grad_accum", "data": "config.mesh.data"}
+    offered = [{short.get(name, name): value for name, value in one.items()} for one in offered]
+    offered = [
+        one | {"config.mesh.fsdp": -1} if one.keys() == {"config.mesh.data"} else one for one in offered
+    ]
+    sentence, found = advice(preflight.Asked(plain(recipe, **changes)), **where)
+    assert found == offered
+    assert ("no setting helps: take chips with more memory" in sentence) == (not offered)
+
+
+def test_advice_for_drawing_does_not_speak_of_training():
+    """Parameters are whole on every chip: fewer at a time, a shorter type."""
+    asked = preflight.Asked(plain(prior, mesh=OVER_DATA, model=dict(dtype="float32")), sample=24)
+    assert advice(asked, **ACTIVATIONS)[1] == [{"sample": 8}, {"config.model.dtype": "bfloat16"}]
+    one_each = preflight.Asked(plain(prior, model=dict(dtype="bfloat16")), sample=8)
+    assert "no setting helps" in advice(one_each, **ACTIVATIONS)[0]
+    assert "every chip has all of them, and no setting helps" in advice(asked, **STATE)[0]
+    slow = report(mesh=OVER_DATA, link_seconds=2.0)
+    assert (
+        preflight.advise(slow, asked) == ()
+        and len(preflight.advise(slow, preflight.Asked(asked.config))) == 1
+    )
+
+
+def test_advice_of_links_leaves_room_for_what_they_saved():
+    asked = preflight.Asked(plain(prior, mesh=dict(data=1, fsdp=8, tensor=1)))
+    assert advice(asked, link_seconds=2.0, arguments=40 * GIB) == (
+        "the links take longer than the arithmetic",
+        [],
+    )
+
+
+def test_with_a_topology_advice_names_another():
+    needs_libtpu()
+    config = plain(prior, batch_size=8, mesh=dict(data=1, fsdp=4, tensor=1), model=dict(remat="all"))
+    asked = preflight.Asked(config, "v5e:2x2")
+    larger = {"topology": "v5e:2x4"}
+    assert advice(asked, **STATE)[1] == [larger | SPLIT]  # fsdp=4 has no place for the other chips
+    assert advice(asked, **ACTIVATIONS)[1] == [{"config.grad_accum": 2}, larger | SPLIT]
+    one_each = preflight.Asked(plain(prior, batch_size=4, mesh=dict(data=1, fsdp=-1)), "v5e:2x2")
+    assert advice(one_each, **STATE)[1] == [larger | SPLIT | {"config.mesh.tensor": 2}]
+    assert advice(preflight.Asked(plain(prior), "v5e:2x4"), link_seconds=2.0)[1][-1] == {
+        "topology": "v5e:2x2"
+    }
+    draws = preflight.Asked(plain(prior, mesh=dict(data=4, fsdp=1, tensor=1)), "v5e:2x2", sample=4)
+    assert advice(draws, arguments=20 * GIB, temporaries=GIB, memory=16 * GIB)[1] == [
+        {"topology": "v4:2x2x1"}
+    ]
+
+
+REFUSALS = {
+    "the total memory required for HLO temporaries (24.50G) exceeds available HBM (15.75G).": (24.5, 15.75),
+    "Ran out of memory in memory space hbm. Used 24.13G of 15.75G hbm. Exceeded by 8.38G.": (24.13, 15.75),
+    "Ran out of memory.": (None, None),
+}
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """A function that makes every compilation fail with a message."""
+
+    def refuse(message: str):
+        def compile(self, *_, **__):
+            raise jax.errors.JaxRuntimeError(message)
+
+        monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+
+    return refuse
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_what_the_compiler_refuses_is_a_report(refusing, message):
+    refusing(f"INTERNAL: while compiling: RESOURCE_EXHAUSTED: {message}\nmore")
+    used, available = REFUSALS[message]
+    config = plain(prior, batch_size=32, mesh=OVER_DATA, model=dict(remat="none"))
+    found = preflight.inspect(config)
+    assert found.fits is False and found.refusal == message and "--config.model.remat=all" in found.advice[0]
+    assert found.total == (None if used is None else int(used * GIB))
+    assert found.memory == (chips.memory_of(jax.devices()[0]) if used is None else int(available * GIB))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(models.abstract_params(models.build_stage(config))))
+    assert 16 * numbers <= found.arguments <= 16 * numbers * 1.05
+    assert found.model_flops > 0 and found.seconds is None and found.collectives == {}
+    said = "\n".join(found.lines())
+    assert "DOES NOT FIT" in said and message in said and ("? GiB" in said) == (used is None)
+    assert json.loads(found.to_json())["fits"] is False
+
+
+def test_other_failures_of_the_compiler_are_not_taken_for_it(refusing):
+    refusing("INTERNAL: a bug")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        preflight.inspect(plain(prior))
+
+
+# The command
+
+
+def run(monkeypatch, config: dict, **given) -> int:
+    """The status of the command with these flags."""
+    values = dict(topology=None, clip=None, sample=None, json=None, hlo=None, debug=False) | given
+    monkeypatch.setattr(preflight, "FLAGS", types.SimpleNamespace(config=config, **values))
+    try:
+        preflight.main(["preflight"])
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_the_status_says_whether_it_fits(monkeypatch, refusing, tmp_path, capsys):
+    config = plain(prior, mesh=OVER_DATA)
+    files = dict(json=str(tmp_path / "report.json"), hlo=str(tmp_path / "program.txt"))
+    assert run(monkeypatch, config, **files) == 0
+    assert "compiled in" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["fits"] is True and stored["program"] == "prior, a training step"
+    assert "HloModule" in (tmp_path / "program.txt").read_text()
+    monkeypatch.setattr(chips, "memory_of", lambda device: stored["total"] - 1)
+    assert run(monkeypatch, config, json=files["json"]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    refusing("RESOURCE_EXHAUSTED: Used 3.00G of 2.00G hbm.")
+    assert run(monkeypatch, config, json=files["json"]) == 1
+    assert "3.00 GiB of 2: DOES NOT FIT" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["fits"] is False and stored["total"] == 3 * GIB and stored["advice"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "why"),
+    [
+        (dict(batch_size=6), {}, "does not split over the mesh's 8"),
+        ({}, dict(sample=3), "--sample=3 does not split"),
+        ({}, dict(topology="v5p:4"), "must be a version and its slice"),
+        ({}, dict(clip="no/clip.py"), "no/clip.py"),
+    ],
+)
+def test_settings_that_cannot_be_have_status_2(monkeypatch, capsys, changes, flags, why):
+    assert run(monkeypatch, plain(prior, **changes), **flags) == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith("error: ") and why in said.err and not said.out
+
+
+def test_the_flags_reach_the_command():
+    command = [sys.executable, "-m", "dalle2_jax.preflight", "--config=configs/prior.py:debug"]
+    said = subprocess.run([*command, "--config.batch_size=7"], capture_output=True, text=True, timeout=120)
+    assert said.returncode == 2 and "batch_size / grad_accum=7 does not split" in said.stderr
+
+
+# What it is of
+
+
+def test_devices_are_known_by_their_kind():
+    for version, kind in {
+        "v4": "TPU v4",
+        "v5e": "TPU v5 lite",
+        "v5p": "TPU v5",
+        "v6e": "TPU v6 lite",
+    }.items():
+        assert chips.chip_of(types.SimpleNamespace(device_kind=kind)) is chips.CHIPS[version]
+    assert chips.chip_of(jax.devices()[0]) is None
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="H100", memory_stats=lambda: {"bytes_limit": 7})
+    assert chips.memory_of(gpu) == 7
+    silent = types.SimpleNamespace(platform="tpu", device_kind="TPU v5", memory_stats=lambda: None)
+    assert chips.memory_of(silent) == 95 * GIB
+
+
+def test_a_cpu_device_has_its_part_of_the_machine(monkeypatch, tmp_path):
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    device = jax.devices()[0]
+    assert 0 < chips.memory_of(device) <= machine / 8
+    monkeypatch.setattr(chips.Path, "read_text", lambda self: "8000000\n")
+    assert chips.memory_of(device) == 1e6
+    monkeypatch.setattr(chips.Path, "read_text", lambda self: "max\n")
+    assert chips.memory_of(device) == machine / 8
 
 
 @pytest.mark.parametrize(
@@ -249,7 +465,12 @@ def test_what_does_not_fit_gets_advice(changes, part):
 )
 def test_a_topology_that_is_none_is_refused(name):
     with pytest.raises(ValueError, match="must be a version and its slice, such as v5p:4x4x4"):
-        preflight.topology_devices(name)
+        chips.topology_devices(name)
+
+
+def test_a_slice_larger_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="a slice of v5e has at most 256 chips"):
+        chips.topology_devices("v5e:16x32")
 
 
 def test_settings_that_do_not_fit_the_mesh_are_refused_before_compiling():
@@ -268,14 +489,57 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(ValueError, match=r"needs libtpu: pip install 'dalle2_jax\[tpu\]'"):
-        preflight.topology_devices("v5p:2x2x1")
+        chips.topology_devices("v5p:2x2x1")
+
+
+def needs_libtpu():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("compiling for TPUs needs libtpu: pip install 'dalle2_jax[tpu]'")
 
 
 def test_a_step_is_compiled_for_a_slice_that_is_not_there():
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("compiling for TPUs needs libtpu: pip install 'dalle2_jax[tpu]'")
+    needs_libtpu()
     config = plain(prior, mesh=dict(data=1, fsdp=4, tensor=1))
     found = preflight.inspect(config, "v5p:2x2x1")
     assert found.chips == 4 and found.device == "TPU v5" and found.memory == 95 * GIB
     assert 0 < found.total < GIB and found.seconds > 0 and 0 < found.utilisation() < 1
     assert found.collectives and found.link_seconds > 0
+
+
+def test_the_cores_of_a_chip_are_one_device():
+    needs_libtpu()
+    for version, chip in chips.CHIPS.items():
+        devices = chips.topology_devices(f"{version}:{'2x2x1' if chip.axes == 3 else '2x2'}")
+        assert len(devices) == 4 and chips.chip_of(devices[0]) is chip
+        assert chips.memory_of(devices[0]) == chip.memory
+
+
+def test_the_devices_of_this_machine_get_what_described_ones_get(monkeypatch):
+    """Described devices in the place of a TPU host's own."""
+    needs_libtpu()
+    config = plain(prior, mesh=dict(data=1, fsdp=4, tensor=1))
+    described = chips.topology_devices("v5e:2x2")
+    monkeypatch.setattr(jax, "devices", lambda *_: described)
+    found = preflight.inspect(config)
+    assert found.device == "TPU v5 lite" and found.memory == 16 * GIB
+    assert found.seconds > 0 and found.link_seconds > 0 and 0 < found.utilisation() < 1
+
+
+def test_the_compilers_own_refusal_is_read():
+    needs_libtpu()
+    config = plain(prior, batch_size=2**25, mesh=dict(data=1, fsdp=4, tensor=1))
+    found = preflight.inspect(config, "v5e:2x2")
+    assert found.fits is False and found.refusal and 15 * GIB < found.memory <= 16 * GIB < found.total
+    assert "--config.grad_accum=2" in found.advice[0]
+
+
+@pytest.mark.slow
+def test_a_sampler_is_compiled_for_a_slice_that_is_not_there():
+    needs_libtpu()
+    for recipe in (prior, decoder64):
+        config = plain(recipe, mesh=dict(data=4, fsdp=1, tensor=1))
+        found = preflight.inspect(config, "v5e:2x2", sample=8)
+        assert found.program.endswith("drawing") and found.batch_size == 8 and found.fits
+        numbers = sum(x.size for x in jax.tree.leaves(models.abstract_params(models.build_stage(config))))
+        assert found.arguments > 4 * numbers  # whole on every chip
+        assert found.seconds > 0 and 0 < found.utilisation() < 1

@@ -1,5 +1,6 @@
 """Several processes train as one; they stop together, and one that is lost ends the others."""
 
+import collections
 import json
 import os
 import re
@@ -80,34 +81,46 @@ def test_an_incomplete_description_is_refused(environ, said):
 
 
 class _Placed:
-    """A batch's sharding, as a process sees it that holds only some devices."""
+    """A sharding of batches that gives the devices of each process these rows."""
 
-    def __init__(self, rows):
-        self.rows = rows
+    def __init__(self, *rows_of_processes):
+        self.rows = rows_of_processes
 
-    def addressable_devices_indices_map(self, shape):
-        return {i: (slice(row, row + 1),) for i, row in enumerate(self.rows)}
+    def devices_indices_map(self, shape):
+        device = collections.namedtuple("Device", ["process_index", "number"])
+        return {
+            device(process, i): (slice(row, row + 1),)
+            for process, rows in enumerate(self.rows)
+            for i, row in enumerate(rows)
+        }
 
 
 @pytest.mark.parametrize(
-    ("rows", "part"),
+    ("rows", "parts"),
     [
-        ([0, 1, 2, 3], (0, 2)),
-        ([4, 5, 6, 7], (1, 2)),
-        ([6, 6, 7, 7], (3, 4)),  # pairs of devices share the axis tensor
-        ([3, 3, 3, 3], (3, 8)),  # and so do two processes
+        (([0, 1, 2, 3], [4, 5, 6, 7]), (0, 1, 2, 3)),
+        (([4, 5, 6, 7], [0, 1, 2, 3]), (4, 5, 6, 7)),
+        (([6, 6, 7, 7], [0, 0, 1, 1], [2, 2, 3, 3], [4, 4, 5, 5]), (6, 7)),  # pairs share the axis tensor
+        (([3, 3], [3, 3], [0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2]), (3,)),  # and so do processes
+        (([4, 0], [1, 5], [2, 6], [3, 7]), (0, 4)),  # hosts of TPUs have squares of the torus
     ],
 )
-def test_the_part_of_a_batch_follows_from_the_mesh(rows, part, monkeypatch):
-    monkeypatch.setattr(partition, "batch_sharding", lambda mesh: _Placed(rows))
-    found = partition.host_slice(partition.make_mesh())
-    assert (found["process_index"], found["process_count"]) == part
+def test_the_parts_of_a_batch_follow_from_the_mesh(rows, parts, monkeypatch):
+    monkeypatch.setattr(partition, "batch_sharding", lambda mesh: _Placed(*rows))
+    assert partition.host_slice(partition.make_mesh()) == dict(parts=parts, num_parts=8)
 
 
-def test_a_mesh_that_scatters_a_processes_examples_is_refused(monkeypatch):
-    monkeypatch.setattr(partition, "batch_sharding", lambda mesh: _Placed([0, 4]))
-    with pytest.raises(ValueError, match="not one piece"):
+@pytest.mark.parametrize("rows", [([0, 1], [1, 2]), ([0, 1, 2], [3])])
+def test_a_mesh_whose_processes_share_some_examples_is_refused(monkeypatch, rows):
+    monkeypatch.setattr(partition, "batch_sharding", lambda mesh: _Placed(*rows))
+    with pytest.raises(ValueError, match="all need as many, the same ones or others"):
         partition.host_slice(partition.make_mesh())
+
+
+def test_a_batch_of_processes_whose_devices_alternate_is_whole(tmp_path):
+    """What each process has of it lies where `host_slice` says (tests/scattered.py)."""
+    texts = run_processes(["tests.scattered"], 2, tmp_path / "log")
+    assert "parts (0, 2): the batch is whole" in texts[0] and "parts (1, 3): the batch is whole" in texts[1]
 
 
 def test_record_numbers_beyond_32_bits_are_gathered_whole():

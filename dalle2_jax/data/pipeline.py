@@ -80,17 +80,17 @@ class Dataset:
         self,
         batch_size: int,
         start_step: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        parts: Sequence[int] = (0,),
+        num_parts: int = 1,
         repeat: bool = True,
         shuffle: bool = True,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Iterate over this host's part of the batches from `start_step` on.
+        """Iterate over this host's rows of the batches from `start_step` on.
 
         Args:
-            batch_size: of all hosts together; a multiple of process_count.
+            batch_size: of all hosts together; a multiple of num_parts.
             start_step: the first batch; the sequence is what an uninterrupted run sees from there.
-            process_index, process_count: which contiguous slice of each batch this host reads.
+            parts, num_parts: which of so many equal parts of each batch this host reads, ascending.
             repeat: go on over epochs without end, batches across their borders; False stops after one
                 pass, in which the last batch holds what is left (fewer rows, on the last hosts perhaps none).
             shuffle: False reads the records in their order.
@@ -99,12 +99,10 @@ class Dataset:
             The dataset's fields and `index` int64 [b], the record numbers; pictures float32 in [-1, 1].
 
         Raises:
-            ValueError: batch_size is no multiple of process_count. TooManyBadRecords: above the budget.
+            ValueError: batch_size is no multiple of num_parts. TooManyBadRecords: above the budget.
         """
-        if batch_size < 1 or batch_size % process_count:
-            raise ValueError(
-                f"batch_size {batch_size} must be a positive multiple of the {process_count} processes"
-            )
+        if batch_size < 1 or batch_size % num_parts:
+            raise ValueError(f"batch_size {batch_size} must be a positive multiple of its {num_parts} parts")
         side = max(self.views.image_size or 1, self.views.clip_image_size or 1)
         return stream.batches(
             self._load,
@@ -113,8 +111,8 @@ class Dataset:
             seed=self.seed,
             batch_size=batch_size,
             start_step=start_step,
-            process_index=process_index,
-            process_count=process_count,
+            parts=parts,
+            num_parts=num_parts,
             repeat=repeat,
             shuffle=shuffle,
             chunk=max(1, min(_CHUNK, _CHUNK_PIXELS // side**2)),

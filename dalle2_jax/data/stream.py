@@ -12,7 +12,7 @@ each batch sees its slice of the same global batch, whatever the number of hosts
 
 import atexit
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from absl import logging
@@ -64,10 +64,10 @@ class Stream(Iterator):
         self._iterator = None
 
 
-def local_elements(num_records: int, batch_size: int, process_index: int, process_count: int) -> int:
-    """How many records of one pass a host reads: full slices, and its part of the last batch."""
-    local, full, rest = batch_size // process_count, num_records // batch_size, num_records % batch_size
-    return full * local + min(max(rest - process_index * local, 0), local)
+def local_elements(num_records: int, batch_size: int, parts: Sequence[int], num_parts: int) -> int:
+    """How many records of one pass a host reads: full batches' parts, and what its parts have of the last."""
+    size, full, rest = batch_size // num_parts, num_records // batch_size, num_records % batch_size
+    return sum(full * size + min(max(rest - part * size, 0), size) for part in parts)
 
 
 def _shuffle(tf, index, epoch, seed: int, n: int):
@@ -101,8 +101,8 @@ def batches(
     seed: int,
     batch_size: int,
     start_step: int,
-    process_index: int,
-    process_count: int,
+    parts: Sequence[int],
+    num_parts: int,
     repeat: bool,
     shuffle: bool,
     chunk: int,
@@ -114,16 +114,17 @@ def batches(
     Args:
         load: (record numbers int64 [n], epochs int64 [n]) -> the fields, stacked; called from several
         threads. signature: {field: (dtype, shape of one record)} of what it returns; uint8 becomes float32
-        in [-1, 1]. batch_size, start_step, process_index, process_count, repeat, shuffle: see
+        in [-1, 1]. batch_size, start_step, parts, num_parts, repeat, shuffle: see
         `pipeline.Dataset.batches`. chunk: at most so many records a call of `load`. group: see above.
     """
     tf = _tensorflow()
     group = min(group, num_records)
-    local, n = batch_size // process_count, num_records // group * group
+    size, n = batch_size // num_parts, num_records // group * group
+    local = size * len(parts)
     chunk = min(local, chunk)
-    # Local element e is slot e % local of this host's part of step e // local.
+    # Local element e is slot e % local of this host's parts, one after the other, of step e // local.
     first = start_step * local
-    stop = None if repeat else local_elements(n, batch_size, process_index, process_count)
+    stop = None if repeat else local_elements(n, batch_size, parts, num_parts)
     failures: list[Exception] = []
 
     def call_load(indices, epochs):
@@ -138,7 +139,8 @@ def batches(
         element = first + chunk_number * chunk + tf.range(chunk, dtype=tf.int64)
         if stop is not None:
             element = element[: tf.maximum(stop - first - chunk_number * chunk, 0)]
-        position = element // local * batch_size + process_index * local + element % local
+        part = tf.gather(tf.constant(parts, tf.int64), element % local // size)
+        position = element // local * batch_size + part * size + element % size
         epoch, index = position // n, position % n
         if shuffle and n > group:
             index = _shuffle(tf, index // group, epoch, seed, n // group) * group + index % group

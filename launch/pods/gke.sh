@@ -12,8 +12,9 @@
 #   --volume=                 a claim that is mounted at /data
 #   --xpk=CLUSTER --type=     hand the command to XPK instead
 #
-# A pod that is taken away gets SIGTERM and ten minutes, in which training saves; job.sh then says that it is not done. Status 2 (wrong settings) and 3 (numbers)
-# end the JobSet; anything else starts it again, from the last checkpoint.
+# A pod that is taken away gets SIGTERM and ten minutes, in which training saves; job.sh then says that it is not done.
+# Status 2 (wrong settings) and 3 (numbers) end the JobSet; anything else starts it again, from the last checkpoint. XPK
+# starts again after 127 and above by itself, and after 1 and 4 as it is told here.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse name=? image=? accelerator= topology= hosts= chips=4 slices=1 restarts=100 volume= xpk= type= -- "$@"
@@ -23,7 +24,9 @@ if [ -n "$xpk" ]; then
   [ -n "$type" ] || fail "--xpk needs --type=..., such as v5p-128"
   need xpk
   run xpk workload create --cluster="$xpk" --workload="$name" --docker-image="$image" --tpu-type="$type" \
-    --num-slices="$slices" --max-restarts="$restarts" --command="bash launch/pods/job.sh python -m dalle2_jax.train $(quoted "${TRAIN[@]}")"
+    --num-slices="$slices" --max-restarts="$restarts" --restart-on-exit-codes=1,4 \
+    --termination-grace-period-seconds=600 \
+    --command="bash launch/pods/job.sh python -m dalle2_jax.train $(quoted "${TRAIN[@]}")"
   exit
 fi
 for setting in accelerator topology hosts; do [ -n "${!setting}" ] || fail "give --$setting=..."; done

@@ -5,7 +5,8 @@
 #
 #   --retries=0   how often to start again after a failure; not after wrong settings (status 2) or numbers (status 3)
 #
-# EXTRAS is cuda, tpu or nothing; SIGTERM reaches training, which saves and ends with status 0.
+# EXTRAS is cuda, tpu or nothing; SIGTERM and Ctrl-C reach training, which saves and ends, and is not started again. Where
+# the installation fails, the status is 5.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse retries=0 -- "$@"
@@ -16,7 +17,7 @@ if [ -n "$DRY" ]; then
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
 cd "$ROOT"
-prepare train
+FAIL_STATUS=5 prepare train
 child=0 stopped=""
 trap 'stopped=yes; [ "$child" = 0 ] || kill -TERM "$child" 2> /dev/null' TERM INT
 for ((try = 0; ; try++)); do

@@ -8,20 +8,37 @@
 #   --type      accelerator type, such as v5p-128            --runtime=v2-alpha-tpuv5   version of the hosts' software
 #   --spot=no   yes: cheaper, and taken away at any time      --keep=no   yes: leave the slice when training has ended
 #   --setup=    a command for every host first, such as one that mounts the shards at /mnt/shards
+#   --retries=5   how often to start again on a slice that is still there
 #
 # Copies this repository to every host, installs it there and starts the same command on all of them. A slice that is
-# taken away is asked for again, and training goes on from its last checkpoint. Ended by status 0, by wrong settings
-# (status 2) or numbers (status 3).
+# taken away is asked for again, as often as it takes, and training goes on from its last checkpoint; job.sh tells one that
+# was stopped from one that has finished. Ended by status 0, by wrong settings (status 2), numbers (status 3), an installation
+# that failed (status 5), and by any other failure for the last of the --retries, which every slice has anew.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-parse name=? project=? zone=? type=? runtime=v2-alpha-tpuv5 spot=no keep=no setup= -- "$@"
+parse name=? project=? zone=? type=? runtime=v2-alpha-tpuv5 spot=no keep=no setup= retries=5 -- "$@"
 check_training
+[[ $retries =~ ^[0-9]+$ ]] || fail "--retries=$retries must be a whole number"
 need gcloud
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 place=(--project="$project" --zone="$zone")
 tpu=(gcloud compute tpus)
 
-state() { "${tpu[@]}" queued-resources describe "$name" "${place[@]}" --format='value(state.state)' 2> /dev/null || true; }
+# Prints the state of the slice, nothing where there is none, UNKNOWN where gcloud does not find out.
+state() {
+  local errors try said
+  errors="$(mktemp)"
+  for try in 1 2 3 4 5; do
+    if said="$("${tpu[@]}" queued-resources describe "$name" "${place[@]}" --format='value(state.state)' 2> "$errors")"; then
+      echo "$said"
+      return
+    fi
+    grep -qi 'not[_ ]found' "$errors" && return
+    [ "$try" = 5 ] || sleep 10
+  done
+  cat "$errors" >&2
+  echo UNKNOWN
+}
 
 ask() {
   local kind=()
@@ -45,30 +62,48 @@ await() {
   done
 }
 
-everywhere() { run "${tpu[@]}" tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$1"; }
+everywhere() { run "${tpu[@]}" tpu-vm ssh "$name" "${place[@]}" --worker=all --batch-size=all --command="$1"; }
 
 install() {
   local archive
   archive="$(mktemp -d)/dalle2_jax.tar.gz"
-  run git -C "$ROOT" archive --format=tar.gz --output="$archive" HEAD
-  run "${tpu[@]}" tpu-vm scp "$archive" "$name:dalle2_jax.tar.gz" "${place[@]}" --worker=all
-  everywhere "mkdir -p dalle2_jax && tar -xzf dalle2_jax.tar.gz -C dalle2_jax${setup:+ && $setup}"
+  run git -C "$ROOT" archive --format=tar.gz --output="$archive" HEAD &&
+    run "${tpu[@]}" tpu-vm scp "$archive" "$name:dalle2_jax.tar.gz" "${place[@]}" --worker=all &&
+    everywhere "mkdir -p dalle2_jax && tar -xzf dalle2_jax.tar.gz -C dalle2_jax${setup:+ && $setup}"
 }
 
-train() { everywhere "cd dalle2_jax && EXTRAS=tpu bash launch/pods/host.sh -- $(quoted "${TRAIN[@]}")"; }
+train() { everywhere "cd dalle2_jax && EXTRAS=tpu bash launch/pods/job.sh bash launch/pods/host.sh -- $(quoted "${TRAIN[@]}")"; }
 
+# ended STATUS: what the status says, after giving the slice back.
+ended() {
+  [ "$keep" != no ] || forget
+  exit "$1"
+}
+
+failures=0
 while :; do
-  [ -n "$DRY" ] || [ -n "$(state)" ] || ask
-  [ -z "$DRY" ] || ask
-  status=0
+  if [ -n "$DRY" ] || [ -z "$(state)" ]; then
+    ask
+    failures=0
+  fi
   if await; then
-    install && train || status=$?
-    if [ -n "$DRY" ] || [ "$status" = 0 ] || [ "$status" = 2 ] || [ "$status" = 3 ]; then
-      [ "$keep" != no ] || forget
-      exit "$status"
-    fi
-    [ "$(state)" != ACTIVE ] || { echo "status $status; the slice is there: again" >&2 && sleep 30 && continue; }
+    status=1
+    if install; then train && status=0 || status=$?; fi
+    case $status in 0 | 2 | 3 | 5) ended "$status" ;; esac
+    case $(state) in
+      ACTIVE | UNKNOWN)
+        failures=$((failures + 1))
+        if [ "$failures" -gt "$retries" ]; then
+          echo "status $status, and the slice is there: given up after $retries retries" >&2
+          ended "$status"
+        fi
+        echo "status $status; the slice is there: again" >&2
+        sleep 30
+        continue
+        ;;
+    esac
   fi
   echo "the slice was taken away: asking for another" >&2
   forget || true
+  sleep 30
 done

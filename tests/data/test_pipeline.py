@@ -79,10 +79,7 @@ def test_host_order_disjoint_and_complete(shards, process_count):
     data = dataset(shards, ("tokens",))
     steps = 23  # 24 * 23 positions: 24 whole epochs
     whole = np.concatenate(ids(take(data.batches(24), steps)))
-    hosts = [
-        take(data.batches(24, process_index=i, process_count=process_count), steps)
-        for i in range(process_count)
-    ]
+    hosts = [take(data.batches(24, parts=(i,), num_parts=process_count), steps) for i in range(process_count)]
     joined = np.concatenate([np.concatenate([h[step]["index"] for h in hosts]) for step in range(steps)])
     np.testing.assert_array_equal(joined, whole)
     epochs = whole.reshape(24, 23)
@@ -90,12 +87,24 @@ def test_host_order_disjoint_and_complete(shards, process_count):
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 24  # each epoch in another order
 
 
+def test_parts_of_a_batch_need_not_follow_each_other(shards):
+    """As hosts have them whose devices lie scattered in the mesh; the last batch of a pass has 23 - 12."""
+    data, hosts = dataset(shards, ("tokens",)), [(0, 3), (1, 4), (2, 5)]
+    for repeat, steps in ((True, 5), (False, 2)):
+        whole = take(data.batches(12, repeat=repeat), steps)
+        read = [list(take(data.batches(12, parts=p, num_parts=6, repeat=repeat), steps)) for p in hosts]
+        for step, batch in enumerate(whole):
+            for parts, of_host in zip(hosts, read, strict=True):
+                mine = np.isin(np.arange(len(batch["index"])) // 2, parts)
+                np.testing.assert_array_equal(of_host[step]["index"], batch["index"][mine])
+
+
 @pytest.mark.parametrize("process_count", [1, 2])
 def test_any_step_can_be_the_first(shards, process_count):
     """Also within the batch that crosses the border between epochs (step 4 of 5 records each of 23)."""
     data = dataset(shards)
     batch_size = 10 if process_count == 2 else 5
-    part = dict(process_index=process_count - 1, process_count=process_count)
+    part = dict(parts=(process_count - 1,), num_parts=process_count)
     whole = take(data.batches(batch_size, **part), 12)
     for start in (1, 4, 5, 11):
         assert_same(take(data.batches(batch_size, start_step=start, **part), 12 - start), whole[start:])
@@ -121,9 +130,7 @@ def test_orders_are_random_and_independent_between_epochs_and_seeds(tmp_path):
     n, epochs = 20_000, 8
 
     def orders(seed):
-        settings = dict(
-            num_records=n, seed=seed, batch_size=n, start_step=0, process_index=0, process_count=1
-        )
+        settings = dict(num_records=n, seed=seed, batch_size=n, start_step=0, parts=(0,), num_parts=1)
         settings |= dict(repeat=True, shuffle=True, chunk=n, num_workers=1)
         batches = stream.batches(lambda index, epoch: {"index": index}, {"index": (np.int64, ())}, **settings)
         return np.stack([batch["index"] for batch in take(batches, epochs)])
@@ -143,7 +150,7 @@ def test_one_pass_holds_every_record_once(shards):
     assert [len(batch["index"]) for batch in one_pass] == [5, 5, 5, 5, 3]
     assert sorted(np.concatenate(ids(one_pass))) == list(range(23))
     assert ids(one_pass)[:4] == ids(take(data.batches(5), 4))
-    hosts = [list(data.batches(10, process_index=i, process_count=2, repeat=False)) for i in range(2)]
+    hosts = [list(data.batches(10, parts=(i,), num_parts=2, repeat=False)) for i in range(2)]
     assert [[len(b["index"]) for b in host] for host in hosts] == [[5, 5, 3], [5, 5]]
     assert sorted(np.concatenate([np.concatenate(ids(host)) for host in hosts])) == list(range(23))
     in_order = np.concatenate(ids(data.batches(5, repeat=False, shuffle=False)))
@@ -159,7 +166,7 @@ def test_a_group_stays_together_and_groups_are_shuffled(shards):
         np.testing.assert_array_equal(groups, groups[:, :1] + np.arange(3))
         assert sorted(groups[:, 0]) == list(range(0, 21, 3))
     assert len({tuple(groups[:, 0]) for groups in epochs}) == 3
-    hosts = [take(data.batches(14, process_index=i, process_count=2), 3) for i in range(2)]
+    hosts = [take(data.batches(14, parts=(i,), num_parts=2), 3) for i in range(2)]
     whole = take(data.batches(14), 3)
     for step, batch in enumerate(whole):
         np.testing.assert_array_equal(np.concatenate([h[step]["index"] for h in hosts]), batch["index"])
@@ -424,8 +431,8 @@ def test_settings_that_cannot_be_stop_at_once(shards):
     }.items():
         with pytest.raises(ValueError, match=message):
             dataset(shards, **settings)
-    with pytest.raises(ValueError, match="multiple of the 3 processes"):
-        dataset(shards).batches(8, process_count=3)
+    with pytest.raises(ValueError, match="multiple of its 3 parts"):
+        dataset(shards).batches(8, num_parts=3)
     with pytest.raises(TypeError, match="imagesize"):
         dataset(shards, imagesize=8)
 
@@ -529,7 +536,7 @@ def test_a_program_ends_while_threads_read():
         "    time.sleep(0.05)\n"
         "    return {'x': index}\n"
         "batches = stream.batches(load, {'x': (np.int64, ())}, num_records=100, seed=0, batch_size=4,\n"
-        "    start_step=0, process_index=0, process_count=1,\n"
+        "    start_step=0, parts=(0,), num_parts=1,\n"
         "    repeat=True, shuffle=True, chunk=2, num_workers=2)\n"
         "print(len(next(batches)['x']))\n"
     )
@@ -548,7 +555,7 @@ def test_closing_or_dropping_a_stream_ends_its_threads():
         time.sleep(0.02)
         return {"x": index}
 
-    settings = dict(num_records=100, seed=0, batch_size=4, start_step=0, process_index=0, process_count=1)
+    settings = dict(num_records=100, seed=0, batch_size=4, start_step=0, parts=(0,), num_parts=1)
     settings |= dict(repeat=True, shuffle=True, chunk=2, num_workers=2)
     for drop in (False, True):
         batches = stream.batches(load, {"x": (np.int64, ())}, **settings)

@@ -1,0 +1,118 @@
+"""TPU chips, slices of them that are described and not there, and the memory of any device."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from pathlib import Path
+
+import jax
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """memory: bytes. link_bandwidth: bytes/s that a chip sends over all of its links; as many come in.
+    clock: Hz. axes: of the torus that slices are cut from. largest: chips of a slice at most.
+    kinds: what JAX calls a device; the two cores of a v4 are one, as JAX has them on the machines."""
+
+    memory: float
+    link_bandwidth: float
+    clock: float
+    axes: int
+    largest: int
+    kinds: tuple[str, ...]
+    cores: str = "default"
+
+
+# Google's pages on the versions of Cloud TPU; link bandwidths there are for both directions together. The
+# clock is the bfloat16 peak (metrics.PEAK_FLOPS) over two FLOPs for each cell of the chip's matrix units: 8
+# of 128 x 128 (v4, v5p), 4 of 128 x 128 (v5e), 4 of 256 x 256 (v6e).
+CHIPS = {
+    "v4": Chip(32 * GIB, 300e9, 1.05e9, 3, 4096, ("TPU v4",), cores="megacore"),
+    "v5e": Chip(16 * GIB, 200e9, 1.50e9, 2, 256, ("TPU v5 lite", "TPU v5e")),
+    "v5p": Chip(95 * GIB, 600e9, 1.75e9, 3, 6144, ("TPU v5", "TPU v5p")),
+    "v6e": Chip(32 * GIB, 400e9, 1.75e9, 2, 256, ("TPU v6 lite", "TPU v6e")),
+}
+
+
+def chip_of(device) -> Chip | None:
+    """The chip that a device of JAX is, None for one that is not in `CHIPS`."""
+    return next((chip for chip in CHIPS.values() if device.device_kind in chip.kinds), None)
+
+
+def memory_of(device) -> float | None:
+    """Bytes that a device has, None where that is not known.
+
+    What the device itself says; of a described one its chip's; of a CPU device its part of this machine's.
+    """
+    with contextlib.suppress(
+        jax.errors.JaxRuntimeError, NotImplementedError
+    ):  # one that is not of this process does not tell
+        stated = (device.memory_stats() or {}).get("bytes_limit")
+        if stated:
+            return stated
+    if device.platform == "cpu":
+        return _machine_memory() / len(jax.local_devices(backend="cpu"))
+    chip = chip_of(device)
+    return chip.memory if chip else None
+
+
+def _machine_memory() -> int:
+    """Bytes of this machine, or what its container may use of them."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # 'max': no limit
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory
+
+
+def topology_devices(name: str) -> list:
+    """The devices of a described slice such as 'v5p:4x4x4'; nothing of it needs to exist.
+
+    Raises ValueError for a name that is none, and where libtpu is not installed.
+    """
+    version, _, shape = name.partition(":")
+    sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
+    # The compiler of TPUs ends the process for a slice with a wrong number of axes.
+    if version not in CHIPS or len(sizes) != CHIPS[version].axes or not all(sizes):
+        raise ValueError(
+            f"--topology={name!r} must be a version and its slice, such as v5p:4x4x4 or v5e:8x8; versions "
+            f"are {', '.join(f'{version} ({chip.axes} axes)' for version, chip in CHIPS.items())}"
+        )
+    chip = CHIPS[version]
+    if math.prod(sizes) > chip.largest:
+        raise ValueError(f"--topology={name!r}: a slice of {version} has at most {chip.largest} chips")
+    if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
+        raise ValueError("compiling for TPUs needs libtpu: pip install 'dalle2_jax[tpu]'")
+    # Not to ask the metadata server of a cloud that this machine is not in, nor for a lock on a chip.
+    for variable, value in dict(
+        TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost"
+    ).items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    try:
+        described = topologies.get_topology_desc(name, "tpu", chip_config_name=chip.cores)
+    except Exception as error:  # RuntimeError, JaxRuntimeError or ValueError, by what is missing
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--topology={name!r} is not possible: {first}. Slices of {version} are whole hosts, such as "
+            f"{'2x2x1, 2x2x4, 4x4x4, 4x4x8' if chip.axes == 3 else '2x2, 4x4, 4x8, 8x8, 16x16'}"
+        ) from error
+    return list(described.devices)
+
+
+def resized(name: str, larger: bool) -> str:
+    """The name of the slice of twice or half as many chips, as even as can be; it need not be possible."""
+    version, _, shape = name.partition(":")
+    sizes = [int(size) for size in shape.split("x")]
+    if larger:  # the last of the shortest axes, so that 4x4x4 becomes 4x4x8
+        axis = max(i for i, size in enumerate(sizes) if size == min(sizes))
+        sizes[axis] *= 2
+    else:  # the first of the longest
+        axis = sizes.index(max(sizes))
+        sizes[axis] //= 2
+    return f"{version}:{'x'.join(map(str, sizes))}"

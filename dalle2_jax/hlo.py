@@ -1,0 +1,133 @@
+"""What the text of a compiled program says: what it sends over the links, and the cycles that it takes.
+
+The text is HLO's. What lies in a loop counts as often as the compiler says that it runs.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_BYTES = dict(pred=1, s4=0.5, u4=0.5, bf16=2, f16=2)
+_CYCLES_OF_NOTHING = 1 << 48  # of one operation: two days
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Operations of one kind in a step: how many, and bytes that each chip sends for them."""
+
+    count: int
+    bytes: float
+
+
+def collectives(program: str) -> dict[str, Collective]:
+    """What a program sends, by kind, largest first.
+
+    Bytes that a chip sends for an operation with result R in a group of g: all-gather R (g - 1) / g,
+    reduce-scatter R (g - 1), all-reduce 2 R (g - 1) / g (rings), all-to-all R (g - 1) / g, permute R. An
+    all-reduce of which a fusion keeps a part is a reduce-scatter.
+    """
+    times = _trip_counts(program)
+    counts, sent = collections.Counter(), collections.Counter()
+    pattern = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+    computation = ""
+    for line in program.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            computation = header[1]
+        found = pattern.match(line)
+        if not found:
+            continue
+        shape, kind, started = found.groups()
+        group = _group_size(line)
+        if group == 1 and kind != "collective-permute":
+            continue
+        results = _sizes(shape)
+        # The asynchronous form returns (operands, results, ...): what is sent is in the largest of them.
+        size = max(results) if started else sum(results)
+        if kind == "all-reduce" and "all-reduce-scatter" in computation:
+            kind, size = "reduce-scatter", size / group
+        factor = {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1, "collective-permute": 1}
+        if kind == "reduce-scatter" and started:
+            size /= group
+        repeated = times.get(computation, 1)
+        counts[kind] += repeated
+        sent[kind] += repeated * size * factor.get(kind, (group - 1) / group)
+    return {kind: Collective(counts[kind], sent[kind]) for kind, _ in sent.most_common()}
+
+
+def scheduled_cycles(program: str) -> tuple[int, int]:
+    """(cycles that the compiler estimates for the operations of a program, one after the other; how many
+    operations it gives a number that cannot be one, 2^64 - 1 and the like: left out).
+
+    0 where it says nothing. Operations over the links have no estimate."""
+    times, computation, total, untold = _trip_counts(program), "", 0, 0
+    for line in program.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            computation = header[1]
+            continue
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if estimate and int(estimate[1]) >= _CYCLES_OF_NOTHING:
+            untold += times.get(computation, 1)
+        elif estimate:
+            total += int(estimate[1]) * times.get(computation, 1)
+    return total, untold
+
+
+def _trip_counts(program: str) -> dict[str, int]:
+    """Name of a computation -> how often it runs, of those in loops of known length and of what they call."""
+    calls, bounds, computation = collections.defaultdict(list), collections.defaultdict(list), ""
+    for line in program.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            computation = header[1]
+            continue
+        bound = re.search(r" = [su]32\[\]\S* constant\((\d+)\)", line)
+        if bound:
+            bounds[computation].append(int(bound[1]))
+        called = re.findall(r"(?:body|condition|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line)
+        length = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        condition = re.search(r"condition=%?([\w.\-]+)", line)
+        for name in called:
+            known = int(length[1]) if length else None
+            calls[computation].append((name, known, condition[1] if condition else None))
+    times: dict[str, int] = {}
+
+    def visit(name: str, factor: int):
+        for inner, length, condition in calls.get(name, ()):
+            if condition is None:
+                length = 1
+            elif length is None:  # a counter from 0 is compared with the one number of the condition
+                length = bounds[condition][0] if len(bounds[condition]) == 1 else 1
+            if factor * length > times.get(inner, 0):
+                times[inner] = factor * length
+                visit(inner, factor * length)
+
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", program, re.M)
+    visit(entry[1] if entry else "", 1)
+    return times
+
+
+def _sizes(shape: str) -> list[float]:
+    """Bytes of the arrays in an HLO shape, '(bf16[2,3]{1,0}, f32[])'."""
+    found = []
+    for kind, axes in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", shape):
+        width = _BYTES.get(kind) or int(re.search(r"\d+", kind)[0]) / 8
+        found.append(width * math.prod(int(n) for n in axes.split(",") if n))
+    return found or [0.0]
+
+
+def _group_size(line: str) -> int:
+    """Chips that take part in one collective of this line."""
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{}]*\{([^}]*)\}", line)
+    if named:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line)
+    if iota:
+        return int(iota[2])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    return len(listed[1].split(",")) if listed else 1
