@@ -186,14 +186,11 @@ class UnCLIP(Editing):
             captions, numbers = _repeated(captions, n)
         own = of_stage(self.cascade, "prior", **own)
         own |= {"return_candidates": True} if return_candidates else {}
-        texts = list(dict.fromkeys(captions))
-        (text_embed, text_states), text_timing = self.encode_text(texts, batch_size, progress)
-        tokens, token_mask = self._tokens("prior", texts)
+        (text_embed, text_states), text_timing = self.encode_text(captions, batch_size, progress)
+        tokens, token_mask = self._tokens("prior", captions)
         known = dict(tokens=tokens, token_mask=token_mask, text_embed=text_embed, text_states=text_states)
         task = tasks.prior_task(self.cascade, seed, own)
-        place = {text: i for i, text in enumerate(texts)}
-        of_text = np.array([place[caption] for caption in captions])
-        rows = {name: value[of_text] for name, value in known.items() if name in task.rows}
+        rows = {name: value for name, value in known.items() if name in task.rows}
         rows["number"] = np.asarray(numbers)
         embeds, timing = self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
         return embeds, {"text": text_timing, "prior": timing}
@@ -250,7 +247,7 @@ class UnCLIP(Editing):
                 raise ValueError(
                     "a negative caption needs a decoder that reads captions, and guidance above 1"
                 )
-            text = self._told("decoder", [negative] * count, count)
+            text = self._told("decoder", [negative] * count, count, batch_size)
             given |= {f"negative_{name}": value for name, value in text.items()}
         how |= {"strength": strength} if strength != 1 else {}
         how |= {"resample": resample} if resample != 1 else {}
@@ -258,7 +255,7 @@ class UnCLIP(Editing):
         task = tasks.decoder_task(self.cascade, seed, how, tuple(given))
         rows = {"number": numbers} | given | self._guide_rows(how, captions, batch_size)
         rows |= {"image_embed": image_embeds} if decoder.embed_dim else {}
-        rows |= self._told("decoder", captions, count)
+        rows |= self._told("decoder", captions, count, batch_size)
         return self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
 
     def explain(self, caption: str, *, seed: int = 0, progress: Progress | None = None, **asked) -> dict:
@@ -303,7 +300,9 @@ class UnCLIP(Editing):
             stages={name: images[0] for name, images in stages.items()},
         )
 
-    def _told(self, name: str, captions: Sequence[str] | None, count: int) -> dict[str, np.ndarray]:
+    def _told(
+        self, name: str, captions: Sequence[str] | None, count: int, batch_size: int | None = None
+    ) -> dict[str, np.ndarray]:
         """What the decoder or an upsampler reads of captions, or of `count` null ones; {} if nothing."""
         stage = self.cascade.stage(name)
         specs = tasks.told_specs(stage)
@@ -317,7 +316,7 @@ class UnCLIP(Editing):
         if captions is not None and "token_mask" in rows:
             known = dict(zip(("tokens", "token_mask"), self._tokens(name, captions), strict=True))
             if "text_states" in rows:
-                (known["text_embed"], known["text_states"]), _ = self._encode_text(captions)
+                (known["text_embed"], known["text_states"]), _ = self._encode_text(captions, batch_size)
             rows |= {field: value for field, value in known.items() if field in rows}
         return rows
 
@@ -390,7 +389,8 @@ class UnCLIP(Editing):
             task = tasks.upsampler_task(
                 self.cascade, name, seed, own[name], images.shape[1:], keeps=known is not None
             )
-            rows = {"low_res": images, "number": numbers} | self._told(name, captions, len(images))
+            rows = {"low_res": images, "number": numbers}
+            rows |= self._told(name, captions, len(images), batch_size)
             if known is not None:
                 size = self.cascade.stage(name).image_size
                 at_size = square_picture(known[0], size), shrink_mask(known[1], size)
@@ -444,7 +444,7 @@ class UnCLIP(Editing):
 
         def draw(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             texts = [captions[i] for i in rows]
-            self._prepare(settings, len(set(texts)), len(rows), seed, upsample, batch_size)
+            self._prepare(settings, len(rows), seed, upsample, batch_size)
             of_rows = common | dict(numbers=[numbers[i] for i in rows])
             image_embeds, more = self.sample_prior(texts, **of_rows, **own["prior"])
             timings.update(more)
@@ -463,15 +463,13 @@ class UnCLIP(Editing):
 
     def prepare(self, *, n: int = 1, upsample: bool = True, batch_size: int | None = None, **asked) -> None:
         """Begins to compile, beside other work, what `text_to_image` of a caption with these needs."""
-        self._prepare(self.settings(**asked), 1, n, 0, upsample, batch_size)
+        self._prepare(self.settings(**asked), n, 0, upsample, batch_size)
 
-    def _prepare(
-        self, settings: dict, captions: int, count: int, seed: int, upsample: bool, batch_size
-    ) -> None:
+    def _prepare(self, settings: dict, count: int, seed: int, upsample: bool, batch_size) -> None:
         # All stages are compiled at once, the later ones while the earlier ones run.
         prepare = self.cascade.prepare
         if "prior" in settings:
-            prepare(tasks.text_task(self.cascade), captions, batch_size)
+            prepare(tasks.text_task(self.cascade), count, batch_size)
             prepare(tasks.prior_task(self.cascade, seed, settings["prior"]), count, batch_size)
         prepare(tasks.decoder_task(self.cascade, seed, settings["decoder"]), count, batch_size)
         side = self.cascade.stage("decoder").image_size
