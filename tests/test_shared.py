@@ -103,21 +103,23 @@ def test_the_loss_of_a_process_ends_drawing_with_the_cause(model, tmp_path, comm
 @pytest.mark.slow
 def test_commands_of_two_processes_write_what_those_of_one_write(model, inception_file, tmp_path):
     """One of them writes and prints; whatever a command does with several, it does with two."""
-    pictures = [str(tmp_path / f"{i}.png") for i in range(3)]
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    pictures = [str(folder / f"{i}.png") for i in range(3)]
     for i, path in enumerate(pictures):
         y, x = np.mgrid[:40, :32] * 6
         grid.save_png(path, np.stack([y, x, np.full_like(x, 80 * i)], -1).astype(np.uint8), {})
     (tmp_path / "suite.txt").write_text("\n".join(CAPTIONS))
     edit, few = "dalle2_jax.edit", ["--steps=4", "--batch_size=2"]
     evaluate = ["dalle2_jax.evaluate", "--batch_size=2"]
-    stats = ["--metrics=fid_small", f"--inception={inception_file}", f"--reference={tmp_path}"]
+    stats = ["--metrics=fid_small", f"--inception={inception_file}", f"--reference={folder}"]
     commands = {
         "invert": [edit, "invert", *pictures, *few],
         "interpolate": [edit, "interpolate", pictures[0], CAPTIONS[0], "--frames=5", *few],
         "chosen": [edit, "image_to_image", pictures[1], CAPTIONS[0], "--n=4", "--keep=2", *few],
         "upscale": [edit, "upscale", pictures[2], "--steps=2"],
         "prompts": [*evaluate, f"--prompts={tmp_path / 'suite.txt'}", "--pictures=3"],
-        "stats": [*evaluate, f"--images={tmp_path}", *stats],
+        "stats": [*evaluate, f"--images={folder}", *stats],
     }
     for name, command in commands.items():
         made = {}
