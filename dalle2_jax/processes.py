@@ -1,4 +1,4 @@
-"""Several processes of one run: how they find each other, stop together and fail together.
+"""Several processes of one run: how they find each other, share work, stop together and fail together.
 
 A run may have one process a host (TPU pods, GPU machines) or one a device. Every process runs the same
 command on the same workdir, which all must see. `join` finds out what there is, in this order:
