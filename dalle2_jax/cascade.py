@@ -1,7 +1,7 @@
 """A model directory, opened: its stages, their weights on the devices, functions compiled for micro-batches.
 
-Rows (captions, pictures) run in micro-batches of a fixed size that are split over the devices. A compiled
-function is kept for every (stage, settings, shapes).
+Rows (captions, pictures) are shared by the processes there are, and run in micro-batches of a fixed size
+that are split over a process's devices. A compiled function is kept for every (stage, settings, shapes).
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dalle2_jax import hub, modeldir, models, partition
+from dalle2_jax import hub, modeldir, models, partition, processes
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dalle2_jax.nets import layers
 
@@ -320,8 +320,22 @@ class Cascade:
           rows: arrays [N, ...] as task.rows says. The last micro-batch is filled up with copies of the last
           row. batch_size: rows at a time, rounded up to a multiple of the devices; None: 8, or one a device.
           progress: called after every micro-batch.
+
+        Of several processes each runs its share of the rows, and every one gets what all of them made; timing
+        and progress are of its own.
         """
-        count = len(next(iter(rows.values())))
+        timings = []
+
+        def own(mine: np.ndarray):
+            made, timing = self._run(task, rows, mine, batch_size, progress)
+            timings.append(timing)
+            return made
+
+        return processes.in_shares(own, len(next(iter(rows.values())))), timings[0]
+
+    def _run(self, task: Task, rows: dict, mine: np.ndarray, batch_size, progress):
+        """`run` of the rows with the numbers `mine` alone."""
+        count = len(mine)
         size = self._micro_batch(count, batch_size)
         began = time.monotonic()
         submitted = self._submit(task, count, batch_size)
@@ -338,7 +352,7 @@ class Cascade:
         outputs, seconds = [], 0.0
         for start in range(0, count, size):
             began = time.monotonic()
-            chosen = np.minimum(np.arange(start, start + size), count - 1)
+            chosen = mine[np.minimum(np.arange(start, start + size), count - 1)]
             batch = {name: value[chosen].astype(task.rows[name].dtype) for name, value in rows.items()}
             outputs.append(partition.to_host(program(params, partition.to_global(batch, self.mesh), scalars)))
             seconds += time.monotonic() - began

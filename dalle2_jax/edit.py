@@ -16,19 +16,19 @@ Edits pictures with a model directory, or with the small model that comes with t
 
 --out gets every picture as PNG (with the settings inside), grid.png and edit.json; actions that go from one
 picture to another also write path.webp, which moves. --keep=K keeps the K pictures closest to the caption.
+Several processes (see `processes`) share the pictures of an action, and the first of them writes.
 """
 
 import dataclasses
 import json
 import os
-import sys
 import time
 
 import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from dalle2_jax import editing, metrics, partition, pictures, pipeline
+from dalle2_jax import editing, metrics, partition, pictures, pipeline, processes
 from dalle2_jax.generate import StageLines, write_pictures
 
 FLAGS = flags.FLAGS
@@ -90,10 +90,11 @@ def edit(model: pipeline.UnCLIP, action: str, given: list[str], out: epath.Path)
             batch_size=FLAGS.batch_size,
             progress=common["progress"],
         )
-        latents.save(out / "latents.npz")
         result = model.from_latents(latents, **common)
         error = np.abs(result.base.astype(np.float32) - model.base_pictures(found, FLAGS.fit)).mean() / 255
-        print(f"base pictures come back with a mean absolute error of {error:.4f} (black to white is 1)")
+        if processes.is_first():
+            latents.save(out / "latents.npz")
+            print(f"base pictures come back with a mean absolute error of {error:.4f} (black to white is 1)")
         return result
     image = pictures.read_picture(given[0])
     if action == "variations":
@@ -148,42 +149,50 @@ def kept(model: pipeline.UnCLIP, result: pipeline.Result, caption: str, keep: in
     )
 
 
+def upscale(model: pipeline.UnCLIP, given: list[str], out: epath.Path, said: dict) -> str:
+    """Draw and write upscaled.png, with what is `said` inside; what was written, in words."""
+    image = model.upscale(
+        pictures.read_picture(given[0]),
+        seed=FLAGS.seed,
+        num_steps=FLAGS.steps,
+        tile=FLAGS.tile,
+        caption=FLAGS.caption,
+        progress=StageLines(),
+    )
+    if processes.is_first():
+        made = json.dumps(said | {"model": model.name, "seed": FLAGS.seed})
+        metrics.save_png(out / "upscaled.png", image, {"dalle2_jax": made})
+    return f"{image.shape[1]} x {image.shape[0]}: {out / 'upscaled.png'}"
+
+
 def main(argv):
-    try:
+    with processes.together(debug=FLAGS.debug):
         action, given = check_arguments(argv[1:])
-        if FLAGS.keep is not None and ARGUMENTS[action][-1] != "CAPTION":
+        captioned = ARGUMENTS[action][-1] == "CAPTION"
+        if FLAGS.keep is not None and not captioned:
             raise ValueError(f"--keep chooses by a caption, and {action} is given none")
         partition.initialise()
+        processes.join()
         began, out = time.monotonic(), epath.Path(FLAGS.out)
         model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
-        for line in model.cut_captions(given[-1:]) if ARGUMENTS[action][-1] == "CAPTION" else ():
+        for line in model.cut_captions(given[-1:]) if captioned and processes.is_first() else ():
             print(f"note: {line}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
         said = {"action": action, "given": given}
         if action == "upscale":
-            image = model.upscale(
-                pictures.read_picture(given[0]),
-                seed=FLAGS.seed,
-                num_steps=FLAGS.steps,
-                tile=FLAGS.tile,
-                caption=FLAGS.caption,
-                progress=StageLines(),
-            )
-            made = json.dumps(said | {"model": model.name, "seed": FLAGS.seed})
-            metrics.save_png(out / "upscaled.png", image, {"dalle2_jax": made})
-            shown = f"{image.shape[1]} x {image.shape[0]}: {out / 'upscaled.png'}"
+            shown = upscale(model, given, out, said)
         else:
             result = edit(model, action, given, out)
             if FLAGS.keep is not None:
                 result = kept(model, result, given[-1], FLAGS.keep)
-            paths = write_pictures(out, result, model.name, command="edit", **said)
-            if action in PATHS:
-                write_animation(out / "path.webp", result.images)
-            shown = f"{len(paths)} picture{'s' * (len(paths) > 1)}: {out / 'grid.png'}"
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from (error if FLAGS.debug else None)
-    print(f"{action} in {time.monotonic() - began:.1f} s, {shown}")
+            if processes.is_first():
+                write_pictures(out, result, model.name, command="edit", **said)
+                if action in PATHS:
+                    write_animation(out / "path.webp", result.images)
+            count = len(result.images)
+            shown = f"{count} picture{'s' * (count > 1)}: {out / 'grid.png'}"
+        if processes.is_first():
+            print(f"{action} in {time.monotonic() - began:.1f} s, {shown}")
 
 
 if __name__ == "__main__":

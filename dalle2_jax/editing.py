@@ -152,7 +152,8 @@ class Editing:
         """The latents of pictures; the more steps, the closer what is drawn from them."""
         squares = [square_picture(image, self.image_size, fit) for image in images]
         embeds = np.zeros((len(squares), 0), np.float32)
-        rows = {"image": self.base_pictures(squares)} | self._told("decoder", captions, len(squares))
+        rows = {"image": self.base_pictures(squares)}
+        rows |= self._told("decoder", captions, len(squares), batch_size)
         if self.cascade.reads_embeds:
             embeds = rows["image_embed"] = self.encode_image(squares, batch_size)
         task = tasks.invert_task(self.cascade, num_steps)

@@ -218,7 +218,7 @@ FLAGS = flags.FLAGS
 
 
 def main(argv):
-    try:
+    with processes.together(status=train.FAILED, say=logging.error, debug=FLAGS.debug):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}")
         partition.initialise()
@@ -248,11 +248,7 @@ def main(argv):
             elif jax.process_index() == 0:
                 counted = embeddings.finish(epath.Path(FLAGS.out) / split)
                 logging.info("%s is complete; records left out by reason: %s", split, counted or "none")
-    except (ValueError, OSError) as error:
-        processes.end_together(error, train.FAILED)
-        logging.error("%s", error)
-        raise SystemExit(train.FAILED) from (error if FLAGS.debug else None)
-    logging.info("left out by this process: %s", {name: dict(found) for name, found in lost.items()})
+        logging.info("left out by this process: %s", {name: dict(found) for name, found in lost.items()})
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -496,7 +495,7 @@ def run_metrics(out: epath.Path) -> None:
             settings=settings,
             folder=epath.Path(FLAGS.out) / "pictures",
             npz_out=FLAGS.npz_out if processes.is_first() else None,
-            stats_out=FLAGS.stats_out if processes.is_first() else None,
+            stats_out=FLAGS.stats_out,
             aesthetic_file=FLAGS.aesthetic,
             progress=StageLines(),
             **common,
@@ -555,7 +554,7 @@ def _scenes_to_compare(names: Sequence[str], config, image_size: int) -> picture
 
 
 def main(argv):
-    try:
+    with processes.together(debug=FLAGS.debug):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}: captions are for dalle2_jax.generate")
         partition.initialise()
@@ -571,10 +570,6 @@ def main(argv):
                 run_prompts()
             else:
                 run_metrics(out)
-    except (ValueError, OSError) as error:
-        processes.end_together(error, 2)
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from (error if FLAGS.debug else None)
 
 
 if __name__ == "__main__":

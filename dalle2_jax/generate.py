@@ -154,7 +154,7 @@ def sampling_settings(changes: dict[str, str] | None = None) -> dict:
 
 def main(argv):
     captions = argv[1:]
-    try:
+    with processes.together(debug=FLAGS.debug):
         pipeline.check_captions(captions)
         settings = sampling_settings()
         partition.initialise()
@@ -176,17 +176,13 @@ def main(argv):
         if not processes.is_first():
             return
         paths = write_pictures(FLAGS.out, result, model.name)
-    except (ValueError, OSError) as error:
-        processes.end_together(error, 2)
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from (error if FLAGS.debug else None)
-    compiling = sum(timing.compile_seconds for timing in result.timings.values())
-    sampling = sum(timing.seconds for timing in result.timings.values())
-    print(
-        f"{len(paths)} picture{'s' * (len(paths) > 1)} of {model.image_size} x {model.image_size} in "
-        f"{time.monotonic() - began:.1f} s (compiling {compiling:.1f} s, {sampling / len(paths):.2f} s a "
-        f"picture): {epath.Path(FLAGS.out) / 'grid.png'}"
-    )
+        compiling = sum(timing.compile_seconds for timing in result.timings.values())
+        sampling = sum(timing.seconds for timing in result.timings.values())
+        print(
+            f"{len(paths)} picture{'s' * (len(paths) > 1)} of {model.image_size} x {model.image_size} in "
+            f"{time.monotonic() - began:.1f} s (compiling {compiling:.1f} s, {sampling / len(paths):.2f} s a "
+            f"picture): {epath.Path(FLAGS.out) / 'grid.png'}"
+        )
 
 
 if __name__ == "__main__":

@@ -62,6 +62,11 @@ def check_captions(captions: Sequence[str]) -> None:
             raise ValueError(f"caption {i} has {len(caption)} characters: at most {MAX_CAPTION} are allowed")
 
 
+def _repeated(captions: Sequence[str], n: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(each caption n times, the numbers 0 .. n-1 of each)."""
+    return tuple(caption for caption in captions for _ in range(n)), tuple(range(n)) * len(captions)
+
+
 class UnCLIP(Editing):
     """A model that draws. Make one with `UnCLIP.load`."""
 
@@ -162,6 +167,7 @@ class UnCLIP(Editing):
         *,
         seed: int = 0,
         n: int = 1,
+        numbers: Sequence[int] | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
         return_candidates: bool = False,
@@ -169,20 +175,23 @@ class UnCLIP(Editing):
     ) -> tuple[np.ndarray, dict[str, Timing]]:
         """(n image embeddings of each caption, [N, E] float32 in CLIP's own scale; stage -> Timing).
 
-        [N, 0] for a decoder that reads none. return_candidates: all that a diffusion prior drew for each,
-        [N, num_candidates, E], none chosen. own: instead of the prior's own settings, its names of them:
-        num_steps, guidance_scale, ...
+        [N, 0] for a decoder that reads none. numbers: instead of n, one a caption, that of the embedding to
+        draw for it. return_candidates: all that a diffusion prior drew for each, [N, num_candidates, E], none
+        chosen. own: instead of the prior's own settings, its names of them: num_steps, guidance_scale, ...
         """
         if not self.cascade.reads_embeds:
-            return np.zeros((n * len(captions), 0), np.float32), {}
+            return np.zeros((len(captions) * (n if numbers is None else 1), 0), np.float32), {}
+        check_captions(captions)
+        if numbers is None:
+            captions, numbers = _repeated(captions, n)
         own = of_stage(self.cascade, "prior", **own)
         own |= {"return_candidates": True} if return_candidates else {}
         (text_embed, text_states), text_timing = self.encode_text(captions, batch_size, progress)
         tokens, token_mask = self._tokens("prior", captions)
         known = dict(tokens=tokens, token_mask=token_mask, text_embed=text_embed, text_states=text_states)
         task = tasks.prior_task(self.cascade, seed, own)
-        rows = {name: np.repeat(value, n, axis=0) for name, value in known.items() if name in task.rows}
-        rows["number"] = np.tile(np.arange(n), len(captions))
+        rows = {name: value for name, value in known.items() if name in task.rows}
+        rows["number"] = np.asarray(numbers)
         embeds, timing = self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
         return embeds, {"text": text_timing, "prior": timing}
 
@@ -238,7 +247,7 @@ class UnCLIP(Editing):
                 raise ValueError(
                     "a negative caption needs a decoder that reads captions, and guidance above 1"
                 )
-            text = self._told("decoder", [negative] * count, count)
+            text = self._told("decoder", [negative] * count, count, batch_size)
             given |= {f"negative_{name}": value for name, value in text.items()}
         how |= {"strength": strength} if strength != 1 else {}
         how |= {"resample": resample} if resample != 1 else {}
@@ -246,7 +255,7 @@ class UnCLIP(Editing):
         task = tasks.decoder_task(self.cascade, seed, how, tuple(given))
         rows = {"number": numbers} | given | self._guide_rows(how, captions, batch_size)
         rows |= {"image_embed": image_embeds} if decoder.embed_dim else {}
-        rows |= self._told("decoder", captions, count)
+        rows |= self._told("decoder", captions, count, batch_size)
         return self.cascade.run(task, rows, batch_size=batch_size, progress=progress)
 
     def explain(self, caption: str, *, seed: int = 0, progress: Progress | None = None, **asked) -> dict:
@@ -291,7 +300,9 @@ class UnCLIP(Editing):
             stages={name: images[0] for name, images in stages.items()},
         )
 
-    def _told(self, name: str, captions: Sequence[str] | None, count: int) -> dict[str, np.ndarray]:
+    def _told(
+        self, name: str, captions: Sequence[str] | None, count: int, batch_size: int | None = None
+    ) -> dict[str, np.ndarray]:
         """What the decoder or an upsampler reads of captions, or of `count` null ones; {} if nothing."""
         stage = self.cascade.stage(name)
         specs = tasks.told_specs(stage)
@@ -305,7 +316,7 @@ class UnCLIP(Editing):
         if captions is not None and "token_mask" in rows:
             known = dict(zip(("tokens", "token_mask"), self._tokens(name, captions), strict=True))
             if "text_states" in rows:
-                (known["text_embed"], known["text_states"]), _ = self._encode_text(captions)
+                (known["text_embed"], known["text_states"]), _ = self._encode_text(captions, batch_size)
             rows |= {field: value for field, value in known.items() if field in rows}
         return rows
 
@@ -378,7 +389,8 @@ class UnCLIP(Editing):
             task = tasks.upsampler_task(
                 self.cascade, name, seed, own[name], images.shape[1:], keeps=known is not None
             )
-            rows = {"low_res": images, "number": numbers} | self._told(name, captions, len(images))
+            rows = {"low_res": images, "number": numbers}
+            rows |= self._told(name, captions, len(images), batch_size)
             if known is not None:
                 size = self.cascade.stage(name).image_size
                 at_size = square_picture(known[0], size), shrink_mask(known[1], size)
@@ -414,35 +426,50 @@ class UnCLIP(Editing):
           asked: any of `settings.SETTINGS` (guidance_scale, decoder_steps, prior_method, ...) instead of the
             model's own.
 
-        Of several processes each draws its share of the captions, and every one gets all pictures; the
+        Of several processes each draws its share of the pictures, and every one gets all of them; the
         timings are its own.
 
         Raises:
           ValueError: for captions or settings that are not allowed, before anything is computed.
         """
         check_captions(captions)
-        common = dict(seed=seed, n=n, upsample=upsample, batch_size=batch_size, progress=progress, seen=seen)
-        if processes.share(len(captions)).size == len(captions):
-            return self._text_to_image(captions, **common, **asked)
-        mine = [captions[i] for i in processes.share(len(captions))]
-        self._check_classes(self.settings(**asked), captions)  # of all, so that all processes refuse alike
-        own = self._text_to_image(mine, **common, **asked)
-        count = n * len(captions)
-        whole = {
-            name: processes.gather(getattr(own, name), count) for name in ("image_embeds", "base", "images")
-        }
-        repeated = tuple(caption for caption in captions for _ in range(n))
-        return dataclasses.replace(own, captions=repeated, numbers=tuple(range(n)) * len(captions), **whole)
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed {seed} must lie in 0 .. {2**32 - 1}")
+        if n < 1:
+            raise ValueError(f"n {n} must be 1 or more pictures a caption")
+        settings, own, timings = self.settings(**asked), split(asked), {}
+        self._check_classes(settings, captions)  # before anything is computed
+        captions, numbers = _repeated(captions, n)
+        common = dict(seed=seed, batch_size=batch_size, progress=progress)
+
+        def draw(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            texts = [captions[i] for i in rows]
+            self._prepare(settings, len(rows), seed, upsample, batch_size)
+            of_rows = common | dict(numbers=[numbers[i] for i in rows])
+            image_embeds, more = self.sample_prior(texts, **of_rows, **own["prior"])
+            timings.update(more)
+            base, timings["decoder"] = self.decode(image_embeds, texts, **of_rows, **own["decoder"])
+            if seen is not None:
+                seen("decoder", base)
+            if not upsample:
+                return image_embeds, base, base
+            images, more = self.upsample(base, texts, **of_rows, seen=seen, **own["upsampler"])
+            timings.update(more)
+            return image_embeds, base, images
+
+        drawn = processes.in_shares(draw, len(captions))
+        used = {name: values for name, values in settings.items() if name in timings}
+        return self._result(captions, numbers, seed, *drawn, used, timings)
 
     def prepare(self, *, n: int = 1, upsample: bool = True, batch_size: int | None = None, **asked) -> None:
         """Begins to compile, beside other work, what `text_to_image` of a caption with these needs."""
-        self._prepare(self.settings(**asked), 1, n, 0, upsample, batch_size)
+        self._prepare(self.settings(**asked), n, 0, upsample, batch_size)
 
-    def _prepare(self, settings: dict, captions: int, n: int, seed: int, upsample: bool, batch_size) -> None:
+    def _prepare(self, settings: dict, count: int, seed: int, upsample: bool, batch_size) -> None:
         # All stages are compiled at once, the later ones while the earlier ones run.
-        count, prepare = n * captions, self.cascade.prepare
+        prepare = self.cascade.prepare
         if "prior" in settings:
-            prepare(tasks.text_task(self.cascade), captions, batch_size)
+            prepare(tasks.text_task(self.cascade), count, batch_size)
             prepare(tasks.prior_task(self.cascade, seed, settings["prior"]), count, batch_size)
         prepare(tasks.decoder_task(self.cascade, seed, settings["decoder"]), count, batch_size)
         side = self.cascade.stage("decoder").image_size
@@ -453,41 +480,6 @@ class UnCLIP(Editing):
                 batch_size,
             )
             side = self.cascade.stage(name).image_size
-
-    def _text_to_image(
-        self,
-        captions: Sequence[str],
-        *,
-        seed: int,
-        n: int,
-        upsample: bool,
-        batch_size,
-        progress,
-        seen,
-        **asked,
-    ) -> Result:
-        """`text_to_image` of captions that are this process's own."""
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed {seed} must lie in 0 .. {2**32 - 1}")
-        if n < 1:
-            raise ValueError(f"n {n} must be 1 or more pictures a caption")
-        settings, own = self.settings(**asked), split(asked)
-        self._check_classes(settings, captions)  # before anything is computed
-        self._prepare(settings, len(captions), n, seed, upsample, batch_size)
-        numbers = tuple(range(n)) * len(captions)
-        repeated = tuple(caption for caption in captions for _ in range(n))
-        common = dict(seed=seed, batch_size=batch_size, progress=progress)
-        image_embeds, timings = self.sample_prior(captions, n=n, **common, **own["prior"])
-        common["numbers"] = numbers
-        base, timings["decoder"] = self.decode(image_embeds, repeated, **common, **own["decoder"])
-        if seen is not None:
-            seen("decoder", base)
-        images = base
-        if upsample:
-            images, more = self.upsample(base, repeated, **common, seen=seen, **own["upsampler"])
-            timings |= more
-        settings = {name: values for name, values in settings.items() if name in timings}
-        return self._result(repeated, numbers, seed, image_embeds, base, images, settings, timings)
 
     def _result(self, captions, *rest) -> Result:
         return Result(tuple(captions), *rest)

@@ -1,4 +1,4 @@
-"""Several processes of one run: how they find each other, wait for each other and fail together.
+"""Several processes of one run: how they find each other, share work, wait for each other and fail together.
 
 A run may have one process a host (TPU pods, GPU machines) or one a device. Every process runs the same
 command on the same workdir, which all must see. `join` finds out what there is, in this order:
@@ -11,6 +11,8 @@ command on the same workdir, which all must see. `join` finds out what there is,
 JAX_NUM_PROCESSES=1 means one process, whatever the environment looks like.
 """
 
+import contextlib
+import contextvars
 import glob
 import importlib.util
 import itertools
@@ -18,7 +20,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 import jax
@@ -120,12 +123,20 @@ def join() -> None:
     )
 
 
+_ALONE = contextvars.ContextVar("alone", default=False)  # within `in_shares`
+
+
+def _count() -> int:
+    """How many processes share what is to be done here."""
+    return 1 if _ALONE.get() else jax.process_count()
+
+
 def sync(name: str) -> None:
     """Waits until every process has come to this place, however long one of them takes.
 
     A collective operation would not do: on CPUs (Gloo) it fails after 30 seconds.
     """
-    if jax.process_count() > 1:
+    if _count() > 1:
         from orbax.checkpoint import multihost
 
         everyone = set(range(jax.process_count()))
@@ -146,13 +157,14 @@ def share(count: int) -> np.ndarray:
 
     Rows follow each other; where they do not divide, the last ones are repeated. `gather` takes them apart.
     """
-    size = -(-count // jax.process_count())
-    return np.minimum(np.arange(size) + jax.process_index() * size, count - 1)
+    size = -(-count // _count())
+    first = jax.process_index() * size if _count() > 1 else 0
+    return np.minimum(np.arange(size) + first, count - 1)
 
 
 def gather(rows: np.ndarray, count: int) -> np.ndarray:
     """The `count` rows of all processes, in order, from what each made of its `share`; all must call it."""
-    if jax.process_count() == 1:
+    if _count() == 1:
         return rows
     from jax.experimental import multihost_utils
 
@@ -164,6 +176,23 @@ def gather(rows: np.ndarray, count: int) -> np.ndarray:
     plain = rows.reshape(len(rows), -1).view(np.uint8)
     together = np.asarray(multihost_utils.process_allgather(plain, tiled=True))[:count]
     return np.ascontiguousarray(together).view(rows.dtype).reshape(count, *rows.shape[1:])
+
+
+def in_shares(function: Callable, count: int):
+    """What `function` makes of `count` rows, each process of its `share`; all must call it, and get all.
+
+    function: row numbers int64 [n] -> a tree of arrays [n, ...]. Within it this process counts as the only
+    one: what is called there is not shared once more. Returns the tree of arrays [count, ...].
+    """
+    rows = share(count)
+    entered = _ALONE.set(True)
+    try:
+        made = function(rows)
+    finally:
+        _ALONE.reset(entered)
+    if len(rows) == count:  # one process, or one row, which each has made
+        return made
+    return jax.tree.map(lambda own: gather(own, count), made)
 
 
 def from_first(values: np.ndarray) -> np.ndarray:
@@ -196,6 +225,38 @@ def end_together(error: BaseException, status: int) -> None:
         _end(error, status)
 
 
+@contextlib.contextmanager
+def together(
+    refused: tuple[type[Exception], ...] = (ValueError, OSError),
+    *,
+    status: int = 2,
+    say: Callable[[str], None] | None = None,
+    debug: bool = False,
+) -> Iterator[None]:
+    """Around all that a command does: an error becomes one line, and several processes fail and leave as one.
+
+    An error in `refused` is told to `say` (by default printed to stderr), without its traceback unless
+    `debug`, and ends the program with `status`. Where there are several processes, whatever fails in one of
+    them ends it at once, and by that the others; and one that is done waits for the others, so that it sees
+    one that is lost.
+    """
+    try:
+        yield
+        sync("done")
+    except refused as error:
+        end_together(error, status)
+        if say is None:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            say(str(error))
+        raise SystemExit(status) from (error if debug else None)
+    except Exception as error:
+        if jax.process_count() > 1:
+            traceback.print_exc()
+        end_together(error, 1)
+        raise
+
+
 def leave(status: int | str | None) -> NoReturn:
     """Ends the program with this status, also where threads are left that would keep it for minutes: a save
     that failed leaves some that wait for each other."""
@@ -217,7 +278,7 @@ def _end(error: BaseException, status: int) -> NoReturn:
     else:
         cause = "this process failed, and ends the run"
     logging.error(
-        "process %d of %d: %s: %s: %s. Start all processes again to go on from the last checkpoint",
+        "process %d of %d: %s: %s: %s. Start all processes again to go on from what was saved",
         jax.process_index(),
         jax.process_count(),
         cause,

@@ -546,19 +546,14 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     partition.initialise()
     config = models.to_plain(FLAGS.config)
-    try:
+    refused = (ValueError, OSError, budget.TooManyBadRecords)
+    with processes.together(refused, status=FAILED, say=logging.error, debug=FLAGS.debug):
         processes.join()
-        train(config, FLAGS.workdir, FLAGS.allow_changed)
-    except FloatingPointError as error:
-        logging.error("%s", error)
-        raise SystemExit(3) from (error if FLAGS.debug else None)
-    except (ValueError, OSError, budget.TooManyBadRecords) as error:
-        processes.end_together(error, FAILED)
-        logging.error("%s", error)
-        raise SystemExit(FAILED) from (error if FLAGS.debug else None)
-    except jax.errors.JaxRuntimeError as error:
-        processes.end_together(error, processes.LOST)
-        raise
+        try:
+            train(config, FLAGS.workdir, FLAGS.allow_changed)
+        except FloatingPointError as error:  # which all processes see at the same step
+            logging.error("%s", error)
+            raise SystemExit(3) from (error if FLAGS.debug else None)
 
 
 FLAGS = flags.FLAGS

@@ -351,6 +351,26 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
 
 
+def there_already(items: list[str]) -> list[str]:
+    """Those of some items, said to be missing, that name what a command or the launchers do.
+
+    What an item claims ends at its first full stop, colon or bracket; the rest may say what there is instead.
+    """
+    mains = (
+        p for p in (ROOT / "dalle2_jax").glob("*.py") if '__name__ == "__main__"' in p.read_text("utf-8")
+    )
+    names = "|".join(name.removesuffix("e") for name in ["launch", *(path.stem for path in mains)])
+    return [x for x in items if re.search(rf"\b({names})", re.split(r"[.:(]", x)[0], re.I)]
+
+
+def test_what_the_readme_says_is_missing_is_missing():
+    section = (ROOT / "README.md").read_text("utf-8").partition("## What is not there yet\n")[2]
+    items = re.findall(r"^- (.*)", section.partition("\n## ")[0], re.M)
+    assert len(items) > 2 and not there_already(items)
+    there = ["A command that writes embeddings.", "Launchers for pods", "Evaluating by several", "To Edit"]
+    assert there_already([*there, "Weights (docs/training.md)", "Pods: launched by hand"]) == there
+
+
 # Settings
 
 

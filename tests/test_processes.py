@@ -19,6 +19,8 @@ from tests.test_train import ROOT, logged, recipe, stored_state
 from tests.test_train_stages import recipe as stage_recipe
 from tests.tiny_model import make_model
 
+# What a process says whose run has lost another: ours, or JAX's if it is first.
+CAUSES = ("another process of the run was lost", "another task died")
 BY_HAND = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {
     "SLURM_JOB_ID": "4097",
@@ -286,6 +288,68 @@ def test_rows_come_together_as_they_were(monkeypatch, shape, dtype):
     np.testing.assert_array_equal(found, np.concatenate([first, second])[:5])
 
 
+def test_work_in_shares_is_shared_once(monkeypatch):
+    """Within the function a process counts as the only one, so that what it calls is whole; a single row is
+    made by every process, and nothing is gathered for it."""
+    gathered = []
+
+    def made_by_both(rows, count):
+        gathered.append(rows.tolist())
+        return np.arange(10, 10 + count)
+
+    def function(rows):
+        assert processes.share(7).tolist() == list(range(7))
+        processes.sync("waits for nobody")
+        inner = processes.in_shares(lambda some: some + 10, 7)
+        return {"of rows": inner[rows]}
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes, "gather", made_by_both)
+    assert processes.in_shares(function, 5)["of rows"].tolist() == [10, 11, 12, 13, 14]
+    assert gathered == [[13, 14, 14]]
+    assert processes.in_shares(function, 1)["of rows"].tolist() == [10] and len(gathered) == 1
+    with pytest.raises(KeyError):
+        processes.in_shares(lambda rows: {}["nothing"], 2)
+    assert len(processes.share(7)) == 4  # also after an error this process is one of two
+
+
+def test_what_fails_ends_one_process_with_a_line_and_several_at_once(monkeypatch, capsys):
+    def fail(error, **settings):
+        with processes.together(**settings):
+            raise error
+
+    with pytest.raises(SystemExit) as ended:
+        fail(ValueError("no such colour"))
+    assert ended.value.code == 2 and ended.value.__cause__ is None
+    assert capsys.readouterr().err == "error: no such colour\n"
+    told = []
+    with pytest.raises(SystemExit) as ended:
+        fail(KeyError("k"), refused=(KeyError,), status=5, say=told.append, debug=True)
+    assert ended.value.code == 5 and isinstance(ended.value.__cause__, KeyError) and told == ["'k'"]
+    with pytest.raises(TypeError):
+        fail(TypeError("a mistake of ours"))
+
+    class Exited(BaseException):
+        pass
+
+    def leave(status):
+        raise Exited(status)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", leave)
+    lost = jax.errors.JaxRuntimeError("UNAVAILABLE: barrier failed")
+    for error, status in ((ValueError("x"), 2), (TypeError("x"), 1), (lost, processes.LOST)):
+        with pytest.raises(Exited, match=str(status)):
+            fail(error)
+    assert "TypeError: x" in capsys.readouterr().err
+    waited = []
+    monkeypatch.setattr(processes, "sync", waited.append)
+    with processes.together():
+        assert not waited
+    assert waited == ["done"]
+
+
 def assert_alike(found: dict, expected: dict, tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name in expected:
@@ -354,19 +418,21 @@ def test_the_loss_of_the_coordinator_ends_the_others_with_the_cause(workdir):
         codes = [process.wait(timeout=processes.HEARTBEAT_SECONDS + 15) for process in running]
         assert codes[0] == -signal.SIGKILL and 0 not in codes
         assert time.monotonic() - began < processes.HEARTBEAT_SECONDS + 15
-        causes = ("another process of the run was lost", "another task died")  # ours, or JAX's if it is first
         for i in (1, 2, 3):
-            assert any(cause in said(workdir, i) for cause in causes), said(workdir, i)
+            assert any(cause in said(workdir, i) for cause in CAUSES), said(workdir, i)
     finally:
         end(running)
 
 
 @pytest.mark.slow
 def test_processes_draw_and_measure_as_one(tmp_path):
-    """Three processes: the pictures of one to the bit, its numbers, one that writes; then they go on."""
+    """Three processes: the pictures of one to the bit, its numbers, one that writes; then they go on.
+
+    Micro-batches of two, so that those of a share are no smaller than those of one process.
+    """
     model = make_model(tmp_path / "model")
     captions = ["a red star", "a blue ring", "a yellow circle", "a green cross"]
-    draw = ["dalle2_jax.generate", f"--model={model}", *captions, "--n=2", "--seed=3"]
+    draw = ["dalle2_jax.generate", f"--model={model}", *captions, "--n=2", "--seed=3", "--batch_size=2"]
     measure = ["dalle2_jax.evaluate", f"--model={model}", "--scenes=quickstart", "--n=14"]
     measure += ["--metrics=scenes,clip_frechet,clip_mmd,clip_precision_recall,clip_score,retrieval,loss"]
     measure += ["--batch_size=4"]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dalle2_jax import processes
 from dalle2_jax.data import scenes
 from dalle2_jax.evals.scene_scores import verdict_aspects, wilson
 
@@ -131,35 +132,50 @@ def measure(
       check: `evals.scenes.check`.
       variations: how many are drawn of a picture.
       progress: called with the way, how many edits are done and of how many.
-      progress: called with what is done, how many are and of how many.
+
+    Of several processes each draws its share of the scenes, and every one judges all pictures.
 
     Returns:
       name -> `share`, and way -> (pictures before and after, in turn, and what to write under them).
     """
     size, found, shown = model.image_size, {}, {}
 
-    def reached(way, done):
-        if progress is not None:
-            progress(way, done, n)
+    def drawn(way: str, cases: Sequence[Case], edit: Callable) -> zip:
+        """(case, picture before, pictures after [k, size, size, 3]) of all cases, by edit(case, before, seed)
+        -> `pipeline.Result`."""
+
+        def own(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            before, after = [], []
+            for i in map(int, rows):
+                before.append(scenes.render(cases[i].scene, size))
+                after.append(edit(cases[i], before[-1], i).images)
+                if progress is not None:
+                    progress(way, len(after), len(rows))
+            return np.stack(before), np.stack(after)
+
+        return zip(cases, *processes.in_shares(own, len(cases)), strict=True)
 
     changed, kept, pictures, labels = [], [], [], []
     cases = text_cases(config, n, seed)
-    for i, case in enumerate(cases):
-        before = scenes.render(case.scene, size)
-        after = model.textdiff(before, case.source, case.target, theta=THETA, frames=2, seed=i).images[-1]
+
+    def textdiff(case, before, i):
+        return model.textdiff(before, case.source, case.target, theta=THETA, frames=2, seed=i)
+
+    for case, before, (*_, after) in drawn("textdiff", cases, textdiff):
         verdict, other = check(after, case.target), {"colour": "shape", "shape": "colour"}[case.kind]
         changed.append(bool(getattr(verdict, case.kind)))
         kept.append(bool(getattr(verdict, other)))
         pictures += [before, after]
         labels += [case.source, f"{_mark(changed[-1] and kept[-1])}: {case.target}"]
-        reached("textdiff", i + 1)
     found |= {"textdiff/changed": share(changed), "textdiff/kept": share(kept)}
     shown["textdiff"] = pictures, labels
 
     kept, different, pictures, labels = [], [], [], []
-    for i, case in enumerate(cases):
-        before = scenes.render(case.scene, size)
-        after = model.variations(before, n=variations, seed=i).images
+
+    def vary(case, before, i):
+        return model.variations(before, n=variations, seed=i)
+
+    for case, before, after in drawn("variations", cases, vary):
         verdicts = [check(image, case.source) for image in after]
         kept += [bool(verdict.colour and verdict.shape) for verdict in verdicts]
         different += [
@@ -169,20 +185,21 @@ def measure(
         ]
         pictures += [before, *after]
         labels += [case.source, *(_mark(verdict.colour and verdict.shape) for verdict in verdicts)]
-        reached("variations", i + 1)
     found |= {"variations/kept": share(kept), "variations/different": share(different)}
     shown["variations"] = pictures, labels
 
     right, pictures, labels = {"replace": [], "add": []}, [], []
-    for i, case in enumerate(inpaint_cases(config, n, seed)):
-        before, mask = scenes.render(case.scene, size), mask_of(case, size)
-        after = model.inpaint(before, mask, case.target, seed=i).images[0]
+
+    def inpaint(case, before, i):
+        return model.inpaint(before, mask_of(case, size), case.target, seed=i)
+
+    for case, before, (after,) in drawn("inpaint", inpaint_cases(config, n, seed), inpaint):
+        mask = mask_of(case, size)
         right[case.kind].append(bool(verdict_aspects(check(after, case.target))["named"]))
         outlined = before.copy()
         outlined[mask] = outlined[mask] // 2 + 128
         pictures += [outlined, after]
         labels += [case.source, f"{_mark(right[case.kind][-1])}: {case.target}"]
-        reached("inpaint", i + 1)
     found |= {f"inpaint/{kind}": share(some) for kind, some in right.items() if some}
     found["inpaint"] = share(sum(right.values(), []))
     shown["inpaint"] = pictures, labels

@@ -92,24 +92,25 @@ def extract(
         picture = item.picture()
         return [before(picture) for before, _ in extractors]
 
-    share = processes.share(pictures.count)
-    first, last = int(share[0]), int(share[-1]) + 1
-    found: dict[str, list] = {}
-    done = 0
-    with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        batches = _batched(itertools.islice(pictures.items(), first, last), batch_size)
-        waiting = [pool.submit(prepare, item) for item in next(batches, ())]
-        while waiting:
-            following = [pool.submit(prepare, item) for item in next(batches, ())]
-            prepared = [future.result() for future in waiting]
-            for (_, run), column in zip(extractors, zip(*prepared, strict=True), strict=True):
-                for name, value in run(list(column)).items():
-                    if name in wanted:
-                        found.setdefault(name, []).append(np.asarray(value, np.float32))
-            done, waiting = done + len(prepared), following
-            if progress is not None:
-                progress(done, last - first)
-    if done != last - first:
-        raise ValueError(f"{pictures.name} gave {first + done} of {pictures.count} pictures")
-    rows = {name: np.concatenate(parts)[share - first] for name, parts in sorted(found.items())}
-    return {name: processes.gather(value, pictures.count) for name, value in rows.items()}
+    def own(rows: np.ndarray) -> dict[str, np.ndarray]:
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        found: dict[str, list] = {}
+        done = 0
+        with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            batches = _batched(itertools.islice(pictures.items(), first, last), batch_size)
+            waiting = [pool.submit(prepare, item) for item in next(batches, ())]
+            while waiting:
+                following = [pool.submit(prepare, item) for item in next(batches, ())]
+                prepared = [future.result() for future in waiting]
+                for (_, run), column in zip(extractors, zip(*prepared, strict=True), strict=True):
+                    for name, value in run(list(column)).items():
+                        if name in wanted:
+                            found.setdefault(name, []).append(np.asarray(value, np.float32))
+                done, waiting = done + len(prepared), following
+                if progress is not None:
+                    progress(done, last - first)
+        if done != last - first:
+            raise ValueError(f"{pictures.name} gave {first + done} of {pictures.count} pictures")
+        return {name: np.concatenate(parts)[rows - first] for name, parts in found.items()}
+
+    return processes.in_shares(own, pictures.count)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dalle2_jax import pipeline
+from dalle2_jax import pipeline, processes
 from dalle2_jax.data import scenes
 from dalle2_jax.evals import aesthetic, clip_scores, distances, inception
 from dalle2_jax.evals.distances import Moments
@@ -210,7 +210,7 @@ def measure(
       progress: called with the name of a set, pictures done, pictures in all.
       aesthetic_head: what `aesthetic.load` gave, for 'aesthetic'.
       known: features of the reference by name. What is there is not computed; what was computed is put in.
-      stats_out: an npz for the mean and covariance of the images' Inception features.
+      stats_out: an npz for the mean and covariance of the images' Inception features, written by process 0.
 
     Raises ValueError, before anything is read, for what cannot be measured.
     """
@@ -245,7 +245,7 @@ def measure(
         y = {} if known is None else known
         missing = {METRICS[name].features for name in metrics if METRICS[name].reference} - y.keys()
         y |= features_of(reference, missing) if missing else {}
-    if stats_out:
+    if stats_out and processes.is_first():
         write_stats(stats_out, x, preset, weights.sha256)
     said = {"inception": weights and _said_of_inception(weights, preset)}
     said["clip"] = model and _said_of_clip(model)

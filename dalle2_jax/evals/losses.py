@@ -51,16 +51,16 @@ def measure(
     for name, stage in model.stages.items():
         if not hasattr(stage, "loss") or getattr(stage, "vision", True) is None:
             continue  # such as the text half of a CLIP
-        numbers, parts = processes.share(count // batch_size), []
-        for scalars in _of_stage(model, name, images, texts, batch_size, numbers, seed, mesh):
-            parts.append({key: float(value) for key, value in scalars.items()})
-            if progress is not None:
-                progress(name, len(parts) * batch_size, len(numbers) * batch_size)
-        keys = sorted(parts[0])
-        rows = processes.gather(
-            np.array([[part[key] for key in keys] for part in parts]), count // batch_size
-        )
-        scalars = dict(zip(keys, rows.T, strict=True))
+
+        def own(numbers: np.ndarray, name: str = name) -> dict[str, np.ndarray]:
+            parts = []
+            for scalars in _of_stage(model, name, images, texts, batch_size, numbers, seed, mesh):
+                parts.append({key: float(value) for key, value in scalars.items()})
+                if progress is not None:
+                    progress(name, len(parts) * batch_size, len(numbers) * batch_size)
+            return {key: np.array([part[key] for part in parts]) for key in sorted(parts[0])}
+
+        scalars = processes.in_shares(own, count // batch_size)
         values = scalars["loss"]
         value, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
         found[name] = {

@@ -185,7 +185,7 @@ class CLIP:
         The loss depends on a replica's parameters through its own rows alone: its gradient with respect to
         all embeddings is computed once, and carried back to the parameters replica by replica. As many
         replicas are handled at a time as there are parts of the batch on devices, so that a device holds one
-        moved copy; where it has more than one replica, the copies are made again in the backward pass.
+        moved copy: kept for the backward pass where it is the device's only one, else made again there.
         """
         size, rows, shards = len(batch["tokens"]), self.sam_batch_size, batch_shards()
         shards = shards if (size // rows) % shards == 0 else 1
