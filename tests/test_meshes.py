@@ -135,7 +135,6 @@ def test_two_steps_on_a_mesh_are_those_of_one_device(kind, mesh, monkeypatch):
     np.testing.assert_allclose(here["losses"], alone["losses"], rtol=ROUNDING)
     for what in ("gradients", "after"):
         far = farthest(here[what], alone[what])
-        print(kind, mesh, what, max(far.values()))
         assert max(far.values()) < ROUNDING, (what, sorted(far.items(), key=lambda item: -item[1])[:5])
     for name, far in farthest(alone["after"], alone["before"]).items():  # every leaf has a gradient and moves
         assert name.startswith("stats/") or (far > 10 * ROUNDING and alone["gradients"][name].any()), name
