@@ -17,6 +17,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging as standard_logging
 import os
 import re
 import shutil
@@ -487,9 +488,17 @@ def _absolute(path: epath.Path) -> epath.Path:
 
 def _quiet_orbax() -> None:
     """Drops Orbax's dozens of informational lines a save from the log."""
-    logger = logging.get_absl_logger()
-    if not any(getattr(f, "__name__", "") == "_not_orbax_chatter" for f in logger.filters):
-        logger.addFilter(_not_orbax_chatter)
+    for logger, rule in (
+        (logging.get_absl_logger(), _not_orbax_chatter),
+        (standard_logging.getLogger("asyncio"), _not_left_by_orbax),
+    ):
+        if rule not in logger.filters:
+            logger.addFilter(rule)
+
+
+def _not_left_by_orbax(record: Any) -> bool:
+    # Where several leaves fail, one error is raised; asyncio tells of the others when they are freed.
+    return not any(name in record.getMessage() for name in ("orbax", "tensorstore"))
 
 
 def _not_orbax_chatter(record: Any) -> bool:
