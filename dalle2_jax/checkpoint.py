@@ -9,11 +9,15 @@ any mesh and without the classes it came from.
 Orbax does not notice flipped bits in its files, so `meta` carries a checksum of every leaf, compared on
 reading; a damaged checkpoint is set aside and the one before it used. With w_i the bits of element i as an
 unsigned number, the checksum is sum_i w_i (2 i + 1) mod 2^32: a changed bit always changes it (the weights
-are odd), and devices that hold parts of an array just add up theirs.
+are odd), and devices that hold parts of an array just add up theirs. `meta` has a sha256 of itself and
+one of the leaves' names, shapes and types: damage to these does not look like another dataset or model.
 """
 
 import contextlib
 import errno
+import hashlib
+import json
+import logging as standard_logging
 import os
 import re
 import shutil
@@ -163,6 +167,7 @@ class Checkpointer:
         args, flat = self._ocp.args, flatten(state)
         self._failed = False
         contents = {"format": FORMAT, "meta": dict(meta), "checksums": checksums(flat)}
+        contents = _sealed(contents | {"layout": _layout(flat)})
         with self._explain_failure():
             return self._manager.save(
                 step, args=args.Composite(state=args.PyTreeSave(flat), meta=args.JsonSave(contents))
@@ -186,6 +191,8 @@ class Checkpointer:
         args = self._ocp.args
         with _explain_damage(path):
             stored = dict(self._manager.item_metadata(step)["state"].tree)
+            contents = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
+        _check_contents(path, contents, stored)
         zero = {
             name: leaf
             for name, leaf in expected.items()
@@ -198,17 +205,14 @@ class Checkpointer:
         with _explain_damage(path):
             restored = self._manager.restore(
                 step,
-                args=args.Composite(
-                    state=args.PyTreeRestore(wanted, restore_args=restore_args), meta=args.JsonRestore()
-                ),
+                args=args.Composite(state=args.PyTreeRestore(wanted, restore_args=restore_args)),
             )
-        _check_format(path, restored["meta"])
-        _check_sums(path, {name: restored["state"][name] for name in wanted}, restored["meta"]["checksums"])
+        _check_sums(path, {name: restored["state"][name] for name in wanted}, contents["checksums"])
         flat = {
             name: _zeros(leaf) if name in zero else restored["state"][where[name]]
             for name, leaf in expected.items()
         }
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), flat.values()), restored["meta"]["meta"]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), flat.values()), contents["meta"]
 
     def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict]:
         """Returns (step, state, meta) of the newest checkpoint that is not damaged.
@@ -343,6 +347,9 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
     path = directory / str(step)
     with _explain_damage(path), ocp.PyTreeCheckpointer() as checkpointer:
         stored = checkpointer.metadata(_absolute(path / "state")).item_metadata.tree
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            contents = reader.restore(_absolute(path / "meta"))
+        _check_contents(path, contents, stored)
         wanted = {
             leaf: jax.ShapeDtypeStruct(m.shape, m.dtype)
             for leaf, m in stored.items()
@@ -358,9 +365,6 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
             _absolute(path / "state"),
             args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True),
         )
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            contents = reader.restore(_absolute(path / "meta"))
-    _check_format(path, contents)
     sums = {leaf: value for leaf, value in contents["checksums"].items() if leaf.startswith(f"{name}/")}
     _check_sums(path, {leaf: flat[leaf] for leaf in wanted}, sums)
     return unflatten({leaf.removeprefix(f"{name}/"): flat[leaf] for leaf in wanted})
@@ -426,13 +430,33 @@ def _check_stored(path: epath.Path, stored: Mapping[str, Any], expected: Mapping
         )
 
 
-def _check_format(path: epath.Path, contents: Mapping[str, Any]) -> None:
-    written = contents.get("format", 0)  # before there was such a number
+def _sealed(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """What `meta` holds, with the sha256 of it; the rule of that is the same in all formats."""
+    plain = json.loads(json.dumps({name: value for name, value in contents.items() if name != "sha256"}))
+    return plain | {"sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
+def _layout(flat: Mapping[str, Any]) -> str:
+    """The sha256 of the leaves' names, shapes and types."""
+    lines = sorted(f"{name} {tuple(leaf.shape)} {np.dtype(leaf.dtype)}" for name, leaf in flat.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _check_contents(path: epath.Path, contents: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raises DamagedCheckpoint where `meta`, or what Orbax says is `stored`, is not what was saved, and
+    ValueError for a newer format. Older checkpoints have no such sums, the oldest no format."""
+    damaged = f"checkpoint {path} is damaged: %s not what was saved. Move that folder away to go on from an "
+    damaged += "earlier step"
+    if contents.get("sha256") not in (None, _sealed(contents)["sha256"]):
+        raise DamagedCheckpoint(damaged % "meta is")
+    written = contents.get("format", 0)
     if written > FORMAT:
         raise ValueError(
             f"checkpoint {path} has format {written}, this version of dalle2_jax reads up to {FORMAT}: use "
             "the version that wrote it, or a newer one"
         )
+    if contents.get("layout") not in (None, _layout(stored)):
+        raise DamagedCheckpoint(damaged % "names, shapes or types of its leaves are")
 
 
 def _cause(error: BaseException) -> str:
@@ -503,7 +527,7 @@ def _explain_damage(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # also bare ones, for a file that was cut
-        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+        if isinstance(error, ValueError) and str(error).startswith((f"{path} ", f"checkpoint {path} ")):
             raise
         first_line = (str(error.__cause__ or error).splitlines() or [""])[0]
         raise DamagedCheckpoint(
@@ -527,9 +551,17 @@ def _absolute(path: epath.Path) -> epath.Path:
 
 def _quiet_orbax() -> None:
     """Drops Orbax's dozens of informational lines a save from the log."""
-    logger = logging.get_absl_logger()
-    if not any(getattr(f, "__name__", "") == "_not_orbax_chatter" for f in logger.filters):
-        logger.addFilter(_not_orbax_chatter)
+    for logger, rule in (
+        (logging.get_absl_logger(), _not_orbax_chatter),
+        (standard_logging.getLogger("asyncio"), _not_left_by_orbax),
+    ):
+        if rule not in logger.filters:
+            logger.addFilter(rule)
+
+
+def _not_left_by_orbax(record: Any) -> bool:
+    # Where several leaves fail, one error is raised; asyncio tells of the others when they are freed.
+    return not any(name in record.getMessage() for name in ("orbax", "tensorstore"))
 
 
 def _not_orbax_chatter(record: Any) -> bool:

@@ -7,10 +7,11 @@ set and CLIP it is of and whether it is complete, and each record's key in the m
 """
 
 import collections
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from etils import epath
@@ -87,21 +88,31 @@ class Embeddings:
 
 
 PLAN = "embed.json"
+MAX_COLUMN_BYTES = 256 << 20  # of a column of captions within a row group of parquet
 _CHECKED_KEYS = 64  # rows, spread over a folder, whose keys are compared with the records beside them
 
 
 def read_plan(folder: str) -> dict | None:
     """What embed.json says; None where there is none. Raises ValueError while shards are missing."""
-    path = os.path.join(os.path.expanduser(folder), PLAN)
-    if not os.path.isfile(path):
+    if not os.path.isfile(os.path.join(os.path.expanduser(folder), PLAN)):
         return None
-    with open(path, encoding="utf-8") as file:
-        plan = json.load(file)
+    plan = _stored_plan(folder)
     if "left_out" not in plan:
         raise ValueError(
             f"the embeddings of {folder} are not complete: run the command that writes them again"
         )
     return plan
+
+
+def _stored_plan(folder: str | os.PathLike) -> dict:
+    """embed.json as it stands. Raises ValueError for what is no object, or above MAX_TEXT_BYTES."""
+    path = epath.Path(os.path.expanduser(folder)) / PLAN
+    with path.open("r", encoding="utf-8") as file:
+        try:
+            return dict(json.loads(file.read(records.MAX_TEXT_BYTES)))
+        except (ValueError, TypeError, RecursionError) as error:
+            limit = f"an object in JSON of at most {records.MAX_TEXT_BYTES >> 20} MiB"
+            raise ValueError(f"{path} is not {limit}: {error}") from None
 
 
 def keep_plan(folder: epath.Path, plan: dict) -> None:
@@ -113,7 +124,7 @@ def keep_plan(folder: epath.Path, plan: dict) -> None:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         _write(path, json.dumps(plan, indent=2).encode())
-    stored = json.loads(path.read_text())
+    stored = _stored_plan(folder)
     differing = [
         f"  {name}: {stored.get(name)!r} there, {value!r} now"
         for name, value in json.loads(json.dumps(plan)).items()
@@ -164,7 +175,7 @@ class Parts:
             with partial.open("wb") as file:
                 np.save(file, array, allow_pickle=False)
             partial.replace(path)
-        language = json.loads((self._folder / PLAN).read_text())["data"]["language"]
+        language = _stored_plan(self._folder)["data"]["language"]
         column = "caption" if language in ("en", "any") else f"caption_{language}"
         table = pyarrow.table({"key": keys, column: captions, "left_out": reasons})
         partial = metadata_path.parent / f".{metadata_path.name}.{os.getpid()}.partial"
@@ -175,15 +186,15 @@ class Parts:
 
 def missing_parts(folder: epath.Path) -> int:
     """How many shards of a folder with embed.json are not there yet."""
-    plan = json.loads((folder / PLAN).read_text())
+    plan = _stored_plan(folder)
     parts = Parts(folder, plan["records"], plan["rows_per_shard"])
     return sum(not parts.is_complete(part) for part in range(parts.count))
 
 
 def finish(folder: epath.Path) -> dict[str, int]:
     """Say in embed.json that all shards are there, and return how many records were left out by reason."""
-    plan, counted = json.loads((folder / PLAN).read_text()), collections.Counter()
-    for _, values in _columns(str(folder / "metadata"), ("left_out",)):
+    plan, counted = _stored_plan(folder), collections.Counter()
+    for _, values in _columns(_metadata(folder), plan["records"], ("left_out",)):
         counted.update(reason for reason in values if reason)
     _write(folder / PLAN, json.dumps(plan | {"left_out": dict(counted)}, indent=2).encode())
     return dict(counted)
@@ -197,7 +208,7 @@ class EmbeddingSource:
     def __init__(self, path: str):
         read_plan(path)
         self._table = Embeddings(path)
-        self._captions = _metadata_captions(os.path.join(os.path.expanduser(path), "metadata"))
+        self._captions = _metadata_captions(path, len(self._table))
         counts = {language: len(texts) for language, texts in self._captions.items()}
         if any(count != len(self._table) for count in counts.values()):
             raise ValueError(f"{path}: {len(self._table)} embeddings but captions {counts} in metadata")
@@ -217,16 +228,26 @@ class EmbeddingSource:
         return Record(f"row:{index}", None, freeze(texts), self._table.row(index))
 
 
-def _metadata_captions(folder: str) -> dict[str, list]:
-    """{language: captions in order} from metadata_N.parquet or .jsonl; empty without metadata."""
+def _metadata_captions(path: str, most: int) -> dict[str, list]:
+    """{language: captions in order} from metadata/metadata_N.parquet or .jsonl; empty without metadata."""
     captions: dict[str, list] = {}
-    for field, values in _columns(folder):
+    for field, values in _columns(_metadata(path), most):
         captions.setdefault(language_of(field), []).extend(values)
     return captions
 
 
-def _columns(folder: str, wanted: tuple[str, ...] | None = None) -> Iterator[tuple[str, list]]:
-    """(field, values) of each file of metadata in its order: those `wanted`, by default the captions."""
+def _metadata(path: str | os.PathLike) -> str:
+    return os.path.join(os.path.expanduser(path), "metadata")
+
+
+def _columns(
+    folder: str, most: int, wanted: tuple[str, ...] | None = None
+) -> Iterator[tuple[str, list[str | None]]]:
+    """(field, values) of the metadata in their order, in pieces: those `wanted`, by default the captions.
+
+    A value that is no text, or one above MAX_TEXT_BYTES, is None. Raises ValueError for more than `most` rows
+    and for a piece that would take more memory than its texts may.
+    """
     names = (
         [name for name in os.listdir(folder) if name.endswith((".parquet", ".jsonl"))]
         if os.path.isdir(folder)
@@ -238,18 +259,68 @@ def _columns(folder: str, wanted: tuple[str, ...] | None = None) -> Iterator[tup
         return [field for field in fields if (language_of(field) if wanted is None else field in wanted)]
 
     for name in names:
-        path = os.path.join(folder, name)
-        if name.endswith(".parquet"):
-            import pyarrow.parquet
+        read = _parquet if name.endswith(".parquet") else _json_lines
+        for columns in read(os.path.join(folder, name), asked, most):
+            most -= max(map(len, columns.values()), default=0)
+            yield from columns.items()
 
-            fields = asked(pyarrow.parquet.read_schema(path).names)
-            table = pyarrow.parquet.read_table(path, columns=fields)
-            columns = {field: table.column(field).to_pylist() for field in fields}
-        else:
-            with open(path, encoding="utf-8") as file:
-                rows = [json.loads(line) for line in file]
-            columns = {field: [row.get(field) for row in rows] for field in asked(rows[0] if rows else {})}
-        yield from columns.items()
+
+def _parquet(path: str, asked: Callable, most: int) -> Iterator[dict[str, list[str | None]]]:
+    """The columns of each row group. A text that the file holds once for many rows is held once."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        fields = asked(file.schema_arrow.names)
+    with pyarrow.parquet.ParquetFile(path, read_dictionary=fields) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        _check_rows(path, sum(group.num_rows for group in groups), most)
+        for i, group in enumerate(groups):
+            for column in map(group.column, range(group.num_columns)):
+                if column.path_in_schema in fields and column.total_uncompressed_size > MAX_COLUMN_BYTES:
+                    raise ValueError(
+                        f"{path}: {column.path_in_schema} has more than {MAX_COLUMN_BYTES >> 20} MiB in a "
+                        "row group: write the file with smaller row groups"
+                    )
+            table, columns = file.read_row_group(i, columns=fields), {}
+            for field in fields:
+                columns[field] = values = []
+                for piece in table.column(field).chunks:
+                    if pyarrow.types.is_dictionary(piece.type):
+                        texts = [_text(text) for text in piece.dictionary.to_pylist()]
+                        values += [None if i is None else texts[i] for i in piece.indices.to_pylist()]
+                    else:
+                        values += [None] * len(piece)
+            yield columns
+
+
+def _json_lines(path: str, asked: Callable, most: int) -> Iterator[dict[str, list[str | None]]]:
+    """The columns of a file with one object a line; the first line has all the fields."""
+    columns = None
+    with open(path, encoding="utf-8") as file:
+        for number in itertools.count(1):
+            line = file.readline(records.MAX_TEXT_BYTES)
+            if not line:
+                break
+            _check_rows(path, number, most)
+            try:
+                row = json.loads(line)
+                columns = {field: [] for field in asked(row)} if columns is None else columns
+                for field, values in columns.items():
+                    values.append(_text(row.get(field)))
+            except (ValueError, AttributeError, TypeError, RecursionError) as error:
+                limit = f"an object in JSON of at most {records.MAX_TEXT_BYTES >> 20} MiB"
+                raise ValueError(f"{path}: line {number} is not {limit}: {error}") from None
+    yield columns or {}
+
+
+def _text(value) -> str | None:
+    return value if isinstance(value, str) and len(value) <= records.MAX_TEXT_BYTES else None
+
+
+def _check_rows(path: str, rows: int, most: int) -> None:
+    if rows > most:
+        raise ValueError(f"{path} has {rows} rows or more, where there are embeddings for {most}")
 
 
 class Paired:
@@ -271,8 +342,8 @@ class Paired:
                 f"the embeddings of {path} are of a dataset with fingerprint {plan['fingerprint'][:12]}, "
                 f"this one's is {source.fingerprint[:12]}: {again}"
             )
-        metadata = os.path.join(os.path.expanduser(path), "metadata")
-        keys = [key for _, values in _columns(metadata, ("key",)) for key in values] if plan else []
+        columns = _columns(_metadata(path), len(self._table), ("key",)) if plan else ()
+        keys = [key for _, values in columns for key in values]
         for row in np.unique(np.linspace(0, len(keys) - 1, _CHECKED_KEYS).astype(int)) if keys else ():
             try:
                 found = source.read(int(row), image=False, captions=False).key
@@ -281,7 +352,7 @@ class Paired:
             if found != keys[row]:
                 raise ValueError(f"row {row} of {path} is of record {keys[row]!r}, not {found!r}: {again}")
         embedded = "text_embed" in self._table.dims
-        self._captions = _metadata_captions(metadata) if embedded else {}
+        self._captions = _metadata_captions(path, len(self._table)) if embedded else {}
         self.refused, self.has_images, self.embed_dims = source.refused, source.has_images, self._table.dims
         beside = [(f"embeddings/{name}", size, count) for name, size, count in self._table.entries]
         self.files = [*source.files, *beside]

@@ -107,7 +107,7 @@ def _missing_by_manifest(path: str, count: int) -> int:
     stats = os.path.splitext(path)[0] + "_stats.json"
     try:
         with open(stats, encoding="utf-8") as file:
-            expected = int(json.load(file)["successes"])
+            expected = int(json.loads(file.read(records.MAX_TEXT_BYTES))["successes"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
     return max(0, expected - count)
@@ -173,9 +173,9 @@ class TarSource(_Indexed):
         name = data[:100].split(b"\0")[0].decode("ascii", "replace").rpartition("/")[2].partition(".")[0]
         texts: dict[str, list[str]] = {}
         if captions and row[3] >= 0:
-            add_caption(texts, "en", decode_caption(self._files.read(file, row[2], row[3])))
+            add_caption(texts, "en", decode_caption(self._text(file, row[2], row[3])))
         if (captions or self._verify_sha256) and row[5] >= 0:
-            fields = _json_fields(self._files.read(file, row[4], row[5]))
+            fields = _json_fields(self._text(file, row[4], row[5]))
             if captions:
                 _add_fields(texts, fields)
             expected = fields.get("sha256") if self._verify_sha256 and image else None
@@ -183,6 +183,12 @@ class TarSource(_Indexed):
                 raise BadRecord("sha256_differs", f"{name}: {expected} in its JSON")
         key = f"{os.path.basename(self._files.paths[file])}:{name}"
         return Record(key, data[512:] if image else None, freeze(texts))
+
+    def _text(self, file: int, offset: int, size: int) -> bytes:
+        """A .txt or .json. Raises BadRecord for one above MAX_TEXT_BYTES: JSON takes many times its size."""
+        if size > records.MAX_TEXT_BYTES:
+            raise BadRecord("text_too_large", f"{size} bytes")
+        return self._files.read(file, offset, size)
 
 
 def _json_fields(data: bytes) -> dict:
@@ -226,7 +232,11 @@ class ExampleSource(_Indexed):
         """{name: tf.train.Feature} of one record. Raises BadRecord."""
         from google.protobuf.message import DecodeError
 
-        data = self._files.read(int(self._file_of[index]), *self._rows[index].tolist())
+        offset, size = self._rows[index].tolist()
+        framed = self._files.read(int(self._file_of[index]), offset, size + 4)
+        data, checksum = framed[:size], int.from_bytes(framed[size:], "little")
+        if records.masked_crc32c(data) != checksum:
+            raise BadRecord("checksum_differs", f"the record at byte {offset - 12}")
         try:
             return self._parse(data).features.feature
         except DecodeError as error:

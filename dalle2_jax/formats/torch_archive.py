@@ -6,12 +6,14 @@ an effect. What it calls or instantiates is a name, and stays one: an unknown ca
 
 Nothing is larger in memory than in the file: torch does not compress, so a compressed archive is refused, and
 so is a tensor of more numbers than its storage has. A pickle may refer to one list many times over, and so be
-a tree without end: no more than _MAX_NODES of it are looked at.
+a tree without end: no more than _MAX_NODES of it are looked at. Of the pickle as many instructions are, each
+of which makes an object of some hundred bytes, or one as large as its text in the file.
 """
 
 import dataclasses
 import pickletools
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -121,9 +123,13 @@ class TorchArchive:
 
 def tensors_in(tree: Any) -> dict[str, StoredTensor]:
     """{dotted name: tensor} of all in a tree of dicts, lists and objects. ValueError for one without end."""
-    found, waiting, seen = {}, [((), tree)], 0
+    found, seen = {}, 0
+    waiting = [iter([((), tree)])]  # what is left at each depth
     while waiting:
-        path, node = waiting.pop()
+        path, node = next(waiting[-1], (None, None))
+        if path is None:
+            waiting.pop()
+            continue
         seen += 1
         if seen > _MAX_NODES:
             raise ValueError(f"the file's tree has more than {_MAX_NODES} nodes: it holds no weights alone")
@@ -132,11 +138,16 @@ def tensors_in(tree: Any) -> dict[str, StoredTensor]:
         if isinstance(node, StoredTensor):
             found[".".join(filter(None, path))] = node
         elif isinstance(node, Opaque):
-            waiting.append(((*path, ""), node.state))
+            waiting.append(iter([((*path, ""), node.state)]))
         elif isinstance(node, dict | list | tuple):
-            pairs = list(node.items() if isinstance(node, dict) else enumerate(node))
-            waiting += [((*path, str(n)), value) for n, value in reversed(pairs) if isinstance(n, str | int)]
+            waiting.append(_children(path, node))
     return found
+
+
+def _children(path: tuple[str, ...], node: dict | list | tuple) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(name, str | int):
+            yield (*path, str(name)), value
 
 
 def _tensor(storage: Any, offset: int, shape: tuple, strides: tuple) -> StoredTensor:
@@ -198,8 +209,12 @@ def walk(program) -> Any:
     }
     empty = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list}
     tuples = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-    for opcode, argument, _ in pickletools.genops(program):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
         name = opcode.name
+        if count > _MAX_NODES:
+            raise ValueError(
+                f"the file's pickle has more than {_MAX_NODES} instructions: it holds no weights alone"
+            )
         if name in ("PROTO", "FRAME"):
             continue
         if name == "STOP":

@@ -9,6 +9,27 @@ from dalle2_jax.nets.transformer import Embedding, TransformerStack
 from dalle2_jax.partition import constrain
 
 
+class Patches(nn.Module):
+    """A linear map of each patch: a convolution whose stride is its size, as one product.
+
+    XLA cannot split the convolutions that SAM makes of one, with a kernel for each replica, over `tensor`.
+    """
+
+    size: int
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array) -> jax.Array:
+        """image [B, H, W, 3] -> [B, patches, width]; what is left at the right and below is cut off."""
+        n, (height, width, channels) = self.size, image.shape[1:]
+        shape = (n, n, channels, self.width)
+        kernel = self.param("kernel", layers.lecun_normal(), shape, jnp.float32).astype(self.dtype)
+        x = image[:, : height // n * n, : width // n * n].astype(self.dtype)
+        x = x.reshape(len(x), height // n, n, width // n, n, channels).swapaxes(2, 3)
+        return x.reshape(len(x), -1, n * n * channels) @ kernel.reshape(-1, self.width)
+
+
 class ViT(nn.Module):
     """CLIP's vision transformer: patches and a class token, a layer norm before the blocks and one after.
 
@@ -31,17 +52,8 @@ class ViT(nn.Module):
 
         t [B] is the time up to which the image is noised, for a tower that is told.
         """
-        patch, std = (self.patch_size, self.patch_size), self.width**-0.5
-        x = nn.Conv(
-            self.width,
-            patch,
-            strides=patch,
-            padding="VALID",
-            use_bias=False,
-            dtype=self.dtype,
-            name="patch_embedding",
-        )(image.astype(self.dtype))
-        x = x.reshape(x.shape[0], -1, self.width)
+        std = self.width**-0.5
+        x = Patches(self.patch_size, self.width, self.dtype, name="patch_embedding")(image)
         token = Embedding((self.width,), stddev=std, name="class_token")().astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], axis=1)
         x = x + Embedding((x.shape[1], self.width), stddev=std, name="position")().astype(self.dtype)

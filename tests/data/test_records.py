@@ -4,11 +4,12 @@ import json
 import os
 import tarfile
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from dalle2_jax.data import records, shards, sources
+from dalle2_jax.data import embeddings, records, shards, sources
 from dalle2_jax.data.records import BadRecord
 from tests.data import shards_for_tests as made
 
@@ -129,6 +130,82 @@ def test_tar_huge_member(tmp_path):
     assert len(source) == 1 and source.read(0).captions == {"en": ("caption 1",)}
 
 
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+def test_a_tar_header_that_is_larger_than_any_name_is_not_read(tmp_path, kind):
+    """A pax header or a long name: what is before it is kept, and no more than the limit is taken."""
+    path = tmp_path / "00000.tar"
+    made.write_samples(path, range(2))
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[-1].offset_data + 512
+    for size in (records.MAX_HEADER_BYTES, records.MAX_HEADER_BYTES + 1, records.MAX_MEMBER_BYTES):
+        info = tarfile.TarInfo("././@LongLink")
+        info.type, info.size = kind, size
+        with open(path, "r+b") as file:  # sparse
+            file.truncate(end)
+            file.seek(end)
+            file.write(info.tobuf(tarfile.USTAR_FORMAT))
+            file.seek(end + 512 + (size + 511) // 512 * 512)
+            for name, data in made.sample(2):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                file.write(member.tobuf() + data + bytes(-len(data) % 512))
+            file.write(bytes(1024))
+        tracemalloc.start()
+        index = records.index_tar(str(path))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        small = size == records.MAX_HEADER_BYTES
+        assert index.refused == ({} if small else {"member_too_large": 1})
+        assert len(index.rows) == (3 if small else 2)
+        assert peak < 8 * records.MAX_HEADER_BYTES
+
+
+def test_a_tar_with_more_members_than_any_shard_has(tmp_path, monkeypatch):
+    """A file of a gigabyte of empty members is read no further than the limit."""
+    path = tmp_path / "00000.tar"
+    made.write_samples(path, range(4))
+    monkeypatch.setattr(records, "MAX_MEMBERS", 6)
+    source = open_tar(path)
+    assert source.refused == {"too_many_members": 1} and len(source) == 2
+    monkeypatch.setattr(records, "MAX_MEMBERS", 13)  # twelve and the end
+    assert not open_tar(path).refused
+
+
+def test_texts_above_a_mebibyte_are_bad_records(tmp_path):
+    """JSON takes many times its size as objects, and the caption beside it is no caption."""
+    limit = records.MAX_TEXT_BYTES
+    members = []
+    for number, text in enumerate([b"x" * limit, b"x" * (limit + 1)]):
+        members += [(f"{number}.png", made.flat_png(number)), (f"{number}.txt", text)]
+    for number, size in ((2, limit), (3, limit + 1)):
+        data = b'{"caption": "a", "of": [' + b"[]," * ((size - 40) // 3) + b"[]]}"
+        members += [(f"{number}.png", made.flat_png(number)), (f"{number}.json", data.ljust(size))]
+    made.write_tar(tmp_path / "00000.tar", members)
+    source = open_tar(tmp_path)
+    assert len(source.read(0).captions["en"][0]) == limit and source.read(2).captions == {"en": ("a",)}
+    for index in (1, 3):
+        tracemalloc.start()
+        with pytest.raises(BadRecord, match=f"text_too_large: {limit + 1} bytes"):
+            source.read(index)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < limit // 2
+        assert source.read(index, captions=False).image == made.flat_png(index)
+
+
+def test_a_manifest_above_a_mebibyte_is_not_read(tmp_path):
+    made.write_samples(tmp_path / "00000.tar", range(4))
+    stats = tmp_path / "00000_stats.json"
+    for size, refused in ((records.MAX_TEXT_BYTES, {"missing_from_shard": 5}), (64 << 20, {})):
+        with open(stats, "w") as file:
+            file.write('{"successes": 9' + " " * (size - 16) + "}")
+        tracemalloc.start()
+        found = open_tar(tmp_path).refused
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found == refused and peak < 4 * records.MAX_TEXT_BYTES
+
+
 def test_negative_pax_size_does_not_loop(tmp_path):
     path = tmp_path / "00000.tar"
     info = tarfile.TarInfo("000000001.png")
@@ -195,20 +272,59 @@ def test_truncated_tfrecord(tmp_path, inside):
     )
 
 
-def test_flipped_bits_in_tfrecord(tmp_path):
+def test_a_flipped_bit_in_a_tfrecord_loses_that_record_alone(tmp_path):
+    """Wherever in a record it lies: in the picture, in a caption, in the name of a field, in the checksum."""
+    path = tmp_path / "00000.tfrecord"
+    starts = write_tfrecord(path, range(6))
+    whole = path.read_bytes()
+    picture, caption = whole.index(made.flat_png(2)), whole.index(b"caption 2")
+    assert starts[2] < picture < starts[3] and starts[2] < caption < starts[3]
+    for place in (picture + 40, caption, whole.index(b"txt", starts[2]), starts[2] + 12, starts[3] - 1):
+        data = bytearray(whole)
+        data[place] ^= 1
+        path.write_bytes(data)
+        source = sources.open_source("tfrecord", str(tmp_path), "")
+        with pytest.raises(BadRecord, match=f"checksum_differs: the record at byte {starts[2]}"):
+            source.read(2)
+        assert [source.read(index).captions["en"] for index in (1, 3)] == [("caption 1",), ("caption 3",)]
+
+
+def test_a_flipped_bit_in_a_tfrecords_header_loses_the_rest_of_the_file(tmp_path):
     path = tmp_path / "00000.tfrecord"
     starts = write_tfrecord(path, range(6))
     data = bytearray(path.read_bytes())
-    data[starts[2] + 12] ^= 0xFF  # the first byte of a payload: only that record is lost
-    path.write_bytes(data)
-    source = sources.open_source("tfrecord", str(tmp_path), "")
-    with pytest.raises(BadRecord, match="invalid_proto"):
-        source.read(2)
-    assert source.read(3).captions["en"] == ("caption 3",)
     data[starts[4]] ^= 1  # a length: nothing says where the next record begins
     path.write_bytes(data)
     source = sources.open_source("tfrecord", str(tmp_path), "")
     assert len(source) == 4 and source.refused == {"damaged_archive": 1}
+
+
+def test_a_tfrecord_that_is_no_example(tmp_path):
+    path = tmp_path / "00000.tfrecord"
+    write_tfrecord(path, range(2))
+    path.write_bytes(path.read_bytes() + made.tfrecord_frame(b"\xff no protocol buffer"))
+    with pytest.raises(BadRecord, match="invalid_proto"):
+        sources.open_source("tfrecord", str(tmp_path), "").read(2)
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 255, 256, 257, 1000, 70_000])
+def test_crc32c_of_any_size(size):
+    """Against the definition, bit by bit; 32 zeros have that of RFC 3720, B.4."""
+
+    def by_bits(data: bytes) -> int:
+        crc = 0xFFFFFFFF
+        for byte in data:
+            crc ^= byte
+            for _ in range(8):
+                crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+        return crc ^ 0xFFFFFFFF
+
+    def masked(crc: int) -> int:
+        return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+    assert by_bits(bytes(32)) == 0x8A9136AA and records.masked_crc32c(bytes(32)) == masked(0x8A9136AA)
+    data = np.random.default_rng(size).bytes(size)
+    assert records.masked_crc32c(data) == masked(by_bits(data))
 
 
 def write_embeddings(folder, rows=(5, 3), dim=4, text_rows=None):
@@ -248,6 +364,98 @@ def test_parquet_metadata(tmp_path):
     source = sources.open_source("embeddings", str(tmp_path), "")
     assert source.read(1, image=False).captions == {"en": ("b",)}
     assert source.read(2, image=False).captions == {}
+
+
+@pytest.fixture
+def parquet():
+    pytest.importorskip("pyarrow", reason="metadata as parquet needs pyarrow")
+    return pytest.importorskip("pyarrow.parquet", reason="metadata as parquet needs pyarrow")
+
+
+def write_metadata(folder, parquet, columns, **options):
+    """FOLDER/metadata/metadata_0.parquet in the place of the jsonl."""
+    import pyarrow
+
+    (folder / "metadata" / "metadata_0.jsonl").unlink(missing_ok=True)
+    path = folder / "metadata" / "metadata_0.parquet"
+    parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+def test_parquet_is_read_by_row_groups_and_texts_alone(tmp_path, parquet):
+    write_embeddings(tmp_path, rows=(7,))
+    captions = ["a", "b", None, "a", "x" * (records.MAX_TEXT_BYTES + 1), "x" * records.MAX_TEXT_BYTES, "c"]
+    columns = {"caption": captions, "caption_zh": list(range(7)), "url": ["u"] * 7}
+    for options in (dict(row_group_size=3), dict(use_dictionary=False), {}):
+        write_metadata(tmp_path, parquet, columns, **options)
+        source = sources.open_source("embeddings", str(tmp_path), "")
+        found = [source.read(index, image=False).captions.get("en") for index in range(7)]
+        assert found == [None if t is None or t == captions[4] else (t,) for t in captions]
+        assert "zh" not in source.read(0, image=False).captions
+
+
+def test_a_small_parquet_does_not_become_huge(tmp_path, parquet, monkeypatch):
+    """A text that many rows share is held once; millions of empty rows and compressed texts are refused."""
+    import pyarrow
+
+    write_embeddings(tmp_path, rows=(2000,))
+    text = "x" * records.MAX_TEXT_BYTES
+    shared = pyarrow.DictionaryArray.from_arrays(np.zeros(2000, np.int32), [text])
+    path = write_metadata(tmp_path, parquet, {"caption": shared})
+    assert path.stat().st_size < 200_000  # two gigabytes of captions
+    source, peak = arrow_peak(lambda: sources.open_source("embeddings", str(tmp_path), ""))
+    assert source.read(1999, image=False).captions == {"en": (text,)} and peak < 40 << 20
+
+    path = write_metadata(tmp_path, parquet, {"caption": pyarrow.nulls(20_000_000, pyarrow.string())})
+    assert path.stat().st_size < 200_000
+    with pytest.raises(ValueError, match="20000000 rows or more, where there are embeddings for 2000"):
+        sources.open_source("embeddings", str(tmp_path), "")
+
+    monkeypatch.setattr(embeddings, "MAX_COLUMN_BYTES", 16 << 20)
+    texts = [str(i) + text[:-9] for i in range(20)] + [""] * 1980
+    options = dict(use_dictionary=False, compression="zstd")
+    path = write_metadata(tmp_path, parquet, {"caption": texts}, **options)
+    assert path.stat().st_size < 200_000
+    with pytest.raises(ValueError, match="more than 16 MiB in a row group: write .* smaller row groups"):
+        sources.open_source("embeddings", str(tmp_path), "")
+    write_metadata(tmp_path, parquet, {"caption": texts}, row_group_size=15, **options)
+    assert len(sources.open_source("embeddings", str(tmp_path), "")) == 2000
+
+
+def arrow_peak(function):
+    """(what it returns, the most bytes that Python and Arrow held at once meanwhile)."""
+    import pyarrow
+
+    pool, before = pyarrow.default_memory_pool(), pyarrow.default_memory_pool().max_memory()
+    tracemalloc.start()
+    found = function()
+    peak = tracemalloc.get_traced_memory()[1] + pool.max_memory() - before
+    tracemalloc.stop()
+    return found, peak
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        (['{"caption": "a"}', '{"caption": "' + "x" * (1 << 20) + '"}'], "line 2 is not an object .* 1 MiB"),
+        (['{"caption": "a"}', "[1]"], "line 2 is not an object"),
+        (["[" * 100_000], "line 1 is not an object"),
+        (['{"caption": "a"}'] * 3, "3 rows or more, where there are embeddings for 2"),
+    ],
+)
+def test_lines_of_metadata_that_are_refused(tmp_path, lines, complaint):
+    write_embeddings(tmp_path, rows=(2,))
+    (tmp_path / "metadata" / "metadata_0.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=complaint):
+        sources.open_source("embeddings", str(tmp_path), "")
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"left_out": {}, "of": "' + "x" * (1 << 20) + '"}'])
+def test_a_plan_that_is_no_object_of_a_mebibyte_is_refused(tmp_path, text):
+    write_embeddings(tmp_path, rows=(2,))
+    (tmp_path / "embed.json").write_text(text)
+    with pytest.raises(ValueError, match="embed.json is not an object in JSON of at most 1 MiB"):
+        sources.open_source("embeddings", str(tmp_path), "")
 
 
 class Payload:

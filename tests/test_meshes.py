@@ -1,0 +1,144 @@
+"""Training is the same on every mesh, and really split: every kind of stage, by the step of the loop."""
+
+import functools
+import importlib
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dalle2_jax import checkpoint, models, partition, train
+
+BATCH = 16
+MESHES = {"8x1": (8, 1, 1), "1x8": (1, 8, 1), "2x4": (2, 4, 1), "2x2x2": (2, 2, 2)}
+# What of the preset `debug` is other here. A replica of SAM has to fit a device's part of the batch.
+CHANGES = {"clip": dict(sam_batch_size=2)}
+CLASSIFIER = dict(
+    num_classes=3,
+    image_size=16,
+    channels=16,
+    channel_mult=[1, 2],
+    num_res_blocks=1,
+    attention_resolutions=[8],
+    head_dim=16,
+)
+QUICK = {(kind, mesh) for kind in ("clip", "classifier") for mesh in ("2x4", "2x2x2")}
+# Devices add in another order, which float32 rounds by some 1e-7 of the largest number that is added; a
+# gradient goes through tens of such sums one after the other. Measured: up to 4e-6.
+ROUNDING = 1e-5
+
+
+def settings(kind: str) -> dict:
+    """The preset `debug` of a kind of stage, in float32, for two steps.
+
+    Adam divides by the gradient's size, which turns the rounding of a gradient near zero into a step of full
+    length: an `eps` that is not far below the gradients keeps the parameters comparable.
+    """
+    recipe = {"upsampler": "upsampler256", "classifier": "decoder64"}.get(kind, kind)
+    config = models.to_plain(importlib.import_module(f"configs.{recipe}").get_config("debug"))
+    if kind == "classifier":
+        config |= dict(stage="classifier", model=CLASSIFIER)
+        config["data"]["classes"] = ["circle", "square", "star"]
+    config["batch_size"] = BATCH
+    config["model"] |= CHANGES.get(kind, {}) | dict(dtype="float32")
+    config["optim"] |= dict(learning_rate=1e-2, beta1=0.9, eps=1e-2, grad_clip=0.0)
+    return config
+
+
+def examples(stage) -> dict[str, np.ndarray]:
+    """A batch of random pictures, captions, embeddings and labels."""
+    draw, batch = np.random.default_rng(0), {}
+    for name, x in stage.batch_spec(BATCH).items():
+        if x.dtype == jnp.float32:
+            batch[name] = draw.normal(size=x.shape).astype(np.float32)
+        elif x.dtype == bool:
+            batch[name] = np.arange(x.shape[1]) < draw.integers(4, x.shape[1], (BATCH, 1))
+        else:
+            batch[name] = draw.integers(0, 3 if name == "label" else 500, x.shape).astype(np.int32)
+    return batch
+
+
+@functools.cache
+def beginning(kind: str) -> tuple:
+    """(config, stage, batch, parameters) of a kind of stage, the same for every mesh.
+
+    None of the parameters are zero: a fresh network's last layer is, and passes no gradient on.
+    """
+    config = settings(kind)
+    stage = models.build_stage(config)
+    batch = examples(stage)
+    params = stage.init(jax.random.key(0), models.zeros(stage.batch_spec(1)))
+    if getattr(stage, "fit_rows", 0):
+        params, _ = stage.fit(params, lambda: iter([batch]))
+    draw = np.random.default_rng(1)
+    moved = {
+        name: np.asarray(leaf)
+        + np.float32(0 if name.startswith("stats/") else 0.05)
+        * draw.normal(size=leaf.shape).astype(np.float32)
+        for name, leaf in checkpoint.flatten(params).items()
+    }
+    return config, stage, batch, checkpoint.unflatten(moved)
+
+
+@functools.cache
+def two_steps(kind: str, sizes: tuple[int, int, int]) -> dict:
+    """What two steps on a mesh come to: losses, gradients of the first, parameters before and after; and the
+    largest share of a leaf that a device holds."""
+    config, stage, batch, params = beginning(kind)
+    mesh = partition.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    train.check_settings(config, stage, mesh)
+    with partition.use_mesh(mesh):
+        plan = train.make_plan(config, stage, mesh)
+        step = train.jit_step(config, stage, plan, lambda frozen, batch: batch, mesh)
+        state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), plan.abstract)  # as Adam begins
+        state = state.replace(params=params, ema_params=jax.tree.map(np.copy, params))
+        state = jax.device_put(state, plan.shardings)
+        shares = {
+            name: math.prod(leaf.sharding.shard_shape(leaf.shape)) / leaf.size
+            for name, leaf in checkpoint.flatten(state.params).items()
+        }
+        placed = partition.to_global(batch, mesh)
+        found = {"before": checkpoint.flatten(params), "shares": shares, "losses": []}
+        for _ in range(2):
+            state, scalars = step(state, placed, {})
+            found["losses"].append(float(scalars["loss"]))
+            if "gradients" not in found:  # of which Adam's first moment is, after one step, a tenth
+                mu = partition.to_host(optax.tree_utils.tree_get(state.opt_state, "mu"))
+                found["gradients"] = {name: 10 * x for name, x in checkpoint.flatten(mu).items()}
+        assert int(state.bad_steps) == 0
+        found["after"] = checkpoint.flatten(partition.to_host(state.params))
+    return found
+
+
+def farthest(got: dict, expected: dict) -> dict[str, float]:
+    """The largest difference of each leaf, by its largest entry."""
+    return {
+        name: float(np.abs(got[name] - x).max() / max(np.abs(x).max(), 1e-30)) for name, x in expected.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        pytest.param(kind, mesh, marks=() if (kind, mesh) in QUICK else pytest.mark.slow)
+        for kind in ("clip", "prior", "ar_prior", "decoder64", "upsampler", "classifier")
+        for mesh in MESHES
+    ],
+)
+def test_two_steps_on_a_mesh_are_those_of_one_device(kind, mesh, monkeypatch):
+    once = functools.partial(partition.compiler_options, once=True)
+    monkeypatch.setattr(partition, "compiler_options", once)
+    alone, here = two_steps(kind, (1, 1, 1)), two_steps(kind, MESHES[mesh])
+    np.testing.assert_allclose(here["losses"], alone["losses"], rtol=ROUNDING)
+    for what in ("gradients", "after"):
+        far = farthest(here[what], alone[what])
+        assert max(far.values()) < ROUNDING, (what, sorted(far.items(), key=lambda item: -item[1])[:5])
+    for name, far in farthest(alone["after"], alone["before"]).items():  # every leaf has a gradient and moves
+        assert name.startswith("stats/") or (far > 10 * ROUNDING and alone["gradients"][name].any()), name
+    split = [share for share in here["shares"].values() if share < 1]
+    assert bool(split) == (MESHES[mesh][1:] != (1, 1))
+    if split:
+        assert min(split) == 1 / math.prod(MESHES[mesh][1:])
