@@ -102,7 +102,7 @@ class TestCheckpointer:
         path = tmp_path / "checkpoints" / "3" / "meta" / "metadata"
         contents = json.loads(path.read_text())
         contents["checksums"]["count"] = 0
-        path.write_text(json.dumps(contents))
+        path.write_text(json.dumps(checkpoint._sealed(contents)))
         with checkpoint.Checkpointer(tmp_path, zero_at_first=("count", "memory")) as loader:
             with pytest.raises(checkpoint.DamagedCheckpoint, match="1 leaves are not what was saved .count."):
                 loader.restore(asked)
