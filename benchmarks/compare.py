@@ -5,6 +5,9 @@ machine does falls on both. The peers are diffusers' and transformers' networks 
 Ours are converted from them. Needs the extras `oracle` and `train`; run it from the repository's root, on a
 machine with nothing else to do.
 
+Memory is that which one run takes beside what was there before, weights among it, in a process of its own
+for each side; of a start it is all that the process held.
+
 Before anything is timed the two sides are compared: parameters within 2 %, FLOPs within 5 %, and the same
 batch, steps, precision and guidance, else the case is an error. A ratio is peer / ours of medians, above 1
 where ours is faster. With it goes the spread: the larger of the two sides' distances of quartiles over
@@ -20,6 +23,7 @@ import itertools
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tarfile
@@ -33,122 +37,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.paired import HEADER, MAX_SPREAD, Case, Side, added_memory, measure
 from dalle2_jax import benchmark, checkpoint, flops, models, partition, train
-from dalle2_jax.benchmark import Spread
 
-PARAMETERS, FLOPS, MAX_SPREAD = 0.02, 0.05, 0.25
 CAPTION = "a red star"
 EMBED, LENGTH, SIDE, LARGE, BATCH = 128, 16, 32, 64, 8
 STEPS = dict(prior=10, decoder=5, upsampler=3)
 GUIDANCE = dict(prior=4.0, decoder=8.0)
-# Let threads that wait busily for more work fall asleep, before the other side's turn.
-PAUSE = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """One side of a case.
-
-    Attributes:
-      run: does the work once and returns when it is done; or returns seconds, where it measures itself.
-      parameters, flops: of the networks, of one run; 0 where there are none.
-      batch, steps, precision, guidance: of the work.
-    """
-
-    run: Callable[[], float | None]
-    batch: int
-    parameters: int = 0
-    flops: int = 0
-    steps: int = 1
-    precision: str = "float32"
-    guidance: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Two sides of the same work; `unit` is what a run makes `ours.batch` of."""
-
-    name: str
-    ours: Side
-    peer: Side
-    unit: str = "examples"
-
-
-def check_equal(case: Case) -> None:
-    """Raise ValueError, naming what differs, unless both sides do the same work."""
-    ours, peer = case.ours, case.peer
-    for name, allowed in (("parameters", PARAMETERS), ("flops", FLOPS)):
-        a, b = getattr(ours, name), getattr(peer, name)
-        if abs(a - b) > allowed * max(a, b):
-            raise ValueError(f"{case.name}: {name} differ by more than {allowed:.0%}: ours {a}, peer {b}")
-    for name in ("batch", "steps", "precision", "guidance"):
-        a, b = getattr(ours, name), getattr(peer, name)
-        if a != b:
-            raise ValueError(f"{case.name}: {name} differ: ours {a}, peer {b}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """Seconds of a run of both sides, and peer / ours; no ratio where the spread is above what is allowed."""
-
-    name: str
-    unit: str
-    batch: int
-    parameters: int
-    flops: int
-    ours: Spread
-    peer: Spread
-    spread: float
-    ratio: float | None
-    rounds: int
-
-    def line(self) -> str:
-        """The row of a Markdown table."""
-        shown = "refused" if self.ratio is None else f"**{self.ratio:.2f}**"
-        cells = [self.name, f"{self.batch} {self.unit}", f"{self.parameters / 1e6:.2f}M"]
-        cells += [f"{self.flops / 1e9:.3g}", f"{self.ours.median:.3g}", f"{self.peer.median:.3g}", shown]
-        return "| " + " | ".join([*cells, f"{self.spread:.0%}", str(self.rounds)]) + " |"
-
-
-HEADER = (
-    "| case | a run | parameters | GFLOP | ours, s | peer, s | peer / ours | spread | rounds |\n"
-    "|---|---|---|---|---|---|---|---|---|"
-)
-
-
-def judged(case: Case, ours: Sequence[float], peer: Sequence[float], max_spread: float) -> Result:
-    """The result of a case from the seconds of its rounds."""
-    of_ours, of_peer = Spread.of(ours), Spread.of(peer)
-    spread = max(of_ours.relative, of_peer.relative)
-    ratio = of_peer.median / of_ours.median if spread <= max_spread else None
-    side = case.ours
-    return Result(
-        case.name,
-        case.unit,
-        side.batch,
-        side.parameters,
-        side.flops,
-        of_ours,
-        of_peer,
-        spread,
-        ratio,
-        len(ours),
-    )
-
-
-def measure(case: Case, rounds: int, max_spread: float = MAX_SPREAD) -> Result:
-    """Run both sides in turn, either first in every other round; one round before does not count."""
-    check_equal(case)
-    seconds = {"ours": [], "peer": []}
-    for i in range(rounds + 1):
-        for name in ("ours", "peer") if i % 2 else ("peer", "ours"):
-            time.sleep(PAUSE)
-            began = time.perf_counter()
-            took = getattr(case, name).run()
-            took = time.perf_counter() - began if took is None else took
-            if i:
-                seconds[name].append(took)
-    return judged(case, seconds["ours"], seconds["peer"], max_spread)
 
 
 # Both models
@@ -177,6 +72,12 @@ class Models:
     def stage(self, role: str):
         """(stage, config, parameters) of ours."""
         return models.load_stage(self.folder / "ours", role)
+
+
+def precision_of(*modules) -> str:
+    """Of torch modules: the type of their parameters, which is that in which they compute."""
+    found = {str(p.dtype).removeprefix("torch.") for module in modules for p in module.parameters()}
+    return ", ".join(sorted(found))
 
 
 def parameters_of(*modules) -> int:
@@ -222,7 +123,7 @@ def torch_step(modules, forward: Callable, inputs: dict) -> Side:
         loss.item()
 
     arithmetic = flops.TRAINING_PASSES * flops_of(lambda: forward(**inputs))
-    return Side(run, BATCH, parameters_of(*modules), arithmetic)
+    return Side(run, BATCH, parameters_of(*modules), arithmetic, precision=precision_of(*modules))
 
 
 def our_step(stage, stored: dict, mesh) -> Side:
@@ -242,7 +143,8 @@ def our_step(stage, stored: dict, mesh) -> Side:
         with partition.use_mesh(mesh):
             jax.block_until_ready(step())
 
-    return Side(run, BATCH, count_of(plan.abstract.params), arithmetic)
+    precision = config["model"].get("dtype", "float32")
+    return Side(run, BATCH, count_of(plan.abstract.params), arithmetic, precision=precision)
 
 
 def count_of(params) -> int:
@@ -253,7 +155,7 @@ def count_of(params) -> int:
 
 def our_sampling(m: Models, role: str, batch: dict, steps: int, guidance: float) -> Side:
     """Drawing with a stage of ours, `steps` and `guidance` given."""
-    stage, _, params = m.stage(role)
+    stage, stored, params = m.stage(role)
     rows, whole = partition.batch_sharding(m.mesh), partition.replicated(m.mesh)
     keys = jax.device_put(jax.random.split(jax.random.key(0), BATCH), rows)
     batch = jax.device_put(batch, rows)
@@ -273,7 +175,8 @@ def our_sampling(m: Models, role: str, batch: dict, steps: int, guidance: float)
         jitted = jax.jit(sample, out_shardings=rows, compiler_options=partition.compiler_options())
         program = jitted.lower(params, keys, batch).compile()
     run = functools.partial(_wait, program, params, keys, batch)
-    return Side(run, BATCH, count_of(params), arithmetic, steps, guidance=guidance)
+    precision = stored["model"].get("dtype", "float32")
+    return Side(run, BATCH, count_of(params), arithmetic, steps, precision, guidance)
 
 
 def _wait(program, *arguments) -> None:
@@ -294,7 +197,8 @@ def torch_sampling(scheduler, network: Callable, modules, shape, steps: int, gui
         with torch.no_grad():
             run()
 
-    return Side(drawing, BATCH, parameters_of(*modules), flops_of(drawing), steps, guidance=guidance)
+    arithmetic, precision = flops_of(drawing), precision_of(*modules)
+    return Side(drawing, BATCH, parameters_of(*modules), arithmetic, steps, precision, guidance)
 
 
 def guided(output, scale: float, channels: int):
@@ -535,9 +439,10 @@ def end_to_end(m: Models) -> Case:
     def side(name, run):
         of = [getattr(part, name) for part in parts]
         sums = dict(parameters=sum(x.parameters for x in of), flops=sum(x.flops for x in of))
-        return Side(run, BATCH, **sums, steps=sum(STEPS.values()), guidance=GUIDANCE["decoder"])
+        precision = ", ".join(sorted({x.precision for x in of}))
+        return Side(run, BATCH, **sums, steps=sum(STEPS.values()), precision=precision, guidance=scale)
 
-    ours, peer = our_pictures(m.folder), their_pictures(m.folder)
+    scale, ours, peer = GUIDANCE["decoder"], our_pictures(m.folder), their_pictures(m.folder)
     return Case("end_to_end", side("ours", ours), side("peer", peer), "pictures")
 
 
@@ -549,6 +454,12 @@ def _start(m: Models, who: str, cache: str) -> float:
     command = [sys.executable, "-m", "benchmarks.compare", f"--first={who}", f"--folder={m.folder}"]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - began
+
+
+def memory_of_start(run: Callable[[], object]) -> int:
+    """Bytes that the process which `run` starts held at most."""
+    run()
+    return 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 
 
 def cold_start(m: Models) -> Case:
@@ -709,6 +620,7 @@ def inception_features(m: Models) -> Case:
 STEP_CASES = (clip_step, prior_step, decoder_step, upsampler_step)
 SAMPLING_CASES = (prior_sampling, decoder_sampling, upsampler_sampling)
 PICTURE_CASES = (end_to_end, cold_start, warm_start)
+STARTS = ("cold_start", "warm_start")
 OTHER_CASES = (data_against_torch, data_against_decoding, checkpoint_blocking, inception_features)
 CASES = {made.__name__: made for made in STEP_CASES + SAMPLING_CASES + PICTURE_CASES + OTHER_CASES}
 OF_DATA = ("data_against_torch", "data_against_decoding")
@@ -736,6 +648,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", help="also write the results there")
     parser.add_argument("--first", choices=("ours", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--memory_of", choices=("ours", "peer"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     unknown = set(given.cases.split(",")) - CASES.keys()
     if unknown:
@@ -743,6 +656,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if given.rounds < 3:
         parser.error("--rounds must be 3 or more: fewer have no spread")
     return given
+
+
+def memory_of(name: str, who: str, data: str) -> int | None:
+    """Bytes that a run of a side of a case takes, measured in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.compare", f"--cases={name}", f"--memory_of={who}"]
+    told = subprocess.run([*command, f"--data={data}"], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(told.stdout.splitlines()[-1])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -753,7 +673,8 @@ def main(arguments: Sequence[str]) -> int:
         (our_pictures if given.first == "ours" else their_pictures)(given.folder)()
         return 0
     results, failed = [], 0
-    print(HEADER, flush=True)
+    if not given.memory_of:
+        print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(sys.stderr):
             made = Models(Path(folder))
@@ -762,16 +683,21 @@ def main(arguments: Sequence[str]) -> int:
             try:
                 with contextlib.redirect_stdout(sys.stderr):  # what converting says is no row of the table
                     case = CASES[name](made, *more)
+                if given.memory_of:
+                    run = getattr(case, given.memory_of).run
+                    print(json.dumps(memory_of_start(run) if name in STARTS else added_memory(run)))
+                    continue
                 result = measure(case, given.rounds, given.max_spread)
+                held = {f"{who}_memory": memory_of(name, who, given.data) for who in ("ours", "peer")}
             except Exception as error:  # the other cases can still be measured
                 failed = 1
                 if not isinstance(error, ValueError):
                     traceback.print_exc()
                 print(f"error: {name}: {error}", file=sys.stderr, flush=True)
                 continue
-            results.append(result)
-            print(result.line(), flush=True)
-    if given.json:
+            results.append(dataclasses.replace(result, **held))
+            print(results[-1].line(), flush=True)
+    if given.json and not given.memory_of:
         known = dict(versions=versions(), results=[dataclasses.asdict(result) for result in results])
         Path(given.json).write_text(json.dumps(known, indent=2) + "\n")
     return failed

@@ -16,7 +16,8 @@ from etils import epath
 
 from dalle2_jax import modeldir, models
 
-# None of these changes what a step computes, but for its rounding (`mesh`, `model.remat`). A dataset that is
+# None of these changes what a step computes, but for its rounding (`mesh`, `model.remat`,
+# `model.scan_blocks`). A dataset that is
 # read from elsewhere (`data.data_dir`) is compared, as any is.
 FREE = (
     "num_steps",
@@ -36,6 +37,7 @@ FREE = (
     "data.num_workers",
     "data.max_bad_fraction",
     "model.remat",
+    "model.scan_blocks",
 )
 # Settings that config.json of older workdirs lacks, with what these runs did.
 SETTINGS_SINCE = {"spike_sigma": 0.0}

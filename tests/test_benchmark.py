@@ -8,14 +8,14 @@ import sys
 import jax
 import pytest
 
-from benchmarks import compare
+from benchmarks import compare, paired
 from configs import decoder64
 from dalle2_jax import benchmark, flops, models
 
 
 def side(**changes):
     """One side of a comparison."""
-    return compare.Side(**dict(run=lambda: None, batch=4, parameters=1000, flops=10**9) | changes)
+    return paired.Side(**dict(run=lambda: None, batch=4, parameters=1000, flops=10**9) | changes)
 
 
 def test_a_spread_is_median_and_quartiles_and_turns_round_for_rates():
@@ -27,12 +27,12 @@ def test_a_spread_is_median_and_quartiles_and_turns_round_for_rates():
 
 
 def test_a_ratio_is_of_medians_and_is_refused_where_the_times_spread():
-    case = compare.Case("x", side(), side())
+    case = paired.Case("x", side(), side())
     steady, wide = [1.0, 1.02, 0.98, 1.0], [1.0, 2.0, 0.5, 3.0]
-    result = compare.judged(case, steady, [3 * t for t in steady], 0.1)
+    result = paired.judged(case, steady, [3 * t for t in steady], 0.1)
     assert result.ratio == pytest.approx(3.0) and "**3.00**" in result.line()
     for ours, peer in ((wide, steady), (steady, wide)):
-        result = compare.judged(case, ours, peer, 0.1)
+        result = paired.judged(case, ours, peer, 0.1)
         assert result.ratio is None and result.spread > 0.1 and "refused" in result.line()
 
 
@@ -51,17 +51,17 @@ def test_unequal_work_is_refused_before_it_is_timed(changes, named):
     def never():
         raise AssertionError("it was run")
 
-    case = compare.Case("x", side(run=never), side(run=never, **changes))
+    case = paired.Case("x", side(run=never), side(run=never, **changes))
     with pytest.raises(ValueError, match=named):
-        compare.measure(case, rounds=3)
-    compare.check_equal(compare.Case("x", side(), side(parameters=1015, flops=int(1.04e9))))
+        paired.measure(case, rounds=3)
+    paired.check_equal(paired.Case("x", side(), side(parameters=1015, flops=int(1.04e9))))
 
 
 def test_both_sides_run_equally_often_and_may_time_themselves():
     calls = []
     ours = side(run=lambda: calls.append("ours") or 2.0)
     peer = side(run=lambda: calls.append("peer") or 3.0)
-    result = compare.measure(compare.Case("x", ours, peer), rounds=3)
+    result = paired.measure(paired.Case("x", ours, peer), rounds=3)
     assert result.ratio == pytest.approx(1.5) and result.rounds == 3
     assert calls == ["peer", "ours", "ours", "peer"] * 2
 
@@ -144,3 +144,16 @@ def test_what_cannot_be_measured_is_refused(config):
 def test_it_loads_no_tensorflow():
     code = "import sys, dalle2_jax.benchmark; sys.exit('tensorflow' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_memory_is_what_a_run_adds_at_most():
+    """In a process of its own: 64 MiB that are freed again count, 32 MiB that were there before do not."""
+    code = (
+        "import numpy as np; from benchmarks.paired import added_memory; there = np.ones(4 << 20)\n"
+        "print(added_memory(lambda: np.ones(8 << 20).sum()), added_memory(lambda: there.sum()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    if done.stdout.split()[0] == "None":
+        pytest.skip("this system does not tell how much memory a process held")
+    of_both = [int(number) for number in done.stdout.split()]
+    assert 60 << 20 < of_both[0] < 72 << 20 and of_both[1] < 8 << 20

@@ -25,6 +25,7 @@ class CLIPTextTransformer(nn.Module):
     activation: str = "gelu"
     remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
+    scan: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -36,9 +37,8 @@ class CLIPTextTransformer(nn.Module):
         x = TokenEmbedding(self.vocab_size, self.width, self.dtype, name="token_embedding")(tokens)
         position = Embedding((self.context_length, self.width), stddev=0.01, name="position")()
         x = x + position[: tokens.shape[1]].astype(self.dtype)
-        stack = TransformerStack(
-            self.depth, self.num_heads, self.activation, self.remat, self.dtype, name="transformer"
-        )
+        common = (self.depth, self.num_heads, self.activation, self.remat, self.dtype)
+        stack = TransformerStack(*common, scan=self.scan, name="transformer")
         states = layers.LayerNorm(name="norm_out")(stack(x, causal_mask(tokens.shape[1])))
         pooled = jnp.take_along_axis(states, last_true(token_mask)[:, None, None], axis=1)[:, 0]
         init = layers.normal(self.width**-0.5)

@@ -112,7 +112,9 @@ class Block(nn.Module):
 class TransformerStack(nn.Module):
     """Blocks called block_0, block_1, ...; `remat`: see `layers.remat`.
 
-    mlp_width: of the MLPs' inner layer, 0 for four times the width.
+    mlp_width: of the MLPs' inner layer, 0 for four times the width. scan: whether the blocks are one loop,
+    whose body is compiled once; their parameters, which keep their names, are stacked for it at every call.
+    With a cache there is no loop.
     """
 
     depth: int
@@ -121,6 +123,7 @@ class TransformerStack(nn.Module):
     remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
     mlp_width: int = 0
+    scan: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -132,9 +135,15 @@ class TransformerStack(nn.Module):
         block = layers.remat(Block, self.remat)
         x = x.astype(self.dtype)
         common = (self.num_heads, self.activation, out_std, self.dtype, self.mlp_width)
-        for i in range(self.depth):
-            x = block(*common, name=f"block_{i}")(x, mask)
-        return x
+        names = [f"block_{i}" for i in range(self.depth)]
+        cached = "cache" in self.variables or self.is_mutable_collection("cache")
+        if not self.scan or cached or self.is_initializing():
+            for name in names:
+                x = block(*common, name=name)(x, mask)
+            return x
+        params, one = self.variables["params"], block(*common, parent=None)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
+        return jax.lax.scan(lambda x, p: (one.apply({"params": p}, x, mask), None), x, stacked)[0]
 
 
 def kept(null: jax.Array, null_tokens: int) -> jax.Array:
@@ -195,6 +204,7 @@ class PriorTransformer(nn.Module):
     activation: str = "gelu"
     remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
+    scan: bool = False
 
     def read(self, params: dict, *text: jax.Array) -> dict:
         """What `apply` takes beside `params` in the place of `text` (text_embed, text, token_mask,
@@ -252,9 +262,8 @@ class PriorTransformer(nn.Module):
         position = Embedding((self.context_length + 4, self.width), stddev=0.01, name="position")()
         x = x + position[first:length].astype(self.dtype)
         mask = causal_mask(length)[:, :, first:] & visible[:, None, None, :]
-        stack = TransformerStack(
-            self.depth, self.num_heads, self.activation, self.remat, self.dtype, name="transformer"
-        )
+        common = (self.depth, self.num_heads, self.activation, self.remat, self.dtype)
+        stack = TransformerStack(*common, scan=self.scan, name="transformer")
         x = stack(x, mask)
         if x_t is None:
             return None

@@ -45,6 +45,7 @@ class ViT(nn.Module):
     mlp_width: int = 0
     remat: bool | str = False
     dtype: jnp.dtype = jnp.float32
+    scan: bool = False
 
     @nn.compact
     def __call__(self, image: jax.Array, t: jax.Array | None = None) -> jax.Array:
@@ -61,7 +62,7 @@ class ViT(nn.Module):
             x = x + _time(t, self.width, self.dtype)[:, None]
         x = layers.LayerNorm(name="norm_pre")(x)
         common = (self.depth, self.num_heads, self.activation, self.remat, self.dtype, self.mlp_width)
-        x = TransformerStack(*common, name="transformer")(x)
+        x = TransformerStack(*common, scan=self.scan, name="transformer")(x)
         x = layers.LayerNorm(name="norm_post")(x[:, 0]).astype(self.dtype)
         init = layers.normal(std)
         proj = layers.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="proj")

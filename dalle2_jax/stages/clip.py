@@ -310,6 +310,7 @@ def build(
     noise: dict | None = None,
     unit_embeds: bool = True,
     remat: bool | str = "none",
+    scan_blocks: bool = False,
     dtype: str = "float32",
 ) -> CLIP:
     """The CLIP of a config.
@@ -331,6 +332,7 @@ def build(
       unit_embeds: whether the other stages get embeddings of unit norm, or as the towers give them (Karlo's
         way). The loss and the guides compare unit vectors in either case.
       remat: what of a block is computed again in the backward pass, 'none', 'products' (all else) or 'all'.
+      scan_blocks: whether the blocks of a transformer are compiled as one loop, see `TransformerStack`.
       dtype: compute type of the towers; norms, softmax and the loss are float32.
 
     Raises:
@@ -356,7 +358,7 @@ def build(
             raise ValueError(
                 f"image_size {image_size} is not a multiple of vision.patch_size {vision['patch_size']}"
             )
-        tower = ViT(**options, **common, activation=activation)
+        tower = ViT(**options, **common, activation=activation, scan=scan_blocks)
     elif vision["kind"] == "resnet":
         check_settings(options, ("width", "depths", "num_heads"), ("norm",), "vision")
         factor = 2 ** (len(vision["depths"]) + 1)
@@ -371,7 +373,7 @@ def build(
     check_settings(text, ("vocab_size", "context_length", "width", "depth", "num_heads"), (), "text")
     return CLIP(
         vision=tower,
-        text=CLIPTextTransformer(**text, **common, activation=activation),
+        text=CLIPTextTransformer(**text, **common, activation=activation, scan=scan_blocks),
         image_size=image_size,
         embed_dim=embed_dim,
         context_length=text["context_length"],

@@ -260,6 +260,7 @@ def build(
     guidance_scale: float = 1.0,
     clip_range: float | None = None,
     remat: bool | str = "none",
+    scan_blocks: bool = False,
     dtype: str = "float32",
 ) -> Prior:
     """The prior of a config; defaults are the paper's, but for its method, 'analytic'.
@@ -277,6 +278,7 @@ def build(
       num_steps, spacing, method, eta, num_candidates, guidance_scale: what `sample` does unless told.
       clip_range: bound of |z| in sampling, in the scaled space (Karlo's weights: 5 or 10); None: no bound.
       remat: what of a block is computed again in the backward pass, 'none', 'products' (all else) or 'all'.
+      scan_blocks: whether training compiles the blocks as one loop, see `TransformerStack`.
       dtype: compute type of the network; norms, softmax, diffusion and loss are float32.
 
     Raises:
@@ -299,7 +301,9 @@ def build(
     if not 0 <= text_drop < 1:
         raise ValueError(f"text_drop must be in [0, 1), got {text_drop}")
     return Prior(
-        net=PriorTransformer(embed_dim=embed_dim, **text, remat=remat, dtype=jnp.dtype(dtype)),
+        net=PriorTransformer(
+            embed_dim=embed_dim, **text, remat=remat, dtype=jnp.dtype(dtype), scan=scan_blocks
+        ),
         # Embeddings are not bounded by 1: nothing is clipped unless the weights come with a range.
         diffusion=gaussian.GaussianDiffusion(
             schedule=schedules.make_schedule(schedule, num_timesteps),

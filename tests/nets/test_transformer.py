@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle2_jax import flops
 from dalle2_jax.nets.transformer import PriorTransformer, TransformerStack, causal_mask
 
 KEY = jax.random.key(0)
@@ -86,6 +87,26 @@ def test_a_causal_stack_never_looks_ahead():
     before, after = apply(x), apply(x.at[:, 3].set(jax.random.normal(jax.random.key(1), (8,))))
     np.testing.assert_array_equal(before[:, :3], after[:, :3])
     assert (np.abs(before - after).max(axis=-1)[0, 3:] > 1e-3).all()
+
+
+@pytest.mark.parametrize("remat", ["none", "products", "all"])
+def test_a_loop_over_blocks_changes_neither_names_nor_gradients_nor_arithmetic(remat):
+    x, mask = jax.random.normal(KEY, (2, 4, 8)), causal_mask(4)
+    plain, loop = (TransformerStack(3, 2, remat=remat, scan=scan) for scan in (False, True))
+    params = plain.init(KEY, x)["params"]
+    jax.tree.map(
+        np.testing.assert_array_equal, params, loop.init(KEY, x)["params"]
+    )  # also compares the names
+
+    def loss(stack):
+        return lambda p: jnp.square(stack.apply({"params": p}, x, mask)).sum()
+
+    programs = [str(jax.make_jaxpr(loss(stack))(params)) for stack in (plain, loop)]
+    assert ["scan[" in program for program in programs] == [False, True]
+    assert programs[0].count("dot_general[") == 3 * programs[1].count("dot_general[")
+    assert flops.count(loss(plain), params) == flops.count(loss(loop), params)
+    gradients = [jax.jit(jax.grad(loss(stack)))(params) for stack in (plain, loop)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *gradients)
 
 
 def test_remat_changes_neither_names_nor_gradients():
