@@ -24,7 +24,7 @@ from etils import epath
 
 pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
 
-from dalle2_jax import checkpoint, resume, train  # noqa: E402
+from dalle2_jax import checkpoint, resume, stopping, train  # noqa: E402
 from tests import tiny_run  # noqa: E402
 from tests.data import shards_for_tests as made  # noqa: E402
 from tests.tiny_run import assert_same, config, logged, status, steps_of, stored_state  # noqa: E402
@@ -423,7 +423,7 @@ def test_a_second_sigterm_ends_at_once_even_in_the_middle_of_a_computation(tmp_p
                 assert process.poll() is None
                 time.sleep(0.01)
             with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(timeout=train.SAME_MOMENT)
+                process.wait(timeout=stopping.SAME_MOMENT)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=2) == 128 + signal.SIGTERM
         finally:

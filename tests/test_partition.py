@@ -1,6 +1,7 @@
 """Meshes, sharding rules and batches, on the 8 virtual CPU devices of conftest.py."""
 
 import collections
+import ctypes
 import dataclasses
 import importlib
 import json
@@ -426,3 +427,31 @@ def test_several_gpus_hide_the_time_of_their_messages(monkeypatch):
     assert jax.jit(jnp.sin, compiler_options=options(2))(0.0) == 0
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         jax.jit(jnp.sin, compiler_options={name + "s": True for name in options(2)})(0.0)
+
+
+MAPPED = """
+import ctypes, numpy as np
+from dalle2_jax import partition
+partition.initialise()
+partition.make_mesh()
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks "
+                "uordblks fordblks keepcost".split()]
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Info
+before = mallinfo().hblks
+there = np.ones(1 << 24)
+print(mallinfo().hblks - before)
+"""
+
+
+def test_on_cpus_large_arrays_come_from_memory_that_is_kept():
+    """128 MiB are a mapping of their own by default, which goes back to the system when the array does."""
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("a C library other than glibc 2.33 or newer")
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    plain |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    for own, mappings in (({}, 0), ({"MALLOC_TOP_PAD_": "131072"}, 1)):
+        done = subprocess.run([sys.executable, "-c", MAPPED], env=plain | own, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout.splitlines()[-1]) == mappings
