@@ -52,8 +52,8 @@ def make_schedule(
         near = difflib.get_close_matches(str(schedule), SCHEDULES, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"optim.schedule={schedule!r} is unknown{hint}: use one of {', '.join(SCHEDULES)}")
-    if learning_rate <= 0:
-        raise ValueError(f"optim.learning_rate={learning_rate} must be > 0")
+    if learning_rate < 0:
+        raise ValueError(f"optim.learning_rate={learning_rate} must be >= 0 (0 changes no parameter)")
     if not 0 <= warmup_steps < max(1, num_steps):
         raise ValueError(f"optim.warmup_steps={warmup_steps} must be in [0, num_steps={num_steps})")
     if not 0 <= final_fraction <= 1:

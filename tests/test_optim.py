@@ -197,7 +197,7 @@ class TestSchedule:
     [
         (dict(schedule="cosin"), "did you mean 'cosine'"),
         (dict(schedule="zzz"), "use one of constant, cosine, linear"),
-        (dict(learning_rate=0.0), "optim.learning_rate"),
+        (dict(learning_rate=-1.0), "optim.learning_rate"),
         (dict(warmup_steps=100), "optim.warmup_steps"),
         (dict(warmup_steps=-1), "optim.warmup_steps"),
         (dict(final_fraction=2.0), "optim.final_fraction"),
@@ -211,3 +211,11 @@ class TestSchedule:
 def test_wrong_settings_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         optim.make_optimizer(**(SETTINGS | wrong))
+
+
+def test_a_rate_of_0_changes_no_parameter():
+    """With which a trained stage measures itself again, as docs/training.md says."""
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    optimizer = optim.make_optimizer(learning_rate=0.0, num_steps=1, weight_decay=0.1, grad_clip=1.0)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), updates)
