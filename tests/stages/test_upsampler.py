@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from dalle2_jax import models
+from dalle2_jax import models, partition
 from dalle2_jax.diffusion import schedules
 from dalle2_jax.stages import upsampler
 
@@ -292,6 +292,23 @@ def test_a_picture_drawn_in_tiles_is_close_to_the_whole_one():
     np.testing.assert_array_equal(drawn[32], drawn[None])
     difference = np.abs(drawn[16] - drawn[None]).mean()
     assert 0 < difference < 0.1 * np.abs(drawn[None] - drawn[None].mean()).mean()
+
+
+def test_drawing_in_tiles_needs_memory_for_a_tile_and_three_pictures():
+    """By the compiler's plan. Whole pictures need four times as much for twice the side."""
+
+    def planned(side, tile):
+        stage = build(image_size=side, low_res_size=side // 4, channels=32, channel_mult=(1, 2), num_steps=2)
+        params = jax.eval_shape(lambda: stage.init(KEY, models.zeros(stage.batch_spec(1))))
+        low_res = {"low_res": jax.ShapeDtypeStruct((1, side // 4, side // 4, 3), jnp.float32)}
+        sample = jax.jit(lambda params, low_res: stage.sample(params, KEY[None], low_res, tile=tile))
+        program = sample.lower(params, low_res).compile(partition.compiler_options(once=True))
+        return program.memory_analysis().temp_size_in_bytes
+
+    small, large = 64, 128
+    picture = 4 * 3 * large**2
+    assert planned(large, None) > 3.5 * planned(small, None) > 3.5 * planned(small, 32)
+    assert planned(large, 32) < planned(small, 32) + 3 * picture < planned(large, None) / 8
 
 
 def test_noise_conditioning_noises_what_the_network_sees_and_says_how_far():
