@@ -547,7 +547,8 @@ def data_against_decoding(m: Models, data: str) -> Case:
         with tarfile.open(shard) as archive:
             names = (member for member in archive if member.name.endswith((".png", ".jpg")))
             found += [archive.extractfile(member).read() for member in names]
-    chosen = found[:: max(1, len(found) // DATA["count"])][: DATA["count"]]
+    chosen = found[:: max(1, len(found) // DATA["count"])]
+    chosen = list(itertools.islice(itertools.cycle(chosen), DATA["count"]))
 
     def decoding():
         began = time.process_time()
