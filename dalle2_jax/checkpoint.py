@@ -21,6 +21,7 @@ import logging as standard_logging
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -557,6 +558,21 @@ def _quiet_orbax() -> None:
     ):
         if rule not in logger.filters:
             logger.addFilter(rule)
+    if not isinstance(sys.unraisablehook, _Unraisable):
+        sys.unraisablehook = _Unraisable(sys.unraisablehook)
+
+
+class _Unraisable:
+    """Leaves out what tensorstore's threads tell of further leaves once one has failed: the loop of
+    events that would hear it is closed by then."""
+
+    def __init__(self, otherwise: Callable[[Any], None]):
+        self._otherwise = otherwise
+
+    def __call__(self, unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            self._otherwise(unraisable)
 
 
 def _not_left_by_orbax(record: Any) -> bool:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -474,3 +475,14 @@ class TestRestoreSubtree:
             saver.save(1, make_state(mesh), {})
         with pytest.raises(ValueError, match="no 'emma': it has ema_params, opt_state, params, step"):
             checkpoint.restore_subtree(tmp_path, "emma")
+
+
+def test_late_failures_of_other_leaves_are_not_told_and_everything_else_is(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    for _ in range(2):
+        checkpoint.Checkpointer(tmp_path).close()
+    others = [RuntimeError("Event loop is open"), ValueError("Event loop is closed")]
+    for error in [RuntimeError("Event loop is closed"), *others]:
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+    assert [unraisable.exc_value for unraisable in told] == others
