@@ -208,7 +208,8 @@ class Dataset:
             parts["caption"] = self._choose_caption(record, draws)
         if record.image is not None:
             may_flip = self.views.flip and not transforms.names_sides(record.captions)
-            parts |= self.views.make(transforms.decode(record.image), draws, may_flip)
+            picture = transforms.decode(record.image, enough=self.views.enough)
+            parts |= self.views.make(picture, draws, may_flip)
         return parts
 
     def _choose_caption(self, record: Record, draws: np.ndarray) -> str:

@@ -124,9 +124,9 @@ class Files:
                     del self._open[file]
                     return
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # the module's names may be gone when the program ends
         for descriptor, _ in getattr(self, "_open", {}).values():
-            os.close(descriptor)
+            close(descriptor)
 
 
 def _number(field: bytes) -> int:

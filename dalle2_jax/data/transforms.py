@@ -5,6 +5,9 @@ the picture with a box filter; then resize bicubically (PIL's, which is antialia
 side is the target; then crop the square. The input of CLIP is resized bicubically in one go instead, as
 CLIP was trained. `low_res` is made from the finished full picture, never from a crop of it, so that
 crop(image) and crop_yx refer to the same picture.
+
+Training lets libjpeg do the halving of a JPEG: it decodes at a half, a quarter or an eighth. docs/data.md
+says what that changes.
 """
 
 import dataclasses
@@ -63,10 +66,16 @@ def uniforms(seed: int, epoch, index) -> np.ndarray:
     return (slots >> np.uint64(11)) * 2.0**-53
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_ASPECT) -> Image.Image:
+def decode(
+    data: bytes,
+    max_pixels: int = MAX_PIXELS,
+    max_aspect: float = MAX_ASPECT,
+    enough: int | None = None,
+) -> Image.Image:
     """Decode a PNG, JPEG or WebP file to an upright RGB picture, transparency laid on white.
 
-    The size is read from the header and checked before anything is decoded.
+    The size is read from the header and checked before anything is decoded. A JPEG is decoded at the smallest
+    of 1/1, 1/2, 1/4 and 1/8 of its size whose shorter side has `enough` pixels, where that is given.
 
     Raises:
         BadRecord: empty | undecodable | too_large (pixels) | too_long (aspect) | animated.
@@ -91,12 +100,22 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, max_aspect: float = MAX_AS
     ):  # of a camera's MPO, take the first
         raise BadRecord("animated", f"{picture.n_frames} frames")
     try:
+        if enough and picture.format == "JPEG" and min(width, height) >= 2 * enough:
+            picture = _decode_small(picture, min(width, height) // enough)
         picture.load()
         turn = _TURNS.get(_orientation(picture)) if "exif" in picture.info else None
         picture = to_rgb(picture)
         return picture if turn is None else picture.transpose(turn)
     except _DECODE_ERRORS as error:
         raise BadRecord("undecodable", str(error)) from None
+
+
+def _decode_small(picture: Image.Image, shrink: int) -> Image.Image:
+    """A JPEG at most `shrink` times smaller. libjpeg completes the last column and row with what lies
+    outside: that is cut off, to the fraction of a pixel."""
+    _, box = picture.draft(None, (picture.width // shrink, picture.height // shrink))
+    size = (int(box[2]), int(box[3]))
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC, box=box)
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -136,13 +155,15 @@ def square(
         place: where in the free room the square lies, (x, y) in [0, 1); None for the centre.
         halve: halve with a box filter first; False resizes bicubically in one go, as CLIP.
         round_twice: round after the rows and again after the columns of that filter, as guided-diffusion;
-            else once where both sides are even. A value differs by at most 1.
+            else once where both sides are even, and once for two halvings. A value differs by at most 1 for
+            each halving.
     """
     while halve and min(picture.size) >= 2 * size:
         if round_twice or picture.width % 2 or picture.height % 2:
             picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-        else:  # the mean of four pixels, in a third of the time
-            picture = picture.reduce(2)
+        else:  # means of 4 or 16 pixels, in a third of the time
+            twice = min(picture.size) >= 4 * size and picture.width % 4 == picture.height % 4 == 0
+            picture = picture.reduce(4 if twice else 2)
     if min(picture.size) != size:
         to_whole, shorter = (
             round if halve else int,
@@ -185,6 +206,12 @@ class Views:
     low_res_bsr: str = ""
     random_crop: bool = False
     flip: bool = False
+
+    @property
+    def enough(self) -> int | None:
+        """The shorter side with which these pictures can be made by halving alone (`decode`); None where
+        CLIP's is among them, which is made of the whole picture."""
+        return None if self.clip_image_size else self.image_size
 
     @property
     def degrades(self) -> bool:

@@ -181,6 +181,51 @@ def test_halving_may_round_as_guided_diffusion_does():
     assert 0 < np.abs(twice - once).max() <= 1
 
 
+def test_two_halvings_at_once_round_once():
+    picture = noise_picture((128, 128))
+    sums = np.asarray(picture).astype(int).reshape(32, 4, 32, 4, 3).sum(axis=(1, 3))
+    once = np.asarray(transforms.square(picture, 32)).astype(int)
+    np.testing.assert_array_equal(once, (sums + 8) // 16)
+    twice = np.asarray(transforms.square(picture, 32, round_twice=True)).astype(int)
+    assert 0 < np.abs(twice - once).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "enough, size",
+    [(None, (130, 66)), (67, (130, 66)), (34, (130, 66)), (33, (65, 33)), (16, (32, 16)), (2, (16, 8))],
+)
+def test_a_jpeg_is_decoded_as_small_as_is_enough(enough, size):
+    picture = noise_picture((130, 66))
+    assert transforms.decode(encode(picture, "JPEG"), enough=enough).size == size
+    for other in ("PNG", "WEBP"):
+        assert transforms.decode(encode(picture, other), enough=enough).size == (130, 66)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = transforms.decode(encode(picture, "JPEG", exif=exif), enough=enough)
+    assert turned.size == size[::-1]
+
+
+@pytest.mark.parametrize("size", [48, 64, 128])
+@pytest.mark.parametrize("side", [256, 261, 263])
+def test_a_jpeg_decoded_small_is_what_halving_makes_of_it(size, side):
+    """Of a picture without edges, to a level on average; of odd sides, which PIL's box filter moves by half a
+    pixel at each halving, to what resizing makes of it in one go."""
+    waves = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3)).astype(np.uint8))
+    jpeg = encode(waves.resize((side, side), Image.Resampling.BICUBIC), "JPEG", quality=95)
+    whole = transforms.decode(jpeg)
+    small = transforms.decode(jpeg, enough=Views(image_size=size).enough)
+    assert small.width <= side / 2
+    expected = np.asarray(transforms.square(whole, size, halve=side % 2 == 0)).astype(float)
+    difference = np.abs(np.asarray(transforms.square(small, size)) - expected)
+    assert difference.mean() < 1 and difference.max() <= 6, (difference.mean(), difference.max())
+
+
+def test_clip_sees_the_whole_picture():
+    assert Views(image_size=64).enough == 64
+    assert Views(image_size=64, clip_image_size=32).enough is None
+    assert Views(clip_image_size=32).enough is None
+
+
 def test_a_picture_of_odd_sides_is_halved_by_a_box_filter():
     picture = noise_picture((131, 67))
     halved = picture.resize((65, 33), Image.Resampling.BOX)
