@@ -10,15 +10,12 @@ pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
 
 from dalle2_jax import checkpoint  # noqa: E402
 from tests import tiny_run  # noqa: E402
-from tests.data import shards_for_tests as made  # noqa: E402
 from tests.tiny_run import config, logged, status, stored_state  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    made.write_samples(folder / "00000.tar", range(23))
-    return folder
+    return tiny_run.shards(tmp_path_factory.mktemp("data"))
 
 
 def test_one_bad_step_between_lines_of_the_log_leaves_a_trace(data, tmp_path, monkeypatch, caplog):

@@ -13,7 +13,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,19 +32,13 @@ from tests.tiny_run import assert_same, config, logged, status, steps_of, stored
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """23 pictures, of which one cannot be read."""
-    folder = tmp_path_factory.mktemp("data")
-    members = [m for n in range(23) for m in made.sample(n, image=b"<html>404</html>" if n == 7 else None)]
-    made.write_tar(folder / "00000.tar", members)
-    return folder
+    return tiny_run.shards(tmp_path_factory.mktemp("data"), unreadable=7)
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """An uninterrupted run of eight steps, one checkpoint each."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patched:
-        assert status(config(data, 8), workdir, patched) == 0
-    return workdir
+    return tiny_run.whole_run(data, 8, tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture
@@ -381,14 +374,7 @@ def test_on_other_devices_it_goes_on_with_the_same_batches(data, whole, workdir,
     eight steps on eight devices give, to 1e-5. A batch that came twice or never would show in the losses."""
     mesh = dict(data=2, fsdp=4, tensor=1)
     assert status(config(data, 4, mesh=mesh), workdir, monkeypatch) == 0
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        names = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}"}
-    names["JAX_NUM_PROCESSES"] = str(processes)
-    started = [
-        tiny_run.start(workdir, data, devices=1, num_steps=6, environment=names | {"JAX_PROCESS_ID": str(i)})
-        for i in range(processes)
-    ]
+    started = tiny_run.start_together(processes, workdir, data, num_steps=6)
     try:
         assert [p.wait(timeout=120) for p in started] == [0] * processes, open(f"{workdir}.log").read()
     finally:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,9 +14,11 @@ import numpy as np
 import pytest
 
 from dalle2_jax import checkpoint, partition, processes, train
+from tests.shared_run import numbers
 from tests.test_train import ROOT, logged, recipe, stored_state
 from tests.test_train_stages import recipe as stage_recipe
 from tests.tiny_model import make_model
+from tests.tiny_run import free_port
 
 # What a process says whose run has lost another: ours, or JAX's if it is first.
 CAUSES = ("another process of the run was lost", "another task died")
@@ -128,13 +129,6 @@ def test_a_batch_of_processes_whose_devices_alternate_is_whole(tmp_path):
 def test_record_numbers_beyond_32_bits_are_gathered_whole():
     index = np.arange(8) + 2**40
     np.testing.assert_array_equal(partition.gather_index(index, partition.make_mesh()), index)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def launch(command: list[str], logs, count: int, devices: int) -> list[subprocess.Popen]:
@@ -466,12 +460,3 @@ def test_processes_draw_and_measure_as_one(tmp_path):
     pictures[4].unlink()
     run_processes(from_reference, 3, tmp_path / "second")
     assert [path.read_bytes() for path in pictures] == before
-
-
-def numbers(tree) -> list[float]:
-    """Every number of JSON values, in the order of their names."""
-    if isinstance(tree, dict):
-        return [n for name in sorted(tree) for n in numbers(tree[name])]
-    if isinstance(tree, list):
-        return [n for item in tree for n in numbers(item)]
-    return [float(tree)] if isinstance(tree, int | float) else []

@@ -11,6 +11,7 @@ from etils import epath
 pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
 
 from dalle2_jax import models, resume, train  # noqa: E402
+from tests import tiny_run  # noqa: E402
 from tests.data import shards_for_tests as made  # noqa: E402
 from tests.tiny_run import assert_same, config, logged, status, steps_of, stored_state  # noqa: E402
 
@@ -18,19 +19,13 @@ from tests.tiny_run import assert_same, config, logged, status, steps_of, stored
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """23 pictures, of which one cannot be read."""
-    folder = tmp_path_factory.mktemp("data")
-    members = [m for n in range(23) for m in made.sample(n, image=b"<html>404</html>" if n == 7 else None)]
-    made.write_tar(folder / "00000.tar", members)
-    return folder
+    return tiny_run.shards(tmp_path_factory.mktemp("data"), unreadable=7)
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """An uninterrupted run of six steps, one checkpoint each."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patched:
-        assert status(config(data, 6), workdir, patched) == 0
-    return workdir
+    return tiny_run.whole_run(data, 6, tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture

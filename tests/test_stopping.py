@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import time
 
 import pytest
@@ -12,24 +11,18 @@ pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
 
 from dalle2_jax import stopping, train  # noqa: E402
 from tests import tiny_run  # noqa: E402
-from tests.data import shards_for_tests as made  # noqa: E402
 from tests.tiny_run import assert_same, config, status, steps_of, stored_state  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    made.write_samples(folder / "00000.tar", range(23))
-    return folder
+    return tiny_run.shards(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """A run of four steps, one checkpoint each."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patched:
-        assert status(config(data, 4), workdir, patched) == 0
-    return workdir
+    return tiny_run.whole_run(data, 4, tmp_path_factory.mktemp("whole") / "run")
 
 
 def test_signals_are_told_where_a_run_may_stop_and_handlers_come_back():
@@ -101,16 +94,7 @@ def wait_for_lock(workdir, processes) -> None:
 def test_sigterm_to_a_process_that_has_just_begun_ends_it_with_status_0(data, tmp_path, count):
     """Of two, it goes to the second: both end."""
     workdir = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        names = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}"}
-    names["JAX_NUM_PROCESSES"] = str(count)
-    started = [
-        tiny_run.start(
-            workdir, data, devices=1, num_steps=10**6, environment=names | {"JAX_PROCESS_ID": str(i)}
-        )
-        for i in range(count)
-    ]
+    started = tiny_run.start_together(count, workdir, data, num_steps=10**6)
     try:
         wait_for_lock(workdir, started)
         started[-1].send_signal(signal.SIGTERM)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -15,10 +16,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl import logging
 
 from configs import common
 from dalle2_jax import checkpoint, models, processes, train
+from tests.data import shards_for_tests as made
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 8
@@ -46,6 +49,17 @@ class Tiny:
         return jnp.square(hidden @ params["fc2"]["kernel"] - noise).mean(), {}
 
 
+def shards(folder, unreadable: int | None = None):
+    """Writes one tar of 23 pictures, of which that of this number cannot be read; returns `folder`."""
+    members = [
+        member
+        for number in range(23)
+        for member in made.sample(number, image=b"<html>404</html>" if number == unreadable else None)
+    ]
+    made.write_tar(folder / "00000.tar", members)
+    return folder
+
+
 def config(data, num_steps: int, **changes) -> dict:
     """Its settings, plain: `num_steps` steps on the tar shards in `data`, each of them logged and saved."""
     made = models.to_plain(common.get_config())
@@ -61,6 +75,13 @@ def status(settings: dict, workdir, monkeypatch, allow_changed=()) -> int:
     with monkeypatch.context() as patched:
         patched.setattr(models, "build_stage", lambda config: Tiny())
         return _main(settings, workdir, patched.setattr, allow_changed)
+
+
+def whole_run(data, num_steps: int, workdir):
+    """A run in this process that nothing interrupts, one checkpoint a step; returns `workdir`."""
+    with pytest.MonkeyPatch.context() as patched:
+        assert status(config(data, num_steps), workdir, patched) == 0
+    return workdir
 
 
 def poison(monkeypatch, is_bad) -> list[list[int]]:
@@ -104,6 +125,22 @@ def start(workdir, data, *, devices: int = 2, environment=(), **changes) -> subp
     command = [sys.executable, "-m", "tests.tiny_run", str(workdir), str(data)]
     command += [f"{name}={json.dumps(value)}" for name, value in changes.items()]
     return launch(command, f"{workdir}.log", devices, environment)
+
+
+def start_together(count: int, workdir, data, **changes) -> list[subprocess.Popen]:
+    """`start` with so many processes of one device each, which train as one."""
+    names = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+    return [
+        start(workdir, data, devices=1, environment=names | {"JAX_PROCESS_ID": str(i)}, **changes)
+        for i in range(count)
+    ]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def launch(command: list[str], log: str, devices: int, environment=()) -> subprocess.Popen:
