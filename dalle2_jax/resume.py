@@ -3,7 +3,7 @@
 Before a run goes on, its settings are compared with WORKDIR/config.json, its dataset and its frozen CLIP with
 what the checkpoint's `meta` says of them. A setting of FREE may differ. Any other difference is refused, with
 a list, unless it was allowed by name (--allow_changed); WORKDIR/changes.json keeps what was, and from which
-step.
+step: a run that is killed before its next checkpoint goes on by that.
 """
 
 import dataclasses
@@ -54,6 +54,10 @@ class Change:
     name: str
     before: Any
     now: Any
+
+    def entry(self, step: int) -> dict:
+        """What changes.json holds of it."""
+        return {"step": step, **dataclasses.asdict(self)}
 
     def __str__(self):
         return f"{self.name}: {self.before!r} in the workdir, {self.now!r} now"
@@ -117,18 +121,20 @@ class Resumption:
           ValueError: they differ and may not, or nothing does of what was allowed to.
         """
         if meta is not None and meta["fingerprint"] != now["fingerprint"]:
-            if DATA not in self._allowed:
+            change = Change(DATA, meta["fingerprint"], now["fingerprint"])
+            if not self._may(change, meta["step"]):
                 raise ValueError(_another_dataset(self._workdir, meta, now))
-            self._changes.append(Change(DATA, meta["fingerprint"], now["fingerprint"]))
+            self._changes.append(change)
         before, after = ((found or {}).get("clip_sha256", "") for found in (meta, now))
         if before and before != after:  # checkpoints of older runs do not say which it was
-            if CLIP not in self._allowed:
+            change = Change(CLIP, before, after)
+            if not self._may(change, meta["step"]):
                 raise ValueError(
                     f"the frozen CLIP has changed since step {meta['step']} of {self._workdir}: the sha256 "
                     f"of its parameters was {before[:12]} then, is {after[:12] or 'none'} now. Give the one "
                     f"of then, use another --workdir, or go on with this one by --allow_changed={CLIP}"
                 )
-            self._changes.append(Change(CLIP, before, after))
+            self._changes.append(change)
         self._check_needed(self._allowed)
 
     def note(self, step: int) -> None:
@@ -136,10 +142,14 @@ class Resumption:
         entries = _noted(self._workdir)
         for change in self._changes:
             logging.warning("changed from step %d on, as allowed: %s", step, change)
-            entry = {"step": step, **dataclasses.asdict(change)}
+            entry = change.entry(step)
             entries += [entry] if entry not in entries else []  # of a run that was killed before it saved
         if self._changes:
             modeldir.write_json(self._workdir / "changes.json", {"changes": entries})
+
+    def _may(self, change: Change, step: int) -> bool:
+        """Whether it was allowed: now, or to a run that was killed before it saved."""
+        return change.name in self._allowed or change.entry(step) in _noted(self._workdir)
 
     def _check_needed(self, names: Iterable[str]) -> None:
         """Raises ValueError for a name of which nothing changes, nor has by permission: then the same command

@@ -3,6 +3,7 @@
 import json
 import shutil
 import types
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -122,6 +123,29 @@ def test_files_that_differ_are_listed(workdir):
         resume.Resumption(workdir, stored(), ["data"]).compare(then, then)
 
 
+@pytest.mark.parametrize("name", ["data", "clip"])
+def test_what_was_allowed_to_a_run_that_was_killed_before_it_saved_needs_no_flag(workdir, name):
+    """It lies in changes.json: the very change, from the same step on."""
+    old = dataset({"a.tar": (10, 1)}) | dict(clip_sha256="1" * 64)
+    new, third = (
+        dataset({"a.tar": (size, 1)} if name == "data" else {"a.tar": (10, 1)})
+        | dict(clip_sha256=str(size) * 64 if name == "clip" else "1" * 64)
+        for size in (2, 3)
+    )
+    meta = old | dict(step=5)
+    allowed = resume.Resumption(workdir, stored(), [name])
+    allowed.compare(meta, new)
+    allowed.note(5)
+    before = (workdir / "changes.json").read_text()
+    again = resume.Resumption(workdir, stored())
+    again.compare(meta, new)
+    again.note(5)
+    assert (workdir / "changes.json").read_text() == before
+    for then, now in ((meta, third), (meta | dict(step=6), new), (new | dict(step=6), old)):
+        with pytest.raises(ValueError, match=f"--allow_changed={name}"):
+            resume.Resumption(workdir, stored()).compare(then, now)
+
+
 def test_a_long_list_of_files_is_cut_and_a_very_long_one_is_not_kept(workdir, monkeypatch):
     then = dataset({f"{n:05d}.tar": (10, 1) for n in range(40)}) | {"step": 5}
     now = dataset({f"{n:05d}.tar": (10, 1) for n in range(27)})
@@ -149,6 +173,14 @@ def test_a_dataset_that_changed_is_gone_on_with_by_permission(data, whole, tmp_p
     made.write_samples(folder / "00001.tar", range(3))
     assert status(config(folder, 4), workdir, monkeypatch) == train.FAILED
     assert "--allow_changed=data\n  added: 00001.tar" in caplog.text
+    with monkeypatch.context() as patched:
+        killed = unittest.mock.Mock(side_effect=KeyboardInterrupt)
+        patched.setattr(train, "jit_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            status(config(folder, 4), workdir, patched, ["data"])
+    killed.assert_called_once()
+    shutil.copytree(workdir, tmp_path / "without")
+    assert status(config(folder, 3), tmp_path / "without", monkeypatch) == 0
     assert status(config(folder, 4), workdir, monkeypatch, ["data"]) == 0
     assert "changed from step 2 on, as allowed: data: " in caplog.text
     assert steps_of(workdir) == [1, 2, 3, 4]
