@@ -19,13 +19,13 @@ _KEPT = 1000  # steps between lines of the log of which the records are remember
 
 
 class BadSteps:
-    """Looks at the counters of the state at each line of the log.
+    """Looks at the counters of the state at each line of the log, and so before each save.
 
     Args:
       workdir: where bad_steps.json goes.
       checkpointer: the run's, which a streak waits for.
-      train_state: that the run begins with; what it has counted was told before.
-      log_every: steps between lines.
+      train_state: that the run begins with; what it has counted was told before it was saved.
+      log_every: the most steps between lines.
       mesh: of the batches.
     """
 

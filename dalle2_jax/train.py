@@ -468,6 +468,7 @@ def run_steps(
     batches = dataset.batches(config["batch_size"], start_step=start, **partition.host_slice(mesh))
     writer = metrics.Writer(workdir, wandb=config["wandb"] or None)
     bad, stop = bad_steps.BadSteps(workdir, checkpointer, train_state, config["log_every"], mesh), 0
+    profiling = False
     try:
         stops.check("state made")
         raw = next(batches)
@@ -489,11 +490,13 @@ def run_steps(
         for step in range(start + 1, config["num_steps"] + 1):
             if step == config["profile_at"]:
                 jax.profiler.start_trace(str(workdir / "profile"))
+                profiling = True
             train_state, scalars = compiled(train_state, batch, frozen)
-            if config["profile_at"] and step == config["profile_at"] + config["profile_steps"] - 1:
+            finished = step == config["num_steps"]
+            if profiling and (finished or step >= config["profile_at"] + config["profile_steps"] - 1):
                 jax.block_until_ready(scalars)
                 jax.profiler.stop_trace()
-            finished = step == config["num_steps"]
+                profiling = False
             stop = stops.latest()
             last = finished or stop != 0
             if not last:
@@ -501,14 +504,14 @@ def run_steps(
                     raw = next(batches)
                 bad.read(step + 1, raw["index"])
                 batch = partition.on_devices(raw, mesh)
-            if last or step % config["log_every"] == 0:
+            drawing = finished or step % config["sample_every"] == 0
+            saving = last or step % config["checkpoint_every"] == 0
+            if saving or step % config["log_every"] == 0:  # what a checkpoint counts was told
                 host = {f"train/{k}": float(v) for k, v in jax.device_get(scalars).items()}
                 bad.look(step, host)
                 checkpointer.check()
                 unusable = {f"data/bad_{reason}": n for reason, n in dataset.bad_records().items()}
                 writer.scalars(step, host | unusable | progress.report(step, loss=host["train/loss"]))
-            drawing = finished or step % config["sample_every"] == 0
-            saving = last or step % config["checkpoint_every"] == 0
             # A run that was interrupted saves first and leaves the rest to its resumption.
             if not last or finished:
                 with progress.paused():
@@ -535,6 +538,8 @@ def run_steps(
     finally:
         checkpointer.close()
         writer.close()
+        if profiling:  # a signal or an error came within the profile, and what could be saved is
+            jax.profiler.stop_trace()
     if stop == signal.SIGINT and step < config["num_steps"]:
         raise SystemExit(128 + stop)
 

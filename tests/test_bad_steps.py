@@ -34,7 +34,9 @@ def test_one_bad_step_between_lines_of_the_log_leaves_a_trace(data, tmp_path, mo
 
 
 def test_a_streak_that_ends_before_a_line_of_the_log_stops_the_run(data, tmp_path, monkeypatch, caplog):
-    workdir, settings = tmp_path / "run", dict(log_every=20, checkpoint_every=4)
+    """A line, which a checkpoint has too: what is saved has nothing that was not told, wherever a run is
+    killed."""
+    workdir, settings = tmp_path / "run", dict(log_every=20, checkpoint_every=7)
     with monkeypatch.context() as patched:
         read = tiny_run.poison(patched, lambda step: 3 < step < 13)
         assert status(config(data, 40, **settings), workdir, patched) == 3
@@ -42,11 +44,35 @@ def test_a_streak_that_ends_before_a_line_of_the_log_stops_the_run(data, tmp_pat
     noted = json.loads((workdir / "bad_steps.json").read_text())
     assert noted["records"] == {str(step): read[step - 1] for step in range(4, 12)}
     assert noted["scalars"]["train/bad_steps"] == 0 and noted["scalars"]["train/bad_total"] == 9
-    # Which it has told: from after the streak the same command goes on.
-    assert max(tiny_run.steps_of(workdir)) >= 16
+    assert tiny_run.steps_of(workdir) == [7]  # the checkpoint of step 14 would have counted the streak
+    # With the data mended the run goes on from the middle of the streak.
+    assert logged(workdir, "train/bad_steps")[7] == 4
+    assert status(config(data, 40, **settings), workdir, monkeypatch) == 0
+    assert logged(workdir, "train/bad_streak")[40] == 0
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of the loop comes after it but that a save which has begun is committed."""
+
+
+def test_bad_steps_of_a_run_that_is_killed_before_a_line_were_told(data, tmp_path, monkeypatch, caplog):
+    """The last checkpoint, from which it goes on, counts them."""
+    workdir, settings = tmp_path / "run", dict(log_every=20, checkpoint_every=4)
+
+    def is_bad(step):
+        if step == 7:
+            raise Killed
+        return step in (2, 3)
+
     with monkeypatch.context() as patched:
-        tiny_run.poison(patched, lambda step: 3 < step < 13)
-        assert status(config(data, 40, **settings), workdir, patched) == 0
+        tiny_run.poison(patched, is_bad)
+        with pytest.raises(Killed):
+            status(config(data, 40, **settings), workdir, patched)
+    assert tiny_run.steps_of(workdir) == [4]
+    assert "2 steps up to step 4 were not finite and changed nothing; 2 in the whole run" in caplog.text
+    caplog.clear()
+    assert status(config(data, 24, **settings), workdir, monkeypatch) == 0
+    assert logged(workdir, "train/bad_total")[20] == 2 and "not finite" not in caplog.text
 
 
 def test_what_the_error_of_a_streak_advises_can_be_done(data, tmp_path, monkeypatch, caplog):

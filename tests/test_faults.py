@@ -389,6 +389,37 @@ def test_on_other_devices_it_goes_on_with_the_same_batches(data, whole, workdir,
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("ended", "code", "at"),
+    [("by SIGTERM", 0, 6), ("by an error", train.FAILED, 4), ("at its last step", 0, 5)],
+)
+def test_a_run_that_ends_while_it_is_profiled_leaves_the_profile_and_goes_on(
+    data, whole, workdir, monkeypatch, ended, code, at
+):
+    """Steps 3 to 7 of eight are profiled; something comes with the batch of step 6."""
+    profiled, struck = dict(profile_at=3, profile_steps=5), []
+
+    def strike(step):
+        if step == 6 and ended != "at its last step":
+            struck.append(ended)
+            if ended == "by an error":
+                raise OSError("the data is gone")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # until the watching thread has heard
+        return False
+
+    with monkeypatch.context() as patched:
+        tiny_run.poison(patched, strike)
+        num_steps = 5 if ended == "at its last step" else 8
+        assert status(config(data, num_steps, **profiled), workdir, patched) == code
+    assert struck == ([ended] if num_steps == 8 else []) and steps_of(workdir)[-1] == at
+    (profile,) = (workdir / "profile").rglob("*.xplane.pb")
+    assert profile.stat().st_size > 0
+    assert status(config(data, 8, **profiled), workdir, monkeypatch) == 0
+    assert list((workdir / "profile").rglob("*.xplane.pb")) == [profile]  # its first step was done
+    assert_same(stored_state(whole, 8), stored_state(workdir, 8))
+
+
 def test_a_second_sigterm_ends_at_once_even_in_the_middle_of_a_computation(tmp_path):
     """The first one waits, here for a hash that takes a minute and does not let Python's handlers run.
 
