@@ -20,6 +20,7 @@ import json
 import logging as standard_logging
 import os
 import re
+import secrets
 import shutil
 import sys
 import time
@@ -489,7 +490,7 @@ def _renames_folders(directory: epath.Path) -> bool:
     """Whether a folder that is not empty can be renamed there; buckets, and gcsfuse by default, cannot."""
     if "://" in os.fspath(directory):
         return False
-    probe = directory.parent / f".probe_{os.getpid()}_{jax.process_index()}"
+    probe = directory.parent / f".probe_{secrets.token_hex(4)}"
     target = probe.with_name(probe.name + "_renamed")
     try:
         probe.mkdir()

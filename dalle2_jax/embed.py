@@ -218,7 +218,10 @@ FLAGS = flags.FLAGS
 
 
 def main(argv):
-    with processes.together(status=train.FAILED, say=logging.error, debug=FLAGS.debug):
+    from dalle2_jax.data import budget
+
+    refused = (ValueError, OSError, budget.TooManyBadRecords)
+    with processes.together(refused, status=train.FAILED, say=logging.error, debug=FLAGS.debug):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}")
         partition.initialise()

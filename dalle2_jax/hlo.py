@@ -44,14 +44,14 @@ def collectives(program: str) -> dict[str, Collective]:
         group = _group_size(line)
         if group == 1 and kind != "collective-permute":
             continue
-        results = _sizes(shape)
-        # The asynchronous form returns (operands, results, ...): what is sent is in the largest of them.
-        size = max(results) if started else sum(results)
+        # An asynchronous form returns (operands, results, ...), where several of either are a tuple; but
+        # all-reduce-start has a form of its own, that of its results.
+        if started and (kind != "all-reduce" or shape.startswith("((")):
+            shape = _elements(shape)[1]
+        size = sum(_sizes(shape))
         if kind == "all-reduce" and "all-reduce-scatter" in computation:
             kind, size = "reduce-scatter", size / group
         factor = {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1, "collective-permute": 1}
-        if kind == "reduce-scatter" and started:
-            size /= group
         repeated = times.get(computation, 1)
         counts[kind] += repeated
         sent[kind] += repeated * size * factor.get(kind, (group - 1) / group)
@@ -109,6 +109,18 @@ def _trip_counts(program: str) -> dict[str, int]:
     entry = re.search(r"^ENTRY %?([\w.\-]+)", program, re.M)
     visit(entry[1] if entry else "", 1)
     return times
+
+
+def _elements(shape: str) -> list[str]:
+    """The shapes that a tuple has, '(f32[2,3], (u8[], s8[]))' -> ['f32[2,3]', ' (u8[], s8[])']."""
+    found, depth = [""], 0
+    for character in shape[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += character
+    return found
 
 
 def _sizes(shape: str) -> list[float]:

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from dalle2_jax import partition
+from dalle2_jax import files, partition
 
 FORMAT_VERSION = 1
 INDEX_FILE, CONFIG_FILE, WEIGHTS_FILE = "model_index.json", "config.json", "model.safetensors"
@@ -166,18 +166,17 @@ def write_tensors(
         header[name] = dict(dtype=_SAFETENSORS[types[name].name], shape=shape, data_offsets=[begin, end])
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
+    with files.whole(path) as partial, partial.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             array = np.asarray(partition.to_host(tensors[name]), types[name])
             file.write(np.ascontiguousarray(array).tobytes())
-    temporary.replace(path)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON as people read it, in one stroke."""
-    _replace(epath.Path(path), (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    with files.whole(path) as partial:
+        partial.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def load_stage(
@@ -328,13 +327,6 @@ def _read_json(path: epath.Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
-
-
-def _replace(path: epath.Path, data: bytes) -> None:
-    """Writes a file in one stroke: a reader sees the old one or the new one, never a part."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 @contextlib.contextmanager

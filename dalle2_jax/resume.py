@@ -1,9 +1,10 @@
 """What a run must have in common with its resumption.
 
-Before a run goes on, its settings are compared with WORKDIR/config.json, its dataset and its frozen CLIP with
-what the checkpoint's `meta` says of them. A setting of FREE may differ. Any other difference is refused, with
-a list, unless it was allowed by name (--allow_changed); WORKDIR/changes.json keeps what was, and from which
-step: a run that is killed before its next checkpoint goes on by that.
+Before a run goes on, its settings are compared with WORKDIR/config.json, its dataset and its CLIP (the frozen
+one, or the one that precomputed embeddings are of) with what the checkpoint's `meta` says of them. A setting
+of FREE may differ. Any other difference is refused, with a list, unless it was allowed by name
+(--allow_changed); WORKDIR/changes.json keeps what was, and from which step: a run that is
+killed before its next checkpoint goes on by that.
 """
 
 import dataclasses
@@ -64,7 +65,7 @@ class Change:
 
 
 def describe(dataset, clip_sha256: str = "") -> dict:
-    """What a checkpoint's `meta` says of the dataset and of the frozen CLIP ('' for none), JSON values."""
+    """What a checkpoint's `meta` says of the dataset and of the CLIP ('' for none), JSON values."""
     files = [list(entry) for entry in dataset.files]
     found = dict(
         fingerprint=dataset.fingerprint,
@@ -111,7 +112,7 @@ class Resumption:
         self._check_needed(name for name in self._allowed if name not in (DATA, CLIP))
 
     def compare(self, meta: Mapping | None, now: Mapping) -> None:
-        """Compares the dataset and the frozen CLIP with those of a checkpoint.
+        """Compares the dataset and the CLIP with those of a checkpoint.
 
         Args:
           meta: the checkpoint's; None where a run begins.
@@ -130,9 +131,10 @@ class Resumption:
             change = Change(CLIP, before, after)
             if not self._may(change, meta["step"]):
                 raise ValueError(
-                    f"the frozen CLIP has changed since step {meta['step']} of {self._workdir}: the sha256 "
-                    f"of its parameters was {before[:12]} then, is {after[:12] or 'none'} now. Give the one "
-                    f"of then, use another --workdir, or go on with this one by --allow_changed={CLIP}"
+                    f"the CLIP has changed since step {meta['step']} of {self._workdir}: the sha256 of its "
+                    f"parameters was {before[:12]} then, is {after[:12] or 'none'} now. Give the one of "
+                    "then, or the embeddings that it made, use another --workdir, or go on with this one by "
+                    f"--allow_changed={CLIP}"
                 )
             self._changes.append(change)
         self._check_needed(self._allowed)

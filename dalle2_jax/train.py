@@ -387,7 +387,7 @@ def _train_locked(
     dataset, eval_dataset = make_datasets(config, stage, clip, fields, tokenizer)
     if dataset.fingerprint == eval_dataset.fingerprint:
         logging.warning("validation reads the very records that training reads: see data.eval_split")
-    about = resume.describe(dataset, modeldir.sha256(frozen) if frozen else "")
+    about = resume.describe(dataset, modeldir.sha256(frozen) if frozen else dataset.clip_sha256)
     frozen = jax.device_put(frozen, partition.replicated(mesh))
     stops.check("data opened")
 
@@ -572,7 +572,7 @@ if __name__ == "__main__":
         "allow_changed",
         [],
         "Settings, or groups of them, in which a resumption may differ: optim.learning_rate,data. With data "
-        "and clip the dataset and the frozen CLIP themselves may be others.",
+        "and clip the dataset and the CLIP themselves may be others.",
     )
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
     flags.mark_flags_as_required(["config", "workdir"])

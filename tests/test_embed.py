@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import threading
+import types
 
 import numpy as np
 import pytest
@@ -157,6 +160,45 @@ def test_a_folder_of_something_else_is_refused(whole, shards, damaged, model, tm
         run(damaged, model, out, dtype="int8")
 
 
+def test_processes_of_one_number_write_the_plan_at_once(tmp_path, monkeypatch):
+    """Each has written its file before one of them gives it its name."""
+    path, errors = embed.epath.Path(tmp_path / "rows"), []
+    replace, both = type(path).replace, threading.Barrier(2, timeout=60)
+
+    def replace_after_both_have_written(*arguments):
+        both.wait()
+        return replace(*arguments)
+
+    def keep():
+        try:
+            embeddings.keep_plan(path, {"records": 3})
+        except Exception as error:
+            errors.append(error)
+
+    monkeypatch.setattr(type(path), "replace", replace_after_both_have_written)
+    threads = [threading.Thread(target=keep) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and both.n_waiting == 0
+    assert [file.name for file in path.iterdir()] == ["embed.json"]
+    assert json.loads((path / "embed.json").read_text()) == {"records": 3}
+
+
+def test_a_data_set_that_has_lost_too_much_is_refused_in_a_line(shards, model, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    (folder / "train-00000_stats.json").write_text('{"successes": 1000}')
+    settings = dict(splits=None, worker="", rows_per_shard=8, batch_size=8, dtype="float32", debug=False)
+    settings |= dict(config=recipe(folder), clip=os.fspath(model), out=os.fspath(tmp_path / "rows"))
+    monkeypatch.setattr(embed, "FLAGS", types.SimpleNamespace(**settings))
+    with pytest.raises(SystemExit) as ended:
+        embed.main(["embed"])
+    assert ended.value.code == train.FAILED
+    assert "988 of 1009 records of the dataset's files cannot be used" in caplog.messages[-1]
+
+
 def test_embeddings_of_other_records_are_refused(whole, damaged, tmp_path):
     """As many records in files of the same names and sizes: the keys differ; other files: the fingerprint."""
     folder = os.fspath(whole[0])
@@ -189,6 +231,12 @@ def test_training_from_embeddings_is_training_with_clip(shards, model, tmp_path)
         np.testing.assert_array_equal(third[name], other[name])
         moved = max(moved, np.abs(one[name]).max())
     assert moved > 0.1 and (tmp_path / "from_rows" / "tokenizer").is_dir()
+    plan = tmp_path / "rows" / "train" / "embed.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"clip_sha256": 64 * "0"}))
+    short["num_steps"] = 3
+    for name, data in (("from_rows", rows), ("beside", beside)):
+        with pytest.raises(ValueError, match="the CLIP has changed since step 2 .* is 000000000000 now"):
+            train.train(recipe(shards, data=data, **short), str(tmp_path / name))
 
 
 def test_a_record_without_embeddings_is_counted_and_replaced(whole, damaged):

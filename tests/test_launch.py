@@ -168,6 +168,34 @@ def test_a_host_that_is_told_to_stop_saves_and_does_not_start_again(tmp_path):
     assert (status, notes) == (0, "ready\nsaved\n")
 
 
+@pytest.mark.parametrize("begun", [1, 2])
+def test_a_host_that_is_told_to_stop_as_training_begins_tells_it(tmp_path, begun):
+    """SIGTERM once training has been started for the first or the second time, and before its id is noted."""
+    training = f"""
+echo begun >> "$NOTES"
+[ "$(wc -l < "$NOTES")" = {begun} ] || exit 1
+trap 'echo saved >> "$NOTES"; exit 0' TERM
+echo ready >> "$NOTES"
+for i in $(seq 60); do /bin/sleep 0.05; done
+echo trained on >> "$NOTES"
+"""
+    (tmp_path / "strike").write_text("""
+unset BASH_ENV
+strike() {
+  [[ $BASH_COMMAND == 'child=$!'* ]] || return 0
+  until grep -qx ready "$NOTES" || ! kill -0 $!; do /bin/sleep 0.02; done 2> /dev/null
+  if grep -qx ready "$NOTES"; then echo struck >> "$NOTES"; kill -TERM $$; fi
+}
+set -o functrace
+trap strike DEBUG
+""")
+    notes = tmp_path / "notes"
+    environment = installed(tmp_path, training) | dict(NOTES=str(notes), BASH_ENV=str(tmp_path / "strike"))
+    said = bash("host.sh", "--retries=3", "--", *TRAINING, **environment)
+    assert (said.returncode, said.stderr.count("again from")) == (0, begun - 1), said.stderr
+    assert notes.read_text().split() == ["begun"] * begun + ["ready", "struck", "saved"]
+
+
 def test_an_installation_that_fails_has_its_own_status(tmp_path):
     stand_in(tmp_path, "sleep")
     environment = installed(tmp_path, "exit 0")
@@ -193,23 +221,43 @@ def test_a_slice_is_asked_for_used_and_given_back():
     assert "mount\\ it" in lines[3] and "queued-resources delete n" in lines[5]
 
 
+# The file `state` has the slice's states, a line for each time that it is asked for, the last one for ever;
+# `queue` has those of the next slice; the others a line for each time that gcloud fails.
 GCLOUD = """
+fails() {
+  [ -s "$WHERE/$1" ] || return 1
+  sed -i 1d "$WHERE/$1"
+  echo "ERROR: no answer" >&2
+}
 case "$*" in
-  *create*) echo ACTIVE > "$WHERE/state" ;;
-  *delete*) rm -f "$WHERE/state" ;;
+  *create*)
+    fails create && exit 1
+    [ ! -e "$WHERE/state" ] || { echo "ERROR: ALREADY_EXISTS" >&2; exit 1; }
+    if [ -s "$WHERE/queue" ]; then mv "$WHERE/queue" "$WHERE/state"; else echo ACTIVE > "$WHERE/state"; fi
+    ! fails heard || exit 1 ;;
+  *delete*)
+    fails delete && { printf 'DELETING\nDELETING\nNOT_FOUND\n' > "$WHERE/state"; exit 1; }
+    rm -f "$WHERE/state" ;;
   *describe*)
-    if [ -s "$WHERE/silent" ]; then sed -i 1d "$WHERE/silent"; echo "ERROR: no answer" >&2; exit 1; fi
-    cat "$WHERE/state" 2> /dev/null || { echo "ERROR: NOT_FOUND" >&2; exit 1; } ;;
+    fails silent && exit 1
+    now="$(head -n 1 "$WHERE/state" 2> /dev/null)" || now=NOT_FOUND
+    [ ! -e "$WHERE/state" ] || [ "$(wc -l < "$WHERE/state")" = 1 ] || sed -i 1d "$WHERE/state"
+    [ "$now" != NOT_FOUND ] || { rm -f "$WHERE/state"; echo "ERROR: NOT_FOUND" >&2; exit 1; }
+    echo "$now" ;;
   *host.sh*) echo again >> "$WHERE/attempts"; attempt="$(wc -l < "$WHERE/attempts")"
 """
 
 
 def slices(tmp_path: Path, trains: str, *settings: str, **environment):
-    """(how tpu.sh ended, calls) with a stand-in for gcloud whose training is `trains`; nobody waits."""
-    stand_in(tmp_path, "sleep")
+    """(how tpu.sh ended, calls) with a stand-in for gcloud whose training is `trains`; nobody waits, and
+    who would for ever is ended."""
+    stand_in(tmp_path, "sleep", f"""[ "$(grep -c '^sleep' "{tmp_path}/calls.txt")" -lt 60 ] || kill $PPID""")
     stand_in(tmp_path, "gcloud", f"{GCLOUD}\n{trains}\n;;\nesac")
     arguments = [*NEEDED["tpu.sh"], *settings, "--", *TRAINING]
-    said = bash("tpu.sh", *arguments, path=tmp_path, WHERE=str(tmp_path), **environment)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    said = bash("tpu.sh", *arguments, path=tmp_path, WHERE=str(tmp_path), TMPDIR=str(scratch), **environment)
+    assert not any(scratch.iterdir()), "temporary files stay"
     return said, (tmp_path / "calls.txt").read_text()
 
 
@@ -271,6 +319,65 @@ def test_a_cloud_that_does_not_answer_has_not_taken_the_slice_away(tmp_path, tim
     assert said.returncode == 0, said.stderr
     assert not (tmp_path / "silent").read_text() and ("no answer" in said.stderr) == (times == 7)
     assert calls.count("create n") == 1 and calls.count("host.sh") == 2
+
+
+LOSES_IT_ONCE = """[ "$attempt" != 1 ] || { rm "$WHERE/state"; exit 1; }"""
+
+
+def test_a_request_that_fails_after_a_slice_was_taken_away_is_made_again(tmp_path):
+    trains = LOSES_IT_ONCE.replace("exit 1", 'printf "x\\nx\\n" > "$WHERE/create"; exit 1')
+    said, calls = slices(tmp_path, trains)
+    assert said.returncode == 0, said.stderr
+    assert said.stderr.count("asking failed; again") == 2 and not (tmp_path / "create").read_text()
+    assert calls.count("create n") == 4 and calls.count("host.sh") == 2
+
+
+@pytest.mark.parametrize(
+    ("fails", "times", "part"), [("create", 1, "could not be asked for"), ("silent", 9, "whether n is there")]
+)
+def test_a_first_request_that_fails_is_the_end(tmp_path, fails, times, part):
+    (tmp_path / fails).write_text("x\n" * times)
+    said, calls = slices(tmp_path, "exit 0")
+    assert said.returncode == 2 and part in said.stderr and "no answer" in said.stderr
+    assert calls.count("create n") == (fails == "create") and "host.sh" not in calls
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_request_that_was_heard_though_it_failed_is_not_made_again(tmp_path, first):
+    """It would be refused, as there is a slice of this name now."""
+    if first:
+        (tmp_path / "heard").write_text("x\n")
+    trains = "exit 0" if first else LOSES_IT_ONCE.replace("exit 1", 'echo x > "$WHERE/heard"; exit 1')
+    said, calls = slices(tmp_path, trains)
+    assert said.returncode == 0, said.stderr
+    assert "asking failed; again" in said.stderr and not (tmp_path / "heard").read_text()
+    assert "ALREADY_EXISTS" not in said.stderr and calls.count("create n") == 2 - first
+    assert not (tmp_path / "state").exists()  # given back
+
+
+@pytest.mark.parametrize("queue", ["CREATING\nACCEPTED\nNOT_FOUND\n", "NOT_FOUND\n"])
+def test_a_slice_that_vanishes_while_it_is_waited_for_is_asked_for_again(tmp_path, queue):
+    (tmp_path / "queue").write_text(queue)
+    said, calls = slices(tmp_path, "exit 0")
+    assert said.returncode == 0, said.stderr
+    assert not (tmp_path / "queue").exists() and calls.count("create n") == 2 and calls.count("host.sh") == 1
+
+
+def test_a_slice_whose_deletion_seemed_to_fail_is_asked_for_again_once_it_is_gone(tmp_path):
+    (tmp_path / "queue").write_text("ACTIVE\nSUSPENDED\n")
+    (tmp_path / "delete").write_text("x\n")
+    said, calls = slices(tmp_path, """[ "$attempt" != 1 ] || exit 1""")
+    assert said.returncode == 0, said.stderr
+    assert "n: DELETING" in said.stdout and not (tmp_path / "delete").read_text()
+    assert calls.count("create n") == 2 and calls.count("host.sh") == 2
+
+
+@pytest.mark.parametrize(("failures", "deletions", "told"), [(1, 2, False), (9, 5, True)])
+def test_giving_back_is_tried_again_and_does_not_change_the_status(tmp_path, failures, deletions, told):
+    (tmp_path / "delete").write_text("x\n" * failures)
+    said, calls = slices(tmp_path, "exit 3")
+    assert said.returncode == 3, said.stderr
+    assert calls.count("delete n") == deletions and ("could not be given back" in said.stderr) == told
 
 
 # Kubernetes
@@ -417,16 +524,53 @@ def test_a_preempted_job_is_queued_again_and_a_finished_one_is_not(tmp_path):
     assert "scontrol" not in calls.read_text() and "-m dalle2_jax.train" in calls.read_text()
 
 
-@pytest.mark.parametrize(
-    ("status", "before", "again"), [(4, 0, True), (137, 2, True), (4, 3, False), (3, 0, False), (2, 0, False)]
-)
-def test_a_lost_process_is_tried_again_and_a_failure_is_not(tmp_path, status, before, again):
+@pytest.fixture
+def submitted(tmp_path):
+    """Variables of a Slurm job that was submitted from a repository which has launch/ and nothing else."""
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "launch").symlink_to(ROOT / "launch")
+    return dict(SLURM_JOB_ID="77", SLURM_SUBMIT_DIR=str(tmp_path / "repository"))
+
+
+def slurm_ends(tmp_path: Path, job: dict[str, str], status: int, restarts: int, *settings: str) -> bool:
+    """Whether the job is queued again once its step has ended with `status`, after so many restarts."""
     stand_in(tmp_path, "scontrol", "")
     stand_in(tmp_path, "srun", f"exit {status}")
-    environment = dict(SLURM_JOB_ID="77", SLURM_SUBMIT_DIR=str(ROOT), SLURM_RESTART_COUNT=str(before))
-    said = bash("slurm.sh", "--", *TRAINING, path=tmp_path, **environment)
-    assert said.returncode == status
-    assert ("scontrol requeue 77" in (tmp_path / "calls.txt").read_text()) == again
+    (tmp_path / "calls.txt").unlink(missing_ok=True)
+    restarted = dict(SLURM_RESTART_COUNT=str(restarts)) if restarts else {}
+    said = bash("slurm.sh", *settings, "--", *TRAINING, path=tmp_path, **job, **restarted)
+    assert said.returncode == status, said.stderr
+    return "scontrol requeue 77" in (tmp_path / "calls.txt").read_text()
+
+
+@pytest.mark.parametrize(("status", "again"), [(4, True), (137, True), (0, False), (2, False), (3, False)])
+@pytest.mark.parametrize("restarts", [0, 5])
+def test_a_lost_process_is_tried_again_and_a_failure_is_not(tmp_path, submitted, status, again, restarts):
+    """Whatever number of times the job was queued again for its time limit."""
+    assert slurm_ends(tmp_path, submitted, status, restarts) == again
+
+
+def test_lost_processes_are_counted_and_nothing_stays_of_it(tmp_path, submitted):
+    """Two retries are two losses, with a time limit before and between them; another job begins anew."""
+
+    def counted() -> bool:
+        return any(path.name != "launch" for path in (tmp_path / "repository").iterdir())
+
+    for _ in "a job", "a later job of the same number":
+        assert slurm_ends(tmp_path, submitted, 4, 0, "--retries=2") and counted()
+        assert slurm_ends(tmp_path, submitted, 137, 3, "--retries=2") and counted()
+        assert not slurm_ends(tmp_path, submitted, 4, 6, "--retries=2") and not counted()
+    assert slurm_ends(tmp_path, submitted, 4, 0) and counted()
+    assert not slurm_ends(tmp_path, submitted, 0, 1) and not counted()  # finished
+    for _ in "a job that is cancelled, and leaves its count", "a later one of the same number":
+        assert slurm_ends(tmp_path, submitted, 4, 0, "--retries=1")
+    assert "/.slurm-*.lost" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_a_loss_that_cannot_be_counted_is_not_tried_again(tmp_path, submitted):
+    """Else it would be for ever."""
+    (tmp_path / "repository" / ".slurm-77.lost").mkdir()
+    assert not slurm_ends(tmp_path, submitted, 4, 1)
 
 
 @pytest.mark.slow
@@ -491,6 +635,20 @@ def test_skypilot_recovers_a_run_that_was_stopped_and_saved(tmp_path):
     status, notes = stopped(["bash", "-c", task["run"]], tmp_path / "notes", **environment)
     assert notes == "ready\nsaved\n"
     assert status in task["resources"]["job_recovery"]["recover_on_exit_codes"]
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3, 4])
+def test_skypilot_rents_nothing_again_for_a_run_that_fails(tmp_path, fails):
+    """Exit codes to recover on are not counted, so that no failure of training may be among them."""
+    task = yaml.safe_load((PODS / "skypilot.yaml").read_text())
+    environment = installed(tmp_path, f"exit {fails}")
+    environment |= dict(SKYPILOT_NUM_NODES="1", TRAIN="--config=a --workdir=b")
+    said = subprocess.run(
+        ["bash", "-c", task["run"]], cwd=ROOT, env=os.environ | environment, capture_output=True
+    )
+    recovery = task["resources"]["job_recovery"]
+    assert said.returncode == fails and fails not in recovery["recover_on_exit_codes"]
+    assert recovery["max_restarts_on_errors"] == 0
 
 
 def test_the_images_hold_what_they_copy_and_install():

@@ -94,6 +94,44 @@ ENTRY %main (a: bf16[32,8]) -> bf16[32,32] {
     }
 
 
+def test_asynchronous_forms_count_as_the_plain_ones():
+    """XLA's own and, where an operation has none, that of any operation, ((operands), results, ...)."""
+    plain = """
+ENTRY %main (a: f32[8], b: f32[4]) -> f32[2] {
+  %g = (f32[32]{0}, f32[16]{0}) all-gather(%a, %b), replica_groups={{0,1,2,3}}
+  %r = (f32[8]{0}, f32[4]{0}, f32[2]{0}) all-reduce(%a, %b, %e), replica_groups={{0,1,2,3}}, to_apply=%add
+  %q = f32[8]{0} all-reduce(%a), replica_groups={{0,1,2,3}}, to_apply=%add
+  %c = (f32[8]{0}, f32[4]{0}) collective-permute(%a, %b), source_target_pairs={{0,1},{1,2}}
+  %s = (f32[2]{0}, f32[1]{0}) reduce-scatter(%a, %b), replica_groups={{0,1,2,3}}, to_apply=%add
+  %t = f32[8]{0} all-to-all(%a), replica_groups={{0,1,2,3}}
+}
+"""
+    operands, two = "((f32[8]{0:T(8)}, f32[4]{0}), ", "(f32[8]{0}, f32[4]{0})"
+    own = {
+        "(f32[32]{0}, f32[16]{0}) all-gather": f"{operands}(f32[32]{{0}}, f32[16]{{0}})) all-gather-start",
+        "f32[2]{0}) all-reduce": "f32[2]{0}) all-reduce-start",
+        "f32[8]{0} all-reduce": "f32[8]{0} all-reduce-start",
+        f"{two} collective": f"{operands}{two}, u32[]{{:S(2)}}, u32[]) collective",
+        "collective-permute(": "collective-permute-start(",
+        "(f32[2]{0}, f32[1]{0}) reduce-scatter": f"{operands}(f32[2], f32[1]), u32[]) reduce-scatter-start",
+        "f32[8]{0} all-to-all": "((f32[8]{0}), f32[8]{0}, u32[]) all-to-all-start",
+    }
+    wrapped = own | {"f32[8]{0} all-reduce": "((f32[8]{0}), f32[8]{0}, s32[]) all-reduce-start"}
+    for forms in (own, wrapped):
+        text = plain
+        for synchronous, asynchronous in forms.items():
+            assert text.count(synchronous) == 1
+            text = text.replace(synchronous, asynchronous)
+        assert hlo.collectives(text) == hlo.collectives(plain)
+    assert hlo.collectives(plain) == {
+        "all-gather": Collective(1, 48 * 4 * 3 / 4),
+        "all-reduce": Collective(2, 2 * (14 + 8) * 4 * 3 / 4),
+        "collective-permute": Collective(1, 12 * 4),
+        "reduce-scatter": Collective(1, 3 * 4 * 3),
+        "all-to-all": Collective(1, 8 * 4 * 3 / 4),
+    }
+
+
 def test_cycles_are_added_up_and_once_a_turn_of_a_loop():
     text = """
 %body.1 (p: f32[4]) -> f32[4] {

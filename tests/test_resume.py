@@ -202,7 +202,7 @@ def test_another_frozen_clip_at_the_same_place_is_refused(data, tmp_path, monkey
     params["text"]["kernel"] = params["text"]["kernel"].copy()
     params["text"]["kernel"][1, 2] += 1e-6
     assert status(config(data, 3, **settings), workdir, monkeypatch) == train.FAILED
-    assert "the frozen CLIP has changed since step 2" in caplog.text and steps_of(workdir) == [1, 2]
+    assert "the CLIP has changed since step 2" in caplog.text and steps_of(workdir) == [1, 2]
     older = tmp_path / "older"
     shutil.copytree(workdir, older)
     path = older / "checkpoints" / "2" / "meta" / "metadata"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from etils import epath
 
+from dalle2_jax import files
 from dalle2_jax.data import records
 from dalle2_jax.data.records import BadRecord, Record
 from dalle2_jax.data.shards import add_caption, did_you_mean, freeze, language_of
@@ -104,6 +105,11 @@ def read_plan(folder: str) -> dict | None:
     return plan
 
 
+def _clip_sha256(plan: dict | None) -> str:
+    """Of the CLIP that embed.json names; '' without one."""
+    return str((plan or {}).get("clip_sha256", ""))
+
+
 def _stored_plan(folder: str | os.PathLike) -> dict:
     """embed.json as it stands. Raises ValueError for what is no object, or above MAX_TEXT_BYTES."""
     path = epath.Path(os.path.expanduser(folder)) / PLAN
@@ -123,7 +129,7 @@ def keep_plan(folder: epath.Path, plan: dict) -> None:
     path = folder / PLAN
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(plan, indent=2).encode())
+        _write_plan(path, plan)
     stored = _stored_plan(folder)
     differing = [
         f"  {name}: {stored.get(name)!r} there, {value!r} now"
@@ -136,11 +142,9 @@ def keep_plan(folder: epath.Path, plan: dict) -> None:
         )
 
 
-def _write(path: epath.Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-    partial.write_bytes(data)
-    partial.replace(path)
+def _write_plan(path: epath.Path, plan: dict) -> None:
+    with files.whole(path) as partial:
+        partial.write_text(json.dumps(plan, indent=2))
 
 
 class Parts:
@@ -171,17 +175,13 @@ class Parts:
         for path in (image_path, text_path, metadata_path):
             path.parent.mkdir(parents=True, exist_ok=True)
         for path, array in ((image_path, image), (text_path, text)):
-            partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-            with partial.open("wb") as file:
+            with files.whole(path) as partial, partial.open("wb") as file:
                 np.save(file, array, allow_pickle=False)
-            partial.replace(path)
         language = _stored_plan(self._folder)["data"]["language"]
         column = "caption" if language in ("en", "any") else f"caption_{language}"
         table = pyarrow.table({"key": keys, column: captions, "left_out": reasons})
-        partial = metadata_path.parent / f".{metadata_path.name}.{os.getpid()}.partial"
-        with partial.open("wb") as file:
+        with files.whole(metadata_path) as partial, partial.open("wb") as file:
             pyarrow.parquet.write_table(table, file)
-        partial.replace(metadata_path)
 
 
 def missing_parts(folder: epath.Path) -> int:
@@ -196,7 +196,7 @@ def finish(folder: epath.Path) -> dict[str, int]:
     plan, counted = _stored_plan(folder), collections.Counter()
     for _, values in _columns(_metadata(folder), plan["records"], ("left_out",)):
         counted.update(reason for reason in values if reason)
-    _write(folder / PLAN, json.dumps(plan | {"left_out": dict(counted)}, indent=2).encode())
+    _write_plan(folder / PLAN, plan | {"left_out": dict(counted)})
     return dict(counted)
 
 
@@ -206,8 +206,7 @@ class EmbeddingSource:
     has_images = False
 
     def __init__(self, path: str):
-        read_plan(path)
-        self._table = Embeddings(path)
+        self.clip_sha256, self._table = _clip_sha256(read_plan(path)), Embeddings(path)
         self._captions = _metadata_captions(path, len(self._table))
         counts = {language: len(texts) for language, texts in self._captions.items()}
         if any(count != len(self._table) for count in counts.values()):
@@ -246,7 +245,8 @@ def _columns(
     """(field, values) of the metadata in their order, in pieces: those `wanted`, by default the captions.
 
     A value that is no text, or one above MAX_TEXT_BYTES, is None. Raises ValueError for more than `most` rows
-    and for a piece that would take more memory than its texts may.
+    and for a piece that would take more memory than its texts may; in parquet also for columns that share a
+    name, or hold lists, structs or maps.
     """
     names = (
         [name for name in os.listdir(folder) if name.endswith((".parquet", ".jsonl"))]
@@ -272,6 +272,15 @@ def _parquet(path: str, asked: Callable, most: int) -> Iterator[dict[str, list[s
 
     with pyarrow.parquet.ParquetFile(path) as file:
         fields = asked(file.schema_arrow.names)
+        columns = [file.schema.column(i) for i in range(len(file.schema))]
+        plain = [column.path for column in columns if not column.max_repetition_level]
+    for field in fields:
+        # What is nested has other names in the file, and other numbers of values than rows: no limit holds.
+        if fields.count(field) > 1 or field not in plain:
+            raise ValueError(
+                f"{path}: {field!r} must be one column of texts, and is several or nested: write one text a "
+                "row, or give what is no caption another name"
+            )
     with pyarrow.parquet.ParquetFile(path, read_dictionary=fields) as file:
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         _check_rows(path, sum(group.num_rows for group in groups), most)
@@ -354,6 +363,7 @@ class Paired:
         embedded = "text_embed" in self._table.dims
         self._captions = _metadata_captions(path, len(self._table)) if embedded else {}
         self.refused, self.has_images, self.embed_dims = source.refused, source.has_images, self._table.dims
+        self.clip_sha256 = _clip_sha256(plan)
         beside = [(f"embeddings/{name}", size, count) for name, size, count in self._table.entries]
         self.files = [*source.files, *beside]
         self.fingerprint = records.fingerprint([(source.fingerprint, 0, len(source)), *self._table.entries])

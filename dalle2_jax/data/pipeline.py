@@ -68,6 +68,11 @@ class Dataset:
         """(name, size in bytes, number of records) of each file, which the fingerprint is made of."""
         return self.source.files
 
+    @property
+    def clip_sha256(self) -> str:
+        """Of the parameters of the CLIP that made the embeddings it reads; '' where none is named."""
+        return self.source.clip_sha256
+
     def bad_records(self) -> dict[str, int]:
         """{reason: count} of what could not be used so far: refused while indexing, and bad while reading."""
         return self._bad.counts()

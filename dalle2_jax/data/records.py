@@ -27,6 +27,8 @@ from typing import Protocol
 import numpy as np
 from absl import logging
 
+from dalle2_jax import files
+
 MAX_MEMBER_BYTES = 64 << 20
 MAX_TEXT_BYTES = 1 << 20  # of a caption, or of the JSON beside a picture or a shard
 MAX_MEMBERS = 1_000_000  # of one tar shard; img2dataset writes 30,000
@@ -66,6 +68,7 @@ class RecordSource(Protocol):
     fingerprint: str  # of these
     refused: dict[str, int]  # records or members lost before reading, by reason
     embed_dims: dict[str, int]  # {'image_embed': E, ...}; empty without embeddings
+    clip_sha256: str  # of the parameters of the CLIP that made the embeddings; '' where none is named
     has_images: bool
 
     def __len__(self) -> int: ...
@@ -259,6 +262,7 @@ def index_tar(path: str) -> Index:
 
 
 _CRC32C_BLOCK = 256  # bytes that are looked up together
+_CRC32C_BLOCKS = 4096  # blocks at a time: what is looked up takes four times their bytes
 
 
 @functools.cache
@@ -289,10 +293,12 @@ def masked_crc32c(data: bytes) -> int:
         crc = (crc >> 8) ^ last[(crc ^ byte) & 0xFF]
     if len(data) > head:
         blocks = np.frombuffer(data, np.uint8, offset=head).reshape(-1, _CRC32C_BLOCK)
-        for added in np.bitwise_xor.reduce(tables[np.arange(_CRC32C_BLOCK), blocks], axis=1).tolist():
-            for place, table in enumerate(first):
-                added ^= table[crc >> 8 * place & 0xFF]
-            crc = added
+        for start in range(0, len(blocks), _CRC32C_BLOCKS):
+            looked_up = tables[np.arange(_CRC32C_BLOCK), blocks[start : start + _CRC32C_BLOCKS]]
+            for added in np.bitwise_xor.reduce(looked_up, axis=1).tolist():
+                for place, table in enumerate(first):
+                    added ^= table[crc >> 8 * place & 0xFF]
+                crc = added
     crc ^= 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -357,12 +363,10 @@ def _cached_index(path: str, index_file: Callable[[str], Index]) -> Index:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # absent, or cut by a crash: made again
     index = index_file(path)
-    partial = f"{cached}.{os.getpid()}.{threading.get_ident()}"
     try:
         os.makedirs(os.path.dirname(cached), exist_ok=True)
-        with open(partial, "wb") as file:
+        with files.whole(cached) as partial, partial.open("wb") as file:
             np.savez(file, rows=index.rows, refused=np.array(json.dumps(index.refused)))
-        os.replace(partial, cached)
     except OSError as error:
         logging.log_first_n(logging.WARNING, "indexes are not cached: %s", 1, error)
     return index

@@ -18,6 +18,7 @@ from absl import logging
 from dalle2_jax.data import records
 from dalle2_jax.data.records import BadRecord, Record
 
+_MAX_COUNT = 1 << 48  # of samples that a manifest may say a shard has
 _CAPTION_FIELD = re.compile(r"(?:caption|captions|text|txt)(?:_([a-z]{2,3}))?(?:/text|/raw)?")
 
 
@@ -103,20 +104,23 @@ def freeze(captions: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
 
 
 def _missing_by_manifest(path: str, count: int) -> int:
-    """How many samples the `_stats.json` that img2dataset writes beside a shard counts beyond `count`."""
+    """How many samples the `_stats.json` that img2dataset writes beside a shard counts beyond `count`.
+
+    0 where it counts none, or more than a file can hold.
+    """
     stats = os.path.splitext(path)[0] + "_stats.json"
     try:
         with open(stats, encoding="utf-8") as file:
             expected = int(json.loads(file.read(records.MAX_TEXT_BYTES))["successes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0
-    return max(0, expected - count)
+    return max(0, expected - count) if expected <= _MAX_COUNT else 0
 
 
 class _Indexed:
     """What tar and TFRecord sources share: the rows of all files, and which file each comes from."""
 
-    has_images = True
+    has_images, clip_sha256 = True, ""
 
     def __init__(self, paths: list[str], indexes: list[records.Index]):
         self._files = records.Files(paths)

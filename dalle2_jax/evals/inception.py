@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from dalle2_jax import modeldir
+from dalle2_jax import files, modeldir
 from dalle2_jax.nets import inception
 
 NETWORK = "inception-2015-12-05"
@@ -99,9 +99,8 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, any_checksum: boo
         )
     params = from_state_dict(torch_legacy.read_state_dict(source))
     metadata = {"format": "np", "network": NETWORK, "source_sha256": checksum}
-    partial = f"{out}.{os.getpid()}.partial"
-    safetensors.numpy.save_file(params, partial, metadata=metadata)
-    os.replace(partial, out)
+    with files.whole(out) as partial:
+        safetensors.numpy.save_file(params, partial, metadata=metadata)
     return checksum
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dalle2_jax import grid, processes
+from dalle2_jax import files, grid, processes
 from dalle2_jax.data import records, scenes, shards, transforms
 from dalle2_jax.pictures import square_picture
 
@@ -248,29 +248,25 @@ def write_npz(pictures: PictureSet, path: str | os.PathLike) -> None:
 
     Raises ValueError unless all pictures have one size.
     """
-    partial, shape = f"{os.fspath(path)}.{os.getpid()}.partial", None
-    try:
-        with (
-            zipfile.ZipFile(partial, "w") as archive,
-            archive.open("arr_0.npy", "w", force_zip64=True) as file,
-        ):
-            for item in pictures.items():
-                picture = item.picture()
-                if shape is None:
-                    shape = picture.shape
-                    header = dict(descr="|u1", fortran_order=False, shape=(pictures.count, *shape))
-                    np.lib.format.write_array_header_1_0(file, header)
-                if picture.shape != shape:
-                    raise ValueError(
-                        f"{item.key} is {picture.shape[1]}x{picture.shape[0]}, the first picture "
-                        f"{shape[1]}x{shape[0]}: an npz holds pictures of one size, so choose a preset that "
-                        "makes them so"
-                    )
-                file.write(np.ascontiguousarray(picture).tobytes())
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    shape = None
+    with (
+        files.whole(path) as partial,
+        zipfile.ZipFile(partial, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
+        for item in pictures.items():
+            picture = item.picture()
+            if shape is None:
+                shape = picture.shape
+                header = dict(descr="|u1", fortran_order=False, shape=(pictures.count, *shape))
+                np.lib.format.write_array_header_1_0(file, header)
+            if picture.shape != shape:
+                raise ValueError(
+                    f"{item.key} is {picture.shape[1]}x{picture.shape[0]}, the first picture "
+                    f"{shape[1]}x{shape[0]}: an npz holds pictures of one size, so choose a preset that "
+                    "makes them so"
+                )
+            file.write(np.ascontiguousarray(picture).tobytes())
 
 
 def mapped(pictures: PictureSet, change: Callable[[np.ndarray], np.ndarray]) -> PictureSet:

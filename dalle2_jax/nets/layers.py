@@ -114,6 +114,29 @@ def num_groups(channels: int) -> int:
     return math.gcd(channels, min(32, max(1, channels // 4)))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _to_channels(x: jax.Array, channels: int) -> jax.Array:
+    """Numbers of groups [N, G] for each of their channels: [N, C].
+
+    On a CPU, where nothing is differentiated, by a product with zeros and ones, in which nothing is rounded:
+    broadcast, XLA would look the group up again for every pixel, in a loop that takes one number at a time.
+    """
+    if platforms.target().platform != "cpu":
+        return _repeated(x, channels)
+    return x @ _repeated(jnp.eye(x.shape[-1], dtype=x.dtype), channels)
+
+
+def _repeated(x, channels):
+    return jnp.repeat(x, channels // x.shape[-1], axis=-1)
+
+
+def _to_channels_backward(channels, groups, gradient):
+    return (gradient.reshape(-1, groups, channels // groups).sum(axis=-1),)
+
+
+_to_channels.defvjp(lambda x, channels: (_repeated(x, channels), x.shape[-1]), _to_channels_backward)
+
+
 class GroupNorm(nn.Module):
     """Group norm over [B, H, W, C] or [B, N, C], computed in float32 and returned in float32."""
 
@@ -133,11 +156,10 @@ class GroupNorm(nn.Module):
         mean, var = (s.reshape(-1, groups, channels // groups) for s in (mean, var))
         group_mean = mean.mean(axis=-1, keepdims=True)
         group_var = (var + jnp.square(mean - group_mean)).mean(axis=-1, keepdims=True)
-        gain = (
-            jnp.broadcast_to(jax.lax.rsqrt(group_var + NORM_EPSILON), mean.shape).reshape(-1, channels)
-            * scale
-        )
-        shift = bias - jnp.broadcast_to(group_mean, mean.shape).reshape(-1, channels) * gain
+        per_group = jnp.concatenate([jax.lax.rsqrt(group_var + NORM_EPSILON), group_mean])[..., 0]
+        inverse, group_mean = jnp.split(_to_channels(per_group, channels), 2)
+        gain = inverse * scale
+        shift = bias - group_mean * gain
         return x * jnp.expand_dims(gain, axes) + jnp.expand_dims(shift, axes)
 
 

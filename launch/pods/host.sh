@@ -19,10 +19,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
 cd "$ROOT"
 FAIL_STATUS=5 prepare train
 child=0 stopped=""
-trap 'stopped=yes; [ "$child" = 0 ] || kill -TERM "$child" 2> /dev/null' TERM INT
+trap 'stopped=yes; [ "$child" = 0 ] || kill -TERM "$child" 2> /dev/null || true' TERM INT
 for ((try = 0; ; try++)); do
   python -m dalle2_jax.train "${TRAIN[@]}" &
   child=$! status=0
+  [ -z "$stopped" ] || kill -TERM "$child" 2> /dev/null || true
   wait "$child" || status=$?
   while kill -0 "$child" 2> /dev/null; do wait "$child" && status=0 || status=$?; done # a signal ends `wait` early
   [ "$status" != 0 ] && [ "$status" != 2 ] && [ "$status" != 3 ] && [ -z "$stopped" ] && [ "$try" -lt "$retries" ] ||

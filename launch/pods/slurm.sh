@@ -11,7 +11,8 @@
 #       -- --config=configs/decoder64.py --workdir=/shared/DIR --config.data.path=/shared/shards
 #
 #   --python=python   the interpreter of the environment, the same on every node
-#   --retries=3       how often to queue again after a process was lost (status 4) or killed (137)
+#   --retries=3       how often to queue again after a process was lost (status 4) or killed (137): such losses are
+#                     counted in .slurm-JOB.lost in the repository until the job ends; time limits do not count
 #
 # Five minutes before the time limit, and when the job is preempted, training saves; then the job is queued again and goes
 # on. It is not queued again when training has finished, nor for wrong settings (status 2) or numbers (status 3).
@@ -29,18 +30,24 @@ if [ -n "$DRY" ]; then
   run "${command[@]}"
   exit
 fi
-preempted=""
+lost="$here/.slurm-$SLURM_JOB_ID.lost" # on the nodes' shared disk; Slurm's own count has every time limit in it
+[ "${SLURM_RESTART_COUNT:-0}" != 0 ] || rm -f "$lost" # of an earlier job with this number
+step=0 preempted="" again=""
+trap 'preempted=yes; [ "$step" = 0 ] || kill -TERM "$step" 2> /dev/null || true' TERM
 "${command[@]}" &
-step=$!
-trap 'preempted=yes; kill -TERM "$step" 2> /dev/null' TERM
-status=0
+step=$! status=0
+[ -z "$preempted" ] || kill -TERM "$step" 2> /dev/null || true
 wait "$step" || status=$?
 while kill -0 "$step" 2> /dev/null; do wait "$step" && status=0 || status=$?; done
 if [ -n "$preempted" ] && [ "$status" = 0 ]; then
-  echo "stopped before the end and saved; queued again"
+  again="stopped before the end and saved"
+elif [ "$status" = 4 ] || [ "$status" = 137 ]; then
+  echo "status $status" >> "$lost" && [ "$(wc -l < "$lost")" -le "$retries" ] && again="a process was lost (status $status)"
+fi
+if [ -n "$again" ]; then
+  echo "$again; queued again"
   scontrol requeue "$SLURM_JOB_ID"
-elif { [ "$status" = 4 ] || [ "$status" = 137 ]; } && [ "${SLURM_RESTART_COUNT:-0}" -lt "$retries" ]; then
-  echo "a process was lost (status $status); queued again"
-  scontrol requeue "$SLURM_JOB_ID"
+else
+  rm -f "$lost" || true
 fi
 exit "$status"

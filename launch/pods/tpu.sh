@@ -11,9 +11,10 @@
 #   --retries=5   how often to start again on a slice that is still there
 #
 # Copies this repository to every host, installs it there and starts the same command on all of them. A slice that is
-# taken away is asked for again, as often as it takes, and training goes on from its last checkpoint; job.sh tells one that
-# was stopped from one that has finished. Ended by status 0, by wrong settings (status 2), numbers (status 3), an installation
-# that failed (status 5), and by any other failure for the last of the --retries, which every slice has anew.
+# taken away is asked for again, as often as it takes, also where asking fails, and training goes on from its last
+# checkpoint; job.sh tells one that was stopped from one that has finished. Ended by a first request that fails, by status 0,
+# by wrong settings (status 2), numbers (status 3), an installation that failed (status 5), and by any other failure for the
+# last of the --retries, which every slice has anew.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse name=? project=? zone=? type=? runtime=v2-alpha-tpuv5 spot=no keep=no setup= retries=5 -- "$@"
@@ -22,12 +23,13 @@ check_training
 need gcloud
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 place=(--project="$project" --zone="$zone")
+scratch="$(mktemp -d)"
+trap 'rm -rf "$scratch"' EXIT
 tpu=(gcloud compute tpus)
 
 # Prints the state of the slice, nothing where there is none, UNKNOWN where gcloud does not find out.
 state() {
-  local errors try said
-  errors="$(mktemp)"
+  local try said errors="$scratch/errors"
   for try in 1 2 3 4 5; do
     if said="$("${tpu[@]}" queued-resources describe "$name" "${place[@]}" --format='value(state.state)' 2> "$errors")"; then
       echo "$said"
@@ -51,12 +53,16 @@ forget() { run "${tpu[@]}" queued-resources delete "$name" "${place[@]}" --force
 
 await() {
   [ -z "$DRY" ] || return 0
-  local now last=""
+  local now last="" unseen=0
   while now="$(state)" && [ "$now" != ACTIVE ]; do
     case $now in
       FAILED | SUSPENDED | SUSPENDING) return 1 ;;
+      "") # gone, if it was there; what has just been asked for may take a while to be found
+        unseen=$((unseen + 1))
+        [ -z "$last" ] && [ "$unseen" -lt 10 ] || return 1
+        ;;
     esac
-    [ "$now" = "$last" ] || echo "$name: ${now:-not known yet}"
+    [ "$now" = "$last" ] || echo "$name: $now"
     last=$now
     sleep 30
   done
@@ -65,8 +71,7 @@ await() {
 everywhere() { run "${tpu[@]}" tpu-vm ssh "$name" "${place[@]}" --worker=all --batch-size=all --command="$1"; }
 
 install() {
-  local archive
-  archive="$(mktemp -d)/dalle2_jax.tar.gz"
+  local archive="$scratch/dalle2_jax.tar.gz"
   run git -C "$ROOT" archive --format=tar.gz --output="$archive" HEAD &&
     run "${tpu[@]}" tpu-vm scp "$archive" "$name:dalle2_jax.tar.gz" "${place[@]}" --worker=all &&
     everywhere "mkdir -p dalle2_jax && tar -xzf dalle2_jax.tar.gz -C dalle2_jax${setup:+ && $setup}"
@@ -76,16 +81,32 @@ train() { everywhere "cd dalle2_jax && EXTRAS=tpu bash launch/pods/job.sh bash l
 
 # ended STATUS: what the status says, after giving the slice back.
 ended() {
-  [ "$keep" != no ] || forget
+  local try
+  if [ "$keep" = no ]; then
+    for try in 1 2 3 4 5; do
+      forget && exit "$1"
+      [ "$try" = 5 ] || sleep 60
+      [ -n "$(state)" ] || exit "$1"
+    done
+    echo "error: the slice could not be given back and may cost money: delete the queued resource $name" >&2
+  fi
   exit "$1"
 }
 
-failures=0
+failures=0 had="" # had: it has been there, or been asked for, so that a request that fails now may succeed later
 while :; do
-  if [ -n "$DRY" ] || [ -z "$(state)" ]; then
-    ask
+  now="$([ -n "$DRY" ] || state)"
+  [ -n "$had" ] || [ "$now" != UNKNOWN ] || fail "gcloud does not tell whether $name is there; its lines above say why"
+  if [ -z "$now" ]; then
     failures=0
+    if ! ask; then # the next round looks first: the request may have been heard
+      [ -n "$had" ] || [ -n "$(state)" ] || fail "the slice could not be asked for; gcloud's lines above say why"
+      echo "asking failed; again in 60 seconds" >&2
+      sleep 60
+      continue
+    fi
   fi
+  had=yes
   if await; then
     status=1
     if install; then train && status=0 || status=$?; fi

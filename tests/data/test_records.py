@@ -206,6 +206,13 @@ def test_a_manifest_above_a_mebibyte_is_not_read(tmp_path):
         assert found == refused and peak < 4 * records.MAX_TEXT_BYTES
 
 
+@pytest.mark.parametrize("count", ["1e999", "NaN", "1" + 400 * "0", "[9]", "[" * 100_000])
+def test_a_manifest_that_counts_nothing_is_none(tmp_path, count):
+    made.write_samples(tmp_path / "00000.tar", range(4))
+    (tmp_path / "00000_stats.json").write_text(f'{{"successes": {count}}}')
+    assert open_tar(tmp_path).refused == {}
+
+
 def test_negative_pax_size_does_not_loop(tmp_path):
     path = tmp_path / "00000.tar"
     info = tarfile.TarInfo("000000001.png")
@@ -307,9 +314,11 @@ def test_a_tfrecord_that_is_no_example(tmp_path):
         sources.open_source("tfrecord", str(tmp_path), "").read(2)
 
 
-@pytest.mark.parametrize("size", [0, 1, 9, 255, 256, 257, 1000, 70_000])
-def test_crc32c_of_any_size(size):
+@pytest.mark.parametrize("at_once", [3, records._CRC32C_BLOCKS])
+@pytest.mark.parametrize("size", [0, 1, 9, 255, 256, 257, 768, 1000, 70_000])
+def test_crc32c_of_any_size(size, at_once, monkeypatch):
     """Against the definition, bit by bit; 32 zeros have that of RFC 3720, B.4."""
+    monkeypatch.setattr(records, "_CRC32C_BLOCKS", at_once)
 
     def by_bits(data: bytes) -> int:
         crc = 0xFFFFFFFF
@@ -325,6 +334,16 @@ def test_crc32c_of_any_size(size):
     assert by_bits(bytes(32)) == 0x8A9136AA and records.masked_crc32c(bytes(32)) == masked(0x8A9136AA)
     data = np.random.default_rng(size).bytes(size)
     assert records.masked_crc32c(data) == masked(by_bits(data))
+
+
+def test_crc32c_takes_little_memory():
+    data = bytes(16 << 20)
+    records.masked_crc32c(data[:256])  # the tables are made
+    tracemalloc.start()
+    records.masked_crc32c(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
 
 
 def write_embeddings(folder, rows=(5, 3), dim=4, text_rows=None):
@@ -420,6 +439,37 @@ def test_a_small_parquet_does_not_become_huge(tmp_path, parquet, monkeypatch):
         sources.open_source("embeddings", str(tmp_path), "")
     write_metadata(tmp_path, parquet, {"caption": texts}, row_group_size=15, **options)
     assert len(sources.open_source("embeddings", str(tmp_path), "")) == 2000
+
+
+@pytest.mark.parametrize("kind", ["list", "struct", "map", "two of a name", "list beside text", "bomb"])
+def test_parquet_captions_that_are_no_column_of_texts_are_refused(tmp_path, parquet, kind):
+    import pyarrow
+
+    write_embeddings(tmp_path, rows=(2,))
+    texts, lists = pyarrow.array(["a", "b"]), pyarrow.array([["a"], ["b"]])
+    maps = pyarrow.array([[("a", "b")]] * 2, pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    columns = {
+        "list": [lists],
+        "struct": [pyarrow.array([{"caption": "a"}] * 2)],
+        "map": [maps],
+        "two of a name": [texts, texts],
+        "list beside text": [texts, lists],
+        "bomb": [
+            pyarrow.ListArray.from_arrays([0, 0, 8_000_000], pyarrow.nulls(8_000_000, pyarrow.string()))
+        ],
+    }[kind]
+    table = pyarrow.Table.from_arrays([texts, *columns], ["url", *["caption"] * len(columns)])
+    path = tmp_path / "metadata" / "metadata_0.parquet"
+    parquet.write_table(table, path)
+    (tmp_path / "metadata" / "metadata_0.jsonl").unlink()
+    assert path.stat().st_size < 2000
+
+    def opened():
+        with pytest.raises(ValueError, match="metadata_0.parquet: 'caption' must be one column of texts"):
+            sources.open_source("embeddings", str(tmp_path), "")
+
+    _, peak = arrow_peak(opened)
+    assert peak < 4 << 20
 
 
 def arrow_peak(function):

@@ -4,10 +4,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
-from dalle2_jax.nets import layers
+from dalle2_jax.nets import layers, platforms
 
 TORCH = "the oracle is torch.nn"
 RNG = np.random.default_rng(0)
@@ -65,6 +66,31 @@ def test_group_norm_equals_torch():
         expected = norm(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
     params = {"scale": norm.weight.detach().numpy(), "bias": norm.bias.detach().numpy()}
     np.testing.assert_allclose(layers.GroupNorm().apply({"params": params}, x), expected, atol=1e-5)
+
+
+def test_group_norm_is_one_function_on_every_platform_and_under_differentiation():
+    """On a CPU what is drawn takes another way than what is trained."""
+    x, scale, bias = (jnp.asarray(normal(*shape)) for shape in ((2, 5, 5, 192), (192,), (192,)))
+
+    def norm(x, scale, bias):
+        return layers.GroupNorm().apply({"params": {"scale": scale, "bias": bias}}, x)
+
+    def by(target):
+        with platforms.assumed(platforms.Target(target)):
+            program = str(jax.make_jaxpr(norm)(x, scale, bias))
+            return norm(x, scale, bias), jax.vjp(norm, x, scale, bias), "dot_general" in program
+
+    drawn, (trained, gradient), is_product = by("cpu")
+    elsewhere, (_, their_gradient), other_is_product = by("tpu")
+    assert is_product and not other_is_product
+    np.testing.assert_allclose(drawn, elsewhere, atol=1e-6)
+    np.testing.assert_array_equal(trained, elsewhere)
+    for mine, theirs in zip(gradient(drawn), their_gradient(drawn), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+    wanted = normal(2, 5, 5, 192)
+    jax.test_util.check_grads(
+        lambda *a: (norm(*a) * wanted).mean(), (x, scale, bias), 1, modes=["rev"], atol=1e-2, rtol=1e-2
+    )
 
 
 def test_group_norm_of_small_inputs_tells_epsilon():
