@@ -1,17 +1,20 @@
-"""python -m benchmarks.compare [--cases=decoder_step,end_to_end] [--rounds=7] [--json=FILE] [--data=SHARDS]
+"""python -m benchmarks.compare --data=SHARDS --json=FILE [--cases=decoder_step,end_to_end] [--rounds=7]
 
 Ours and what people would use instead, in turn in one process on the same work, so that what else the
 machine does falls on both. The peers are diffusers' and transformers' networks in eager PyTorch on all cores.
 Ours are converted from them. Needs the extras `oracle` and `train`; run it from the repository's root, on a
 machine with nothing else to do.
 
+That makes the whole table of docs/performance.md: five rounds of each case, three of starts, seven of data,
+or --rounds of all. The cases of data read tar shards train-*.tar in the folder --data.
+
 Memory is that which one run takes beside what was there before, weights among it, in a process of its own
 for each side; of a start it is all that the process held.
 
-Before anything is timed the two sides are compared: parameters within 2 %, FLOPs within 5 %, and the same
-batch, steps, precision and guidance, else the case is an error. A ratio is peer / ours of medians, above 1
-where ours is faster. With it goes the spread: the larger of the two sides' distances of quartiles over
-median. Where that is above --max_spread there is no ratio.
+Before anything is timed the two sides are compared: parameters within 2 %, FLOPs within 5 % (data and
+checkpoints have none), and the same batch, steps, precision and guidance, else the case is an error. A ratio
+is peer / ours of medians, above 1 where ours is faster. With it goes the spread: the larger of the two sides'
+distances of quartiles over median. Where that is above --max_spread there is no ratio.
 """
 
 import argparse
@@ -23,7 +26,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tarfile
@@ -32,18 +34,18 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import first_pictures
+from benchmarks.first_pictures import BATCH, CAPTION, GUIDANCE, STEPS
 from benchmarks.paired import HEADER, MAX_SPREAD, Case, Side, added_memory, measure
 from dalle2_jax import benchmark, checkpoint, flops, models, partition, train
 
-CAPTION = "a red star"
-EMBED, LENGTH, SIDE, LARGE, BATCH = 128, 16, 32, 64, 8
-STEPS = dict(prior=10, decoder=5, upsampler=3)
-GUIDANCE = dict(prior=4.0, decoder=8.0)
+EMBED, LENGTH, SIDE, LARGE = 128, 16, 32, 64
 
 
 # Both models
@@ -104,12 +106,16 @@ def normal(*shape, seed=0) -> np.ndarray:
 
 def torch_step(modules, forward: Callable, inputs: dict) -> Side:
     """Training steps of torch modules: forward(**inputs) is the loss; AdamW, clipping, an average of the
-    parameters."""
+    parameters. Moments and average are there before the first run, as ours are."""
     import torch
 
     weights = [p for module in modules for p in module.parameters()]
     average = [p.detach().clone() for p in weights]
-    optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0, fused=True)
+    for p in weights:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # makes the moments, and moves nothing
+    optimizer.zero_grad(set_to_none=True)
     for module in modules:
         module.train()
 
@@ -167,9 +173,8 @@ def our_sampling(m: Models, role: str, batch: dict, steps: int, guidance: float)
         return stage.sample(params, keys, batch, **own)
 
     arithmetic = flops.count(sample, params, keys, batch)
-    if role == "prior":  # the definition's, as the peer computes it: ours reads the text once and keeps it
-        a_step = flops.of_step(stage, stage.batch_spec(BATCH * (2 if guidance != 1 else 1)))
-        arithmetic = steps * a_step // flops.TRAINING_PASSES
+    if role == "prior":
+        arithmetic = of_whole_sequences(stage, params, arithmetic, steps, BATCH * (2 if guidance != 1 else 1))
     params = jax.device_put(params, whole)
     with partition.use_mesh(m.mesh):
         jitted = jax.jit(sample, out_shardings=rows, compiler_options=partition.compiler_options())
@@ -177,6 +182,30 @@ def our_sampling(m: Models, role: str, batch: dict, steps: int, guidance: float)
     run = functools.partial(_wait, program, params, keys, batch)
     precision = stored["model"].get("dtype", "float32")
     return Side(run, BATCH, count_of(params), arithmetic, steps, precision, guidance)
+
+
+def of_whole_sequences(stage, params: dict, counted: int, steps: int, rows: int) -> int:
+    """FLOPs of `steps` passes of a prior's network over `rows` whole sequences, as the peer computes them.
+
+    Ours reads the captions once and keeps them: ValueError unless `counted`, the FLOPs of its program, are
+    those of this reading and of `steps` steps behind it.
+    """
+    net, batch = params["net"], stage.batch_spec(rows)
+    text = batch["text_states" if stage.states_width else "tokens"]
+    text = batch["text_embed"], text, batch["token_mask"], jax.ShapeDtypeStruct((rows,), bool)
+    noised = batch["image_embed"], jax.ShapeDtypeStruct((rows,), jnp.int32)
+    reading, cache = flops.count(stage.net.read, net, *text), jax.eval_shape(stage.net.read, net, *text)
+
+    def step(net, cache, x_t, t):
+        return stage.net.apply({"params": net} | cache, x_t, t)
+
+    a_step = flops.count(step, net, cache, *noised)
+    if counted != reading + steps * a_step:
+        raise ValueError(
+            f"the prior's program has {counted} FLOPs in the place of {reading + steps * a_step}: "
+            f"captions read once, {reading}, and {steps} steps of {a_step}"
+        )
+    return steps * flops.of_step(stage, batch) // flops.TRAINING_PASSES
 
 
 def _wait(program, *arguments) -> None:
@@ -387,79 +416,52 @@ def upsampler_sampling(m: Models) -> Case:
     )
 
 
-def our_pictures(folder: Path) -> Callable[[], None]:
-    """Opens the model directory; what it returns draws BATCH pictures."""
-    from dalle2_jax import pipeline
-
-    model = pipeline.UnCLIP.load(folder / "ours")
-    settings = {f"{role}_steps": [n] if role == "upsampler" else n for role, n in STEPS.items()}
-    settings |= dict(guidance_scale=GUIDANCE["decoder"], prior_guidance_scale=GUIDANCE["prior"])
-
-    def run():
-        model.text_to_image([CAPTION], n=BATCH, prior_candidates=1, **settings)
-
-    return run
-
-
-def their_pictures(folder: Path) -> Callable[[], None]:
-    """The same with diffusers' UnCLIPPipeline."""
-    import diffusers
-    import transformers
-    from diffusers.pipelines.deprecated.unclip import text_proj
-
-    # Part by part: diffusers no longer finds the projections by the name that is in its own folders.
-    parts = json.loads((folder / "theirs" / "model_index.json").read_text())
-    parts = {name: of for name, of in parts.items() if not name.startswith("_")}
-    modules = dict(diffusers=diffusers, transformers=transformers)
-    parts = {
-        name: getattr(modules.get(module, text_proj), kind).from_pretrained(folder / "theirs" / name)
-        for name, (module, kind) in parts.items()
-    }
-    model = diffusers.UnCLIPPipeline(**parts)
-    model.set_progress_bar_config(disable=True)
-
-    def run():
-        model(
-            CAPTION,
-            num_images_per_prompt=BATCH,
-            prior_num_inference_steps=STEPS["prior"],
-            decoder_num_inference_steps=STEPS["decoder"],
-            super_res_num_inference_steps=STEPS["upsampler"],
-            prior_guidance_scale=GUIDANCE["prior"],
-            decoder_guidance_scale=GUIDANCE["decoder"],
-        )
-
-    return run
-
-
+@functools.cache
 def end_to_end(m: Models) -> Case:
-    """A caption to BATCH pictures by diffusers' UnCLIPPipeline, both opened and warm."""
-    parts = [make(m) for make in SAMPLING_CASES]
+    """A caption to BATCH pictures by diffusers' UnCLIPPipeline, both opened and warm.
 
-    def side(name, run):
-        of = [getattr(part, name) for part in parts]
-        sums = dict(parameters=sum(x.parameters for x in of), flops=sum(x.flops for x in of))
-        precision = ", ".join(sorted({x.precision for x in of}))
-        return Side(run, BATCH, **sums, steps=sum(STEPS.values()), precision=precision, guidance=scale)
+    The peer's FLOPs are counted in its run; ours are those of the three cases of sampling, and CLIP's.
+    """
+    import torch
 
-    scale, ours, peer = GUIDANCE["decoder"], our_pictures(m.folder), their_pictures(m.folder)
-    return Case("end_to_end", side("ours", ours), side("peer", peer), "pictures")
+    parts, (_, _, clip_params) = [make(m).ours for make in SAMPLING_CASES], m.stage("clip")
+    ours, peer = first_pictures.ours(m.folder), first_pictures.peer(m.folder)
+    modules = [part for part in m.theirs.components.values() if isinstance(part, torch.nn.Module)]
+    common = dict(steps=sum(STEPS.values()), guidance=GUIDANCE["decoder"])
+    ours = Side(
+        ours,
+        BATCH,
+        count_of(clip_params) + sum(part.parameters for part in parts),
+        sum(part.flops for part in parts),
+        precision=", ".join(sorted({part.precision for part in parts})),
+        **common,
+    )
+    peer = Side(
+        peer, BATCH, parameters_of(*modules), flops_of(peer), precision=precision_of(*modules), **common
+    )
+    return Case("end_to_end", ours, peer, "pictures")
 
 
-def _start(m: Models, who: str, cache: str) -> float:
-    """Seconds from the start of a process to its first pictures."""
+def _start(m: Models, who: str, cache: str) -> tuple[float, int | None]:
+    """(seconds from the start of a process to its first pictures, bytes that it held at most)."""
     environment = os.environ | {"DALLE2_JAX_CACHE": cache}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     began = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.compare", f"--first={who}", f"--folder={m.folder}"]
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - began
+    command = [sys.executable, "-m", "benchmarks.first_pictures", who, str(m.folder)]
+    told = subprocess.run(
+        command, env=environment, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    return time.perf_counter() - began, json.loads(told.stdout.splitlines()[-1])
 
 
-def memory_of_start(run: Callable[[], object]) -> int:
-    """Bytes that the process which `run` starts held at most."""
-    run()
-    return 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+def _starts(m: Models, name: str, ours: Callable[[], tuple]) -> Case:
+    """The pictures of `end_to_end` by processes that only just begin."""
+
+    def of(side: Side, start) -> Side:
+        return dataclasses.replace(side, run=lambda: start()[0], memory=lambda: start()[1])
+
+    warm = end_to_end(m)
+    return Case(name, of(warm.ours, ours), of(warm.peer, lambda: _start(m, "peer", "")), "pictures")
 
 
 def cold_start(m: Models) -> Case:
@@ -469,15 +471,12 @@ def cold_start(m: Models) -> Case:
         with tempfile.TemporaryDirectory() as empty:
             return _start(m, "ours", empty)
 
-    peer = Side(lambda: _start(m, "peer", ""), BATCH)
-    return Case("cold_start", Side(ours, BATCH), peer, "pictures")
+    return _starts(m, "cold_start", ours)
 
 
 def warm_start(m: Models) -> Case:
-    """From the start of a process to its first pictures, programs in the cache."""
-    cache = str(m.folder / "cache")
-    ours = Side(lambda: _start(m, "ours", cache), BATCH)
-    return Case("warm_start", ours, Side(lambda: _start(m, "peer", ""), BATCH), "pictures")
+    """From the start of a process to its first pictures, programs in the cache: the first round fills it."""
+    return _starts(m, "warm_start", lambda: _start(m, "ours", str(m.folder / "cache")))
 
 
 DATA = dict(count=512, side=64)
@@ -490,10 +489,26 @@ def _shards(data: str) -> list[Path]:
     return found
 
 
+def until_idle() -> float:
+    """CPU seconds of all threads of this process so far, once they have used next to none for 50 ms."""
+    used = time.process_time()
+    while True:
+        for _ in range(2):  # the first may lie in the past for a process that was stopped
+            time.sleep(0.025)
+        before, used = used, time.process_time()
+        if used - before < 0.001:
+            return used
+
+
 def _our_images(data: str) -> Callable[[], float]:
-    """Reads DATA['count'] pictures with our pipeline; CPU seconds, of all threads."""
+    """Reads DATA['count'] pictures with our pipeline; CPU seconds, of all threads.
+
+    Its threads read ahead. Between two times at which they have read as far ahead as they may, they read as
+    many pictures as were taken.
+    """
     from dalle2_jax.data import pipeline
 
+    _shards(data)
     dataset = pipeline.make_dataset(
         source="tar", path=data, split="train", fields=("image",), image_size=DATA["side"]
     )
@@ -501,10 +516,10 @@ def _our_images(data: str) -> Callable[[], float]:
     def run():
         batches = dataset.batches(32)
         next(batches)
-        began = time.process_time()
+        began = until_idle()
         for _ in range(DATA["count"] // 32):
             next(batches)
-        return time.process_time() - began
+        return until_idle() - began
 
     return run
 
@@ -539,16 +554,19 @@ def data_against_torch(m: Models, data: str) -> Case:
 
 
 def data_against_decoding(m: Models, data: str) -> Case:
-    """The same pictures decoded to RGB and nothing else: 1.00 would be a pipeline that costs nothing more."""
+    """The same pictures decoded whole to RGB and nothing else: at 1.00 a pipeline would cost nothing more."""
     from dalle2_jax.data import transforms
 
-    found = []
-    for shard in _shards(data):
-        with tarfile.open(shard) as archive:
-            names = (member for member in archive if member.name.endswith((".png", ".jpg")))
-            found += [archive.extractfile(member).read() for member in names]
-    chosen = found[:: max(1, len(found) // DATA["count"])]
-    chosen = list(itertools.islice(itertools.cycle(chosen), DATA["count"]))
+    ours, decode, decoded = _our_images(data), transforms.decode, []
+
+    def noted(content, **how):
+        picture = decode(content, **how)
+        decoded.append(content)
+        return picture
+
+    with mock.patch.object(transforms, "decode", noted):
+        ours()
+    chosen = decoded[-DATA["count"] :]  # those before were read before the clock began
 
     def decoding():
         began = time.process_time()
@@ -557,7 +575,7 @@ def data_against_decoding(m: Models, data: str) -> Case:
         return time.process_time() - began
 
     count = DATA["count"]
-    return Case("data_against_decoding", Side(_our_images(data), count), Side(decoding, count), "pictures")
+    return Case("data_against_decoding", Side(ours, count), Side(decoding, count), "pictures")
 
 
 def checkpoint_blocking(m: Models) -> Case:
@@ -621,10 +639,11 @@ def inception_features(m: Models) -> Case:
 STEP_CASES = (clip_step, prior_step, decoder_step, upsampler_step)
 SAMPLING_CASES = (prior_sampling, decoder_sampling, upsampler_sampling)
 PICTURE_CASES = (end_to_end, cold_start, warm_start)
-STARTS = ("cold_start", "warm_start")
 OTHER_CASES = (data_against_torch, data_against_decoding, checkpoint_blocking, inception_features)
 CASES = {made.__name__: made for made in STEP_CASES + SAMPLING_CASES + PICTURE_CASES + OTHER_CASES}
+STARTS = ("cold_start", "warm_start")
 OF_DATA = ("data_against_torch", "data_against_decoding")
+ROUNDS = dict.fromkeys(CASES, 5) | dict.fromkeys(STARTS, 3) | dict.fromkeys(OF_DATA, 7)
 
 
 def versions() -> dict[str, str]:
@@ -643,18 +662,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command's options; ends the process for wrong ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
     parser.add_argument("--cases", default=",".join(CASES), help="which, with commas between")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, help="of every case; 5, of starts 3, of data 7 unless given")
     parser.add_argument("--max_spread", type=float, default=MAX_SPREAD)
     parser.add_argument("--data", default="", help="folder of tar shards, for the data pipeline")
     parser.add_argument("--json", help="also write the results there")
-    parser.add_argument("--first", choices=("ours", "peer"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--memory_of", choices=("ours", "peer"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     unknown = set(given.cases.split(",")) - CASES.keys()
     if unknown:
         parser.error(f"--cases: {', '.join(sorted(unknown))} unknown; there are {', '.join(CASES)}")
-    if given.rounds < 3:
+    if given.rounds is not None and given.rounds < 3:
         parser.error("--rounds must be 3 or more: fewer have no spread")
     return given
 
@@ -670,9 +687,6 @@ def main(arguments: Sequence[str]) -> int:
     """Measures and prints; the status is 1 if a case could not be measured."""
     given = parse(arguments)
     partition.initialise()
-    if given.first:
-        (our_pictures if given.first == "ours" else their_pictures)(given.folder)()
-        return 0
     results, failed = [], 0
     if not given.memory_of:
         print(HEADER, flush=True)
@@ -685,11 +699,13 @@ def main(arguments: Sequence[str]) -> int:
                 with contextlib.redirect_stdout(sys.stderr):  # what converting says is no row of the table
                     case = CASES[name](made, *more)
                 if given.memory_of:
-                    run = getattr(case, given.memory_of).run
-                    print(json.dumps(memory_of_start(run) if name in STARTS else added_memory(run)))
+                    print(json.dumps(added_memory(getattr(case, given.memory_of).run)))
                     continue
-                result = measure(case, given.rounds, given.max_spread)
-                held = {f"{who}_memory": memory_of(name, who, given.data) for who in ("ours", "peer")}
+                result = measure(case, given.rounds or ROUNDS[name], given.max_spread)
+                held = {
+                    f"{who}_memory": (side.memory or functools.partial(memory_of, name, who, given.data))()
+                    for who, side in (("ours", case.ours), ("peer", case.peer))
+                }
             except Exception as error:  # the other cases can still be measured
                 failed = 1
                 if not isinstance(error, ValueError):

@@ -25,6 +25,7 @@ class Side:
       run: does the work once and returns when it is done; or returns seconds, where it measures itself.
       parameters, flops: of the networks, of one run; 0 where there are none.
       batch, steps, precision, guidance: of the work.
+      memory: bytes that a run holds, for one in another process; None: as `added_memory` measures it.
     """
 
     run: Callable[[], float | None]
@@ -34,6 +35,7 @@ class Side:
     steps: int = 1
     precision: str = "float32"
     guidance: float = 1.0
+    memory: Callable[[], int | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,15 +2,21 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import tarfile
+import types
+from pathlib import Path
 
 import jax
 import pytest
+from PIL import Image
 
-from benchmarks import compare, paired
-from configs import decoder64
+from benchmarks import compare, first_pictures, paired
+from configs import decoder64, prior
 from dalle2_jax import benchmark, flops, models
+from tests.data.shards_for_tests import colour_of, sample, write_tar
 
 
 def side(**changes):
@@ -73,6 +79,7 @@ def test_options_of_the_comparison_are_checked(capsys):
     said = capsys.readouterr().err
     assert "--cases: decoder unknown" in said and "--rounds must be 3 or more" in said
     assert set(compare.parse([]).cases.split(",")) == compare.CASES.keys()
+    assert compare.parse([]).rounds is None and compare.ROUNDS.keys() == compare.CASES.keys()
 
 
 def test_torchs_arithmetic_is_counted_as_ours():
@@ -157,3 +164,167 @@ def test_memory_is_what_a_run_adds_at_most():
         pytest.skip("this system does not tell how much memory a process held")
     of_both = [int(number) for number in done.stdout.split()]
     assert 60 << 20 < of_both[0] < 72 << 20 and of_both[1] < 8 << 20
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_each_case_has_its_rounds_and_the_memory_of_a_warm_start_is_that_of_one(monkeypatch, capsys):
+    """Here a start takes 5 MiB where it has to fill the cache, and 1 MiB where it finds it."""
+    caches = []
+
+    def start(m, who, cache):
+        if who == "peer":
+            return 1.0, 2 << 20
+        caches.append(cache)
+        warm = os.path.isdir(cache) and os.listdir(cache)
+        os.makedirs(cache, exist_ok=True)
+        Path(cache, "program").touch()
+        return 1.0, (1 if warm else 5) << 20
+
+    monkeypatch.setattr(compare, "Models", lambda folder: types.SimpleNamespace(folder=folder))
+    monkeypatch.setattr(
+        compare, "end_to_end", lambda m: paired.Case("end_to_end", side(), side(), "pictures")
+    )
+    monkeypatch.setattr(compare, "_start", start)
+    monkeypatch.setattr(paired, "PAUSE", 0)
+    assert compare.main(["--cases=warm_start,cold_start"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[0], *row[-3:]) for row in rows] == [
+        ("| warm_start", "3", "1", "2 |"),
+        ("| cold_start", "3", "5", "2 |"),
+    ]
+    assert len(set(caches[:5])) == 1 and len(set(caches[5:])) == 5
+    assert compare.main(["--cases=cold_start", "--rounds=4"]) == 0
+    assert " | 4 | " in capsys.readouterr().out
+
+
+def test_starts_are_of_the_same_work_or_refused(monkeypatch, capsys):
+    unequal = paired.Case("end_to_end", side(), side(flops=2 * 10**9), "pictures")
+    monkeypatch.setattr(compare, "Models", lambda folder: types.SimpleNamespace(folder=folder))
+    monkeypatch.setattr(compare, "end_to_end", lambda m: unequal)
+    monkeypatch.setattr(compare, "_start", None)
+    assert compare.main(["--cases=cold_start,warm_start"]) == 1
+    said = capsys.readouterr().err
+    assert "cold_start: flops differ" in said and "warm_start: flops differ" in said
+
+
+def test_first_pictures_import_nothing_of_the_other_side_and_measure_their_own_process():
+    if first_pictures.held_at_most() is None:
+        pytest.skip("this system does not tell how much memory a process held")
+    assert first_pictures.held_at_most() > 128 << 20  # of which a child's ru_maxrss begins
+    code = "import sys\nfrom benchmarks import first_pictures\nprint(first_pictures.held_at_most())\n"
+    code += "sys.exit(bool({'jax', 'torch', 'numpy', 'dalle2_jax'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64 << 20
+
+
+def test_what_the_priors_program_leaves_out_is_noticed():
+    stage = models.build_stage(models.to_plain(prior.get_config("debug")))
+    params = jax.eval_shape(stage.init, jax.random.key(0), stage.batch_spec(1))
+    batch, keys = stage.batch_spec(4), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
+
+    def counted(steps, guidance):
+        own = dict(num_steps=steps, guidance_scale=guidance, num_candidates=1, method="ddpm")
+        return flops.count(lambda p, k, b: stage.sample(p, k, b, **own), params, keys, batch)
+
+    for guidance, rows in ((1.0, 4), (4.0, 8)):
+        whole = flops.of_step(stage, stage.batch_spec(rows)) // flops.TRAINING_PASSES
+        found = compare.of_whole_sequences(stage, params, counted(10, guidance), 10, rows)
+        assert found == 10 * whole > counted(10, guidance)
+        with pytest.raises(ValueError, match="in the place of"):
+            compare.of_whole_sequences(stage, params, counted(9, guidance), 10, rows)
+    with pytest.raises(ValueError, match="in the place of"):
+        compare.of_whole_sequences(stage, params, counted(10, 1.0), 10, 8)
+
+
+def test_the_peers_moments_are_there_before_its_first_run(monkeypatch):
+    torch = pytest.importorskip("torch", reason="the peer is in torch")
+    made, net = [], torch.nn.Linear(4, 4)
+
+    class Noted(torch.optim.AdamW):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            made.append(self)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Noted)
+    before = [p.detach().clone() for p in net.parameters()]
+    step = compare.torch_step((net,), lambda x: net(x).square().mean(), dict(x=torch.ones(2, 4)))
+    assert made[0].defaults["fused"]
+    for p, old in zip(net.parameters(), before, strict=True):
+        assert {"exp_avg", "exp_avg_sq"} <= made[0].state[p].keys()
+        assert p.grad is None and torch.equal(p, old)
+    step.run()
+    assert not any(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
+
+
+def shards(folder, count):
+    """Two tar shards of so many flat PNGs, every one of another colour."""
+    for shard in range(2):
+        numbers = range(shard * count // 2, (shard + 1) * count // 2)
+        members = [member for number in numbers for member in sample(number)]
+        write_tar(folder / f"train-{shard:05d}.tar", members)
+
+
+def test_the_pictures_that_are_decoded_are_those_that_the_pipeline_read(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
+    from dalle2_jax.data import transforms
+
+    shards(tmp_path, 1000)
+    monkeypatch.setattr(compare, "DATA", dict(count=128, side=8))
+    case = compare.data_against_decoding(None, str(tmp_path))
+    decode, until_idle, decoded, at = transforms.decode, compare.until_idle, [], []
+
+    def noted(content, **how):
+        decoded.append(content)
+        return decode(content, **how)
+
+    def idle():
+        used = until_idle()
+        at.append(len(decoded))
+        return used
+
+    monkeypatch.setattr(transforms, "decode", noted)
+    monkeypatch.setattr(compare, "until_idle", idle)
+    assert case.ours.run() > 0
+    first, last = at
+    assert first > 32 and last - first == 128 and last == len(decoded)  # it had read ahead, and no further
+    ours = decoded[first:]
+    decoded.clear()
+    assert case.peer.run() > 0
+    assert sorted(decoded) == sorted(ours) and len(set(ours)) == 128
+
+
+def test_cases_of_data_name_the_option_that_they_need():
+    with pytest.raises(ValueError, match="--data=FOLDER"):
+        compare.data_against_decoding(None, "")
+
+
+def test_shards_are_written_again_as_jpegs(tmp_path):
+    source, out = tmp_path / "png", tmp_path / "jpeg"
+    source.mkdir()
+    shards(source, 4)
+    command = [sys.executable, "-m", "benchmarks.jpeg_shards", str(source), str(out), "--side=32"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    for shard in range(2):
+        with tarfile.open(out / f"train-{shard:05d}.tar") as archive:
+            names = [member.name for member in archive]
+            keys = [f"{number:09d}" for number in range(2 * shard, 2 * shard + 2)]
+            assert names == [f"{key}.{ending}" for key in keys for ending in ("jpg", "txt")]
+            picture = Image.open(archive.extractfile(names[0]))
+            assert picture.format == "JPEG" and picture.size == (32, 32)
+            assert abs(picture.getpixel((9, 9))[0] - colour_of(2 * shard)[0]) < 3
+
+
+@pytest.mark.slow
+def test_cases_run_and_tell_the_memory_of_both_sides(tmp_path, monkeypatch):
+    for name in ("torch", "diffusers", "transformers"):
+        pytest.importorskip(name, reason="the peers are diffusers' and transformers' networks")
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "compare.json"
+    assert compare.main(["--cases=prior_sampling,prior_step", "--rounds=3", f"--json={path}"]) == 0
+    found = json.loads(path.read_text())["results"]
+    assert [result["name"] for result in found] == ["prior_sampling", "prior_step"]
+    for result in found:
+        assert result["rounds"] == 3 and result["flops"] > 0 and result["parameters"] > 0
+        assert result["ours_memory"] > 0 and result["peer_memory"] > 0

@@ -70,3 +70,39 @@ def test_the_papers_decoder_is_measured_without_its_text_tower():
     assert config["model"]["text"] is None and config["model"]["dtype"] == "bfloat16"
     stage = gpu.models.build_stage(config)
     assert stage.context_length is None and stage.net.unet["channels"] == 320
+
+
+@pytest.mark.parametrize(
+    ("backend", "ran", "errors", "said"),
+    [
+        ("gpu", True, (0.01, 0.019), None),
+        ("gpu", False, (0.01, 0.01), "cuDNN was not chosen"),
+        ("cpu", False, (0.01, 0.01), None),
+        ("gpu", True, (0.01, 0.021), "cuDNN's error 0.021, XLA's 0.01"),
+        ("gpu", True, (0.01, float("nan")), "cuDNN's error nan"),
+    ],
+)
+def test_a_wrong_kernel_fails_behind_its_numbers(backend, ran, errors, said, tmp_path, monkeypatch):
+    row = dict(cudnn_ran=ran, xla=dict(error=errors[0]), cudnn=dict(error=errors[1]))
+    monkeypatch.setattr(benchmark, "MATRIX_SIDE", {"cpu": 64})
+    monkeypatch.setattr(gpu, "both_attentions", lambda *sizes: row)
+    machine = benchmark.measure_machine(gpu.partition.make_mesh(), ["float32"])
+    monkeypatch.setattr(benchmark, "measure_machine", lambda *which: machine)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    path = tmp_path / "gpu.json"
+    assert gpu.main([f"--json={path}", "--debug", "--cases=attention"]) == bool(said)
+    found = json.loads(path.read_text())
+    assert found["cases"]["attention"]["8x8"]["cudnn_ran"] is ran
+    assert (said in found["failed"]["attention"]) if said else found["failed"] == {}
+
+
+def test_an_error_that_is_no_number_is_not_lost(monkeypatch):
+    attention = gpu.layers.attention
+
+    def broken(q, k, v, *, cudnn):
+        return attention(q, k, v, cudnn=False) * (jax.numpy.nan if cudnn else 1)
+
+    monkeypatch.setattr(gpu.layers, "attention", broken)
+    monkeypatch.setattr(gpu, "STEPS", 1)
+    row = gpu.both_attentions(16, 2, 2)
+    assert row["cudnn"]["error"] != row["cudnn"]["error"] and row["xla"]["error"] < 0.1

@@ -1,0 +1,38 @@
+"""python -m benchmarks.jpeg_shards SOURCE OUT [--side=512] [--quality=90]
+
+Writes the pictures of the tar shards train-*.tar in SOURCE once more, as JPEGs of side x side pixels, to
+shards of the same names in OUT, with their captions (.txt). `benchmarks.compare --data=OUT` then reads JPEGs.
+"""
+
+import argparse
+import io
+import tarfile
+from pathlib import Path
+
+from dalle2_jax.data import records, transforms
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--side", type=int, default=512)
+    parser.add_argument("--quality", type=int, default=90)
+    given = parser.parse_args()
+    shards = sorted(given.source.glob("train-*.tar"))
+    if not shards:
+        parser.error(f"{given.source} holds no train-*.tar")
+    given.out.mkdir(parents=True)
+    for shard in shards:
+        with tarfile.open(shard) as old, tarfile.open(given.out / shard.name, "w") as new:
+            for member in old:
+                key, _, ending = member.name.rpartition(".")
+                if ending not in (*records.IMAGE_EXTENSIONS, "txt"):
+                    continue
+                content = old.extractfile(member).read()
+                if ending != "txt":
+                    jpeg, picture = io.BytesIO(), transforms.square(transforms.decode(content), given.side)
+                    picture.save(jpeg, "JPEG", quality=given.quality)
+                    content, ending = jpeg.getvalue(), "jpg"
+                entry = tarfile.TarInfo(f"{key}.{ending}")
+                entry.size = len(content)
+                new.addfile(entry, io.BytesIO(content))
