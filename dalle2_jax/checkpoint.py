@@ -24,6 +24,7 @@ import secrets
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -45,11 +46,31 @@ from dalle2_jax.modeldir import write_index as write_index
 SAVE_SECONDS = 30 * 86400  # Orbax gives up then, by a clock that may be set while it writes
 FORMAT = 1  # of what `meta` holds beside the leaves; raised when older code could misread it
 COMMIT = "commit_success.txt"  # Orbax's
+# What the operating system says of files that are missing or are something else, as against files that this
+# process may not or cannot read just now.
+OF_FILES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+# How tensorstore begins what it says of a bucket that cannot be read just now.
+OF_SERVICES = tuple(
+    f"{code}: "
+    for code in (
+        "ABORTED",
+        "CANCELLED",
+        "DEADLINE_EXCEEDED",
+        "PERMISSION_DENIED",
+        "RESOURCE_EXHAUSTED",
+        "UNAUTHENTICATED",
+        "UNAVAILABLE",
+    )
+)
 CACHED = 1 << 15  # numbers whose checksum is computed at once: 128 KiB, and as much of weights
 
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint that cannot be read, or whose leaves are not what was saved."""
+
+
+class ReadFailed(OSError):
+    """A checkpoint that could not be read and may be whole: files of another user, no memory, no network."""
 
 
 class SaveFailed(OSError):
@@ -139,7 +160,8 @@ class Checkpointer:
             temporary_path_class=None if self._renames else ocp.path.atomicity.CommitFileTemporaryPath,
         )
         # Named here, not inferred from the first save: a resumed run reads before it writes.
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._state = ocp.PyTreeCheckpointHandler()
+        handlers = {"state": self._state, "meta": ocp.JsonCheckpointHandler()}
         path = _absolute(self.directory)
         self._manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
@@ -178,11 +200,13 @@ class Checkpointer:
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
         """Returns (state, meta) of `step` (the newest if None), placed as `abstract_state` says.
 
+        All processes must call it; damage that one of them finds is an error in all.
+
         Args:
           abstract_state: pytree of jax.ShapeDtypeStruct with shardings, on any mesh.
 
         Raises:
-          FileNotFoundError: no such checkpoint.
+          FileNotFoundError: no such checkpoint. ReadFailed: it cannot be read just now, by this process.
           ValueError: the checkpoint is damaged, or its leaves, shapes or dtypes differ; it says which.
         """
         step = self._manager.latest_step() if step is None else step
@@ -190,29 +214,27 @@ class Checkpointer:
             raise FileNotFoundError(_no_checkpoint(self.directory, step, self.all_steps()))
         path = self.directory / str(step)
         expected = flatten(abstract_state)
-        args = self._ocp.args
-        with _explain_damage(path):
-            stored = dict(self._manager.item_metadata(step)["state"].tree)
-            contents = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
-        _check_contents(path, contents, stored)
-        zero = {
-            name: leaf
-            for name, leaf in expected.items()
-            if name not in stored and _lies_in(name, self._zero_at_first)
-        }
-        where = _where_stored(stored, [name for name in expected if name not in zero])
-        wanted = {where[name]: leaf for name, leaf in expected.items() if name not in zero}
-        _check_stored(path, stored, wanted)
-        restore_args = self._ocp.checkpoint_utils.construct_restore_args(wanted)
-        with _explain_damage(path):
-            restored = self._manager.restore(
-                step,
-                args=args.Composite(state=args.PyTreeRestore(wanted, restore_args=restore_args)),
-            )
-        _check_sums(path, {name: restored["state"][name] for name in wanted}, contents["checksums"])
+        with _damage_for_all(path):
+            with _explain_damage(path):
+                stored, contents = _read_description(path, self._state)
+            zero = {
+                name: leaf
+                for name, leaf in expected.items()
+                if name not in stored and _lies_in(name, self._zero_at_first)
+            }
+            where = _where_stored(stored, [name for name in expected if name not in zero])
+            wanted = {where[name]: leaf for name, leaf in expected.items() if name not in zero}
+            _check_stored(path, stored, wanted)
+            restore_args = self._ocp.checkpoint_utils.construct_restore_args(wanted)
+            with _explain_damage(path):
+                restored = self._state.restore(
+                    _absolute(path / "state"),
+                    args=self._ocp.args.PyTreeRestore(wanted, restore_args=restore_args),
+                )
+        with _damage_for_all(path):  # the sums of what is split are computed by all devices
+            _check_sums(path, {name: restored[name] for name in wanted}, contents["checksums"])
         flat = {
-            name: _zeros(leaf) if name in zero else restored["state"][where[name]]
-            for name, leaf in expected.items()
+            name: _zeros(leaf) if name in zero else restored[where[name]] for name, leaf in expected.items()
         }
         return jax.tree.unflatten(jax.tree.structure(abstract_state), flat.values()), contents["meta"]
 
@@ -224,25 +246,25 @@ class Checkpointer:
 
         Raises:
           FileNotFoundError: no checkpoint. DamagedCheckpoint: none that is whole; nothing is moved then.
+          ReadFailed: one cannot be read just now, by this process; nothing is moved then, either.
           ValueError: leaves, shapes or dtypes differ from `abstract_state`.
         """
         if not self.all_steps():
             raise FileNotFoundError(_no_checkpoint(self.directory, None, []))
         damaged = []
         for step in reversed(self.all_steps()):
-            restored, error = None, None
             try:
                 restored = self.restore(abstract_state, step)
             except DamagedCheckpoint as found:
+                logging.error("%s", found)
+                traceback.clear_frames(found.__traceback__)  # what was read of it makes room
                 error = found
-            if not _on_any_process(error is not None):
-                for number in damaged:
-                    self._set_aside(number)
-                self._manager.reload()
-                return step, *restored
-            error = error or DamagedCheckpoint(f"{self.directory / str(step)}: another process found damage")
-            logging.error("%s", error)
-            damaged.append(step)
+                damaged.append(step)
+                continue
+            for number in damaged:
+                self._set_aside(number)
+            self._manager.reload()
+            return step, *restored
         raise error
 
     def _set_aside(self, step: int) -> None:
@@ -326,7 +348,7 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
     Reads that part alone, needs no class of the state, and does not disturb a run that is still training.
 
     Raises:
-      FileNotFoundError: no committed checkpoint, or not that step.
+      FileNotFoundError: no committed checkpoint, or not that step. ReadFailed: it cannot be read just now.
       ValueError: the checkpoint is damaged or has no such part.
     """
     import orbax.checkpoint as ocp
@@ -347,11 +369,9 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
     if step not in steps:
         raise FileNotFoundError(_no_checkpoint(directory, step, steps))
     path = directory / str(step)
-    with _explain_damage(path), ocp.PyTreeCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(_absolute(path / "state")).item_metadata.tree
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            contents = reader.restore(_absolute(path / "meta"))
-        _check_contents(path, contents, stored)
+    handler = ocp.PyTreeCheckpointHandler()
+    with _explain_damage(path):
+        stored, contents = _read_description(path, handler)
         wanted = {
             leaf: jax.ShapeDtypeStruct(m.shape, m.dtype)
             for leaf, m in stored.items()
@@ -363,7 +383,7 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
         restore_args = {
             leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=m.dtype) for leaf, m in wanted.items()
         }
-        flat = checkpointer.restore(
+        flat = handler.restore(
             _absolute(path / "state"),
             args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True),
         )
@@ -444,6 +464,16 @@ def _layout(flat: Mapping[str, Any]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def _read_description(path: epath.Path, handler: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns ({name: what Orbax says of a leaf}, what `meta` holds). Raises as `_check_contents`, and what
+    reading raises."""
+    (path / "state" / "_METADATA").stat()  # for its error: what Orbax may not see counts as missing there
+    stored = dict(handler.metadata(_absolute(path / "state")).tree)
+    contents = json.loads((path / "meta" / "metadata").read_text())
+    _check_contents(path, contents, stored)
+    return stored, contents
+
+
 def _check_contents(path: epath.Path, contents: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
     """Raises DamagedCheckpoint where `meta`, or what Orbax says is `stored`, is not what was saved, and
     ValueError for a newer format. Older checkpoints have no such sums, the oldest no format."""
@@ -461,11 +491,30 @@ def _check_contents(path: epath.Path, contents: Mapping[str, Any], stored: Mappi
         raise DamagedCheckpoint(damaged % "names, shapes or types of its leaves are")
 
 
-def _cause(error: BaseException) -> str:
-    """What the operating system said, in the long messages of tensorstore; else the first line."""
+def _os_error(error: BaseException) -> int | None:
+    """The number of what the operating system said, also in the long messages of tensorstore."""
+    if isinstance(error, OSError):
+        return error.errno
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
+    return int(code[1]) if code else None
+
+
+def _cause(error: BaseException) -> str:
+    """What the operating system said, or else the first line."""
+    number = _os_error(error)
     return os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _may_be_whole(error: BaseException) -> bool:
+    """Whether a checkpoint that could not be read for this reason may be whole."""
+    if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+        return True
+    number = _os_error(error)
+    if number is not None:
+        return number not in OF_FILES
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)  # Orbax raises these without a number
+    return str(error).startswith(OF_SERVICES)
 
 
 def _committed_by_file(directory: epath.Path) -> type | None:
@@ -525,25 +574,38 @@ def _no_checkpoint(directory: epath.Path, step: int | None, steps: list[int]) ->
 
 @contextlib.contextmanager
 def _explain_damage(path: epath.Path) -> Iterator[None]:
-    """Turns the many errors of Orbax for missing or damaged files into one that says what to do."""
+    """Turns the many errors of Orbax for missing or damaged files into a DamagedCheckpoint, and those for
+    files that may be whole into a ReadFailed; both say what to do."""
     try:
         yield
     except Exception as error:  # also bare ones, for a file that was cut
         if isinstance(error, ValueError) and str(error).startswith((f"{path} ", f"checkpoint {path} ")):
             raise
-        first_line = (str(error.__cause__ or error).splitlines() or [""])[0]
+        reason = error.__cause__ or error
+        if _may_be_whole(reason):
+            raise ReadFailed(
+                f"checkpoint {path} cannot be read by this process: {_cause(reason)}. It may be whole and "
+                "stays where it is: mend that and run the same command again, or move that folder away to go "
+                "on from an earlier step"
+            ) from error
+        first_line = (str(reason).splitlines() or [""])[0]
         raise DamagedCheckpoint(
             f"checkpoint {path} cannot be read, it is incomplete or damaged: move that folder away to go on "
             f"from an earlier step ({type(error).__name__}: {first_line[:300]})"
         ) from error
 
 
-def _on_any_process(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+@contextlib.contextmanager
+def _damage_for_all(path: epath.Path) -> Iterator[None]:
+    """Around what all processes do with a checkpoint: damage that one of them finds, all raise, once each is
+    done. Within it nobody may wait for the others, as one of them may have found damage before."""
+    error = None
+    try:
+        yield
+    except DamagedCheckpoint as found:
+        error = found
+    if processes.gather(np.array([error is not None]), jax.process_count()).any():
+        raise error or DamagedCheckpoint(f"checkpoint {path} is damaged: another process found it")
 
 
 def _absolute(path: epath.Path) -> epath.Path:

@@ -427,13 +427,3 @@ def _auto_axes(names: tuple[str, ...]) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     types = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return tuple(axis for axis in names if types.get(axis) == AxisType.Auto)
-
-
-def process_index() -> int:
-    """Returns this process's number: 0 writes files and prints."""
-    return jax.process_index()
-
-
-def process_count() -> int:
-    """Returns the number of processes (hosts) of the run."""
-    return jax.process_count()

@@ -392,57 +392,56 @@ def _train_locked(
     stops.check("data opened")
 
     plan = make_plan(config, stage, mesh)
-    checkpointer = checkpoint.Checkpointer(
+    with checkpoint.Checkpointer(
         workdir,
         config["keep_checkpoints"],
         before_save=held.check if held else None,
         zero_at_first=state.ZERO_AT_FIRST,
-    )
-    start, meta = 0, None
-    if checkpointer.latest_step() is not None:  # a finished run's is looked at, too
-        start, train_state, meta = checkpointer.restore_newest(plan.abstract)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(plan.abstract.params))
-    logging.info(
-        "%s: %.2fM parameters, %d records, mesh %s, steps %d -> %d",
-        config["stage"],
-        count / 1e6,
-        dataset.num_records,
-        dict(mesh.shape),
-        start,
-        config["num_steps"],
-    )
-    if start >= config["num_steps"]:
-        logging.info("%s is finished at step %d; raise --config.num_steps to go on", workdir, start)
-        checkpointer.close()
-        return
-    resumption.compare(meta, about)
-    if start == 0:
-        checkpointer.warn_of_little_space(plan.abstract)
-        train_state = first_state(config, stage, plan, frozen, fill, dataset, mesh)
-
-    processes.sync("config compared")  # by every process, before it is written
-    if jax.process_index() == 0:  # also on resume, where settings may have changed
-        resumption.note(start)
-        modeldir.write_json(workdir / "config.json", config)
-    jitted = jit_step(config, stage, plan, fill, mesh)
-    with partition.use_mesh(mesh):
-        evaluation = validation.Validation(config, stage, fill, eval_dataset, mesh)
-        measure = make_measure(config, stage, fill, dataset, frozen, mesh)
-        run_steps(
-            config,
-            workdir,
-            dataset,
-            jitted,
-            train_state,
-            frozen,
+    ) as checkpointer:
+        start, meta = 0, None
+        if checkpointer.latest_step() is not None:  # a finished run's is looked at, too
+            start, train_state, meta = checkpointer.restore_newest(plan.abstract)
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(plan.abstract.params))
+        logging.info(
+            "%s: %.2fM parameters, %d records, mesh %s, steps %d -> %d",
+            config["stage"],
+            count / 1e6,
+            dataset.num_records,
+            dict(mesh.shape),
             start,
-            checkpointer,
-            evaluation,
-            mesh,
-            measure,
-            about,
-            stops,
+            config["num_steps"],
         )
+        if start >= config["num_steps"]:
+            logging.info("%s is finished at step %d; raise --config.num_steps to go on", workdir, start)
+            return
+        resumption.compare(meta, about)
+        if start == 0:
+            checkpointer.warn_of_little_space(plan.abstract)
+            train_state = first_state(config, stage, plan, frozen, fill, dataset, mesh)
+
+        processes.sync("config compared")  # by every process, before it is written
+        if jax.process_index() == 0:  # also on resume, where settings may have changed
+            resumption.note(start)
+            modeldir.write_json(workdir / "config.json", config)
+        jitted = jit_step(config, stage, plan, fill, mesh)
+        with partition.use_mesh(mesh):
+            evaluation = validation.Validation(config, stage, fill, eval_dataset, mesh)
+            measure = make_measure(config, stage, fill, dataset, frozen, mesh)
+            run_steps(
+                config,
+                workdir,
+                dataset,
+                jitted,
+                train_state,
+                frozen,
+                start,
+                checkpointer,
+                evaluation,
+                mesh,
+                measure,
+                about,
+                stops,
+            )
 
 
 def run_steps(
@@ -536,7 +535,6 @@ def run_steps(
             processes.end_together(error, FAILED)
         raise
     finally:
-        checkpointer.close()
         writer.close()
         if profiling:  # a signal or an error came within the profile, and what could be saved is
             jax.profiler.stop_trace()

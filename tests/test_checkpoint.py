@@ -17,8 +17,9 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.multihost import multihost
 
-from dalle2_jax import checkpoint, optim, partition
+from dalle2_jax import checkpoint, optim, partition, processes
 
 
 def make_params(seed=0, scale=1.0):
@@ -55,6 +56,13 @@ def assert_same(got, expected):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype, path
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
+
+
+def raising(error):
+    def fail(*args, **options):
+        raise error
+
+    return fail
 
 
 @pytest.fixture
@@ -300,6 +308,96 @@ class TestCheckpointer:
             with pytest.raises(checkpoint.DamagedCheckpoint, match="checkpoints/1 cannot be read"):
                 loader.restore_newest(abstract(state, mesh))
         assert (tmp_path / "checkpoints" / "1").exists() and not (tmp_path / "damaged").exists()
+
+    def test_what_was_read_of_a_damaged_one_makes_room_for_the_one_before(self, tmp_path, mesh, monkeypatch):
+        state = make_state(mesh)
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            for step in (1, 2):
+                saver.save(step, state, {})
+        path = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
+        contents = json.loads(path.read_text())
+        contents["checksums"]["step"] += 1
+        path.write_text(json.dumps(checkpoint._sealed(contents)))
+        held = []
+        with checkpoint.Checkpointer(tmp_path) as loader:
+            read = loader._state.restore
+
+            def restore(*args, **options):
+                held.append(len(jax.live_arrays()))
+                return read(*args, **options)
+
+            monkeypatch.setattr(loader._state, "restore", restore)
+            assert loader.restore_newest(abstract(state, mesh))[0] == 1
+        assert len(held) == 2 and held[0] == held[1]
+
+    def test_damage_that_another_process_finds_is_damage_here(self, tmp_path, mesh, monkeypatch):
+        """This process reads step 2 whole, the other does not. Before that is told neither waits for the
+        other, which would be in another place."""
+        before, state = make_state(mesh, 1), make_state(mesh, 2)
+        others, calls = iter([True, False, False]), []  # step 2 is read; step 1 is, and its sums are right
+
+        def gather(own, count):
+            calls.append("told")
+            return np.append(own, next(others))
+
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            saver.save(1, before, {})
+            saver.save(2, state, {})
+            saver.wait()
+            monkeypatch.setattr(processes, "gather", gather)
+            monkeypatch.setattr(multihost, "sync_global_processes", lambda name, **_: calls.append(name))
+            step, restored, _ = saver.restore_newest(abstract(state, mesh))
+        assert step == 1 and calls == ["told"] * 3
+        assert_same(restored, before)
+        assert [path.name.split("_")[0] for path in (tmp_path / "damaged").iterdir()] == ["2"]
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OSError(errno.ESTALE, "Stale file handle"),
+            OSError(errno.EMFILE, "Too many open files"),
+            PermissionError("of a service, without a number"),
+            MemoryError(),
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+            ValueError("UNKNOWN: Error reading local file [os_error_code='116'] [tensorstore_spec='{}']"),
+            ValueError("PERMISSION_DENIED: Failed to open: Permission denied [os_error_code='13']"),
+            ValueError("UNAVAILABLE: Error reading gs://bucket/run: HTTP response code: 503"),
+        ],
+    )
+    def test_what_cannot_be_read_just_now_is_no_damage(self, tmp_path, mesh, monkeypatch, error):
+        state = make_state(mesh)
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            saver.save(1, state, {})
+            saver.save(2, state, {})
+            saver.wait()
+            with monkeypatch.context() as patched:
+                patched.setattr(saver._state, "restore", raising(error))
+                with pytest.raises(
+                    checkpoint.ReadFailed, match="checkpoints/2 cannot be read by this process"
+                ):
+                    saver.restore_newest(abstract(state, mesh))
+            assert not (tmp_path / "damaged").exists()
+            assert saver.restore_newest(abstract(state, mesh))[0] == 2
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            FileNotFoundError("without a number, as Orbax raises it"),
+            OSError(errno.EISDIR, "Is a directory"),
+            ValueError("NOT_FOUND: Error reading Byte range [0, 265) of local file"),
+            ValueError("UNKNOWN: Failed to open: Too many levels of symbolic links [os_error_code='40']"),
+            ValueError("OUT_OF_RANGE: Requested byte range [0, 265) is not valid for value of size 132"),
+            ValueError("DATA_LOSS: Error decoding manifest"),
+        ],
+    )
+    def test_what_is_missing_or_no_file_is_damage(self, tmp_path, mesh, monkeypatch, error):
+        state = make_state(mesh)
+        with checkpoint.Checkpointer(tmp_path) as saver:
+            saver.save(1, state, {})
+            saver.wait()
+            monkeypatch.setattr(saver._state, "restore", raising(error))
+            with pytest.raises(checkpoint.DamagedCheckpoint, match="incomplete or damaged"):
+                saver.restore(abstract(state, mesh))
 
     def test_killed_while_saving(self, tmp_path):
         """The step being written when the process dies does not count, and what it left is cleaned up."""

@@ -188,6 +188,41 @@ def test_a_finished_run_with_a_damaged_checkpoint_does_its_last_steps_again(
     assert steps_of(workdir) == list(range(1, 9))
 
 
+@pytest.mark.parametrize("name", ["meta/metadata", "state/_METADATA", "state"])
+def test_a_checkpoint_of_another_user_is_refused_and_stays(data, whole, workdir, monkeypatch, caplog, name):
+    shutil.copytree(whole, workdir)
+    unreadable = workdir / "checkpoints" / "8" / name
+    mode = unreadable.stat().st_mode
+    unreadable.chmod(0)
+    try:
+        with without_the_rights_of_root():
+            with pytest.raises(PermissionError):
+                list(unreadable.iterdir()) if unreadable.is_dir() else unreadable.read_bytes()
+            assert status(config(data, 9), workdir, monkeypatch) == train.FAILED
+    finally:
+        unreadable.chmod(mode)
+    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert len(errors) == 1 and "checkpoints/8 cannot be read by this process: Permission denied" in errors[0]
+    assert steps_of(workdir) == list(range(1, 9)) and not (workdir / "damaged").exists()
+    assert status(config(data, 8), workdir, monkeypatch) == 0
+
+
+@pytest.mark.parametrize("name", [None, "first_state", "validation.Validation", "metrics.Writer"])
+def test_the_checkpointer_is_closed_once_whatever_fails(data, workdir, monkeypatch, name):
+    """Its threads would go on otherwise. None: nothing fails."""
+    struck, closed, close = [], [], checkpoint.Checkpointer.close
+
+    def fail(*args, **options):
+        struck.append(name)
+        raise ValueError("no such colour")
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "close", lambda self: closed.append(close(self)))
+    if name:
+        monkeypatch.setattr(f"dalle2_jax.train.{name}", fail)
+    assert status(config(data, 1), workdir, monkeypatch) == (train.FAILED if name else 0)
+    assert len(closed) == 1 and struck == ([name] if name else [])
+
+
 def test_what_else_lies_among_the_checkpoints_does_not_count(data, whole, workdir, monkeypatch):
     """An empty folder, a copy that stopped, a stray file and foreign names (R12)."""
     shutil.copytree(whole, workdir)

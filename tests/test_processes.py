@@ -126,6 +126,15 @@ def test_a_batch_of_processes_whose_devices_alternate_is_whole(tmp_path):
     assert "parts (0, 2): the batch is whole" in texts[0] and "parts (1, 3): the batch is whole" in texts[1]
 
 
+def test_damage_that_one_process_sees_sends_both_to_the_checkpoint_before(workdir):
+    """The second's part of the newest is cut (tests/one_sided_damage.py); the first reads its own whole."""
+    texts = run_processes(["tests.one_sided_damage", str(workdir)], 2, workdir, devices=1)
+    assert all("restored step 1" in text for text in texts), texts
+    assert "checkpoints/2 is damaged: another process found it" in texts[0], texts[0]
+    assert "checkpoints/2 cannot be read, it is incomplete or damaged" in texts[1], texts[1]
+    assert [path.name.split("_")[0] for path in (workdir / "damaged").iterdir()] == ["2"]
+
+
 def test_record_numbers_beyond_32_bits_are_gathered_whole():
     index = np.arange(8) + 2**40
     np.testing.assert_array_equal(partition.gather_index(index, partition.make_mesh()), index)
