@@ -135,8 +135,8 @@ class Report:
         if self.seconds:
             rate = self.batch_size / self.seconds
             said.append(
-                f"  estimate         {self.seconds * 1e3:8.1f} ms, {rate:.0f} examples/s; utilisation "
-                f"{share(self.utilisation())}, if nothing of the links is hidden "
+                f"  estimate         {self.seconds * 1e3:8.1f} ms, {rate:{'.0f' if rate >= 10 else '.2g'}} "
+                f"examples/s; utilisation {share(self.utilisation())}, if nothing of the links is hidden "
                 f"{share(self.utilisation(self.link_seconds or 0.0))}"
             )
         if self.untold:
