@@ -69,11 +69,12 @@ def remat(block: type[nn.Module], what: bool | str, **options) -> type[nn.Module
 
 
 def _worth_keeping(primitive, *_, **how) -> bool:
-    """Of a result: products of two activations, attention's, have batch dimensions and are not; cuDNN's
-    attention is, as its weights, [N, M], are not among its results. `nets.products` and `nets.convolution`
-    have the custom gradients."""
+    """Of a result: products of two activations, attention's, are batched by example and head and are not;
+    those with a kernel are batched at most by SAM's replicas, which have each its own. cuDNN's attention is,
+    as its weights, [N, M], are not among its results. `nets.products` and `nets.convolution` have the custom
+    gradients."""
     if primitive is jax.lax.dot_general_p:
-        return not any(how["dimension_numbers"][1])
+        return len(how["dimension_numbers"][1][0]) < 2
     if primitive.name == _CUDNN_FORWARD:
         return True
     return primitive in (

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.nets import layers
+from dalle2_jax.nets import layers, products
 from dalle2_jax.nets.transformer import Embedding, TransformerStack
 from dalle2_jax.partition import constrain
 
@@ -21,13 +21,13 @@ class Patches(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
-        """image [B, H, W, 3] -> [B, patches, width]; what is left at the right and below is cut off."""
+        """image [B, H, W, 3], H and W multiples of the size -> [B, patches, width]."""
         n, (height, width, channels) = self.size, image.shape[1:]
         shape = (n, n, channels, self.width)
         kernel = self.param("kernel", layers.lecun_normal(), shape, jnp.float32).astype(self.dtype)
-        x = image[:, : height // n * n, : width // n * n].astype(self.dtype)
-        x = x.reshape(len(x), height // n, n, width // n, n, channels).swapaxes(2, 3)
-        return x.reshape(len(x), -1, n * n * channels) @ kernel.reshape(-1, self.width)
+        x = image.astype(self.dtype).reshape(-1, height // n, n, width // n, n, channels).swapaxes(2, 3)
+        x, kernel = x.reshape(len(x), -1, n * n * channels), kernel.reshape(-1, self.width)
+        return products.dot_general(x, kernel, (((2,), (0,)), ((), ())))
 
 
 class ViT(nn.Module):

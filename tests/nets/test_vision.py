@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.nets.vision import FrozenBatchNorm, ModifiedResNet, ViT
+from dalle2_jax.nets import platforms
+from dalle2_jax.nets.vision import FrozenBatchNorm, ModifiedResNet, Patches, ViT
 
 KEY = jax.random.key(0)
 
@@ -25,6 +26,23 @@ def test_vit_sees_every_patch_and_its_place():
             changed = apply(image.at[:, y : y + 4, x : x + 4].set(patch))
             assert np.abs(embed - changed).max() > 1e-4
     assert np.abs(embed - apply(jnp.roll(image, 4, axis=1))).max() > 1e-4
+
+
+def test_the_gradient_by_the_patches_kernel_is_not_transposed_on_cpus():
+    """It is a product of `nets.products`, and what it was: a convolution."""
+    patches, image = Patches(size=4, width=8), jax.random.normal(KEY, (2, 8, 12, 3))
+    params = patches.init(KEY, image)
+
+    def products(target):
+        with platforms.assumed(platforms.Target(target)):
+            return str(jax.make_jaxpr(lambda p: patches.apply(p, image))(params)).count("custom_vjp_call")
+
+    assert (products("cpu"), products("tpu")) == (1, 0)
+    kernel = params["params"]["kernel"]
+    expected = jax.lax.conv_general_dilated(
+        image, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
+    )
+    np.testing.assert_allclose(patches.apply(params, image), expected.reshape(2, 6, 8), atol=1e-5)
 
 
 @pytest.mark.parametrize("depths, positions", [((1,), 64), ((1, 1, 1), 4)])

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from dalle2_jax import partition
+from dalle2_jax import flops, partition
+from dalle2_jax.nets import platforms
 from dalle2_jax.stages import clip
 
 KEY = jax.random.key(0)
@@ -343,6 +344,25 @@ def test_sam_on_a_mesh_and_its_memory():
         return used / sum(x.size * 4 for x in jax.tree.leaves(abstract))
 
     assert memory(16) - memory(2) < 4  # in copies of the parameters; one each would be 14
+
+
+def test_sam_computes_no_product_with_a_kernel_again():
+    """Of what is kept at the moved parameters as of what is at the others: twice attention's, no more."""
+    batch = batch_of(16)
+
+    def again(remat, **sam):
+        """FLOPs that are computed a second time on TPUs, where each of eight devices has a replica."""
+        counts = []
+        for what in ("none", remat):
+            stage = build(remat=what, **sam)
+            params = jax.eval_shape(stage.init, KEY, batch)
+            with partition.use_mesh(partition.make_mesh(data=8)), platforms.assumed(platforms.Target("tpu")):
+                counts.append(flops.count(gradient(stage), params, batch))
+        return counts[1] - counts[0]
+
+    sam = dict(sam_rho=0.1, sam_batch_size=2)
+    assert again("products", **sam) == 2 * again("products") > 0
+    assert again("all", **sam) > 2 * again("products", **sam)
 
 
 def chex_close(found, expected, tolerance):
