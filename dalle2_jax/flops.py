@@ -54,6 +54,8 @@ def _of_equation(equation) -> int:
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[:-1])
     if parameters.get("name") == layers.cudnn_attention.__name__:
         return 4 * math.prod(equation.outvars[0].aval.shape) * equation.invars[1].aval.shape[1]
+    if parameters.get("name") == layers.groups_to_channels.__name__:
+        return 0
     if name == "cond":
         return max(_of(branch.jaxpr) for branch in parameters["branches"])
     inner = sum(_of(jaxpr) for value in parameters.values() for jaxpr in _programs(value))
