@@ -422,11 +422,6 @@ def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
-def whole(x: jax.Array) -> jax.Array:
-    """Keeps an array whole on every device, and so its gradient; the identity where no mesh is set."""
-    return jax.lax.with_sharding_constraint(x, P()) if _auto_axes(AXES) else x
-
-
 def _auto_axes(names: tuple[str, ...]) -> tuple[str, ...]:
     """Those axes of the mesh that XLA splits over; none inside a shard_map over them."""
     mesh = jax.sharding.get_abstract_mesh()

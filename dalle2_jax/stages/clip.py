@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from dalle2_jax.diffusion import process, schedules
 from dalle2_jax.nets.text import CLIPTextTransformer
 from dalle2_jax.nets.vision import ModifiedResNet, ViT
-from dalle2_jax.partition import batch_shards, constrain, whole
+from dalle2_jax.partition import batch_shards, constrain
 from dalle2_jax.stages import check_settings
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -203,22 +203,17 @@ class CLIP:
             """[B, ...] as [groups, shards, rows, ...], each device's replicas in turn."""
             return x.reshape(shards, -1, rows, *x.shape[1:]).swapaxes(0, 1)
 
-        def by_example(x):
+        def whole(x):
             return x.swapaxes(0, 1).reshape(size, *x.shape[3:])
 
-        def embed(params, part):
-            if isinstance(self.vision, ModifiedResNet):  # XLA aborts where it is to split these over `tensor`
-                params = jax.tree.map(lambda p: whole(p) if p.ndim == 4 else p, params)
-            return self._embed(params, part)
-
         def of_replica(params, part, slope):
-            _, back = jax.vjp(lambda p: embed(p, part), jax.lax.stop_gradient(params))
+            _, back = jax.vjp(lambda p: self._embed(p, part), jax.lax.stop_gradient(params))
             (gradient,) = back(slope[0])
             gradient |= {name: slope[1][name].sum() for name in names}
             square = sum(jnp.square(g).sum() for g in jax.tree.leaves(gradient))
             rate = self.sam_rho * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
             moved = jax.tree.map(lambda p, g: p + jax.lax.stop_gradient(rate * g), params, gradient)
-            return embed(moved, part), {name: jnp.repeat(moved[name], rows) for name in names}
+            return self._embed(moved, part), {name: jnp.repeat(moved[name], rows) for name in names}
 
         def of_group(params, part, slope):
             part, slope = jax.tree.map(constrain, (part, slope))
@@ -228,7 +223,7 @@ class CLIP:
         if size // rows > shards:  # one group's copy may stay
             of_group = jax.checkpoint(of_group)
         _, found = jax.lax.scan(lambda _, x: (None, of_group(params, *x)), None, parts)
-        return jax.tree.map(by_example, found)
+        return jax.tree.map(whole, found)
 
     def _embed(self, params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         text_embed, _ = self.encode_text(params, batch["tokens"], batch["token_mask"], normalize=True)

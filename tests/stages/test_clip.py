@@ -346,22 +346,6 @@ def test_sam_on_a_mesh_and_its_memory():
     assert memory(16) - memory(2) < 4  # in copies of the parameters; one each would be 14
 
 
-def test_sam_of_a_resnet_compiles_for_a_mesh_with_tensor():
-    """Where XLA aborts, with the process, if it is to split the convolutions of the replicas' kernels. What
-    the program computes, `tests/test_meshes.py` says."""
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    stage = build(vision=RESNET | dict(depths=(1,)), sam_rho=0.1, sam_batch_size=2)
-    batch, mesh = batch_of(4), partition.make_mesh(1, 2, 2, devices=jax.devices()[:4])
-    abstract = jax.eval_shape(stage.init, KEY, batch)
-    placed = partition.shardings(abstract, mesh)
-    assert "tensor" in placed["vision"]["conv3"]["kernel"].spec
-    params = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, placed
-    )
-    with partition.use_mesh(mesh):
-        gradient(stage).lower(params, partition.to_global(batch, mesh)).compile(quick)
-
-
 def test_sam_computes_no_product_with_a_kernel_again():
     """Of what is kept at the moved parameters as of what is at the others: twice attention's, no more."""
     batch = batch_of(16)
