@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.diffusion.gaussian import interleave, is_guided
+from dalle2_jax.diffusion.gaussian import is_guided
 from dalle2_jax.nets.latents import LatentTransformer
 from dalle2_jax.stages import candidates, check_settings
 from dalle2_jax.stages.clip import unit_norm
@@ -231,7 +231,7 @@ class ARPrior:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         temperature = self.temperature if temperature is None else temperature
         quantile = self.dot_quantile if dot_quantile is None else dot_quantile
-        guided = is_guided(scale)
+        guided, size = is_guided(scale), len(keys)
         keys = candidates.split_keys(keys, count)
 
         def draw(fold, function):
@@ -242,19 +242,20 @@ class ARPrior:
         dot = draw(_DOT_FOLD, lambda key, x: jax.random.randint(key, (), low, high))(
             keys, jnp.zeros(len(keys))
         )
-        rows = {
-            name: jnp.repeat(batch[name], count, axis=0) for name in ("text_embed", "tokens", "token_mask")
-        } | {"dot": dot, "drop": jnp.zeros(len(keys), bool)}
-        if guided:
-            rows = interleave(rows, rows | {"drop": ~rows["drop"]})
-            scale = jnp.repeat(scale, count)[:, None] if jnp.ndim(scale) else scale
+        halves = jnp.array([False, True] if guided else [False])
+        names = ("text_embed", "tokens", "token_mask")
+        text_embed, *caption = (jnp.repeat(batch[name], len(halves), axis=0) for name in names)
+        drop = jnp.tile(halves, size)
+        scale = jnp.repeat(scale, count)[:, None] if jnp.ndim(scale) else scale
 
         def apply(method, *arguments):
             return self.net.apply({"params": params["net"]}, *arguments, method=method)
 
-        states, mask = apply("encode", rows["tokens"], rows["token_mask"], rows["drop"])
-        prefix = apply("prefix", rows["text_embed"], rows["dot"], rows["drop"])
-        text, caches = apply("read", states), apply("empty_cache", len(states))
+        states, mask = apply("encode", *caption, drop)
+        read = apply("read", states), mask, text_embed, drop
+        text, mask, text_embed, drop = candidates.spread(read, size, count)
+        prefix = apply("prefix", text_embed, jnp.repeat(dot, len(halves)), drop)
+        caches = apply("empty_cache", len(drop))
         _, caches = apply("step", prefix[:, 0], jnp.int32(0), text, mask, caches)
 
         def next_code(carry, k):

@@ -16,6 +16,19 @@ def split_keys(keys: jax.Array, count: int) -> jax.Array:
     return fold_in(keys, jnp.arange(count)).reshape(len(keys) * count, *keys.shape[1:])
 
 
+def spread(read, size: int, count: int):
+    """What was read of `size` captions, for each candidate: arrays [B n, ...] -> [B count n, ...].
+
+    n is how often a caption was read: once, or, for guidance, with and without condition.
+    """
+
+    def of_array(x):
+        x = x.reshape(size, 1, -1, *x.shape[1:])
+        return jnp.repeat(x, count, axis=1).reshape(-1, *x.shape[3:])
+
+    return jax.tree.map(of_array, read)
+
+
 def closest(candidates: jax.Array, text_embed: jax.Array) -> jax.Array:
     """Of candidates [B count, E] those of the largest cosine with text_embed [B, E]: [B, E]."""
     candidates = candidates.reshape(len(text_embed), -1, candidates.shape[-1])

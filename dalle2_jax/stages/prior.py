@@ -221,9 +221,9 @@ class Prior:
         # The conditional and the null half of a candidate are neighbours, as candidates are.
         keys = candidates.split_keys(keys, num_candidates)
         halves = jnp.array([False, True] if guided else [False])
-        text = [jnp.repeat(x, num_candidates * len(halves), axis=0) for x in self._text(batch)]
-        drop = jnp.tile(halves, size * num_candidates)
-        read = self.net.read(params["net"], *text, drop)
+        text = [jnp.repeat(x, len(halves), axis=0) for x in self._text(batch)]
+        read = self.net.read(params["net"], *text, jnp.tile(halves, size))
+        read = candidates.spread(read, size, num_candidates)
 
         z = self.diffusion.sample(
             lambda x_t, t: self.net.apply({"params": params["net"]} | read, x_t, t),

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from dalle2_jax import flops
 from dalle2_jax.stages import ar_prior
 
 EMBED, LENGTH, CODES = 16, 6, 12
@@ -203,14 +204,31 @@ def test_eight_embeddings_are_learned_and_drawn(trained):
     assert (unit(drawn) * unit(batch["image_embed"])).sum(axis=1).mean() > 0.95
 
 
-def test_a_sample_depends_on_its_own_key_and_caption_alone(trained):
+@pytest.mark.parametrize("scale", [1, 2.0])
+def test_a_sample_depends_on_its_own_key_and_caption_alone(trained, scale):
     stage, params, batch = trained
-    keys = jax.random.split(jax.random.key(3), 8)
-    sample = jax.jit(lambda keys, batch: stage.sample(params, keys, batch, num_candidates=2))
+    keys, how = jax.random.split(jax.random.key(3), 8), dict(num_candidates=2, guidance_scale=scale)
+    sample = jax.jit(lambda keys, batch: stage.sample(params, keys, batch, **how))
     whole = sample(keys, batch)
     half = sample(keys[4:], {name: x[4:] for name, x in batch.items()})
     np.testing.assert_allclose(whole[4:], half, atol=1e-5)
     np.testing.assert_array_equal(whole, sample(keys, batch))
+
+
+@pytest.mark.parametrize("scale", [1, 2.0])
+def test_the_caption_is_read_once_for_all_candidates(fitted, scale):
+    stage, params, _ = fitted
+    batch, keys = batch_of(4), jax.random.split(jax.random.key(0), 4)
+    one, two, three = (
+        flops.count(lambda n=n: stage.sample(params, keys, batch, num_candidates=n, guidance_scale=scale))
+        for n in (1, 2, 3)
+    )
+
+    def read(net):
+        return net.read(net.encode(batch["tokens"], batch["token_mask"], jnp.zeros(4, bool))[0])
+
+    once = flops.count(lambda: stage.net.apply({"params": params["net"]}, method=read))
+    assert three - two == two - one == one - (1 if scale == 1 else 2) * once
 
 
 def test_the_dot_product_is_drawn_from_the_upper_half_and_the_nearest_candidate_kept(fitted):

@@ -126,10 +126,17 @@ def test_reading_the_text_once_draws_what_reading_it_at_every_step_does(scale, m
     def whole(self, variables, x_t, t, *text, **options):
         return apply(self, {"params": variables["params"]}, x_t, t, *(text or texts[-1]), **options)
 
-    monkeypatch.setattr(net, "read", lambda self, params, *text: texts.append(text) or {})
+    def read(self, params, *text):  # one caption, with guidance twice, for every candidate
+        assert {len(x) for x in text} == {4 * halves}
+        of_candidates = np.arange(4 * halves).reshape(4, 1, halves).repeat(stage.num_candidates, 1).ravel()
+        texts.append([x[of_candidates] for x in text])
+        return {}
+
+    halves = 1 if scale == 1 else 2
+    monkeypatch.setattr(net, "read", read)
     monkeypatch.setattr(net, "apply", whole)
     np.testing.assert_allclose(stage.sample(params, keys, batch, **how), drawn, atol=1e-5)
-    rows = 4 * stage.num_candidates * (1 if scale == 1 else 2)
+    rows = 4 * stage.num_candidates * halves
     a_step = flops.of_step(stage, stage.batch_spec(rows)) // flops.TRAINING_PASSES
     assert flops.count(lambda: stage.sample(params, keys, batch, **how)) == 5 * a_step > 1.5 * cached
 
@@ -243,6 +250,21 @@ def test_remat_and_bfloat16_keep_names_and_meaning():
     loss, _ = jax.jit(other.loss)(params, KEY, batch)
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, jax.jit(plain.loss)(params, KEY, batch)[0], rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_blocks_as_one_loop_have_the_same_loss_and_draw_the_same(dtype, tolerance):
+    common = dict(text=TEXT | dict(depth=2), dtype=dtype, num_steps=2)
+    (plain, loop), batch = (build(**common, scan_blocks=scan) for scan in (False, True)), batch_of(4)
+    params, keys = random_params(plain), jax.random.split(KEY, 4)
+    losses = [lambda p, stage=stage: stage.loss(p, KEY, batch)[0] for stage in (plain, loop)]
+    assert [str(jax.make_jaxpr(loss)(params)).count("scan[") for loss in losses] == [0, 1]
+    a, b = (jax.jit(jax.value_and_grad(loss))(params) for loss in losses)
+    np.testing.assert_allclose(a[0], b[0], rtol=tolerance)
+    for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
+        np.testing.assert_allclose(x, y, atol=2 * tolerance * np.abs(x).max())
+    a, b = (jax.jit(stage.sample)(params, keys, batch) for stage in (plain, loop))
+    np.testing.assert_allclose(a, b, atol=tolerance * np.abs(a).max())
 
 
 def count(stage):
