@@ -67,6 +67,13 @@ def _repeated(captions: Sequence[str], n: int) -> tuple[tuple[str, ...], tuple[i
     return tuple(caption for caption in captions for _ in range(n)), tuple(range(n)) * len(captions)
 
 
+def _check_counts(what: str, count: int, **given: Sequence | None) -> None:
+    """Raises ValueError for something given, by its name, of which there is not one for each."""
+    for name, values in given.items():
+        if values is not None and len(values) != count:
+            raise ValueError(f"{count} {what} need as many {name}, got {len(values)}")
+
+
 class UnCLIP(Editing):
     """A model that draws. Make one with `UnCLIP.load`."""
 
@@ -178,7 +185,11 @@ class UnCLIP(Editing):
         [N, 0] for a decoder that reads none. numbers: instead of n, one a caption, that of the embedding to
         draw for it. return_candidates: all that a diffusion prior drew for each, [N, num_candidates, E], none
         chosen. own: instead of the prior's own settings, its names of them: num_steps, guidance_scale, ...
+
+        Raises ValueError for captions that are not allowed, and for numbers of which there is not one a
+        caption.
         """
+        _check_counts("captions", len(captions), numbers=numbers)
         if not self.cascade.reads_embeds:
             return np.zeros((len(captions) * (n if numbers is None else 1), 0), np.float32), {}
         check_captions(captions)
@@ -234,9 +245,8 @@ class UnCLIP(Editing):
         if image_embeds.ndim != 2 or image_embeds.shape[1] != decoder.embed_dim:
             raise ValueError(f"image_embeds must be [N, {decoder.embed_dim}], not {list(image_embeds.shape)}")
         count = len(image_embeds)
+        _check_counts("image embeddings", count, captions=captions, numbers=numbers)
         numbers = np.arange(count) if numbers is None else np.asarray(numbers)
-        if len(numbers) != count or (captions is not None and len(captions) != count):
-            raise ValueError(f"{count} image embeddings need as many captions and numbers")
         how = of_stage(self.cascade, "decoder", **own)
         given = {name: value for name, value in (("x_T", x_T), ("init", init)) if value is not None}
         if known is not None:
@@ -379,11 +389,14 @@ class UnCLIP(Editing):
         picture uint8 [H, W, 3] and where to repaint it, bool [H, W]; the rest comes back. seen: called with
         the pictures of every upsampler as it finishes. own: as for `decode`, for every upsampler; of
         `num_steps` there is one number for each.
+
+        Raises ValueError for other pictures than those, and for captions or numbers that are not as many.
         """
         own = of_upsamplers(self.cascade, **own)
         images, timings = np.asarray(images), {}
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images must be uint8 [N, h, w, 3], not {images.dtype} {list(images.shape)}")
+        _check_counts("pictures", len(images), captions=captions, numbers=numbers)
         numbers = np.arange(len(images)) if numbers is None else np.asarray(numbers)
         for name in self.cascade.upsamplers:
             task = tasks.upsampler_task(

@@ -123,6 +123,19 @@ def test_stages_one_by_one_are_the_whole(model, drawn):
     np.testing.assert_array_equal(images, drawn.images)
 
 
+@pytest.mark.parametrize("numbers", [[0, 1], [0, 1, 2, 3]], ids=["too few", "too many"])
+def test_numbers_are_one_for_each_of_what_is_drawn(model, drawn, numbers):
+    count = f"need as many numbers, got {len(numbers)}"
+    with pytest.raises(ValueError, match=f"^3 captions {count}"):
+        model.sample_prior(CAPTIONS, numbers=numbers)
+    with pytest.raises(ValueError, match=f"^3 image embeddings {count}"):
+        model.decode(drawn.image_embeds[:3], numbers=numbers)
+    with pytest.raises(ValueError, match=f"^3 pictures {count}"):
+        model.upsample(drawn.base[:3], numbers=numbers)
+    with pytest.raises(ValueError, match="^3 pictures need as many captions, got 1"):
+        model.upsample(drawn.base[:3], CAPTIONS[:1])
+
+
 def test_the_pipeline_runs_what_the_stages_define(model, drawn):
     """The prior's sample of one caption by hand: tokens, CLIP, key, and the stage's own defaults."""
     clip, prior = model.cascade.stage("clip"), model.cascade.stage("prior")
