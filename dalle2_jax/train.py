@@ -172,6 +172,13 @@ def check_settings(config: dict, stage, mesh) -> None:
             f"the loss of stage {config['stage']!r} compares all examples of a batch, which cannot be cut: "
             "set grad_accum=1 (model.remat='all' saves memory)"
         )
+    tower = config["model"].get("vision") or {}
+    if getattr(stage, "sam_rho", 0) and tower.get("kind") == "resnet" and mesh.shape["tensor"] > 1:
+        # XLA's partitioner would abort, and the process with it
+        raise ValueError(
+            "XLA cannot split the convolutions of SAM's replicas over mesh.tensor="
+            f"{mesh.shape['tensor']}: set mesh.tensor=1, or model.sam_rho=0, or model.vision.kind='vit'"
+        )
 
 
 def check_vocabulary(config: dict, tokenizer) -> None:

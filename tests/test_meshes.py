@@ -14,8 +14,11 @@ from dalle2_jax import checkpoint, models, partition, train
 
 BATCH = 16
 MESHES = {"8x1": (8, 1, 1), "1x8": (1, 8, 1), "2x4": (2, 4, 1), "2x2x2": (2, 2, 2)}
-# What of the preset `debug` is other here. A replica of SAM has to fit a device's part of the batch.
-CHANGES = {"clip": dict(sam_batch_size=2)}
+# What of the preset `debug` is other here. A replica of SAM has to fit a device's part of the batch; a loop
+# over blocks has more than one.
+VIT = dict(kind="vit", patch_size=8, width=32, depth=2, num_heads=2)
+CHANGES = {"clip": dict(sam_batch_size=2, vision=VIT)}
+CHANGES["clip scanned"] = CHANGES["clip"] | dict(scan_blocks=True)
 CLASSIFIER = dict(
     num_classes=3,
     image_size=16,
@@ -37,7 +40,7 @@ def settings(kind: str) -> dict:
     Adam divides by the gradient's size, which turns the rounding of a gradient near zero into a step of full
     length: an `eps` that is not far below the gradients keeps the parameters comparable.
     """
-    recipe = {"upsampler": "upsampler256", "classifier": "decoder64"}.get(kind, kind)
+    recipe = {"upsampler": "upsampler256", "classifier": "decoder64"}.get(kind, kind.split()[0])
     config = models.to_plain(importlib.import_module(f"configs.{recipe}").get_config("debug"))
     if kind == "classifier":
         config |= dict(stage="classifier", model=CLASSIFIER)
@@ -63,7 +66,7 @@ def examples(stage) -> dict[str, np.ndarray]:
 
 @functools.cache
 def beginning(kind: str) -> tuple:
-    """(config, stage, batch, parameters) of a kind of stage, the same for every mesh.
+    """(config, stage, batch, parameters) of a kind of stage, the same for every mesh, scanned or not.
 
     None of the parameters are zero: a fresh network's last layer is, and passes no gradient on.
     """
@@ -126,12 +129,13 @@ def farthest(got: dict, expected: dict) -> dict[str, float]:
         pytest.param(kind, mesh, marks=() if (kind, mesh) in QUICK else pytest.mark.slow)
         for kind in ("clip", "prior", "ar_prior", "decoder64", "upsampler", "classifier")
         for mesh in MESHES
-    ],
+    ]
+    + [("clip scanned", "2x2x2")],
 )
 def test_two_steps_on_a_mesh_are_those_of_one_device(kind, mesh, monkeypatch):
     once = functools.partial(partition.compiler_options, once=True)
     monkeypatch.setattr(partition, "compiler_options", once)
-    alone, here = two_steps(kind, (1, 1, 1)), two_steps(kind, MESHES[mesh])
+    alone, here = two_steps(kind.removesuffix(" scanned"), (1, 1, 1)), two_steps(kind, MESHES[mesh])
     np.testing.assert_allclose(here["losses"], alone["losses"], rtol=ROUNDING)
     for what in ("gradients", "after"):
         far = farthest(here[what], alone[what])
@@ -142,3 +146,18 @@ def test_two_steps_on_a_mesh_are_those_of_one_device(kind, mesh, monkeypatch):
     assert bool(split) == (MESHES[mesh][1:] != (1, 1))
     if split:
         assert min(split) == 1 / math.prod(MESHES[mesh][1:])
+
+
+def test_the_convolutions_of_sams_replicas_are_not_split_over_tensor():
+    """XLA's partitioner would end the process."""
+    config = settings("clip")
+    config["model"] |= dict(vision=dict(kind="resnet", width=8, depths=[1], num_heads=2))
+
+    def check(mesh, **changes):
+        changed = config | {"model": config["model"] | changes}
+        train.check_settings(changed, models.build_stage(changed), partition.make_mesh(*MESHES[mesh]))
+
+    with pytest.raises(ValueError, match="over mesh.tensor=2: set mesh.tensor=1, or model.sam_rho=0"):
+        check("2x2x2")
+    check("2x4")
+    check("2x2x2", sam_rho=0.0)
