@@ -141,15 +141,22 @@ def defined_gradient(q, k, v, *others, scale, **how):
     return jax.vjp(out, q, k, v)[1](others[-1])
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)])
-def test_the_partitioned_program_and_its_gradient_on_several_devices(sizes):
-    """Also where the kernels before it are split by channel, and with that its queries, keys and gradient."""
+@pytest.fixture
+def kernels_on_cpus(monkeypatch):
+    """The definitions stand in for the kernels on CPUs, in this test alone."""
+    registered = mlir._platform_specific_lowerings
+    monkeypatch.setitem(registered, "cpu", dict(registered["cpu"]))
     for primitive, function in (("fwd", defined), ("bwd", defined_gradient)):
         mlir.register_lowering(
             getattr(kernels, f"_dot_product_attention_{primitive}_p"),
             mlir.lower_fun(function, multiple_results=True),
             platform="cpu",
         )
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)])
+def test_the_partitioned_program_and_its_gradient_on_several_devices(sizes, kernels_on_cpus):
+    """Also where the kernels before it are split by channel, and with that its queries, keys and gradient."""
     block = unet.AttentionBlock(16, dtype=jnp.bfloat16)
     draw = np.random.default_rng(0).normal
     x, context, slope = (jnp.asarray(draw(size=s)) for s in ((4, 4, 4, 32), (4, 6, 8), (4, 4, 4, 32)))
@@ -176,3 +183,8 @@ def test_the_partitioned_program_and_its_gradient_on_several_devices(sizes):
     assert set(computed_on) == {(part, part)}
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-2 * np.abs(b).max() + 1e-6)
+
+
+def test_cpus_have_no_kernel_outside_that_test():
+    with platforms.assumed(HOPPER), pytest.raises(NotImplementedError, match="cpu"):
+        jax.jit(lambda q: self_attention(q)).trace(queries()).lower()
