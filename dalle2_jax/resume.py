@@ -17,8 +17,7 @@ from etils import epath
 from dalle2_jax import modeldir, models
 
 # None of these changes what a step computes, but for its rounding (`mesh`, `model.remat`,
-# `model.scan_blocks`). A dataset that is
-# read from elsewhere (`data.data_dir`) is compared, as any is.
+# `model.scan_blocks`). A dataset that is read from elsewhere (`data.data_dir`) is compared, as any is.
 FREE = (
     "num_steps",
     "log_every",

@@ -6,9 +6,9 @@ and the three columns w of the kernel; the product in the middle is six convolut
 four of each row. Results differ from direct sums by float rounding, some 4e-6 of the largest.
 
 Not along columns too: F(2 x 2, 3 x 3) was no faster and took twelve times as long to compile
-(docs/performance.md). Elsewhere than on CPUs, in another type than float32, and for other shapes than
-`_worth_it` names, a convolution is XLA's own; but one of 1 x 1 is a product there, whose gradient by the
-kernel takes a third to a quarter of the time.
+(docs/performance.md). On CPUs, in float32, one of 1 x 1 is a product, whose gradient by the kernel takes a
+third to a quarter of the time. Of other shapes than `_worth_it` names, in other types and elsewhere, a
+convolution is XLA's own.
 """
 
 import itertools
