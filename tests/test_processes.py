@@ -359,6 +359,19 @@ def assert_alike(found: dict, expected: dict, tolerance: float) -> None:
         np.testing.assert_allclose(found[name], expected[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
+def leave_out_key_biases(*states: dict) -> None:
+    """Softmax does not see a bias of all keys: its gradient is rounding, some 1e-11, of which Adam makes
+    steps as long as any. Such parameters become zero in all states, after a look at their gradients."""
+    for name in [name for name in states[0] if "['mu']" in name and name.endswith("['kv']['bias']")]:
+        leaf = name.partition("['mu']")[2]
+        keys = np.s_[: states[0][name].shape[-1] // 2]
+        for state in states:
+            assert np.abs(state[name][keys]).max() < 1e-9 < np.abs(state[name]).max()
+            for tree in ("['params']", "['ema_params']"):
+                state[tree + leaf] = np.array(state[tree + leaf])
+                state[tree + leaf][keys] = 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "devices", "mesh"),
@@ -387,6 +400,7 @@ def test_a_frozen_clip_and_measured_statistics_are_those_of_one_process(workdir,
     kept = ("num_steps", "checkpoint_every", "eval_every", "sample_every", "keep_checkpoints")
     train.train(plain | {key: config[key] for key in kept}, str(tmp_path / "alone"))
     found, expected = stored_state(workdir, 2), stored_state(tmp_path / "alone", 2)
+    leave_out_key_biases(found, expected)
     assert_alike(found, expected, 1e-4)
     if name != "decoder64":
         assert any("stats" in key for key in found)
