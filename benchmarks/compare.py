@@ -540,7 +540,7 @@ def data_against_torch(m: Models, data: str) -> Case:
                             picture = Image.open(io.BytesIO(archive.extractfile(member).read()))
                             picture = picture.convert("RGB").resize((side, side), Image.BICUBIC)
                             pixels = torch.from_numpy(np.asarray(picture).copy())
-                            yield pixels.permute(2, 0, 1).float().div(127.5).sub(1)
+                            yield pixels
 
     def theirs():
         began = time.process_time()

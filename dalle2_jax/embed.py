@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from dalle2_jax import hub, metrics, modeldir, models, partition, processes, train
+from dalle2_jax import hub, levels, metrics, modeldir, models, partition, processes, train
 from dalle2_jax.commandline import define_config
 from dalle2_jax.data import embeddings
 from dalle2_jax.data.records import BadRecord
@@ -60,9 +60,8 @@ class Encoder:
         count = len(batch["tokens"])
         rows = np.minimum(np.arange(self.batch_size), count - 1)  # copies of the last fill the batch
         whole = {name: value[rows] for name, value in batch.items()}
-        whole["clip_image"] = whole["clip_image"].astype(np.float32) / 127.5 - 1
         with partition.use_mesh(self._mesh):
-            found = self._encode(self._params, jax.device_put(whole, self._split))
+            found = self._encode(self._params, levels.as_floats(jax.device_put(whole, self._split)))
         return tuple(np.asarray(value, np.float32)[:count] for value in found)
 
 

@@ -31,6 +31,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dalle2_jax import levels
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
@@ -387,8 +389,8 @@ def gather_index(index: np.ndarray, mesh: Mesh) -> np.ndarray:
 
 
 def on_devices(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-    """A host batch as global arrays, without the record numbers."""
-    return to_global(without_index(batch), mesh)
+    """A host batch as global arrays, without the record numbers; uint8 pictures as floats in [-1, 1]."""
+    return levels.as_floats(to_global(without_index(batch), mesh))
 
 
 def to_host(tree: Any) -> Any:

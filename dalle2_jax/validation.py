@@ -3,15 +3,9 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax import partition
-
-
-def to_uint8(images) -> np.ndarray:
-    """[-1, 1] floats to 8-bit levels, rounded."""
-    return np.asarray(jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5)).astype(np.uint8)
+from dalle2_jax import levels, partition
 
 
 class Validation:
@@ -51,7 +45,7 @@ class Validation:
             return
         drawn, filled = partition.to_host(self._sample(params, frozen, self._batches[0]))
         if drawn.ndim == 4:
-            writer.images(step, "samples", to_uint8(drawn), self._labels)
+            writer.images(step, "samples", np.asarray(levels.to_uint8(drawn)), self._labels)
         else:
             true = filled["image_embed"]
             cosine = (drawn * true).sum(-1) / np.linalg.norm(drawn, axis=-1) / np.linalg.norm(true, axis=-1)

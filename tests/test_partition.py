@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dalle2_jax import models, partition
+from dalle2_jax.levels import to_uint8
 
 
 def shape(*sizes):
@@ -259,6 +260,27 @@ class TestBatch:
         with pytest.raises(ValueError, match="scalar"):
             partition.to_global({"scalar": np.float32(1)}, mesh)
 
+    def test_pictures_become_floats_on_the_devices(self):
+        """All 256 levels, to float32's last bit, and back; what is no picture stays as it is; nothing is moved."""
+        mesh = partition.make_mesh(2, 2, 2)
+        levels = np.arange(256, dtype=np.uint8).reshape(8, 4, 8)
+        other = dict(
+            low_res=np.linspace(-1, 1, 8, dtype=np.float32),
+            tokens=np.arange(8, dtype=np.int32),
+            mask=np.eye(8, dtype=bool),
+        )
+        batch = partition.on_devices(other | {"image": levels, "index": np.arange(8)}, mesh)
+        assert set(batch) == {*other, "image"}
+        np.testing.assert_allclose(batch["image"], levels / 127.5 - 1, rtol=0, atol=1.2e-7)
+        assert batch["image"].dtype == np.float32
+        assert batch["image"].min() == -1 and batch["image"].max() == 1
+        for name, value in other.items():
+            assert batch[name].dtype == value.dtype
+            np.testing.assert_array_equal(batch[name], value)
+        for value in batch.values():
+            assert value.sharding == partition.batch_sharding(mesh)
+        np.testing.assert_array_equal(to_uint8(batch["image"]), levels)
+
     def test_record_numbers_stay_on_the_host(self):
         assert set(partition.without_index({"index": np.arange(8), "image": np.zeros(8)})) == {"image"}
 
@@ -351,6 +373,7 @@ def test_fsdp_gathers_parameters_and_never_activations():
 REPORT = """
 import json, jax
 from dalle2_jax import partition
+from dalle2_jax.levels import to_uint8
 partition.initialise()
 partition.initialise()
 count = len(jax.devices())
@@ -432,6 +455,7 @@ def test_several_gpus_hide_the_time_of_their_messages(monkeypatch):
 MAPPED = """
 import ctypes, numpy as np
 from dalle2_jax import partition
+from dalle2_jax.levels import to_uint8
 partition.initialise()
 partition.make_mesh()
 class Info(ctypes.Structure):

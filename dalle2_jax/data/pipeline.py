@@ -101,7 +101,8 @@ class Dataset:
             shuffle: False reads the records in their order.
 
         Yields:
-            The dataset's fields and `index` int64 [b], the record numbers; pictures float32 in [-1, 1].
+            The dataset's fields and `index` int64 [b], the record numbers; pictures uint8, a `low_res`
+            that is blurred or degraded float32 in [-1, 1].
 
         Raises:
             ValueError: batch_size is no multiple of num_parts. TooManyBadRecords: above the budget.

@@ -113,9 +113,9 @@ def batches(
 
     Args:
         load: (record numbers int64 [n], epochs int64 [n]) -> the fields, stacked; called from several
-        threads. signature: {field: (dtype, shape of one record)} of what it returns; uint8 becomes float32
-        in [-1, 1]. batch_size, start_step, parts, num_parts, repeat, shuffle: see
-        `pipeline.Dataset.batches`. chunk: at most so many records a call of `load`. group: see above.
+        threads. signature: {field: (dtype, shape of one record)} of what it returns. batch_size, start_step,
+        parts, num_parts, repeat, shuffle: see `pipeline.Dataset.batches`. chunk: at most so many records a
+        call of `load`. group: see above.
     """
     tf = _tensorflow()
     group = min(group, num_records)
@@ -155,13 +155,6 @@ def batches(
             for array, (name, (_, shape)) in zip(arrays, signature.items(), strict=True)
         }
 
-    @tf.autograph.experimental.do_not_convert
-    def finish(batch):
-        return {
-            name: tf.cast(array, tf.float32) / 127.5 - 1 if array.dtype == tf.uint8 else array
-            for name, array in batch.items()
-        }
-
     num_chunks = 2**62 if stop is None else max(0, -(-(stop - first) // chunk))
     dataset = tf.data.Dataset.range(num_chunks).map(read, num_parallel_calls=num_workers, deterministic=True)
     if chunk != local or stop is not None:
@@ -170,4 +163,4 @@ def batches(
     options.autotune.enabled = False  # the cores are training's
     options.threading.private_threadpool_size = num_workers + 1
     options.threading.max_intra_op_parallelism = 1
-    return Stream(dataset.map(finish).prefetch(2).with_options(options), failures)
+    return Stream(dataset.prefetch(2).with_options(options), failures)

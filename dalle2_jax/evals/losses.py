@@ -109,15 +109,10 @@ def _of_stage(model: cascade.Cascade, name: str, images, captions, batch_size: i
             batch["tokens"], batch["token_mask"] = tokenizer(captions[part])
         if classes:
             batch["label"] = np.int32([pipeline.label_of(text, classes) for text in captions[part]])
-        batch = {field: _scaled(value) for field, value in batch.items() if field in reads}
+        batch = {field: value for field, value in batch.items() if field in reads}
         with partition.use_mesh(mesh):
             number = np.uint32(start // batch_size)
             yield jax.device_get(loss(model.params(name), frozen, number, partition.on_devices(batch, mesh)))
-
-
-def _scaled(value: np.ndarray) -> np.ndarray:
-    """Pictures of 8 bits as float32 in [-1, 1]; all else as it is."""
-    return value / np.float32(127.5) - 1 if value.dtype == np.uint8 else value
 
 
 def table(losses: dict[str, dict]) -> str:
