@@ -13,7 +13,7 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 def to_float(images: jax.Array) -> jax.Array:
     """uint8 to float32 in [-1, 1]; `to_uint8` undoes it."""
-    return images.astype(jnp.float32) / 127.5 - 1
+    return (images.astype(jnp.float32) - 127.5) / 127.5
 
 
 @jax.jit
