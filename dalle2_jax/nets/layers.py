@@ -162,12 +162,10 @@ class GroupNorm(nn.Module):
         mean = x.mean(axis=axes)
         var = jnp.square(x - jnp.expand_dims(mean, axes)).mean(axis=axes)
         mean, var = (s.reshape(-1, groups, channels // groups) for s in (mean, var))
-        group_mean = mean.mean(axis=-1, keepdims=True)
-        group_var = (var + jnp.square(mean - group_mean)).mean(axis=-1, keepdims=True)
-        per_group = jnp.concatenate([jax.lax.rsqrt(group_var + NORM_EPSILON), group_mean])[..., 0]
-        inverse, group_mean = jnp.split(_to_channels(per_group, channels), 2)
-        gain = inverse * scale
-        shift = bias - group_mean * gain
+        group_mean = mean.mean(axis=-1)
+        group_var = (var + jnp.square(mean - group_mean[..., None])).mean(axis=-1)
+        gain = _to_channels(jax.lax.rsqrt(group_var + NORM_EPSILON), channels) * scale
+        shift = bias - _to_channels(group_mean, channels) * gain
         return x * jnp.expand_dims(gain, axes) + jnp.expand_dims(shift, axes)
 
 

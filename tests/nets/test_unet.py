@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle2_jax import hlo, partition
 from dalle2_jax.modeldir import flatten
 from dalle2_jax.nets.unet import DecoderNet, ResBlock, TimeEmbedding, UNet, UpsamplerNet
 
@@ -258,6 +259,28 @@ def test_remat_of_all_but_products_convolves_nothing_twice(small):
     assert activations < more <= most
     with pytest.raises(ValueError, match="remat 'some' is unknown"):
         operations("some")
+
+
+def test_examples_do_not_meet(small):
+    """On devices that have some examples each nothing is moved, and gradients are only summed up."""
+    args, params = small
+    mesh = partition.make_mesh()
+    where = (partition.replicated(mesh), [partition.batch_sharding(mesh)] * len(args))
+    rows = [jax.ShapeDtypeStruct((partition.batch_shards(mesh), *x.shape[1:]), x.dtype) for x in args]
+
+    def drawn(params, rows):
+        return build().apply({"params": params}, *rows, image_size=SIDE)
+
+    def loss(params, rows):
+        return jnp.square(drawn(params, rows)).mean()
+
+    def moved(function):
+        with partition.use_mesh(mesh):
+            program = jax.jit(function, in_shardings=where).lower(params, rows).compile()
+        return hlo.collectives(program.as_text())
+
+    assert moved(drawn) == {}
+    assert set(moved(jax.grad(loss))) == {"all-reduce"}
 
 
 def test_dropout_acts_unless_deterministic():
