@@ -75,8 +75,7 @@ def compiler_options(once: bool = False, mesh: Mesh | None = None) -> dict | Non
 
     On a CPU it then compiles in a fifth less time and is as fast, and runs in the order that needs least
     memory, which two devices follow more evenly than XLA's order for several threads in one (a tenth of a
-    decoder's training step), with vectors of 512 bits where the processor has them (another twentieth); one
-    that runs `once` compiles in half the time and is slower. On TPUs kernels
+    decoder's training step); one that runs `once` compiles in half the time and is slower. On TPUs kernels
     that are split are gathered whole: XLA would else pass their pieces round beside large activations, in a
     loop whose products have a few channels each (docs/scaling.md). On a
     mesh of several GPUs the schedule lets devices compute while they wait for each other.
@@ -90,11 +89,8 @@ def compiler_options(once: bool = False, mesh: Mesh | None = None) -> dict | Non
         return None
     if once:
         return {"xla_backend_optimization_level": 0}
-    return {
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-        "xla_cpu_prefer_vector_width": 512,
-    }
+    order = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+    return {"xla_llvm_disable_expensive_passes": True, "xla_cpu_scheduler_type": order}
 
 
 def _set_cpu_devices(count: int | None) -> None:
