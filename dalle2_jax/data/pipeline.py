@@ -6,6 +6,7 @@ A record that cannot be used is replaced by the next usable one, the same on eve
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Sequence
 
@@ -179,9 +180,13 @@ class Dataset:
                 self._bad.check()
         raise TooManyBadRecords(f"none of the {self.num_records} records can be used: {self.bad_records()}")
 
-    @property
+    @functools.cached_property
     def _needs_caption(self) -> bool:
         return bool({"tokens", "token_mask", "label"} & set(self.fields))
+
+    @functools.cached_property
+    def _needs_image(self) -> bool:
+        return bool(set(_PICTURES) & set(self.fields))
 
     def key(self, index: int) -> str:
         """The name of a record, or its number where it cannot be read."""
@@ -191,8 +196,7 @@ class Dataset:
             return f"record {index}"
 
     def _read(self, index: int) -> Record:
-        needs_image = any(name in self.fields for name in _PICTURES)
-        return self.source.read(index, needs_image, captions=self._needs_caption or self.views.flip)
+        return self.source.read(index, self._needs_image, captions=self._needs_caption or self.views.flip)
 
     def record_fields(self, index: int) -> tuple[str, str, dict[str, np.ndarray]]:
         """(key, caption, fields) of record `index` itself, centred and with its first caption.
