@@ -1,7 +1,10 @@
-"""python -m benchmarks.jpeg_shards SOURCE OUT [--side=512] [--quality=90]
+"""python -m benchmarks.jpeg_shards SOURCE OUT [--side=512] [--quality=90] [--grain=0]
 
 Writes the pictures of the tar shards train-*.tar in SOURCE once more, as JPEGs of side x side pixels, to
 shards of the same names in OUT, with their captions (.txt). `benchmarks.compare --data=OUT` then reads JPEGs.
+
+Decoding takes the longer the more a file holds, and drawings hold little. --grain adds normal noise of this
+standard deviation, of 255 levels, to every pixel's brightness, so that files become as large as photographs.
 """
 
 import argparse
@@ -9,7 +12,17 @@ import io
 import tarfile
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from dalle2_jax.data import records, transforms
+
+
+def grainy(picture: Image.Image, deviation: float, rng: np.random.Generator) -> Image.Image:
+    """An RGB picture with normal noise of `deviation` levels, the same in its three colours."""
+    noise = rng.normal(0, deviation, (picture.height, picture.width, 1))
+    return Image.fromarray((np.asarray(picture) + noise).round().clip(0, 255).astype(np.uint8))
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
@@ -17,11 +30,13 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--quality", type=int, default=90)
+    parser.add_argument("--grain", type=float, default=0)
     given = parser.parse_args()
     shards = sorted(given.source.glob("train-*.tar"))
     if not shards:
         parser.error(f"{given.source} holds no train-*.tar")
     given.out.mkdir(parents=True)
+    rng = np.random.default_rng(0)
     for shard in shards:
         with tarfile.open(shard) as old, tarfile.open(given.out / shard.name, "w") as new:
             for member in old:
@@ -31,6 +46,8 @@ if __name__ == "__main__":
                 content = old.extractfile(member).read()
                 if ending != "txt":
                     jpeg, picture = io.BytesIO(), transforms.square(transforms.decode(content), given.side)
+                    if given.grain:
+                        picture = grainy(picture, given.grain, rng)
                     picture.save(jpeg, "JPEG", quality=given.quality)
                     content, ending = jpeg.getvalue(), "jpg"
                 entry = tarfile.TarInfo(f"{key}.{ending}")

@@ -10,10 +10,11 @@ import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import compare, first_pictures, paired
+from benchmarks import compare, first_pictures, jpeg_shards, paired
 from configs import decoder64, prior
 from dalle2_jax import benchmark, flops, models
 from tests.data.shards_for_tests import colour_of, sample, write_tar
@@ -314,6 +315,14 @@ def test_shards_are_written_again_as_jpegs(tmp_path):
             picture = Image.open(archive.extractfile(names[0]))
             assert picture.format == "JPEG" and picture.size == (32, 32)
             assert abs(picture.getpixel((9, 9))[0] - colour_of(2 * shard)[0]) < 3
+
+
+def test_grain_makes_files_larger_and_keeps_the_mean_colour():
+    plain = Image.new("RGB", (64, 64), (90, 120, 150))
+    grained = np.asarray(jpeg_shards.grainy(plain, 8, np.random.default_rng(0)), np.float32)
+    assert abs(grained.mean(axis=(0, 1)) - (90, 120, 150)).max() < 0.5
+    assert 7.5 < grained.std(axis=(0, 1)).min() and grained.std(axis=(0, 1)).max() < 8.5
+    assert np.ptp(grained - (90, 120, 150), axis=-1).max() == 0  # brightness alone: no colour of its own
 
 
 @pytest.mark.slow
