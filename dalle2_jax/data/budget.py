@@ -31,6 +31,7 @@ class Budget:
         self._refused = dict(refused)
         self._noted = collections.Counter()
         self._read = 0
+        self._stopped = ""  # why, once the run has to stop
         self.kept: list[dict] = []
         lost = sum(refused.values())
         if lost > self._slack + max_fraction * (num_records + lost):
@@ -41,14 +42,20 @@ class Budget:
         return self._known.get(index)
 
     def add(self, index: int, key: str, error: BadRecord) -> None:
-        """Count record `index`, once."""
+        """Count record `index`, once. Raises TooManyBadRecords above the budget, and from then on the same to
+        every thread, without counting."""
         with self._lock:
-            if index in self._known:
-                return
-            self._known[index] = error.reason
-            logging.log_first_n(logging.WARNING, "bad record %s: %s", 20, key, error)
-            if len(self.kept) < _KEPT_BAD:
-                self.kept.append(dict(index=index, key=key, reason=error.reason, detail=error.detail))
+            if self._stopped:
+                raise TooManyBadRecords(self._stopped)
+            if index not in self._known:
+                self._known[index] = error.reason
+                logging.log_first_n(logging.WARNING, "bad record %s: %s", 20, key, error)
+                if len(self.kept) < _KEPT_BAD:
+                    self.kept.append(dict(index=index, key=key, reason=error.reason, detail=error.detail))
+            bad = len(self._known)
+            seen = max(min(self._read, self._num_records), bad)
+            if bad > self._slack + self._max_fraction * seen:
+                self._stop(bad, seen, "read")
 
     def note(self, reason: str) -> None:
         """Count something that does not make a record unusable."""
@@ -60,21 +67,14 @@ class Budget:
         with self._lock:
             self._read += 1
 
-    def check(self) -> None:
-        """Raise TooManyBadRecords above the budget."""
-        with self._lock:
-            bad = len(self._known)
-            seen = max(min(self._read, self._num_records), bad)
-            if bad > self._slack + self._max_fraction * seen:
-                self._stop(bad, seen, "read")
-
     def _stop(self, bad: int, seen: int, what: str):
         examples = "; ".join(f"{item['key']} ({item['reason']} {item['detail']})" for item in self.kept[:5])
-        raise TooManyBadRecords(
+        self._stopped = (
             f"{bad} of {seen} records {what} cannot be used, above data.max_bad_fraction="
             f"{self._max_fraction}: {self.counts()}. {examples}{'. ' if examples else ''}"
             "Mend the dataset, or raise data.max_bad_fraction"
         )
+        raise TooManyBadRecords(self._stopped)
 
     def counts(self) -> dict[str, int]:
         """{reason: count} of everything so far."""

@@ -177,7 +177,6 @@ class Dataset:
                 return self._parts(record, draws) | {"index": chosen}
             except BadRecord as error:
                 self._bad.add(chosen, record.key if record else self.key(chosen), error)
-                self._bad.check()
         raise TooManyBadRecords(f"none of the {self.num_records} records can be used: {self.bad_records()}")
 
     @functools.cached_property

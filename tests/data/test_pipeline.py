@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
 
 from dalle2_jax.data import pipeline, prepared, sources, stream  # noqa: E402
-from dalle2_jax.data.budget import TooManyBadRecords  # noqa: E402
+from dalle2_jax.data.budget import Budget, TooManyBadRecords  # noqa: E402
+from dalle2_jax.data.records import BadRecord  # noqa: E402
 from tests.data import shards_for_tests as made  # noqa: E402
 
 FIELDS = ("image", "tokens", "token_mask")
@@ -257,6 +258,17 @@ def test_bad_budget_exceeded(tmp_path):
     write_with_bad(tmp_path, dict.fromkeys(range(5), b"broken"), count=5)
     with pytest.raises(TooManyBadRecords, match="none of the 5 records"):
         next(dataset(tmp_path).batches(2))
+
+
+def test_the_first_stop_is_what_every_thread_is_told():
+    budget = Budget(20, 0, {})
+    told = []
+    for index in (3, 7, 3):  # as threads that read on while the first of them stops
+        budget.count_read()
+        with pytest.raises(TooManyBadRecords, match="1 of 1 records read") as stop:
+            budget.add(index, f"key{index}", BadRecord("undecodable"))
+        told.append(str(stop.value))
+    assert len(set(told)) == 1 and budget.counts() == {"undecodable": 1} and len(budget.kept) == 1
 
 
 def test_losses_of_indexing_count_against_the_budget(tmp_path):
