@@ -317,7 +317,20 @@ def test_shards_are_written_again_as_jpegs(tmp_path):
             assert abs(picture.getpixel((9, 9))[0] - colour_of(2 * shard)[0]) < 3
 
 
-def test_grain_makes_files_larger_and_keeps_the_mean_colour():
+def test_grain_makes_files_larger(tmp_path):
+    source, sizes = tmp_path / "png", []
+    source.mkdir()
+    shards(source, 4)
+    for grain in (0, 8):
+        out = tmp_path / f"grain{grain}"
+        command = [sys.executable, "-m", "benchmarks.jpeg_shards", str(source), str(out)]
+        subprocess.run([*command, "--side=64", f"--grain={grain}"], cwd=ROOT, check=True)
+        with tarfile.open(out / "train-00000.tar") as archive:
+            sizes.append([member.size for member in archive if member.name.endswith(".jpg")])
+    assert all(grained > 1.5 * plain for plain, grained in zip(*sizes, strict=True))
+
+
+def test_grain_is_noise_of_brightness_that_keeps_the_mean_colour():
     plain = Image.new("RGB", (64, 64), (90, 120, 150))
     grained = np.asarray(jpeg_shards.grainy(plain, 8, np.random.default_rng(0)), np.float32)
     assert abs(grained.mean(axis=(0, 1)) - (90, 120, 150)).max() < 0.5
