@@ -151,7 +151,6 @@ def launch(command: list[str], logs, count: int, devices: int) -> list[subproces
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(i),
         }
-        environment.pop("XLA_FLAGS", None)
         with open(logs.parent / f"{logs.name}.{i}.log", "w") as log:
             whole = [sys.executable, "-m", *command]
             started.append(

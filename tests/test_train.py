@@ -121,7 +121,6 @@ def test_misspelt_settings_are_named_with_the_nearest(tmp_path):
 
 def run_command(workdir, *overrides: str, devices: int = 1) -> subprocess.Popen:
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
     command = [
         sys.executable,
         "-m",

@@ -145,11 +145,10 @@ def free_port() -> int:
 
 def launch(command: list[str], log: str, devices: int, environment=()) -> subprocess.Popen:
     """A process with so many CPU devices, whose output is appended to the file `log`."""
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | dict(environment)
     with open(log, "a") as output:
         return subprocess.Popen(
-            command, cwd=ROOT, env=inherited | own, stdout=output, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=os.environ | own, stdout=output, stderr=subprocess.STDOUT
         )
 
 

@@ -5,12 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from dalle2_jax import flops
 from dalle2_jax.stages import ar_prior
+from tests.learned import assert_within, descend, key_of, margin
 
+KEY = jax.random.key(0)
 EMBED, LENGTH, CODES = 16, 6, 12
 
 
@@ -54,13 +55,17 @@ def in_parts(count=2000, parts=7):
     )
 
 
-@pytest.fixture(scope="module")
-def fitted():
+def fit(seed=0):
     """A stage, its parameters with fitted statistics, and the scalars of the fit."""
     stage = build()
-    params = stage.init(jax.random.key(0), batch_of(2))
+    params = jax.jit(stage.init)(key_of(seed), batch_of(2))
     params, scalars = stage.fit(params, in_parts())
     return stage, params, scalars
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit()
 
 
 def test_components_are_those_of_the_covariance_in_falling_order(fitted):
@@ -166,42 +171,51 @@ def test_the_cache_changes_nothing(fitted, dtype):
     np.testing.assert_allclose(jnp.stack(parts[1:], axis=1), whole, atol=tolerance)
 
 
-@pytest.fixture(scope="module")
-def trained(fitted):
-    """The stage after it has learned eight embeddings by heart, and their batch."""
+BOUNDS = {
+    "loss": ("<", 0.1),
+    "accuracy": (">", 0.97),
+    "code_cosine": (">", 0.98),
+    "nearest_margin": (">", 0.0),
+    "similarity": (">", 0.95),
+}
+
+
+def learn(seed, fitted):
+    """The stage after it has learned eight embeddings by heart in 250 steps, and their batch."""
     stage, params, _ = fitted
-    batch = batch_of(8, seed=5)
-    optimizer = optax.adam(3e-3)
+    batch = batch_of(8, seed=5 + seed)
     # all dot products in the uppermost bucket, which is what will be drawn
     stats = params["stats"] | {"dot_edges": jnp.full(9, -1.0).at[-1].set(1.0)}
-    trainable = {"net": params["net"]}
+    params, _ = descend(stage, params | {"stats": stats}, key_of(seed), batch, steps=250, learning_rate=3e-3)
+    return stage, params, batch
 
-    @jax.jit
-    def step(trainable, state, key):
-        def loss(trainable):
-            return stage.loss(trainable | {"stats": stats}, key, batch)
 
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
-        updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(trainable, updates), state, metrics
+def reached(seed, learned=None):
+    """How well it knows the eight, and how near what it draws is to the embeddings of the captions."""
+    stage, params, batch = learned or learn(seed, fit(seed))
+    loss, metrics = jax.jit(lambda *arguments: stage.loss(*arguments, train=False))(params, KEY, batch)
+    sample = jax.jit(
+        lambda params, keys, batch, s: stage.sample(params, keys, batch, guidance_scale=s, dot_quantile=0.99)
+    )
+    drawn = sample(params, jax.random.split(jax.random.key(3 + seed), 8), batch, jnp.float32(2.0))
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    similarity = unit(drawn) @ unit(batch["image_embed"]).T
+    return {
+        "loss": loss,
+        "accuracy": metrics["accuracy"],
+        "code_cosine": metrics["code_cosine"],
+        "nearest_margin": margin(similarity),
+        "similarity": jnp.diagonal(similarity).mean(),
+    }
 
-    state = optimizer.init(trainable)
-    for i in range(250):
-        trainable, state, metrics = step(trainable, state, jax.random.fold_in(jax.random.key(0), i))
-    return stage, trainable | {"stats": stats}, batch
+
+@pytest.fixture(scope="module")
+def trained(fitted):
+    return learn(0, fitted)
 
 
 def test_eight_embeddings_are_learned_and_drawn(trained):
-    stage, params, batch = trained
-    loss, metrics = stage.loss(params, jax.random.key(0), batch, train=False)
-    assert loss < 0.1 and metrics["accuracy"] > 0.97 and metrics["code_cosine"] > 0.98
-    keys = jax.random.split(jax.random.key(3), 8)
-    sample = jax.jit(lambda s: stage.sample(params, keys, batch, guidance_scale=s, dot_quantile=0.99))
-    drawn = sample(jnp.float32(2.0))
-    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
-    nearest = (unit(drawn) @ unit(batch["image_embed"]).T).argmax(axis=1)
-    np.testing.assert_array_equal(nearest, np.arange(8))
-    assert (unit(drawn) * unit(batch["image_embed"])).sum(axis=1).mean() > 0.95
+    assert_within(reached(0, trained), BOUNDS)
 
 
 @pytest.mark.parametrize("scale", [1, 2.0])
