@@ -1,7 +1,7 @@
 """launch/env.sh and .ci/run: the Python that they take, and the environment that they make or leave.
 
-The machines are folders of stand-ins. A stand-in for Python answers the script's own question by a real one that is told
-another version; nothing is downloaded.
+The machines are folders of stand-ins. A stand-in for Python passes the script's own question on to a real
+one, which it tells another version. Nothing is downloaded.
 """
 
 import shutil
@@ -35,9 +35,11 @@ def program(path: Path, lines: str) -> Path:
 
 
 def python(path: Path, version: tuple[int, int], change: str = "", pip: bool = False) -> Path:
-    """A stand-in for a Python of this version; `change` is a line of Python that changes what it says of
-    itself. Environments that it makes are folders with a copy of it, whose pip installs the stand-in for uv."""
-    told = f"import sys; sys.version_info = ({version[0]}, {version[1]}, 0); {change or 'pass'}; exec(sys.argv[1])"
+    """A stand-in for a Python of this version; `change` is Python code that changes what it says of itself.
+
+    An environment that it makes is a folder with a copy of it, whose pip installs the stand-in for uv.
+    """
+    told = f"import sys; sys.version_info = {(*version, 0)}; {change or 'pass'}; exec(sys.argv[1])"
     return program(
         path,
         f"""
@@ -232,8 +234,10 @@ def test_an_environment_whose_python_is_gone_is_made_anew(machine):
 
 
 def parts(machine: Machine, **variables: str) -> tuple[int, list[list[str]], str]:
-    """(status, [[PYTHON, EXTRAS, environment, arguments] of each part], output) of .ci/run with a stand-in for
-    launch/test.sh."""
+    """(status, [[PYTHON, EXTRAS, environment, arguments] of each part], output) of .ci/run.
+
+    launch/test.sh is a stand-in.
+    """
     repository = machine.where / "repository"
     for name in (".ci/run", "launch/env.sh"):
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
