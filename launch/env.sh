@@ -4,7 +4,8 @@
 #   prepare EXTRA,...   makes $VENV hold the package with these extras and puts its programs first in PATH;
 #                       does nothing when setup.py, constraints.txt and the extras are as they were
 #
-#   PYTHON              the interpreter to make the environment with  (default: the first Python 3.11 or 3.12)
+#   PYTHON              the interpreter to make the environment with  (default: the newest Python of 3.11 to 3.13,
+#                       which uv downloads where there is none); an environment that is there already stays as it is
 #   DALLE2_JAX_VENV     where the environment is                      (default: .venv in the repository)
 #   EXTRAS              further extras of setup.py, for instance cuda, tpu or oracle
 #   FAIL_STATUS         with which a failure here ends the script       (default: 1)
@@ -20,24 +21,123 @@ fail() {
   exit "${FAIL_STATUS:-1}"
 }
 
-# Prints the Python to use. A candidate must run (a shim may have nothing behind it) and be able to make environments.
+# Prints the version of a Python and its state, for instance "3.13 fits"; nothing where it does not run (a shim may have
+# nothing behind it). The other states: "old" and "new" versions, "odd" builds, for which packages have no wheels (PyPy,
+# Python without the GIL), and "bare", without the modules that make environments (Debian packs them by themselves).
+about() {
+  "$1" -c '
+import sys
+version, state = sys.version_info[:2], "fits"
+if version < (3, 11):
+    state = "old"
+else:
+    import sysconfig
+    if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
+        state = "odd"
+    else:
+        try:
+            import ensurepip, venv
+            if version > (3, 13):
+                state = "new"
+        except ImportError:
+            state = "bare"
+print("%d.%d %s" % (version + (state,)))' 2> /dev/null < /dev/null
+}
+
+# Prints a line "VERSION STATE PATH" for each kind of Python that runs: those in PATH, of pyenv and of uv, in this order.
+survey() {
+  local path state uv="${UV_PYTHON_INSTALL_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/uv/python}"
+  {
+    type -aP python3.13 python3.12 python3.11 python3 python python3.14 || true
+    ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[1-3].*/bin/python3 "$uv"/cpython-3.1[1-3].*/bin/python3 \
+      2> /dev/null || true
+  } | while read -r path; do
+    state="$(about "$path")" && echo "$state $path"
+  done | awk '!seen[$1, $2]++'
+}
+
+# Prints a line "VERSION PATH" for each Python of the survey in $1 that fits, the newest first: from 3.12 on jax is 0.12,
+# which multiplies bfloat16 matrices several times as fast on some CPUs.
+fitting() {
+  sed -n 's/^\([0-9.]*\) fits /\1 /p' <<< "$1" | sort -s -t . -k 2,2nr
+}
+
+# Prints the path of uv, installed into the empty folder $1 by the first Python that can.
+fetch_uv() {
+  local python pythons
+  pythons="$(type -aP python3.14 python3.13 python3.12 python3.11 python3 python)" || true
+  while read -r python; do
+    [ -n "$python" ] || continue
+    if "$python" -m venv "$1/venv" > /dev/null 2>&1; then
+      "$1/venv/bin/python" -m pip install --quiet --disable-pip-version-check uv >&2 && echo "$1/venv/bin/uv"
+      return
+    elif "$python" -m pip --version > /dev/null 2>&1; then # Debian may have pip and no ensurepip
+      "$python" -m pip install --quiet --disable-pip-version-check --target "$1/uv" uv >&2 && echo "$1/uv/bin/uv"
+      return
+    fi
+  done <<< "$pythons"
+  echo "no Python here can install uv: none has the modules venv and ensurepip, or pip" >&2
+  return 1
+}
+
+# Prints the path of a Python 3.13 that uv keeps for itself. Where uv is not in PATH, one is installed and thrown away.
+uv_python() (
+  scratch="" uv="$(type -P uv)" || true
+  trap 'exit 130' INT TERM
+  trap '[ -z "$scratch" ] || rm -rf "$scratch"' EXIT
+  if [ -z "$uv" ]; then
+    scratch="$(mktemp -d)" && uv="$(fetch_uv "$scratch")" || exit 1
+  fi
+  export UV_PYTHON_PREFERENCE=only-managed # a shim in PATH that has nothing behind it would end the search
+  # --system: not the Python of an environment that is active or lies here
+  "$uv" python install 3.13 >&2 && "$uv" python find --system 3.13
+)
+
+# Says of each Python of the survey in $1 why it is not taken.
+objections() {
+  local version state path why
+  while read -r version state path; do
+    case "$state" in
+      old) why="too old" ;;
+      new) why="TensorFlow has no build for it; PYTHON=$path takes it all the same, and data is read without TensorFlow" ;;
+      odd) why="PyPy or a build without the GIL, for which packages have no builds" ;;
+      bare) why="it cannot make environments; on Debian and Ubuntu: apt-get install python$version-venv" ;;
+      *) continue ;;
+    esac
+    printf '\n  %s is Python %s: %s' "$path" "$version" "$why"
+  done <<< "$1"
+}
+
+# Checks $PYTHON.
+check_python() {
+  local version state
+  read -r version state <<< "$(about "$PYTHON")" || true
+  case "$state" in
+    fits) ;;
+    new) say "Python $version: TensorFlow has no build for it, data is read without TensorFlow" >&2 ;;
+    "") fail "PYTHON=$PYTHON does not run; name a Python 3.11 to 3.13" ;;
+    old) fail "PYTHON=$PYTHON is Python $version, too old; name a Python 3.11 to 3.13" ;;
+    *) fail "PYTHON=$PYTHON is of no use:$(objections "$version $state $PYTHON")" ;;
+  esac
+}
+
+# Prints the Python to make the environment with.
 find_python() {
-  local candidate
+  local seen found
   if [ -n "${PYTHON:-}" ]; then
-    "$PYTHON" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null ||
-      fail "PYTHON=$PYTHON is no Python 3.11 or newer that can make environments (module venv)"
+    check_python
     echo "$PYTHON"
     return
   fi
-  for candidate in python3 python python3.12 python3.11; do
-    if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
-      2> /dev/null; then
-      echo "$candidate"
-      return
-    fi
-  done
-  fail "found no Python 3.11 or 3.12 with the module venv: install one (on Debian and Ubuntu: apt-get install" \
-    "python3 python3-venv), or name one with PYTHON=/path/to/python"
+  seen="$(survey)" || true
+  found="$(fitting "$seen" | sed -n 1p)"
+  if [ -z "$found" ]; then
+    say "no Python 3.11 to 3.13 that can make environments is here: uv downloads 3.13" >&2
+    found="uv $(uv_python)" && [ "$(about "${found#* }")" = "3.13 fits" ] ||
+      fail "found no Python 3.11 to 3.13 that can make environments, and uv brought none (see above)." \
+        "Install one, or name one with PYTHON=/path/to/python$(objections "$seen")"
+  fi
+  echo "${found#* }"
 }
 
 # Runs pip, and once more if it failed: a package index may be out of reach for a moment. Shows the large downloads.
@@ -53,14 +153,32 @@ pip_install() {
   done
 }
 
-prepare() {
-  local extras="$1${EXTRAS:+,$EXTRAS}" python state stamp began=$SECONDS
-  if ! "$VENV/bin/python" -m pip --version > /dev/null 2>&1; then # absent, or its making was interrupted
-    python="$(find_python)" || exit "${FAIL_STATUS:-1}"
-    say "making an environment in $VENV with $("$python" --version)"
-    "$python" -m venv "$VENV" || fail "$python -m venv $VENV failed; its lines above say why"
-    "$VENV/bin/python" -m pip --version > /dev/null || fail "$VENV has no pip; remove it and run this again"
+# Makes $VENV an environment with pip. One that is there stays, whatever Python it has; one whose Python runs no more (it
+# was removed or replaced, or the making was interrupted) is made anew.
+make_venv() {
+  local python now clear=()
+  now="$(about "$VENV/bin/python")" || true
+  if "$VENV/bin/python" -m pip --version > /dev/null 2>&1; then
+    if [ -n "${PYTHON:-}" ] && [ -n "$now" ] && [ "$now" != "$(about "$PYTHON")" ]; then
+      echo "$VENV is there, with Python ${now% *}, and stays: to use PYTHON=$PYTHON, remove it or set DALLE2_JAX_VENV" >&2
+    fi
+    return
   fi
+  if [ -n "$now" ] && "$VENV/bin/python" -m ensurepip > /dev/null 2>&1; then # uv makes environments without pip
+    return
+  fi
+  python="$(find_python)" || exit "${FAIL_STATUS:-1}"
+  say "making an environment in $VENV with $("$python" --version)"
+  if [ -z "$now" ] && [ -e "$VENV/pyvenv.cfg" ]; then
+    clear=(--clear)
+  fi
+  "$python" -m venv ${clear[@]+"${clear[@]}"} "$VENV" || fail "$python -m venv $VENV failed; its lines above say why"
+  "$VENV/bin/python" -m pip --version > /dev/null || fail "$VENV has no pip; remove it and run this again"
+}
+
+prepare() {
+  local extras="$1${EXTRAS:+,$EXTRAS}" state stamp began=$SECONDS
+  make_venv
   # What is installed is known by the state of the files that decide it, one stamp for each set of extras.
   state="$ROOT $(cat "$ROOT/setup.py" "$ROOT/constraints.txt" | cksum)"
   stamp="$VENV/installed-$(echo "$extras" | tr ',' '-')"

@@ -667,5 +667,5 @@ def test_the_images_hold_what_they_copy_and_install():
     assert extras == {"train", "eval", "cuda", "tpu"} and all(f'"{extra}": [' in text for extra in extras)
     starts = [line for line in lines if line.startswith("FROM")]
     assert [line.split()[-1] for line in starts] == ["base", "cpu", "cuda", "tpu"]
-    assert re.fullmatch(r"FROM python:3\.12\.\d+-slim-\w+ AS base", starts[0])
+    assert re.fullmatch(r"FROM python:3\.13\.\d+-slim-\w+ AS base", starts[0])
     assert 'ENTRYPOINT ["python", "-m"]' in lines and lines.count("USER painter") == 2

@@ -17,7 +17,7 @@ import dalle2_jax
 from dalle2_jax.data import scenes
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHONS = ("3.11", "3.12")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 # What is installed under another name than it is imported by.
 DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint", "google": "protobuf"}
 
@@ -167,6 +167,27 @@ def test_sources_are_of_a_supported_python(python):
             )  # an invalid escape is a warning in one Python and an error in a later one
             tree = ast.parse(path.read_text("utf-8"), str(path), feature_version=version)
             compile(tree, str(path), "exec")
+
+
+@pytest.mark.parametrize("kind", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+@pytest.mark.parametrize(
+    "module", ["dalle2_jax", "dalle2_jax.nets.unet", "configs.tiny.clip", "tests.test_x"]
+)
+def test_a_deprecation_in_the_code_of_the_repository_is_an_error(module, kind):
+    """Raised there, or by a function of somebody else's that is called there; elsewhere it is none."""
+    others = {"__name__": "jax.numpy", "kind": kind, "warnings": warnings}
+    exec("def old(): warnings.warn('old', kind, stacklevel=2)", others)
+    for line in ("warnings.warn('old', kind)", "old()"):
+        with pytest.raises(kind, match="old"):
+            exec(line, others | {"__name__": module})
+    if kind is DeprecationWarning:
+        exec("old()", others)
+        exec("old()", others | {"__name__": "tests_of_others"})
+
+
+def test_a_deprecation_in_a_test_is_an_error():
+    with pytest.raises(DeprecationWarning, match="old"):
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
 
 
 def test_no_file_names_a_path_of_somebodys_machine():
