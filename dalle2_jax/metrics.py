@@ -96,21 +96,13 @@ class Writer:
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
-    def images(
-        self,
-        step: int,
-        name: str,
-        images: np.ndarray,
-        captions: Sequence[str] | None = None,
-        columns: int | None = None,
-    ) -> None:
-        """Writes a labelled grid of uint8 [N, H, W, 3] to samples/NAME_STEP.png and to TensorBoard.
+    def grid(self, step: int, name: str, grid: np.ndarray, captions: Sequence[str] | None = None) -> None:
+        """Writes a grid, uint8 [height, width, 3], to samples/NAME_STEP.png and to TensorBoard.
 
         The PNG carries the captions as text ('captions', a JSON list), also those that no font could draw.
         """
         if not self._active:
             return
-        grid = labelled_grid(images, captions, columns)
         path = self._workdir / "samples" / f"{name.replace('/', '_')}_{step:08d}.png"
         save_png(path, grid, {"captions": json.dumps(list(captions or []), ensure_ascii=False)})
         if self._writes_events():

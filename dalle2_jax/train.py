@@ -466,7 +466,7 @@ def run_steps(
     about: dict,
     stops: stopping.Stopping,
 ) -> None:
-    """The loop from step `start` to the last or to a signal; it saves, evaluates, draws and reports.
+    """The loop from step `start` to the last or to a signal; it reports, saves, evaluates and draws.
 
     A state that is drawn from or saved, but for one that a signal asks for, is measure(state). about: what
     checkpoints say of the data, `resume.describe`.
@@ -518,18 +518,22 @@ def run_steps(
                 checkpointer.check()
                 unusable = {f"data/bad_{reason}": n for reason, n in dataset.bad_records().items()}
                 writer.scalars(step, host | unusable | progress.report(step, loss=host["train/loss"]))
-            # A run that was interrupted saves first and leaves the rest to its resumption.
-            if not last or finished:
+            # A run that was interrupted saves, and leaves the rest to its resumption.
+            looking = not last or finished
+            if looking and (drawing or saving):
                 with progress.paused():
-                    if drawing or saving:
-                        train_state = measure(train_state)
-                    if finished or step % config["eval_every"] == 0:
-                        writer.scalars(step, evaluation.losses(train_state.ema_params, frozen))
-                    if drawing:
-                        evaluation.samples(train_state.ema_params, frozen, writer, step)
+                    train_state = measure(train_state)
             if saving:
                 meta = about | dict(step=step, bad_records=dataset.bad_records())
                 checkpointer.save(step, train_state, meta)
+            if looking:
+                with progress.paused():
+                    if finished or step % config["eval_every"] == 0:
+                        writer.scalars(step, evaluation.losses(train_state.ema_params, frozen))
+                    if drawing:
+                        if saving:  # committed, for a sampler that fails ends several processes at once
+                            checkpointer.wait()
+                        evaluation.samples(train_state.ema_params, frozen, writer, step)
             if last:
                 break
         checkpointer.wait()
