@@ -18,7 +18,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from dalle2_jax.grid import labelled_grid, save_png
+from dalle2_jax.grid import labelled_grid as labelled_grid
+from dalle2_jax.grid import save_png as save_png
 
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets. The first name that is part of the
 # device's kind wins.

@@ -25,6 +25,8 @@ from etils import epath
 from dalle2_jax import (
     bad_steps,
     checkpoint,
+    commandline,
+    files,
     hub,
     lock,
     metrics,
@@ -335,7 +337,8 @@ def train(config: dict, workdir: str, allow_changed: Collection[str] = ()) -> No
     """
     with stopping.Stopping() as stops:
         try:
-            _train(config, epath.Path(workdir), allow_changed, stops)
+            config, folder = models.expand_paths(config), epath.Path(files.expand(workdir))
+            _train(config, folder, allow_changed, stops)
         except stopping.Stopped as stopped:
             logging.warning("stopped before the first step; run the same command to go on")
             if stopped.signal == signal.SIGINT:
@@ -574,7 +577,7 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
     define_config()
-    flags.DEFINE_string(
+    commandline.DEFINE_path(
         "workdir", None, "Where checkpoints, logs and samples go; an existing one is resumed."
     )
     flags.DEFINE_list(

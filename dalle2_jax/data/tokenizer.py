@@ -19,10 +19,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from dalle2_jax import files
+
 KINDS = ("clip", "bpe", "gpt2")
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 _SPACES = re.compile(r"\s+")
-_PADDING = re.compile(r"[ \t\r\n]{2,}")  # not all of \s, some of which stands for a letter until it is repaired
+_PADDING = re.compile(r"[ \t\r\n]{2,}")  # not \s, some of which are letters until they are repaired
 _LONG_WORD = re.compile(r"\S{1000,}")
 _MIN_VOCAB = 256 + 2
 # Characters of a caption that are read for each token of a row: more than a token stands for, but for those
@@ -134,7 +136,7 @@ def load_tokenizer(path, context_length: int | None = None) -> Tokenizer:
     Raises:
         ValueError: the path is neither, or the vocabulary is not laid out as CLIP's.
     """
-    path = os.fspath(path)
+    path = files.expand(path)
     settings_path = os.path.join(path, "tokenizer_config.json")
     if os.path.isfile(settings_path):
         with open(settings_path, encoding="utf-8") as file:
@@ -202,9 +204,9 @@ def train_bpe(captions: Iterable[str], vocab_size: int, context_length: int) -> 
     """Train a byte-level BPE on captions; the same captions give the same tokenizer.
 
     Any text can be encoded, for every byte is a token. Where the captions yield fewer merges than asked
-    for, the ids in between stay unused, so that `vocab_size` is what was asked for. Nothing is learnt from what
-    comes after 8192 characters of a caption, or 1000 of a word: merging within a word takes the square of
-    its length, and such a word is data in base64 or the like.
+    for, the ids in between stay unused, so that `vocab_size` is what was asked for. Nothing is learnt from
+    what comes after 8192 characters of a caption, or 1000 of a word: merging within a word takes the square
+    of its length, and such a word is data in base64 or the like.
 
     Raises:
         ValueError: vocab_size below 258 (bytes, SOT, EOT), or no captions.
