@@ -50,7 +50,7 @@ for command in sys.argv[1:]:
             found[command][name] = flag.value.preset
         elif not flag.boolean:
             try:
-                flag.parse(["~/a"] if flag.multi else "~/a")
+                flag.parse("~/a")
                 found[command][name] = flag.value
             except flags.Error:
                 pass  # a number, or one of some words
