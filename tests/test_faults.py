@@ -353,7 +353,7 @@ class Drawing(tiny_run.Tiny):
 
 def drawing(data, num_steps: int, **changes) -> dict:
     """The settings of a run that draws at each step."""
-    return config(data, num_steps, sample_every=1, num_samples=8, **changes)
+    return config(data, num_steps, **dict(sample_every=1, num_samples=8) | changes)
 
 
 def sampled(workdir, step: int) -> list[str]:
@@ -406,7 +406,11 @@ def test_a_grid_that_cannot_be_made_is_a_warning_and_the_run_goes_on(data, workd
 def test_what_ends_a_run_at_its_samples_comes_after_the_checkpoint(data, workdir, monkeypatch, caplog, fault):
     """So that each attempt is a step further on; a checkpoint is committed before anything is drawn."""
     monkeypatch.setattr(tiny_run, "Tiny", Drawing)
-    committed, draw = [], validation.Validation.samples
+    committed, begin = [], validation.Validation.__init__
+
+    def begin_failing(self, *given):
+        begin(self, *given)
+        self._sample = fail
 
     def fail(*args, **options):
         committed.append(steps_of(workdir))
@@ -418,8 +422,7 @@ def test_what_ends_a_run_at_its_samples_comes_after_the_checkpoint(data, workdir
         if fault == "a full disk":
             patched.setattr("dalle2_jax.metrics.save_png", fail)
         else:
-            patched.setattr(validation.partition, "to_host", fail)
-            patched.setattr(validation.Validation, "losses", lambda *_: {})
+            patched.setattr(validation.Validation, "__init__", begin_failing)
         for attempt in (1, 2):
             if fault == "a full disk":
                 assert status(drawing(data, 5), workdir, patched) == train.FAILED
@@ -428,7 +431,6 @@ def test_what_ends_a_run_at_its_samples_comes_after_the_checkpoint(data, workdir
                 with pytest.raises(jax.errors.JaxRuntimeError):
                     status(drawing(data, 5), workdir, patched)
             assert steps_of(workdir) == list(range(1, attempt + 1)) == committed[-1]
-    assert draw is validation.Validation.samples
     assert status(drawing(data, 3), workdir, monkeypatch) == 0 and len(sampled(workdir, 3)) == 8
 
 
