@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from configs import common
 from dalle2_jax import convert, embed, files, hub, models, pictures, train
@@ -175,6 +176,18 @@ def test_the_library_takes_a_tilde_where_it_is_given_a_path(home):
     assert len(list(picture_sets.open_pictures("~/00000.tar").items())) == 3
     assert os.fspath(hub.local("~/model")) == f"{home}/model"
     assert not (home.parent / "~").exists()
+
+
+def test_embeddings_whose_plan_holds_a_tilde_go_on(home):
+    """As older passes wrote it; others are still refused."""
+    from dalle2_jax.data import embeddings
+
+    folder, stored = epath.Path(home / "embeddings"), {"data": {"path": "~/a", "split": "train"}}
+    folder.mkdir()
+    (folder / embeddings.PLAN).write_text(json.dumps(stored))
+    embeddings.keep_plan(folder, {"data": {"path": f"{home}/a", "split": "train"}})
+    with pytest.raises(ValueError, match="other embeddings"):
+        embeddings.keep_plan(folder, {"data": {"path": f"{home}/b", "split": "train"}})
 
 
 def test_nobody_else_expands_paths():
