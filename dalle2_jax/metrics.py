@@ -101,11 +101,15 @@ class Writer:
         """Writes a grid, uint8 [height, width, 3], to samples/NAME_STEP.png and to TensorBoard.
 
         The PNG carries the captions as text ('captions', a JSON list), also those that no font could draw.
+        Raises OSError that names the file.
         """
         if not self._active:
             return
         path = self._workdir / "samples" / f"{name.replace('/', '_')}_{step:08d}.png"
-        save_png(path, grid, {"captions": json.dumps(list(captions or []), ensure_ascii=False)})
+        try:
+            save_png(path, grid, {"captions": json.dumps(list(captions or []), ensure_ascii=False)})
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         if self._writes_events():
             self._board.add_image(name, grid, step, dataformats="HWC")
         if self._wandb is not None:

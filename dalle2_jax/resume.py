@@ -91,7 +91,7 @@ class Resumption:
     def __init__(self, workdir: epath.Path, config: Mapping, allowed: Collection[str] = ()):
         self._workdir, self._allowed = workdir, tuple(allowed)
         path = workdir / "config.json"
-        now = _flat(json.loads(json.dumps(models.expand_paths(config))))
+        now = _flat(json.loads(json.dumps(config)))
         stored = json.loads(path.read_text()) if path.exists() else {}
         # Older runs stored paths as they were written.
         stored = _flat(SETTINGS_SINCE | models.expand_paths(stored)) if stored else now

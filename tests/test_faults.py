@@ -415,7 +415,7 @@ def test_what_ends_a_run_at_its_samples_comes_after_the_checkpoint(data, workdir
     def fail(*args, **options):
         committed.append(steps_of(workdir))
         if fault == "a full disk":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "samples")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise jax.errors.JaxRuntimeError("INTERNAL: the device failed")
 
     with monkeypatch.context() as patched:
@@ -426,7 +426,8 @@ def test_what_ends_a_run_at_its_samples_comes_after_the_checkpoint(data, workdir
         for attempt in (1, 2):
             if fault == "a full disk":
                 assert status(drawing(data, 5), workdir, patched) == train.FAILED
-                assert "No space left on device" in caplog.text
+                path = workdir / "samples" / f"samples_{attempt:08d}.png"
+                assert f"No space left on device: '{path}'" in caplog.text
             else:
                 with pytest.raises(jax.errors.JaxRuntimeError):
                     status(drawing(data, 5), workdir, patched)
