@@ -43,7 +43,7 @@ import numpy as np
 from benchmarks import first_pictures
 from benchmarks.first_pictures import BATCH, CAPTION, GUIDANCE, STEPS
 from benchmarks.paired import HEADER, MAX_SPREAD, Case, Side, added_memory, measure
-from dalle2_jax import benchmark, checkpoint, flops, models, partition, train
+from dalle2_jax import benchmark, checkpoint, files, flops, models, partition, train
 
 EMBED, LENGTH, SIDE, LARGE = 128, 16, 32, 64
 
@@ -664,8 +664,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cases", default=",".join(CASES), help="which, with commas between")
     parser.add_argument("--rounds", type=int, help="of every case; 5, of starts 3, of data 7 unless given")
     parser.add_argument("--max_spread", type=float, default=MAX_SPREAD)
-    parser.add_argument("--data", default="", help="folder of tar shards, for the data pipeline")
-    parser.add_argument("--json", help="also write the results there")
+    parser.add_argument(
+        "--data", type=files.expand, default="", help="folder of tar shards, for the data pipeline"
+    )
+    parser.add_argument("--json", type=files.expand, help="also write the results there")
     parser.add_argument("--memory_of", choices=("ours", "peer"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     unknown = set(given.cases.split(",")) - CASES.keys()

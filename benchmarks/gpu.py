@@ -31,7 +31,7 @@ import jaxlib
 import numpy as np
 
 from configs import decoder64, prior, upsampler256, upsampler1024
-from dalle2_jax import benchmark, models, partition
+from dalle2_jax import benchmark, files, models, partition
 from dalle2_jax.nets import layers
 
 WIDTHS = {192: 256, 320: 128, 512: 64}  # channels: the batch that is tried first
@@ -173,7 +173,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command's options; ends the process for wrong ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
     parser.add_argument("--cases", default=",".join(CASES), help="which, with commas between")
-    parser.add_argument("--json", required=True, type=Path, help="the results are written there")
+    parser.add_argument("--json", required=True, type=files.expand, help="the results are written there")
     parser.add_argument("--seconds", type=float, default=480, help="no case begins after that")
     parser.add_argument("--debug", action="store_true", help="small networks, to see that it runs")
     given = parser.parse_args(arguments)
@@ -209,11 +209,11 @@ def main(arguments: Sequence[str]) -> int:
             try:
                 for found in CASES[name](given.debug, machine):
                     results["cases"][name] = found
-                    given.json.write_text(json.dumps(results, indent=2) + "\n")
+                    Path(given.json).write_text(json.dumps(results, indent=2) + "\n")
             except Exception as error:  # the other cases are still of use
                 results["failed"][name] = f"{type(error).__name__}: {str(error)[:500]}"
                 traceback.print_exc()
-        given.json.write_text(json.dumps(results, indent=2) + "\n")
+        Path(given.json).write_text(json.dumps(results, indent=2) + "\n")
     return 1 if results["failed"] else 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dalle2_jax import files
 from dalle2_jax.data import records, transforms
 
 
@@ -26,19 +27,20 @@ def grainy(picture: Image.Image, deviation: float, rng: np.random.Generator) -> 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("source", type=files.expand)
+    parser.add_argument("out", type=files.expand)
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--quality", type=int, default=90)
     parser.add_argument("--grain", type=float, default=0)
     given = parser.parse_args()
-    shards = sorted(given.source.glob("train-*.tar"))
+    source, out = Path(given.source), Path(given.out)
+    shards = sorted(source.glob("train-*.tar"))
     if not shards:
-        parser.error(f"{given.source} holds no train-*.tar")
-    given.out.mkdir(parents=True)
+        parser.error(f"{source} holds no train-*.tar")
+    out.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for shard in shards:
-        with tarfile.open(shard) as old, tarfile.open(given.out / shard.name, "w") as new:
+        with tarfile.open(shard) as old, tarfile.open(out / shard.name, "w") as new:
             for member in old:
                 key, _, ending = member.name.rpartition(".")
                 if ending not in (*records.IMAGE_EXTENSIONS, "txt"):

@@ -28,7 +28,7 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from dalle2_jax import flops, metrics, models, partition, train
+from dalle2_jax import commandline, flops, metrics, models, partition, train
 from dalle2_jax.commandline import define_config
 
 GIB = 2**30
@@ -335,7 +335,7 @@ if __name__ == "__main__":
     define_config()
     flags.DEFINE_integer("sample", None, "Draw so many examples at a time instead.", lower_bound=1)
     flags.DEFINE_integer("steps", 10, "How many steps are measured.", lower_bound=3)
-    flags.DEFINE_string("json", None, "Also write the report there.")
+    commandline.DEFINE_path("json", None, "Also write the report there.")
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
     flags.mark_flags_as_required(["config"])
     app.run(main)

@@ -33,7 +33,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from dalle2_jax import processes
+from dalle2_jax import files, processes
 
 # the other half of what is written to disk, for callers that know it as checkpoint.load_stage and so on
 from dalle2_jax.modeldir import check_params as check_params
@@ -148,7 +148,7 @@ class Checkpointer:
         _quiet_orbax()
         self._ocp, self._before_save, self._failed = ocp, before_save, False
         self._zero_at_first = zero_at_first
-        self.directory = epath.Path(workdir) / "checkpoints"
+        self.directory = epath.Path(files.expand(workdir)) / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
         self._renames = _renames_folders(self.directory)
         options = ocp.CheckpointManagerOptions(
@@ -354,7 +354,7 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
     import orbax.checkpoint as ocp
 
     _quiet_orbax()
-    directory = epath.Path(workdir) / "checkpoints"
+    directory = epath.Path(files.expand(workdir)) / "checkpoints"
     if not directory.exists():
         raise FileNotFoundError(f"{workdir} is not a training workdir: it has no folder 'checkpoints'")
     options = ocp.CheckpointManagerOptions(
@@ -610,7 +610,7 @@ def _damage_for_all(path: epath.Path) -> Iterator[None]:
 
 def _absolute(path: epath.Path) -> epath.Path:
     """Orbax takes absolute paths only."""
-    return path if "://" in os.fspath(path) else epath.Path(os.path.abspath(os.path.expanduser(path)))
+    return path if "://" in os.fspath(path) else epath.Path(os.path.abspath(path))
 
 
 def _quiet_orbax() -> None:

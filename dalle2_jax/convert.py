@@ -26,7 +26,7 @@ from absl import logging
 from etils import epath
 
 import dalle2_jax
-from dalle2_jax import card, hub, modeldir, models, partition
+from dalle2_jax import card, files, hub, modeldir, models, partition
 from dalle2_jax.cascade import check_cascade
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dalle2_jax.formats import refused, to_diffusers
@@ -138,7 +138,7 @@ def convert_weights(
     """
     out = _check_out(out, dtype)
     module = importlib.import_module(f"dalle2_jax.formats.{format_name.replace('-', '_')}")
-    source = hub.local(source)
+    source, tokenizer = hub.local(source), files.expand(tokenizer)
     if not Path(source).exists():
         raise FileNotFoundError(f"there is no {source}")
     if tokenizer and not os.path.isdir(tokenizer):
@@ -155,9 +155,9 @@ def convert_weights(
             "model directory's tokenizer, as --tokenizer=FOLDER"
         )
     check_cascade(configs, stages, words.vocab_size if words else 0)
-    files = [path for tensors in read.tensors for path in tensors.files]
-    inside = [path.relative_to(source) if path != Path(source) else path.name for path in files]
-    sums = {str(name): sha256(path) for name, path in zip(inside, files, strict=True)}
+    found = [path for tensors in read.tensors for path in tensors.files]
+    inside = [path.relative_to(source) if path != Path(source) else path.name for path in found]
+    sums = {str(name): sha256(path) for name, path in zip(inside, found, strict=True)}
     for file, checksum in sums.items():
         print(f"read {file}, sha256 {checksum}", flush=True)
     licence = licence or read.licence
@@ -189,7 +189,7 @@ def _check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
     """`out` as a path, once it and `dtype` are found to be possible."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    out = epath.Path(out)
+    out = epath.Path(files.expand(out))
     if models.is_workdir(out):
         raise ValueError(f"{out} is a training workdir: write the model directory elsewhere")
     return out
@@ -246,6 +246,11 @@ def _trained_steps(source: str, folder: str) -> int | None:
     return modeldir.read_index(source).get("trained_steps", {}).get(folder)
 
 
+def _paths(text: str) -> tuple[str, ...]:
+    """The paths of a list with commas."""
+    return tuple(files.expand(part) for part in text.split(",") if part)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line; one subcommand a source of weights."""
     parser = argparse.ArgumentParser(prog="python -m dalle2_jax.convert", description=__doc__.split("\n")[0])
@@ -253,17 +258,25 @@ def make_parser() -> argparse.ArgumentParser:
     workdirs = commands.add_parser(
         "workdirs", aliases=["export"], help="averaged weights of training workdirs"
     )
-    workdirs.add_argument("--decoder", required=True, metavar="W", help="workdir of the decoder")
+    workdirs.add_argument(
+        "--decoder", type=files.expand, required=True, metavar="W", help="workdir of the decoder"
+    )
     for role in ("clip", "prior"):
         help_text = f"workdir of the {role}; needed unless the decoder reads captions or classes alone"
-        workdirs.add_argument(f"--{role}", default="", metavar="W", help=help_text)
+        workdirs.add_argument(f"--{role}", type=files.expand, default="", metavar="W", help=help_text)
     workdirs.add_argument(
-        "--upsamplers", default="", metavar="W1,W2", help="workdirs of the upsamplers, in their order"
+        "--upsamplers",
+        type=_paths,
+        default="",
+        metavar="W1,W2",
+        help="workdirs of the upsamplers, in their order",
     )
     for guide in ("noisy_clip", "classifier"):
         help_text = f"workdir of a {guide} that may steer the decoder"
-        workdirs.add_argument(f"--{guide}", default="", metavar="W", help=help_text)
-    workdirs.add_argument("--out", required=True, metavar="MODEL", help="model directory to write")
+        workdirs.add_argument(f"--{guide}", type=files.expand, default="", metavar="W", help=help_text)
+    workdirs.add_argument(
+        "--out", type=files.expand, required=True, metavar="MODEL", help="model directory to write"
+    )
     workdirs.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
     workdirs.add_argument("--name", default="", help="name of the model; by default the last name of --out")
     workdirs.add_argument("--licence", default="", help="of the weights, for the model card")
@@ -271,10 +284,14 @@ def make_parser() -> argparse.ArgumentParser:
     for name in FORMATS:
         module = importlib.import_module(f"dalle2_jax.formats.{name.replace('-', '_')}")
         weights = commands.add_parser(f"{name}", help=module.HELP, description=module.__doc__.split("\n")[0])
-        weights.add_argument("source", metavar="SRC", help=module.HELP)
-        weights.add_argument("out", metavar="OUT", help="model directory to write")
+        weights.add_argument("source", type=files.expand, metavar="SRC", help=module.HELP)
+        weights.add_argument("out", type=files.expand, metavar="OUT", help="model directory to write")
         weights.add_argument(
-            "--tokenizer", default="", metavar="FOLDER", help="for a SRC without a tokenizer"
+            "--tokenizer",
+            type=files.expand,
+            default="",
+            metavar="FOLDER",
+            help="for a SRC without a tokenizer",
         )
         weights.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
         weights.add_argument("--name", default="", help="name of the model; by default the last name of OUT")
@@ -286,17 +303,19 @@ def make_parser() -> argparse.ArgumentParser:
         other.add_argument("out", metavar="OUT", nargs="?")
         other.set_defaults(run=lambda options: refused.refuse(options.command))
     diffusers = commands.add_parser("to-diffusers", help="a folder of diffusers or transformers")
-    diffusers.add_argument("model", metavar="MODEL", help="model directory")
-    diffusers.add_argument("out", metavar="OUT", help="folder to write")
+    diffusers.add_argument("model", type=files.expand, metavar="MODEL", help="model directory")
+    diffusers.add_argument("out", type=files.expand, metavar="OUT", help="folder to write")
     diffusers.set_defaults(run=_run_diffusers)
     push = commands.add_parser("push", help="a model directory to the Hugging Face Hub")
-    push.add_argument("model", metavar="MODEL", help="model directory")
+    push.add_argument("model", type=files.expand, metavar="MODEL", help="model directory")
     push.add_argument("repository", metavar="OWNER/NAME", help="made if absent")
     push.add_argument("--private", action="store_true", help="make a repository that others do not see")
     push.set_defaults(run=_run_push)
     inception = commands.add_parser("inception", help="the weights that FID is measured with, converted once")
-    inception.add_argument("source", metavar="SRC", help="pt_inception-2015-12-05-6726825d.pth")
-    inception.add_argument("out", metavar="OUT", help="safetensors file to write")
+    inception.add_argument(
+        "source", type=files.expand, metavar="SRC", help="pt_inception-2015-12-05-6726825d.pth"
+    )
+    inception.add_argument("out", type=files.expand, metavar="OUT", help="safetensors file to write")
     inception.add_argument(
         "--any_checksum", action="store_true", help="also take a file whose checksum is not the known one"
     )
@@ -312,7 +331,7 @@ def _run_workdirs(options: argparse.Namespace) -> None:
         decoder=options.decoder,
         noisy_clip=options.noisy_clip,
         classifier=options.classifier,
-        upsamplers=tuple(part for part in options.upsamplers.split(",") if part),
+        upsamplers=options.upsamplers,
         dtype=options.dtype,
         name=options.name,
         licence=options.licence,
@@ -353,8 +372,8 @@ def _run_inception(options: argparse.Namespace) -> None:
 
 
 def _print_size(out: str) -> None:
-    files = [path for pattern in ("*", "*/*") for path in epath.Path(out).glob(pattern) if path.is_file()]
-    print(f"wrote {out} ({sum(path.stat().length for path in files) / 1e6:.1f} MB)")
+    found = [path for pattern in ("*", "*/*") for path in epath.Path(out).glob(pattern) if path.is_file()]
+    print(f"wrote {out} ({sum(path.stat().length for path in found) / 1e6:.1f} MB)")
 
 
 def main(arguments: list[str] | None = None) -> int:

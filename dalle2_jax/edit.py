@@ -28,7 +28,7 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from dalle2_jax import editing, metrics, partition, pictures, pipeline, processes
+from dalle2_jax import commandline, editing, files, metrics, partition, pictures, pipeline, processes
 from dalle2_jax.generate import StageLines, write_pictures
 
 FLAGS = flags.FLAGS
@@ -63,7 +63,7 @@ def check_arguments(argv: list[str]) -> tuple[str, list[str]]:
 
 def picture_or_caption(text: str):
     """The picture of a file that is there, else the text, a caption."""
-    if epath.Path(text).exists():
+    if epath.Path(files.expand(text)).exists():
         return pictures.read_picture(text)
     if os.path.splitext(text)[1].lower() in (".png", ".jpg", ".jpeg", ".webp"):
         raise FileNotFoundError(f"there is no picture {text}")
@@ -196,8 +196,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "Model directory; default: the small model of the package.")
-    flags.DEFINE_string("out", "edits", "Where pictures, grid.png and edit.json go.")
+    commandline.DEFINE_path("model", None, "Model directory; default: the small model of the package.")
+    commandline.DEFINE_path("out", "edits", "Where pictures, grid.png and edit.json go.")
     flags.DEFINE_integer("seed", 0, "Seed; the same seed and input give the same picture.")
     flags.DEFINE_integer("n", 4, "Pictures to draw.", lower_bound=1)
     flags.DEFINE_integer("keep", None, "Keep so many of them, those closest to the caption.", lower_bound=1)

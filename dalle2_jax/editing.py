@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
-from dalle2_jax import settings, tasks
+from dalle2_jax import files, settings, tasks
 from dalle2_jax.pictures import shrink_mask, square_mask, square_picture, whole_picture
 
 INVERSION_STEPS = 50
@@ -44,7 +44,7 @@ class Latents:
     def save(self, path: str | os.PathLike) -> None:
         """Write one .npz file, without pickle."""
         said = np.array(self.captions or (), dtype=str)
-        with epath.Path(path).open("wb") as file:
+        with epath.Path(files.expand(path)).open("wb") as file:
             np.savez(
                 file, image_embeds=self.image_embeds, x_T=self.x_T, num_steps=self.num_steps, captions=said
             )
@@ -53,7 +53,8 @@ class Latents:
     def load(path: str | os.PathLike) -> "Latents":
         """Read what `save` wrote; ValueError for another file."""
         try:
-            with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            place = epath.Path(files.expand(path))
+            with place.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 return Latents(
                     stored["image_embeds"],
                     stored["x_T"],

@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from dalle2_jax import hub, levels, metrics, modeldir, models, partition, processes, train
+from dalle2_jax import commandline, files, hub, levels, metrics, modeldir, models, partition, processes, train
 from dalle2_jax.commandline import define_config
 from dalle2_jax.data import embeddings
 from dalle2_jax.data.records import BadRecord
@@ -165,7 +165,8 @@ def embed(
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
-    encoder, out = Encoder(clip, batch_size), epath.Path(out)
+    config, out = models.expand_paths(config), epath.Path(files.expand(out))
+    encoder = Encoder(clip, batch_size)
     folder = epath.Path(hub.local(clip)) / "tokenizer"
     words = tokenizer.load_tokenizer(folder, encoder.stage.context_length)
     sha256, lost = modeldir.sha256(encoder._params), {}
@@ -255,8 +256,8 @@ def main(argv):
 
 if __name__ == "__main__":
     define_config("Config file whose data is embedded; override with --config.data.path=... and the like.")
-    flags.DEFINE_string("clip", None, "Workdir or model directory of the trained CLIP.")
-    flags.DEFINE_string("out", None, "Where the embeddings go; an interrupted pass goes on there.")
+    commandline.DEFINE_path("clip", None, "Workdir or model directory of the trained CLIP.")
+    commandline.DEFINE_path("out", None, "Where the embeddings go; an interrupted pass goes on there.")
     flags.DEFINE_list("splits", None, "Splits to embed; default: data.split and data.eval_split.")
     flags.DEFINE_integer("rows_per_shard", 10_000, "Records a file.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 64, "Records that this process embeds at once.", lower_bound=1)

@@ -44,7 +44,7 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from dalle2_jax import metrics, partition, pipeline, processes
+from dalle2_jax import commandline, metrics, partition, pipeline, processes
 from dalle2_jax.data import scenes
 from dalle2_jax.evals import (
     aesthetic,
@@ -574,25 +574,25 @@ def main(argv):
 
 if __name__ == "__main__":
     define_sampling_flags()
-    flags.DEFINE_string("out", "evaluation", "Where the report and the grids go.")
+    commandline.DEFINE_path("out", "evaluation", "Where the report and the grids go.")
     flags.DEFINE_list(
         "metrics", None, f"Which of {', '.join((*METRICS, *fidelity.METRICS))}; default: what is at hand."
     )
-    flags.DEFINE_string("images", None, "Pictures to measure: a folder, tar shards or an npz.")
-    flags.DEFINE_string(
+    commandline.DEFINE_path("images", None, "Pictures to measure: a folder, tar shards or an npz.")
+    commandline.DEFINE_path(
         "classes", None, "zero_shot of --images: a file with the name of a class on each line."
     )
-    flags.DEFINE_string(
+    commandline.DEFINE_path(
         "templates", None, "zero_shot: a file with a template such as 'a photo of a {}' a line."
     )
-    flags.DEFINE_string("reference", None, "Pictures to compare with, or an npz of mu and sigma.")
-    flags.DEFINE_string("inception", None, "Weights that `dalle2_jax.convert inception` wrote.")
-    flags.DEFINE_string("aesthetic", None, "Weights of LAION's aesthetic head, for CLIP ViT-L/14.")
+    commandline.DEFINE_path("reference", None, "Pictures to compare with, or an npz of mu and sigma.")
+    commandline.DEFINE_path("inception", None, "Weights that `dalle2_jax.convert inception` wrote.")
+    commandline.DEFINE_path("aesthetic", None, "Weights of LAION's aesthetic head, for CLIP ViT-L/14.")
     flags.DEFINE_string("preset", "ttur", f"Protocol of FID, one of {', '.join(presets.PRESETS)}.")
-    flags.DEFINE_string("report", None, "Write one self-contained HTML page of numbers and pictures.")
-    flags.DEFINE_string("npz_out", None, "Write the images as an npz for guided-diffusion's evaluator.")
-    flags.DEFINE_string("prompts", None, "Draw the prompts of this file for a tool that judges them.")
-    flags.DEFINE_string("stats_out", None, "Write mean and covariance of the images' Inception features.")
+    commandline.DEFINE_path("report", None, "Write one self-contained HTML page of numbers and pictures.")
+    commandline.DEFINE_path("npz_out", None, "Write the images as an npz for guided-diffusion's evaluator.")
+    commandline.DEFINE_path("prompts", None, "Draw the prompts of this file for a tool that judges them.")
+    commandline.DEFINE_path("stats_out", None, "Write mean and covariance of the images' Inception features.")
     flags.DEFINE_integer("n", 128, "Captions to draw, in all.", lower_bound=4)
     flags.DEFINE_multi_string("compare", None, "A way of drawing, such as 'guidance_scale=2'; once for each.")
     flags.DEFINE_integer("pictures", 4, "Pictures a caption for --compare and --prompts.", lower_bound=1)

@@ -1,4 +1,4 @@
-"""Files that others find whole or not at all."""
+"""Paths as people write them, and files that others find whole or not at all."""
 
 import contextlib
 import os
@@ -6,6 +6,16 @@ import secrets
 from collections.abc import Iterator
 
 from etils import epath
+
+
+def expand(path: str | os.PathLike) -> str:
+    """A path as the system takes it: ~ and ~USER at its beginning become that home folder.
+
+    No shell does this in `--workdir=~/run`, nor anything in a config. Addresses (gs://, hf://) and '' stay as
+    they are, and what is expanded already. It is called where a flag, a setting or an argument of the
+    library becomes a path, and nowhere behind that.
+    """
+    return os.path.expanduser(os.fspath(path))
 
 
 @contextlib.contextmanager

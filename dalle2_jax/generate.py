@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from etils import epath
 
 import dalle2_jax
-from dalle2_jax import metrics, partition, pipeline, processes
+from dalle2_jax import commandline, metrics, partition, pipeline, processes
 from dalle2_jax.settings import SETTINGS, split
 
 
@@ -110,7 +110,7 @@ FLAGS = flags.FLAGS
 
 def define_sampling_flags() -> None:
     """Define the flags that say how to draw; `sampling_settings` reads them."""
-    flags.DEFINE_string(
+    commandline.DEFINE_path(
         "model", None, "Model directory; by default the small model that comes with the package."
     )
     for name, setting in SETTINGS.items():
@@ -187,7 +187,7 @@ def main(argv):
 
 if __name__ == "__main__":
     define_sampling_flags()
-    flags.DEFINE_string("out", "outputs", "Where pictures, grid.png and generate.json go.")
+    commandline.DEFINE_path("out", "outputs", "Where pictures, grid.png and generate.json go.")
     flags.DEFINE_integer("n", 1, "Pictures a caption.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed; the same seed and caption give the same picture.")
     logging.set_verbosity(logging.WARNING)  # not every backend that JAX looks for in vain

@@ -82,11 +82,17 @@ def labelled_grid(
 
 
 def _wrap(label: str, size: int, width: int, max_lines: int, fallback: str) -> tuple[object, list[str]]:
-    """(font, lines): breaks at spaces, or anywhere in text without spaces, such as Chinese."""
+    """(font, lines): breaks at spaces, or anywhere in text without spaces, such as Chinese.
+
+    A text that needs more than `max_lines` lines ends in '...'. No more of it is measured than they can hold.
+    """
     text = " ".join(str(label).split())
+    most = max_lines * (width + 1)  # a character is about a pixel wide at least
+    cut, text = len(text) > most, text[:most]
     font = _font_for(text, size)
     drawable = "".join(c for c in text if c == " " or _has_glyph(font, c))
-    text = " ".join(drawable.split()) or (fallback if text else "")
+    drawable = " ".join(drawable.split())
+    cut, text = cut and drawable, drawable or (fallback if text else "")
     lines, line = [], ""
     for word in text.split(" ") if text else []:
         candidate = f"{line} {word}" if line else word
@@ -95,18 +101,34 @@ def _wrap(label: str, size: int, width: int, max_lines: int, fallback: str) -> t
             continue
         if line:
             lines.append(line)
-        while font.getlength(word) > width and len(word) > 1:
-            cut = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-            lines.append(word[:cut])
-            word = word[cut:]
+        while len(lines) <= max_lines and (fits := _fitting(font, word, width)) < len(word):
+            lines.append(word[:fits])
+            word = word[fits:]
         line = word
+        if len(lines) > max_lines:  # nothing of what follows is shown
+            break
     lines += [line] if line else []
-    if len(lines) > max_lines:
-        last = lines[max_lines - 1]
-        while last and font.getlength(last + "...") > width:
-            last = last[:-1]
-        lines = lines[: max_lines - 1] + [last + "..."]
+    if len(lines) > max_lines or cut:
+        lines = lines[:max_lines]
+        room = width - font.getlength("...")
+        last = lines.pop()
+        lines.append(last[: _fitting(font, last, room)] + "...")
     return font, lines
+
+
+def _fitting(font, text: str, width: float) -> int:
+    """How many of the first characters of a text fit into `width` pixels, one at least.
+
+    A longer start is a wider one, so the number is searched by halves, among as many as there are pixels.
+    """
+    fits, over = 1, min(len(text), int(width) + 1) + 1
+    while over - fits > 1:
+        middle = (fits + over) // 2
+        if font.getlength(text[:middle]) <= width:
+            fits = middle
+        else:
+            over = middle
+    return min(fits, len(text))
 
 
 def _font_for(text: str, size: int):

@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from dalle2_jax import modeldir
+from dalle2_jax import files, modeldir
 from dalle2_jax.card import CARD_FILE
 
 SCHEME = "hf://"
@@ -26,12 +26,13 @@ def _library():
 
 
 def local(path: str | os.PathLike) -> str | os.PathLike:
-    """The folder of an address hf://OWNER/NAME@COMMIT, fetched where it is not yet; other paths as they are.
+    """The folder of an address hf://OWNER/NAME@COMMIT, fetched where it is not yet; other paths as the system
+    takes them (`files.expand`).
 
     Raises ValueError for an address without a whole commit, and for what the hub says no to.
     """
     if not os.fspath(path).startswith(SCHEME):
-        return path
+        return files.expand(path)
     match = re.fullmatch(rf"{SCHEME}([\w.-]+/[\w.-]+)(?:@([^/]*))?((?:/\w[\w.-]*)*)/?", os.fspath(path))
     if not match:
         raise ValueError(f"{path} is no address of a model: write {SCHEME}OWNER/NAME@COMMIT")

@@ -18,7 +18,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from dalle2_jax.grid import labelled_grid, save_png
+from dalle2_jax.grid import labelled_grid as labelled_grid
+from dalle2_jax.grid import save_png as save_png
 
 # Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets. The first name that is part of the
 # device's kind wins.
@@ -96,23 +97,19 @@ class Writer:
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
-    def images(
-        self,
-        step: int,
-        name: str,
-        images: np.ndarray,
-        captions: Sequence[str] | None = None,
-        columns: int | None = None,
-    ) -> None:
-        """Writes a labelled grid of uint8 [N, H, W, 3] to samples/NAME_STEP.png and to TensorBoard.
+    def grid(self, step: int, name: str, grid: np.ndarray, captions: Sequence[str] | None = None) -> None:
+        """Writes a grid, uint8 [height, width, 3], to samples/NAME_STEP.png and to TensorBoard.
 
         The PNG carries the captions as text ('captions', a JSON list), also those that no font could draw.
+        Raises OSError that names the file.
         """
         if not self._active:
             return
-        grid = labelled_grid(images, captions, columns)
         path = self._workdir / "samples" / f"{name.replace('/', '_')}_{step:08d}.png"
-        save_png(path, grid, {"captions": json.dumps(list(captions or []), ensure_ascii=False)})
+        try:
+            save_png(path, grid, {"captions": json.dumps(list(captions or []), ensure_ascii=False)})
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         if self._writes_events():
             self._board.add_image(name, grid, step, dataformats="HWC")
         if self._wandb is not None:

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from dalle2_jax import checkpoint, hub, modeldir
+from dalle2_jax import checkpoint, files, hub, modeldir
 from dalle2_jax.nets import layers
 
 STAGES = ("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier")
 # What may take the place of a stage in a model.
 KINDS = {"prior": ("prior", "ar_prior"), "noisy_clip": ("clip",)}
+# Settings of a config that are paths (`data.path` of some sources is a name, which nothing is expanded in).
+PATHS = ("clip", "init_from", "tokenizer.path", "data.path", "data.data_dir", "data.embeddings")
 CLIP_FIELDS = ("image_embed", "text_embed", "text_states")
 
 
@@ -49,6 +51,22 @@ def to_plain(value):
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     return value
+
+
+def expand_paths(config: dict) -> dict:
+    """A config (plain JSON types) with the settings that are PATHS as the system takes them."""
+    config = dict(config)
+    for group, _, name in (setting.rpartition(".") for setting in PATHS):
+        if group and isinstance(config.get(group), dict):
+            config[group] = _expanded(config[group], name)
+        elif not group:
+            config = _expanded(config, name)
+    return config
+
+
+def _expanded(settings: dict, name: str) -> dict:
+    path = settings.get(name)
+    return settings | {name: files.expand(path)} if isinstance(path, str) else settings
 
 
 def _to_arguments(value):

@@ -31,7 +31,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dalle2_jax import levels
+from dalle2_jax import files, levels
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -122,7 +122,7 @@ def _set_compilation_cache() -> None:
         root = os.environ.get("DALLE2_JAX_CACHE")
         if root == "":
             return
-        root = Path(root) if root else Path.home() / ".cache" / "dalle2_jax"
+        root = Path(files.expand(root)) if root else Path.home() / ".cache" / "dalle2_jax"
         # Programs for one CPU may hold instructions that another lacks, and home directories are shared
         # between machines.
         directory = root / "xla" / _cpu_fingerprint()

@@ -5,6 +5,8 @@ import os
 import numpy as np
 from etils import epath
 
+from dalle2_jax import files
+
 FITS = ("crop", "pad")
 
 
@@ -13,7 +15,7 @@ def read_picture(path: str | os.PathLike):
     from dalle2_jax.data import records, transforms
 
     try:
-        return transforms.decode(epath.Path(path).read_bytes())
+        return transforms.decode(epath.Path(files.expand(path)).read_bytes())
     except records.BadRecord as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
 
@@ -28,7 +30,7 @@ def read_mask(text: str, like: tuple[int, int]):
     try:
         left, top, right, bottom = (float(part) for part in parts)
     except ValueError:
-        if len(parts) == 4 and not epath.Path(text).exists():
+        if len(parts) == 4 and not epath.Path(files.expand(text)).exists():
             raise ValueError(f"mask {text!r} is no file, nor a box such as '0.5,0,1,1'") from None
         return read_picture(text)
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):

@@ -33,7 +33,7 @@ import jax
 from absl import app, flags
 from etils import epath
 
-from dalle2_jax import chips, flops, hlo, metrics, models, partition, train
+from dalle2_jax import chips, commandline, flops, hlo, metrics, models, partition, train
 from dalle2_jax.chips import GIB
 from dalle2_jax.commandline import define_config
 from dalle2_jax.nets import layers
@@ -460,10 +460,10 @@ def main(argv):
 if __name__ == "__main__":
     define_config()
     flags.DEFINE_string("topology", None, "A described TPU slice, such as v5p:4x4x4; default: what is here.")
-    flags.DEFINE_string("clip", None, "Config file of the frozen CLIP that takes part in the step.")
+    commandline.DEFINE_path("clip", None, "Config file of the frozen CLIP that takes part in the step.")
     flags.DEFINE_integer("sample", None, "Compile drawing so many examples instead.", lower_bound=1)
-    flags.DEFINE_string("json", None, "Also write the report there.")
-    flags.DEFINE_string("hlo", None, "Also write the compiled program's text there.")
+    commandline.DEFINE_path("json", None, "Also write the report there.")
+    commandline.DEFINE_path("hlo", None, "Also write the compiled program's text there.")
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
     flags.mark_flags_as_required(["config"])
     app.run(main)

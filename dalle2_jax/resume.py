@@ -92,7 +92,9 @@ class Resumption:
         self._workdir, self._allowed = workdir, tuple(allowed)
         path = workdir / "config.json"
         now = _flat(json.loads(json.dumps(config)))
-        stored = _flat(SETTINGS_SINCE | json.loads(path.read_text())) if path.exists() else now
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        # Older runs stored paths as they were written.
+        stored = _flat(SETTINGS_SINCE | models.expand_paths(stored)) if stored else now
         names = stored.keys() | now.keys()
         groups = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
         models.check_names(self._allowed, sorted(groups), "config")

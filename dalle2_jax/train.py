@@ -25,6 +25,8 @@ from etils import epath
 from dalle2_jax import (
     bad_steps,
     checkpoint,
+    commandline,
+    files,
     hub,
     lock,
     metrics,
@@ -335,7 +337,8 @@ def train(config: dict, workdir: str, allow_changed: Collection[str] = ()) -> No
     """
     with stopping.Stopping() as stops:
         try:
-            _train(config, epath.Path(workdir), allow_changed, stops)
+            config, folder = models.expand_paths(config), epath.Path(files.expand(workdir))
+            _train(config, folder, allow_changed, stops)
         except stopping.Stopped as stopped:
             logging.warning("stopped before the first step; run the same command to go on")
             if stopped.signal == signal.SIGINT:
@@ -466,7 +469,7 @@ def run_steps(
     about: dict,
     stops: stopping.Stopping,
 ) -> None:
-    """The loop from step `start` to the last or to a signal; it saves, evaluates, draws and reports.
+    """The loop from step `start` to the last or to a signal; it reports, saves, evaluates and draws.
 
     A state that is drawn from or saved, but for one that a signal asks for, is measure(state). about: what
     checkpoints say of the data, `resume.describe`.
@@ -518,18 +521,22 @@ def run_steps(
                 checkpointer.check()
                 unusable = {f"data/bad_{reason}": n for reason, n in dataset.bad_records().items()}
                 writer.scalars(step, host | unusable | progress.report(step, loss=host["train/loss"]))
-            # A run that was interrupted saves first and leaves the rest to its resumption.
-            if not last or finished:
+            # A run that was interrupted saves, and leaves the rest to its resumption.
+            looking = not last or finished
+            if looking and (drawing or saving):
                 with progress.paused():
-                    if drawing or saving:
-                        train_state = measure(train_state)
-                    if finished or step % config["eval_every"] == 0:
-                        writer.scalars(step, evaluation.losses(train_state.ema_params, frozen))
-                    if drawing:
-                        evaluation.samples(train_state.ema_params, frozen, writer, step)
+                    train_state = measure(train_state)
             if saving:
                 meta = about | dict(step=step, bad_records=dataset.bad_records())
                 checkpointer.save(step, train_state, meta)
+            if looking:
+                with progress.paused():
+                    if finished or step % config["eval_every"] == 0:
+                        writer.scalars(step, evaluation.losses(train_state.ema_params, frozen))
+                    if drawing:
+                        if saving:  # committed, for a sampler that fails ends several processes at once
+                            checkpointer.wait()
+                        evaluation.samples(train_state.ema_params, frozen, writer, step)
             if last:
                 break
         checkpointer.wait()
@@ -570,7 +577,7 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
     define_config()
-    flags.DEFINE_string(
+    commandline.DEFINE_path(
         "workdir", None, "Where checkpoints, logs and samples go; an existing one is resumed."
     )
     flags.DEFINE_list(

@@ -6,6 +6,8 @@ an upsampler's.
 
 import contextlib
 import ctypes
+import dataclasses
+import errno
 import json
 import os
 import random
@@ -17,13 +19,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 
 pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
 
-from dalle2_jax import checkpoint, resume, stopping, train  # noqa: E402
+from dalle2_jax import checkpoint, resume, stopping, train, validation  # noqa: E402
 from tests import tiny_run  # noqa: E402
 from tests.data import shards_for_tests as made  # noqa: E402
 from tests.tiny_run import assert_same, config, logged, status, steps_of, stored_state  # noqa: E402
@@ -335,6 +338,101 @@ def test_slow_input_is_told(data, workdir, monkeypatch, caplog):
     assert logged(workdir, "speed/wait")[8] > 0.3
     (told,) = [r.getMessage() for r in caplog.records if "waiting for input" in r.getMessage()]
     assert "of the last 4 steps" in told and "data.num_workers" in told
+
+
+# Samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing(tiny_run.Tiny):
+    """`Tiny`, which also draws."""
+
+    def sample(self, params, keys, batch):
+        return batch["image"] * 0.5
+
+
+def drawing(data, num_steps: int, **changes) -> dict:
+    """The settings of a run that draws at each step."""
+    return config(data, num_steps, **dict(sample_every=1, num_samples=8) | changes)
+
+
+def sampled(workdir, step: int) -> list[str]:
+    """The labels of the grid of that step."""
+    from PIL import Image
+
+    with Image.open(workdir / "samples" / f"samples_{step:08d}.png") as picture:
+        return json.loads(picture.info["captions"])
+
+
+@pytest.mark.parametrize("captions", ["none", "few", "another language"])
+def test_samples_of_pictures_without_captions_are_drawn(captions, tmp_path, workdir, monkeypatch):
+    members = []
+    for number in range(23):
+        picture, text, fields = made.sample(number)
+        few = captions == "few" and number % 9 == 0
+        members += [picture] if captions == "none" else [picture, (text[0], b"")] if few else [picture, text]
+    (tmp_path / "data").mkdir()
+    made.write_tar(tmp_path / "data" / "00000.tar", members)
+    monkeypatch.setattr(tiny_run, "Tiny", Drawing)
+    settings = drawing(tmp_path / "data", 2, num_samples=32, batch_size=32)
+    settings["data"]["language"] = "zh" if captions == "another language" else "en"
+    assert status(settings, workdir, monkeypatch) == 0
+    assert steps_of(workdir) == [1, 2]
+    keys, texts = ({word.format(i) for i in range(23)} for word in ("00000.tar:{:09d}", "caption {}"))
+    expected = {"none": keys, "another language": texts}.get(captions)
+    expected = expected or {f"00000.tar:{i:09d}" if i % 9 == 0 else f"caption {i}" for i in range(23)}
+    assert len(sampled(workdir, 2)) == 32 and set(sampled(workdir, 2)) == expected
+
+
+def test_a_grid_that_cannot_be_made_is_a_warning_and_the_run_goes_on(data, workdir, monkeypatch, caplog):
+    monkeypatch.setattr(tiny_run, "Tiny", Drawing)
+    struck = []
+
+    def broken(images, labels):
+        struck.append(labels)
+        raise RuntimeError("the font is broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(validation, "labelled_grid", broken)
+        assert status(drawing(data, 3), workdir, patched) == 0
+    assert len(struck) == 3 and steps_of(workdir) == [1, 2, 3] and not (workdir / "samples").exists()
+    (told,) = [r for r in caplog.records if "no grid of samples could be made" in r.getMessage()]
+    assert told.levelname == "WARNING" and "RuntimeError: the font is broken" in told.getMessage()
+    assert status(drawing(data, 4), workdir, monkeypatch) == 0
+    assert len(sampled(workdir, 4)) == 8
+
+
+@pytest.mark.parametrize("fault", ["a full disk", "the sampler"])
+def test_what_ends_a_run_at_its_samples_comes_after_the_checkpoint(data, workdir, monkeypatch, caplog, fault):
+    """So that each attempt is a step further on; a checkpoint is committed before anything is drawn."""
+    monkeypatch.setattr(tiny_run, "Tiny", Drawing)
+    committed, begin = [], validation.Validation.__init__
+
+    def begin_failing(self, *given):
+        begin(self, *given)
+        self._sample = fail
+
+    def fail(*args, **options):
+        committed.append(steps_of(workdir))
+        if fault == "a full disk":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device failed")
+
+    with monkeypatch.context() as patched:
+        if fault == "a full disk":
+            patched.setattr("dalle2_jax.metrics.save_png", fail)
+        else:
+            patched.setattr(validation.Validation, "__init__", begin_failing)
+        for attempt in (1, 2):
+            if fault == "a full disk":
+                assert status(drawing(data, 5), workdir, patched) == train.FAILED
+                path = workdir / "samples" / f"samples_{attempt:08d}.png"
+                assert f"No space left on device: '{path}'" in caplog.text
+            else:
+                with pytest.raises(jax.errors.JaxRuntimeError):
+                    status(drawing(data, 5), workdir, patched)
+            assert steps_of(workdir) == list(range(1, attempt + 1)) == committed[-1]
+    assert status(drawing(data, 3), workdir, monkeypatch) == 0 and len(sampled(workdir, 3)) == 8
 
 
 # Clocks

@@ -58,6 +58,54 @@ def test_long_labels_wrap_and_end():
     assert dark[:, 1].max() < wide.shape[1] - 1  # stays on the canvas
 
 
+class CountingFont:
+    """Six pixels a character; it refuses to measure more than a label can need."""
+
+    measured = 0
+
+    def getlength(self, text: str) -> float:
+        self.measured += len(text)
+        assert self.measured < 100_000, "a label is measured without end"
+        return 6.0 * len(text)
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        *("x" * 1000, "x" * 65536, "星" * 21845, "word " * 13000, "a " * 32768),
+        *(" " * 65536 + "x", "x" * 300 + " y" * 30000),
+    ],
+)
+def test_a_label_of_any_length_is_wrapped_by_measuring_little(label, monkeypatch):
+    font = CountingFont()
+    monkeypatch.setattr(grid, "_font_for", lambda text, size: font)
+    monkeypatch.setattr(grid, "_has_glyph", lambda font, character: True)
+    _, lines = grid._wrap(label, 11, 128, 4, "#1")
+    assert 1 <= len(lines) <= 4 and all(6 * len(line) <= 128 for line in lines)
+    text, shown = "".join(label.split()), "".join("".join(lines).split())
+    assert shown == text if len(lines) < 4 else shown.endswith("...") and text.startswith(shown[:-3])
+
+
+def test_text_without_spaces_fills_its_lines(monkeypatch):
+    """Chinese, and a long word between short ones; what fits is shown whole."""
+    font = CountingFont()
+    monkeypatch.setattr(grid, "_font_for", lambda text, size: font)
+    monkeypatch.setattr(grid, "_has_glyph", lambda font, character: True)
+    chinese = "一只红色的星星在蓝色的圆环上方，背景是绿色的草地和许多小花，天空很蓝。"
+    _, lines = grid._wrap(chinese, 11, 128, 4, "#1")
+    assert "".join(lines) == chinese and [len(line) for line in lines] == [21, len(chinese) - 21]
+    _, lines = grid._wrap("a " + "w" * 30 + " star", 11, 128, 4, "#1")
+    assert lines == ["a", "w" * 21, "w" * 9 + " star"]
+    _, lines = grid._wrap("one two", 11, 5, 9, "#1")  # narrower than a letter: one a line
+    assert lines == [*"onetwo"]
+
+
+def test_a_picture_with_a_label_of_64_kibibytes_is_drawn():
+    images = np.full((2, 64, 64, 3), 200, np.uint8)
+    long = grid.labelled_grid(images, ["x" * 65536, "星" * 21845])
+    assert long.shape == grid.labelled_grid(images, ["x " * 300, "one"]).shape
+
+
 def test_a_label_that_no_font_can_draw_becomes_its_number(monkeypatch):
     monkeypatch.setattr(grid, "SYSTEM_FONTS", ())
     grid._system_fonts.cache_clear()

@@ -69,7 +69,7 @@ class TestWriter:
         images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
         captions = ["a red star", "一个蓝色的环", "c"]
         writer = metrics.Writer(tmp_path)
-        writer.images(40, "samples", images, captions)
+        writer.grid(40, "samples", metrics.labelled_grid(images, captions), captions)
         writer.close()
         with Image.open(tmp_path / "samples" / "samples_00000040.png") as png:
             grid = np.asarray(png)
@@ -89,7 +89,7 @@ class TestWriter:
         monkeypatch.setattr(jax, "process_index", lambda: 1)
         writer = metrics.Writer(tmp_path / "run")
         writer.scalars(1, {"loss": 1})
-        writer.images(1, "samples", np.zeros((1, 8, 8, 3), np.uint8))
+        writer.grid(1, "samples", np.zeros((8, 8, 3), np.uint8))
         writer.text(1, "a", "b")
         writer.flush()
         writer.close()
@@ -99,7 +99,7 @@ class TestWriter:
         monkeypatch.setitem(sys.modules, "tensorboardX", None)
         writer = metrics.Writer(tmp_path)
         writer.scalars(1, {"loss": 1})
-        writer.images(1, "samples", np.zeros((1, 8, 8, 3), np.uint8), ["x"])
+        writer.grid(1, "samples", np.zeros((8, 8, 3), np.uint8), ["x"])
         writer.close()
         assert lines_of(tmp_path)[0]["loss"] == 1 and not list(tmp_path.glob("events*"))
 

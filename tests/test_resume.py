@@ -52,6 +52,28 @@ def test_settings_that_are_free_change_no_step(data, whole, tmp_path, monkeypatc
     assert not (tmp_path / "changes.json").exists()
 
 
+def test_a_run_whose_paths_are_written_with_a_tilde_goes_on(data, whole, tmp_path, monkeypatch):
+    """By the same command, by the whole paths, and where config.json has a tilde, as older runs wrote it."""
+    home = tmp_path / "home"
+    shutil.copytree(data, home / "data")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    for steps, folder, path in (
+        (2, "~/run", "~/data"),
+        (4, "~/run", "~/data"),
+        (5, home / "run", home / "data"),
+    ):
+        assert status(config(path, steps), folder, monkeypatch) == 0
+    kept = home / "run" / "config.json"
+    settings = json.loads(kept.read_text())
+    assert settings["data"]["path"] == str(home / "data")
+    settings["data"]["path"] = "~/data"
+    kept.write_text(json.dumps(settings))
+    assert status(config("~/data", 6), "~/run", monkeypatch) == 0
+    assert steps_of(home / "run") == list(range(1, 7)) and not (tmp_path / "~").exists()
+    assert_same(stored_state(whole, 6), stored_state(home / "run", 6))
+
+
 def test_the_budget_of_bad_records_may_be_raised_as_its_error_says(
     data, whole, tmp_path, monkeypatch, caplog
 ):

@@ -48,7 +48,7 @@ class Embeddings:
     """Rows of img_emb/*.npy and text_emb/*.npy as one table."""
 
     def __init__(self, path: str):
-        path = os.path.expanduser(os.fspath(path))
+        path = os.fspath(path)
         if not os.path.isdir(path):
             parent = os.path.dirname(os.path.abspath(path))
             listing = os.listdir(parent) if os.path.isdir(parent) else []
@@ -95,7 +95,7 @@ _CHECKED_KEYS = 64  # rows, spread over a folder, whose keys are compared with t
 
 def read_plan(folder: str) -> dict | None:
     """What embed.json says; None where there is none. Raises ValueError while shards are missing."""
-    if not os.path.isfile(os.path.join(os.path.expanduser(folder), PLAN)):
+    if not os.path.isfile(os.path.join(folder, PLAN)):
         return None
     plan = _stored_plan(folder)
     if "left_out" not in plan:
@@ -112,7 +112,7 @@ def _clip_sha256(plan: dict | None) -> str:
 
 def _stored_plan(folder: str | os.PathLike) -> dict:
     """embed.json as it stands. Raises ValueError for what is no object, or above MAX_TEXT_BYTES."""
-    path = epath.Path(os.path.expanduser(folder)) / PLAN
+    path = epath.Path(folder) / PLAN
     with path.open("r", encoding="utf-8") as file:
         try:
             return dict(json.loads(file.read(records.MAX_TEXT_BYTES)))
@@ -131,6 +131,11 @@ def keep_plan(folder: epath.Path, plan: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _write_plan(path, plan)
     stored = _stored_plan(folder)
+    data = stored.get("data")
+    if isinstance(data, dict) and isinstance(
+        data.get("path"), str
+    ):  # older passes stored it as it was written
+        stored["data"] = data | {"path": files.expand(data["path"])}
     differing = [
         f"  {name}: {stored.get(name)!r} there, {value!r} now"
         for name, value in json.loads(json.dumps(plan)).items()
@@ -236,7 +241,7 @@ def _metadata_captions(path: str, most: int) -> dict[str, list]:
 
 
 def _metadata(path: str | os.PathLike) -> str:
-    return os.path.join(os.path.expanduser(path), "metadata")
+    return os.path.join(path, "metadata")
 
 
 def _columns(

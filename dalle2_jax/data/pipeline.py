@@ -234,6 +234,19 @@ class Dataset:
         text = texts[int(draws[CAPTION] * len(texts))]
         return _cap_caption(text, self._bad)
 
+    def labels(self, indices) -> list[str]:
+        """A text below each of some records in a grid: its first caption in the dataset's language, else one
+        in another language, else its key."""
+        labels = []
+        for index in map(int, indices):
+            try:
+                record = self.source.read(index, image=False)
+                captions = _captions_of(record, self.language)
+                labels.append(_cap_caption(captions[0], None) if captions else record.key)
+            except BadRecord:
+                labels.append(self.key(index))
+        return labels
+
     def examples(self, indices) -> dict:
         """Records as they are, for evaluation: the centre crop, never mirrored, with the first caption.
 
@@ -261,6 +274,12 @@ class Dataset:
             used.append(index)
         made = dict(captions=captions, keys=keys, index=np.array(used, np.int64))
         return made | ({"image": np.stack(images)} if images else {})
+
+
+def _captions_of(record: Record, language: str) -> Sequence[str]:
+    """Its captions in the language, in any other where there are none."""
+    of_all = record.captions
+    return of_all.get(language) or next((texts for _, texts in sorted(of_all.items()) if texts), ())
 
 
 def label_of(caption: str, classes: Sequence[str]) -> int:

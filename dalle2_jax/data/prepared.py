@@ -111,7 +111,7 @@ def open_scenes(path: str, split: str, data_dir: str = "") -> ExampleSource:
     configs = {config.name: config for config in scenes_builder.Scenes.BUILDER_CONFIGS}
     if path not in configs:
         raise ValueError(f"scenes have no config {path!r}" + did_you_mean(path, configs))
-    data_dir = os.path.expanduser(data_dir or os.path.join(records.cache_dir(), "tfds"))
+    data_dir = data_dir or os.path.join(records.cache_dir(), "tfds")
 
     def make_builder():
         return scenes_builder.Scenes(config=path, data_dir=data_dir, file_format="tfrecord")
@@ -136,7 +136,7 @@ def open_tfds(
     """
     import tensorflow_datasets as tfds
 
-    folder = os.path.expanduser(data_dir) or str(tfds.core.constants.DATA_DIR)
+    folder = data_dir or str(tfds.core.constants.DATA_DIR)
 
     def make_builder():
         return tfds.builder(path, data_dir=folder)

@@ -335,8 +335,8 @@ def index_tfrecord(path: str) -> Index:
 
 def cache_dir() -> str:
     """Where prepared data and indexes lie: $DALLE2_JAX_CACHE, else the user's cache directory."""
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dalle2_jax")
-    return os.environ.get("DALLE2_JAX_CACHE") or default
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dalle2_jax")
+    return files.expand(os.environ.get("DALLE2_JAX_CACHE") or default)
 
 
 def scan(paths: list[str], index_file: Callable[[str], Index]) -> list[Index]:

@@ -38,7 +38,7 @@ def find_files(path: str, split: str, suffix: str) -> list[str]:
     Raises:
         ValueError: nothing is found; the message names what exists.
     """
-    path = os.path.expanduser(os.fspath(path))
+    path = os.fspath(path)
     if "://" in path:
         raise ValueError(
             f"{path}: records are read with pread from mounted file systems; mount the bucket (gcsfuse)"

@@ -2,6 +2,7 @@
 
 import os
 
+from dalle2_jax import files
 from dalle2_jax.data import embeddings as embeddings_module
 from dalle2_jax.data import prepared, records, shards
 from dalle2_jax.data.shards import did_you_mean
@@ -37,6 +38,7 @@ def open_source(
     """
     if source not in SOURCES:
         raise ValueError(f"data.source {source!r} is unknown" + did_you_mean(source, SOURCES))
+    path, data_dir, embeddings = (files.expand(place) for place in (path, data_dir, embeddings))
     if source == "scenes":
         opened = prepared.open_scenes(path, split, data_dir)
     elif source == "tfds":
@@ -46,9 +48,9 @@ def open_source(
     elif source == "tfrecord":
         opened = shards.open_tfrecord(path, split)
     else:
-        folder = os.path.join(os.path.expanduser(path), split)
+        folder = os.path.join(path, split)
         opened = embeddings_module.EmbeddingSource(folder if split and os.path.isdir(folder) else path)
     if not embeddings:
         return opened
-    folder = os.path.join(os.path.expanduser(embeddings), split)
+    folder = os.path.join(embeddings, split)
     return embeddings_module.Paired(opened, folder if split and os.path.isdir(folder) else embeddings)

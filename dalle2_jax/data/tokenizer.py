@@ -19,14 +19,28 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from dalle2_jax import files
+
 KINDS = ("clip", "bpe", "gpt2")
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 _SPACES = re.compile(r"\s+")
+_PADDING = re.compile(r"[ \t\r\n]{2,}")  # not \s, some of which are letters until they are repaired
+_LONG_WORD = re.compile(r"\S{1000,}")
 _MIN_VOCAB = 256 + 2
+# Characters of a caption that are read for each token of a row: more than a token stands for, but for those
+# of words of many hundred letters.
+_A_TOKEN = 64
+_TRAINED_ON = 8192  # characters of a caption that a vocabulary is trained on
 
 
-def clean(text: str) -> str:
-    """Repair, unescape twice, squeeze white space, lower, as OpenAI's CLIP; a literal SOT or EOT goes."""
+def clean(text: str, most: int | None = None) -> str:
+    """Repair, unescape twice, squeeze white space, lower, as OpenAI's CLIP; a literal SOT or EOT goes.
+
+    Of a text of more than `most` characters these are cleaned alone: the time to repair grows with the
+    square of the length where '&amp;amp;amp;...' has to be unescaped.
+    """
+    if most is not None and len(text) > most:
+        text = _PADDING.sub(" ", text)[:most]
     if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing to repair
         import ftfy
 
@@ -52,7 +66,8 @@ class Tokenizer:
         self._cached = functools.lru_cache(maxsize=1 << 15)(self._encode)
 
     def _encode(self, caption: str) -> tuple[int, ...]:
-        ids = self._encoder.encode(clean(caption), add_special_tokens=False).ids
+        text = clean(caption, _A_TOKEN * self.context_length)
+        ids = self._encoder.encode(text, add_special_tokens=False).ids
         return tuple(ids[: self.context_length - 2 * self.has_ends])
 
     def _ids(self, caption: str) -> tuple[int, ...]:
@@ -121,7 +136,7 @@ def load_tokenizer(path, context_length: int | None = None) -> Tokenizer:
     Raises:
         ValueError: the path is neither, or the vocabulary is not laid out as CLIP's.
     """
-    path = os.fspath(path)
+    path = files.expand(path)
     settings_path = os.path.join(path, "tokenizer_config.json")
     if os.path.isfile(settings_path):
         with open(settings_path, encoding="utf-8") as file:
@@ -189,7 +204,9 @@ def train_bpe(captions: Iterable[str], vocab_size: int, context_length: int) -> 
     """Train a byte-level BPE on captions; the same captions give the same tokenizer.
 
     Any text can be encoded, for every byte is a token. Where the captions yield fewer merges than asked
-    for, the ids in between stay unused, so that `vocab_size` is what was asked for.
+    for, the ids in between stay unused, so that `vocab_size` is what was asked for. Nothing is learnt from
+    what comes after 8192 characters of a caption, or 1000 of a word: merging within a word takes the square
+    of its length, and such a word is data in base64 or the like.
 
     Raises:
         ValueError: vocab_size below 258 (bytes, SOT, EOT), or no captions.
@@ -199,7 +216,8 @@ def train_bpe(captions: Iterable[str], vocab_size: int, context_length: int) -> 
 
     if vocab_size < _MIN_VOCAB:
         raise ValueError(f"vocab_size {vocab_size} is below {_MIN_VOCAB}: 256 bytes, SOT and EOT")
-    cleaned = [clean(caption) for caption in captions]
+    whole = (clean(caption, _TRAINED_ON) for caption in captions)
+    cleaned = [_LONG_WORD.sub(lambda word: word[0][:1000], text) for text in whole]
     if not cleaned:
         raise ValueError("there are no captions to train the tokenizer on")
     encoder = tokenizers.Tokenizer(models.BPE())

@@ -74,7 +74,7 @@ class PictureSet:
 
 def open_pictures(path: str | os.PathLike) -> PictureSet:
     """The pictures at `path`; see the module. Raises ValueError or OSError that says what is wrong."""
-    path = os.path.expanduser(os.fspath(path))
+    path = files.expand(path)
     if path.endswith(".npz") and os.path.isfile(path):
         return _open_npz(path)
     if os.path.isdir(path) and not glob.glob(os.path.join(glob.escape(path), "*.tar")):

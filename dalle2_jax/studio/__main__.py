@@ -8,7 +8,7 @@ import sys
 
 from absl import app, flags, logging
 
-from dalle2_jax import partition
+from dalle2_jax import commandline, partition
 
 FLAGS = flags.FLAGS
 
@@ -40,7 +40,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_string(
+    commandline.DEFINE_multi_path(
         "model", None, "Model directory, or several of them to choose from; by default the bundled model."
     )
     flags.DEFINE_string("host", "127.0.0.1", "Address to serve; 0.0.0.0 is the whole network.")

@@ -457,6 +457,21 @@ def test_examples_are_what_is_stored(tmp_path):
     assert not data.bad_records()  # looking at examples changes nothing in training
 
 
+def test_every_record_has_a_label_whatever_captions_it_has(tmp_path):
+    """That of the language, else of another, else its key; as many as pictures, in their order."""
+    members = []
+    for number in range(5):
+        picture, *texts = made.sample(number, caption=f"caption {number}", caption_zh="一颗星")
+        members += [picture, *texts] if number < 2 else [picture]
+    members += [("000000005.png", made.flat_png(5)), ("000000005.txt", b"\xff\xfe")]
+    made.write_tar(tmp_path / "00000.tar", members)
+    keys = [f"00000.tar:{number:09d}" for number in range(6)]
+    for language, first in {"en": "caption 1", "zh": "一颗星", "fr": "caption 1", "any": "caption 1"}.items():
+        data = dataset(tmp_path, ("image",), language=language, tokenizer=None)
+        assert data.labels([1, 4, 2]) == [first, keys[4], keys[2]]
+    assert data.labels([5])[0] in (keys[5], "record 5") and not data.bad_records()
+
+
 def test_scenes_are_prepared_once_by_whoever_comes_first(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_datasets", reason="scenes are a tfds builder")
     from dalle2_jax.data import scenes, scenes_builder

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -128,6 +129,33 @@ def test_clip_ids_equal_the_spelled_out_encoding(clip, merges, vocabulary):
         tokens, token_mask = clip([text])
         expected = [49406, *reference_ids(cleaned, merges, vocabulary), 49407]
         assert tokens[0][token_mask[0]].tolist() == expected, text
+
+
+def long_words():
+    """Captions of 64 KiB without a space, whose cost grows with the square of their length or faster."""
+    rng = np.random.default_rng(0)
+    letters = ["".join(rng.choice(list("abcdefgh"), 65536)) for _ in range(4)]
+    return [*letters, "&" + "amp;" * 16000, "ab" * 32768, "a" + "\u0301" * 30000, "星" * 21845]
+
+
+def test_captions_of_64_kibibytes_without_a_space_are_read_soon():
+    """Where all of it were merged and unescaped, this would take a minute or two."""
+    began = time.monotonic()
+    made = train_bpe(long_words(), 512, 77)
+    tokens, token_mask = made(long_words())
+    assert time.monotonic() - began < 20
+    assert (tokens[:, 0] == made.sot).all() and (tokens.max(axis=1) == made.eot).all()
+    assert token_mask[:4].all()  # cut, and ending in EOT
+    assert made.decode(tokens[4]) == "&"  # unescaped to the end, as far as it was read
+
+
+def test_what_a_row_cannot_hold_changes_nothing():
+    """The rest of a long caption is not read; white space in front of it does not count."""
+    caption = "A “red” cube &amp; a café, on it a schÃ¶n star. " * 300
+    made = train_bpe([*CAPTIONS, caption[:48]], 600, 77)
+    whole = made._encoder.encode(clean(caption), add_special_tokens=False).ids[:75]
+    for text in (caption, " \n" * 8000 + caption, caption[:4000]):
+        assert made([text])[0][0].tolist() == [made.sot, *whole, made.eot]
 
 
 def test_clean_shortcut_equals_the_whole_way():
