@@ -310,8 +310,8 @@ def _check_captions(source: RecordSource, path: str, language: str) -> None:
     if read and not found:
         mend = "rename the field that holds the captions" if fields else "put KEY.txt beside each KEY.jpg"
         raise ValueError(
-            f"no captions in {path}: none of {read} records has one in KEY.txt or in a field caption, text or txt, "
-            f"or with its language: caption_zh{_named(list(fields))}; {mend}"
+            f"no captions in {path}: none of {read} records has one in KEY.txt or in a field caption, text, "
+            f"txt, or caption_zh for Chinese and so on{_named(list(fields))}; {mend}"
         )
     if found and language not in (found | {ANY_LANGUAGE}):
         raise ValueError(

@@ -52,7 +52,7 @@ def labels(captions: Sequence[str], names: Sequence[str]) -> np.ndarray:
 
 def _lines(path: str | os.PathLike) -> list[str]:
     """The lines of a file that are not blank, without a byte-order mark."""
-    text = epath.Path(path).read_text("utf-8-sig")
+    text = epath.Path(path).read_text().removeprefix("\ufeff")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
