@@ -85,16 +85,12 @@ def language_of(field: str) -> str | None:
 
 
 def decode_caption(data: bytes) -> str:
-    """The text of a stored caption without its byte-order mark: UTF-8, or UTF-16 behind its mark.
-
-    Raises BadRecord('invalid_utf8').
-    """
+    """The text of a stored caption, without a byte-order mark before it. Raises BadRecord('invalid_utf8')."""
     try:
-        # No UTF-8 begins with the bytes of UTF-16's marks.
-        marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return data.decode("utf-16" if marked else "utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadRecord("invalid_utf8", str(error)) from None
+        marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        raise BadRecord("invalid_utf8", "it is UTF-16: save it as UTF-8" if marked else str(error)) from None
 
 
 def encodable(text: str) -> str:
