@@ -29,6 +29,7 @@ from absl import app, flags, logging
 from etils import epath
 
 from dalle2_jax import commandline, editing, files, metrics, partition, pictures, pipeline, processes
+from dalle2_jax.data import shards
 from dalle2_jax.generate import StageLines, write_pictures
 
 FLAGS = flags.FLAGS
@@ -67,7 +68,7 @@ def picture_or_caption(text: str):
         return pictures.read_picture(text)
     if os.path.splitext(text)[1].lower() in (".png", ".jpg", ".jpeg", ".webp"):
         raise FileNotFoundError(f"there is no picture {text}")
-    return text
+    return shards.clean_caption(text)
 
 
 def edit(model: pipeline.UnCLIP, action: str, given: list[str], out: epath.Path) -> pipeline.Result:
@@ -169,6 +170,8 @@ def main(argv):
     with processes.together(debug=FLAGS.debug):
         action, given = check_arguments(argv[1:])
         captioned = ARGUMENTS[action][-1] == "CAPTION"
+        if captioned:  # the others are files, whose names stay as they are
+            given[-1] = shards.clean_caption(given[-1])
         if FLAGS.keep is not None and not captioned:
             raise ValueError(f"--keep chooses by a caption, and {action} is given none")
         partition.initialise()

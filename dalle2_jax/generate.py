@@ -17,6 +17,7 @@ from etils import epath
 
 import dalle2_jax
 from dalle2_jax import commandline, metrics, partition, pipeline, processes
+from dalle2_jax.data import shards
 from dalle2_jax.settings import SETTINGS, split
 
 
@@ -82,7 +83,8 @@ def write_pictures(
     grid = metrics.labelled_grid(result.images, result.captions, columns if columns > 1 else None)
     metrics.save_png(out / "grid.png", grid, {"captions": json.dumps(result.captions, ensure_ascii=False)})
     summary = {"pictures": pictures, "grid": "grid.png"} | summary
-    (out / f"{command}.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    text = shards.encodable(json.dumps(summary, indent=2, ensure_ascii=False))  # files may have any name
+    (out / f"{command}.json").write_text(text + "\n", "utf-8")
     return paths
 
 
@@ -153,7 +155,7 @@ def sampling_settings(changes: dict[str, str] | None = None) -> dict:
 
 
 def main(argv):
-    captions = argv[1:]
+    captions = [shards.clean_caption(text) for text in argv[1:]]
     with processes.together(debug=FLAGS.debug):
         pipeline.check_captions(captions)
         settings = sampling_settings()

@@ -15,6 +15,7 @@ import numpy as np
 
 from dalle2_jax import processes, tasks
 from dalle2_jax.cascade import BASE_STAGES, GUIDES, Cascade, Progress, Seen, Timing
+from dalle2_jax.data.shards import encodable
 from dalle2_jax.editing import Editing, unit
 from dalle2_jax.pictures import shrink_mask, square_picture
 from dalle2_jax.settings import of_stage, of_upsamplers, resolve, split
@@ -495,4 +496,4 @@ class UnCLIP(Editing):
             side = self.cascade.stage(name).image_size
 
     def _result(self, captions, *rest) -> Result:
-        return Result(tuple(captions), *rest)
+        return Result(tuple(map(encodable, captions)), *rest)  # to be written into files

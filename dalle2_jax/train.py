@@ -543,7 +543,7 @@ def run_steps(
         if stop:
             logging.warning("stopped at step %d, saved; run the same command to go on", step)
         if dataset.bad_records():
-            logging.warning("records skipped by reason: %s", dataset.bad_records())
+            logging.warning("records skipped or mended by reason: %s", dataset.bad_records())
     except Exception as error:
         if not isinstance(error, FloatingPointError | stopping.Stopped):  # all processes have these together
             processes.end_together(error, FAILED)

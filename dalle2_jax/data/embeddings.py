@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from etils import epath
@@ -21,31 +21,79 @@ from dalle2_jax.data import records
 from dalle2_jax.data.records import BadRecord, Record
 from dalle2_jax.data.shards import add_caption, did_you_mean, freeze, language_of
 
+KINDS = ("img_emb", "text_emb", "metadata")
+_ENDINGS = {"img_emb": (".npy",), "text_emb": (".npy",), "metadata": (".parquet", ".jsonl")}
+_COLUMNS = {"image_embed": "img_emb", "text_embed": "text_emb"}  # field of a record -> folder
 
-def _embedding_shards(folder: str) -> list[np.ndarray]:
-    """The arrays of a folder of .npy files, in numeric order, mapped. Raises ValueError for what is none."""
-    names = [name for name in os.listdir(folder) if name.endswith(".npy")] if os.path.isdir(folder) else []
-    names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
-    shards = []
-    for name in names:
-        try:
-            shard = np.load(os.path.join(folder, name), mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"{os.path.join(folder, name)} is no plain array of numbers: {error}") from None
-        if shard.ndim != 2 or shard.dtype.kind != "f":
+
+def _part_files(folder: str, kind: str) -> dict[tuple[int, ...], str]:
+    """{number: path} of one kind of file, ascending. The digits in a name are its number: `img_emb_007` is 7.
+
+    Raises ValueError for two files of one number.
+    """
+    folder, found = os.path.join(folder, kind), {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        stem, ending = os.path.splitext(name)
+        if ending not in _ENDINGS[kind] or name.startswith("."):
+            continue
+        number, path = tuple(map(int, re.findall(r"[0-9]+", stem))), os.path.join(folder, name)
+        if number in found:
             raise ValueError(
-                f"{os.path.join(folder, name)}: expected floats [N, E], found {shard.dtype} {shard.shape}"
+                f"{found[number]} and {path} have one number, and nothing says which of them is meant: "
+                "move one of them away"
             )
+        found[number] = path
+    return dict(sorted(found.items()))
+
+
+def _files_by_kind(path: str) -> dict[str, dict[tuple[int, ...], str]]:
+    """{kind: {number: path}} of the kinds that a folder has, all with the same numbers.
+
+    Raises ValueError where one kind lacks a file that another has: what comes after would move up to other
+    rows.
+    """
+    found = {kind: _part_files(path, kind) for kind in KINDS}
+    found = {kind: parts for kind, parts in found.items() if parts}
+    everything = {number: file for parts in reversed(found.values()) for number, file in parts.items()}
+    lacking = [
+        f"{kind} has no file beside {os.path.relpath(everything[number], path)}"
+        for kind, parts in found.items()
+        for number in sorted(everything.keys() - parts.keys())
+    ]
+    if lacking:
+        more = f" and {len(lacking) - 3} more like it" if len(lacking) > 3 else ""
+        raise ValueError(
+            f"{path}: {'; '.join(lacking[:3])}{more}. Files belong together by the numbers in their names: "
+            "add what is missing, or move away what it belongs to"
+        )
+    return found
+
+
+def _embedding_shards(paths: Iterable[str]) -> list[np.ndarray]:
+    """The arrays of .npy files, mapped. Raises ValueError for what is none."""
+    shards, first = [], None
+    for path in paths:
+        try:
+            shard = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{path} is no plain array of numbers: {error}") from None
+        if shard.ndim != 2 or shard.dtype.kind != "f":
+            raise ValueError(f"{path}: expected floats [N, E], found {shard.dtype} {shard.shape}")
+        first = first or path
         if shards and shard.shape[1] != shards[0].shape[1]:
             raise ValueError(
-                f"{folder}: {name} has {shard.shape[1]} columns, {names[0]} has {shards[0].shape[1]}"
+                f"{path} has {shard.shape[1]} columns, {os.path.basename(first)} has {shards[0].shape[1]}"
             )
         shards.append(shard)
     return shards
 
 
 class Embeddings:
-    """Rows of img_emb/*.npy and text_emb/*.npy as one table."""
+    """Rows of img_emb/*.npy and text_emb/*.npy as one table.
+
+    metadata: the files of metadata and how many rows each must have, in the order of the table; empty where
+    there are none.
+    """
 
     def __init__(self, path: str):
         path = os.fspath(path)
@@ -53,11 +101,10 @@ class Embeddings:
             parent = os.path.dirname(os.path.abspath(path))
             listing = os.listdir(parent) if os.path.isdir(parent) else []
             raise ValueError(f"{path} does not exist" + did_you_mean(os.path.basename(path), listing))
-        folders = {"image_embed": "img_emb", "text_embed": "text_emb"}
+        found = _files_by_kind(path)
         self._shards = {
-            name: _embedding_shards(os.path.join(path, folder)) for name, folder in folders.items()
+            name: _embedding_shards(found[kind].values()) for name, kind in _COLUMNS.items() if kind in found
         }
-        self._shards = {name: shards for name, shards in self._shards.items() if shards}
         if not self._shards:
             raise ValueError(
                 f"{path} holds neither img_emb/*.npy nor text_emb/*.npy"
@@ -65,11 +112,21 @@ class Embeddings:
             )
         counts = {name: [len(shard) for shard in shards] for name, shards in self._shards.items()}
         if len({tuple(count) for count in counts.values()}) > 1:
-            raise ValueError(f"{path}: the shards of img_emb and text_emb differ in rows: {counts}")
-        self._first = np.concatenate([[0], np.cumsum(next(iter(counts.values())))])
+            files = zip(*(found[kind].values() for kind in ("img_emb", "text_emb")), strict=True)
+            differing = next(
+                f"{one} has {a} rows, {other} {b}"
+                for (one, other), a, b in zip(files, *counts.values(), strict=True)
+                if a != b
+            )
+            raise ValueError(f"the shards of img_emb and text_emb differ in rows: {differing}")
+        rows = next(iter(counts.values()))
+        self.metadata = (
+            list(zip(found["metadata"].values(), rows, strict=True)) if "metadata" in found else []
+        )
+        self._first = np.concatenate([[0], np.cumsum(rows)])
         self.dims = {name: shards[0].shape[1] for name, shards in self._shards.items()}
         self.entries = [
-            (f"{folders[name]}/{i}", shard.nbytes, len(shard))
+            (f"{_COLUMNS[name]}/{i}", shard.nbytes, len(shard))
             for name, shards in self._shards.items()
             for i, shard in enumerate(shards)
         ]
@@ -90,7 +147,12 @@ class Embeddings:
 
 PLAN = "embed.json"
 MAX_COLUMN_BYTES = 256 << 20  # of a column of captions within a row group of parquet
-_CHECKED_KEYS = 64  # rows, spread over a folder, whose keys are compared with the records beside them
+MAX_COLUMNS = 64  # of captions; each takes memory for every row
+_KEYS = (
+    "key",
+    "image_path",
+)  # columns with the name of a row's record: ours and img2dataset's, clip-retrieval's
+_NAMES = 32  # of the metadata's fields that a message may list
 
 
 def read_plan(folder: str) -> dict | None:
@@ -105,7 +167,7 @@ def read_plan(folder: str) -> dict | None:
     return plan
 
 
-def _clip_sha256(plan: dict | None) -> str:
+def clip_sha256(plan: dict | None) -> str:
     """Of the CLIP that embed.json names; '' without one."""
     return str((plan or {}).get("clip_sha256", ""))
 
@@ -124,10 +186,19 @@ def _stored_plan(folder: str | os.PathLike) -> dict:
 def keep_plan(folder: epath.Path, plan: dict) -> None:
     """Write embed.json before the first shard, or compare with what is there.
 
-    Raises ValueError with what differs, where the folder holds the embeddings of something else.
+    Raises ValueError with what differs, where the folder holds the embeddings of something else, and where it
+    holds embeddings without embed.json.
     """
     path = folder / PLAN
+    begun = any(
+        _part_files(os.fspath(folder), kind) for kind in KINDS
+    )  # looked for before the plan: it is first
     if not path.exists():
+        if begun:
+            raise ValueError(
+                f"{folder} holds embeddings, but no {PLAN} says of which records: use another --out, "
+                "or remove it"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         _write_plan(path, plan)
     stored = _stored_plan(folder)
@@ -197,10 +268,17 @@ def missing_parts(folder: epath.Path) -> int:
 
 
 def finish(folder: epath.Path) -> dict[str, int]:
-    """Say in embed.json that all shards are there, and return how many records were left out by reason."""
-    plan, counted = _stored_plan(folder), collections.Counter()
-    for _, values in _columns(_metadata(folder), plan["records"], ("left_out",)):
-        counted.update(reason for reason in values if reason)
+    """Say in embed.json that all shards are there, and return how many records were left out by reason.
+
+    Raises ValueError where the files do not fit each other or the plan.
+    """
+    plan, table = _stored_plan(folder), Embeddings(folder)
+    if len(table) != plan["records"]:
+        raise ValueError(
+            f"{folder} holds {len(table)} embeddings of {plan['records']} records: remove what is not of it"
+        )
+    columns, _ = read_columns(table.metadata, lambda field: field == "left_out")
+    counted = collections.Counter(reason for reason in columns.get("left_out", ()) if reason)
     _write_plan(folder / PLAN, plan | {"left_out": dict(counted)})
     return dict(counted)
 
@@ -211,11 +289,8 @@ class EmbeddingSource:
     has_images = False
 
     def __init__(self, path: str):
-        self.clip_sha256, self._table = _clip_sha256(read_plan(path)), Embeddings(path)
-        self._captions = _metadata_captions(path, len(self._table))
-        counts = {language: len(texts) for language, texts in self._captions.items()}
-        if any(count != len(self._table) for count in counts.values()):
-            raise ValueError(f"{path}: {len(self._table)} embeddings but captions {counts} in metadata")
+        self.clip_sha256, self._table = clip_sha256(read_plan(path)), Embeddings(path)
+        self._captions, self._fields = read_columns(self._table.metadata, language_of)
         self.refused, self.embed_dims = {}, self._table.dims
         self.files, self.fingerprint = self._table.entries, records.fingerprint(self._table.entries)
 
@@ -225,58 +300,67 @@ class EmbeddingSource:
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         if image:
             raise ValueError("source 'embeddings' holds no images")
-        texts: dict[str, list[str]] = {}
-        if captions:
-            for language, column in self._captions.items():
-                add_caption(texts, language, column[index] or "")
-        return Record(f"row:{index}", None, freeze(texts), self._table.row(index))
+        texts = row_captions(self._captions, index) if captions else {}
+        return Record(f"row:{index}", None, texts, self._table.row(index), self._fields)
 
 
-def _metadata_captions(path: str, most: int) -> dict[str, list]:
-    """{language: captions in order} from metadata/metadata_N.parquet or .jsonl; empty without metadata."""
-    captions: dict[str, list] = {}
-    for field, values in _columns(_metadata(path), most):
-        captions.setdefault(language_of(field), []).extend(values)
-    return captions
+def row_captions(columns: dict[str, list[str | None]], row: int) -> dict[str, tuple[str, ...]]:
+    """The captions of one row by language, in the order of the columns."""
+    texts: dict[str, list[str]] = {}
+    for field, column in columns.items():
+        add_caption(texts, language_of(field), column[row] or "")
+    return freeze(texts)
 
 
-def _metadata(path: str | os.PathLike) -> str:
-    return os.path.join(path, "metadata")
+def read_columns(
+    metadata: list[tuple[str, int]], asked: Callable[[str], object]
+) -> tuple[dict[str, list[str | None]], tuple[str, ...]]:
+    """({field: one value a row}, the names of all fields) of files of metadata and their numbers of rows.
 
+    asked: whether a field's column is wanted. A value is None where a file or a row has no such field, and
+    where it is no text, none in UTF-8, or one above MAX_TEXT_BYTES.
 
-def _columns(
-    folder: str, most: int, wanted: tuple[str, ...] | None = None
-) -> Iterator[tuple[str, list[str | None]]]:
-    """(field, values) of the metadata in their order, in pieces: those `wanted`, by default the captions.
-
-    A value that is no text, or one above MAX_TEXT_BYTES, is None. Raises ValueError for more than `most` rows
-    and for a piece that would take more memory than its texts may; in parquet also for columns that share a
-    name, or hold lists, structs or maps.
+    Raises ValueError for a file with another number of rows, for more than MAX_COLUMNS columns, and for a
+    piece that would take more memory than its texts may; in parquet also for columns that share a name, or
+    hold lists, structs or maps.
     """
-    names = (
-        [name for name in os.listdir(folder) if name.endswith((".parquet", ".jsonl"))]
-        if os.path.isdir(folder)
-        else []
-    )
-    names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    total, first, columns, names = sum(rows for _, rows in metadata), 0, {}, {}
+    for path, rows in metadata:
+        read, end = _parquet if path.endswith(".parquet") else _json_lines, first
+        for count, piece in read(path, asked, rows, names):
+            for field, values in piece.items():
+                if len(values) != count:
+                    raise ValueError(f"{path}: {field!r} has {len(values)} values in {count} rows")
+                columns.setdefault(field, [None] * total)[end : end + count] = values
+            _check_number(path, columns)
+            end += count
+        if end - first != rows:
+            raise ValueError(f"{path} has {end - first} rows, where there are embeddings for {rows}")
+        first = end
+    return columns, tuple(names)
 
-    def asked(fields) -> list[str]:
-        return [field for field in fields if (language_of(field) if wanted is None else field in wanted)]
 
-    for name in names:
-        read = _parquet if name.endswith(".parquet") else _json_lines
-        for columns in read(os.path.join(folder, name), asked, most):
-            most -= max(map(len, columns.values()), default=0)
-            yield from columns.items()
+def _check_number(path: str, columns: dict) -> None:
+    if len(columns) > MAX_COLUMNS:
+        raise ValueError(
+            f"{path}: more than {MAX_COLUMNS} columns of captions: give most of them other names"
+        )
 
 
-def _parquet(path: str, asked: Callable, most: int) -> Iterator[dict[str, list[str | None]]]:
-    """The columns of each row group. A text that the file holds once for many rows is held once."""
+def _keep_names(names: dict[str, None], more: Iterable[str]) -> None:
+    """Put the first few names of fields into `names`, a dict for their order."""
+    if len(names) < _NAMES:
+        names.update(dict.fromkeys(itertools.islice(more, _NAMES)))
+
+
+def _parquet(path: str, asked: Callable, most: int, names: dict) -> Iterator[tuple[int, dict[str, list]]]:
+    """(rows, columns) of each row group. A text that the file holds once for many rows is held once."""
     import pyarrow
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        fields = asked(file.schema_arrow.names)
+        fields = [field for field in file.schema_arrow.names if asked(field)]
+        _keep_names(names, file.schema_arrow.names)
         columns = [file.schema.column(i) for i in range(len(file.schema))]
         plain = [column.path for column in columns if not column.max_repetition_level]
     for field in fields:
@@ -301,31 +385,55 @@ def _parquet(path: str, asked: Callable, most: int) -> Iterator[dict[str, list[s
                 columns[field] = values = []
                 for piece in table.column(field).chunks:
                     if pyarrow.types.is_dictionary(piece.type):
-                        texts = [_text(text) for text in piece.dictionary.to_pylist()]
+                        texts = _texts(piece.dictionary)
                         values += [None if i is None else texts[i] for i in piece.indices.to_pylist()]
                     else:
                         values += [None] * len(piece)
-            yield columns
+            yield group.num_rows, columns
 
 
-def _json_lines(path: str, asked: Callable, most: int) -> Iterator[dict[str, list[str | None]]]:
-    """The columns of a file with one object a line; the first line has all the fields."""
-    columns = None
-    with open(path, encoding="utf-8") as file:
+def _texts(array) -> list[str | None]:
+    """The values of a pyarrow array of texts; None for one that is no UTF-8, which pyarrow does not check."""
+    import pyarrow
+
+    try:
+        return [_text(value) for value in array.to_pylist()]
+    except UnicodeDecodeError:
+        large = pyarrow.types.is_large_string(array.type)
+        stored = array.cast(pyarrow.large_binary() if large else pyarrow.binary()).to_pylist()
+    texts = []
+    for value in stored:
+        try:
+            texts.append(None if value is None else _text(value.decode("utf-8")))
+        except UnicodeDecodeError:
+            texts.append(None)
+    return texts
+
+
+def _json_lines(path: str, asked: Callable, most: int, names: dict) -> Iterator[tuple[int, dict[str, list]]]:
+    """(rows, columns) of a file with one object a line. Blank lines are no rows."""
+    columns, rows = {}, 0
+    with open(path, "rb") as file:
         for number in itertools.count(1):
             line = file.readline(records.MAX_TEXT_BYTES)
             if not line:
                 break
-            _check_rows(path, number, most)
+            if not line.strip():
+                continue
+            _check_rows(path, rows + 1, most)
             try:
-                row = json.loads(line)
-                columns = {field: [] for field in asked(row)} if columns is None else columns
-                for field, values in columns.items():
-                    values.append(_text(row.get(field)))
-            except (ValueError, AttributeError, TypeError, RecursionError) as error:
+                row = dict(json.loads(line))  # bytes: a byte-order mark is none of the text
+            except (ValueError, TypeError, RecursionError) as error:
                 limit = f"an object in JSON of at most {records.MAX_TEXT_BYTES >> 20} MiB"
                 raise ValueError(f"{path}: line {number} is not {limit}: {error}") from None
-    yield columns or {}
+            _keep_names(names, row)
+            for field in filter(asked, row):
+                columns.setdefault(field, [None] * rows)
+            _check_number(path, columns)
+            for field, values in columns.items():
+                values.append(_text(row.get(field)))
+            rows += 1
+    yield rows, columns
 
 
 def _text(value) -> str | None:
@@ -335,53 +443,3 @@ def _text(value) -> str | None:
 def _check_rows(path: str, rows: int, most: int) -> None:
     if rows > most:
         raise ValueError(f"{path} has {rows} rows or more, where there are embeddings for {most}")
-
-
-class Paired:
-    """Records of a source with the rows of an embedding folder beside them, in the same order.
-
-    Where the folder has embeddings of captions and the captions, a record's captions are the embedded one.
-    Raises ValueError for embeddings of other records: by their number, embed.json, or some of their keys.
-    """
-
-    def __init__(self, source, path: str):
-        plan, self._source, self._table = read_plan(path), source, Embeddings(path)
-        again = "they belong to another dataset, or some records are lost; embed this one again"
-        if len(source) != len(self._table):
-            raise ValueError(
-                f"{path} holds {len(self._table)} embeddings, the dataset {len(source)} records: {again}"
-            )
-        if plan and plan["fingerprint"] != source.fingerprint:
-            raise ValueError(
-                f"the embeddings of {path} are of a dataset with fingerprint {plan['fingerprint'][:12]}, "
-                f"this one's is {source.fingerprint[:12]}: {again}"
-            )
-        columns = _columns(_metadata(path), len(self._table), ("key",)) if plan else ()
-        keys = [key for _, values in columns for key in values]
-        for row in np.unique(np.linspace(0, len(keys) - 1, _CHECKED_KEYS).astype(int)) if keys else ():
-            try:
-                found = source.read(int(row), image=False, captions=False).key
-            except BadRecord:
-                continue
-            if found != keys[row]:
-                raise ValueError(f"row {row} of {path} is of record {keys[row]!r}, not {found!r}: {again}")
-        embedded = "text_embed" in self._table.dims
-        self._captions = _metadata_captions(path, len(self._table)) if embedded else {}
-        self.refused, self.has_images, self.embed_dims = source.refused, source.has_images, self._table.dims
-        self.clip_sha256 = _clip_sha256(plan)
-        beside = [(f"embeddings/{name}", size, count) for name, size, count in self._table.entries]
-        self.files = [*source.files, *beside]
-        self.fingerprint = records.fingerprint([(source.fingerprint, 0, len(source)), *self._table.entries])
-
-    def __len__(self):
-        return len(self._source)
-
-    def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
-        record = self._source.read(index, image, captions)
-        texts = record.captions
-        if captions and self._captions:
-            found: dict[str, list[str]] = {}
-            for language, column in self._captions.items():
-                add_caption(found, language, column[index] or "")
-            texts = freeze(found)
-        return Record(record.key, record.image, texts, self._table.row(index))

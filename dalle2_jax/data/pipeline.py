@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from absl import logging
 
-from dalle2_jax.data import sources, stream, transforms
+from dalle2_jax.data import shards, sources, stream, transforms
 from dalle2_jax.data.budget import Budget, TooManyBadRecords
 from dalle2_jax.data.degradations import BSR
 from dalle2_jax.data.records import BadRecord, Record, RecordSource
@@ -230,8 +230,12 @@ class Dataset:
             chosen = self.language
         texts = captions.get(chosen, ())
         if not texts:
-            raise BadRecord("no_caption", f"language {self.language}; there is {sorted(captions) or 'none'}")
+            others = f"captions in {', '.join(sorted(captions))}" if captions else "no caption"
+            found = f"it has {others}{_named(record.fields)}"
+            raise BadRecord("no_caption", f"language {self.language}; {found}")
         text = texts[int(draws[CAPTION] * len(texts))]
+        if "\ufffd" in text:
+            self._bad.note("unreadable_character")
         return _cap_caption(text, self._bad)
 
     def labels(self, indices) -> list[str]:
@@ -295,14 +299,39 @@ def label_of(caption: str, classes: Sequence[str]) -> int:
     return list(classes).index(found[0]) if len(found) == 1 else -1
 
 
-def _check_language(source: RecordSource, language: str) -> None:
-    """Raise ValueError where the first records have captions, but none in the language."""
-    found = set()
-    for index in range(min(len(source), 16)):
+_FIRST, _SPREAD = 16, 64  # records that are asked for captions
+_SHOWN_FIELDS, _SHOWN_NAME = 12, 40  # names in a message, characters of each
+
+
+def _named(fields: Sequence[str]) -> str:
+    """'; fields: alt, url', the first few, or '' for none."""
+    shown = [shards.encodable(name[:_SHOWN_NAME]) for name in fields[:_SHOWN_FIELDS]]
+    return f"; fields: {', '.join(shown)}{', ...' if len(fields) > len(shown) else ''}" if shown else ""
+
+
+def _check_captions(source: RecordSource, path: str, language: str) -> None:
+    """Raise ValueError where the first records, and others spread over the source, have no caption in it.
+
+    Records that cannot be read say nothing.
+    """
+    spread = np.linspace(0, len(source) - 1, min(len(source), _SPREAD)).astype(int).tolist()
+    found, fields, read = set(), {}, 0
+    for number, index in enumerate(dict.fromkeys([*range(min(len(source), _FIRST)), *spread])):
+        if number >= _FIRST and (language in found or (found and language == ANY_LANGUAGE)):
+            break
         try:
-            found |= source.read(index, image=False).captions.keys()
+            record = source.read(index, image=False)
         except BadRecord:
             continue
+        found |= record.captions.keys()
+        fields |= dict.fromkeys(record.fields[:_SHOWN_FIELDS])
+        read += 1
+    if read and not found:
+        mend = "rename the field that holds the captions" if fields else "put KEY.txt beside each KEY.jpg"
+        raise ValueError(
+            f"no captions in {path}: none of {read} records has one in KEY.txt or in a field caption, text, "
+            f"txt, or caption_zh for Chinese and so on{_named(list(fields))}; {mend}"
+        )
     if found and language not in (found | {ANY_LANGUAGE}):
         raise ValueError(
             f"data.language {language!r}: the first records have no such captions"
@@ -341,7 +370,7 @@ def iterate_captions(
     """All captions of up to `limit` records spread over the dataset: what a tokenizer is trained on.
 
     Takes every setting of `make_dataset` that names the data, so that one config serves both; records
-    without a readable caption are passed over.
+    without a readable caption are passed over. Raises ValueError where there are none.
     """
     opened = sources.open_source(
         source,
@@ -353,6 +382,7 @@ def iterate_captions(
         embeddings=embeddings,
         verify_sha256=verify_sha256,
     )
+    _check_captions(opened, path, language)
     stride = max(1, -(-len(opened) // limit))
     for index in range(0, len(opened), stride):
         try:
@@ -468,7 +498,7 @@ def make_dataset(
             f"source {source!r} holds no images, but {sorted(set(_PICTURES) & set(fields))} are asked for"
         )
     if {"tokens", "token_mask"} & set(fields):
-        _check_language(opened, language)
+        _check_captions(opened, path, language)
     views = Views(
         image_size=image_size if {"image", "low_res", "crop_yx"} & set(fields) else None,
         clip_image_size=clip_image_size if "clip_image" in fields else None,

@@ -59,6 +59,7 @@ class Record:
     embeds: dict[str, np.ndarray] = dataclasses.field(
         default_factory=dict
     )  # image_embed, text_embed: float32 [E]
+    fields: tuple[str, ...] = ()  # names of what its source says of it, captions or not, where they were read
 
 
 class RecordSource(Protocol):

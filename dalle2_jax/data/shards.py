@@ -4,6 +4,7 @@ What a caption's language is follows from the name of its field: `caption`, `tex
 `caption_zh` is 'zh', `caption_xx` is 'xx'.
 """
 
+import codecs
 import collections
 import difflib
 import glob
@@ -84,16 +85,35 @@ def language_of(field: str) -> str | None:
 
 
 def decode_caption(data: bytes) -> str:
-    """The text of a stored caption. Raises BadRecord('invalid_utf8')."""
+    """The text of a stored caption, without a byte-order mark before it. Raises BadRecord('invalid_utf8')."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadRecord("invalid_utf8", str(error)) from None
+        marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        raise BadRecord("invalid_utf8", "it is UTF-16: save it as UTF-8" if marked else str(error)) from None
+
+
+def encodable(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair that stands alone, so that UTF-8 can hold it.
+
+    JSON's escapes (`\\ud83d`), file names and command lines in other encodings bring such halves. Two halves
+    that make a pair become their character.
+    """
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def clean_caption(text: str) -> str:
+    """A caption as it enters: `encodable`, without a byte-order mark before it or white space around it."""
+    return encodable(text).strip().removeprefix("\ufeff").strip()
 
 
 def add_caption(captions: dict[str, list[str]], language: str, text: str) -> None:
-    """Add a caption that is neither blank nor there already."""
-    text = text.strip()
+    """Add a caption, cleaned by `clean_caption`, that is neither blank nor there already."""
+    text = clean_caption(text)
     if text and text not in captions.setdefault(language, []):
         captions[language].append(text)
 
@@ -176,6 +196,7 @@ class TarSource(_Indexed):
         data = self._files.read(file, offset, size)
         name = data[:100].split(b"\0")[0].decode("ascii", "replace").rpartition("/")[2].partition(".")[0]
         texts: dict[str, list[str]] = {}
+        fields: dict = {}
         if captions and row[3] >= 0:
             add_caption(texts, "en", decode_caption(self._text(file, row[2], row[3])))
         if (captions or self._verify_sha256) and row[5] >= 0:
@@ -186,7 +207,8 @@ class TarSource(_Indexed):
             if expected and hashlib.sha256(data[512:]).hexdigest() != expected:
                 raise BadRecord("sha256_differs", f"{name}: {expected} in its JSON")
         key = f"{os.path.basename(self._files.paths[file])}:{name}"
-        return Record(key, data[512:] if image else None, freeze(texts))
+        names = (".txt",) * (row[3] >= 0) + tuple(fields)
+        return Record(key, data[512:] if image else None, freeze(texts), fields=names)
 
     def _text(self, file: int, offset: int, size: int) -> bytes:
         """A .txt or .json. Raises BadRecord for one above MAX_TEXT_BYTES: JSON takes many times its size."""
@@ -248,6 +270,7 @@ class ExampleSource(_Indexed):
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         fields, texts, encoded = self.fields(index), {}, None
+        names = tuple(sorted(fields))  # now: a look-up adds the name that it looks for
         if image:
             values = fields[self._image_field].bytes_list.value
             if not values:
@@ -258,7 +281,8 @@ class ExampleSource(_Indexed):
                 for value in fields[field].bytes_list.value:
                     add_caption(texts, language, decode_caption(value))
         key = fields["key"].bytes_list.value if "key" in fields else ()
-        return Record(key[0].decode("utf-8", "replace") if key else self._key(index), encoded, freeze(texts))
+        key = key[0].decode("utf-8", "replace") if key else self._key(index)
+        return Record(key, encoded, freeze(texts), fields=names)
 
 
 def _example_fields(names, path: str) -> tuple[str, dict[str, str]]:

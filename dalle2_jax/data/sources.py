@@ -4,7 +4,7 @@ import os
 
 from dalle2_jax import files
 from dalle2_jax.data import embeddings as embeddings_module
-from dalle2_jax.data import prepared, records, shards
+from dalle2_jax.data import paired, prepared, records, shards
 from dalle2_jax.data.shards import did_you_mean
 
 SOURCES = ("scenes", "tfds", "tar", "tfrecord", "embeddings")
@@ -53,4 +53,4 @@ def open_source(
     if not embeddings:
         return opened
     folder = os.path.join(embeddings, split)
-    return embeddings_module.Paired(opened, folder if split and os.path.isdir(folder) else embeddings)
+    return paired.Paired(opened, folder if split and os.path.isdir(folder) else embeddings)

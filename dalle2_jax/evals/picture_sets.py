@@ -141,7 +141,10 @@ def _listed(path: Path) -> list[tuple[Path, str]]:
             raise ValueError(f"{path} names {name!r}, which lies outside its folder")
         if not (path.parent / name).is_file():
             raise ValueError(f"{path} names {name!r}, which is not there")
-    return [(path.parent / name, text if isinstance(text, str) else "") for name, text in found]
+    return [
+        (path.parent / name, shards.clean_caption(text) if isinstance(text, str) else "")
+        for name, text in found
+    ]
 
 
 def _beside(file: Path) -> str:
@@ -151,7 +154,7 @@ def _beside(file: Path) -> str:
         return ""
     with text.open("rb") as opened:
         lines = opened.read(MAX_CAPTION_BYTES).decode("utf-8", "replace").splitlines()
-    return next((line.strip() for line in lines if line.strip()), "")
+    return next(filter(None, map(shards.clean_caption, lines)), "")
 
 
 def _open_npz(path: str) -> PictureSet:

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from dalle2_jax import grid, processes
+from dalle2_jax.data.shards import clean_caption, encodable
 from dalle2_jax.evals.picture_sets import keep_plan
 from dalle2_jax.pipeline import MAX_CAPTION, check_captions
 
@@ -51,7 +52,7 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
         if key is None:
             raise ValueError(f"{path}: entry {number} has none of {', '.join(map(repr, KEYS))}")
         found.append(
-            {name: value for name, value in row.items() if name != key} | {"prompt": row[key].strip()}
+            {name: value for name, value in row.items() if name != key} | {"prompt": clean_caption(row[key])}
         )
     try:
         check_captions([row["prompt"] for row in found])
@@ -80,7 +81,7 @@ def draw(
     weights = {name: model.cascade.weights_sha256(name) for name in model.cascade.stages}
     plan = {"model": model.name, "weights_sha256": weights, "n": n, "seed": seed}
     plan = json.dumps(plan | {"settings": model.settings(**(settings or {}))}, indent=2) + "\n"
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in prompts]
+    lines = [encodable(json.dumps(row, ensure_ascii=False)) + "\n" for row in prompts]
     out.mkdir(parents=True, exist_ok=True)
     for name, text in (("plan.json", plan), ("prompts.jsonl", "".join(lines))):
         processes.one_then_others(name, functools.partial(keep_plan, out / name, text))

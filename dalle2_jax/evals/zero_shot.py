@@ -50,9 +50,15 @@ def labels(captions: Sequence[str], names: Sequence[str]) -> np.ndarray:
     return found
 
 
+def _lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a file that are not blank, without a byte-order mark."""
+    text = epath.Path(path).read_text().removeprefix("\ufeff")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def read_names(path: str | os.PathLike) -> list[str]:
     """The classes of a file, one a line. Raises ValueError for fewer than two, and for a repeated one."""
-    names = [line.strip() for line in epath.Path(path).read_text().splitlines() if line.strip()]
+    names = _lines(path)
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"{path} must hold at least two classes, one a line, none twice")
     return names
@@ -60,7 +66,7 @@ def read_names(path: str | os.PathLike) -> list[str]:
 
 def read_templates(path: str | os.PathLike) -> list[str]:
     """The templates of a file, one a line, each with {} where the class goes; ValueError for others."""
-    found = [line.strip() for line in epath.Path(path).read_text().splitlines() if line.strip()]
+    found = _lines(path)
     for template in found:
         if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
             raise ValueError(

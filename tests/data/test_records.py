@@ -546,7 +546,7 @@ def test_embedding_shard_mismatch(tmp_path):
     assert source.read(6).embeds["image_embed"][0] == 6 and source.read(6).captions == {"en": ("caption 6",)}
     metadata = tmp_path / "b" / "metadata" / "metadata_1.jsonl"
     metadata.write_text(metadata.read_text().splitlines()[0] + "\n")
-    with pytest.raises(ValueError, match="8 embeddings but captions"):
+    with pytest.raises(ValueError, match="metadata_1.jsonl has 1 rows, where there are embeddings for 3"):
         sources.open_source("embeddings", str(tmp_path / "b"), "")
 
 

@@ -1,0 +1,167 @@
+"""Records of a source with the rows of an embedding folder beside them, and whether they belong together.
+
+Row i is of record i. A folder that `dalle2_jax.embed` wrote says in embed.json which records it is of. One
+that clip-retrieval wrote does not: there the keys and captions in its metadata are compared with those of
+the records.
+"""
+
+import collections
+import contextlib
+import os
+import re
+
+import numpy as np
+from absl import logging
+
+from dalle2_jax.data import embeddings, records
+from dalle2_jax.data.records import BadRecord, Record
+from dalle2_jax.data.shards import encodable, language_of
+
+_KEYS = ("key", "image_path")  # columns with the name of a row's record: img2dataset's, clip-retrieval's
+_CHECKED_ROWS = 64  # spread over a folder, whose keys and captions are compared with those of their records
+_AGAIN = "they belong to another dataset, or some records are lost; embed this one again"
+_NUMBERED = re.compile(r"(?:row|.*\.tfrecord[^:]*):[0-9]+")  # the key of a record that has no name of its own
+
+
+class Paired:
+    """Records of a source with the rows of an embedding folder beside them, in the same order.
+
+    Where the folder has embeddings of captions and the captions, a record's captions are those of its row.
+    Where its metadata name the records, a record whose row is of another one is bad (`other_record`).
+    Raises ValueError for embeddings of other records: by their number, embed.json, or some of their keys and
+    captions.
+    """
+
+    def __init__(self, source, path: str):
+        plan, self._source, self._table = embeddings.read_plan(path), source, embeddings.Embeddings(path)
+        if len(source) != len(self._table):
+            raise ValueError(
+                f"{path} holds {len(self._table)} embeddings, the dataset {len(source)} records: {_AGAIN}"
+            )
+        if plan and plan["fingerprint"] != source.fingerprint:
+            raise ValueError(
+                f"the embeddings of {path} are of a dataset with fingerprint {plan['fingerprint'][:12]}, "
+                f"this one's is {source.fingerprint[:12]}: {_AGAIN}"
+            )
+        columns, self._fields = embeddings.read_columns(
+            self._table.metadata, lambda field: field in _KEYS or language_of(field)
+        )
+        keys = [columns.pop(name) for name in _KEYS if name in columns]
+        self._keys = _checked_keys(path, source, keys, columns, foreign=not plan)
+        self._captions = columns if "text_embed" in self._table.dims else {}
+        self.refused, self.has_images, self.embed_dims = source.refused, source.has_images, self._table.dims
+        self.clip_sha256 = embeddings.clip_sha256(plan)
+        beside = [(f"embeddings/{name}", size, count) for name, size, count in self._table.entries]
+        self.files = [*source.files, *beside]
+        self.fingerprint = records.fingerprint([(source.fingerprint, 0, len(source)), *self._table.entries])
+
+    def __len__(self):
+        return len(self._source)
+
+    def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
+        record = self._source.read(index, image, captions)
+        if _of_same(record.key, self._keys, index) is False:
+            raise BadRecord(
+                "other_record", f"{record.key}: its row of embeddings is of {_named(self._keys, index)!r}"
+            )
+        texts, fields = record.captions, record.fields
+        if captions and self._captions:
+            texts, fields = embeddings.row_captions(self._captions, index), self._fields
+        return Record(record.key, record.image, texts, self._table.row(index), fields)
+
+
+def _name(key: str) -> str:
+    """What a file is called in a key, without shard, folders and a picture's ending: `0.tar:a/b.jpg` is b."""
+    stem, ending = os.path.splitext(re.split(r"[/\\:]", encodable(key))[-1])
+    return stem if ending[1:].lower() in records.IMAGE_EXTENSIONS else stem + ending
+
+
+def _named(keys: list[list[str | None]], row: int) -> str:
+    """The first key of a row, or ''."""
+    return next((column[row] for column in keys if column[row]), "")
+
+
+def _of_same(key: str, keys: list[list[str | None]], row: int) -> bool | None:
+    """Whether one of the row's keys is that of the record `key`; None where either has no name."""
+    named = [column[row] for column in keys if column[row]]
+    if key in named:
+        return True
+    if not named or _NUMBERED.fullmatch(key):
+        return None
+    return _name(key) in map(_name, named)
+
+
+def _checked_keys(
+    path: str, source, keys: list[list], captions: dict[str, list], foreign: bool
+) -> list[list]:
+    """Compare some rows with their records: keys, and of a `foreign` folder the captions.
+
+    Returns the columns of keys that each record is to be compared with when it is read: those of a foreign
+    folder that agree. Raises ValueError where rows are of other records; warns where nothing tells.
+    """
+    sampled = _sampled(source, captions=foreign) if keys or (foreign and captions) else {}
+    same = {row: _of_same(record.key, keys, row) for row, record in sampled.items()}
+    strange = [row for row, known in same.items() if known is False]
+    agree = sum(known is True for known in same.values())
+    at_home, elsewhere = _captions_found(sampled, captions) if foreign and not agree else (0, {})
+    # Where no key agrees but captions do, the keys are names of another kind.
+    if strange and (agree or 2 * at_home <= len(sampled)):
+        row = strange[0]
+        raise ValueError(
+            f"row {row} of {path} is of record {_named(keys, row)!r}, not {sampled[row].key!r}: {_AGAIN}"
+        )
+    if len(elsewhere) > 1:
+        row, other = next(iter(elsewhere.items()))
+        raise ValueError(
+            f"{path}: the caption of record {row} ({sampled[row].key}) stands in row {other}, and so with "
+            f"{len(elsewhere)} of {len(sampled)} records compared: {_AGAIN}"
+        )
+    if foreign and not agree and not at_home:
+        logging.warning(
+            "%s: nothing in its metadata tells whether its rows are of these records (no %s, none of their "
+            "captions); row i is taken for record i%s",
+            path, " or ".join(_KEYS), _example(sampled, captions),
+        )  # fmt: skip
+    return keys if foreign and agree else []
+
+
+def _sampled(source, captions: bool) -> dict[int, Record]:
+    """Some records spread over a source, by their number: those that can be read."""
+    rows, found = np.linspace(0, len(source) - 1, min(_CHECKED_ROWS, len(source))).astype(int), {}
+    for row in rows.tolist():
+        with contextlib.suppress(BadRecord):
+            found[row] = source.read(row, image=False, captions=captions)
+    return found
+
+
+def _captions_found(sampled: dict[int, Record], columns: dict[str, list]) -> tuple[int, dict[int, int]]:
+    """(how many records have a caption of their row, {record: the one other row that has its caption})."""
+    at_home, wanted = 0, collections.defaultdict(list)
+    for row, record in sampled.items():
+        own = {text for texts in record.captions.values() for text in texts}
+        if own & {text for texts in embeddings.row_captions(columns, row).values() for text in texts}:
+            at_home += 1
+        else:
+            for text in own:
+                wanted[text].append(row)
+    places = collections.defaultdict(set)
+    for column in columns.values() if wanted else ():
+        for place, value in enumerate(column):
+            if value and value.strip() in wanted:
+                places[value.strip()].add(place)
+    return at_home, {
+        row: next(iter(places[text]))
+        for text, rows in wanted.items()
+        for row in rows
+        if len(rows) == len(places[text]) == 1
+    }
+
+
+def _example(sampled: dict[int, Record], columns: dict[str, list]) -> str:
+    """'; row 3 says ..., the record ...' of the first that both say something of, or ''."""
+    for row, record in sampled.items():
+        said = embeddings.row_captions(columns, row)
+        for language in said.keys() & record.captions.keys():
+            one, other = said[language][0][:80], record.captions[language][0][:80]
+            return f": row {row} says {one!r}, its record {other!r}"
+    return ""
