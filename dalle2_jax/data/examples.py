@@ -1,7 +1,7 @@
 """tf.train.Example protos of TFRecord files, read and written without TensorFlow.
 
     Example { Features features = 1; }
-    Features { map<string, Feature> feature = 1; }              a map is repeated messages { key = 1; value = 2; }
+    Features { map<string, Feature> feature = 1; }   a map: repeated messages { key = 1; value = 2; }
     Feature { oneof { BytesList = 1; FloatList = 2; Int64List = 3; } }
     BytesList { repeated bytes value = 1; }
 
@@ -85,7 +85,7 @@ def _messages(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
 
 
 class Example:
-    """A tf.train.Example: iterating gives the names of its features; their bytes are copied when asked for."""
+    """A tf.train.Example: iterating gives the names of its features; `values` copies their bytes."""
 
     def __init__(self, data: bytes):
         """Raises BadRecord('invalid_proto') where `data` is no Example."""
@@ -113,7 +113,7 @@ class Example:
         return iter(self._features)
 
     def values(self, name: str) -> list[bytes]:
-        """The values of a feature; [] where there is none, or it has other values than bytes. Raises BadRecord."""
+        """The values of a feature; [] where there is none, or none of bytes. Raises BadRecord."""
         found: list[bytes] = []
         for part in self._features.get(name, ()):
             for kind, begin, end in _messages(self._data, *part):

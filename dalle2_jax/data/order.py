@@ -4,10 +4,11 @@ The record at position p (p = step * batch_size + slot, counted over all epochs)
 
     epoch = p // N,    record = permutation_{seed, epoch}(p mod N),
 
-with the stateless index shuffle of TensorFlow, `tf.raw_ops.RandomIndexShuffle`, computed in numpy. With `group`
-g > 1 it is groups of g successive records that are permuted, so that these meet in one batch; the N mod g records
-after the last whole group are left out. There is no shuffle buffer to save, any step can be the first, and a host
-that reads slots [i b, (i + 1) b) of each batch sees its slice of the same global batch, whatever the number of hosts.
+with TensorFlow's stateless index shuffle, `tf.raw_ops.RandomIndexShuffle`, computed in numpy. With `group`
+g > 1 it is groups of g successive records that are permuted, so that these meet in one batch; the N mod g
+records after the last whole group are left out. There is no shuffle buffer to save, any step can be the
+first, and a host that reads slots [i b, (i + 1) b) of each batch sees its slice of the same global batch,
+whatever the number of hosts.
 """
 
 import dataclasses
@@ -34,9 +35,9 @@ def _mix(x: int) -> int:
 def shuffle_key(seed: int, epoch: int) -> tuple[int, int, int]:
     """The three words of 32 bits that key the order of an epoch.
 
-    The shuffle is a block cipher whose key should be random bits. With plain numbers as keys, as
-    tf.random.experimental.index_shuffle passes them, and its default of 4 rounds, the orders of successive epochs
-    are strongly correlated. So the keys are mixed (splitmix64) and the rounds are 24.
+    The shuffle is a block cipher whose key should be random bits and whose default of 4 rounds is few: with
+    plain numbers as keys, as tf.random.experimental.index_shuffle passes them, the orders of successive
+    epochs are strongly correlated. So the keys are mixed (splitmix64) and the rounds are 24.
     """
     key = _mix(_mix((seed + _GAMMA) & _MASK64) ^ ((epoch + 1) * _GAMMA & _MASK64))
     return key & _MASK32, key >> 32, _mix((key + _GAMMA) & _MASK64) & _MASK32
@@ -45,9 +46,9 @@ def shuffle_key(seed: int, epoch: int) -> tuple[int, int, int]:
 def _word_bits(n: int) -> int:
     """Half the bits of a block that numbers 0 ... n - 1, for n above 2^16 (below, a block has 16 bits).
 
-    The logarithm is that of n - 1, as in TensorFlow, though a block of 2k bits has no room for 2^(2k): where
-    n - 1 is a power of four above 2^15, the last index is permuted as index 0 is, so that one record comes twice
-    in an epoch and another not at all. This is kept, because the order is to be TensorFlow's for every index.
+    The logarithm is that of n - 1, as in TensorFlow, though a block of 2k bits has no room for 2^(2k). So
+    where n - 1 is a power of four above 2^15, the last index goes where index 0 goes: one record comes twice
+    in an epoch and another not at all. This is kept, because the order is TensorFlow's for every index.
     """
     bits = math.ceil(math.log2(n - 1))
     return (bits + bits % 2) // 2
@@ -84,8 +85,8 @@ def _encrypt(x: np.ndarray, round_keys: tuple[int, ...], word_bits: int) -> np.n
 def _table(key: tuple[int, int, int], n: int) -> np.ndarray:
     """uint16 [n]: the whole permutation, for n up to 2^16.
 
-    A block has room for 2^16 numbers. What lies outside of 0 ... n - 1 is permuted until it lies inside: for small
-    n that takes many turns, so each of these doubles the steps that are taken.
+    A block has room for 2^16 numbers. What lies outside of 0 ... n - 1 is permuted until it lies inside. For
+    small n that takes many steps, so each turn of the loop doubles the steps that `follows` takes.
     """
     follows = _encrypt(np.arange(1 << 16, dtype=np.uint16), _round_keys(key, 8), 8)
     while (follows[:n] >= n).any():

@@ -1,8 +1,9 @@
 """Datasets in the files of tensorflow-datasets: our own scenes, and any with an image and a caption.
 
-A prepared folder, NAME/CONFIG/VERSION, holds TFRecord files, `dataset_info.json` (the splits and how many records
-each file has) and `features.json` (the types of the fields). It is read through our own index, without
-tensorflow-datasets, so that any record is one `pread` away. Only what is not prepared yet needs that package.
+A prepared folder, NAME/CONFIG/VERSION, holds TFRecord files, `dataset_info.json` (the splits and how many
+records each file has) and `features.json` (the types of the fields). It is read through our own index,
+without tensorflow-datasets, so that any record is one `pread` away. Only what is not prepared yet needs that
+package.
 """
 
 import contextlib
@@ -94,7 +95,7 @@ def _fields(features: dict, image_field: str, caption_field: str, name: str) -> 
 
 
 def _bound(text: str, unit: str, lengths: list[int], default: int, split: str) -> int:
-    """The record at which a slice begins or ends, '10', '-5', '90%', '2shard' or '', in a split of these shards."""
+    """The record at which a slice begins or ends: '10', '-5', '90%', '2shard' or ''."""
     if not text:
         return default
     match, count = _BOUND.fullmatch(text), sum(lengths)
@@ -222,7 +223,7 @@ def open_scenes(path: str, split: str, data_dir: str = "") -> ExampleSource:
 
 
 def _find_prepared(path: str, data_dir: str) -> str | None:
-    """The folder in which `path`, a name as of `open_tfds`, is prepared; the newest version where it names none."""
+    """Where `path`, as `open_tfds` takes it, is prepared; the newest version if it names none."""
     match = _NAME.fullmatch(path)
     if not match:
         return None

@@ -3,8 +3,8 @@
 A config is a preset of the grammar at one picture size, such as 'quickstart_64'; example i of a split is
 `scenes.sample_scene(preset, split, i)`, in that order, so pictures of one scene at different sizes agree.
 `caption` and `caption_zh` are the plain wordings, `captions` and `captions_zh` all of them, `scene` is
-`Scene.to_json()`. The files are those of tensorflow-datasets, which is not needed: their names, sizes, records and
-what describes them are the same, so that it reads them too.
+`Scene.to_json()`. The files are those that tensorflow-datasets would write, and it can read them: their
+names, sizes and records are the same, and so is what describes them.
 """
 
 import dataclasses
@@ -128,7 +128,7 @@ def _copy(file, out, size: int) -> None:
 
 
 def _num_shards(num_bytes: int, count: int) -> int:
-    """How many shards tensorflow-datasets makes of so many bytes: as many as have 64 MiB each, a power of two."""
+    """How many shards tensorflow-datasets makes: a power of two, each of at least 64 MiB."""
     for num_shards in (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2):
         if num_shards <= num_bytes // _MIN_SHARD_BYTES and num_shards <= count:
             return num_shards

@@ -57,7 +57,7 @@ class Stream(Iterator):
     """An iterator over batches; its reading threads end with `close`, its deletion, or the program."""
 
     def __init__(self, batches: Iterator[Batch], end: Callable[[], None] = lambda: None):
-        """end: stops what reads ahead. Neither it nor `batches` may hold this stream, or it is never deleted."""
+        """end: stops what reads ahead. Neither it nor `batches` holds this stream, so that it can go."""
         self._batches = batches
         self._end = weakref.finalize(self, end)
         _open.add(self)

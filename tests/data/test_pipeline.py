@@ -11,12 +11,10 @@ import time
 import numpy as np
 import pytest
 
-pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
-
-from dalle2_jax.data import pipeline, prepared, sources, stream  # noqa: E402
-from dalle2_jax.data.budget import Budget, TooManyBadRecords  # noqa: E402
-from dalle2_jax.data.records import BadRecord  # noqa: E402
-from tests.data import shards_for_tests as made  # noqa: E402
+from dalle2_jax.data import pipeline, prepared, sources, stream
+from dalle2_jax.data.budget import Budget, TooManyBadRecords
+from dalle2_jax.data.records import BadRecord
+from tests.data import shards_for_tests as made
 
 FIELDS = ("image", "tokens", "token_mask")
 
