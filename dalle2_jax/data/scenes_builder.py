@@ -101,11 +101,11 @@ def _features(size: int) -> dict:
 
 def _write_split(config: ScenesConfig, split: str, folder: str) -> tuple[list[int], int]:
     """Write the shards of a split. Returns (their numbers of records, the bytes of all records)."""
-    count = config.num_examples if split == "train" else config.num_held_out
     ends, whole = [0], os.path.join(folder, f"{split}.partial")
     with open(whole, "wb") as file:  # the number of shards, which is in their names, follows from its size
-        for example in _examples(config, split, count):
+        for example in examples_of(config, split):
             ends.append(ends[-1] + file.write(examples.tfrecord(examples.serialize(example))))
+    count = len(ends) - 1
     num_shards = _num_shards(ends[-1], count)
     firsts = [round(count * shard / num_shards) for shard in range(num_shards + 1)]
     with open(whole, "rb") as file:
@@ -135,9 +135,10 @@ def _num_shards(num_bytes: int, count: int) -> int:
     return 1
 
 
-def _examples(config: ScenesConfig, split: str, count: int) -> Iterator[dict[str, list[bytes]]]:
+def examples_of(config: ScenesConfig, split: str) -> Iterator[dict[str, list[bytes]]]:
+    """Yield {field: values} of the examples of a split, in their order."""
     preset = scenes.preset(config.preset)
-    for index in range(count):
+    for index in range(config.num_examples if split == "train" else config.num_held_out):
         scene = scenes.sample_scene(preset, split, index)
         english, chinese = (
             [text.encode() for text in scenes.captions(scene, language)] for language in ("en", "zh")
