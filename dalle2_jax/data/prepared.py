@@ -61,14 +61,15 @@ def _read_json(folder: str, name: str) -> dict:
 
 def _flat_features(feature: dict, path: str = "") -> dict[str, str]:
     """{path of a field: name of its class, such as 'Image'} of what `features.json` says."""
-    if "featuresDict" in feature:
+    kind = (feature.get("pythonClassName") or feature.get("type") or "").rpartition(".")[2]
+    old = feature.get("content") or {}  # as tensorflow-datasets wrote it before version 4.5
+    if "featuresDict" in feature or (kind == "FeaturesDict" and old):
         flat = {}
-        for key, value in feature["featuresDict"].get("features", {}).items():
+        for key, value in feature.get("featuresDict", {}).get("features", old).items():
             flat |= _flat_features(value, f"{path}/{key}" if path else key)
         return flat
-    if "sequence" in feature:
-        return _flat_features(feature["sequence"]["feature"], path)
-    return {path: feature.get("pythonClassName", "").rpartition(".")[2]}
+    inner = feature.get("sequence", old).get("feature") if kind == "Sequence" else None
+    return _flat_features(inner, path) if inner else {path: kind}
 
 
 def _fields(features: dict, image_field: str, caption_field: str, name: str) -> tuple[str, dict[str, str]]:

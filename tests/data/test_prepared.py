@@ -232,17 +232,18 @@ def test_splits_and_their_slices(tmp_path, split, expected, no_tensorflow):
 
 def test_slices_are_those_of_tensorflow_datasets(tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets", reason="compares with tensorflow-datasets")
-    write_folder(tmp_path)
+    folder = tmp_path / "pets" / "1.0.0"
+    write_folder(folder)
     features = tfds.features.FeaturesDict({"image": tfds.features.Text(), "caption": tfds.features.Text()})
-    (tmp_path / "features.json").write_text(json.dumps(features.to_json()))
-    builder = tfds.builder_from_directory(tmp_path)
-    (tmp_path / "features.json").write_text(json.dumps(dictionary(image=IMAGE, caption=TEXT)))
+    features.save_config(folder)
+    builder = tfds.builder_from_directory(folder)
+    (folder / "features.json").write_text(json.dumps(dictionary(image=IMAGE, caption=TEXT)))
     for split in (
         *("train", "all", "train[2:5]", "train[:33%]", "train[55.5%:]", "train[5:5]+val", "train[10:20%]"),
         *("train[-50%:]+val[:-1]", "val[2shard:]+train[-2shard:]", "train[:2shard]", "train[1shard]"),
     ):
         theirs = [int(one["image"]) for one in builder.as_dataset(split=split).as_numpy_iterator()]
-        assert numbers(prepared._open_folder(str(tmp_path), split, "", "", "pets")) == theirs, split
+        assert numbers(prepared._open_folder(str(folder), split, "", "", "pets")) == theirs, split
 
 
 @pytest.mark.parametrize(
@@ -328,9 +329,22 @@ def test_fields_are_detected_or_given():
         prepared._fields(two, "image", "titel", "x")
 
 
-def test_fields_of_tensorflow_datasets_are_read():
+def test_fields_as_older_versions_of_tensorflow_datasets_wrote_them():
+    text = {"type": "a.Text", "content": {}}
+    nested = {"type": "a.FeaturesDict", "content": {"text": text}}
+    captions = {"type": "a.Sequence", "content": {"feature": nested, "length": None}}
+    features = {"image": {"type": "a.Image", "content": {"shape": [None, None, 3]}}, "captions": captions}
+    assert prepared._fields({"type": "a.FeaturesDict", "content": features}, "", "", "coco") == (
+        "image",
+        {"captions/text": "en"},
+    )
+
+
+def test_fields_of_tensorflow_datasets_are_read(tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets", reason="reads what tensorflow-datasets writes")
     text, image = tfds.features.Text(), tfds.features.Image(shape=(None, None, 3))
     captions = tfds.features.Sequence({"id": np.int64, "text": text})
     coco = tfds.features.FeaturesDict({"image": image, "image/filename": text, "captions": captions})
-    assert prepared._fields(coco.to_json(), "", "", "coco") == ("image", {"captions/text": "en"})
+    coco.save_config(tmp_path)
+    written = json.loads((tmp_path / "features.json").read_text())
+    assert prepared._fields(written, "", "", "coco") == ("image", {"captions/text": "en"})

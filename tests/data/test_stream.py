@@ -183,7 +183,7 @@ def test_closing_frees_who_waits(monkeypatch):
     assert outcome == ["ended"]
 
 
-# What may come after the last batch that a program takes; one thread more waits for a batch, or the program fails.
+# What follows the last batch that a program takes: nothing, an exception, a thread that waits for a batch.
 ENDS = ("", "raise SystemExit(0)", "threading.Thread(target=next, args=(large, None), daemon=True).start()")
 
 
