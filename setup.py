@@ -30,8 +30,8 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-    # tf.data reads the data; TensorFlow's own build for GPUs is never wanted beside JAX's. It has no release for
-    # Python 3.14, where threads read the data.
+    # tf.data reads the data; TensorFlow's own build for GPUs is never wanted beside JAX's. For
+    # Python 3.14 it has no release: there threads read the data.
     "train": [
         # which tensorflow-datasets imports and does not ask for
         "importlib-resources>=6; python_version < '3.14'",
