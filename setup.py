@@ -30,16 +30,19 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-    # tf.data reads the data; TensorFlow's own build for GPUs is never wanted beside JAX's
+    # tf.data reads the data; TensorFlow's own build for GPUs is never wanted beside JAX's. For
+    # Python 3.14 it has no release: there threads read the data.
     "train": [
-        "importlib-resources>=6",  # which tensorflow-datasets imports and does not ask for
-        "protobuf>=5",
+        # which tensorflow-datasets imports and does not ask for
+        "importlib-resources>=6; python_version < '3.14'",
         "pyarrow>=18",
         "tensorboard>=2.19",
         "tensorboardX>=2.6.2",
-        "tensorflow-cpu>=2.20; platform_system == 'Linux' and platform_machine == 'x86_64'",
-        "tensorflow>=2.20; platform_system != 'Linux' or platform_machine != 'x86_64'",
-        "tensorflow-datasets>=4.9.9",
+        "tensorflow-cpu>=2.20; platform_system == 'Linux' and platform_machine == 'x86_64' "
+        "and python_version < '3.14'",
+        "tensorflow>=2.20; (platform_system != 'Linux' or platform_machine != 'x86_64') "
+        "and python_version < '3.14'",
+        "tensorflow-datasets>=4.9.9; python_version < '3.14'",
         "transformers>=4.46,<6",
     ],
     "eval": ["matplotlib>=3.9", "scipy>=1.14"],

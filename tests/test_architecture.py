@@ -22,8 +22,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "dalle2_jax"
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_metadata", "keras")
-# Modules that define a class on top of TensorFlow Datasets; only functions import these.
-MAY_LOAD_TENSORFLOW = ("dalle2_jax.data.scenes_builder",)
 # Heavy or optional: imported by the function that needs them, so that a module can be read without them.
 INSIDE_FUNCTIONS = (
     *TENSORFLOW,
@@ -117,10 +115,8 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
             why.append("flax.linen is imported in nets alone")
         if entry.within(*TENSORFLOW) and part != "data":
             why.append("TensorFlow is imported in data alone")
-        if entry.within(*INSIDE_FUNCTIONS) and not entry.in_function and module not in MAY_LOAD_TENSORFLOW:
+        if entry.within(*INSIDE_FUNCTIONS) and not entry.in_function:
             why.append("only inside the functions that need it")
-        if entry.within(*MAY_LOAD_TENSORFLOW) and not entry.in_function:
-            why.append("it loads TensorFlow: only inside functions")
         if module == f"{PACKAGE}.evals.scenes" and entry.within(f"{PACKAGE}.data", *own):
             why.append("the checker of scenes must not know how they are drawn")
         out += [f"{module}:{entry.line} imports {entry.module}: {reason}" for reason in why]
@@ -199,7 +195,7 @@ def test_every_module_can_be_imported_where_tensorflow_and_torch_are_not_install
             except ModuleNotFoundError:
                 continue
             sys.exit(f"{{blocked}} was not blocked")
-        for module in {[name for name in MODULES if name not in MAY_LOAD_TENSORFLOW]!r}:
+        for module in {list(MODULES)!r}:
             importlib.import_module(module)
         print("imported all")
     """
@@ -248,7 +244,6 @@ def test_every_module_can_be_imported_where_tensorflow_and_torch_are_not_install
         ),
         ("dalle2_jax.data.pipeline", "class A:\n  import tensorflow", "only inside the functions"),
         ("dalle2_jax.data.tokenizer", "from transformers import CLIPTokenizer", "only inside the functions"),
-        ("dalle2_jax.data.sources", "from dalle2_jax.data import scenes_builder", "loads TensorFlow"),
         ("dalle2_jax.evals.scenes", "from dalle2_jax.data import scenes", "how they are drawn"),
     ],
 )
@@ -270,8 +265,7 @@ def test_the_check_finds(module, source, reason):
             "from dalle2_jax.diffusion import sampling\nfrom dalle2_jax.nets import text",
         ),
         ("dalle2_jax.data.pipeline", "def f():\n  import tensorflow as tf\n  import tensorflow_datasets"),
-        ("dalle2_jax.data.pipeline", "def f():\n  from dalle2_jax.data import scenes_builder"),
-        ("dalle2_jax.data.scenes_builder", "import tensorflow_datasets as tfds"),
+        ("dalle2_jax.data.sources", "from dalle2_jax.data import scenes_builder"),
         ("dalle2_jax.state", "import flax.struct"),
         ("dalle2_jax.train", "import configs_of_others"),
     ],

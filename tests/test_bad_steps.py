@@ -6,11 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
-
-from dalle2_jax import checkpoint  # noqa: E402
-from tests import tiny_run  # noqa: E402
-from tests.tiny_run import config, logged, status, stored_state  # noqa: E402
+from dalle2_jax import checkpoint
+from tests import tiny_run
+from tests.tiny_run import config, logged, status, stored_state
 
 
 @pytest.fixture(scope="module")

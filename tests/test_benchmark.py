@@ -268,7 +268,6 @@ def shards(folder, count):
 
 
 def test_the_pictures_that_are_decoded_are_those_that_the_pipeline_read(tmp_path, monkeypatch):
-    pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
     from dalle2_jax.data import transforms
 
     shards(tmp_path, 1000)

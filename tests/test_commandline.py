@@ -161,7 +161,6 @@ def test_what_is_no_path_of_a_home_folder_stays(home):
 
 
 def test_the_library_takes_a_tilde_where_it_is_given_a_path(home):
-    pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
     from dalle2_jax.data import sources
     from dalle2_jax.data.tokenizer import load_tokenizer, train_bpe
     from dalle2_jax.evals import picture_sets

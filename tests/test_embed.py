@@ -9,7 +9,6 @@ import types
 import numpy as np
 import pytest
 
-pytest.importorskip("tensorflow", reason="training from embeddings reads them with tf.data")
 parquet = pytest.importorskip("pyarrow.parquet", reason="metadata of embeddings need pyarrow")
 
 from configs import decoder64, prior  # noqa: E402

@@ -112,6 +112,15 @@ def test_constraints_pin_every_direct_dependency(python):
     assert not constraint_errors(needs, pins, python)
 
 
+def test_training_asks_for_tensorflow_where_it_has_a_release():
+    needs = [Requirement(line) for line in definition()[1]["train"]]
+    for python in ("3.11", "3.12", "3.13", "3.14"):
+        asked = {need.name for need in applying(needs, python)}
+        found = {name for name in asked if name.startswith("tensorflow")}
+        assert len(found) == (0 if python == "3.14" else 2), found  # one of its two builds, and its datasets
+        assert {"pyarrow", "tensorboardX", "transformers"} <= asked
+
+
 @pytest.mark.parametrize(
     ("pins", "error"),
     [

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
-
-from dalle2_jax import models, resume, train  # noqa: E402
-from tests import tiny_run  # noqa: E402
-from tests.data import shards_for_tests as made  # noqa: E402
-from tests.tiny_run import assert_same, config, logged, status, steps_of, stored_state  # noqa: E402
+from dalle2_jax import models, resume, train
+from tests import tiny_run
+from tests.data import shards_for_tests as made
+from tests.tiny_run import assert_same, config, logged, status, steps_of, stored_state
 
 
 @pytest.fixture(scope="module")

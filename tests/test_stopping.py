@@ -7,11 +7,9 @@ import time
 
 import pytest
 
-pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
-
-from dalle2_jax import stopping, train  # noqa: E402
-from tests import tiny_run  # noqa: E402
-from tests.tiny_run import assert_same, config, status, steps_of, stored_state  # noqa: E402
+from dalle2_jax import stopping, train
+from tests import tiny_run
+from tests.tiny_run import assert_same, config, status, steps_of, stored_state
 
 
 @pytest.fixture(scope="module")

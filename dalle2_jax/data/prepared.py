@@ -1,18 +1,30 @@
-"""Datasets that tensorflow-datasets prepares: our own scenes, and any with an image and a caption.
+"""Datasets in the files of tensorflow-datasets: our own scenes, and any with an image and a caption.
 
-The prepared TFRecord files are read through our own index, not through tf.data, so that any record is one
-`pread` away.
+A prepared folder, NAME/CONFIG/VERSION, holds TFRecord files, `dataset_info.json` (the splits and how many
+records each file has) and `features.json` (the types of the fields). It is read through our own index,
+without tensorflow-datasets, so that any record is one `pread` away. Only what is not prepared yet needs that
+package.
 """
 
 import contextlib
 import fcntl
+import json
 import os
 import re
+import secrets
+import shutil
 
 from absl import logging
 
-from dalle2_jax.data import records
+from dalle2_jax import files
+from dalle2_jax.data import records, scenes_builder
 from dalle2_jax.data.shards import ExampleSource, did_you_mean, language_of
+
+_NAME = re.compile(r"(?P<name>[A-Za-z]\w*)(?:/(?P<config>[\w+.-]+))?(?::(?P<version>\d+\.\d+\.\d+))?")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_SPLIT = re.compile(r"(?P<split>[\w-]+)(?:\[(?P<first>[^:\]]*)(?P<colon>:?)(?P<last>[^:\]]*)\])?")
+_BOUND = re.compile(r"(?P<value>-?\d+(?:\.\d+)?)(?P<unit>%|shard)?")
+_SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 @contextlib.contextmanager
@@ -28,24 +40,44 @@ def locked(path: str):
         yield
 
 
-def _tfds_fields(features, image_field: str, caption_field: str, name: str) -> tuple[str, dict[str, str]]:
-    """(image field, {caption field: language}) of a tfds dataset, given or detected by type and name."""
-    import tensorflow_datasets as tfds
+def _lock_of(data_dir: str, name: str):
+    return locked(os.path.join(data_dir, f".{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.lock"))
 
-    flat = {}
 
-    def walk(feature, path):
-        if isinstance(feature, tfds.features.FeaturesDict):
-            for key, value in feature.items():
-                walk(value, f"{path}/{key}" if path else key)
-        elif isinstance(feature, tfds.features.Sequence):
-            walk(feature.feature, path)
-        else:
-            flat[path] = feature
+def _is_prepared(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, "dataset_info.json"))
 
-    walk(features, "")
-    images = [path for path, feature in flat.items() if isinstance(feature, tfds.features.Image)]
-    texts = [path for path, feature in flat.items() if isinstance(feature, tfds.features.Text)]
+
+def _read_json(folder: str, name: str) -> dict:
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete {folder} and prepare it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object: delete {folder} and prepare it again")
+    return content
+
+
+def _flat_features(feature: dict, path: str = "") -> dict[str, str]:
+    """{path of a field: name of its class, such as 'Image'} of what `features.json` says."""
+    kind = (feature.get("pythonClassName") or feature.get("type") or "").rpartition(".")[2]
+    old = feature.get("content") or {}  # as tensorflow-datasets wrote it before version 4.5
+    if "featuresDict" in feature or (kind == "FeaturesDict" and old):
+        flat = {}
+        for key, value in feature.get("featuresDict", {}).get("features", old).items():
+            flat |= _flat_features(value, f"{path}/{key}" if path else key)
+        return flat
+    inner = feature.get("sequence", old).get("feature") if kind == "Sequence" else None
+    return _flat_features(inner, path) if inner else {path: kind}
+
+
+def _fields(features: dict, image_field: str, caption_field: str, name: str) -> tuple[str, dict[str, str]]:
+    """(image field, {caption field: language}), given, or detected by type and name in `features.json`."""
+    flat = _flat_features(features)
+    images = [path for path, kind in flat.items() if kind in ("Image", "LabeledImage")]
+    texts = [path for path, kind in flat.items() if kind == "Text"]
     if image_field and image_field not in images:
         raise ValueError(
             f"tfds {name} has no image field {image_field!r}" + did_you_mean(image_field, images)
@@ -64,61 +96,168 @@ def _tfds_fields(features, image_field: str, caption_field: str, name: str) -> t
     return image_field or images[0], captions
 
 
-def _open_builder(builder, split: str, image_field: str, caption_field: str, name: str) -> ExampleSource:
-    """The records of one split of a prepared tfds builder whose files are TFRecords."""
-    info = builder.info
-    base = re.split(r"[\[+]", split)[0]
-    if base not in info.splits:
-        raise ValueError(f"{name} has no split {split!r}" + did_you_mean(base, info.splits))
-    if info.file_format.value != "tfrecord":
+def _bound(text: str, unit: str, lengths: list[int], default: int, split: str) -> int:
+    """The record at which a slice begins or ends: '10', '-5', '90%', '2shard' or ''."""
+    if not text:
+        return default
+    match, count = _BOUND.fullmatch(text), sum(lengths)
+    if not match or ("." in match["value"] and unit != "%"):
+        raise ValueError(f"the slice of split {split!r} is not understood: give for example train[:90%]")
+    if unit == "%":
+        bound = round(float(match["value"]) * count / 100)
+    elif unit == "shard":
+        bound = sum(lengths[: int(match["value"])])
+    else:
+        bound = int(match["value"])
+    if abs(bound) > count:
+        raise ValueError(f"the slice of split {split!r} asks for more than its {count} records")
+    return bound + count if bound < 0 else bound
+
+
+def _slices(split: str, shards: dict[str, list[int]], name: str) -> list[tuple[str, int, int]]:
+    """(split, first record, last record + 1) of 'train', 'train[:90%]+validation[10:20]' or 'all'.
+
+    shards: {split: the numbers of records of its files}.
+    """
+    found = []
+    for part in list(shards) if split == "all" else re.split(r"\s*\+\s*", split):
+        match = _SPLIT.fullmatch(part)
+        base = match["split"] if match else part
+        if not match or base not in shards:
+            raise ValueError(f"{name} has no split {part!r}" + did_you_mean(base, shards))
+        lengths = shards[base]
+        first, last = 0, sum(lengths)
+        if match["colon"]:
+            units = [
+                unit for end in ("first", "last") for unit in ("%", "shard") if match[end].endswith(unit)
+            ]
+            unit = units[0] if units else ""  # the unit of one end is that of the other
+            first = _bound(match["first"], unit, lengths, first, part)
+            last = _bound(match["last"], unit, lengths, last, part)
+        elif match["first"] is not None:
+            if not re.fullmatch(r"\d+shard", match["first"]):
+                raise ValueError(f"a slice of split {part!r} has two ends: give for example train[10:20]")
+            number = int(match["first"].removesuffix("shard"))
+            first, last = sum(lengths[:number]), sum(lengths[: number + 1])
+        found.append((base, first, last))
+    return found
+
+
+def _shard_path(folder: str, info: dict, split: dict, shard: int) -> str:
+    """Where file number `shard` of a split lies."""
+    number, count = f"{shard:05d}", f"{len(split['shardLengths']):05d}"
+    name = split.get("filepathTemplate") or _SHARD_NAME
+    for variable, value in {
+        "DATASET": info["name"],
+        "SPLIT": split["name"],
+        "FILEFORMAT": "tfrecord",
+        "SHARD_INDEX": number,
+        "NUM_SHARDS": count,
+        "SHARD_X_OF_Y": f"{number}-of-{count}",
+    }.items():
+        name = name.replace(f"{{{variable}}}", value)
+    return os.path.join(folder, os.path.basename(name))
+
+
+def _open_folder(folder: str, split: str, image_field: str, caption_field: str, name: str) -> ExampleSource:
+    """The records of one split of a prepared folder whose files are TFRecords."""
+    info = _read_json(folder, "dataset_info.json")
+    file_format = info.get("fileFormat", "tfrecord")
+    if file_format != "tfrecord":
         raise ValueError(
-            f"{name} in {builder.data_dir} is stored as {info.file_format.value}; prepare it as TFRecord: "
+            f"{name} in {folder} is stored as {file_format}; prepare it as TFRecord: "
             "`tfds build --file_format=tfrecord`"
         )
+    splits = {entry["name"]: entry for entry in info.get("splits", ())}
+    shards = {key: [int(length) for length in entry["shardLengths"]] for key, entry in splits.items()}
     paths, indexes = [], []
-    for part in info.splits[split].file_instructions:
-        index = records.index_tfrecord(part.filename)
-        if len(index.rows) != part.examples_in_shard:
-            raise ValueError(
-                f"{part.filename} holds {len(index.rows)} records where its manifest has "
-                f"{part.examples_in_shard} ({index.refused or 'cut between two records'}): "
-                f"delete {builder.data_dir} and prepare it again"
-            )
-        rows = index.rows[part.skip : part.skip + part.take if part.take >= 0 else None]
-        paths.append(part.filename)
-        indexes.append(records.Index(rows, index.refused))
-    image, captions = _tfds_fields(info.features, image_field, caption_field, name)
+    for base, first, last in _slices(split, shards, name):
+        begin = 0
+        for shard, length in enumerate(shards[base]):
+            skip, take = max(first - begin, 0), min(last - begin, length)
+            begin += length
+            if skip >= take:
+                continue
+            path = _shard_path(folder, info, splits[base], shard)
+            index = records.index_tfrecord(path)
+            if len(index.rows) != length:
+                raise ValueError(
+                    f"{path} holds {len(index.rows)} records where its manifest has {length} "
+                    f"({index.refused or 'cut between two records'}): delete {folder} and prepare it again"
+                )
+            paths.append(path)
+            indexes.append(records.Index(index.rows[skip:take], index.refused))
+    if not paths:
+        raise ValueError(f"split {split!r} of {name} holds no record")
+    image, captions = _fields(_read_json(folder, "features.json"), image_field, caption_field, name)
     return ExampleSource(paths, indexes, image, captions)
 
 
-def _prepare(make_builder, data_dir: str, name: str):
-    """Prepare a tfds dataset once, whatever number of processes start together. Returns the builder."""
-    builder = make_builder()
-    if builder.is_prepared():
-        return builder
-    with locked(os.path.join(data_dir, f".{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.lock")):
-        builder = make_builder()  # another process may have prepared it while we waited for the lock
-        if not builder.is_prepared():
-            logging.info("preparing %s in %s (once)", name, builder.data_dir)
-            builder.download_and_prepare(file_format="tfrecord")
-        return builder
+def _prepare_scenes(config: str, data_dir: str) -> str:
+    """Draw scenes once, whatever number of processes start together. Returns their folder."""
+    above = os.path.join(data_dir, "scenes", config)
+    folder = os.path.join(above, scenes_builder.VERSION)
+    if _is_prepared(folder):
+        return folder
+    with _lock_of(data_dir, f"scenes-{config}"):
+        if _is_prepared(folder):  # another process prepared it while we waited for the lock
+            return folder
+        logging.info("preparing scenes/%s in %s (once)", config, folder)
+        partial = os.path.join(above, f"incomplete.{secrets.token_hex(4)}_{scenes_builder.VERSION}")
+        try:
+            os.makedirs(partial)
+            scenes_builder.write(config, partial)
+            os.rename(partial, folder)
+        except OSError:
+            if not _is_prepared(folder):  # by another machine, which this lock does not reach
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
 
 def open_scenes(path: str, split: str, data_dir: str = "") -> ExampleSource:
     """Our own scenes, drawn into `data_dir` at first use; `path` names a config, such as 'quickstart_64'."""
-    from dalle2_jax.data import scenes_builder
-
-    configs = {config.name: config for config in scenes_builder.Scenes.BUILDER_CONFIGS}
-    if path not in configs:
-        raise ValueError(f"scenes have no config {path!r}" + did_you_mean(path, configs))
+    if path not in scenes_builder.CONFIGS:
+        raise ValueError(f"scenes have no config {path!r}" + did_you_mean(path, scenes_builder.CONFIGS))
     data_dir = data_dir or os.path.join(records.cache_dir(), "tfds")
+    return _open_folder(_prepare_scenes(path, data_dir), split, "image", "", f"scenes/{path}")
+
+
+def _find_prepared(path: str, data_dir: str) -> str | None:
+    """Where `path`, as `open_tfds` takes it, is prepared; the newest version if it names none."""
+    match = _NAME.fullmatch(path)
+    if not match:
+        return None
+    folder = os.path.join(data_dir, match["name"])
+    config = match["config"]
+    if config is None and os.path.isfile(os.path.join(folder, ".config", "metadata.json")):
+        config = _read_json(os.path.join(folder, ".config"), "metadata.json").get("defaultConfigName")
+    folder = os.path.join(folder, config or "")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    versions = [name for name in names if _VERSION.fullmatch(name) and match["version"] in (None, name)]
+    versions.sort(key=lambda name: [int(number) for number in name.split(".")], reverse=True)
+    folders = [os.path.join(folder, version) for version in versions]
+    return next((found for found in folders if _is_prepared(found)), None)
+
+
+def _prepare_tfds(tfds, path: str, data_dir: str) -> str:
+    """Prepare a tfds dataset once, whatever number of processes start together. Returns its folder."""
 
     def make_builder():
-        return scenes_builder.Scenes(config=path, data_dir=data_dir, file_format="tfrecord")
+        try:
+            return tfds.builder(path, data_dir=data_dir)
+        except tfds.core.registered.DatasetNotFoundError as error:
+            raise ValueError(f"tfds knows no dataset {path!r}: {error}") from None
 
-    return _open_builder(
-        _prepare(make_builder, data_dir, f"scenes-{path}"), split, "image", "", f"scenes/{path}"
-    )
+    builder = make_builder()
+    if not builder.is_prepared():
+        with _lock_of(data_dir, path):
+            builder = make_builder()  # another process may have prepared it while we waited for the lock
+            if not builder.is_prepared():
+                logging.info("preparing %s in %s (once)", path, builder.data_dir)
+                builder.download_and_prepare(file_format="tfrecord")
+    return os.fspath(builder.data_dir)
 
 
 def open_tfds(
@@ -133,16 +272,22 @@ def open_tfds(
         image_field: which image feature; '' where there is only one.
         caption_field: which text feature, 'captions/text' for a sequence; '' finds those named caption,
         text, caption_zh.
+
+    Raises:
+        ValueError: also where it is not prepared, and TensorFlow, which prepares it, cannot be imported.
     """
-    import tensorflow_datasets as tfds
-
-    folder = data_dir or str(tfds.core.constants.DATA_DIR)
-
-    def make_builder():
-        return tfds.builder(path, data_dir=folder)
-
+    data_dir = data_dir or files.expand(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     try:
-        builder = _prepare(make_builder, folder, path)
-    except tfds.core.registered.DatasetNotFoundError as error:
-        raise ValueError(f"tfds knows no dataset {path!r}: {error}") from None
-    return _open_builder(builder, split, image_field, caption_field, path)
+        import tensorflow  # noqa: F401  (tensorflow_datasets can be imported without it, and prepares nothing)
+        import tensorflow_datasets as tfds
+    except Exception as error:  # not installed, or it does not fit another package
+        folder = _find_prepared(path, data_dir)
+        if folder is None:
+            raise ValueError(
+                f"tfds {path} is not prepared in {data_dir}, and what prepares it cannot be imported "
+                f"({error}): install tensorflow and tensorflow-datasets, or run `tfds build {path} "
+                f"--file_format=tfrecord` where they are, copy the folder, and name it by data.data_dir"
+            ) from None
+    else:
+        folder = _prepare_tfds(tfds, path, data_dir)
+    return _open_folder(folder, split, image_field, caption_field, path)

@@ -1,109 +1,160 @@
-"""The dataset `scenes` as a tensorflow-datasets builder: drawn on this machine, nothing is downloaded.
+"""The dataset `scenes` as TFRecord files: drawn on this machine, nothing is downloaded.
 
 A config is a preset of the grammar at one picture size, such as 'quickstart_64'; example i of a split is
 `scenes.sample_scene(preset, split, i)`, in that order, so pictures of one scene at different sizes agree.
 `caption` and `caption_zh` are the plain wordings, `captions` and `captions_zh` all of them, `scene` is
-`Scene.to_json()`. This module imports TensorFlow; `scenes` does not.
+`Scene.to_json()`. The files are those that tensorflow-datasets would write, and it can read them: their
+names, sizes and records are the same, and so is what describes them.
 """
 
 import dataclasses
 import io
+import json
+import os
+from collections.abc import Iterator
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
 
-from dalle2_jax.data import scenes
+from dalle2_jax.data import examples, scenes
 
+VERSION = "4.1.0"  # changes when a preset or the renderer does
 # Examples in each of validation, test_pairs and test_relations, where a config says nothing else.
 HELD_OUT_EXAMPLES = 512
+_MIN_SHARD_BYTES = 64 << 20  # tensorflow-datasets' rule; no split comes near its largest shard, 1 GiB
+_OVERHEAD_BYTES = 16  # of a record in a TFRecord file: its length and two checksums
+_FEATURES = "tensorflow_datasets.core.features"
 
 
-@dataclasses.dataclass
-class ScenesConfig(tfds.core.BuilderConfig):
+@dataclasses.dataclass(frozen=True)
+class ScenesConfig:
     """`preset` of `scenes` at `image_size`, `num_examples` to train on, `num_held_out` in each split else."""
 
-    preset: str = ""
-    image_size: int = 0
-    num_examples: int = 0
+    preset: str
+    image_size: int
+    num_examples: int
     num_held_out: int = HELD_OUT_EXAMPLES
+    name: str = ""
 
 
-def _config(
-    preset: str, image_size: int, num_examples: int, num_held_out: int = HELD_OUT_EXAMPLES, name: str = ""
-) -> ScenesConfig:
-    return ScenesConfig(
-        name=name or f"{preset}_{image_size}",
-        description=f"preset {preset!r} at {image_size} x {image_size}",
-        preset=preset,
-        image_size=image_size,
-        num_examples=num_examples,
-        num_held_out=num_held_out,
+CONFIGS = {
+    config.name or f"{config.preset}_{config.image_size}": config
+    for config in (
+        ScenesConfig("quickstart", 64, 20_000),
+        ScenesConfig("quickstart", 256, 2_000, 128),
+        ScenesConfig("quickstart", 1024, 500, 32),
+        ScenesConfig("full", 64, 100_000),
+        ScenesConfig("full", 256, 100_000),
+        ScenesConfig("full", 1024, 10_000),
+        ScenesConfig("quickstart", 64, 64, 64, name="debug_64"),
     )
+}
 
 
-class Scenes(tfds.core.GeneratorBasedBuilder):
-    """Captioned drawings of one to three objects."""
-
-    VERSION = tfds.core.Version("4.1.0")  # changes when a preset or the renderer does
-    BUILDER_CONFIGS = [
-        _config("quickstart", 64, 20_000),
-        _config("quickstart", 256, 2_000, 128),
-        _config("quickstart", 1024, 500, 32),
-        _config("full", 64, 100_000),
-        _config("full", 256, 100_000),
-        _config("full", 1024, 10_000),
-        _config("quickstart", 64, 64, 64, name="debug_64"),
-    ]
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        size = self.builder_config.image_size
-        text = tfds.features.Text()
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
-                    "caption": text,
-                    "caption_zh": text,
-                    "captions": tfds.features.Sequence(text),
-                    "captions_zh": tfds.features.Sequence(text),
-                    "scene": text,
-                }
-            ),
-            supervised_keys=None,
-            disable_shuffling=True,
+def write(name: str, folder: str) -> None:
+    """Draw the config `name` into `folder`, which exists and is empty."""
+    splits = []
+    for split in scenes.SPLITS:
+        lengths, num_bytes = _write_split(CONFIGS[name], split, folder)
+        splits.append(
+            {
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                "name": split,
+                "numBytes": str(num_bytes),
+                "shardLengths": [str(length) for length in lengths],
+            }
         )
+    size = CONFIGS[name].image_size
+    info = {
+        "configDescription": f"preset {CONFIGS[name].preset!r} at {size} x {size}",
+        "configName": name,
+        "disableShuffling": True,
+        "fileFormat": "tfrecord",
+        "moduleName": "dalle2_jax.data.scenes_builder",
+        "name": "scenes",
+        "splits": splits,
+        "version": VERSION,
+    }
+    for file, content, indent in (("features.json", _features(size), 4), ("dataset_info.json", info, 2)):
+        with open(os.path.join(folder, file), "w", encoding="utf-8") as out:
+            json.dump(content, out, indent=indent, sort_keys=True)
 
-    def _split_generators(self, dl_manager):
-        count = self.builder_config.num_examples
-        return {
-            split: self._generate_examples(
-                split, count if split == "train" else self.builder_config.num_held_out
-            )
-            for split in scenes.SPLITS
+
+def _features(size: int) -> dict:
+    """What tensorflow-datasets writes of the features: their types."""
+    text = {"pythonClassName": f"{_FEATURES}.text_feature.Text", "text": {}}
+    texts = {
+        "pythonClassName": f"{_FEATURES}.sequence_feature.Sequence",
+        "sequence": {"feature": text, "length": "-1"},
+    }
+    shape = {"dimensions": [str(size), str(size), "3"]}
+    image = {
+        "image": {"dtype": "uint8", "encodingFormat": "png", "shape": shape},
+        "pythonClassName": f"{_FEATURES}.image_feature.Image",
+    }
+    features = {"caption": text, "caption_zh": text, "captions": texts, "captions_zh": texts}
+    return {
+        "featuresDict": {"features": {**features, "image": image, "scene": text}},
+        "pythonClassName": f"{_FEATURES}.features_dict.FeaturesDict",
+    }
+
+
+def _write_split(config: ScenesConfig, split: str, folder: str) -> tuple[list[int], int]:
+    """Write the shards of a split. Returns (their numbers of records, the bytes of all records)."""
+    ends, whole = [0], os.path.join(folder, f"{split}.partial")
+    with open(whole, "wb") as file:  # the number of shards, which is in their names, follows from its size
+        for example in examples_of(config, split):
+            ends.append(ends[-1] + file.write(examples.tfrecord(examples.serialize(example))))
+    count = len(ends) - 1
+    num_shards = _num_shards(ends[-1], count)
+    firsts = [round(count * shard / num_shards) for shard in range(num_shards + 1)]
+    with open(whole, "rb") as file:
+        for shard, (first, last) in enumerate(zip(firsts, firsts[1:], strict=False)):
+            name = f"scenes-{split}.tfrecord-{shard:05d}-of-{num_shards:05d}"
+            with open(os.path.join(folder, name), "wb") as out:
+                _copy(file, out, ends[last] - ends[first])
+    os.remove(whole)
+    lengths = [last - first for first, last in zip(firsts, firsts[1:], strict=False)]
+    return lengths, ends[-1] - count * _OVERHEAD_BYTES
+
+
+def _copy(file, out, size: int) -> None:
+    """Copy the next `size` bytes of one file to another."""
+    while size:
+        data = file.read(min(size, 1 << 20))
+        if not data:
+            raise EOFError(f"{file.name} was cut while its shards were written")
+        size -= out.write(data)
+
+
+def _num_shards(num_bytes: int, count: int) -> int:
+    """How many shards tensorflow-datasets makes: a power of two, each of at least 64 MiB."""
+    for num_shards in (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2):
+        if num_shards <= num_bytes // _MIN_SHARD_BYTES and num_shards <= count:
+            return num_shards
+    return 1
+
+
+def examples_of(config: ScenesConfig, split: str) -> Iterator[dict[str, list[bytes]]]:
+    """Yield {field: values} of the examples of a split, in their order."""
+    preset = scenes.preset(config.preset)
+    for index in range(config.num_examples if split == "train" else config.num_held_out):
+        scene = scenes.sample_scene(preset, split, index)
+        english, chinese = (
+            [text.encode() for text in scenes.captions(scene, language)] for language in ("en", "zh")
+        )
+        yield {
+            "image": [encode_png(scenes.render(scene, config.image_size))],
+            "caption": english[:1],
+            "caption_zh": chinese[:1],
+            "captions": english,
+            "captions_zh": chinese,
+            "scene": [scene.to_json().encode()],
         }
 
-    def _generate_examples(self, split: str, count: int):
-        config = scenes.preset(self.builder_config.preset)
-        for index in range(count):
-            scene = scenes.sample_scene(config, split, index)
-            english, chinese = scenes.captions(scene, "en"), scenes.captions(scene, "zh")
-            yield (
-                index,
-                {
-                    "image": encode_png(scenes.render(scene, self.builder_config.image_size)),
-                    "caption": english[0],
-                    "caption_zh": chinese[0],
-                    "captions": english,
-                    "captions_zh": chinese,
-                    "scene": scene.to_json(),
-                },
-            )
 
-
-def encode_png(image: np.ndarray) -> io.BytesIO:
+def encode_png(image: np.ndarray) -> bytes:
     """A picture uint8 [H, W, 3] as a PNG, packed for speed rather than size."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "png", compress_level=1)
-    file.seek(0)
-    return file
+    return file.getvalue()

@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from dalle2_jax.data import records
+from dalle2_jax.data.examples import Example
 from dalle2_jax.data.records import BadRecord, Record
 
 _MAX_COUNT = 1 << 48  # of samples that a manifest may say a shard has
@@ -249,40 +250,31 @@ class ExampleSource(_Indexed):
 
     def __init__(self, paths, indexes, image_field: str, caption_fields: dict[str, str]):
         super().__init__(paths, indexes)
-        from tensorflow.core.example import example_pb2
-
-        self._parse = example_pb2.Example.FromString
         self._image_field, self._caption_fields = image_field, caption_fields
 
-    def fields(self, index: int):
-        """{name: tf.train.Feature} of one record. Raises BadRecord."""
-        from google.protobuf.message import DecodeError
-
+    def example(self, index: int) -> Example:
+        """One record. Raises BadRecord."""
         offset, size = self._rows[index].tolist()
         framed = self._files.read(int(self._file_of[index]), offset, size + 4)
         data, checksum = framed[:size], int.from_bytes(framed[size:], "little")
         if records.masked_crc32c(data) != checksum:
             raise BadRecord("checksum_differs", f"the record at byte {offset - 12}")
-        try:
-            return self._parse(data).features.feature
-        except DecodeError as error:
-            raise BadRecord("invalid_proto", str(error)) from None
+        return Example(data)
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
-        fields, texts, encoded = self.fields(index), {}, None
-        names = tuple(sorted(fields))  # now: a look-up adds the name that it looks for
+        example, texts, encoded = self.example(index), {}, None
         if image:
-            values = fields[self._image_field].bytes_list.value
+            values = example.values(self._image_field)
             if not values:
                 raise BadRecord("no_image", f"feature {self._image_field!r} is empty")
             encoded = values[0]
         if captions:
             for field, language in self._caption_fields.items():
-                for value in fields[field].bytes_list.value:
+                for value in example.values(field):
                     add_caption(texts, language, decode_caption(value))
-        key = fields["key"].bytes_list.value if "key" in fields else ()
+        key = example.values("key")
         key = key[0].decode("utf-8", "replace") if key else self._key(index)
-        return Record(key, encoded, freeze(texts), fields=names)
+        return Record(key, encoded, freeze(texts), fields=tuple(sorted(example)))
 
 
 def _example_fields(names, path: str) -> tuple[str, dict[str, str]]:
@@ -300,7 +292,7 @@ def open_tfrecord(path: str, split: str) -> ExampleSource:
     source = ExampleSource(paths, indexes, "", {})
     for index in range(min(len(source), 16)):
         try:
-            names = list(source.fields(index))
+            names = list(source.example(index))
         except BadRecord:
             continue
         source._image_field, source._caption_fields = _example_fields(names, paths[0])

@@ -3,20 +3,16 @@
 import collections
 import hashlib
 import os
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 
-pytest.importorskip("tensorflow", reason="the pipeline is tf.data")
-
-from dalle2_jax.data import pipeline, prepared, sources, stream  # noqa: E402
-from dalle2_jax.data.budget import Budget, TooManyBadRecords  # noqa: E402
-from dalle2_jax.data.records import BadRecord  # noqa: E402
-from tests.data import shards_for_tests as made  # noqa: E402
+from dalle2_jax.data import pipeline
+from dalle2_jax.data.budget import Budget, TooManyBadRecords
+from dalle2_jax.data.records import BadRecord
+from tests.data import shards_for_tests as made
 
 FIELDS = ("image", "tokens", "token_mask")
 
@@ -119,28 +115,6 @@ def test_two_runs_are_bit_equal_and_seeds_differ(shards):
     assert len(corners[0]) > 8
     large = dataset(shards, ("tokens",), seed=2**40 + 1)  # all bits of the seed count
     assert ids(take(large.batches(23), 1)) != ids(take(dataset(shards, ("tokens",), seed=1).batches(23), 1))
-
-
-def test_orders_are_random_and_independent_between_epochs_and_seeds(tmp_path):
-    """Neighbours, epochs and seeds are uncorrelated: for random orders sqrt(n) r is normal(0, 1).
-
-    TensorFlow's index shuffle with plain numbers as its keys fails this by tens of standard deviations.
-    """
-    n, epochs = 20_000, 8
-
-    def orders(seed):
-        settings = dict(num_records=n, seed=seed, batch_size=n, start_step=0, parts=(0,), num_parts=1)
-        settings |= dict(repeat=True, shuffle=True, chunk=n, num_workers=1)
-        batches = stream.batches(lambda index, epoch: {"index": index}, {"index": (np.int64, ())}, **settings)
-        return np.stack([batch["index"] for batch in take(batches, epochs)])
-
-    made_orders = [orders(seed) for seed in (0, 1, 2**32)]
-    scaled = (np.concatenate(made_orders) - (n - 1) / 2) / (n**2 / 12) ** 0.5
-    between = scaled @ scaled.T / n**0.5
-    assert abs(between[np.triu_indices(len(scaled), 1)]).max() < 5
-    neighbours = (scaled[:, 1:] * scaled[:, :-1]).sum(1) / n**0.5
-    places = scaled @ np.linspace(-(3**0.5), 3**0.5, n) / n**0.5
-    assert abs(neighbours).max() < 5 and abs(places).max() < 5
 
 
 def test_one_pass_holds_every_record_once(shards):
@@ -470,129 +444,6 @@ def test_every_record_has_a_label_whatever_captions_it_has(tmp_path):
         data = dataset(tmp_path, ("image",), language=language, tokenizer=None)
         assert data.labels([1, 4, 2]) == [first, keys[4], keys[2]]
     assert data.labels([5])[0] in (keys[5], "record 5") and not data.bad_records()
-
-
-def test_scenes_are_prepared_once_by_whoever_comes_first(tmp_path, monkeypatch):
-    pytest.importorskip("tensorflow_datasets", reason="scenes are a tfds builder")
-    from dalle2_jax.data import scenes, scenes_builder
-
-    prepared_by = []
-    original = scenes_builder.Scenes.download_and_prepare
-
-    def counting(self, **settings):
-        prepared_by.append(threading.get_ident())
-        time.sleep(0.3)
-        return original(self, **settings)
-
-    monkeypatch.setattr(scenes_builder.Scenes, "download_and_prepare", counting)
-    monkeypatch.setenv("DALLE2_JAX_CACHE", str(tmp_path))
-    opened, errors = [], []
-
-    def open_it():
-        try:
-            opened.append(sources.open_source("scenes", "debug_64", "train"))
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=open_it) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors and len(opened) == 2 and len(prepared_by) == 1
-    assert opened[0].fingerprint == opened[1].fingerprint and not opened[0].refused
-    builder = scenes_builder.Scenes(config="debug_64", data_dir=str(tmp_path / "tfds"))
-    config = scenes.preset(builder.builder_config.preset)
-    data = pipeline.make_dataset(
-        source="scenes", path="debug_64", split="train", fields=("image",), image_size=64
-    )
-    assert data.num_records == builder.builder_config.num_examples
-    (batch,) = take(data.batches(4), 1)
-    for row, index in enumerate(batch["index"].tolist()):
-        picture = scenes.render(scenes.sample_scene(config, "train", index), 64)
-        np.testing.assert_array_equal(batch["image"][row], picture)
-    record = data.source.read(3)
-    assert list(record.captions["en"]) == scenes.captions(scenes.sample_scene(config, "train", 3), "en")
-    assert list(record.captions["zh"]) == scenes.captions(scenes.sample_scene(config, "train", 3), "zh")
-    part = sources.open_source("scenes", "debug_64", "train[10:14]")
-    assert len(part) == 4 and part.read(1).image == data.source.read(11).image
-    with pytest.raises(ValueError, match=r"did you mean 'validation'"):
-        sources.open_source("scenes", "debug_64", "validaton")
-    with pytest.raises(ValueError, match=r"did you mean 'debug_64'"):
-        sources.open_source("scenes", "debug64", "train")
-    through_tfds = sources.open_source("tfds", "scenes/debug_64", "train", data_dir=str(tmp_path / "tfds"))
-    assert through_tfds.read(5) == opened[0].read(5)
-    with pytest.raises(ValueError, match="tfds knows no dataset 'coco_caption'"):
-        sources.open_source("tfds", "coco_caption", "train", data_dir=str(tmp_path / "tfds"))
-    file = next((tmp_path / "tfds" / "scenes").rglob("*validation*.tfrecord*"))
-    os.truncate(file, file.stat().st_size - 1)
-    with pytest.raises(ValueError, match="where its manifest has"):
-        sources.open_source("scenes", "debug_64", "validation")
-
-
-def test_fields_of_tfds_datasets_are_detected_or_given():
-    tfds = pytest.importorskip("tensorflow_datasets", reason="reads tfds features")
-    text, image = tfds.features.Text(), tfds.features.Image(shape=(None, None, 3))
-    coco = tfds.features.FeaturesDict(
-        {
-            "image": image,
-            "image/filename": text,
-            "captions": tfds.features.Sequence({"id": np.int64, "text": text}),
-        }
-    )
-    assert prepared._tfds_fields(coco, "", "", "coco_captions") == ("image", {"captions/text": "en"})
-    two = tfds.features.FeaturesDict({"image": image, "other": image, "title": text})
-    assert prepared._tfds_fields(two, "other", "title", "x") == ("other", {"title": "en"})
-    with pytest.raises(ValueError, match="give data.image_field"):
-        prepared._tfds_fields(two, "", "title", "x")
-    with pytest.raises(ValueError, match="give data.caption_field"):
-        prepared._tfds_fields(two, "image", "", "x")
-    with pytest.raises(ValueError, match="did you mean 'title'"):
-        prepared._tfds_fields(two, "image", "titel", "x")
-
-
-def test_a_program_ends_while_threads_read():
-    """At its end Python keeps its lock from the reading threads: an open stream must not wait for them."""
-    program = (
-        "import time\n"
-        "import numpy as np\n"
-        "from dalle2_jax.data import stream\n"
-        "def load(index, epoch):\n"
-        "    time.sleep(0.05)\n"
-        "    return {'x': index}\n"
-        "batches = stream.batches(load, {'x': (np.int64, ())}, num_records=100, seed=0, batch_size=4,\n"
-        "    start_step=0, parts=(0,), num_parts=1,\n"
-        "    repeat=True, shuffle=True, chunk=2, num_workers=2)\n"
-        "print(len(next(batches)['x']))\n"
-    )
-    root = os.path.dirname(os.path.dirname(os.path.dirname(pipeline.__file__)))
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert run.returncode == 0 and run.stdout == "4\n", run.stderr
-
-
-def test_closing_or_dropping_a_stream_ends_its_threads():
-    running = threading.Event()
-
-    def load(index, epoch):
-        running.set()
-        time.sleep(0.02)
-        return {"x": index}
-
-    settings = dict(num_records=100, seed=0, batch_size=4, start_step=0, parts=(0,), num_parts=1)
-    settings |= dict(repeat=True, shuffle=True, chunk=2, num_workers=2)
-    for drop in (False, True):
-        batches = stream.batches(load, {"x": (np.int64, ())}, **settings)
-        next(batches)
-        if drop:
-            del batches
-        else:
-            batches.close()
-            assert list(batches) == []
-        running.clear()
-        time.sleep(0.2)
-        assert not running.is_set()
 
 
 def test_speed_is_reported(tmp_path, capsys):

@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dalle2_jax.data import embeddings, records, shards, sources
+from dalle2_jax.data import embeddings, examples, records, shards, sources
 from dalle2_jax.data.records import BadRecord
 from tests.data import shards_for_tests as made
 
@@ -231,29 +231,25 @@ def test_compressed_tar_says_what_to_do(tmp_path):
 
 def write_tfrecord(path, numbers):
     """img2dataset's TFRecord variant; returns where each record begins."""
-    example_pb2 = pytest.importorskip("tensorflow.core.example.example_pb2", reason="needs TensorFlow")
     starts, offset = [], 0
     with open(path, "wb") as file:
         for number in numbers:
-            example = example_pb2.Example()
-            for name, value in {
-                "key": b"%09d" % number,
-                "png": made.flat_png(number),
-                "txt": b"caption %d" % number,
-                "caption_zh": f"图 {number}".encode(),
-            }.items():
-                example.features.feature[name].bytes_list.value.append(value)
-            frame = made.tfrecord_frame(example.SerializeToString())
+            example = {
+                "key": [b"%09d" % number],
+                "png": [made.flat_png(number)],
+                "txt": [b"caption %d" % number],
+                "caption_zh": [f"图 {number}".encode()],
+            }
+            frame = made.tfrecord_frame(examples.serialize(example))
             starts.append(offset)
             offset += file.write(frame)
     return starts
 
 
 def test_tfrecord_equals_what_tensorflow_reads(tmp_path):
+    tf = pytest.importorskip("tensorflow", reason="compares with TensorFlow")
     path = tmp_path / "00000.tfrecord"
     write_tfrecord(path, range(6))
-    import tensorflow as tf
-
     source = sources.open_source("tfrecord", str(tmp_path), "")
     raw = [
         bytes(item) for item in tf.data.TFRecordDataset(str(path)).as_numpy_iterator()

@@ -1,0 +1,150 @@
+"""tf.train.Example protos of TFRecord files, read and written without TensorFlow.
+
+    Example { Features features = 1; }
+    Features { map<string, Feature> feature = 1; }   a map: repeated messages { key = 1; value = 2; }
+    Feature { oneof { BytesList = 1; FloatList = 2; Int64List = 3; } }
+    BytesList { repeated bytes value = 1; }
+
+Protocol buffers merge: parts of a message that come apart count as if they followed each other. Of a key that
+comes twice the last value stays, and of a oneof the last member. Only lists of bytes are read here.
+"""
+
+import struct
+from collections.abc import Iterator
+
+from dalle2_jax.data.records import BadRecord, masked_crc32c
+
+_MAX_DEPTH = 100  # of groups, which only unknown fields could be
+_BYTES_LIST, _OTHER_LISTS = 1, (2, 3)
+_FIXED = {1: 8, 5: 4}  # bytes of the wire types that have a fixed size
+
+
+def _bad(what: str) -> BadRecord:
+    return BadRecord("invalid_proto", what)
+
+
+def _varint(data: bytes, at: int, end: int, max_bytes: int = 10) -> tuple[int, int]:
+    """(number, where it ends) of the varint at `at`. Raises BadRecord."""
+    value = 0
+    for place in range(max_bytes):
+        if at >= end:
+            raise _bad("it ends within a number")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return value, at
+    raise _bad(f"a number of more than {max_bytes} bytes")
+
+
+def _skip(data: bytes, at: int, end: int, tag: int, depth: int = 0) -> int:
+    """Where the field ends whose tag is before `at`. Raises BadRecord."""
+    kind = tag & 7
+    if kind == 0:
+        return _varint(data, at, end)[1]
+    if kind == 2:
+        size, at = _varint(data, at, end)
+        at += size
+    elif kind in _FIXED:
+        at += _FIXED[kind]
+    elif kind == 3 and depth < _MAX_DEPTH:
+        while True:
+            inner, at = _tag(data, at, end)
+            if inner & 7 == 4:
+                if inner >> 3 != tag >> 3:
+                    raise _bad("a group that another one's end closes")
+                return at
+            at = _skip(data, at, end, inner, depth + 1)
+    else:
+        raise _bad(f"a field of wire type {kind}")
+    if at > end:
+        raise _bad("a field that is longer than what holds it")
+    return at
+
+
+def _tag(data: bytes, at: int, end: int) -> tuple[int, int]:
+    """(number of a field << 3 | its wire type, where the tag ends). Raises BadRecord."""
+    tag, at = _varint(data, at, end, max_bytes=5)
+    if not 0 < tag >> 3 < 1 << 29:
+        raise _bad(f"a field of number {tag >> 3}")
+    return tag, at
+
+
+def _messages(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (number, begin, end) of every field with a length in data[at:end]; others are passed over."""
+    while at < end:
+        tag, at = _tag(data, at, end)
+        if tag & 7 == 2:
+            size, at = _varint(data, at, end)
+            if size > end - at:
+                raise _bad("a field that is longer than what holds it")
+            yield tag >> 3, at, at + size
+            at += size
+        else:
+            at = _skip(data, at, end, tag)
+
+
+class Example:
+    """A tf.train.Example: iterating gives the names of its features; `values` copies their bytes."""
+
+    def __init__(self, data: bytes):
+        """Raises BadRecord('invalid_proto') where `data` is no Example."""
+        self._data = data
+        self._features: dict[str, list[tuple[int, int]]] = {}  # name -> the parts of its Feature
+        for number, begin, end in _messages(data, 0, len(data)):
+            if number == 1:
+                for inner, *entry in _messages(data, begin, end):
+                    if inner == 1:
+                        self._add_entry(*entry)
+
+    def _add_entry(self, begin: int, end: int) -> None:
+        name, parts = b"", []
+        for number, *place in _messages(self._data, begin, end):
+            if number == 1:
+                name = self._data[place[0] : place[1]]
+            elif number == 2:
+                parts.append(tuple(place))
+        try:
+            self._features[name.decode("utf-8")] = parts
+        except UnicodeDecodeError as error:
+            raise _bad(f"the name of a feature: {error}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._features)
+
+    def values(self, name: str) -> list[bytes]:
+        """The values of a feature; [] where there is none, or none of bytes. Raises BadRecord."""
+        found: list[bytes] = []
+        for part in self._features.get(name, ()):
+            for kind, begin, end in _messages(self._data, *part):
+                if kind in _OTHER_LISTS:
+                    found = []
+                elif kind == _BYTES_LIST:
+                    values = _messages(self._data, begin, end)
+                    found += [self._data[first:last] for number, first, last in values if number == 1]
+        return found
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    """A field with a length."""
+    size, rest = bytearray(), len(payload)
+    while rest > 0x7F:
+        size.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    return bytes([number << 3 | 2, *size, rest]) + payload
+
+
+def serialize(features: dict[str, list[bytes]]) -> bytes:
+    """A tf.train.Example with lists of bytes, in the order of their names."""
+    entries = []
+    for name, values in sorted(features.items()):
+        feature = _field(_BYTES_LIST, b"".join(_field(1, value) for value in values))
+        entries.append(_field(1, _field(1, name.encode()) + _field(2, feature)))
+    return _field(1, b"".join(entries))
+
+
+def tfrecord(payload: bytes) -> bytes:
+    """One record of a TFRecord file: its length and itself, a checksum after each."""
+    length = struct.pack("<Q", len(payload))
+    checksums = [struct.pack("<I", masked_crc32c(data)) for data in (length, payload)]
+    return length + checksums[0] + payload + checksums[1]

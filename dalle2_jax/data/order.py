@@ -1,0 +1,186 @@
+"""The order of examples: which record comes at which place of which batch.
+
+The record at position p (p = step * batch_size + slot, counted over all epochs) of N records is
+
+    epoch = p // N,    record = permutation_{seed, epoch}(p mod N),
+
+with TensorFlow's stateless index shuffle, `tf.raw_ops.RandomIndexShuffle`, computed in numpy. With `group`
+g > 1 it is groups of g successive records that are permuted, so that these meet in one batch; the N mod g
+records after the last whole group are left out. There is no shuffle buffer to save, any step can be the
+first, and a host that reads slots [i b, (i + 1) b) of each batch sees its slice of the same global batch,
+whatever the number of hosts.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+ROUNDS = 24
+_GAMMA, _MASK32, _MASK64 = 0x9E3779B97F4A7C15, 2**32 - 1, 2**64 - 1
+_SCHEDULE_BITS = 0x7369F885192C0EF5  # one bit a round, from Simon's key schedule
+# Many indices are permuted at once, because numpy takes as long for a few; so many results are kept.
+_BLOCK, _TABLES = 4096, 64
+
+
+def _mix(x: int) -> int:
+    """The 64 bits of `x` stirred (the end of splitmix64)."""
+    for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ x >> bits) * factor & _MASK64
+    return x ^ x >> 31
+
+
+def shuffle_key(seed: int, epoch: int) -> tuple[int, int, int]:
+    """The three words of 32 bits that key the order of an epoch.
+
+    The shuffle is a block cipher whose key should be random bits and whose default of 4 rounds is few: with
+    plain numbers as keys, as tf.random.experimental.index_shuffle passes them, the orders of successive
+    epochs are strongly correlated. So the keys are mixed (splitmix64) and the rounds are 24.
+    """
+    key = _mix(_mix((seed + _GAMMA) & _MASK64) ^ ((epoch + 1) * _GAMMA & _MASK64))
+    return key & _MASK32, key >> 32, _mix((key + _GAMMA) & _MASK64) & _MASK32
+
+
+def _word_bits(n: int) -> int:
+    """Half the bits of a block that numbers 0 ... n - 1, for n above 2^16 (below, a block has 16 bits).
+
+    The logarithm is that of n - 1, as in TensorFlow, though a block of 2k bits has no room for 2^(2k). So
+    where n - 1 is a power of four above 2^15, the last index goes where index 0 goes: one record comes twice
+    in an epoch and another not at all. This is kept, because the order is TensorFlow's for every index.
+    """
+    bits = math.ceil(math.log2(n - 1))
+    return (bits + bits % 2) // 2
+
+
+def _round_keys(key: tuple[int, int, int], word_bits: int) -> tuple[int, ...]:
+    """A word of `word_bits` bits for each round: the key schedule of the block cipher Simon."""
+    mask = (1 << word_bits) - 1
+    constant, bits = 0xFFFFFFFC & mask, _SCHEDULE_BITS & mask
+    words = [word & mask for word in key]
+    for i in range(3, ROUNDS):
+        turned = [(words[-1] >> r | words[-1] << word_bits - r) & mask for r in (3, 4)]
+        words.append(constant ^ bits & 1 ^ words[i - 3] ^ turned[0] ^ turned[1])
+        bits >>= 1
+    return tuple(words)
+
+
+def _encrypt(x: np.ndarray, round_keys: tuple[int, ...], word_bits: int) -> np.ndarray:
+    """The block cipher Simon, on blocks of two words: of any unsigned type with room for a block."""
+    w, mask = word_bits, (1 << word_bits) - 1
+
+    def turned(word):
+        twice = word << w | word  # shifted right by w - r and cut, it is the word rotated left by r
+        return ((twice >> w - 1) & (twice >> w - 8) ^ (twice >> w - 2)) & mask
+
+    left, right = (x >> w) & mask, x & mask
+    for first, second in zip(round_keys[::2], round_keys[1::2], strict=True):
+        left = left ^ turned(right) ^ first
+        right = right ^ turned(left) ^ second
+    return left << w | right
+
+
+@functools.lru_cache(_TABLES)
+def _table(key: tuple[int, int, int], n: int) -> np.ndarray:
+    """uint16 [n]: the whole permutation, for n up to 2^16.
+
+    A block has room for 2^16 numbers. What lies outside of 0 ... n - 1 is permuted until it lies inside. For
+    small n that takes many steps, so each turn of the loop doubles the steps that `follows` takes.
+    """
+    follows = _encrypt(np.arange(1 << 16, dtype=np.uint16), _round_keys(key, 8), 8)
+    while (follows[:n] >= n).any():
+        outside = np.flatnonzero(follows >= n)
+        follows[outside] = follows[follows[outside]]
+    return follows[:n].copy()
+
+
+@functools.lru_cache(_TABLES)
+def _block(key: tuple[int, int, int], n: int, number: int) -> np.ndarray:
+    """int64 [_BLOCK]: the permutation of the indices from number * _BLOCK on, for n above 2^16."""
+    word_bits = _word_bits(n)
+    round_keys = _round_keys(key, word_bits)
+    index = np.arange(number * _BLOCK, min((number + 1) * _BLOCK, n), dtype=np.uint64)
+    found = _encrypt(index, round_keys, word_bits)
+    while (outside := np.flatnonzero(found >= n)).size:  # not often: there are at most 4 n numbers
+        found[outside] = _encrypt(found[outside], round_keys, word_bits)
+    return found.astype(np.int64)
+
+
+def index_shuffle(index: np.ndarray, key: tuple[int, int, int], n: int) -> np.ndarray:
+    """tf.raw_ops.RandomIndexShuffle(index, key, max_index=n - 1, rounds=24).
+
+    Args:
+        index: int64 [k], each in 0 ... n - 1. key: three words of 32 bits.
+
+    Returns:
+        int64 [k], where `index` is in the permutation of 0 ... n - 1.
+    """
+    if n == 1:
+        return np.zeros_like(index)
+    if n <= 1 << 16:
+        return _table(key, n)[index].astype(np.int64)
+    found = np.empty_like(index)
+    numbers = index // _BLOCK
+    for number in np.unique(numbers).tolist():
+        here = numbers == number
+        found[here] = _block(key, n, number)[index[here] - number * _BLOCK]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Which records a host reads: `parts` of the `num_parts` equal parts of each batch.
+
+    Its element e is slot e mod `local` of its parts, one after the other, of step e // `local`.
+    num_records, seed, group: see above. shuffle: False is the order of the records.
+    """
+
+    num_records: int
+    seed: int
+    batch_size: int
+    parts: Sequence[int]
+    num_parts: int
+    shuffle: bool
+    group: int = 1
+
+    @property
+    def size(self) -> int:
+        """How many records of a batch a part has."""
+        return self.batch_size // self.num_parts
+
+    @property
+    def local(self) -> int:
+        """How many records of a batch this host reads."""
+        return self.size * len(self.parts)
+
+    @property
+    def _group(self) -> int:
+        return min(self.group, self.num_records)
+
+    @property
+    def epoch_records(self) -> int:
+        """How many records an epoch has: those in whole groups."""
+        return self.num_records // self._group * self._group
+
+    def elements_of_a_pass(self) -> int:
+        """How many records of one pass this host reads: full batches' parts, and its share of the last."""
+        full, rest = divmod(self.epoch_records, self.batch_size)
+        return sum(full * self.size + min(max(rest - p * self.size, 0), self.size) for p in self.parts)
+
+    def locate(self, elements: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(record numbers, epochs), int64 [k] both, of this host's elements int64 [k]."""
+        step, slot = np.divmod(elements, self.local)
+        part = np.asarray(self.parts, np.int64)[slot // self.size]
+        epoch, index = np.divmod(
+            step * self.batch_size + part * self.size + slot % self.size, self.epoch_records
+        )
+        group, num_groups = self._group, self.epoch_records // self._group
+        if self.shuffle and num_groups > 1:
+            permuted = index // group
+            for one in np.unique(epoch):
+                of_epoch = epoch == one
+                key = shuffle_key(self.seed, int(one))
+                permuted[of_epoch] = index_shuffle(permuted[of_epoch], key, num_groups)
+            index = permuted * group + index % group
+        return index, epoch
