@@ -419,6 +419,7 @@ class UnCLIP(Editing):
         *,
         seed: int = 0,
         n: int = 1,
+        numbers: Sequence[int] | None = None,
         upsample: bool = True,
         batch_size: int | None = None,
         progress: Progress | None = None,
@@ -431,6 +432,7 @@ class UnCLIP(Editing):
           captions: texts of at most MAX_CAPTION characters.
           seed: 0 .. 2**32 - 1; with a picture's number within its caption, all of its randomness.
           n: pictures a caption.
+          numbers: instead of n, one a caption, that of the picture to draw for it.
           upsample: False stops at the base pictures.
           batch_size: pictures at a time, rounded up to a multiple of the devices; None: 8, or one a device.
           progress: called as progress(stage, pictures done, pictures in all, seconds in this stage).
@@ -450,9 +452,11 @@ class UnCLIP(Editing):
             raise ValueError(f"seed {seed} must lie in 0 .. {2**32 - 1}")
         if n < 1:
             raise ValueError(f"n {n} must be 1 or more pictures a caption")
+        _check_counts("captions", len(captions), numbers=numbers)
         settings, own, timings = self.settings(**asked), split(asked), {}
         self._check_classes(settings, captions)  # before anything is computed
-        captions, numbers = _repeated(captions, n)
+        if numbers is None:
+            captions, numbers = _repeated(captions, n)
         common = dict(seed=seed, batch_size=batch_size, progress=progress)
 
         def draw(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
