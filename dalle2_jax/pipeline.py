@@ -58,6 +58,8 @@ def check_captions(captions: Sequence[str]) -> None:
             raise ValueError(f"caption {i} is {caption!r}: captions must be texts")
         if not caption.strip():
             raise ValueError(f"caption {i} is empty: say what to draw")
+        if any("\ud800" <= character <= "\udfff" for character in caption):
+            raise ValueError(f"caption {i}, {caption!r}, holds half a character: write it in UTF-8")
         if len(caption) > MAX_CAPTION:
             raise ValueError(f"caption {i} has {len(caption)} characters: at most {MAX_CAPTION} are allowed")
 

@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from etils import epath
 
+from dalle2_jax import files
 from dalle2_jax.data import scenes
 
 TEMPLATES = ("{}", "a {}", "one {}")
@@ -52,7 +52,7 @@ def labels(captions: Sequence[str], names: Sequence[str]) -> np.ndarray:
 
 def read_names(path: str | os.PathLike) -> list[str]:
     """The classes of a file, one a line. Raises ValueError for fewer than two, and for a repeated one."""
-    names = [line.strip() for line in epath.Path(path).read_text().splitlines() if line.strip()]
+    names = [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"{path} must hold at least two classes, one a line, none twice")
     return names
@@ -60,7 +60,7 @@ def read_names(path: str | os.PathLike) -> list[str]:
 
 def read_templates(path: str | os.PathLike) -> list[str]:
     """The templates of a file, one a line, each with {} where the class goes; ValueError for others."""
-    found = [line.strip() for line in epath.Path(path).read_text().splitlines() if line.strip()]
+    found = [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
     for template in found:
         if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
             raise ValueError(
