@@ -23,7 +23,7 @@ from dalle2_jax.data import scenes
 from dalle2_jax.evals import aesthetic, clip_scores, distances, inception
 from dalle2_jax.evals.distances import Moments
 from dalle2_jax.evals.features import BATCH_SIZE, clip_extractor, extract, inception_extractor
-from dalle2_jax.evals.picture_sets import PictureSet, open_pictures
+from dalle2_jax.evals.picture_sets import PictureSet, array_of_npz, open_pictures
 from dalle2_jax.evals.presets import PRESETS
 from dalle2_jax.evals.scene_scores import wilson
 
@@ -147,20 +147,20 @@ def read_stats(path: str | os.PathLike) -> Stats | None:
 
 def _moments(stored, features: str, suffix: str, count: int | None) -> Moments:
     """Of the arrays mu and sigma with this suffix. Raises ValueError or KeyError for what they cannot be."""
+    entries = DIMENSIONS[features]
+    for name, shape in ((f"mu{suffix}", (entries,)), (f"sigma{suffix}", (entries, entries))):
+        with array_of_npz(stored.zip.filename, name) as (_, known, _, kind):  # by the header: nothing is read
+            if known != shape or kind.kind != "f":
+                raise ValueError(
+                    f"{name} is {kind} {list(known)}, that of Inception's {features} features is float "
+                    f"{list(shape)}"
+                )
     mean = np.asarray(stored[f"mu{suffix}"], np.float64)
     cov = np.asarray(stored[f"sigma{suffix}"], np.float64)
-    entries = DIMENSIONS[features]
-    if mean.shape != (entries,) or cov.shape != (entries, entries):
-        raise ValueError(
-            f"mu{suffix} {list(mean.shape)} and sigma{suffix} {list(cov.shape)}; those of Inception's "
-            f"{features} features are [{entries}] and [{entries}, {entries}]"
-        )
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError(f"mu{suffix} or sigma{suffix} holds numbers that are not finite")
     if np.abs(cov - cov.T).max() > 1e-3 * np.abs(cov).max() or (np.diagonal(cov) < 0).any():
-        raise ValueError(
-            f"sigma{suffix} is no covariance: it must be symmetric, and its diagonal not negative"
-        )
+        raise ValueError(f"sigma{suffix} is no covariance: not symmetric, or negative on its diagonal")
     rows = count or 2  # where it is unknown, only mean and cov are used
     return Moments(rows, mean, cov * (rows - 1))
 
@@ -207,8 +207,8 @@ def check(
     of_clip = [name for name in metrics if METRICS[name].features == "clip"]
     if of_clip and not with_clip:
         raise ValueError(
-            f"{', '.join(of_clip)} need{'s' * (len(of_clip) == 1)} a CLIP, and the model has none: give --model "
-            f"with one, or measure {', '.join(WITH_INCEPTION)} with --inception=FILE"
+            f"{', '.join(of_clip)} need{'s' * (len(of_clip) == 1)} a CLIP, and the model has none: give a "
+            f"--model with one, or measure {', '.join(WITH_INCEPTION)} with --inception=FILE"
         )
     for name in metrics:
         metric = METRICS[name]

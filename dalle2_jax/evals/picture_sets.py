@@ -270,22 +270,34 @@ def _open_npz(path: str) -> PictureSet:
 
 
 @contextlib.contextmanager
-def _pictures_of_npz(path: str):
-    """(open file that stands at the pixels, shape) of `arr_0` in an npz; objects are refused."""
+def array_of_npz(path: str, name: str):
+    """(open file that stands at the numbers, shape, whether by columns, type) of an array in an npz.
+
+    Raises ValueError for what is none. The header may lie: nothing is allocated by it.
+    """
     try:
         archive = zipfile.ZipFile(path)
-        file = archive.open("arr_0.npy")
+        file = archive.open(f"{name}.npy")
         version = np.lib.format.read_magic(file)
         reader = np.lib.format.read_array_header_1_0
         reader = reader if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = reader(file)
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} has no array arr_0: {error}") from None
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or 0 in shape:
-        raise ValueError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {dtype} {list(shape)}")
-    if shape[1] * shape[2] > transforms.MAX_PIXELS:  # said by the header alone, which may lie
-        raise ValueError(f"the pictures of {path} are {shape[2]} x {shape[1]}, above {transforms.MAX_PIXELS}")
+        raise ValueError(f"{path} has no array {name}: {error}") from None
     with archive, file:
+        yield file, shape, fortran, dtype
+
+
+@contextlib.contextmanager
+def _pictures_of_npz(path: str):
+    """(open file that stands at the pixels, shape) of `arr_0` in an npz; objects are refused."""
+    with array_of_npz(path, "arr_0") as (file, shape, fortran, dtype):
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or 0 in shape:
+            raise ValueError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {dtype} {list(shape)}")
+        if shape[1] * shape[2] > transforms.MAX_PIXELS:  # said by the header alone, which may lie
+            raise ValueError(
+                f"the pictures of {path} are {shape[2]} x {shape[1]}, above {transforms.MAX_PIXELS}"
+            )
         yield file, shape
 
 

@@ -34,8 +34,8 @@ AT_A_TIME = 64  # pictures, before they are written
 def read_prompts(path: str | os.PathLike) -> list[dict]:
     """What a file says of each prompt, in its order, 'prompt' among it.
 
-    The file is UTF-8, or UTF-16 with a byte-order mark. Raises ValueError for another kind of file or encoding,
-    one without prompts, and for a prompt that cannot be drawn.
+    The file is UTF-8, or UTF-16 with a byte-order mark. Raises ValueError for another kind of file or
+    encoding, one without prompts, and for a prompt that cannot be drawn.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -45,7 +45,7 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
     if kind in (".csv", ".tsv"):
         rows = _table(path, text, "\t" if kind == ".tsv" else ",")
     elif kind == ".txt":
-        rows = [{"prompt": line} for line in text.splitlines() if line.strip()]
+        rows = [{"prompt": line} for line in io.StringIO(text, newline=None) if line.strip()]
     else:
         rows = _json(path, text, lines=kind == ".jsonl")
     found = []
@@ -81,15 +81,13 @@ def _table(path: Path, text: str, delimiter: str) -> list[dict]:
     columns = []
     try:
         for separator in (delimiter, ",", ";", "\t"):  # spreadsheets of many countries write semicolons
-            reader = csv.DictReader(
-                io.StringIO(text, newline=""), delimiter=separator, restkey="", restval=""
-            )
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restval="")
             columns = columns or list(reader.fieldnames or ())
             if _key(reader.fieldnames or ()) is None:
                 continue
             rows = []
             for row in reader:
-                surplus = [cell for cell in row.pop("", None) or () if cell.strip()]
+                surplus = [cell for cell in row.pop(None, ()) if cell.strip()]
                 if surplus:
                     raise ValueError(
                         f"{path}: line {reader.line_num} has more cells than the first line, such as "
@@ -110,10 +108,11 @@ def _json(path: Path, text: str, lines: bool) -> list[dict]:
     """The objects of a JSON list, or of JSON lines; a text in the place of an object is a prompt."""
     try:
         if lines:
-            numbered = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
             found = []
-            for where, line in numbered:
-                found.append((where, json.loads(line)))
+            for number, line in enumerate(text.split("\n"), 1):
+                where = f"line {number}"
+                if line.strip():
+                    found.append((where, json.loads(line)))
         else:
             where, stored = "the file", json.loads(text)
             if not isinstance(stored, list):
