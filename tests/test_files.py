@@ -42,7 +42,7 @@ def test_text_of_people_is_read_whatever_its_mark_says(tmp_path, encoding):
             "a star\nein grüner Kreis".encode("latin-1"),
             "a.txt: line 2 holds the byte 0xfc, which is not UTF-8",
         ),
-        (TEXT.encode("utf-16-le"), "a.txt: line 1 holds"),
+        (TEXT.encode("utf-16-le"), "a.txt: line 2 holds"),
         (b"PK\3\4\0\0", "a.txt: line 1 holds a zero byte"),
         (b"\xff\xfea", "a.txt: line 1 holds the byte 0x61, which is not UTF-16: save the file as UTF-8"),
     ],

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dalle2_jax.data import scenes
 from dalle2_jax.evals import picture_sets, presets
-from tests.data.shards_for_tests import colour_of, flat_png, noise_picture, write_tar
+from tests.data.shards_for_tests import colour_of, encode, flat_png, noise_picture, write_tar
 
 
 def colours(pictures):
@@ -140,7 +140,7 @@ def test_every_format_of_a_mixed_folder_is_measured(tmp_path):
 def test_what_is_left_out_of_a_folder_is_counted_by_reason(folder):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
-    (folder / "cut.png").write_bytes(flat_png(1)[:60])
+    (folder / "cut.png").write_bytes(encode(noise_picture((8, 8)))[:100])
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
     (folder / "clip.mp4").write_bytes(b"\0\0\0\x18ftypisom")
@@ -174,7 +174,7 @@ def test_pictures_beside_a_tar_are_measured_and_the_tar_is_named(folder):
 
 
 def test_bad_pictures_of_shards_are_left_out(tmp_path):
-    members = [("0.png", flat_png(0)), ("1.png", flat_png(1)[:60]), ("2.png", flat_png(2))]
+    members = [("0.png", flat_png(0)), ("1.png", encode(noise_picture((8, 8)))[:100]), ("2.png", flat_png(2))]
     members += [("0.txt", b"zero"), ("2.txt", "grün".encode("latin-1"))]
     write_tar(tmp_path / "a.tar", members)
     found = picture_sets.open_pictures(tmp_path)
