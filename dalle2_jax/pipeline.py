@@ -28,7 +28,8 @@ class Result:
 
     Attributes:
       captions: N captions, one a picture.
-      numbers: N picture numbers, 0 .. n-1 within a caption unless others were asked for; with seed and settings they fix the picture.
+      numbers: N picture numbers, 0 .. n-1 within a caption unless others were asked for; with seed and
+        settings they fix the picture.
       seed: the seed of all of them.
       image_embeds: [N, E] float32, the prior's, in CLIP's own scale; [N, 0] where the decoder reads none.
       base: uint8 [N, h, w, 3], the decoder's pictures.

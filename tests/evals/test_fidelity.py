@@ -37,7 +37,11 @@ def small_inception(monkeypatch):
 
     def extractor(weights_, preset, batch_size, mesh=None):
         batches = features.Batches(function, {"w": weights}, batch_size, mesh)
-        return lambda picture: np.float32(picture[::3, ::3]) / 255, lambda rows: batches(np.stack(rows))
+
+        def before(picture):  # 4 x 4 pixels, of pictures of side 12 or 8
+            return np.float32(picture[:: len(picture) // 4, :: len(picture) // 4]) / 255
+
+        return before, lambda rows: batches(np.stack(rows))
 
     monkeypatch.setattr(fidelity, "inception_extractor", extractor)
     monkeypatch.setattr(fidelity, "FID_PICTURES", 50)
