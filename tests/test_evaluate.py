@@ -258,13 +258,13 @@ def test_a_model_without_a_clip_is_asked_for_none(tmp_path):
     """What needs one says so before anything is read; a loss and captions to draw do not."""
     alone = pipeline.UnCLIP.load(make_class_model(tmp_path / "model", ("red star", "blue ring")))
     assert not captions_for.has_clip(alone) and not captions_for.reads_text(alone)
-    texts = ["a red star", "a blue ring"] * 4
-    captioned = dataclasses.replace(picture_sets.scene_pictures(CONFIG, 32, 8), texts=tuple(texts))
+    texts = ["a red star", "a blue ring"] * 8
+    captioned = dataclasses.replace(picture_sets.scene_pictures(CONFIG, 32, 16), texts=tuple(texts))
     assert captions_for.what_to_draw(alone, captioned, 4)[1] == [0, 1, 2, 3]
     assert set(captions_for.what_to_draw(alone, captioned, 4)[0]) <= set(texts)
-    other = dataclasses.replace(captioned, texts=("a photograph",) * 8)
+    other = dataclasses.replace(captioned, texts=("a photograph",) * 16)
     assert sorted(captions_for.what_to_draw(alone, other, 4)[0]) == ["blue ring"] * 2 + ["red star"] * 2
-    found = losses.measure(alone.cascade, captioned, n=8, batch_size=4)
+    found = losses.measure(alone.cascade, captioned, n=16, batch_size=8)
     assert found.keys() == {"decoder"} and np.isfinite(found["decoder"]["value"])
     with flagsaver.flagsaver(), pytest.raises(ValueError, match="--compare needs a CLIP"):
         FLAGS(["evaluate"])
