@@ -46,6 +46,7 @@ def test_text_of_people_is_read_whatever_its_mark_says(tmp_path, encoding):
         (b"PK\3\4\0\0", "a.txt: line 1 holds a zero byte"),
         (b"\xff\xfea", "a.txt: line 1 holds the byte 0x61, which is not UTF-16: save the file as UTF-8"),
     ],
+    ids=["latin-1", "no mark", "archive", "cut"],
 )
 def test_text_in_another_encoding_is_refused_with_file_and_line(tmp_path, data, message):
     (tmp_path / "a.txt").write_bytes(data)

@@ -57,6 +57,7 @@ def test_the_files_of_three_suites_are_read(tmp_path):
         ("f.json", '["a red star", {"prompt": "ein grüner Kreis"}]'),
         ("g.jsonl", '{"prompt": "a red star"}\n\n"ein grüner Kreis"\n'),
     ],
+    ids="abcdefg",
 )
 def test_files_of_spreadsheets_and_editors_are_read(tmp_path, name, text, encoding):
     """With the byte-order marks that they write, which belong to no prompt and no column."""
