@@ -213,9 +213,9 @@ def check(
     for name in metrics:
         metric = METRICS[name]
         if metric.features != "clip" and not with_inception:
+            other = f", or measure {', '.join(WITH_CLIP)} with the model's own CLIP" if with_clip else ""
             raise ValueError(
-                f"{name} needs the weights of Inception: give --inception=FILE (see docs/evaluation.md), or "
-                f"measure {', '.join(WITH_CLIP)} with the model's own CLIP"
+                f"{name} needs the weights of Inception: give --inception=FILE (see docs/evaluation.md){other}"
             )
         if name == "aesthetic" and not with_head:
             raise ValueError("aesthetic needs the weights of its head: give --aesthetic=FILE")
