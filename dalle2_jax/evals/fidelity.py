@@ -215,7 +215,7 @@ def check(
         if metric.features != "clip" and not with_inception:
             other = f", or measure {', '.join(WITH_CLIP)} with the model's own CLIP" if with_clip else ""
             raise ValueError(
-                f"{name} needs the weights of Inception: give --inception=FILE (see docs/evaluation.md){other}"
+                f"{name} needs Inception's weights: give --inception=FILE (see docs/evaluation.md){other}"
             )
         if name == "aesthetic" and not with_head:
             raise ValueError("aesthetic needs the weights of its head: give --aesthetic=FILE")

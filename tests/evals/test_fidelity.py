@@ -227,7 +227,7 @@ def test_fid_of_a_model_that_has_no_clip_and_reads_no_captions(small_inception, 
     )
     with pytest.raises(ValueError, match=message):
         one(["fid_small", "clip_mmd", "clip_score"])
-    with pytest.raises(ValueError, match="fid_small needs the weights of Inception"):
+    with pytest.raises(ValueError, match="fid_small needs Inception's weights"):
         one(["fid_small"])
 
 
@@ -252,7 +252,7 @@ def test_the_same_caption_is_drawn_as_another_picture_each_time(tmp_path):
         (["kid"], (999, 5000), {}, "subsets of 1000 pictures, there are 999"),
         (["precision_recall"], (5, 5), {}, "needs more than 5 pictures"),
         (["fid"], (5000, None), {}, "needs pictures to compare with: give --reference"),
-        (["fid"], (5000, 5000), {"with_inception": False}, "needs the weights of Inception.*clip_frechet"),
+        (["fid"], (5000, 5000), {"with_inception": False}, "needs Inception's weights.*clip_frechet"),
         (["clip_score"], (50, 50), {}, "not every picture of set has a caption"),
         (["aesthetic"], (50, 50), {}, "needs the weights of its head"),
         (["clip_mmd"], (50, 50), {"with_clip": False}, "clip_mmd needs a CLIP, and the model has none"),
