@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dalle2_jax import hub, modeldir, models, partition, processes
+from dalle2_jax import files, hub, modeldir, models, partition, processes
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dalle2_jax.nets import layers
 
@@ -143,7 +143,7 @@ def _read_stages(directory: epath.Path, index: dict, dtype: str | None) -> tuple
     for name, folder in folders.items():
         path = directory / folder / modeldir.CONFIG_FILE
         try:
-            config = json.loads(path.read_text())
+            config = json.loads(files.read_text(path))
             if dtype is not None:
                 config["model"]["dtype"] = dtype
             stages[name] = models.build_stage(config)

@@ -16,13 +16,15 @@ Measures pictures, wherever they come from, against a reference (docs/evaluation
 
   --images=SRC --reference=SRC [--inception=FILE] [--metrics=fid,kid,precision_recall] [--preset=openai]
 
-A SRC is a folder of pictures, tar shards or an npz. Without --images the model draws the captions of the
-reference, n of them; without --reference these are unseen scenes. Without --inception the features are those
-of the model's own CLIP (clip_frechet, clip_mmd, ...).
+A SRC is a folder of pictures, tar shards or an npz. What of it is left out is said, by reason. Without
+--images the model draws the captions of the reference, n of them; without --reference these are unseen
+scenes. A model that reads no captions draws n pictures of its classes in turn. Without --inception the
+features are those of the model's own CLIP (clip_frechet, clip_mmd, ...).
 
 Draws a suite of prompts for a tool that judges it, --pictures of each, in GenEval's layout, and no more:
 
-  --prompts=evaluation_metadata.jsonl (GenEval's; DrawBench's csv, PartiPrompts's tsv, or a caption a line)
+  --prompts=evaluation_metadata.jsonl (GenEval's; DrawBench's csv, PartiPrompts's tsv, a JSON list of texts,
+    or a caption a line)
 
 With --compare, once for each way of drawing, it draws n captions in every one of these ways, and writes
 comparison.json, comparison.md and comparison.png instead. The captions are those of `scenes`, which the
@@ -48,6 +50,7 @@ from dalle2_jax import commandline, metrics, partition, pipeline, processes
 from dalle2_jax.data import scenes
 from dalle2_jax.evals import (
     aesthetic,
+    captions_for,
     comparison,
     edits,
     fidelity,
@@ -65,6 +68,7 @@ from dalle2_jax.generate import StageLines, define_sampling_flags, sampling_sett
 
 DEFAULT_METRICS = ("scenes", "retrieval", "zero_shot")
 METRICS = (*DEFAULT_METRICS, "edits", "loss")
+OF_CLIP = ("retrieval", "zero_shot", "edits")  # of METRICS, those that read the model's CLIP
 GRID_PICTURES = 64
 
 
@@ -74,13 +78,13 @@ def scenes_of(model: pipeline.UnCLIP, name: str | None = None) -> tuple[scenes.S
     Raises ValueError for a model that was not trained on scenes, unless a name is given.
     """
     configs = model.cascade.configs
-    stored_data = (configs.get("clip") or configs["decoder"]).get("data") or {}
+    stored_data = (configs.get("clip") or configs.get("decoder") or {}).get("data") or {}
     data = {"path": "", "source": ""} | stored_data  # weights of others do not say
     stored, _, side = data["path"].partition("_")
     if name is None and (data["source"] != "scenes" or stored not in scenes.PRESETS):
         raise ValueError(
             f"model {model.name!r} was trained on {data['path']!r} of source {data['source']!r}: say which "
-            f"scenes to draw with --scenes={'|'.join(scenes.PRESETS)}"
+            f"scenes to draw with --scenes={'|'.join(scenes.PRESETS)}, or give --reference=SRC"
         )
     return scenes.preset(name or stored), int(side) if side.isdigit() else model.image_size
 
@@ -250,6 +254,11 @@ def compare(
         directory: pipeline.UnCLIP.load(directory, dtype=dtype, low_memory=low_memory)
         for directory in dict.fromkeys([model_dir, *(directory for _, directory, _ in asked)])
     }
+    for model in models.values():
+        if not captions_for.has_clip(model):
+            raise ValueError(
+                f"--compare needs a CLIP for diversity and cosine, and model {model.name!r} has none"
+            )
     used = [models[directory].settings(**settings) for _, directory, settings in asked]
     if reference is None:
         check = _checker()
@@ -258,8 +267,9 @@ def compare(
         drawn = scene_scores.draw_scenes(config, n, pictures, seed)
         target = picture_sets.rendered("scenes of the captions", drawn, side)
     else:
-        check, target = None, picture_sets.open_pictures(reference)
-        captions = _some_captions(target, n, seed)
+        check, target = None, picture_sets.open_pictures(reference, PassLines("pictures checked"))
+        print(f"reference: {target.said()}", flush=True)
+        captions = captions_for.some_captions(target, n, seed)
     fidelity_of = comparison.against(
         target,
         len(captions) * pictures,
@@ -290,20 +300,12 @@ def compare(
         grid = metrics.labelled_grid(result.images[shown], result.captions[shown], pictures)
         metrics.save_png(epath.Path(out) / f"comparison_{len(rows)}.png", grid, {"way": way})
         # After every way, so that nothing is lost if this is stopped.
-        text = json.dumps({"seed": seed, "captions": len(captions), "rows": report}, indent=2) + "\n"
+        whole = {"seed": seed, "captions": len(captions), "reference": target.summary(), "rows": report}
+        text = json.dumps(whole, indent=2) + "\n"
         (epath.Path(out) / "comparison.json").write_text(text)
         (epath.Path(out) / "comparison.md").write_text(comparison.table(rows) + "\n")
         comparison.plot(rows, epath.Path(out) / "comparison.png")
     return rows
-
-
-def _some_captions(pictures: picture_sets.PictureSet, n: int, seed: int) -> list[str]:
-    """The captions of `n` of the pictures, drawn at random, in their order; of all if there are no more."""
-    texts = pictures.captions()
-    if n < len(texts):
-        rows = np.sort(np.random.default_rng(seed).choice(len(texts), n, replace=False))
-        texts = [texts[row] for row in rows]
-    return texts
 
 
 def measure_pictures(
@@ -311,7 +313,7 @@ def measure_pictures(
     out: str | os.PathLike,
     *,
     images: str | picture_sets.PictureSet | None,
-    reference: str | picture_sets.PictureSet | None,
+    reference: str | picture_sets.PictureSet | fidelity.Stats | None,
     names: Sequence[str] | None,
     inception_file: str | None,
     preset: str,
@@ -331,47 +333,43 @@ def measure_pictures(
     Args:
       names: of metrics; None for those that need no captions and what is at hand permits.
       folder: for pictures that are drawn, which all processes see; OUT/pictures if not given.
-      n: captions to draw where there are no `images`, out of the reference's, at random.
+      n: captions to draw where there are no `images`, see `captions_for.what_to_draw`.
       npz_out: also write the images, squared by the preset, as an npz.
     """
     scenes.check_choice(preset, tuple(presets.PRESETS), "preset")
     weights = inception.load(inception_file) if inception_file else None
-    width = model.cascade.stage("clip").embed_dim
-    head = aesthetic.load(aesthetic_file, width) if aesthetic_file else None
+    head = None
+    if aesthetic_file:
+        head = aesthetic.load(aesthetic_file, model.cascade.stage("clip").embed_dim)
     given = dict(preset=preset, with_inception=weights is not None, with_head=head is not None)
+    given["with_clip"] = captions_for.has_clip(model)
     if stats_out and weights is None:
         raise ValueError("--stats_out is of Inception's features: give --inception=FILE")
     if names is None:
         names = fidelity.WITH_CLIP if weights is None else fidelity.WITH_INCEPTION
-    target = None
-    if isinstance(reference, picture_sets.PictureSet):
-        target = reference
-    elif reference:
-        target = fidelity.read_stats(reference) or picture_sets.open_pictures(reference)
-    elif images is None:
-        config, side = scenes_of(model, scenes_name)
-        target = picture_sets.scene_pictures(config, side, n, seed)
+    target = fidelity.open_reference(reference) if isinstance(reference, str) else reference
+    if target is None and images is None:
+        if captions_for.reads_text(model) or any(fidelity.METRICS[name].reference for name in names):
+            target = picture_sets.scene_pictures(*scenes_of(model, scenes_name), n, seed)
     if images is not None:
-        opened = isinstance(images, picture_sets.PictureSet)
-        pictures = images if opened else picture_sets.open_pictures(images)
+        pictures = picture_sets.open_pictures(images) if isinstance(images, str) else images
         fidelity.check(names, pictures, target, **given)
     else:
-        if isinstance(target, fidelity.Stats):
-            raise ValueError("statistics have no captions: give --images, or pictures with captions")
-        texts = _some_captions(target, n, seed)
+        texts, numbers = captions_for.what_to_draw(model, target, n, seed)
         planned = picture_sets.PictureSet("pictures", "folder", len(texts), lambda: iter(()), tuple(texts))
         fidelity.check(names, planned, target, **given)
         pictures = picture_sets.drawn_pictures(
             model,
             texts,
             folder or epath.Path(out) / "pictures",
+            numbers=numbers,
             seed=seed,
             settings=settings,
             batch_size=batch_size,
             progress=progress,
         )
-    for shown, name in ((pictures, "images"), (target, "reference")):
-        if isinstance(shown, picture_sets.PictureSet):
+    for shown, name in ((pictures, "images"), (fidelity.pictures_of(target), "reference")):
+        if shown is not None:
             grid = metrics.labelled_grid(*picture_sets.samples(shown, GRID_PICTURES))
             metrics.save_png(epath.Path(out) / f"samples_{name}.png", grid, {"set": shown.name})
     if npz_out:
@@ -446,36 +444,80 @@ def run_prompts() -> None:
     print(f"{len(suite)} prompts, {FLAGS.pictures} pictures each: {FLAGS.out}")
 
 
-def run_metrics(out: epath.Path) -> None:
-    """--metrics: what was asked for, in report.json and report.txt."""
-    asked = FLAGS.metrics or ([] if FLAGS.images or FLAGS.reference or FLAGS.inception else DEFAULT_METRICS)
+def metrics_asked(model: pipeline.UnCLIP) -> tuple[list[str], list[str]]:
+    """(those of METRICS, those of pictures) that --metrics names, or what is at hand permits.
+
+    Raises ValueError for what the model, or what was given, does not permit; nothing is read for that.
+    """
+    given = FLAGS.images or FLAGS.reference or FLAGS.inception
+    asked = FLAGS.metrics or ([] if given else list(DEFAULT_METRICS))
     for name in asked:
         scenes.check_choice(name, (*METRICS, *fidelity.METRICS), "metric")
+    of_clip = [name for name in asked if name in OF_CLIP]
+    if of_clip and not captions_for.has_clip(model) and FLAGS.metrics:
+        needs = f"{', '.join(of_clip)} need{'s' * (len(of_clip) == 1)} a CLIP"
+        there = ", ".join(model.cascade.stages)
+        raise ValueError(f"{needs}, and model {model.name!r} has none: it has {there}")
+    if of_clip and not captions_for.has_clip(model):
+        print(f"note: model {model.name!r} has no CLIP, so {', '.join(of_clip)} are left out", flush=True)
+        asked = [name for name in asked if name not in of_clip]
     of_model = [name for name in asked if name in METRICS]
-    of_pictures = [name for name in asked if name in fidelity.METRICS]
     drawing = [name for name in of_model if name in ("scenes", "edits")]
     if FLAGS.images and drawing:
         raise ValueError(f"{drawing[0]} measures a model: leave --images out")
-    captioned = picture_sets.open_pictures(FLAGS.images) if FLAGS.images and of_model else None
-    if captioned and "zero_shot" in of_model and not FLAGS.classes:
+    if FLAGS.images and "zero_shot" in of_model and not FLAGS.classes:
         raise ValueError("zero_shot of pictures needs --classes=FILE, the name of a class on each line")
+    of_pictures = [name for name in asked if name in fidelity.METRICS]
+    if FLAGS.inception and not os.path.isfile(FLAGS.inception):
+        raise FileNotFoundError(f"there is no file {FLAGS.inception}")
+    if of_pictures or not of_model:  # before pictures are decoded, all that does not depend on how many
+        names = of_pictures or (fidelity.WITH_INCEPTION if FLAGS.inception else fidelity.WITH_CLIP)
+        many = picture_sets.PictureSet("images", "planned", 1 << 40, lambda: iter(()), ("a caption",))
+        compared = many if FLAGS.reference or not FLAGS.images else None
+        fidelity.check(names, many, compared, **_given(model))
+    return of_model, of_pictures
+
+
+def _given(model: pipeline.UnCLIP) -> dict:
+    """What the flags and the model give for `fidelity.check`."""
+    given = dict(with_inception=bool(FLAGS.inception), with_head=bool(FLAGS.aesthetic))
+    return given | dict(preset=FLAGS.preset, with_clip=captions_for.has_clip(model))
+
+
+def _opened(name: str, path: str | None, opener) -> tuple:
+    """(what `opener` finds at `path`, {name: its summary}, [a line that says it]); nothing for no path."""
+    if not path:
+        return None, {}, []
+    found = opener(path, PassLines("pictures checked"))
+    line = f"{name}: {found.said()}"
+    print(line, flush=True)
+    return found, {name: found.summary()}, [line]
+
+
+def run_metrics(out: epath.Path) -> None:
+    """--metrics: what was asked for, in report.json and report.txt."""
     began, settings = time.monotonic(), sampling_settings()
     model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
-    common = dict(seed=FLAGS.seed, batch_size=FLAGS.batch_size)
-    used = model.settings(**settings)
-    measured, lines, report = {}, [], {"model": model.name}
-    if not FLAGS.images:
-        report["settings"] = used
+    of_model, of_pictures = metrics_asked(model)
+    report = {"model": model.name}
+    if not FLAGS.images and (not of_model or of_pictures or {"scenes", "edits"} & set(of_model)):
+        report["settings"] = model.settings(**settings)
+    images, summary, lines = _opened("images", FLAGS.images, picture_sets.open_pictures)
+    reference, more, said = _opened("reference", FLAGS.reference, fidelity.open_reference)
+    summary, lines = summary | more, lines + said
+    if summary:
+        report["pictures"] = summary
     config = image_size = None
-    if of_model and not captioned:
+    if of_model and images is None:
         config, image_size = scenes_of(model, FLAGS.scenes)
         report["scenes_config"] = config.name
     out.mkdir(parents=True, exist_ok=True)
-    images, reference = FLAGS.images, FLAGS.reference
+    common = dict(seed=FLAGS.seed, batch_size=FLAGS.batch_size)
+    measured, captioned = {}, images
     if "scenes" in of_model:
-        shared = of_pictures and not images and not reference  # the pictures of scenes serve for both
+        shared = of_pictures and images is None and reference is None  # the pictures of scenes serve for both
         if shared:
-            reference = _scenes_to_compare(of_pictures, config, image_size)
+            reference = _scenes_to_compare(of_pictures, config, image_size, _given(model))
         measured["scenes"], drawn = evaluate_scenes(
             model, out, config=config, n=FLAGS.n, settings=settings, progress=StageLines(), **common
         )
@@ -502,34 +544,7 @@ def run_metrics(out: epath.Path) -> None:
         )
         measured |= found
         lines.append(fidelity.table(found))
-    of_clip = dict(pictures=captioned, n=FLAGS.n) if captioned else dict(config=config, image_size=image_size)
-    if "retrieval" in of_model:
-        found = measured["retrieval"] = evaluate_retrieval(model, **of_clip, **common)
-        lines.append(
-            f"retrieval among {found['n']}: image to text {found['image_to_text']:.3f}, "
-            f"text to image {found['text_to_image']:.3f}"
-        )
-    if "zero_shot" in of_model:
-        if FLAGS.templates:
-            of_clip["templates"] = zero_shot.read_templates(FLAGS.templates)
-        if captioned:
-            of_clip["names"] = zero_shot.read_names(FLAGS.classes)
-        found = measured["zero_shot"] = evaluate_zero_shot(model, **of_clip, **common)
-        tops = ", ".join(f"top {k[3:]} {share:.3f}" for k, share in found.items() if k.startswith("top"))
-        lines.append(f"zero-shot among {found['classes']} classes: {tops} of {found['n']}")
-    if "loss" in of_model:
-        unseen = captioned or picture_sets.scene_pictures(config, image_size, FLAGS.n, FLAGS.seed)
-        size = dict(batch_size=FLAGS.batch_size) if FLAGS.batch_size else {}
-        told = PassLines("pictures through its loss")
-        measured["loss"] = losses.measure(
-            model.cascade, unseen, n=FLAGS.n, seed=FLAGS.seed, progress=told, **size
-        )
-        lines.append(losses.table(measured["loss"]))
-    if "edits" in of_model:
-        measured["edits"] = evaluate_edits(
-            model, out, config=config, seed=FLAGS.seed, progress=PassLines("edits of scenes")
-        )
-        lines.append(edits.table(measured["edits"]))
+    _measure_model(model, out, of_model, captioned, config, image_size, measured, lines)
     report |= {"seed": FLAGS.seed, "seconds": round(time.monotonic() - began, 1)}
     (out / "report.json").write_text(json.dumps(measured | report, indent=2, ensure_ascii=False) + "\n")
     (out / "report.txt").write_text("\n".join(lines) + "\n")
@@ -542,14 +557,49 @@ def run_metrics(out: epath.Path) -> None:
     print(f"wrote {out / 'report.json'}, the table in report.txt")
 
 
-def _scenes_to_compare(names: Sequence[str], config, image_size: int) -> picture_sets.PictureSet:
+def _measure_model(model, out, names, captioned, config, image_size, measured: dict, lines: list) -> None:
+    """Puts retrieval, zero_shot, loss and edits, as far as `names` has them, into `measured` and `lines`.
+
+    Of the pictures `captioned`, or of scenes of `config` rendered at `image_size`.
+    """
+    common = dict(seed=FLAGS.seed, batch_size=FLAGS.batch_size)
+    of_clip = dict(pictures=captioned, n=FLAGS.n) if captioned else dict(config=config, image_size=image_size)
+    if "retrieval" in names:
+        found = measured["retrieval"] = evaluate_retrieval(model, **of_clip, **common)
+        lines.append(
+            f"retrieval among {found['n']}: image to text {found['image_to_text']:.3f}, "
+            f"text to image {found['text_to_image']:.3f}"
+        )
+    if "zero_shot" in names:
+        if FLAGS.templates:
+            of_clip["templates"] = zero_shot.read_templates(FLAGS.templates)
+        if captioned:
+            of_clip["names"] = zero_shot.read_names(FLAGS.classes)
+        found = measured["zero_shot"] = evaluate_zero_shot(model, **of_clip, **common)
+        tops = ", ".join(f"top {k[3:]} {share:.3f}" for k, share in found.items() if k.startswith("top"))
+        lines.append(f"zero-shot among {found['classes']} classes: {tops} of {found['n']}")
+    if "loss" in names:
+        unseen = captioned or picture_sets.scene_pictures(config, image_size, FLAGS.n, FLAGS.seed)
+        size = dict(batch_size=FLAGS.batch_size) if FLAGS.batch_size else {}
+        told = PassLines("pictures through its loss")
+        measured["loss"] = losses.measure(
+            model.cascade, unseen, n=FLAGS.n, seed=FLAGS.seed, progress=told, **size
+        )
+        lines.append(losses.table(measured["loss"]))
+    if "edits" in names:
+        measured["edits"] = evaluate_edits(
+            model, out, config=config, seed=FLAGS.seed, progress=PassLines("edits of scenes")
+        )
+        lines.append(edits.table(measured["edits"]))
+
+
+def _scenes_to_compare(names: Sequence[str], config, image_size: int, given: dict) -> picture_sets.PictureSet:
     """Scenes of the captions that `evaluate_scenes` draws. Raises ValueError for metrics that cannot be."""
     captions, _ = scene_scores.draw_captions(config, FLAGS.n, FLAGS.seed)
     known = scene_scores.draw_scenes(config, FLAGS.n, 1, FLAGS.seed)
     reference = picture_sets.rendered("scenes of the captions", known, image_size)
-    given = dict(with_inception=bool(FLAGS.inception), with_head=bool(FLAGS.aesthetic))
     planned = picture_sets.PictureSet("drawn", "memory", FLAGS.n, lambda: iter(()), tuple(captions))
-    fidelity.check(names, planned, reference, preset=FLAGS.preset, **given)
+    fidelity.check(names, planned, reference, **given)
     return reference
 
 

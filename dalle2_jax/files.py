@@ -1,5 +1,6 @@
-"""Paths as people write them, and files that others find whole or not at all."""
+"""Paths and text files as people write them, and files that others find whole or not at all."""
 
+import codecs
 import contextlib
 import os
 import secrets
@@ -34,3 +35,41 @@ def whole(path: str | os.PathLike) -> Iterator[epath.Path]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+# Their first bytes say so; UTF-32's begin with UTF-16's, so it comes first.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def decode_text(data: bytes, name: str | os.PathLike) -> str:
+    """The text of the bytes of a file called `name`: UTF-8, or what its byte-order mark says.
+
+    The mark is no part of the text. Raises ValueError with the name and the line for another encoding.
+    """
+    encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        shown = data[error.start : error.start + 1].hex()
+        raise ValueError(
+            f"{os.fspath(name)}: line {line} holds the byte 0x{shown}, which is not "
+            f"{encoding.removesuffix('-sig').upper()}: save the file as UTF-8"
+        ) from None
+    if "\0" in text:  # UTF-16 without its mark, or no text at all
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(
+            f"{os.fspath(name)}: line {line} holds a zero byte, which is no text: save the file as UTF-8"
+        )
+    return text
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file that a person wrote, see `decode_text`; its line ends stay as they are."""
+    return decode_text(epath.Path(path).read_bytes(), path)

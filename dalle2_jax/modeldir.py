@@ -321,8 +321,8 @@ def _inside(directory: epath.Path, folder: Any) -> epath.Path:
 
 def _read_json(path: epath.Path) -> dict:
     try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(files.read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")

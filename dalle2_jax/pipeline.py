@@ -29,7 +29,8 @@ class Result:
 
     Attributes:
       captions: N captions, one a picture.
-      numbers: N picture numbers, 0 .. n-1 within a caption; with seed and settings they fix the picture.
+      numbers: N picture numbers, 0 .. n-1 within a caption unless others were asked for; with seed and
+        settings they fix the picture.
       seed: the seed of all of them.
       image_embeds: [N, E] float32, the prior's, in CLIP's own scale; [N, 0] where the decoder reads none.
       base: uint8 [N, h, w, 3], the decoder's pictures.
@@ -59,6 +60,8 @@ def check_captions(captions: Sequence[str]) -> None:
             raise ValueError(f"caption {i} is {caption!r}: captions must be texts")
         if not caption.strip():
             raise ValueError(f"caption {i} is empty: say what to draw")
+        if any("\ud800" <= character <= "\udfff" for character in caption):
+            raise ValueError(f"caption {i}, {caption!r}, holds half a character: write it in UTF-8")
         if len(caption) > MAX_CAPTION:
             raise ValueError(f"caption {i} has {len(caption)} characters: at most {MAX_CAPTION} are allowed")
 
@@ -420,6 +423,7 @@ class UnCLIP(Editing):
         *,
         seed: int = 0,
         n: int = 1,
+        numbers: Sequence[int] | None = None,
         upsample: bool = True,
         batch_size: int | None = None,
         progress: Progress | None = None,
@@ -432,6 +436,7 @@ class UnCLIP(Editing):
           captions: texts of at most MAX_CAPTION characters.
           seed: 0 .. 2**32 - 1; with a picture's number within its caption, all of its randomness.
           n: pictures a caption.
+          numbers: instead of n, one a caption, that of the picture to draw for it.
           upsample: False stops at the base pictures.
           batch_size: pictures at a time, rounded up to a multiple of the devices; None: 8, or one a device.
           progress: called as progress(stage, pictures done, pictures in all, seconds in this stage).
@@ -451,9 +456,11 @@ class UnCLIP(Editing):
             raise ValueError(f"seed {seed} must lie in 0 .. {2**32 - 1}")
         if n < 1:
             raise ValueError(f"n {n} must be 1 or more pictures a caption")
+        _check_counts("captions", len(captions), numbers=numbers)
         settings, own, timings = self.settings(**asked), split(asked), {}
         self._check_classes(settings, captions)  # before anything is computed
-        captions, numbers = _repeated(captions, n)
+        if numbers is None:
+            captions, numbers = _repeated(captions, n)
         common = dict(seed=seed, batch_size=batch_size, progress=progress)
 
         def draw(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

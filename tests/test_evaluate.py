@@ -13,8 +13,16 @@ from PIL import Image
 
 from dalle2_jax import evaluate, generate, pipeline
 from dalle2_jax.data import scenes
-from dalle2_jax.evals import comparison, losses, picture_sets, retrieval, scene_scores, zero_shot
-from tests.tiny_model import make_model
+from dalle2_jax.evals import (
+    captions_for,
+    comparison,
+    losses,
+    picture_sets,
+    retrieval,
+    scene_scores,
+    zero_shot,
+)
+from tests.tiny_model import make_class_model, make_model
 
 CONFIG = scenes.preset("quickstart")
 FLAGS = flags.FLAGS
@@ -229,7 +237,7 @@ def test_clip_is_measured_on_pictures_with_captions(captioned):
 
 
 def test_classes_and_templates_are_read_from_files(tmp_path):
-    (tmp_path / "names").write_text("red star\n\nblue ring\n")
+    (tmp_path / "names").write_bytes("\ufeffred star\r\n\r\nblue ring\r\n".encode())  # as editors write it
     assert zero_shot.read_names(tmp_path / "names") == ["red star", "blue ring"]
     assert zero_shot.labels(["a blue ring", "a red star over a blue ring"], ["red star", "blue ring"])[0] == 1
     (tmp_path / "templates").write_text("a photo of a {}\n")
@@ -244,6 +252,25 @@ def test_classes_and_templates_are_read_from_files(tmp_path):
             read(tmp_path / name)
     with pytest.raises(ValueError, match="names exactly one of the 1 classes"):
         zero_shot.labels(["a dog"], ["cat"])
+
+
+def test_a_model_without_a_clip_is_asked_for_none(tmp_path):
+    """What needs one says so before anything is read; a loss and captions to draw do not."""
+    alone = pipeline.UnCLIP.load(make_class_model(tmp_path / "model", ("red star", "blue ring")))
+    assert not captions_for.has_clip(alone) and not captions_for.reads_text(alone)
+    texts = ["a red star", "a blue ring"] * 8
+    captioned = dataclasses.replace(picture_sets.scene_pictures(CONFIG, 32, 16), texts=tuple(texts))
+    assert captions_for.what_to_draw(alone, captioned, 4)[1] == [0, 1, 2, 3]
+    assert set(captions_for.what_to_draw(alone, captioned, 4)[0]) <= set(texts)
+    other = dataclasses.replace(captioned, texts=("a photograph",) * 16)
+    assert sorted(captions_for.what_to_draw(alone, other, 4)[0]) == ["blue ring"] * 2 + ["red star"] * 2
+    found = losses.measure(alone.cascade, captioned, n=16, batch_size=8)
+    assert found.keys() == {"decoder"} and np.isfinite(found["decoder"]["value"])
+    with flagsaver.flagsaver(), pytest.raises(ValueError, match="--compare needs a CLIP"):
+        FLAGS(["evaluate"])
+        evaluate.compare(
+            [""], tmp_path, model_dir=os.fspath(tmp_path / "model"), n=4, pictures=2, name="quickstart"
+        )
 
 
 # Ways of drawing, compared

@@ -292,8 +292,12 @@ def label_of(caption: str, classes: Sequence[str]) -> int:
     Upper and lower case are alike. A name inside another that is there too, as 'ring' in 'red ring', does
     not count.
     """
+    # A thousand patterns would be compiled for every caption, so only names that are there are looked at.
+    folded = caption.casefold()
     found = [
-        name for name in classes if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", caption, re.IGNORECASE)
+        name
+        for name in classes
+        if name.casefold() in folded and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", caption, re.IGNORECASE)
     ]
     found = [name for name in found if not any(name != other and name in other for other in found)]
     return list(classes).index(found[0]) if len(found) == 1 else -1

@@ -139,8 +139,7 @@ def load_tokenizer(path, context_length: int | None = None) -> Tokenizer:
     path = files.expand(path)
     settings_path = os.path.join(path, "tokenizer_config.json")
     if os.path.isfile(settings_path):
-        with open(settings_path, encoding="utf-8") as file:
-            settings = json.load(file).get("dalle2_jax")
+        settings = json.loads(files.read_text(settings_path)).get("dalle2_jax")
         if settings:
             import tokenizers
 

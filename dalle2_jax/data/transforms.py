@@ -26,6 +26,7 @@ MAX_PIXELS = 50_000_000
 MAX_ASPECT = 20.0
 _SIDES = re.compile(r"\b(?:left|right)|左|右", re.IGNORECASE)  # also leftmost, right-handed; not bright
 _FORMATS = ("PNG", "JPEG", "WEBP")
+ALL_FORMATS = (*_FORMATS, "BMP", "GIF", "TIFF", "PPM")  # that pictures to measure may have
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _ORIENTATION = 0x0112
 _TURNS = {  # EXIF orientation -> what makes the picture upright
@@ -71,8 +72,9 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     max_aspect: float = MAX_ASPECT,
     enough: int | None = None,
+    formats: tuple[str, ...] = _FORMATS,
 ) -> Image.Image:
-    """Decode a PNG, JPEG or WebP file to an upright RGB picture, transparency laid on white.
+    """Decode a file of one of `formats` to an upright RGB picture, transparency laid on white.
 
     The size is read from the header and checked before anything is decoded. A JPEG is decoded at the smallest
     of 1/1, 1/2, 1/4 and 1/8 of its size whose shorter side has `enough` pixels, where that is given.
@@ -83,11 +85,12 @@ def decode(
     if not data:
         raise BadRecord("empty")
     try:
-        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadRecord("too_large", str(error)) from None
     except UnidentifiedImageError:
-        raise BadRecord("undecodable", "no PNG, JPEG or WebP file") from None
+        names = ["WebP" if name == "WEBP" else name for name in formats]
+        raise BadRecord("undecodable", f"no {', '.join(names[:-1])} or {names[-1]} file") from None
     except _DECODE_ERRORS as error:
         raise BadRecord("undecodable", str(error)) from None
     width, height = picture.size
@@ -95,10 +98,17 @@ def decode(
         raise BadRecord("too_large", f"{width} x {height}")
     if max(width, height) > max_aspect * min(width, height):
         raise BadRecord("too_long", f"{width} x {height}")
-    if (
-        getattr(picture, "is_animated", False) and picture.format != "MPO"
-    ):  # of a camera's MPO, take the first
-        raise BadRecord("animated", f"{picture.n_frames} frames")
+    try:
+        # Of a camera's MPO, take the first.
+        animated = picture.format != "MPO" and getattr(picture, "is_animated", False)
+        frames = picture.n_frames if animated else 1
+    except _DECODE_ERRORS as error:
+        raise BadRecord("undecodable", str(error)) from None
+    if frames > 1:
+        raise BadRecord("animated", f"{frames} frames")
+    if picture.mode == "F" or picture.mode == "I" and picture.format == "TIFF":
+        # What is white is nowhere said.
+        raise BadRecord("undecodable", "32 bits a channel: save it with 8 or 16")
     try:
         if enough and picture.format == "JPEG" and min(width, height) >= 2 * enough:
             picture = _decode_small(picture, min(width, height) // enough)

@@ -129,7 +129,7 @@ def against(
     """
     weights = options.get("weights")
     names = [fidelity.frechet_name(weights is not None, pictures, reference.count)]
-    if not isinstance(reference, fidelity.Stats):
+    if fidelity.pictures_of(reference) is not None:
         names.append("clip_precision_recall" if weights is None else "precision_recall")
     planned = PictureSet("pictures", "drawn", pictures, lambda: iter(()))
     preset = options.get("preset", "ttur")

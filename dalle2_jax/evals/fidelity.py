@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ from dalle2_jax.data import scenes
 from dalle2_jax.evals import aesthetic, clip_scores, distances, inception
 from dalle2_jax.evals.distances import Moments
 from dalle2_jax.evals.features import BATCH_SIZE, clip_extractor, extract, inception_extractor
-from dalle2_jax.evals.picture_sets import PictureSet
+from dalle2_jax.evals.picture_sets import PictureSet, array_of_npz, open_pictures
 from dalle2_jax.evals.presets import PRESETS
 from dalle2_jax.evals.scene_scores import wilson
 
@@ -57,6 +58,8 @@ METRICS = {
     "clip_r_precision": Metric("clip", "own caption the nearest of 100, by CLIP", False, True),
     "aesthetic": Metric("clip", "LAION's head on CLIP's image embeddings, mean", False),
 }
+FRECHET = ("fid", "fid_small", "sfid", "fid_infinity")  # that mean and covariance of a reference suffice for
+DIMENSIONS = {"pool": 2048, "spatial": 17 * 17 * 7}
 WITH_INCEPTION = ("fid", "kid", "precision_recall")
 WITH_CLIP = ("clip_frechet", "clip_mmd", "clip_precision_recall")
 
@@ -70,13 +73,39 @@ def frechet_name(with_inception: bool, *counts: int | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """A reference of which only means and covariances are known: features -> Moments; count None: unknown."""
+    """A reference of which means and covariances are known: features -> Moments; count None: unknown.
+
+    pictures: that the file also holds, as ADM's do; perhaps fewer than those of the statistics.
+    """
 
     name: str
     moments: dict[str, Moments]
     count: int | None
     preset: str | None = None
     weights_sha256: str | None = None
+    pictures: PictureSet | None = None
+
+    def said(self) -> str:
+        """In a line, what there is."""
+        of = "" if self.count is None else f" of {self.count} pictures"
+        parts = [f"mean and covariance of {len(known.mean)} features{of}" for known in self.moments.values()]
+        return (
+            f"{self.name}: "
+            + ", ".join(parts)
+            + (f"; {self.pictures.count} pictures" if self.pictures else "; no pictures")
+        )
+
+    def summary(self) -> dict:
+        """The same as JSON values."""
+        return {
+            "name": self.name,
+            "kind": "statistics",
+            "pictures": self.pictures.count if self.pictures else 0,
+            "statistics": {name: len(known.mean) for name, known in self.moments.items()},
+            "statistics_of": self.count,
+            "preset": self.preset,
+            "weights_sha256": self.weights_sha256,
+        }
 
     def rank(self, features: str) -> int:
         """That of the covariance of these features; of fewer pictures than entries it is their number - 1."""
@@ -84,12 +113,18 @@ class Stats:
         return int((values > values[-1] * len(values) * np.finfo(np.float32).eps).sum())
 
 
+def open_reference(path: str | os.PathLike, progress=None) -> PictureSet | Stats:
+    """What is at `path` to compare with: statistics, pictures, or an npz of both; see `open_pictures`."""
+    return read_stats(path) or open_pictures(path, progress)
+
+
 def read_stats(path: str | os.PathLike) -> Stats | None:
     """The statistics in an npz of pytorch-fid, clean-fid, guided-diffusion or `write_stats`; None for others.
 
-    They are mu, sigma of the pool features, and mu_s, sigma_s of the spatial ones.
+    They are mu, sigma of the pool features, and mu_s, sigma_s of the spatial ones. Pictures in `arr_0` come
+    with them. Raises ValueError for statistics of other features than these, or that are not finite.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     if not (path.endswith(".npz") and os.path.isfile(path)):
         return None
     try:
@@ -102,15 +137,42 @@ def read_stats(path: str | os.PathLike) -> Stats | None:
             found = {}
             for features, suffix in (("pool", ""), ("spatial", "_s")):
                 if f"mu{suffix}" in stored.files:
-                    mean = np.asarray(stored[f"mu{suffix}"], np.float64)
-                    cov = np.asarray(stored[f"sigma{suffix}"], np.float64)
-                    if mean.ndim != 1 or cov.shape != (len(mean),) * 2:
-                        raise ValueError(f"mu{suffix} {list(mean.shape)} and sigma{suffix} {list(cov.shape)}")
-                    rows = count or 2  # where it is unknown, only mean and cov are used
-                    found[features] = Moments(rows, mean, cov * (rows - 1))
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} does not hold statistics as numbers: {error}") from None
-    return Stats(os.path.basename(path), found, count, **known)
+                    found[features] = _moments(stored, features, suffix, count)
+            pictured = "arr_0" in stored.files
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} does not hold statistics that can be used: {error}") from None
+    pictures = open_pictures(path) if pictured else None
+    return Stats(os.path.basename(path), found, count, **known, pictures=pictures)
+
+
+def _moments(stored, features: str, suffix: str, count: int | None) -> Moments:
+    """Of the arrays mu and sigma with this suffix. Raises ValueError or KeyError for what they cannot be."""
+    entries = DIMENSIONS[features]
+    for name, shape in ((f"mu{suffix}", (entries,)), (f"sigma{suffix}", (entries, entries))):
+        with array_of_npz(stored.zip.filename, name) as (_, known, _, kind):  # by the header: nothing is read
+            if known != shape or kind.kind != "f":
+                raise ValueError(
+                    f"{name} is {kind} {list(known)}, that of Inception's {features} features is float "
+                    f"{list(shape)}"
+                )
+    mean = np.asarray(stored[f"mu{suffix}"], np.float64)
+    cov = np.asarray(stored[f"sigma{suffix}"], np.float64)
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise ValueError(f"mu{suffix} or sigma{suffix} holds numbers that are not finite")
+    if np.abs(cov - cov.T).max() > 1e-3 * np.abs(cov).max() or (np.diagonal(cov) < 0).any():
+        raise ValueError(f"sigma{suffix} is no covariance: not symmetric, or negative on its diagonal")
+    rows = count or 2  # where it is unknown, only mean and cov are used
+    return Moments(rows, mean, cov * (rows - 1))
+
+
+def by_statistics(name: str, reference: PictureSet | Stats | None) -> bool:
+    """Whether a metric is measured against the mean and covariance that come with the reference."""
+    return isinstance(reference, Stats) and name in FRECHET and METRICS[name].features in reference.moments
+
+
+def pictures_of(reference: PictureSet | Stats | None) -> PictureSet | None:
+    """The pictures of a reference, as far as there are any."""
+    return reference.pictures if isinstance(reference, Stats) else reference
 
 
 def write_stats(path: str | os.PathLike, features: dict[str, np.ndarray], preset: str, sha256: str) -> None:
@@ -136,16 +198,24 @@ def check(
     preset: str,
     with_inception: bool,
     with_head: bool = False,
+    with_clip: bool = True,
 ) -> None:
     """Raise ValueError, with one sentence, for what cannot be measured; nothing is read for that."""
     scenes.check_choice(preset, tuple(PRESETS), "preset")
     for name in metrics:
         scenes.check_choice(name, tuple(METRICS), "metric of pictures")
+    of_clip = [name for name in metrics if METRICS[name].features == "clip"]
+    if of_clip and not with_clip:
+        raise ValueError(
+            f"{', '.join(of_clip)} need{'s' * (len(of_clip) == 1)} a CLIP, and the model has none: give a "
+            f"--model with one, or measure {', '.join(WITH_INCEPTION)} with --inception=FILE"
+        )
+    for name in metrics:
         metric = METRICS[name]
         if metric.features != "clip" and not with_inception:
+            other = f", or measure {', '.join(WITH_CLIP)} with the model's own CLIP" if with_clip else ""
             raise ValueError(
-                f"{name} needs the weights of Inception: give --inception=FILE (see docs/evaluation.md), or "
-                f"measure {', '.join(WITH_CLIP)} with the model's own CLIP"
+                f"{name} needs Inception's weights: give --inception=FILE (see docs/evaluation.md){other}"
             )
         if name == "aesthetic" and not with_head:
             raise ValueError("aesthetic needs the weights of its head: give --aesthetic=FILE")
@@ -153,23 +223,18 @@ def check(
             raise ValueError(f"{name} needs pictures to compare with: give --reference")
         if metric.captions:
             images.captions()
-        if metric.reference and isinstance(reference, Stats):
-            if name not in ("fid", "fid_small", "sfid", "fid_infinity"):
-                raise ValueError(
-                    f"{name} needs the pictures of the reference, {reference.name} has statistics"
-                )
-            if metric.features not in reference.moments:
+        target = reference
+        if metric.reference and by_statistics(name, reference):
+            _check_statistics(name, reference, preset)
+        elif metric.reference and isinstance(reference, Stats):
+            target = reference.pictures
+            if target is None and name in FRECHET:
                 raise ValueError(f"{reference.name} has no mu_s and sigma_s, which {name} needs")
-            if reference.preset not in (None, preset):
-                raise ValueError(f"{reference.name} is of preset {reference.preset!r}, not {preset!r}")
-            if name in ("fid", "sfid") and reference.count is None:
-                rank, full = reference.rank(metric.features), len(reference.moments[metric.features].mean)
-                if rank < min(full, FID_PICTURES - 1):
-                    raise ValueError(
-                        f"{reference.name} does not say how many pictures it is of, and its covariance of "
-                        f"rank {rank} is that of {rank + 1}: {name} needs {FID_PICTURES}; measure fid_small"
-                    )
-        counts = [images.count, reference.count] if metric.reference else [images.count]
+            if target is None:
+                raise ValueError(
+                    f"{name} needs the pictures of the reference, {reference.name} has statistics alone"
+                )
+        counts = [images.count, target.count] if metric.reference else [images.count]
         fewest = min(count for count in counts if count is not None)
         if name in ("fid", "sfid") and fewest < FID_PICTURES:
             raise ValueError(
@@ -184,6 +249,20 @@ def check(
             )
         if "precision_recall" in name and fewest <= DENSITY_NEIGHBOURS or fewest < 2:
             raise ValueError(f"{name} needs more than {fewest} pictures")
+
+
+def _check_statistics(name: str, reference: Stats, preset: str) -> None:
+    """Raise ValueError for statistics of another preset, and for those of too few pictures."""
+    if reference.preset not in (None, preset):
+        raise ValueError(f"{reference.name} is of preset {reference.preset!r}, not {preset!r}")
+    if name in ("fid", "sfid") and reference.count is None:
+        features = METRICS[name].features
+        rank, full = reference.rank(features), len(reference.moments[features].mean)
+        if rank < min(full, FID_PICTURES - 1):
+            raise ValueError(
+                f"{reference.name} does not say how many pictures it is of, and its covariance of "
+                f"rank {rank} is that of {rank + 1}: {name} needs {FID_PICTURES}; measure fid_small"
+            )
 
 
 def measure(
@@ -215,13 +294,12 @@ def measure(
     Raises ValueError, before anything is read, for what cannot be measured.
     """
     given = dict(with_inception=weights is not None, with_head=aesthetic_head is not None)
+    given["with_clip"] = model is not None and "clip" in model.cascade.stages
     check(metrics, images, reference, preset=preset, **given)
-    if isinstance(reference, Stats) and weights is not None:
+    if any(by_statistics(name, reference) for name in metrics):
         if reference.weights_sha256 not in (None, weights.sha256):
             raise ValueError(f"{reference.name} was made with other weights than those of --inception")
     wanted = {METRICS[name].features for name in metrics}
-    if "clip" in wanted and model is None:
-        raise ValueError("metrics of CLIP need a model directory, whose CLIP they read")
     if stats_out:
         if weights is None:
             raise ValueError("statistics are of Inception's features: give --inception=FILE")
@@ -239,28 +317,26 @@ def measure(
         return extract(pictures, needed, names, size, told)
 
     x = features_of(images, wanted)
-    if isinstance(reference, Stats):
-        y = reference.moments
-    else:
-        y = {} if known is None else known
-        missing = {METRICS[name].features for name in metrics if METRICS[name].reference} - y.keys()
-        y |= features_of(reference, missing) if missing else {}
+    y = {} if known is None else known
+    against = [name for name in metrics if METRICS[name].reference and not by_statistics(name, reference)]
+    missing = {METRICS[name].features for name in against} - y.keys()
+    y |= features_of(pictures_of(reference), missing) if missing else {}
     if stats_out and processes.is_first():
         write_stats(stats_out, x, preset, weights.sha256)
     said = {"inception": weights and _said_of_inception(weights, preset)}
-    said["clip"] = model and _said_of_clip(model)
+    said["clip"] = _said_of_clip(model) if "clip" in wanted else None
     results = {}
     for name in metrics:
         features = METRICS[name].features
         common = {"what": METRICS[name].what, "dimensions": x[features].shape[1], **said[_family(features)]}
+        target = y.get(features)
         if METRICS[name].reference:
-            common |= {"reference": reference.name, "n_reference": reference.count}
-            if getattr(reference, "refused", None):
-                common["reference_refused"] = reference.refused
+            common |= _said_of_reference(name, reference)
+            target = reference.moments[features] if by_statistics(name, reference) else target
         if images.refused:
             common["images_refused"] = images.refused
         for key, entry in _numbers(
-            name, x[features], y.get(features), images, model, aesthetic_head, seed, size
+            name, x[features], target, images, model, aesthetic_head, seed, size
         ).items():
             results[key] = entry | {"n": images.count, "images": images.name} | common
     return results
@@ -269,6 +345,21 @@ def measure(
 def _family(features: str) -> str:
     """Which network gives these features."""
     return "clip" if features == "clip" else "inception"
+
+
+def _said_of_reference(name: str, reference: PictureSet | Stats) -> dict:
+    """Of what a metric's reference is, and what it is measured by: 'statistics' or 'pictures'."""
+    if by_statistics(name, reference):
+        return {
+            "reference": reference.name,
+            "reference_by": "statistics",
+            "n_reference": reference.count,
+            "reference_preset": reference.preset,
+            "reference_weights_sha256": reference.weights_sha256,
+        }
+    pictures = pictures_of(reference)
+    said = {"reference": pictures.name, "reference_by": "pictures", "n_reference": pictures.count}
+    return said | ({"reference_refused": pictures.refused} if pictures.refused else {})
 
 
 def _said_of_inception(weights: inception.Weights, preset: str) -> dict:
@@ -368,4 +459,21 @@ def table(results: dict[str, dict]) -> str:
         lines.append(
             f"{name:26}{entry['value']:>11.4f}   {shown:24}{entry['n']:>7} {against:>9}  {entry['features']}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + _notes(results))
+
+
+def _notes(results: dict[str, dict]) -> list[str]:
+    """Lines that say which numbers are by the statistics of a reference, and which by its pictures."""
+    by = {"statistics": [], "pictures": []}
+    for name, entry in results.items():
+        if "reference_by" in entry:
+            by[entry["reference_by"]].append(name)
+    if not by["statistics"]:
+        return []
+    entry = results[by["statistics"][0]]
+    line = f"{', '.join(by['statistics'])}: by the mean and covariance that {entry['reference']} holds"
+    if entry["reference_weights_sha256"] is None:
+        line += "; it does not say with which Inception and preset they were made"
+    if not by["pictures"]:
+        return [line]
+    return [line, f"{', '.join(by['pictures'])}: by the pictures of {entry['reference']}"]

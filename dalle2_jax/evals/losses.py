@@ -45,6 +45,10 @@ def measure(
             f"the loss of {min(n, len(captions))} pictures is not 2 batches of {batch_size}: give more with "
             "--n, or a smaller --batch_size"
         )
+    if "clip" not in model.stages:
+        fed = [name for name, stage in model.stages.items() if _reads_clip(stage)]
+        if fed:
+            raise ValueError(f"the loss of {', '.join(fed)} needs a CLIP, and model {model.name!r} has none")
     images, rows = chosen(pictures, np.arange(len(captions)), count, seed)
     texts = [captions[row] for row in rows]
     found = {}
@@ -73,6 +77,10 @@ def measure(
             "pictures": pictures.name,
         }
     return found
+
+
+def _reads_clip(stage) -> bool:
+    return hasattr(stage, "loss") and bool(set(stage.batch_spec(1)) & set(models.CLIP_FIELDS))
 
 
 def _of_stage(model: cascade.Cascade, name: str, images, captions, batch_size: int, numbers, seed: int, mesh):

@@ -66,7 +66,8 @@ def entries(results: Mapping[str, Mapping]) -> str:
     rows = []
     for name, entry in results.items():
         low_high = entry["interval"] and "{:.4g} .. {:.4g}".format(*entry["interval"])
-        against = entry.get("reference"), entry.get("n_reference")
+        reference, by = entry.get("reference"), entry.get("reference_by")
+        against = f"{reference} ({by})" if by else reference, entry.get("n_reference")
         said = (entry["features"], entry.get("preset"), entry["what"])
         rows.append((name, entry["value"], low_high, entry["n"], *against, *said))
     shares = {

@@ -1,16 +1,19 @@
 """Sets of pictures to measure, streamed: a folder, tar shards, an npz, or drawn scenes; npz files out.
 
-    FOLDER       PNG, JPEG or WebP files, also in folders below, by name; a caption in KEY.txt beside KEY.png.
-                 Where generate.json lies, as `dalle2_jax.generate` writes it, the pictures that it lists
-    *.tar        img2dataset's shards (a file, a glob, or a folder of them), see data/shards.py
+    FOLDER       PNG, JPEG, WebP, BMP, GIF, TIFF or PPM files, also in folders below, by name; a caption in
+                 KEY.txt beside KEY.png. Where generate.json lies, as `dalle2_jax.generate` writes it, the
+                 pictures that it lists
+    *.tar        img2dataset's shards (a file, a glob, or a folder of them alone), see data/shards.py
     *.npz        `arr_0` uint8 [N, H, W, 3], as guided-diffusion's evaluator reads it; not loaded whole
 
-A picture that cannot be read is an error: a number of fewer pictures is another number.
+Every picture is decoded once when its set is opened. What cannot be measured is left out then, counted by
+reason with an example, and `PictureSet.said` and `summary` say so: a number of fewer pictures is another one.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
-import glob
 import itertools
 import json
 import os
@@ -23,9 +26,9 @@ import numpy as np
 
 from dalle2_jax import files, grid, processes
 from dalle2_jax.data import records, scenes, shards, transforms
+from dalle2_jax.evals import picture_files
 from dalle2_jax.pictures import square_picture
 
-MAX_CAPTION_BYTES = 1 << 16
 DRAWN_AT_A_TIME = 64  # pictures, before they are written
 
 
@@ -41,7 +44,7 @@ class Item:
         if isinstance(self.data, np.ndarray):
             return self.data
         try:
-            return np.asarray(transforms.decode(self.data))
+            return np.asarray(picture_files.decode(self.data))
         except records.BadRecord as error:
             raise ValueError(f"{self.key} cannot be read as a picture: {error}") from None
 
@@ -52,7 +55,8 @@ class PictureSet:
 
     name: the last part of where they come from. kind: 'folder', 'tar', 'npz', 'scenes' or 'memory'.
     count: how many. items: goes through them. texts: the first caption of each, or nothing if any has none.
-    refused: members of shards that are no pictures, by reason.
+    refused: what was left out of files, or of the samples of shards, by reason; examples: one of each.
+    uncaptioned: which pictures have no caption, in words, where others have one.
     """
 
     name: str
@@ -61,108 +65,200 @@ class PictureSet:
     items: Callable[[], Iterator[Item]]
     texts: tuple[str, ...] = ()
     refused: dict = dataclasses.field(default_factory=dict)
+    examples: dict = dataclasses.field(default_factory=dict)
+    uncaptioned: str = ""
 
     def captions(self) -> list[str]:
         """The first caption of each. Raises ValueError where there are none."""
         if not self.texts:
             raise ValueError(
-                f"not every picture of {self.name} has a caption: put KEY.txt beside each KEY.png, or give "
-                "img2dataset's shards"
+                f"not every picture of {self.name} has a caption"
+                + (f" ({self.uncaptioned})" if self.uncaptioned else "")
+                + ": put KEY.txt beside each KEY.png, or give img2dataset's shards"
             )
         return list(self.texts)
 
+    def said(self) -> str:
+        """In a line, how many pictures there are of how many files or samples, and what was left out."""
+        what = {"folder": "file", "tar": "sample"}.get(self.kind)
+        line = f"{self.name}: {_counted(self.count, 'picture')}"
+        if what:
+            line += f" of {_counted(self.count + sum(self.refused.values()), what)}"
+        if not self.refused:
+            return line
+        left = picture_files.LeftOut(self.refused)
+        left.examples = self.examples
+        return f"{line}; left out: {left.said()}"
 
-def open_pictures(path: str | os.PathLike) -> PictureSet:
-    """The pictures at `path`; see the module. Raises ValueError or OSError that says what is wrong."""
+    def summary(self) -> dict:
+        """The same as JSON values."""
+        left_out = {
+            reason: {"count": count} | ({"example": self.examples[reason]} if reason in self.examples else {})
+            for reason, count in self.refused.items()
+        }
+        of = self.count + sum(self.refused.values())
+        return {"name": self.name, "kind": self.kind, "pictures": self.count, "of": of, "left_out": left_out}
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def open_pictures(path: str | os.PathLike, progress: Progress | None = None) -> PictureSet:
+    """The pictures at `path`; see the module. Of several processes all must call it: they share the decoding.
+
+    progress: called with the name of the set, pictures decoded, pictures in all. Raises ValueError or OSError
+    that says what is wrong.
+    """
     path = files.expand(path)
     if path.endswith(".npz") and os.path.isfile(path):
         return _open_npz(path)
-    if os.path.isdir(path) and not glob.glob(os.path.join(glob.escape(path), "*.tar")):
-        return _open_folder(path)
-    if os.path.isfile(path) and not path.endswith(".tar"):
+    if os.path.isdir(path):
+        found = picture_files.look_through(Path(path))
+        if found.files or not found.shards:
+            return _open_folder(path, found, progress)
+    elif os.path.isfile(path) and not path.endswith(".tar"):
         raise ValueError(f"{path} is neither a folder of pictures nor a .tar or .npz file")
-    source = shards.open_tar(path, "")
+    return _open_tar(path, progress)
 
-    def read(i: int, **parts) -> records.Record:
+
+def _open_tar(path: str, progress: Progress | None) -> PictureSet:
+    source = shards.open_tar(path, "")
+    left = picture_files.LeftOut(source.refused)
+
+    def read(i: int) -> Item:
+        record = source.read(i, captions=False)
+        return Item(record.key, record.image)
+
+    rows = _readable(read, len(source), lambda i: f"sample {i}", _last(path), left, progress)
+    keys, texts = [], []
+    for i in rows:
         try:
-            return source.read(i, **parts)
-        except records.BadRecord as error:
-            raise ValueError(f"record {i} of {path} cannot be read: {error}") from None
+            of, fault = source.read(i, image=False).captions, ""
+        except records.BadRecord as error:  # of its caption; the picture is a good one
+            of, fault = {}, f" ({error})"
+        keys.append(f"sample {i}{fault}")
+        texts.append((of.get("en") or next(iter(of.values()), ("",)))[0])
+    return _set(path, "tar", rows, read, keys, texts, left)
+
+
+def _still(read: Callable[[int], Item], i: int) -> Item:
+    """read(i) of what could be read before. Raises ValueError where it no longer can."""
+    try:
+        return read(i)
+    except records.BadRecord as error:
+        raise ValueError(f"picture {i} cannot be read any more: {error}") from None
+
+
+def _set(path: str, kind: str, rows, read, keys: Sequence[str], texts: Sequence[str], left) -> PictureSet:
+    """The set of the pictures read(i) for i in `rows`, which have these keys and captions ('' for none)."""
 
     def items():
-        for i in range(len(source)):
-            record = read(i, captions=False)
-            yield Item(record.key, record.image)
+        return (_still(read, i) for i in rows)
 
-    found = (read(i, image=False).captions for i in range(len(source)))
-    texts = [(of.get("en") or next(iter(of.values()), ("",)))[0] for of in found]
-    return PictureSet(_last(path), "tar", len(source), items, _all(texts), dict(source.refused))
+    without = [key for key, text in zip(keys, texts, strict=True) if not text]
+    some = 0 < len(without) < len(keys)
+    return PictureSet(
+        name=_last(path),
+        kind=kind,
+        count=len(rows),
+        items=items,
+        texts=() if without else tuple(texts),
+        refused=dict(left.counts),
+        examples=left.examples,
+        uncaptioned=f"{len(without)} of {len(keys)} have none, such as {without[0]}" if some else "",
+    )
 
 
 def _last(path: str) -> str:
     return os.path.basename(os.path.abspath(path))
 
 
-def _all(texts: list[str]) -> tuple[str, ...]:
-    return tuple(texts) if all(texts) else ()
+def _readable(
+    read: Callable[[int], Item],
+    count: int,
+    key: Callable[[int], str],
+    name: str,
+    left: picture_files.LeftOut,
+    progress: Progress | None,
+) -> list[int]:
+    """Which of `count` pictures can be decoded; the others are added to `left`.
+
+    read: a picture by its number, or BadRecord. Raises ValueError where none can be.
+    """
+
+    def fault(i: int) -> records.BadRecord | None:
+        try:
+            picture_files.decode(read(int(i)).data)
+        except records.BadRecord as error:
+            return error
+        return None
+
+    def own(numbers: np.ndarray) -> np.ndarray:
+        good = np.zeros(len(numbers), bool)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for done, error in enumerate(pool.map(fault, numbers)):
+                good[done] = error is None
+                if progress is not None:
+                    progress(name, done + 1, len(numbers))
+        return good
+
+    good = processes.in_shares(own, count)
+    for i in np.flatnonzero(~good).tolist():
+        error = fault(i)  # once more: the reasons of other processes are not known here
+        if error is not None:
+            left.add(error.reason, f"{key(i)}: {error.detail}" if error.detail else key(i))
+        else:
+            left.add("unreadable", key(i))
+    if not good.any():
+        raise ValueError(f"{name} holds no picture that can be read; there are: {left.said()}")
+    return np.flatnonzero(good).tolist()
 
 
-def _open_folder(path: str) -> PictureSet:
-    root, listed = Path(path), Path(path) / "generate.json"
+def _open_folder(path: str, found: picture_files.Folder, progress: Progress | None) -> PictureSet:
+    root, listed, left = Path(path), Path(path) / "generate.json", found.left
     if listed.is_file():
-        entries = _listed(listed)
+        entries, known = picture_files.read_listed(listed)
+        for file in found.files:
+            if file not in known:
+                left.add("not_listed", f"{file.relative_to(root).as_posix()}: generate.json does not name it")
     else:
-        entries = []
-        for folder, folders, names in os.walk(root):
-            folders.sort()
-            for name in sorted(names):
-                file = Path(folder) / name
-                if file.suffix[1:].lower() in records.IMAGE_EXTENSIONS and not name.startswith("."):
-                    entries.append((file, _beside(file)))
+        entries = [(file, None) for file in found.files]
+    for file in found.shards:
+        left.add("shard", f"{file.name}: give '{root / '*.tar'}' to measure shards instead of pictures")
     if not entries:
-        raise ValueError(f"{path} holds no pictures ({', '.join(records.IMAGE_EXTENSIONS)}) and no shards")
+        raise ValueError(
+            f"{path} holds no pictures ({', '.join(picture_files.EXTENSIONS)}) and no shards"
+            + (f"; there are: {left.said()}" if left.counts else "")
+        )
 
-    def items():
-        for file, _ in entries:
-            yield Item(file.relative_to(root).as_posix(), file.read_bytes())
+    def key(i: int) -> str:
+        return entries[i][0].relative_to(root).as_posix()
 
-    return PictureSet(_last(path), "folder", len(entries), items, _all([text for _, text in entries]))
+    def read(i: int) -> Item:
+        return Item(key(i), picture_files.read_bytes(entries[i][0]))
 
-
-def _listed(path: Path) -> list[tuple[Path, str]]:
-    """(file, caption or '') of the pictures in generate.json; a name outside its folder is an error."""
-    try:
-        pictures = json.loads(path.read_text("utf-8"))["pictures"]
-        found = [(str(picture["file"]), picture.get("caption")) for picture in pictures]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not as dalle2_jax.generate writes it: {error!r}") from None
-    for name, _ in found:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{path} names {name!r}, which lies outside its folder")
-        if not (path.parent / name).is_file():
-            raise ValueError(f"{path} names {name!r}, which is not there")
-    return [
-        (path.parent / name, shards.clean_caption(text) if isinstance(text, str) else "")
-        for name, text in found
-    ]
-
-
-def _beside(file: Path) -> str:
-    """The first line of KEY.txt, or ''."""
-    text = file.with_suffix(".txt")
-    if not text.is_file():
-        return ""
-    with text.open("rb") as opened:
-        lines = opened.read(MAX_CAPTION_BYTES).decode("utf-8", "replace").splitlines()
-    return next(filter(None, map(shards.clean_caption, lines)), "")
+    rows = _readable(read, len(entries), key, _last(path), left, progress)
+    keys, texts = [], []
+    for i in rows:
+        file, text = entries[i]
+        fault = ""
+        if text is None:
+            text, fault = picture_files.caption_beside(file)
+        keys.append(key(i) + (f" ({fault})" if fault else ""))
+        texts.append(text)
+    return _set(path, "folder", rows, read, keys, texts, left)
 
 
 def _open_npz(path: str) -> PictureSet:
-    with _array(path) as (_, shape):
+    with _pictures_of_npz(path) as (_, shape):
         count = shape[0]
 
     def items():
-        with _array(path) as (file, (rows, *shape)):
+        with _pictures_of_npz(path) as (file, (rows, *shape)):
             size = int(np.prod(shape))
             for i in range(rows):
                 data = file.read(size)
@@ -174,22 +270,34 @@ def _open_npz(path: str) -> PictureSet:
 
 
 @contextlib.contextmanager
-def _array(path: str):
-    """(open file that stands at the pixels, shape) of `arr_0` in an npz; objects are refused."""
+def array_of_npz(path: str, name: str):
+    """(open file that stands at the numbers, shape, whether by columns, type) of an array in an npz.
+
+    Raises ValueError for what is none. The header may lie: nothing is allocated by it.
+    """
     try:
         archive = zipfile.ZipFile(path)
-        file = archive.open("arr_0.npy")
+        file = archive.open(f"{name}.npy")
         version = np.lib.format.read_magic(file)
         reader = np.lib.format.read_array_header_1_0
         reader = reader if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = reader(file)
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} has no array arr_0: {error}") from None
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or 0 in shape:
-        raise ValueError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {dtype} {list(shape)}")
-    if shape[1] * shape[2] > transforms.MAX_PIXELS:  # said by the header alone, which may lie
-        raise ValueError(f"the pictures of {path} are {shape[2]} x {shape[1]}, above {transforms.MAX_PIXELS}")
+        raise ValueError(f"{path} has no array {name}: {error}") from None
     with archive, file:
+        yield file, shape, fortran, dtype
+
+
+@contextlib.contextmanager
+def _pictures_of_npz(path: str):
+    """(open file that stands at the pixels, shape) of `arr_0` in an npz; objects are refused."""
+    with array_of_npz(path, "arr_0") as (file, shape, fortran, dtype):
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or 0 in shape:
+            raise ValueError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {dtype} {list(shape)}")
+        if shape[1] * shape[2] > transforms.MAX_PIXELS:  # said by the header alone, which may lie
+            raise ValueError(
+                f"the pictures of {path} are {shape[2]} x {shape[1]}, above {transforms.MAX_PIXELS}"
+            )
         yield file, shape
 
 
@@ -288,7 +396,7 @@ def keep_plan(path: Path, text: str) -> None:
     Raises ValueError where the file says something else.
     """
     if path.exists():
-        if path.read_text("utf-8") != text:
+        if files.read_text(path) != text:
             raise ValueError(
                 f"{path.parent} holds pictures that were drawn otherwise: choose another folder, or remove it"
             )
@@ -298,11 +406,22 @@ def keep_plan(path: Path, text: str) -> None:
     partial.rename(path)
 
 
+def _occurrences(captions: Sequence[str]) -> list[int]:
+    """How often each caption came before."""
+    counted = collections.Counter()
+    numbers = []
+    for caption in captions:
+        numbers.append(counted[caption])
+        counted[caption] += 1
+    return numbers
+
+
 def drawn_pictures(
     model,
     captions: Sequence[str],
     folder: str | os.PathLike,
     *,
+    numbers: Sequence[int] | None = None,
     seed: int = 0,
     settings: dict | None = None,
     batch_size: int | None = None,
@@ -310,14 +429,21 @@ def drawn_pictures(
 ) -> PictureSet:
     """One picture a caption, drawn by an `UnCLIP` as PNG files into `folder`; those that are there stay.
 
-    So drawing that was interrupted goes on: a picture depends on its caption, seed and settings alone.
-    Several processes draw together; the first writes, into a folder that all see.
+    So drawing that was interrupted goes on: a picture depends on its caption, number, seed and settings
+    alone. Several processes draw together; the first writes, into a folder that all see.
+
+    numbers: of each picture, which makes those of one caption differ; by default how often its caption came
+      before. A model that reads no captions needs numbers of its own for all.
 
     Raises ValueError where the folder holds pictures of other weights, seed, settings or captions.
     """
     folder, size = Path(folder), max(DRAWN_AT_A_TIME, batch_size or 0) * jax.process_count()
     names = [f"{i:06d}.png" for i in range(len(captions))]
-    listed = [{"file": name, "caption": text} for name, text in zip(names, captions, strict=True)]
+    numbers = _occurrences(captions) if numbers is None else [int(number) for number in numbers]
+    listed = [
+        {"file": name, "caption": text} | ({"number": number} if number else {})
+        for name, text, number in zip(names, captions, numbers, strict=True)
+    ]
     weights = {name: model.cascade.weights_sha256(name) for name in model.cascade.stages}
     plan = {"pictures": listed, "model": model.name, "weights_sha256": weights, "seed": seed}
     text = json.dumps(plan | {"settings": model.settings(**(settings or {}))}, indent=2, ensure_ascii=False)
@@ -327,9 +453,8 @@ def drawn_pictures(
     missing = np.flatnonzero(processes.from_first(missing))  # the same for all
     for start in sorted({int(i) // size * size for i in missing}):
         part = slice(start, start + size)
-        images = model.text_to_image(
-            captions[part], seed=seed, batch_size=batch_size, progress=progress, **(settings or {})
-        ).images
+        how = dict(seed=seed, batch_size=batch_size, progress=progress) | (settings or {})
+        images = model.text_to_image(captions[part], numbers=numbers[part], **how).images
         for name, image, caption in zip(names[part], images, captions[part], strict=True):
             if processes.is_first():
                 partial = folder / f".{name}.partial"

@@ -8,57 +8,127 @@ The pictures of every suite lie as GenEval's evaluator wants them:
     OUT/00000/grid.png                 all of them
 
 A file of prompts is GenEval's evaluation_metadata.jsonl ('prompt'), DrawBench's csv ('Prompts'), the tsv of
-PartiPrompts ('Prompt'), or a text file with a caption on each line.
+PartiPrompts ('Prompt'), a JSON list of texts or of such objects, or a text file with a caption on each line.
 """
 
 import csv
 import functools
+import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from dalle2_jax import grid, processes
+from dalle2_jax import files, grid, processes
 from dalle2_jax.data.shards import clean_caption, encodable
 from dalle2_jax.evals.picture_sets import keep_plan
 from dalle2_jax.pipeline import MAX_CAPTION, check_captions
 
-KEYS = ("prompt", "Prompt", "Prompts", "caption")
-KINDS = (".jsonl", ".csv", ".tsv", ".txt")
+KEYS = ("prompt", "prompts", "caption", "captions")  # in upper or lower case
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 AT_A_TIME = 64  # pictures, before they are written
 
 
 def read_prompts(path: str | os.PathLike) -> list[dict]:
     """What a file says of each prompt, in its order, 'prompt' among it.
 
-    Raises ValueError for another kind of file, one without prompts, and for a prompt that cannot be drawn.
+    The file is UTF-8, or UTF-16 with a byte-order mark. Raises ValueError for another kind of file or
+    encoding, one without prompts, and for a prompt that cannot be drawn.
     """
     path = Path(path)
-    if path.suffix not in KINDS:
+    kind = path.suffix.lower()
+    if kind not in KINDS:
         raise ValueError(f"{path}: a file of prompts ends in {', '.join(KINDS)}")
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in file if line.strip()]
-        elif path.suffix == ".txt":
-            rows = [{"prompt": line.strip()} for line in file if line.strip()]
-        else:
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    text = files.read_text(path)
+    if kind in (".csv", ".tsv"):
+        rows = _table(path, text, "\t" if kind == ".tsv" else ",")
+    elif kind == ".txt":
+        rows = [{"prompt": line} for line in io.StringIO(text, newline=None) if line.strip()]
+    else:
+        rows = _json(path, text, lines=kind == ".jsonl")
     found = []
     for number, row in enumerate(rows, 1):
-        key = next((key for key in KEYS if isinstance(row, dict) and row.get(key)), None)
-        if key is None:
-            raise ValueError(f"{path}: entry {number} has none of {', '.join(map(repr, KEYS))}")
-        found.append(
-            {name: value for name, value in row.items() if name != key} | {"prompt": clean_caption(row[key])}
-        )
+        key = _key(row)
+        value = row.get(key)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(
+                f"{path}: entry {number} has none of {', '.join(map(repr, KEYS))}; it has "
+                f"{', '.join(map(repr, row)) or 'nothing'}"
+                if key is None
+                else f"{path}: entry {number} has {value!r} for {key!r}: give a text"
+            )
+        others = {name: other for name, other in row.items() if name != key}
+        found.append(others | {"prompt": clean_caption(value)})
     try:
         check_captions([row["prompt"] for row in found])
     except ValueError as error:
         raise ValueError(f"{path}: {error} (captions have at most {MAX_CAPTION} characters)") from None
     return found
+
+
+def _key(names: Iterable[str]) -> str | None:
+    """That of `names` which is one of KEYS, by their order; None for none."""
+    known = {name.strip().lower(): name for name in names}
+    return next((known[key] for key in KEYS if key in known), None)
+
+
+def _table(path: Path, text: str, delimiter: str) -> list[dict]:
+    """The rows of a table that has a column of prompts, also where its cells are separated otherwise.
+
+    Empty rows are left out. Raises ValueError with the columns that there are, and for a row with more cells.
+    """
+    columns = []
+    try:
+        for separator in (delimiter, ",", ";", "\t"):  # spreadsheets of many countries write semicolons
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restval="")
+            columns = columns or list(reader.fieldnames or ())
+            if _key(reader.fieldnames or ()) is None:
+                continue
+            rows = []
+            for row in reader:
+                surplus = [cell for cell in row.pop(None, ()) if cell.strip()]
+                if surplus:
+                    raise ValueError(
+                        f"{path}: line {reader.line_num} has more cells than the first line, such as "
+                        f"{surplus[0]!r}: put a prompt that holds {separator!r} in quotation marks"
+                    )
+                if any(cell.strip() for cell in row.values()):
+                    rows.append(row)
+            return rows
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table: {error}") from None
+    raise ValueError(
+        f"{path}: its first line has none of the columns {', '.join(map(repr, KEYS))}; it has "
+        f"{', '.join(map(repr, columns)) or 'nothing'}"
+    )
+
+
+def _json(path: Path, text: str, lines: bool) -> list[dict]:
+    """The objects of a JSON list, or of JSON lines; a text in the place of an object is a prompt."""
+    try:
+        if lines:
+            found = []
+            for number, line in enumerate(text.split("\n"), 1):
+                where = f"line {number}"
+                if line.strip():
+                    found.append((where, json.loads(line)))
+        else:
+            where, stored = "the file", json.loads(text)
+            if not isinstance(stored, list):
+                raise ValueError("it must be a list of prompts")
+            found = [(f"entry {i}", row) for i, row in enumerate(stored, 1)]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {where} cannot be read as JSON: {error}") from None
+    rows = []
+    for where, row in found:
+        row = {"prompt": row} if isinstance(row, str) else row
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: {where} is {row!r}: give a text, or an object with one of {KEYS}")
+        rows.append(row)
+    return rows
 
 
 def draw(

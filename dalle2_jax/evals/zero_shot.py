@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from etils import epath
 
+from dalle2_jax import files
 from dalle2_jax.data import scenes
 
 TEMPLATES = ("{}", "a {}", "one {}")
@@ -51,9 +51,8 @@ def labels(captions: Sequence[str], names: Sequence[str]) -> np.ndarray:
 
 
 def _lines(path: str | os.PathLike) -> list[str]:
-    """The lines of a file that are not blank, without a byte-order mark."""
-    text = epath.Path(path).read_text().removeprefix("\ufeff")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    """The lines of a file that are not blank."""
+    return [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
 
 
 def read_names(path: str | os.PathLike) -> list[str]:

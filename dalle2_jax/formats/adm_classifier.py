@@ -9,7 +9,7 @@ Without that file they are called 'class 0', 'class 1', ...
 from collections.abc import Mapping
 from pathlib import Path
 
-from dalle2_jax import models
+from dalle2_jax import files, models
 from dalle2_jax.formats import tables
 from dalle2_jax.formats.tables import POINTWISE, Imported, Layout, Row, dense, leaf, under
 from dalle2_jax.formats.tensors import Tensors, open_tensors, parted
@@ -54,7 +54,7 @@ def class_names(folder: Path, count: int) -> list[str]:
     path = folder / "classes.txt"
     if not path.is_file():
         return [f"class {number}" for number in range(count)]
-    names = path.read_text(encoding="utf-8").splitlines()
+    names = files.read_text(path).splitlines()
     if count and len(names) != count:
         raise ValueError(f"{path} has {len(names)} names, the model {count} classes")
     return names if count else []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zipfile
 
 import jax
 import numpy as np
@@ -9,10 +10,10 @@ import pytest
 from PIL import Image
 
 from dalle2_jax import evaluate, partition, pipeline
-from dalle2_jax.evals import aesthetic, clip_scores, distances, features, fidelity, inception
+from dalle2_jax.evals import aesthetic, clip_scores, distances, features, fidelity, inception, page
 from dalle2_jax.evals.distances import Moments
-from dalle2_jax.evals.picture_sets import Item, PictureSet
-from tests.tiny_model import make_model
+from dalle2_jax.evals.picture_sets import Item, PictureSet, drawn_pictures, open_pictures
+from tests.tiny_model import make_class_model, make_model
 
 
 def made_set(count, seed=0, size=12, texts=()):
@@ -36,11 +37,16 @@ def small_inception(monkeypatch):
 
     def extractor(weights_, preset, batch_size, mesh=None):
         batches = features.Batches(function, {"w": weights}, batch_size, mesh)
-        return lambda picture: np.float32(picture[::3, ::3]) / 255, lambda rows: batches(np.stack(rows))
+
+        def before(picture):  # 4 x 4 pixels, of pictures of side 12 or 8
+            return np.float32(picture[:: len(picture) // 4, :: len(picture) // 4]) / 255
+
+        return before, lambda rows: batches(np.stack(rows))
 
     monkeypatch.setattr(fidelity, "inception_extractor", extractor)
     monkeypatch.setattr(fidelity, "FID_PICTURES", 50)
     monkeypatch.setattr(fidelity, "KID_SUBSET", 40)
+    monkeypatch.setattr(fidelity, "DIMENSIONS", {"pool": 9, "spatial": 9})
     return inception.Weights({}, "aa", "bb")
 
 
@@ -135,10 +141,106 @@ def test_statistics_stand_for_pictures(small_inception, tmp_path):
         np.savez(tmp_path / "few.npz", **known, **more)
         with pytest.raises(ValueError, match="fid of 5 pictures|of rank 4 is that of 5"):
             fidelity.measure(x, fidelity.read_stats(tmp_path / "few.npz"), ["fid"], weights=small_inception)
-    np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
-    with pytest.raises(ValueError, match="does not hold statistics"):
-        fidelity.read_stats(tmp_path / "bad.npz")
+    for mu, sigma, message in (
+        (
+            np.zeros(3),
+            np.zeros((2, 2)),
+            r"mu is float64 \[3\], that of Inception's pool features is float \[9\]",
+        ),
+        (np.zeros(9), np.zeros((2, 2)), r"sigma is float64 \[2, 2\]"),
+        (np.zeros(9), np.full((9, 9), np.nan), "not finite"),
+        (np.zeros(9), np.triu(np.ones((9, 9))), "no covariance"),
+        (np.array([{}]), np.eye(9), r"mu is object \[1\]"),
+    ):
+        np.savez(tmp_path / "bad.npz", mu=mu, sigma=sigma)
+        with pytest.raises(ValueError, match="does not hold statistics.*" + message):
+            fidelity.read_stats(tmp_path / "bad.npz")
     assert fidelity.read_stats(tmp_path / "no.npz") is None
+
+
+def test_a_reference_of_pictures_and_statistics_serves_every_metric(small_inception, tmp_path):
+    """As ADM's files: FID by mean and covariance, which are of other pictures, all else by the pictures."""
+    x, y, other = made_set(80, 0), made_set(60, 1), made_set(70, 2)
+    fidelity.measure(other, None, ["inception_score"], weights=small_inception, stats_out=tmp_path / "s.npz")
+    images = np.stack([item.picture() for item in y.items()])
+    with np.load(tmp_path / "s.npz") as stored:
+        np.savez(tmp_path / "both.npz", arr_0=images, mu=stored["mu"], sigma=stored["sigma"])
+    both = fidelity.open_reference(tmp_path / "both.npz")
+    assert both.said() == "both.npz: mean and covariance of 9 features; 60 pictures"
+    names = ["fid", "sfid", "kid", "precision_recall", "inception_score"]
+    found = fidelity.measure(x, both, names, weights=small_inception)
+    by_pictures = fidelity.measure(x, y, names, weights=small_inception)
+    by_statistics = fidelity.measure(x, other, ["fid"], weights=small_inception)
+    for name, entry in found.items():
+        same = by_statistics if name == "fid" else by_pictures
+        assert entry["value"] == pytest.approx(same[name]["value"], rel=1e-6)
+        expected = {"fid": "statistics", "inception_score": None}.get(name, "pictures")
+        assert entry.get("reference_by") == expected
+        assert entry.get("n_reference") == (60 if expected == "pictures" else None)
+    assert found["fid"]["value"] != pytest.approx(by_pictures["fid"]["value"], rel=1e-2)
+    first, second = fidelity.table(found).splitlines()[-2:]
+    assert first.startswith("fid: by the mean and covariance that both.npz holds; it does not say with which")
+    assert second.startswith("sfid, kid, precision, recall") and second.endswith("the pictures of both.npz")
+    assert "both.npz (statistics)" in page.entries(found) and "both.npz (pictures)" in page.entries(found)
+    assert both.summary()["pictures"] == 60 and both.summary()["statistics"] == {"pool": 9}
+
+
+def test_a_header_that_lies_of_statistics_allocates_nothing(tmp_path):
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
+        for name, shape in (("mu", (2048,)), ("sigma", (10**7, 10**7))):
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array_header_1_0(
+                    file, dict(descr="<f8", fortran_order=False, shape=shape)
+                )
+                file.write(bytes(2048 * 8))
+    with pytest.raises(ValueError, match=r"sigma is float64 \[10000000, 10000000\]"):
+        fidelity.read_stats(tmp_path / "huge.npz")
+
+
+# Models without a CLIP
+
+
+@pytest.mark.parametrize("classes", [("cat", "dog", "fox"), ()], ids=["classes", "nothing"])
+def test_fid_of_a_model_that_has_no_clip_and_reads_no_captions(small_inception, tmp_path, classes):
+    """As ADM: its classes are drawn in turn, all of its pictures differ, and no CLIP is asked for."""
+    model = pipeline.UnCLIP.load(make_class_model(tmp_path / "model", classes))
+    target = made_set(60, 1, size=8)
+    np.savez(tmp_path / "target.npz", np.stack([item.picture() for item in target.items()]))
+    options = dict(
+        images=None, reference=str(tmp_path / "target.npz"), inception_file=None, preset="ttur", n=9
+    )
+
+    def one(names, **changes):
+        return evaluate.measure_pictures(model, tmp_path, names=names, **options | changes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception, "load", lambda path: small_inception)
+        found = one(["fid_small"], inception_file="given")
+    assert found["fid_small"]["n"] == 9 and found["fid_small"]["features"] == inception.NETWORK
+    drawn = open_pictures(tmp_path / "pictures")
+    assert len({item.picture().tobytes() for item in drawn.items()}) == 9
+    assert sorted(set(drawn.captions())) == sorted(classes or ["a picture"])
+    if classes:
+        assert sorted(drawn.captions()) == sorted(classes * 3)
+    message = (
+        "clip_mmd, clip_score need a CLIP, and the model has none: give a --model with one, or measure fid"
+    )
+    with pytest.raises(ValueError, match=message):
+        one(["fid_small", "clip_mmd", "clip_score"])
+    with pytest.raises(ValueError, match="fid_small needs Inception's weights"):
+        one(["fid_small"])
+
+
+def test_the_same_caption_is_drawn_as_another_picture_each_time(tmp_path):
+    """Copies of one picture would be measured as if the model drew nothing else."""
+    model = pipeline.UnCLIP.load(make_class_model(tmp_path / "model", ("cat", "dog")))
+    found = drawn_pictures(model, ["a cat", "a dog", "a cat"], tmp_path / "out")
+    alone = model.text_to_image(["a cat"], n=2).images
+    first, _, last = (item.picture() for item in found.items())
+    np.testing.assert_array_equal([first, last], alone)
+    assert (first != last).any()
+    listed = json.loads((tmp_path / "out" / "generate.json").read_text())["pictures"]
+    assert [entry.get("number", 0) for entry in listed] == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -150,9 +252,10 @@ def test_statistics_stand_for_pictures(small_inception, tmp_path):
         (["kid"], (999, 5000), {}, "subsets of 1000 pictures, there are 999"),
         (["precision_recall"], (5, 5), {}, "needs more than 5 pictures"),
         (["fid"], (5000, None), {}, "needs pictures to compare with: give --reference"),
-        (["fid"], (5000, 5000), {"with_inception": False}, "needs the weights of Inception.*clip_frechet"),
+        (["fid"], (5000, 5000), {"with_inception": False}, "needs Inception's weights.*clip_frechet"),
         (["clip_score"], (50, 50), {}, "not every picture of set has a caption"),
         (["aesthetic"], (50, 50), {}, "needs the weights of its head"),
+        (["clip_mmd"], (50, 50), {"with_clip": False}, "clip_mmd needs a CLIP, and the model has none"),
         (["fdi"], (50, 50), {}, "did you mean 'fid'"),
         (["fid"], (5000, 5000), {"preset": "imagn"}, "did you mean 'imagen'"),
     ],

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dalle2_jax.data import scenes
 from dalle2_jax.evals import picture_sets, presets
-from tests.data.shards_for_tests import colour_of, flat_png, noise_picture, write_tar
+from tests.data.shards_for_tests import colour_of, encode, flat_png, noise_picture, write_tar
 
 
 def colours(pictures):
@@ -47,6 +47,7 @@ def test_a_folder_of_generate(folder):
     (folder / "generate.json").write_text(json.dumps({"pictures": listed, "grid": "grid.png"}))
     found = picture_sets.open_pictures(folder)
     assert found.captions() == ["drawn 2", "drawn 0"] and colours(found) == [colour_of(2), colour_of(0)]
+    assert found.refused == {"hidden": 1, "not_listed": 3} and "1.png: generate.json does not" in found.said()
     for name, message in (("../x.png", "outside its folder"), ("7.png", "not there")):
         (folder / "generate.json").write_text(json.dumps({"pictures": [{"file": name}]}))
         with pytest.raises(ValueError, match=message):
@@ -107,8 +108,101 @@ def test_what_is_no_set_of_pictures(tmp_path):
     with pytest.raises(ValueError, match="neither a folder of pictures nor"):
         picture_sets.open_pictures(tmp_path / "x.txt")
     (tmp_path / "bad.png").write_bytes(b"not a picture")
+    with pytest.raises(
+        ValueError, match="no picture that can be read; there are: 1 undecodable .such as bad.png"
+    ):
+        picture_sets.open_pictures(tmp_path)
+    found = picture_sets.Item("bad.png", b"not a picture")
     with pytest.raises(ValueError, match="bad.png cannot be read as a picture"):
-        colours(picture_sets.open_pictures(tmp_path))
+        found.picture()
+
+
+# What a folder holds, and what is left out of it
+
+
+FORMATS = dict(png="PNG", jpg="JPEG", bmp="BMP", gif="GIF", tiff="TIFF", ppm="PPM")
+
+
+def test_every_format_of_a_mixed_folder_is_measured(tmp_path):
+    """Six formats, in upper case too, and a picture whose name does not say what it is."""
+    endings = [*FORMATS, *(end.upper() for end in FORMATS)]
+    for number, end in enumerate(endings):
+        picture = Image.new("RGB", (8, 8), colour_of(number))
+        picture.save(tmp_path / f"{number:02d}.{end}", FORMATS[end.lower()])
+    (tmp_path / f"{len(endings):02d}").write_bytes(flat_png(len(endings)))
+    (tmp_path / "captions.csv").write_text("file,caption\n")
+    found = picture_sets.open_pictures(tmp_path)
+    assert found.said() == f"{tmp_path.name}: 13 pictures of 13 files" and not found.refused
+    assert colours(found) == [colour_of(number) for number in range(13)]
+    assert found.summary() == dict(name=tmp_path.name, kind="folder", pictures=13, of=13, left_out={})
+
+
+def test_what_is_left_out_of_a_folder_is_counted_by_reason(folder):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    (folder / "cut.png").write_bytes(encode(noise_picture((8, 8)))[:100])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "clip.mp4").write_bytes(b"\0\0\0\x18ftypisom")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "below" / ".trash").mkdir()
+    (folder / "below" / ".trash" / "x.png").write_bytes(flat_png(0))
+    told = []
+    found = picture_sets.open_pictures(folder, lambda *said: told.append(said))
+    assert found.count == 5 and sorted(colours(found)) == sorted(colour_of(i) for i in range(5))
+    assert len(found.captions()) == 5  # those of the pictures that are measured
+    left = dict(hidden=2, no_picture=1, other_format=1, undecodable=1, empty=1, unreadable=1, animated=1)
+    assert found.refused == left and told[-1] == ("set", 9, 9)
+    said = found.said()
+    assert said.startswith("set: 5 pictures of 13 files; left out: ")
+    for part in (
+        "1 animated (such as moving.gif: 2 frames)",
+        "phone.heic: save it as PNG",
+        "such as clip.mp4",
+    ):
+        assert part in said
+    assert found.summary()["left_out"]["animated"] == {"count": 1, "example": "moving.gif: 2 frames"}
+
+
+def test_pictures_beside_a_tar_are_measured_and_the_tar_is_named(folder):
+    write_tar(folder / "old.tar", [("0.png", flat_png(7)), ("0.txt", b"old")])
+    found = picture_sets.open_pictures(folder)
+    assert found.count == 5 and found.refused == {"hidden": 1, "shard": 1}
+    assert "such as old.tar: give" in found.said()
+    shards = picture_sets.open_pictures(folder / "*.tar")
+    assert shards.said() == "*.tar: 1 picture of 1 sample" and shards.captions() == ["old"]
+
+
+def test_bad_pictures_of_shards_are_left_out(tmp_path):
+    members = [("0.png", flat_png(0)), ("1.png", encode(noise_picture((8, 8)))[:100]), ("2.png", flat_png(2))]
+    members += [("0.txt", b"zero"), ("2.txt", "grün".encode("latin-1"))]
+    write_tar(tmp_path / "a.tar", members)
+    found = picture_sets.open_pictures(tmp_path)
+    assert colours(found) == [colour_of(0), colour_of(2)] and found.refused == {"undecodable": 1}
+    with pytest.raises(ValueError, match=r"1 of 2 have none, such as sample 2 \(invalid_utf8"):
+        found.captions()
+
+
+def test_folders_that_are_linked_in_circles_are_gone_through_once(tmp_path):
+    for name in ("set", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(flat_png(len(name)))
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "set")
+    assert picture_sets.open_pictures(tmp_path / "set").count == 2
+
+
+def test_captions_with_a_byte_order_mark_and_in_other_encodings(folder):
+    (folder / "0.txt").write_bytes("\ufeffpicture 0\r\n".encode())
+    (folder / "1.txt").write_bytes("picture 1".encode("utf-16"))
+    assert sorted(picture_sets.open_pictures(folder).captions()) == [f"picture {i}" for i in range(5)]
+    (folder / "2.txt").write_bytes("grün".encode("latin-1"))
+    found = picture_sets.open_pictures(folder)
+    assert found.count == 5  # its picture is a good one
+    with pytest.raises(
+        ValueError, match=r"1 of 5 have none, such as 2.png \(2.txt: line 1 holds the byte 0xfc"
+    ):
+        found.captions()
 
 
 def test_pictures_of_two_sizes_are_no_npz(tmp_path):
@@ -178,8 +272,9 @@ def test_drawing_that_was_stopped_goes_on(tmp_path, monkeypatch):
         def settings(self, **asked):
             return asked
 
-        def text_to_image(self, captions, **_):
+        def text_to_image(self, captions, numbers, **_):
             drawn.append(list(captions))
+            assert list(numbers) == [0] * len(captions)  # no caption comes twice
             return types.SimpleNamespace(
                 images=np.stack([np.full((8, 8, 3), len(caption), np.uint8) for caption in captions])
             )

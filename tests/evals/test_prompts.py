@@ -24,14 +24,53 @@ def test_the_files_of_three_suites_are_read(tmp_path):
     assert prompts.read_prompts(tmp_path / "parti.tsv")[0]["prompt"] == "a bear"
     assert [row["prompt"] for row in prompts.read_prompts(tmp_path / "own.txt")] == ["a star", "一个红色的圆"]
     for name, text, message in (
-        ("none.csv", "Text\na cat\n", "entry 1 has none of"),
+        ("none.csv", "Text,Kind\na cat,x\n", "none.csv: its first line has none .*it has 'Text', 'Kind'"),
+        ("none.jsonl", '{"text": "a cat"}', "none.jsonl: entry 1 has none of 'prompt'.* it has 'text'"),
+        ("number.jsonl", '"a cat"\n{"prompt": 3}', "entry 2 has 3 for 'prompt': give a text"),
+        ("line.jsonl", '"a cat"\n\n{', "line.jsonl: line 3 cannot be read as JSON"),
+        ("object.json", '{"a": 1}', "object.json: the file cannot be read as JSON: it must be a list"),
+        ("half.json", '["\\ud83d a cat"]', "half.json: caption 1, .*holds half a character"),
+        (
+            "comma.csv",
+            "Prompts,Kind\na cat, a dog,x\n",
+            "line 2 has more cells than the first line, such as 'x'",
+        ),
         ("empty.txt", "\n", "at least one caption"),
         ("long.txt", "x" * 1001, "1001 characters"),
-        ("list.json", "[]", "ends in"),
+        ("list.json", "[]", "at least one caption"),
+        ("list.xml", "", "ends in"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
             prompts.read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "Prompts,Category\r\na red star,Colors\r\n,\r\nein grüner Kreis,Colors\r\n"),
+        ("b.CSV", "Prompts;Category\r\na red star;Colors\r\nein grüner Kreis;Colors\r\n"),
+        ("c.csv", ",PROMPT\r\n0,a red star\r\n1,ein grüner Kreis\r\n"),
+        ("d.tsv", "Prompt\tCategory\r\na red star\t\r\nein grüner Kreis\t\r\n"),
+        ("e.txt", "a red star\r\n\r\nein grüner Kreis\r\n"),
+        ("f.json", '["a red star", {"prompt": "ein grüner Kreis"}]'),
+        ("g.jsonl", '{"prompt": "a red star"}\n\n"ein grüner Kreis"\n'),
+    ],
+    ids="abcdefg",
+)
+def test_files_of_spreadsheets_and_editors_are_read(tmp_path, name, text, encoding):
+    """With the byte-order marks that they write, which belong to no prompt and no column."""
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    found = prompts.read_prompts(tmp_path / name)
+    assert [row["prompt"] for row in found] == ["a red star", "ein grüner Kreis"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.txt", "a.json", "a.jsonl"])
+def test_a_file_in_another_encoding_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes("Prompts\nein grüner Kreis\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name}: line 2 holds the byte 0xfc, .* save the file as UTF-8"):
+        prompts.read_prompts(tmp_path / name)
 
 
 class Model:
