@@ -140,9 +140,8 @@ def open_tensors(path: str | os.PathLike, names: tuple[str, ...] = WEIGHTS) -> T
     if list(found.names) == list(found.names.values()):
         return whole
     source = f"{whole.source} ({found.below}*)" if found.below else whole.source
-    notes = [f"of {Path(whole.source).name} the tensors {found.below}* are read"] if found.below else []
-    notes += [f"of {Path(whole.source).name} {note}" for note in found.notes]
-    return whole.renamed(found.names, source, notes)
+    said = ([f"read {found.below}*"] if found.below else []) + list(found.notes)
+    return whole.renamed(found.names, source, [f"{Path(whole.source).name}: {note}" for note in said])
 
 
 def _open(path: Path, names: tuple[str, ...] = WEIGHTS) -> Tensors:
