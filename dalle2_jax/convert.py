@@ -22,6 +22,8 @@ import re
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -155,6 +157,11 @@ def convert_weights(
             "model directory's tokenizer, as --tokenizer=FOLDER"
         )
     check_cascade(configs, stages, words.vocab_size if words else 0)
+    for note in dict.fromkeys(note for tensors in read.tensors for note in tensors.notes):
+        print(f"note: {note}", flush=True)
+    for _, params in read.stages.values():  # all are read once before anything is written: some may be spoilt
+        for leaf in jax.tree.leaves(params):
+            np.asarray(leaf)
     found = [path for tensors in read.tensors for path in tensors.files]
     inside = [path.relative_to(source) if path != Path(source) else path.name for path in found]
     sums = {str(name): sha256(path) for name, path in zip(inside, found, strict=True)}

@@ -1,8 +1,10 @@
-"""Paths and text files as people write them, and files that others find whole or not at all."""
+"""Paths and texts as people write them; files that others find whole or not at all, or that came damaged."""
 
 import codecs
 import contextlib
+import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 
@@ -73,3 +75,49 @@ def decode_text(data: bytes, name: str | os.PathLike) -> str:
 def read_text(path: str | os.PathLike) -> str:
     """The text of a file that a person wrote, see `decode_text`; its line ends stay as they are."""
     return decode_text(epath.Path(path).read_bytes(), path)
+
+
+def damage(path: str | os.PathLike) -> str:
+    """What is wrong with a local file of weights that can be told from its first bytes and its size.
+
+    Returns the end of a sentence that begins with the file's name, such as 'is empty: ...', or '' for a file
+    that may be whole.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(1024)
+        if not head:
+            return "is empty (0 bytes): download or copy it again"
+        if head.startswith(b"version https://git-lfs.github.com/spec/"):
+            promised = re.search(rb"^size (\d+)$", head, re.MULTILINE)
+            there = f", of {int(promised[1]):,} bytes" if promised else ""
+            return f"is a git-lfs pointer and not the file itself{there}: run `git lfs pull` in its folder"
+        text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        if text.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<script")):
+            return (
+                "is a web page and not a file of weights: the address shows a page or asks for a login; "
+                "download the file itself"
+            )
+        whole = _safetensors_size(head, size, file)
+    if whole > size:
+        return (
+            f"is not a whole safetensors file: it is truncated, {size:,} bytes are there of at least "
+            f"{whole:,}: download or copy it again"
+        )
+    return ""
+
+
+def _safetensors_size(head: bytes, size: int, file) -> int:
+    """The bytes that a file of safetensors has by its header, or at least has; 0 for another file."""
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 9 or head[8:9] != b"{" or length > 100 << 20:  # the most that the library reads
+        return 0
+    if 8 + length > size:
+        return 8 + length
+    file.seek(8)
+    try:
+        header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return 8 + length + max(ends, default=0)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return 0  # the library says what is wrong with it

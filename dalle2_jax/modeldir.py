@@ -129,6 +129,9 @@ def save_stage(
       params: nested dict of arrays, or of what numpy makes arrays of, which are made one at a time; floating
         leaves are stored as `dtype`, others and statistics (the leaves of 'stats') as they are.
       dtype: 'bfloat16' (half the size, 8 bits of precision) or 'float32' (exact).
+
+    Raises:
+      ValueError: a leaf outside 'stats' has numbers that are not finite in `dtype`; it is named.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
@@ -156,6 +159,9 @@ def write_tensors(
       tensors: name -> anything with a shape that numpy can make an array of.
       types: name -> what it is stored as.
       kind: the library that the file says it is for, 'np' or 'pt'.
+
+    Raises:
+      ValueError: a tensor outside 'stats' has numbers that are not finite in its type; it is named.
     """
     path = epath.Path(path)
     names = sorted(tensors, key=lambda name: (-types[name].itemsize, name))  # so every tensor is aligned
@@ -170,6 +176,10 @@ def write_tensors(
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             array = np.asarray(partition.to_host(tensors[name]), types[name])
+            if not name.startswith("stats/") and not is_finite(array):  # what was not measured is NaN
+                raise ValueError(
+                    f"{path}: {name} would hold numbers that are not finite in {types[name].name}"
+                )
             file.write(np.ascontiguousarray(array).tobytes())
 
 
@@ -204,11 +214,13 @@ def load_stage(
     config = _read_json(directory / CONFIG_FILE)
     flat = {}
     with _local_copy(directory / WEIGHTS_FILE) as path:
+        if damage := files.damage(path):
+            raise ValueError(f"{directory / WEIGHTS_FILE} {damage}")
         try:
             with safetensors.safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     leaf = file.get_tensor(name)
-                    if not name.startswith("stats/") and not _is_finite(leaf):  # what was not measured is NaN
+                    if not name.startswith("stats/") and not is_finite(leaf):  # what was not measured is NaN
                         raise ValueError(
                             f"{directory / WEIGHTS_FILE}: {name} holds numbers that are not finite"
                         )
@@ -221,7 +233,7 @@ def load_stage(
     return config, unflatten(flat)
 
 
-def _is_finite(array: np.ndarray) -> bool:
+def is_finite(array: np.ndarray) -> bool:
     """Whether all numbers are; by the bits of bfloat16, for which numpy is slow."""
     if array.dtype == ml_dtypes.bfloat16:
         return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()

@@ -113,10 +113,15 @@ class TestStageDirectory:
         refused(len(text).to_bytes(8, "little") + text + whole[8 + length :], "not a whole safetensors file")
         for dtype, bits in (("float32", np.float32(np.nan)), ("bfloat16", np.float32(-np.inf))):
             params = make_params()
-            params["conv_in"]["bias"] = jnp.asarray([0, 1, bits, 3], jnp.float32)
+            params["conv_in"]["bias"] = jnp.asarray([0, 1, 193 / 128, 3], jnp.float32)
             modeldir.save_stage(tmp_path, {}, params, dtype)
+            good, bad = (np.asarray(x, modeldir.DTYPES[dtype]).tobytes() for x in (193 / 128, bits))
+            weights.write_bytes(weights.read_bytes().replace(good, bad))
             with pytest.raises(ValueError, match="conv_in/bias holds numbers that are not finite"):
                 modeldir.load_stage(tmp_path)
+            params["conv_in"]["bias"] = jnp.asarray([0, 1, bits, 3], jnp.float32)
+            with pytest.raises(ValueError, match=f"conv_in/bias would hold .* not finite in {dtype}"):
+                modeldir.save_stage(tmp_path, {}, params, dtype)
         modeldir.save_stage(tmp_path, {}, {"stats": {"eps_sq": jnp.full(4, jnp.nan)}})
         modeldir.load_stage(tmp_path)  # what was not measured is so
 

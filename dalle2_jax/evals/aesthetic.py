@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from dalle2_jax.formats import torch_legacy
+from dalle2_jax.formats.tensors import open_tensors
 
 
 def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarray, str]:
@@ -21,7 +21,7 @@ def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarra
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path}")
-    state = torch_legacy.read_state_dict(path)
+    state = open_tensors(path)
     numbers = sorted(
         {int(m[1]) for m in (re.fullmatch(r"layers\.(\d+)\.weight", name) for name in state) if m}
     )

@@ -87,7 +87,7 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, any_checksum: boo
     """
     import safetensors.numpy
 
-    from dalle2_jax.formats import torch_legacy
+    from dalle2_jax.formats.tensors import open_tensors
 
     if not os.path.isfile(source):
         raise FileNotFoundError(f"there is no file {source}")
@@ -97,7 +97,7 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, any_checksum: boo
             f"{source} has the sha256 {checksum}, not {SHA256}: it is another file, or damaged; with "
             "--any_checksum it is taken all the same, and FID of it is no one else's FID"
         )
-    params = from_state_dict(torch_legacy.read_state_dict(source))
+    params = from_state_dict(open_tensors(source))
     metadata = {"format": "np", "network": NETWORK, "source_sha256": checksum}
     with files.whole(out) as partial:
         safetensors.numpy.save_file(params, partial, metadata=metadata)

@@ -100,16 +100,16 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
     read = openai_clip.import_tensors(opened["clip"], "quick_gelu", unit_embeds=False)
     clip, clip_params = read.stages["clip"]
     null = karlo.null_caption(clip, clip_params, tokenizer)
-    parts = {"prior.": opened["prior"].below("state_dict.model.", "model."), "stats.": opened["stats"]}
+    parts = {"prior.": opened["prior"], "stats.": opened["stats"]}
     stages = {
         "clip": (clip, clip_params),
         "prior": _prior(joined(parts), null),
         "decoder": _decoder(
-            opened["decoder"].below("state_dict.model.", "model."),
+            opened["decoder"],
             null,
             clip["model"]["text"]["context_length"],
         ),
-        f"upsampler{SIDES[1]}": _upsampler(opened["upsampler"].below("state_dict.", "")),
+        f"upsampler{SIDES[1]}": _upsampler(opened["upsampler"]),
     }
     return Imported(stages, None, list(opened.values()), karlo.LICENCE)
 

@@ -24,7 +24,10 @@ BLOCKS = BlockNames(
     fc1="mlp.c_fc",
     fc2="mlp.c_proj",
 )
-IGNORED = r"input_resolution|context_length|vocab_size|attn_mask|.*num_batches_tracked"
+# Scripted again, a CLIP has the attention mask in every block, and its sizes in both towers.
+IGNORED = (
+    r"(.*\.)?(input_resolution|image_size|patch_size|context_length|vocab_size|attn_mask|num_batches_tracked)"
+)
 # A parameter [in, out] that is applied from the right, as our kernels are.
 PLAIN = Layout(lambda x, n: [x], lambda xs: xs[0])
 

@@ -213,6 +213,8 @@ def imported(
         )
     expected = expected_shapes(rows.values(), abstract)
     found = {name: shape for name, shape in tensors.shapes.items() if not re.fullmatch(ignored, name)}
+    # What is one number of ours may be a vector of one of theirs, as OpenCLIP's logit_scale is.
+    found |= {name: () for name, shape in expected.items() if shape == () and found.get(name) == (1,)}
     complaints = modeldir.differences(found, expected)
     if complaints:
         raise ValueError(
@@ -220,7 +222,13 @@ def imported(
         )
 
     def lazy(row: Row) -> Lazy:
-        return Lazy(shapes[row.ours], lambda: row.layout.join([tensors[name] for name in row.theirs]))
+        shape = shapes[row.ours]
+
+        def make():
+            made = row.layout.join([tensors[name] for name in row.theirs])
+            return made.reshape(()) if shape == () and made.shape == (1,) else made
+
+        return Lazy(shape, make)
 
     return modeldir.unflatten(
         {name: given.get(name, None) if name in given else lazy(rows[name]) for name in shapes}

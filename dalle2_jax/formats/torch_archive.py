@@ -11,6 +11,7 @@ of which makes an object of some hundred bytes, or one as large as its text in t
 """
 
 import dataclasses
+import os
 import pickletools
 import zipfile
 from collections.abc import Iterator
@@ -64,8 +65,17 @@ class StoredTensor:
 
 
 def is_archive(path) -> bool:
-    """Whether the file is a zip archive."""
-    return zipfile.is_zipfile(path)
+    """Whether the file is a zip archive. Raises ValueError for one that is cut off."""
+    if zipfile.is_zipfile(path):
+        return True
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if head == b"PK\x03\x04":
+        raise ValueError(
+            f"{path} is truncated: it begins as an archive of torch, and its last part, the list of what it "
+            f"holds, is missing behind {os.path.getsize(path):,} bytes. Download or copy it again"
+        )
+    return False
 
 
 class TorchArchive:
@@ -75,6 +85,12 @@ class TorchArchive:
     """
 
     def __init__(self, path):
+        try:
+            self._read_tree(path)
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{path} is a damaged archive: {error}. Download or copy it again") from error
+
+    def _read_tree(self, path) -> None:
         self._zip = zipfile.ZipFile(path)
         pickles = [name for name in self._zip.namelist() if name.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1:
@@ -94,6 +110,11 @@ class TorchArchive:
         except (IndexError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: its data.pkl is damaged ({error!r})") from error
         self.tensors = tensors_in(tree)
+        if not self.tensors and any(name.startswith(f"{self._root}/code/") for name in self._zip.namelist()):
+            raise ValueError(
+                f"{path} is TorchScript without parameters: torch.jit.freeze or optimize_for_inference made "
+                "constants of them, which have no names. Save the module before that"
+            )
 
     def read(self, name: str) -> np.ndarray:
         """The tensor of this name, as it is stored. Raises ValueError where its storage is too short."""
@@ -112,7 +133,7 @@ class TorchArchive:
             with self._zip.open(entry) as file:
                 file.seek(tensor.offset * size)
                 data = file.read(count * size)
-        except (KeyError, zipfile.BadZipFile) as error:
+        except (KeyError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
             raise ValueError(f"the numbers of tensor {name} are missing or damaged: {error}") from error
         if len(data) != count * size:
             raise ValueError(f"tensor {name} lies outside its storage: the archive is damaged")
@@ -165,6 +186,8 @@ def _call(callee: Any, arguments: Any) -> Any:
         return arguments[0]
     if name == "collections.OrderedDict":
         return dict(arguments[0]) if arguments else {}
+    if name == "collections.defaultdict":  # its argument is a function, its items follow
+        return {}
     return Opaque(name, arguments)
 
 
@@ -248,7 +271,7 @@ def walk(program) -> Any:
             stack.append(stack.pop())  # ('storage', type, file, device, length)
         elif name == "TUPLE":
             stack.append(tuple(since_mark()))
-        elif name == "LIST":
+        elif name in ("LIST", "FROZENSET"):
             stack.append(list(since_mark()))
         elif name == "DICT":
             items = since_mark()

@@ -9,25 +9,27 @@ import os
 
 import numpy as np
 
-from dalle2_jax.formats.torch_archive import StoredTensor, TorchArchive, is_archive, tensors_in, walk
+from dalle2_jax.formats.torch_archive import StoredTensor, tensors_in, walk
 
 MAGIC, LAYOUT = 0x1950A86A20F9469CFC6C, 1001
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """{dotted name: array} of a file of torch, new layout or old. Raises ValueError for another file."""
-    if not is_archive(path):
-        return read_legacy(path)
-    archive = TorchArchive(path)
-    return {name: archive.read(name) for name in archive.tensors}
+# How every such file begins: the magic number as a pickle of protocol 2.
+_BEGINNING = b"\x80\x02\x8a\n" + MAGIC.to_bytes(10, "little") + b"."
 
 
 def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """{dotted name: array} of a file's tensors. Raises ValueError for another, or a damaged file."""
+    size = os.path.getsize(path)
     with open(path, "rb") as file:
+        begins = file.read(len(_BEGINNING)) == _BEGINNING[:size]
+        file.seek(0)
         try:
             magic, layout, sizes, tree, keys = (walk(file) for _ in range(5))
         except (IndexError, KeyError, TypeError, AttributeError, ValueError) as error:
+            if begins and file.tell() == size:
+                raise ValueError(
+                    f"{path} is truncated: it ends after {size:,} bytes, amid its description of the "
+                    "tensors. Download or copy it again"
+                ) from error
             raise ValueError(f"{path} is no file of weights that torch wrote: {error}") from error
         if magic != MAGIC or layout != LAYOUT or not isinstance(sizes, dict):
             raise ValueError(f"{path} is no file of weights that torch wrote")
@@ -41,9 +43,14 @@ def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
                 raise ValueError(f"{path}: storage {key!r} belongs to no tensor, so its size is not known")
             head = file.read(8)
             count = int.from_bytes(head, "little", signed=True)
-            left = os.fstat(file.fileno()).st_size - file.tell()
-            if len(head) < 8 or not 0 <= count * types[key].itemsize <= left:
-                raise ValueError(f"{path} is cut off: storage {key!r} does not fit into it")
+            end = file.tell() + count * types[key].itemsize
+            if count < 0:
+                raise ValueError(f"{path} is damaged: storage {key!r} has {count} numbers")
+            if len(head) < 8 or end > size:
+                raise ValueError(
+                    f"{path} is truncated: {size:,} bytes are there of at least {end + 8 - len(head):,}. "
+                    "Download or copy it again"
+                )
             storages[key] = np.frombuffer(file.read(count * types[key].itemsize), types[key])
     return {name: _view(name, tensor, storages) for name, tensor in found.items()}
 

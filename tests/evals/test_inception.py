@@ -125,7 +125,7 @@ def test_cut_files_are_refused(old_file, tmp_path):
     data = old_file.read_bytes()
     for length in (0, 10, len(data) // 3, len(data) - 1):
         (tmp_path / "cut").write_bytes(data[:length])
-        with pytest.raises(ValueError, match="cut off|no file of weights"):
+        with pytest.raises(ValueError, match="truncated"):
             torch_legacy.read_legacy(tmp_path / "cut")
 
 

@@ -13,7 +13,7 @@ from dalle2_jax.formats.tensors import Tensors
 
 torch = pytest.importorskip("torch", reason="the oracle is in torch")
 
-from tests.formats import torch_unet  # noqa: E402 (after torch is known to be there)
+from tests.formats import torch_files, torch_unet  # noqa: E402 (after torch is known to be there)
 
 SIDE, CLASSES = 16, 5
 SMALL, LARGE = 8, 32
@@ -151,6 +151,25 @@ def test_a_generator_without_classes_draws_what_it_likes(small, tmp_path):
     first, second = (model.text_to_image([said], decoder_steps=2).images for said in ("a cat", "a dog"))
     np.testing.assert_array_equal(first, second)
     assert "reads no captions" in model.cut_captions(["a cat"])[0]
+
+
+def test_checkpoints_of_training_are_the_same_model(small, tmp_path):
+    torch.manual_seed(1)
+    (tmp_path / "plain").mkdir()
+    parts = dict(
+        a=torch_unet.UNet(**GENERATOR, blocks=True),
+        b=torch_unet.UNet(**UPSAMPLER, num_heads=4),
+        c=torch_unet.Classifier(SMALL, CLASSES, 128, (1, 2), 1, attends=(1,)),
+    )
+    for name, model in parts.items():
+        torch.save(model.state_dict(), tmp_path / "plain" / f"{name}.pt")
+    torch_files.wrap_folder(tmp_path / "plain", tmp_path / "wrapped")
+    outs = {kind: tmp_path / f"{kind} out" for kind in ("plain", "wrapped")}
+    for kind, out in outs.items():
+        convert.convert_weights("adm", tmp_path / kind, out, dtype="float32")
+        convert.convert_weights("adm-classifier", tmp_path / kind / "c.pt", out / "only", dtype="float32")
+    found = torch_files.weights(outs["wrapped"])
+    assert len(found) == 4 and found == torch_files.weights(outs["plain"])
 
 
 def test_files_that_do_not_go_together_are_refused(small, tmp_path, capsys):

@@ -12,7 +12,7 @@ from dalle2_jax import convert, modeldir, models, pipeline
 from dalle2_jax.evals import fidelity, picture_sets
 from dalle2_jax.formats.torch_archive import TorchArchive
 from dalle2_jax.stages import clip as clip_stage
-from tests.formats import clip_tokenizer
+from tests.formats import clip_tokenizer, torch_files
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers' CLIPModel")
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers' CLIPModel")
@@ -161,9 +161,14 @@ def openai_state(model) -> dict:
     return out
 
 
-def as_module(state: dict):
-    """A module with these parameters, nested as their names are."""
-    root = torch.nn.Module()
+class Summed(torch.nn.Module):
+    def forward(self, x):
+        return x + sum(value.sum() for value in self.buffers())
+
+
+def as_module(state: dict, traced: bool = False):
+    """A module with these parameters, nested as their names are; to be traced it uses them all."""
+    root = Summed() if traced else torch.nn.Module()
     for name, value in state.items():
         *parents, last = name.split(".")
         node = root
@@ -175,14 +180,24 @@ def as_module(state: dict):
     return root
 
 
-@pytest.mark.parametrize("archive", ["script", "state dict"])
+@pytest.mark.parametrize("archive", ["script", "scripted again", "traced", "state dict"])
 def test_openais_layout_is_read_from_their_archives(source, tmp_path, archive):
-    """TorchScript with half-precision weights, as released; and a plain state dict with odd strides."""
+    """TorchScript with half-precision weights, as released and saved again; a state dict with odd strides."""
     folder, model = source
     state = openai_state(model) | {"input_resolution": torch.tensor(SIDE), "vocab_size": torch.tensor(7)}
-    if archive == "script":
+    if archive != "state dict":
         half = {k: v.half() for k, v in state.items()}
-        torch.jit.script(as_module(half)).save(tmp_path / "clip.pt")
+        if (
+            archive == "scripted again"
+        ):  # what their own code has in every block, and open_clip in both towers
+            half["transformer.resblocks.1.attn_mask"] = torch.full((2, 2), -torch.inf)
+            half["visual.input_resolution"] = torch.tensor(SIDE)
+        if archive == "traced":
+            torch.jit.trace(as_module(half, traced=True), torch.ones(1)).save(tmp_path / "clip.pt")
+        else:
+            torch.jit.script(as_module(half)).save(tmp_path / "clip.pt")
+        if archive != "script":
+            torch.jit.save(torch.jit.load(tmp_path / "clip.pt"), tmp_path / "clip.pt")
         model = transformers.CLIPModel(model.config).eval()
         model.load_state_dict({k: v.half().float() for k, v in source[1].state_dict().items()})
     else:
@@ -219,6 +234,27 @@ def test_open_clip_says_which_activation_and_which_heads(source, tmp_path, quick
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="timm_model_name is 'convnext_base': only CLIP's own architecture"):
         convert.convert_weights("open-clip", folder, out, tokenizer=str(source[0]))
+
+
+def test_laions_folders_hold_both_layouts_and_a_tokenizer(source, converted, tmp_path):
+    """OpenCLIP's files beside transformers', as on the hub: each format reads its own."""
+    folder = shutil.copytree(source[0], tmp_path / "both")
+    state = {f"module.{name}": value.contiguous() for name, value in openai_state(source[1]).items()}
+    state["module.logit_scale"] = state["module.logit_scale"].reshape(1)
+    torch.save({"epoch": 1, "state_dict": state}, folder / "open_clip_pytorch_model.bin")
+    described = dict(vision_cfg=dict(width=192), text_cfg=dict(width=128, heads=2), quick_gelu=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=described, preprocess_cfg={})))
+    for kind in ("open-clip", "hf-clip"):
+        assert convert.main([kind, str(folder), str(tmp_path / kind), "--dtype=float32"]) == 0
+        assert torch_files.weights(tmp_path / kind) == torch_files.weights(converted)
+        ours = convert.load_tokenizer(tmp_path / kind / "tokenizer", LENGTH)(["a red star"])
+        np.testing.assert_array_equal(ours[0], convert.load_tokenizer(source[0], LENGTH)(["a red star"])[0])
+
+
+def test_a_checkpoint_of_training_is_the_same_model(source, converted, tmp_path):
+    folder = torch_files.wrap_folder(source[0], tmp_path / "wrapped")
+    convert.convert_weights("hf-clip", folder, tmp_path / "out", dtype="float32")
+    assert torch_files.weights(tmp_path / "out") == torch_files.weights(converted)
 
 
 def test_tensors_that_do_not_fit_are_named(source, tmp_path):

@@ -16,7 +16,7 @@ from dalle2_jax.formats.tensors import Tensors
 
 torch = pytest.importorskip("torch", reason="the oracle is in torch")
 
-from tests.formats import torch_unet  # noqa: E402 (after torch is known to be there)
+from tests.formats import torch_files, torch_unet  # noqa: E402 (after torch is known to be there)
 from tests.formats.test_karlo_original import assert_close, channels_first, normal  # noqa: E402
 
 SIDE, LARGE, LENGTH, WIDTH = 8, 16, 6, 128
@@ -266,6 +266,14 @@ def test_the_released_sizes_are_read_off_the_tensors(stage, count, own):
     assert sum(np.prod(shape) for shape in shapes.values()) == count
     config, _ = glide._stage(Tensors("a file", shapes, None), stage)
     assert model.items() <= config["model"].items()
+
+
+def test_checkpoints_of_training_are_the_same_model(repainting, tmp_path, monkeypatch):
+    monkeypatch.setattr(glide, "SIDES", (SIDE, LARGE))
+    folder = torch_files.wrap_folder(repainting[2].parent, tmp_path / "wrapped")
+    words = str(folder / "tokenizer")
+    convert.convert_weights("glide", folder, tmp_path / "out", tokenizer=words, dtype="float32")
+    assert torch_files.weights(tmp_path / "out") == torch_files.weights(repainting[2])
 
 
 def test_what_does_not_fit_is_refused(tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 from dalle2_jax import convert, modeldir, models
 from dalle2_jax.diffusion import sampling
 from dalle2_jax.stages import clip as clip_stage
-from tests.formats import clip_tokenizer
+from tests.formats import clip_tokenizer, torch_files
 
 torch = pytest.importorskip("torch", reason="the oracle is diffusers' KandinskyV22PriorPipeline")
 diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers' KandinskyV22PriorPipeline")
@@ -97,6 +97,15 @@ def test_a_run_of_the_prior_is_the_same(theirs, tmp_path, monkeypatch):
     assert expected.std() > 0.1
     plain = drawn(params, batch | {"text_embed": -embed})
     assert np.abs(plain - actual).max() > 1e-2
+
+
+def test_checkpoints_of_training_are_the_same_model(theirs, tmp_path):
+    folders = {"plain": theirs[0], "wrapped": torch_files.wrap_folder(theirs[0], tmp_path / "wrapped")}
+    found = {}
+    for kind, folder in folders.items():
+        convert.convert_weights("kandinsky", folder, tmp_path / f"{kind} out", dtype="float32")
+        found[kind] = torch_files.weights(tmp_path / f"{kind} out")
+    assert len(found["plain"]) == 2 and found["wrapped"] == found["plain"]
 
 
 def test_another_pipeline_is_refused(theirs, tmp_path, capsys):

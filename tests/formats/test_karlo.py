@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch", reason="the oracle is diffusers' UnCLIPPipe
 diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers' UnCLIPPipeline")
 transformers = pytest.importorskip("transformers", reason="the oracle is diffusers' UnCLIPPipeline")
 
-from tests.formats import unclip_pipeline  # noqa: E402 (it imports torch)
+from tests.formats import torch_files, unclip_pipeline  # noqa: E402 (it imports torch)
 from tests.formats.unclip_pipeline import EMBED, LARGE, SIDE  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +51,12 @@ def converted(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "karlo"
     convert.convert_weights("karlo", source, out, dtype="float32")
     return out
+
+
+def test_checkpoints_of_training_are_the_same_model(source, converted, tmp_path):
+    folder = torch_files.wrap_folder(source, tmp_path / "wrapped")
+    convert.convert_weights("karlo", folder, tmp_path / "out", dtype="float32")
+    assert torch_files.weights(tmp_path / "out") == torch_files.weights(converted)
 
 
 def load_stages(model):

@@ -6,7 +6,7 @@ import pytest
 
 from dalle2_jax import convert, modeldir, models
 from dalle2_jax.formats import karlo_original
-from tests.formats import clip_tokenizer
+from tests.formats import clip_tokenizer, torch_files
 
 torch = pytest.importorskip("torch", reason="the oracle is in torch")
 diffusers = pytest.importorskip("diffusers", reason="the oracle of the prior is diffusers' PriorTransformer")
@@ -155,3 +155,11 @@ def test_the_index_names_every_file(made):
     index = modeldir.read_index(made[1])
     assert len(index["made_from"]["sha256"]) == 5 and "OpenRAIL" in index["licence"]
     assert index["stages"]["upsamplers"] == [f"upsampler{LARGE}"]
+
+
+def test_checkpoints_of_training_are_the_same_model(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(karlo_original, "SIDES", (SIDE, LARGE))
+    folder = torch_files.wrap_folder(made[1].parent, tmp_path / "wrapped")
+    words = str(folder / "tokenizer")
+    convert.convert_weights("karlo-original", folder, tmp_path / "out", tokenizer=words, dtype="float32")
+    assert torch_files.weights(tmp_path / "out") == torch_files.weights(made[1])
