@@ -145,7 +145,7 @@ RIGHT_HALF = np.arange(20) >= np.full((10, 1), 10)
         layer("LA"),
         layer("P"),
         np.asarray(layer()),
-        layer("RGBA", "white").convert("RGB"),  # white lies below nothing here: transparency was black
+        layer().convert("RGB"),
         Image.fromarray(np.uint8(RIGHT_HALF) * 200),
         Image.fromarray(np.uint8(RIGHT_HALF) * 255).convert("1"),
         Image.fromarray(np.uint16(RIGHT_HALF) * 65535),
