@@ -177,7 +177,7 @@ def _checked(marked: np.ndarray, values: np.ndarray, like: tuple[int, int] | Non
         raise ValueError(f"the mask is {found}, the picture {like[0]}x{like[1]}: make them one size")
     if marked.any():
         return marked
-    told = "" if values.dtype == bool else f" (255); its brightest pixel is {values.max(initial=0)}"
+    told = "" if values.dtype == bool else f"; its brightest pixel is {values.max(initial=0)}, white is 255"
     raise ValueError(f"the mask is empty: paint white what is to be drawn anew{told}")
 
 

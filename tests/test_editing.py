@@ -188,7 +188,7 @@ def test_masks_of_the_opposite_convention_are_refused_by_its_name(mask, found):
 
 
 def test_masks_that_select_all_or_nothing_are_told():
-    with pytest.raises(ValueError, match="empty: paint white .* brightest pixel is 1$"):
+    with pytest.raises(ValueError, match="empty: paint white .* brightest pixel is 1, white is 255$"):
         pictures.repaint_mask(np.uint8(RIGHT_HALF))
     with pytest.raises(ValueError, match="not float64"):
         pictures.repaint_mask(RIGHT_HALF.astype(float))

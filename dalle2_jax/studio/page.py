@@ -68,6 +68,8 @@ window.studio = {
   },
   mask() {
     const c = document.querySelector('#brush'); if (!c) return '';
+    const painted = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+    if (!painted.some((x) => x)) return '';
     const m = document.createElement('canvas'); m.width = c.width; m.height = c.height;
     const g = m.getContext('2d'); g.drawImage(c, 0, 0);
     for (const [how, colour] of [['source-in', 'white'], ['destination-over', 'black']]) {
@@ -419,6 +421,9 @@ def build(studio: Studio):
                             yield note("first choose a picture: click on one", bad=True), *[gr.skip()] * 3
                             return
                         request[name] = by_id[request[name]].png
+                if request.get("mask") == "":
+                    yield note("first paint over what shall be drawn anew", bad=True), *[gr.skip()] * 3
+                    return
                 yield from draw(action, now, request)
 
             button.click(asked, [visit, *fields.values()], js=js, **common)
@@ -460,7 +465,7 @@ def build(studio: Studio):
                 if data == "unreadable":
                     raise Refused("the browser cannot read this file: choose it again")
                 large, _, size = str(data).partition(" ")
-                if large == "large":
+                if large == "large" and size.isdecimal():
                     raise Refused(too_large(int(size)))
                 square = pictures.square_picture(read_upload(data), model.image_size)
             except Refused as error:

@@ -145,6 +145,8 @@ def test_brushing_changes_what_was_painted_and_keeps_the_rest(browser):
     choose(browser, id)
     tab(browser, "Brush")
     write(browser, "#brush_text textarea", "a red star")
+    click(browser, "#inpaint")
+    until(browser, lambda: "first paint over" in status(browser), 20)
     canvas = found(browser, "#brush")[0]
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
     drag = ActionChains(browser).move_to_element_with_offset(canvas, -90, -90).click_and_hold()
