@@ -1,6 +1,7 @@
 """Pictures and masks as people have them, made square and of the size that a stage reads."""
 
 import os
+import re
 
 import numpy as np
 from etils import epath
@@ -37,9 +38,11 @@ def decode_picture(data: bytes, name: str, max_pixels: int | None = None, keep_a
     try:
         return transforms.decode(data, max_pixels, keep_alpha=keep_alpha)
     except records.BadRecord as error:
+        # Pillow's own words for a size that it does not even read
+        detail = re.sub(r"Image size \((\d+) pixels\).*", r"\1", error.detail)
         why = {
             "empty": "is empty: the file has no bytes",
-            "too_large": f"has too many pixels ({error.detail}): at most {max_pixels / 1e6:.0f} million are "
+            "too_large": f"has too many pixels ({detail}): at most {max_pixels / 1e6:.0f} million are "
             "allowed, so make it smaller",
             "too_long": f"is too long and narrow ({error.detail}): the longer side may be at most "
             f"{transforms.MAX_ASPECT:.0f} times the shorter, so crop it",
