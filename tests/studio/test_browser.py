@@ -39,7 +39,7 @@ def browser(server):
     driver.quit()
 
 
-def until(browser, condition, seconds=90):
+def until(browser, condition, seconds=180):
     return WebDriverWait(browser, seconds, poll_frequency=0.1).until(lambda _: condition())
 
 
