@@ -6,8 +6,8 @@ Edits pictures with a model directory, or with the small model that comes with t
   interpolate A B                       --frames from A to B, each a picture's file or a caption; --same_noise
   textdiff PICTURE "TARGET"             --frames towards TARGET, away from --source="what it shows"; --theta
   image_to_image PICTURE "CAPTION"      begin as the picture; --strength, --negative
-  inpaint PICTURE MASK "CAPTION"        draw the caption where the mask, a file, is white, or in a box such as
-                                        0.5,0,1,1: left, top, right, bottom; --resample, --negative
+  inpaint PICTURE MASK "CAPTION"        draw the caption where the mask, a file, is opaque white, or in a box
+                                        such as 0.5,0,1,1: left, top, right, bottom; --resample, --negative
   outpaint PICTURE "CAPTION"            draw around the picture, which takes the middle --scale of the side
   invert PICTURE ...                    latents.npz, and what is drawn from it; --steps
   redraw LATENTS.npz                    draw from it again; --eta
@@ -47,6 +47,20 @@ ARGUMENTS = {
     "upscale": ("PICTURE",),
 }
 PATHS = ("interpolate", "textdiff")
+# A name with such an ending is no caption, read here or not.
+PICTURE_ENDINGS = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".heic",
+    ".avif",
+    ".svg",
+)
 
 
 def check_arguments(argv: list[str]) -> tuple[str, list[str]]:
@@ -66,38 +80,56 @@ def picture_or_caption(text: str):
     """The picture of a file that is there, else the text, a caption."""
     if epath.Path(files.expand(text)).exists():
         return pictures.read_picture(text)
-    if os.path.splitext(text)[1].lower() in (".png", ".jpg", ".jpeg", ".webp"):
+    if os.path.splitext(text)[1].lower() in PICTURE_ENDINGS:
         raise FileNotFoundError(f"there is no picture {text}")
     return shards.clean_caption(text)
 
 
-def edit(model: pipeline.UnCLIP, action: str, given: list[str], out: epath.Path) -> pipeline.Result:
-    """The `Result` of an action with the flags' settings; 'invert' also writes latents.npz to `out`."""
+def read_given(action: str, given: list[str]) -> list:
+    """What an action is given, read: pictures, a mask bool [H, W], latents; captions stay texts.
+
+    Raises ValueError for a file that cannot be used, FileNotFoundError for one that is not there.
+    """
+    if action == "redraw":
+        return [editing.Latents.load(given[0])]
+    if action == "interpolate":
+        return [picture_or_caption(text) for text in given]
+    if action == "invert":
+        return [pictures.read_picture(path) for path in given]
+    image = pictures.read_picture(given[0])
+    if action == "inpaint":
+        mask = pictures.read_mask(given[1], image.size)
+        return [image, pictures.repaint_mask(mask, image.size), given[2]]
+    return [image, *given[1:]]
+
+
+def edit(model: pipeline.UnCLIP, action: str, given: list, out: epath.Path) -> pipeline.Result:
+    """The `Result` of an action with the flags' settings; 'invert' also writes latents.npz to `out`.
+
+    given: what `read_given` read.
+    """
     common = dict(seed=FLAGS.seed, batch_size=FLAGS.batch_size, progress=StageLines())
     drawing = common | dict(num_steps=FLAGS.steps, guidance_scale=FLAGS.guidance_scale, fit=FLAGS.fit)
     if action == "redraw":
-        latents = editing.Latents.load(given[0])
         own = dict(num_steps=FLAGS.steps, guidance_scale=FLAGS.guidance_scale)
-        return model.from_latents(latents, eta=FLAGS.eta or 0.0, **own, **common)
+        return model.from_latents(given[0], eta=FLAGS.eta or 0.0, **own, **common)
     if action == "interpolate":
-        ends = [picture_or_caption(text) for text in given]
-        return model.interpolate(*ends, frames=FLAGS.frames, same_noise=FLAGS.same_noise, **drawing)
+        return model.interpolate(*given, frames=FLAGS.frames, same_noise=FLAGS.same_noise, **drawing)
     if action == "invert":
-        found = [pictures.read_picture(path) for path in given]
         latents = model.invert(
-            found,
+            given,
             num_steps=FLAGS.steps or editing.INVERSION_STEPS,
             fit=FLAGS.fit,
             batch_size=FLAGS.batch_size,
             progress=common["progress"],
         )
         result = model.from_latents(latents, **common)
-        error = np.abs(result.base.astype(np.float32) - model.base_pictures(found, FLAGS.fit)).mean() / 255
+        error = np.abs(result.base.astype(np.float32) - model.base_pictures(given, FLAGS.fit)).mean() / 255
         if processes.is_first():
             latents.save(out / "latents.npz")
             print(f"base pictures come back with a mean absolute error of {error:.4f} (black to white is 1)")
         return result
-    image = pictures.read_picture(given[0])
+    image = given[0]
     if action == "variations":
         eta = 1.0 if FLAGS.eta is None else FLAGS.eta
         strength = FLAGS.strength or 1.0
@@ -115,8 +147,7 @@ def edit(model: pipeline.UnCLIP, action: str, given: list[str], out: epath.Path)
         return model.image_to_image(image, given[1], strength=FLAGS.strength or 0.7, **drawing)
     if action == "outpaint":
         return model.outpaint(image, given[1], scale=FLAGS.scale, resample=FLAGS.resample, **drawing)
-    mask = pictures.read_mask(given[1], pictures.whole_picture(image).shape[1::-1])
-    return model.inpaint(image, mask, given[2], resample=FLAGS.resample, **drawing)
+    return model.inpaint(image, *given[1:], resample=FLAGS.resample, **drawing)
 
 
 def write_animation(path: epath.Path, images: np.ndarray, seconds: float = 0.25) -> None:
@@ -150,10 +181,10 @@ def kept(model: pipeline.UnCLIP, result: pipeline.Result, caption: str, keep: in
     )
 
 
-def upscale(model: pipeline.UnCLIP, given: list[str], out: epath.Path, said: dict) -> str:
+def upscale(model: pipeline.UnCLIP, image, out: epath.Path, said: dict) -> str:
     """Draw and write upscaled.png, with what is `said` inside; what was written, in words."""
     image = model.upscale(
-        pictures.read_picture(given[0]),
+        image,
         seed=FLAGS.seed,
         num_steps=FLAGS.steps,
         tile=FLAGS.tile,
@@ -177,15 +208,18 @@ def main(argv):
         partition.initialise()
         processes.join()
         began, out = time.monotonic(), epath.Path(FLAGS.out)
+        read = read_given(action, given)
+        if action == "inpaint" and pictures.keeps_nothing(read[1], FLAGS.fit) and processes.is_first():
+            print(f"note: {pictures.ALL_WHITE}", flush=True)
         model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
         for line in model.cut_captions(given[-1:]) if captioned and processes.is_first() else ():
             print(f"note: {line}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
         said = {"action": action, "given": given}
         if action == "upscale":
-            shown = upscale(model, given, out, said)
+            shown = upscale(model, read[0], out, said)
         else:
-            result = edit(model, action, given, out)
+            result = edit(model, action, read, out)
             if FLAGS.keep is not None:
                 result = kept(model, result, given[-1], FLAGS.keep)
             if processes.is_first():

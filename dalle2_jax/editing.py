@@ -318,17 +318,16 @@ class Editing:
         negative: str | None = None,
         **drawing,
     ):
-        """`n` pictures that show `caption`, equal to `image` where `mask` is not white.
+        """`n` pictures that show `caption`, equal to `image` where `mask` is not white and opaque.
 
+        mask: what `pictures.repaint_mask` takes, of the picture's size: a picture, or bool or uint8 [H, W].
         caption says what the whole picture shows. Every step is taken `resample` times, so that the new fits
         the old: once by a decoder that was trained to see the old, else RESAMPLE times, unless given. What is
         kept is unchanged in the finished picture, at its full size.
         """
-        from PIL import Image
-
         how = Drawing(**drawing)
-        size = getattr(image, "size", None) if isinstance(image, Image.Image) else np.shape(image)[1::-1]
-        repaint = square_mask(mask, self.image_size, size, how.fit)
+        image = whole_picture(image)
+        repaint = square_mask(mask, self.image_size, image.shape[1::-1], how.fit)
         square = square_picture(image, self.image_size, how.fit)
         if resample is None:
             resample = 1 if self.cascade.stage("decoder").inpaint else RESAMPLE

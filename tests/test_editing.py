@@ -3,6 +3,7 @@
 A model with random weights draws no pictures, but what must hold of every model holds of it.
 """
 
+import io
 import json
 import os
 import subprocess
@@ -117,6 +118,129 @@ def test_a_mask_is_a_file_or_a_box(tmp_path):
         pictures.read_mask(str(tmp_path / "none.png"), (20, 8))
 
 
+def layer(kind="RGBA", strokes="white"):
+    """Strokes on a transparent layer, 20 x 10: the right half."""
+    made = Image.new("RGBA", (20, 10), (0, 0, 0, 0))
+    made.paste(strokes, (10, 0, 20, 10))
+    if kind == "P":
+        made = made.convert("P")
+        made.info["transparency"] = made.getpixel((0, 0))
+    return made.convert(kind)
+
+
+def holed(colour, hole, size=(20, 10)):
+    """A picture of one colour, or a given one, in which the box `hole` is transparent."""
+    made = (colour if isinstance(colour, Image.Image) else Image.new("RGB", size, colour)).convert("RGBA")
+    made.paste((0, 0, 0, 0), hole)
+    return made
+
+
+RIGHT_HALF = np.arange(20) >= np.full((10, 1), 10)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        layer(),
+        layer("LA"),
+        layer("P"),
+        np.asarray(layer()),
+        layer().convert("RGB"),
+        Image.fromarray(np.uint8(RIGHT_HALF) * 200),
+        Image.fromarray(np.uint8(RIGHT_HALF) * 255).convert("1"),
+        Image.fromarray(np.uint16(RIGHT_HALF) * 65535),
+        np.uint8(RIGHT_HALF) * 128,
+        RIGHT_HALF,
+    ],
+    ids=["RGBA", "LA", "P", "array RGBA", "RGB", "L", "1", "I;16", "uint8", "bool"],
+)
+def test_opaque_white_repaints_whatever_the_masks_mode(mask):
+    np.testing.assert_array_equal(pictures.repaint_mask(mask), RIGHT_HALF)
+    np.testing.assert_array_equal(pictures.square_mask(mask, 10, (20, 10)), RIGHT_HALF[:, 5:15])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_a_masks_file_keeps_its_transparency(tmp_path, kind):
+    """The mask that repainted everything: transparency was laid on white before anybody looked."""
+    path = tmp_path / f"layer.{kind.lower()}"
+    layer().save(path, kind, **dict(lossless=True) if kind == "WEBP" else {})
+    np.testing.assert_array_equal(pictures.repaint_mask(pictures.read_mask(str(path), (20, 10))), RIGHT_HALF)
+
+
+@pytest.mark.parametrize(
+    ("mask", "found"),
+    [
+        (holed("red", (5, 0, 20, 10)), "a picture with transparent parts"),
+        (
+            holed(Image.linear_gradient("L").resize((20, 10)), (0, 0, 9, 10)),
+            "a picture with transparent parts",
+        ),
+        (holed("white", (5, 3, 15, 7)), "opaque with a transparent hole"),
+        (holed("black", (5, 0, 20, 10)), "transparent parts and no opaque white"),
+        (layer("RGBA", "black"), "transparent parts and no opaque white"),
+        (Image.new("RGBA", (20, 10), (255, 255, 255, 1)), "transparent all over"),
+    ],
+    ids=["colours", "greys", "hole", "black and hole", "black strokes", "transparent"],
+)
+def test_masks_of_the_opposite_convention_are_refused_by_its_name(mask, found):
+    with pytest.raises(ValueError, match=f"the mask (is|has) {found}.*opaque white.*OpenAI.*make them white"):
+        pictures.square_mask(mask, 8, (20, 10))
+
+
+def test_masks_that_select_all_or_nothing_are_told():
+    with pytest.raises(ValueError, match="empty: paint white .* brightest pixel is 1, white is 255$"):
+        pictures.repaint_mask(np.uint8(RIGHT_HALF))
+    with pytest.raises(ValueError, match="not float64"):
+        pictures.repaint_mask(RIGHT_HALF.astype(float))
+    middle = np.zeros((10, 20), bool)
+    middle[:, 5:15] = True
+    assert pictures.keeps_nothing(np.ones((10, 20), bool), "pad") and pictures.keeps_nothing(middle)
+    assert not pictures.keeps_nothing(middle, "pad") and not pictures.keeps_nothing(RIGHT_HALF)
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "is empty"),
+        (encoded(Image.new("1", (400, 10))), r"too long and narrow \(400 x 10\).*20 times the shorter"),
+        (encoded(Image.new("1", (200, 100))), r"too many pixels \(200 x 100\)"),
+        (encoded(NOISE, "WEBP", save_all=True, append_images=[NOISE.rotate(180)]), r"animated \(2 frames\)"),
+        (encoded(NOISE)[:1000], "cut off or damaged"),
+        (encoded(NOISE, "JPEG")[:300], "cut off or damaged"),
+        (encoded(NOISE, "GIF"), "the file is GIF; save it as PNG, JPEG or WebP"),
+        (encoded(NOISE, "TIFF"), "the file is TIFF; save"),
+        (b"\0\0\0\x18ftypheic" + bytes(16), "the file is HEIC; save"),
+        (b"\0\0\0\x1cftypavif" + bytes(16), "the file is AVIF; save"),
+        (
+            b"\xef\xbb\xbf<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>",
+            "the file is SVG; save",
+        ),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"no picture", "no picture of a known format; save it as PNG, JPEG or WebP"),
+    ],
+)
+def test_a_file_that_is_refused_is_told_its_own_reason(data, why):
+    with pytest.raises(ValueError, match=f"^a.png .*{why}") as told:
+        pictures.decode_picture(data, "a.png", max_pixels=10_000)
+    assert ("save it as PNG" in str(told.value)) == ("save" in why), "only another format is asked to be one"
+
+
+def test_a_file_that_exif_turned_is_turned_once(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = pictures.decode_picture(encoded(NOISE, exif=exif), "a.png")
+    np.testing.assert_array_equal(pictures.whole_picture(upright), np.rot90(np.asarray(NOISE), -1))
+
+
 def test_padding_of_a_mask_follows_the_picture():
     mask = np.zeros((10, 20), bool)
     mask[:, :10] = True
@@ -213,6 +337,14 @@ def test_what_the_mask_keeps_is_unchanged_at_full_size(model, picture):
     assert (result.images[0] != result.images[1]).any()
 
 
+def test_strokes_on_a_transparent_layer_repaint_what_they_cover(model, picture):
+    strokes = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    strokes.paste("white", (16, 0, 32, 32))
+    result = model.inpaint(picture, strokes, CAPTION, num_steps=4, resample=2)
+    assert (result.images[:, :, :16] == picture[:, :16]).all()
+    assert (result.images[:, :, 16:] != picture[:, 16:]).any()
+
+
 def test_repainting_everything_is_drawing_the_caption(model, picture):
     whole = np.ones((32, 32), bool)
     result = model.inpaint(picture, whole, CAPTION, n=2, seed=5)
@@ -277,10 +409,24 @@ def test_a_command_line_that_cannot_be_is_refused(argv, message):
         edit.check_arguments(argv)
 
 
+def test_inputs_are_read_and_refused_before_the_model_is(tmp_path, picture):
+    for name, image in (("picture", Image.fromarray(picture)), ("layer", layer().resize((32, 32)))):
+        image.save(tmp_path / f"{name}.png")
+    image, mask, caption = edit.read_given(
+        "inpaint", [str(tmp_path / "picture.png"), str(tmp_path / "layer.png"), CAPTION]
+    )
+    assert image.size == (32, 32) and mask[:, 17:].all() and not mask[:, :15].any() and caption == CAPTION
+    Image.fromarray(picture[:20]).save(tmp_path / "other.png")
+    with pytest.raises(ValueError, match="the mask is 32x32, the picture 32x20: make them one size"):
+        edit.read_given("inpaint", [str(tmp_path / "other.png"), str(tmp_path / "layer.png"), CAPTION])
+
+
 def test_a_caption_is_no_forgotten_file(tmp_path, picture):
     assert edit.picture_or_caption(CAPTION) == CAPTION
     with pytest.raises(FileNotFoundError, match="there is no picture"):
         edit.picture_or_caption(str(tmp_path / "none.png"))
+    with pytest.raises(FileNotFoundError, match="there is no picture"):
+        edit.picture_or_caption(str(tmp_path / "none.HEIC"))
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match="cannot be read as a picture"):
         edit.picture_or_caption(str(tmp_path / "text.png"))

@@ -29,6 +29,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 ALL_FORMATS = (*_FORMATS, "BMP", "GIF", "TIFF", "PPM")  # that pictures to measure may have
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _ORIENTATION = 0x0112
+_TURNED_BY = ("exif", "xmp", "XML:com.adobe.xmp")  # where Pillow looks for an orientation
 _TURNS = {  # EXIF orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -73,8 +74,11 @@ def decode(
     max_aspect: float = MAX_ASPECT,
     enough: int | None = None,
     formats: tuple[str, ...] = _FORMATS,
+    keep_alpha: bool = False,
 ) -> Image.Image:
     """Decode a file of one of `formats` to an upright RGB picture, transparency laid on white.
+
+    keep_alpha: a picture with transparency becomes RGBA instead.
 
     The size is read from the header and checked before anything is decoded. A JPEG is decoded at the smallest
     of 1/1, 1/2, 1/4 and 1/8 of its size whose shorter side has `enough` pixels, where that is given.
@@ -114,8 +118,11 @@ def decode(
             picture = _decode_small(picture, min(width, height) // enough)
         picture.load()
         turn = _TURNS.get(_orientation(picture)) if "exif" in picture.info else None
-        picture = to_rgb(picture)
-        return picture if turn is None else picture.transpose(turn)
+        picture = to_rgb(picture, keep_alpha)
+        picture = picture if turn is None else picture.transpose(turn)
+        for name in _TURNED_BY:  # it is upright now, and nobody shall turn it again
+            picture.info.pop(name, None)
+        return picture
     except _DECODE_ERRORS as error:
         raise BadRecord("undecodable", str(error)) from None
 
@@ -136,8 +143,8 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode as RGB: the upper eight of 16 bits, transparency laid on white."""
+def to_rgb(picture: Image.Image, keep_alpha: bool = False) -> Image.Image:
+    """Any mode as RGB: the upper eight of 16 bits, transparency laid on white or, with `keep_alpha`, RGBA."""
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode.startswith("I") or picture.mode == "F":  # 16 bits a pixel: keep the upper eight
@@ -146,6 +153,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         ).convert("RGB")
     if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
         picture = picture.convert("RGBA")
+        if keep_alpha:
+            return picture
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture).convert("RGB")
     return picture.convert("RGB")

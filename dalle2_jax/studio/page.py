@@ -22,6 +22,7 @@ from dalle2_jax.studio.work import (
     Studio,
     as_url,
     read_upload,
+    too_large,
 )
 
 MAX_HISTORY = 48  # pictures that a visit keeps
@@ -67,6 +68,8 @@ window.studio = {
   },
   mask() {
     const c = document.querySelector('#brush'); if (!c) return '';
+    const painted = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+    if (!painted.some((x) => x)) return '';
     const m = document.createElement('canvas'); m.width = c.width; m.height = c.height;
     const g = m.getContext('2d'); g.drawImage(c, 0, 0);
     for (const [how, colour] of [['source-in', 'white'], ['destination-over', 'black']]) {
@@ -88,9 +91,11 @@ window.studio = {
   },
   file(input) {
     const f = input.files[0]; if (!f) return;
-    const r = new FileReader();
-    if (f.size > LIMIT) { this.upload = 'large'; document.querySelector('#take').click(); return; }
-    r.onload = () => { this.upload = r.result; document.querySelector('#take').click(); input.value = ''; };
+    const r = new FileReader(), send = (what) => {
+      this.upload = what; document.querySelector('#take').click(); input.value = '';
+    };
+    if (f.size > LIMIT) return send('large ' + f.size);
+    r.onload = () => send(r.result); r.onerror = () => send('unreadable');
     r.readAsDataURL(f);
   },
 };
@@ -281,7 +286,7 @@ def build(studio: Studio):
 
     def draw(action, visit, request):
         """Yields (status, pictures, history, visit, chosen id or None)."""
-        kept, began = list(visit), time.monotonic()
+        kept, began, notes = list(visit), time.monotonic(), ""
         yield note("starting"), gr.skip(), gr.skip(), gr.skip()
         for kind, *said in _events(studio, action, request):
             if kind == "waiting":
@@ -295,6 +300,8 @@ def build(studio: Studio):
                 yield note(text, share=share), gr.skip(), gr.skip(), gr.skip()
             elif kind == "pictures":
                 yield gr.skip(), sketch(said[1]), gr.skip(), gr.skip()
+            elif kind == "note":
+                notes += f". Note: {said[0]}"
             elif kind == "error":
                 yield note(said[0], bad=True), gr.skip(), gr.skip(), gr.skip()
             elif action == "explain":
@@ -310,8 +317,13 @@ def build(studio: Studio):
                 shown = cards(new)
                 if action in ("textdiff", "interpolate"):
                     shown = way(said[0]) + shown
-                done = f"done in {time.monotonic() - began:.1f} s: click on a picture to change it"
+                done = f"done in {time.monotonic() - began:.1f} s: click on a picture to change it{notes}"
                 yield note(done), shown, cards(kept[::-1], small=True), kept
+
+    def optional(label):
+        """A number, or several, that may be left out: `work.check` reads them from the text."""
+        # A gr.Number without a value becomes 0 as soon as it is shown; a text stays empty.
+        return gr.Textbox("", label=label, placeholder="the model's", max_lines=1)
 
     def next_id(visit):
         return int(visit[-1][0]) + 1 if visit else 1
@@ -334,16 +346,10 @@ def build(studio: Studio):
                     guidance = gr.Slider(
                         0, 20, scale, step=0.5, label="Guidance: how closely to follow the words"
                     )
-                    steps = gr.Number(
-                        None, label=f"Steps of the sketch (1 to {MAX_STEPS}; empty: the model's)"
-                    )
-                    prior_steps = gr.Number(None, label="Steps of the prior (empty: the model's)")
-                    upsampler_steps = gr.Textbox(
-                        "", label="Steps of the upsamplers, such as 4,2 (empty: the model's)"
-                    )
-                    candidates = gr.Number(
-                        None, label="Embeddings of the prior to choose from (empty: the model's)"
-                    )
+                    steps = optional(f"Steps of the sketch (1 to {MAX_STEPS}; empty: the model's)")
+                    prior_steps = optional("Steps of the prior (empty: the model's)")
+                    upsampler_steps = optional("Steps of the upsamplers, such as 4,2 (empty: the model's)")
+                    candidates = optional("Embeddings of the prior to choose from (empty: the model's)")
                 explain = gr.Button("Explain how it is drawn", elem_id="explain")
                 gr.HTML(
                     "<label class=link>Upload a picture of your own"
@@ -415,6 +421,9 @@ def build(studio: Studio):
                             yield note("first choose a picture: click on one", bad=True), *[gr.skip()] * 3
                             return
                         request[name] = by_id[request[name]].png
+                if request.get("mask") == "":
+                    yield note("first paint over what shall be drawn anew", bad=True), *[gr.skip()] * 3
+                    return
                 yield from draw(action, now, request)
 
             button.click(asked, [visit, *fields.values()], js=js, **common)
@@ -453,8 +462,11 @@ def build(studio: Studio):
 
         def take_one(now, data):
             try:
-                if data == "large":
-                    raise Refused(f"the picture is too large: at most {MAX_UPLOAD >> 20} MiB are allowed")
+                if data == "unreadable":
+                    raise Refused("the browser cannot read this file: choose it again")
+                large, _, size = str(data).partition(" ")
+                if large == "large" and size.isdecimal():
+                    raise Refused(too_large(int(size)))
                 square = pictures.square_picture(read_upload(data), model.image_size)
             except Refused as error:
                 return note(str(error), bad=True), *[gr.skip()] * 6

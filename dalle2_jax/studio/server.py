@@ -14,8 +14,8 @@ MAX_BODY = 3 * MAX_UPLOAD  # two pictures as base64
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def _plain(made) -> dict:
-    """What `Studio.draw` returned, as JSON values."""
+def _plain(made, notes: list[str]) -> dict:
+    """What `Studio.draw` returned and told, as JSON values."""
     if isinstance(made, dict):
         encode = base64.b64encode
         return made | {
@@ -30,7 +30,8 @@ def _plain(made) -> dict:
         "pictures": [
             {"png": base64.b64encode(each.png).decode(), "settings": each.settings, "command": each.command}
             for each in made
-        ]
+        ],
+        "notes": notes,
     }
 
 
@@ -81,17 +82,23 @@ def app(studio: Studio, host: str = ""):
 
     @served.post("/api/{action}")
     async def act(action: str, request: Request):
+        notes = []
+
+        def tell(kind, *said):
+            if kind == "note":
+                notes.append(said[0])
+
         try:
             data = await body_of(request)
             asked = json.loads(data)
-            made = await run_in_threadpool(studio.draw, action, asked)
+            made = await run_in_threadpool(studio.draw, action, asked, tell)
         except Full as error:
             return refuse(503, str(error))
         except Refused as error:
             return refuse(400, str(error))
         except (ValueError, RecursionError):
             return refuse(400, "the request is no JSON")
-        return JSONResponse(_plain(made))
+        return JSONResponse(_plain(made, notes))
 
     blocks, look = page.build(studio)
     return gradio.mount_gradio_app(served, blocks, "/", ssr_mode=False, footer_links=[], **look)

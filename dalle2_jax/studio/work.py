@@ -5,11 +5,11 @@ Pictures are the bytes of a file, or base64 of them; nothing in a request names 
 """
 
 import base64
-import binascii
 import collections
 import contextlib
 import dataclasses
 import json
+import math
 import shlex
 import threading
 from collections.abc import Callable, Sequence
@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dalle2_jax import pictures, pipeline
-from dalle2_jax.data import records, transforms
 from dalle2_jax.generate import metadata
 from dalle2_jax.grid import png_bytes
 
@@ -64,7 +63,7 @@ def _of(name: str, **changes) -> Field:
 
 _COMMON = {
     "caption": Field("text", "what to draw", needed=True),
-    "picture": Field("picture", "a PNG, JPEG or WebP file", needed=True),
+    "picture": Field("picture", f"a {pictures.FORMATS} file", needed=True),
     "n": Field("int", "pictures", 1, MAX_PICTURES, 4),
     "frames": Field("int", "pictures on the way", 2, MAX_PICTURES + 1, 7),
     "seed": Field("int", "the same seed gives the same pictures", 0, 2**32 - 1, 0),
@@ -95,7 +94,7 @@ ACTIONS = {
     | _EDIT,
     "inpaint": {
         "picture": _COMMON["picture"],
-        "mask": Field("mask", "a file of the picture's size; white is drawn anew", needed=True),
+        "mask": Field("mask", "a file of the picture's size; opaque white is drawn anew", needed=True),
         "caption": _of("caption", help="what the whole picture shows"),
         "n": _COMMON["n"],
     }
@@ -132,28 +131,62 @@ ACTIONS = {
 }
 
 
-def read_upload(data: bytes | str) -> "np.ndarray":
-    """uint8 [H, W, 3] of an uploaded file, by the checks that training pictures pass; Refused for others."""
-    if isinstance(data, str):
-        try:
-            data = base64.b64decode(data.partition(",")[2] if data[:5] == "data:" else data, validate=True)
-        except (binascii.Error, ValueError):
-            raise Refused("the picture is not base64 of a file: send PNG, JPEG or WebP") from None
-    if not isinstance(data, bytes):
-        raise Refused("a picture must be a PNG, JPEG or WebP file, as base64 text")
-    if len(data) > MAX_UPLOAD:
-        raise Refused(f"the picture has {len(data) >> 20} MiB: at most {MAX_UPLOAD >> 20} MiB are allowed")
+def from_base64(text: str, name: str = "the picture") -> bytes:
+    """The bytes of base64: also of a data URL, with line breaks, in the alphabet for URLs.
+
+    Raises Refused for another text; `name` is what it calls the text.
+    """
+    if text[:5] == "data:":
+        head, _, text = text.partition(",")
+        if not head.lower().endswith(";base64"):
+            raise Refused(f"{name} is a data URL without ;base64: send base64 of a {pictures.FORMATS} file")
+    text = "".join(text.split())
+    if "-" in text or "_" in text:  # the alphabet for URLs, which often goes without padding
+        text = text.translate({ord("-"): "+", ord("_"): "/"})
+        text += "=" * (-len(text) % 4)
     try:
-        return pictures.whole_picture(transforms.decode(data, MAX_PIXELS))
-    except records.BadRecord as error:
-        raise Refused(f"this cannot be read as a picture ({error}): send PNG, JPEG or WebP") from None
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise Refused(f"{name} is not base64: send base64 of a {pictures.FORMATS} file") from None
+
+
+def read_upload(data: bytes | str, name: str = "the picture", keep_alpha: bool = False):
+    """The PIL picture (RGB, upright) of an uploaded file: bytes, or base64 as `from_base64` takes it.
+
+    keep_alpha: a picture with transparency stays RGBA. Raises Refused with the reason for what is no picture,
+    and for one that training would not read; `name` is what it calls the picture.
+    """
+    if isinstance(data, str):
+        data = from_base64(data, name)
+    if not isinstance(data, bytes):
+        raise Refused(f"{name} must be a {pictures.FORMATS} file, as base64 text")
+    if len(data) > MAX_UPLOAD:
+        raise Refused(too_large(len(data), name))
+    try:
+        return pictures.decode_picture(data, name, MAX_PIXELS, keep_alpha)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+
+
+def too_large(size: float, name: str = "the picture") -> str:
+    """What is said of a file of so many bytes."""
+    rounded = math.ceil(size / 2**20 * 10) / 10  # upwards: what is too large shall look so
+    return (
+        f"{name} is a file of {rounded} MiB: at most {MAX_UPLOAD >> 20} MiB are allowed, so make it smaller "
+        "or save it as JPEG"
+    )
 
 
 def _checked(name: str, field: Field, value):
     """The value of one field, of its kind and within its limits; Refused otherwise."""
-    if field.kind in ("picture", "mask"):
-        image = read_upload(value)
-        return image if field.kind == "picture" else image.min(axis=-1)
+    if field.kind == "picture":
+        called = "the picture" if name == "picture" else f"the {name} picture"
+        return pictures.whole_picture(read_upload(value, called))
+    if field.kind == "mask":
+        try:
+            return pictures.repaint_mask(read_upload(value, "the mask", keep_alpha=True))
+        except ValueError as error:
+            raise Refused(str(error)) from None
     if field.kind == "text":
         if not isinstance(value, str) or not value.strip():
             raise Refused(f"{name} is empty: say {field.help}")
@@ -304,8 +337,9 @@ class Studio:
     def draw(self, action: str, request: dict, tell: Callable[..., None] = lambda *event: None):
         """The pictures [Picture] of a request, or what `UnCLIP.explain` returns.
 
-        tell: called with ('waiting', before), ('stage', name, done, total, seconds) and ('pictures', stage,
-        uint8 [N, h, w, 3]) as the work goes on; what it raises stops the work.
+        tell: called with ('note', text), ('waiting', before), ('stage', name, done, total, seconds) and
+        ('pictures', stage, uint8 [N, h, w, 3]) as the work goes on; what it raises stops the work. A note
+        says what a request does that its sender may not have meant.
 
         Raises Refused for what is not allowed, before anything is computed.
         """
@@ -320,6 +354,10 @@ class Studio:
                 model.settings(**{k: v for k, v in given.items() if k not in ("caption", "seed", "n")})
             elif "num_steps" in given:
                 model.settings(decoder_steps=given["num_steps"])
+            if "mask" in given:
+                pictures.repaint_mask(given["mask"], given["picture"].shape[1::-1])
+                if pictures.keeps_nothing(given["mask"]):
+                    tell("note", pictures.ALL_WHITE)
         except ValueError as error:
             raise Refused(str(error)) from None
         with self.turns.turn(lambda before: tell("waiting", before)) as pass_on:

@@ -39,7 +39,7 @@ def browser(server):
     driver.quit()
 
 
-def until(browser, condition, seconds=90):
+def until(browser, condition, seconds=180):
     return WebDriverWait(browser, seconds, poll_frequency=0.1).until(lambda _: condition())
 
 
@@ -70,8 +70,14 @@ def status(browser):
 def finished(browser, button):
     """Clicks a button and waits until the pictures are there; the ids of the new ones."""
     before = {card.get_attribute("data-id") for card in found(browser, "#history .card")}
+    old = [each.text for each in found(browser, "#status .bad")]
+
+    def refused():
+        return [each.text for each in found(browser, "#status .bad") if each.text not in old]
+
     click(browser, button)
-    until(browser, lambda: len(found(browser, "#history .card")) > len(before))
+    until(browser, lambda: refused() or len(found(browser, "#history .card")) > len(before))
+    assert not refused(), status(browser)
     until(browser, lambda: status(browser).startswith("done in"))
     return [card.get_attribute("data-id") for card in found(browser, "#shown .card")]
 
@@ -90,6 +96,24 @@ def pixels(browser, id):
     source = found(browser, f"#history .card[data-id='{id}'] img")[0].get_attribute("src")
     with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
         return np.asarray(image).astype(int), image.text
+
+
+def drawn(browser):
+    """Draws; the pixels and texts of the pictures that are shown."""
+    return [pixels(browser, id) for id in finished(browser, "#draw")]
+
+
+def open_all(browser):
+    """Opens every accordion, then every tab in turn, whatever they are called; how many of each."""
+    closed, opened, tabs = "button.label-wrap:not(.open)", 0, found(browser, "button[role=tab]")
+    while found(browser, closed):  # one may hold others
+        assert opened < 50, "accordions that do not open"
+        click(browser, closed)
+        opened += 1
+    for button in tabs:
+        browser.execute_script("arguments[0].click()", button)
+        until(browser, lambda button=button: button.get_attribute("aria-selected") == "true", 10)
+    return opened, len(tabs)
 
 
 def two_pictures(browser):
@@ -121,6 +145,8 @@ def test_brushing_changes_what_was_painted_and_keeps_the_rest(browser):
     choose(browser, id)
     tab(browser, "Brush")
     write(browser, "#brush_text textarea", "a red star")
+    click(browser, "#inpaint")
+    until(browser, lambda: "first paint over" in status(browser), 20)
     canvas = found(browser, "#brush")[0]
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
     drag = ActionChains(browser).move_to_element_with_offset(canvas, -90, -90).click_and_hold()
@@ -166,6 +192,23 @@ def test_explain_shows_every_part(browser):
     assert len(found(browser, "#shown .path img")) > 5 and len(found(browser, "#shown .card")) == 3
 
 
+def test_opening_every_accordion_and_tab_changes_nothing(browser, server):
+    """Parts of a page are put together when they are first shown, and their values may change by that."""
+    browser.get(server[0])
+    until(browser, lambda: found(browser, "#caption textarea"))
+    before = drawn(browser)
+    opened, tabs = open_all(browser)
+    assert opened >= 1 and tabs >= 2, "the page has none that were found: how does gradio write them now?"
+    after = drawn(browser)
+    assert len(before) == len(after) == 4
+    for (image, texts), (again, said) in zip(before, after, strict=True):
+        assert (image == again).all() and texts == said
+    click(browser, "#explain")
+    until(browser, lambda: status(browser).startswith("explained") or found(browser, "#status .bad"))
+    assert found(browser, "#shown .explained"), status(browser)
+    assert not [toast.text for toast in found(browser, ".toast-body")]
+
+
 def test_the_archive_holds_every_picture(browser):
     import io
     import zipfile
@@ -185,7 +228,13 @@ def test_an_upload_that_is_no_picture_is_refused_and_one_that_is_is_chosen(brows
     until(browser, lambda: found(browser, "#file"))
     (tmp_path / "bad.png").write_bytes(b"GIF89a no picture")
     found(browser, "#file")[0].send_keys(str(tmp_path / "bad.png"))
-    until(browser, lambda: "cannot be read as a picture" in status(browser))
+    until(browser, lambda: "the file is GIF; save it as PNG" in status(browser))
+    (tmp_path / "large.png").write_bytes(bytes(8 * 2**20 + 1))
+    found(browser, "#file")[0].send_keys(str(tmp_path / "large.png"))
+    until(browser, lambda: "file of 8.1 MiB: at most 8 MiB" in status(browser))
+    Image.new("1", (300, 10)).save(tmp_path / "long.png")
+    found(browser, "#file")[0].send_keys(str(tmp_path / "long.png"))
+    until(browser, lambda: "too long and narrow (300 x 10)" in status(browser))
     Image.new("RGB", (40, 30), "green").save(tmp_path / "good.png")
     found(browser, "#file")[0].send_keys(str(tmp_path / "good.png"))
     until(browser, lambda: status(browser).startswith("uploaded"))

@@ -115,6 +115,45 @@ def test_refusals_say_why(server, path, data, status, why):
     assert code == status and re.search(why, answer["error"]), answer
 
 
+def encoded(image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_repainting_by_a_transparent_layer_keeps_the_rest_and_an_all_white_mask_is_noted(server):
+    green = np.full((32, 32, 3), (0, 128, 0), np.uint8)
+    strokes = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    strokes.paste("white", (16, 0, 32, 32))
+    request = {"picture": encoded(Image.fromarray(green)), "caption": "a red star", "n": 1, "num_steps": 2}
+    status, made = post(f"{server[0]}/api/inpaint", request | {"mask": encoded(strokes)})
+    assert status == 200 and made["notes"] == [], made
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(made["pictures"][0]["png"]))))
+    assert (image[:, :16] == green[:, :16]).all() and (image[:, 16:] != green[:, 16:]).any()
+    white = encoded(Image.new("L", (32, 32), "white"))
+    status, made = post(f"{server[0]}/api/inpaint", request | {"mask": white})
+    assert status == 200 and "nothing of it is kept" in made["notes"][0]
+
+
+def test_what_the_page_leaves_unset_is_no_component_that_cannot_be(server):
+    """gr.Number, and gr.Slider, turn None into a number once they are shown."""
+    import gradio
+
+    from dalle2_jax.studio import page
+
+    blocks, _ = page.build(server[1])
+    numbers = [each for each in blocks.blocks.values() if isinstance(each, gradio.Number | gradio.Slider)]
+    assert len(numbers) > 3
+    assert [each.label for each in numbers if each.value is None] == []
+
+
+def test_zero_steps_asked_for_are_refused_and_empty_ones_are_the_models(server):
+    code, answer = post(f"{server[0]}/api/create", {"caption": "a"} | QUICK | {"decoder_steps": 0})
+    assert code == 400 and "decoder_steps 0 is not allowed: give 1 to 250" in answer["error"]
+    code, answer = post(f"{server[0]}/api/create", {"caption": "a"} | QUICK | {"prior_candidates": ""})
+    assert code == 200, answer
+
+
 def test_pages_of_other_sites_are_refused(server):
     code, answer = post(f"{server[0]}/api/create", {"caption": "a"}, {"Origin": "http://evil.example"})
     assert code == 403 and "other sites" in answer["error"]

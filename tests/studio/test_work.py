@@ -21,6 +21,14 @@ def png(mode="RGB", size=(8, 6)) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def moving() -> str:
+    """A WebP file of two frames."""
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 def bomb(width=60000, height=60000) -> str:
     """A PNG of a few bytes whose header speaks of gigabytes."""
 
@@ -57,9 +65,19 @@ def test_defaults_are_filled_in_and_the_models_own_left_out():
         ("__init__", {}, "no such action"),
         ("create", [1], "JSON object"),
         ("variations", {"picture": "/etc/passwd"}, "not base64"),
-        ("variations", {"picture": base64.b64encode(b"GIF89a").decode()}, "cannot be read"),
-        ("variations", {"picture": bomb()}, "too_large"),
+        ("variations", {"picture": "data:image/png,abc"}, "without ;base64"),
+        ("variations", {"picture": base64.b64encode(b"GIF89a").decode()}, "the file is GIF; save it as PNG"),
+        ("variations", {"picture": bomb()}, r"too many pixels \(3600000000\): at most 16 million"),
+        ("variations", {"picture": bomb(5000, 5000)}, r"too many pixels \(5000 x 5000\): at most 16 million"),
+        ("variations", {"picture": bomb(3000, 100)}, r"too long and narrow \(3000 x 100\)"),
+        ("variations", {"picture": moving()}, r"animated \(2 frames\): save one frame"),
+        ("variations", {"picture": bytes(work.MAX_UPLOAD + 1)}, "file of 8.1 MiB: at most 8 MiB"),
+        ("variations", {"picture": png()[:60]}, "cut off or damaged"),
         ("variations", {"picture": {"path": "/etc/passwd"}}, "must be a PNG"),
+        ("interpolate", {"first": png(), "second": moving()}, "the second picture is animated"),
+        ("inpaint", {"picture": png(), "mask": moving()}, "the mask is animated"),
+        ("inpaint", {"picture": png(), "mask": png()}, "the mask is empty"),
+        ("inpaint", {"picture": png(), "mask": png("RGBA")}, "transparent all over.*OpenAI"),
     ],
 )
 def test_what_is_not_allowed_is_refused_with_the_reason(action, request_, why):
@@ -70,6 +88,35 @@ def test_what_is_not_allowed_is_refused_with_the_reason(action, request_, why):
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "I;16"])
 def test_pictures_of_odd_modes_are_read(mode):
     assert work.check("variations", {"picture": png(mode)})["picture"].shape == (6, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda data: base64.encodebytes(data).decode(),
+        lambda data: base64.encodebytes(data).decode().replace("\n", "\r\n"),
+        lambda data: " " + base64.b64encode(data).decode() + "\n",
+        lambda data: base64.urlsafe_b64encode(data).decode(),
+        lambda data: base64.urlsafe_b64encode(data).decode().rstrip("="),
+        lambda data: "data:image/png;base64," + base64.encodebytes(data).decode(),
+    ],
+    ids=["lines", "MIME", "spaces", "for URLs", "for URLs, unpadded", "data URL"],
+)
+def test_base64_as_programs_write_it_is_read(wrap):
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
+    Image.fromarray(noise).save(buffer, "PNG")
+    text = wrap(buffer.getvalue())
+    np.testing.assert_array_equal(work.check("variations", {"picture": text})["picture"], noise)
+
+
+def test_a_mask_of_strokes_on_a_transparent_layer_is_what_they_cover():
+    strokes, buffer = Image.new("RGBA", (8, 6), (0, 0, 0, 0)), io.BytesIO()
+    strokes.paste("white", (4, 0, 8, 6))
+    strokes.save(buffer, "PNG")
+    request = {"picture": png(), "mask": base64.b64encode(buffer.getvalue()).decode(), "caption": "a"}
+    mask = work.check("inpaint", request)["mask"]
+    assert mask.dtype == bool and mask[:, 4:].all() and not mask[:, :4].any()
 
 
 def test_nonsense_is_refused_and_never_breaks():
