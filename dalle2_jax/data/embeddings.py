@@ -300,15 +300,25 @@ class EmbeddingSource:
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         if image:
             raise ValueError("source 'embeddings' holds no images")
-        texts = row_captions(self._captions, index) if captions else {}
+        texts = row_captions(self._captions, index, "text_embed" in self._table.dims) if captions else {}
         return Record(f"row:{index}", None, texts, self._table.row(index), self._fields)
 
 
-def row_captions(columns: dict[str, list[str | None]], row: int) -> dict[str, tuple[str, ...]]:
-    """The captions of one row by language, in the order of the columns."""
+def row_captions(
+    columns: dict[str, list[str | None]], row: int, embedded: bool = False
+) -> dict[str, tuple[str, ...]]:
+    """The captions of one row by language, in the order of the columns.
+
+    embedded: only those that text_emb is of: `caption` (`caption_zh`) where the row has it. clip-retrieval
+    embeds that column; the tokens of a `text` beside it, such as a page's alt text, do not belong to the
+    embedding.
+    """
     texts: dict[str, list[str]] = {}
     for field, column in columns.items():
-        add_caption(texts, language_of(field), column[row] or "")
+        language = language_of(field)
+        main = "caption" if language == "en" else f"caption_{language}"
+        if not embedded or field == main or main not in columns or columns[main][row] is None:
+            add_caption(texts, language, column[row] or "")
     return freeze(texts)
 
 

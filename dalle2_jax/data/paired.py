@@ -26,7 +26,8 @@ _NUMBERED = re.compile(r"(?:row|.*\.tfrecord[^:]*):[0-9]+")  # the key of a reco
 class Paired:
     """Records of a source with the rows of an embedding folder beside them, in the same order.
 
-    Where the folder has embeddings of captions and the captions, a record's captions are those of its row.
+    Where the folder has embeddings of captions and the captions, a record's captions are the embedded ones of
+    its row.
     Where its metadata name the records, a record whose row is of another one is bad (`other_record`).
     Raises ValueError for embeddings of other records: by their number, embed.json, or some of their keys and
     captions.
@@ -66,7 +67,7 @@ class Paired:
             )
         texts, fields = record.captions, record.fields
         if captions and self._captions:
-            texts, fields = embeddings.row_captions(self._captions, index), self._fields
+            texts, fields = embeddings.row_captions(self._captions, index, embedded=True), self._fields
         return Record(record.key, record.image, texts, self._table.row(index), fields)
 
 
