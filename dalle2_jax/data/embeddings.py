@@ -18,8 +18,9 @@ from etils import epath
 
 from dalle2_jax import files
 from dalle2_jax.data import records
+from dalle2_jax.data.find import did_you_mean
 from dalle2_jax.data.records import BadRecord, Record
-from dalle2_jax.data.shards import add_caption, did_you_mean, freeze, language_of
+from dalle2_jax.data.shards import add_caption, freeze, language_of
 
 
 def _embedding_shards(folder: str) -> list[np.ndarray]:
@@ -30,7 +31,7 @@ def _embedding_shards(folder: str) -> list[np.ndarray]:
     for name in names:
         try:
             shard = np.load(os.path.join(folder, name), mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise ValueError(f"{os.path.join(folder, name)} is no plain array of numbers: {error}") from None
         if shard.ndim != 2 or shard.dtype.kind != "f":
             raise ValueError(
@@ -211,7 +212,8 @@ class EmbeddingSource:
         counts = {language: len(texts) for language, texts in self._captions.items()}
         if any(count != len(self._table) for count in counts.values()):
             raise ValueError(f"{path}: {len(self._table)} embeddings but captions {counts} in metadata")
-        self.refused, self.embed_dims = {}, self._table.dims
+        self.refused, self.passed, self.examples = {}, {}, {}
+        self.embed_dims = self._table.dims
         self.files, self.fingerprint = self._table.entries, records.fingerprint(self._table.entries)
 
     def __len__(self):
@@ -358,11 +360,13 @@ class Paired:
                 found = source.read(int(row), image=False, captions=False).key
             except BadRecord:
                 continue
-            if found != keys[row]:
+            former = getattr(source, "former_key", None)  # of embeddings that older versions wrote
+            if found != keys[row] and not (former and former(int(row)) == keys[row]):
                 raise ValueError(f"row {row} of {path} is of record {keys[row]!r}, not {found!r}: {again}")
         embedded = "text_embed" in self._table.dims
         self._captions = _metadata_captions(path, len(self._table)) if embedded else {}
-        self.refused, self.has_images, self.embed_dims = source.refused, source.has_images, self._table.dims
+        self.refused, self.passed, self.examples = source.refused, source.passed, source.examples
+        self.has_images, self.embed_dims = source.has_images, self._table.dims
         self.clip_sha256 = _clip_sha256(plan)
         beside = [(f"embeddings/{name}", size, count) for name, size, count in self._table.entries]
         self.files = [*source.files, *beside]

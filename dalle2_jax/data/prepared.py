@@ -12,7 +12,8 @@ import re
 from absl import logging
 
 from dalle2_jax.data import records
-from dalle2_jax.data.shards import ExampleSource, did_you_mean, language_of
+from dalle2_jax.data.find import did_you_mean
+from dalle2_jax.data.shards import ExampleSource, language_of
 
 
 @contextlib.contextmanager
@@ -81,12 +82,12 @@ def _open_builder(builder, split: str, image_field: str, caption_field: str, nam
         if len(index.rows) != part.examples_in_shard:
             raise ValueError(
                 f"{part.filename} holds {len(index.rows)} records where its manifest has "
-                f"{part.examples_in_shard} ({index.refused or 'cut between two records'}): "
+                f"{part.examples_in_shard} ({index.damage or index.refused or 'cut between two records'}): "
                 f"delete {builder.data_dir} and prepare it again"
             )
         rows = index.rows[part.skip : part.skip + part.take if part.take >= 0 else None]
         paths.append(part.filename)
-        indexes.append(records.Index(rows, index.refused))
+        indexes.append(records.Index(rows, index.refused, examples=index.examples))
     image, captions = _tfds_fields(info.features, image_field, caption_field, name)
     return ExampleSource(paths, indexes, image, captions)
 
