@@ -166,13 +166,12 @@ def _in_folder(path: str, split: str, suffix: str) -> list[str]:
         raise ValueError(f"{folder} holds no *{suffix}" + _held("", folder))
     chosen = [name for name in names if not split or _is_of_split(name, split)]
     if not chosen:
-        prefixes = {re.split(r"[-_.]", name)[0] for name in names}
-        splits = [prefix for prefix in prefixes if re.search("[^0-9]", prefix)]
-        unnamed = sum(re.split(r"[-_.]", name)[0] not in splits for name in names)
+        splits = {re.split(r"[-_.]", name)[0] for name in names}
+        splits = {name for name in splits if not name.isdigit()}  # a number is no split, but a part of one
         raise ValueError(
             f"{path} holds neither {split}-*{suffix} nor {split}/*{suffix}; an empty split "
-            f"(--config.data.split= --config.data.eval_split=) takes all {len(names)} files, of which {unnamed} "
-            "have no split's name" + _near(split, splits)
+            f"(--config.data.split= --config.data.eval_split=) takes all {len(names)} files"
+            + _near(split, splits)
         )
     _tell_of_others(folder, split, suffix, beside)
     return [os.path.join(folder, name) for name in chosen]
