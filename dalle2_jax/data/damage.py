@@ -85,8 +85,12 @@ def _short_names(paths: Sequence[str], root: str) -> list[str]:
 def is_named(path: str, setting: str | Sequence[str]) -> bool:
     """Whether `data.allow_damaged` names a file: by its name, its path, or the end of its path."""
     listed = setting if isinstance(setting, str) else ",".join(setting)
-    listed = "," + re.sub(r",\s+", ",", listed.strip()) + ","  # a name may hold a comma itself
-    return any(f",{name}," in listed for name in (*_names(path), path))
+
+    def plain(text: str) -> str:
+        return re.sub(r",\s+", ",", text.strip())
+
+    # The name between commas is looked for, for a name may hold a comma itself.
+    return any(f",{plain(name)}," in f",{plain(listed)}," for name in (*_names(path), path))
 
 
 def check(paths: Sequence[str], indexes, root: str, allow_damaged: str | Sequence[str] | None) -> None:

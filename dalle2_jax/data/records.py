@@ -14,7 +14,6 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 import struct
@@ -264,9 +263,11 @@ def _tar_members(file, size: int):
 
 def _goes_on(file) -> bool:
     """Whether an archive goes on behind its end mark, where `file` stands, as one of several joined ones."""
-    behind = file.read(_END_BYTES)
-    blocks = (behind[start : start + 512] for start in range(0, len(behind) - 511, 512))
-    return any(_checksum_ok(block) for block in itertools.islice((b for b in blocks if b.strip(b"\0")), 1))
+    for _ in range(_END_BYTES // 512):
+        block = file.read(512)
+        if len(block) < 512 or block.strip(b"\0"):
+            return len(block) == 512 and _checksum_ok(block)
+    return False
 
 
 def index_tar(path: str) -> Index:

@@ -96,14 +96,14 @@ def test_relative_paths(tmp_path, monkeypatch):
         ),
         ("numbers", "train", r"neither train-\*.tar nor train/\*.tar; an empty split .* takes all 2 files$"),
         ("fold*", "", r"no file matches .*; it matches 1 folders: add /\*.tar"),
-        ("parts", "train", r"did you mean 'train_a' or 'train_b'\? There is: train_a, train_b"),
+        ("parts", "train", r"did you mean 'train[AB]' or 'train[AB]'\? There is: trainA, trainB$"),
     ],
 )
 def test_no_suggestion_names_a_part_as_if_it_were_the_whole(tmp_path, path, split, complaint):
     touch(tmp_path / "set", "part-00000.tar", "part-00001.tar", "part-00002.tar")
     touch(tmp_path / "set", "folder/a/0.tar", "folder/b/c/1.tar")
     if path in ("numbers", "parts"):
-        names = {"numbers": ("00000.tar", "00001.tar"), "parts": ("train_a.0.tar", "train_b.0.tar")}[path]
+        names = {"numbers": ("00000.tar", "00001.tar"), "parts": ("trainA.0.tar", "trainB.0.tar")}[path]
         touch(tmp_path / "set" / path, *names)
     with pytest.raises(ValueError, match=complaint) as raised:
         found(tmp_path / "set", path, split)
