@@ -2,7 +2,7 @@
 
     FOLDER       PNG, JPEG or WebP files, also in folders below, by name; a caption in KEY.txt beside KEY.png.
                  Where generate.json lies, as `dalle2_jax.generate` writes it, the pictures that it lists
-    *.tar        img2dataset's shards (a file, a glob, or a folder of them), see data/shards.py
+    *.tar        img2dataset's shards (a file, a pattern, or a folder of them), see data/find.py
     *.npz        `arr_0` uint8 [N, H, W, 3], as guided-diffusion's evaluator reads it; not loaded whole
 
 A picture that cannot be read is an error: a number of fewer pictures is another number.
