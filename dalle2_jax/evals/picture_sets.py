@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from dalle2_jax import files, grid, processes
-from dalle2_jax.data import records, scenes, shards, transforms
+from dalle2_jax.data import damage, records, scenes, shards, transforms
 from dalle2_jax.pictures import square_picture
 
 MAX_CAPTION_BYTES = 1 << 16
@@ -124,7 +124,7 @@ def _open_folder(path: str) -> PictureSet:
 
     def items():
         for file, _ in entries:
-            yield Item(file.relative_to(root).as_posix(), file.read_bytes())
+            yield Item(damage.printable(os.fsencode(file.relative_to(root))), file.read_bytes())
 
     return PictureSet(_last(path), "folder", len(entries), items, _all([text for _, text in entries]))
 
