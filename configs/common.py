@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
             image_field="",
             caption_field="",
             verify_sha256=False,
+            allow_damaged="",  # files, with commas between
             max_bad_fraction=1e-3,
             num_workers=2,
             group=1,

@@ -18,7 +18,8 @@ from etils import epath
 from dalle2_jax import modeldir, models
 
 # None of these changes what a step computes, but for its rounding (`mesh`, `model.remat`,
-# `model.scan_blocks`). A dataset that is read from elsewhere (`data.data_dir`) is compared, as any is.
+# `model.scan_blocks`). A dataset that is read from elsewhere (`data.data_dir`), or with damaged files
+# (`data.allow_damaged`), is compared, as any is.
 FREE = (
     "num_steps",
     "log_every",
@@ -36,6 +37,7 @@ FREE = (
     "data.data_dir",
     "data.num_workers",
     "data.max_bad_fraction",
+    "data.allow_damaged",
     "model.remat",
     "model.scan_blocks",
 )

@@ -22,14 +22,21 @@ class Budget:
     them (none where max_fraction is 0). A record counts once, however often it comes.
     """
 
-    def __init__(self, num_records: int, max_fraction: float, refused: dict[str, int]):
-        """refused: what indexing lost already, by reason."""
+    def __init__(
+        self,
+        num_records: int,
+        max_fraction: float,
+        refused: dict[str, int],
+        passed: dict[str, int] | None = None,
+        examples: dict[str, str] | None = None,
+    ):
+        """What indexing lost already; what it left out besides; a name for each reason."""
         self._lock = threading.Lock()
         self._num_records, self._max_fraction = num_records, max_fraction
         self._slack = BAD_SLACK if max_fraction > 0 else 0
         self._known: dict[int, str] = {}  # record -> reason
         self._refused = dict(refused)
-        self._noted = collections.Counter()
+        self._noted, self._examples = collections.Counter(passed or {}), examples or {}
         self._read = 0
         self._stopped = ""  # why, once the run has to stop
         self.kept: list[dict] = []
@@ -69,6 +76,10 @@ class Budget:
 
     def _stop(self, bad: int, seen: int, what: str):
         examples = "; ".join(f"{item['key']} ({item['reason']} {item['detail']})" for item in self.kept[:5])
+        lost = [
+            f"{self._examples[reason]} ({reason})" for reason in self._refused if reason in self._examples
+        ]
+        examples = examples or "; ".join(lost[:5])
         self._stopped = (
             f"{bad} of {seen} records {what} cannot be used, above data.max_bad_fraction="
             f"{self._max_fraction}: {self.counts()}. {examples}{'. ' if examples else ''}"

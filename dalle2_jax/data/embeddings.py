@@ -18,8 +18,9 @@ from etils import epath
 
 from dalle2_jax import files
 from dalle2_jax.data import records
+from dalle2_jax.data.find import did_you_mean
 from dalle2_jax.data.records import BadRecord, Record
-from dalle2_jax.data.shards import add_caption, did_you_mean, freeze, language_of
+from dalle2_jax.data.shards import add_caption, freeze, language_of
 
 KINDS = ("img_emb", "text_emb", "metadata")
 _ENDINGS = {"img_emb": (".npy",), "text_emb": (".npy",), "metadata": (".parquet", ".jsonl")}
@@ -75,7 +76,7 @@ def _embedding_shards(paths: Iterable[str]) -> list[np.ndarray]:
     for path in paths:
         try:
             shard = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise ValueError(f"{path} is no plain array of numbers: {error}") from None
         if shard.ndim != 2 or shard.dtype.kind != "f":
             raise ValueError(f"{path}: expected floats [N, E], found {shard.dtype} {shard.shape}")
@@ -291,7 +292,8 @@ class EmbeddingSource:
     def __init__(self, path: str):
         self.clip_sha256, self._table = clip_sha256(read_plan(path)), Embeddings(path)
         self._captions, self._fields = read_columns(self._table.metadata, language_of)
-        self.refused, self.embed_dims = {}, self._table.dims
+        self.refused, self.passed, self.examples = {}, {}, {}
+        self.embed_dims = self._table.dims
         self.files, self.fingerprint = self._table.entries, records.fingerprint(self._table.entries)
 
     def __len__(self):

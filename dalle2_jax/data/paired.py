@@ -50,7 +50,8 @@ class Paired:
         keys = [columns.pop(name) for name in _KEYS if name in columns]
         self._keys = _checked_keys(path, source, keys, columns, foreign=not plan)
         self._captions = columns if "text_embed" in self._table.dims else {}
-        self.refused, self.has_images, self.embed_dims = source.refused, source.has_images, self._table.dims
+        self.refused, self.passed, self.examples = source.refused, source.passed, source.examples
+        self.has_images, self.embed_dims = source.has_images, self._table.dims
         self.clip_sha256 = embeddings.clip_sha256(plan)
         beside = [(f"embeddings/{name}", size, count) for name, size, count in self._table.entries]
         self.files = [*source.files, *beside]
@@ -102,6 +103,11 @@ def _checked_keys(
     """
     sampled = _sampled(source, captions=foreign) if keys or (foreign and captions) else {}
     same = {row: _of_same(record.key, keys, row) for row, record in sampled.items()}
+    if not foreign and hasattr(source, "former_key"):  # the keys in embeddings that older versions wrote
+        same = {
+            row: _of_same(source.former_key(row), keys, row) if known is False else known
+            for row, known in same.items()
+        }
     strange = [row for row, known in same.items() if known is False]
     agree = sum(known is True for known in same.values())
     at_home, elsewhere = _captions_found(sampled, captions) if foreign and not agree else (0, {})

@@ -75,7 +75,7 @@ class Dataset:
         return self.source.clip_sha256
 
     def bad_records(self) -> dict[str, int]:
-        """{reason: count} of what could not be used so far: refused while indexing, and bad while reading."""
+        """{reason: count} of what was not used so far: left out while indexing, and bad while reading."""
         return self._bad.counts()
 
     def bad_record_list(self) -> list[dict]:
@@ -363,6 +363,7 @@ def iterate_captions(
     caption_field: str = "",
     embeddings: str = "",
     verify_sha256: bool = False,
+    allow_damaged: str | Sequence[str] = "",
     max_bad_fraction: float = 1e-3,
     num_workers: int = 2,
     group: int = 1,
@@ -385,6 +386,7 @@ def iterate_captions(
         caption_field=caption_field,
         embeddings=embeddings,
         verify_sha256=verify_sha256,
+        allow_damaged=allow_damaged,
     )
     _check_captions(opened, path, language)
     stride = max(1, -(-len(opened) // limit))
@@ -425,12 +427,13 @@ def make_dataset(
     caption_field: str = "",
     embeddings: str = "",
     verify_sha256: bool = False,
+    allow_damaged: str | Sequence[str] = "",
 ) -> Dataset:
     """Open a dataset.
 
     Args:
-        source, path, split, data_dir, image_field, caption_field, embeddings, verify_sha256: see
-        `sources.open_source`. fields: what batches hold, of image, clip_image, low_res, crop_yx, tokens,
+        source, path, split, data_dir, image_field, caption_field, embeddings, verify_sha256, allow_damaged:
+        see `sources.open_source`. fields: what batches hold, of image, clip_image, low_res, crop_yx, tokens,
         token_mask, image_embed, text_embed. image_size, clip_image_size, low_res_size, crop_size,
             low_res_blur, low_res_blur_sigma, low_res_bsr, random_crop, flip: see `transforms.Views`. Where a
             caption names sides a record is never mirrored.
@@ -490,6 +493,7 @@ def make_dataset(
         caption_field=caption_field,
         embeddings=embeddings,
         verify_sha256=verify_sha256,
+        allow_damaged=allow_damaged,
     )
     for field in ("image_embed", "text_embed"):
         if field in fields and field not in opened.embed_dims:
@@ -514,7 +518,7 @@ def make_dataset(
         random_crop=random_crop,
         flip=flip,
     )
-    bad = Budget(len(opened), max_bad_fraction, opened.refused)
+    bad = Budget(len(opened), max_bad_fraction, opened.refused, opened.passed, opened.examples)
     return Dataset(
         opened,
         tuple(fields),

@@ -18,7 +18,8 @@ from absl import logging
 
 from dalle2_jax import files
 from dalle2_jax.data import records, scenes_builder
-from dalle2_jax.data.shards import ExampleSource, did_you_mean, language_of
+from dalle2_jax.data.find import did_you_mean
+from dalle2_jax.data.shards import ExampleSource, language_of
 
 _NAME = re.compile(r"(?P<name>[A-Za-z]\w*)(?:/(?P<config>[\w+.-]+))?(?::(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -183,10 +184,11 @@ def _open_folder(folder: str, split: str, image_field: str, caption_field: str, 
             if len(index.rows) != length:
                 raise ValueError(
                     f"{path} holds {len(index.rows)} records where its manifest has {length} "
-                    f"({index.refused or 'cut between two records'}): delete {folder} and prepare it again"
+                    f"({index.damage or index.refused or 'cut between two records'}): delete {folder} and "
+                    "prepare it again"
                 )
             paths.append(path)
-            indexes.append(records.Index(index.rows[skip:take], index.refused))
+            indexes.append(records.Index(index.rows[skip:take], index.refused, examples=index.examples))
     if not paths:
         raise ValueError(f"split {split!r} of {name} holds no record")
     image, captions = _fields(_read_json(folder, "features.json"), image_field, caption_field, name)

@@ -1,82 +1,31 @@
 """Shards as img2dataset writes them: tar files of KEY.jpg|png|webp, KEY.txt, KEY.json, or TFRecord files.
 
+KEY is what stands before the last dot, which a known extension follows: `v1.3.png` is the picture of `v1.3`.
+
 What a caption's language is follows from the name of its field: `caption`, `text` and `.txt` are 'en',
 `caption_zh` is 'zh', `caption_xx` is 'xx'.
 """
 
 import codecs
 import collections
-import difflib
-import glob
+import dataclasses
 import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
 
-from dalle2_jax.data import records
+from dalle2_jax.data import damage, records
 from dalle2_jax.data.examples import Example
+from dalle2_jax.data.find import find_files
 from dalle2_jax.data.records import BadRecord, Record
 
 _MAX_COUNT = 1 << 48  # of samples that a manifest may say a shard has
+_NEAR = 4096  # bytes between a name and its picture that are read with both
 _CAPTION_FIELD = re.compile(r"(?:caption|captions|text|txt)(?:_([a-z]{2,3}))?(?:/text|/raw)?")
-
-
-def did_you_mean(word: str, known) -> str:
-    """'; did you mean X?' where one of `known` is near `word`, and then the known ones."""
-    known = sorted(map(str, known))
-    near = difflib.get_close_matches(word, known, n=1)
-    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-    return (f"; did you mean {near[0]!r}?" if near else ";") + f" There is: {shown or 'nothing'}"
-
-
-def find_files(path: str, split: str, suffix: str) -> list[str]:
-    """The sorted files of a dataset: `path` is a folder, a file or a glob.
-
-    In a folder, `split` picks FOLDER/SPLIT/*suffix or FOLDER/SPLIT-*suffix; '' takes all files of the folder.
-
-    Raises:
-        ValueError: nothing is found; the message names what exists.
-    """
-    path = os.fspath(path)
-    if "://" in path:
-        raise ValueError(
-            f"{path}: records are read with pread from mounted file systems; mount the bucket (gcsfuse)"
-        )
-    if not path:
-        raise ValueError("data.path is empty: give the folder, or a glob, of the shards")
-    if os.path.isfile(path):
-        return [path]
-    if glob.has_magic(path):
-        found = sorted(file for file in glob.glob(path) if os.path.isfile(file))
-        if not found:
-            folder = os.path.dirname(path)
-            folder = folder if os.path.isdir(folder) else "."
-            raise ValueError(
-                f"no file matches {path}" + did_you_mean(os.path.basename(path), os.listdir(folder))
-            )
-        return found
-    if not os.path.isdir(path):
-        parent = os.path.dirname(os.path.abspath(path))
-        listing = os.listdir(parent) if os.path.isdir(parent) else []
-        raise ValueError(f"{path} does not exist" + did_you_mean(os.path.basename(path), listing))
-    if split and os.path.isdir(os.path.join(path, split)):
-        path, split = os.path.join(path, split), ""
-    names = sorted(name for name in os.listdir(path) if name.endswith(suffix))
-    if not names:
-        raise ValueError(f"{path} holds no *{suffix}" + did_you_mean(suffix, os.listdir(path)))
-    if split:
-        chosen = [name for name in names if re.match(re.escape(split) + r"[-_.]", name)]
-        if not chosen:
-            prefixes = {re.split(r"[-_.]", name)[0] for name in names}
-            raise ValueError(
-                f"{path} holds neither {split}-*{suffix} nor {split}/*{suffix} (split '' takes all)"
-                + did_you_mean(split, prefixes)
-            )
-        names = chosen
-    return [os.path.join(path, name) for name in names]
 
 
 def language_of(field: str) -> str | None:
@@ -124,18 +73,61 @@ def freeze(captions: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
     return {language: tuple(texts) for language, texts in captions.items() if texts}
 
 
-def _missing_by_manifest(path: str, count: int) -> int:
-    """How many samples the `_stats.json` that img2dataset writes beside a shard counts beyond `count`.
+def _expected(path: str) -> int | None:
+    """How many samples the `_stats.json` that img2dataset writes beside a shard counts.
 
-    0 where it counts none, or more than a file can hold.
+    None where it counts none, or more than a file can hold.
     """
     stats = os.path.splitext(path)[0] + "_stats.json"
     try:
         with open(stats, encoding="utf-8") as file:
             expected = int(json.loads(file.read(records.MAX_TEXT_BYTES))["successes"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return 0
-    return max(0, expected - count) if expected <= _MAX_COUNT else 0
+        return None
+    return expected if 0 <= expected <= _MAX_COUNT else None
+
+
+def _with_manifest(path: str, index: records.Index, has_end_mark: bool) -> records.Index:
+    """The index of a file after a look at its `_stats.json`, if it has one.
+
+    A file without records is damaged, unless it is whole and `_stats.json` counts none. One with fewer than
+    are counted is damaged where its format has no end mark; where it has, the samples were lost before.
+    """
+    expected, count = _expected(path), len(index.rows)
+    refused, passed, found = dict(index.refused), dict(index.passed), index.damage
+    missing = max(0, (expected or 0) - count)
+    if missing and not found and not has_end_mark:
+        found = "missing_from_shard"
+    if not count and not found and expected != 0:
+        found = "no_records"
+    if found and found != "missing_from_shard":
+        passed[found] = 1
+    if missing:
+        counts = passed if found else refused
+        counts["missing_from_shard"] = missing
+    return dataclasses.replace(index, refused=refused, passed=passed, damage=found)
+
+
+def _open_files(
+    path: str,
+    split: str,
+    suffix: str,
+    index_file,
+    has_end_mark: bool,
+    allow_damaged: str | Sequence[str] | None,
+) -> tuple[list[str], list[records.Index]]:
+    """(files, their indexes). Raises ValueError for damaged files that are not allowed."""
+    paths = find_files(path, split, suffix)
+    scanned = zip(paths, records.scan(paths, index_file), strict=True)
+    indexes = [_with_manifest(file, index, has_end_mark) for file, index in scanned]
+    path = os.path.abspath(path)
+    damage.check(paths, indexes, path if os.path.isdir(path) else _root(paths), allow_damaged)
+    return paths, indexes
+
+
+def _root(paths: Sequence[str]) -> str:
+    """The folder that all of these files lie in."""
+    return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
 
 
 class _Indexed:
@@ -145,38 +137,50 @@ class _Indexed:
 
     def __init__(self, paths: list[str], indexes: list[records.Index]):
         self._files = records.Files(paths)
-        self._rows = np.concatenate([index.rows for index in indexes])
-        self._file_of = np.repeat(
-            np.arange(len(paths), dtype=np.int32), [len(index.rows) for index in indexes]
-        )
-        self._first = np.concatenate([[0], np.cumsum([len(index.rows) for index in indexes])])
-        self.refused, self.embed_dims = collections.Counter(), {}
-        root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-        self.files = []
+        root, counts = _root(paths), [len(index.rows) for index in indexes]
+        self._file_of = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+        self.refused, self.passed = collections.Counter(), collections.Counter()
+        self.examples, self.embed_dims, self.files = {}, {}, []
         for path, index in zip(paths, indexes, strict=True):
+            name = os.path.relpath(os.path.abspath(path), root)
             self.refused.update(index.refused)
-            missing = _missing_by_manifest(path, len(index.rows))
-            if missing:
-                self.refused["missing_from_shard"] += missing
-            for reason, count in index.refused.items():
-                logging.warning("%s: %s x %d", path, reason, count)
-            if missing:
-                logging.warning("%s: %d samples fewer than its _stats.json counts", path, missing)
-            self.files.append(
-                (os.path.relpath(os.path.abspath(path), root), os.path.getsize(path), len(index.rows))
-            )
+            self.passed.update(index.passed)
+            for reason in {**index.refused, **index.passed}:
+                example = f": {index.examples[reason]}" if reason in index.examples else ""
+                self.examples.setdefault(reason, damage.printable(os.fsencode(name)) + example)
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+            self.files.append((name, size, len(index.rows)))
+        _tell(root, self, indexes)
         self.fingerprint = records.fingerprint(self.files)
-        if not len(self._rows):
-            raise ValueError(
-                f"no usable record in {len(paths)} files under {root}: refused {dict(self.refused)}"
-            )
+        if not any(counts):
+            lost = {reason: f"{n}, such as {self.examples[reason]}" for reason, n in self.refused.items()}
+            raise ValueError(f"no usable record in {len(paths)} files under {root}: refused {lost}")
+        self._rows = np.concatenate([index.rows for index in indexes if len(index.rows)])
+        names = [os.path.basename(path) for path in paths]
+        if len(set(names)) < len(names):  # in several folders: the names alone would not tell them apart
+            names = [name for name, _, _ in self.files]
+        self._names = [damage.printable(os.fsencode(name)) for name in names]
 
     def __len__(self):
         return len(self._rows)
 
     def _key(self, index: int) -> str:
         file = int(self._file_of[index])
-        return f"{os.path.basename(self._files.paths[file])}:{index - int(self._first[file])}"
+        return f"{self._names[file]}:{index - int(self._first[file])}"
+
+
+def _tell(root: str, source: _Indexed, indexes: Sequence[records.Index]) -> None:
+    """Log the damaged files that are allowed, and what was left out, a line for each reason."""
+    for (name, _, count), index in zip(source.files, indexes, strict=True):
+        if index.damage:
+            logging.warning("%s/%s %s; %d records are read", root, name, damage.KINDS[index.damage], count)
+    for reason, count in source.refused.items():
+        logging.warning("%s: lost %d (%s), such as %s", root, count, reason, source.examples[reason])
+    for reason, count in source.passed.items():
+        if reason not in damage.KINDS:
+            example = source.examples[reason]
+            logging.warning("%s: passed over %d (%s), such as %s", root, count, reason, example)
 
 
 class TarSource(_Indexed):
@@ -192,12 +196,15 @@ class TarSource(_Indexed):
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         file, row = int(self._file_of[index]), self._rows[index].tolist()
-        # The 512 bytes before the image are its header, which holds the name.
-        offset, size = (row[0] - 512, row[1] + 512) if image else (row[0] - 512, 512)
-        data = self._files.read(file, offset, size)
-        name = data[:100].split(b"\0")[0].decode("ascii", "replace").rpartition("/")[2].partition(".")[0]
-        texts: dict[str, list[str]] = {}
-        fields: dict = {}
+        (image_at, image_size), (key_at, key_size) = row[:2], row[6:]
+        encoded, between = None, image_at - key_at
+        if image and 0 < between <= _NEAR:
+            data = self._files.read(file, key_at, between + image_size)
+            name, encoded = data[:key_size], data[between:]
+        else:
+            name = self._files.read(file, key_at, key_size)
+            encoded = self._files.read(file, image_at, image_size) if image else None
+        name, texts, fields = damage.printable(name), {}, {}
         if captions and row[3] >= 0:
             add_caption(texts, "en", decode_caption(self._text(file, row[2], row[3])))
         if (captions or self._verify_sha256) and row[5] >= 0:
@@ -205,11 +212,20 @@ class TarSource(_Indexed):
             if captions:
                 _add_fields(texts, fields)
             expected = fields.get("sha256") if self._verify_sha256 and image else None
-            if expected and hashlib.sha256(data[512:]).hexdigest() != expected:
+            if expected and hashlib.sha256(encoded).hexdigest() != expected:
                 raise BadRecord("sha256_differs", f"{name}: {expected} in its JSON")
-        key = f"{os.path.basename(self._files.paths[file])}:{name}"
         names = (".txt",) * (row[3] >= 0) + tuple(fields)
-        return Record(key, data[512:] if image else None, freeze(texts), fields=names)
+        return Record(f"{self._names[file]}:{name}", encoded, freeze(texts), fields=names)
+
+    def former_key(self, index: int) -> str:
+        """The key that older versions gave a record, which is in the embeddings that they wrote.
+
+        They took it from the 512 bytes before the image, which hold the first 100 of its name.
+        """
+        file = int(self._file_of[index])
+        data = self._files.read(file, int(self._rows[index, 0]) - 512, 100)
+        name = data.split(b"\0")[0].decode("ascii", "replace").rpartition("/")[2].partition(".")[0]
+        return f"{os.path.basename(self._files.paths[file])}:{name}"
 
     def _text(self, file: int, offset: int, size: int) -> bytes:
         """A .txt or .json. Raises BadRecord for one above MAX_TEXT_BYTES: JSON takes many times its size."""
@@ -239,10 +255,16 @@ def _add_fields(captions: dict[str, list[str]], fields: dict) -> None:
                     add_caption(captions, language, text)
 
 
-def open_tar(path: str, split: str, verify_sha256: bool = False) -> TarSource:
-    """Tar shards as img2dataset writes them; see `find_files` for path and split."""
-    paths = find_files(path, split, ".tar")
-    return TarSource(paths, records.scan(paths, records.index_tar), verify_sha256)
+def open_tar(
+    path: str, split: str, verify_sha256: bool = False, allow_damaged: str | Sequence[str] | None = None
+) -> TarSource:
+    """Tar shards as img2dataset writes them; see `find_files` for path and split.
+
+    allow_damaged: the files that may be damaged, of which what is whole is read; see `damage.check`.
+    Raises ValueError for other damaged files, all of them at once.
+    """
+    opened = _open_files(path, split, ".tar", records.index_tar, True, allow_damaged)
+    return TarSource(*opened, verify_sha256)
 
 
 class ExampleSource(_Indexed):
@@ -285,10 +307,12 @@ def _example_fields(names, path: str) -> tuple[str, dict[str, str]]:
     return image, {name: language_of(name) for name in sorted(names) if language_of(name)}
 
 
-def open_tfrecord(path: str, split: str) -> ExampleSource:
-    """TFRecord files as img2dataset writes them: key, jpg|png|webp, txt or caption, and other columns."""
-    paths = find_files(path, split, ".tfrecord")
-    indexes = records.scan(paths, records.index_tfrecord)
+def open_tfrecord(path: str, split: str, allow_damaged: str | Sequence[str] | None = None) -> ExampleSource:
+    """TFRecord files as img2dataset writes them: key, jpg|png|webp, txt or caption, and other columns.
+
+    allow_damaged: as of `open_tar`.
+    """
+    paths, indexes = _open_files(path, split, ".tfrecord", records.index_tfrecord, False, allow_damaged)
     source = ExampleSource(paths, indexes, "", {})
     for index in range(min(len(source), 16)):
         try:

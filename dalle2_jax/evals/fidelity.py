@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dalle2_jax import pipeline, processes
+from dalle2_jax import files, pipeline, processes
 from dalle2_jax.data import scenes
 from dalle2_jax.evals import aesthetic, clip_scores, distances, inception
 from dalle2_jax.evals.distances import Moments
@@ -124,7 +124,7 @@ def read_stats(path: str | os.PathLike) -> Stats | None:
     They are mu, sigma of the pool features, and mu_s, sigma_s of the spatial ones. Pictures in `arr_0` come
     with them. Raises ValueError for statistics of other features than these, or that are not finite.
     """
-    path = os.path.expanduser(os.fspath(path))
+    path = files.expand(path)
     if not (path.endswith(".npz") and os.path.isfile(path)):
         return None
     try:

@@ -3,7 +3,7 @@
     FOLDER       PNG, JPEG, WebP, BMP, GIF, TIFF or PPM files, also in folders below, by name; a caption in
                  KEY.txt beside KEY.png. Where generate.json lies, as `dalle2_jax.generate` writes it, the
                  pictures that it lists
-    *.tar        img2dataset's shards (a file, a glob, or a folder of them alone), see data/shards.py
+    *.tar        img2dataset's shards (a file, a pattern, or a folder of them alone), see data/find.py
     *.npz        `arr_0` uint8 [N, H, W, 3], as guided-diffusion's evaluator reads it; not loaded whole
 
 Every picture is decoded once when its set is opened. What cannot be measured is left out then, counted by
@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from dalle2_jax import files, grid, processes
-from dalle2_jax.data import records, scenes, shards, transforms
+from dalle2_jax.data import damage, records, scenes, shards, transforms
 from dalle2_jax.evals import picture_files
 from dalle2_jax.pictures import square_picture
 
@@ -236,7 +236,7 @@ def _open_folder(path: str, found: picture_files.Folder, progress: Progress | No
         )
 
     def key(i: int) -> str:
-        return entries[i][0].relative_to(root).as_posix()
+        return damage.printable(os.fsencode(entries[i][0].relative_to(root)))
 
     def read(i: int) -> Item:
         return Item(key(i), picture_files.read_bytes(entries[i][0]))

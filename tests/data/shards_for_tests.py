@@ -34,9 +34,9 @@ def noise_picture(size, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def write_tar(path, members) -> None:
+def write_tar(path, members, tar_format: int = tarfile.USTAR_FORMAT) -> None:
     """A tar of (name, bytes) pairs or of ready tarfile.TarInfo."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(path, "w", format=tar_format) as tar:
         for member in members:
             if isinstance(member, tarfile.TarInfo):
                 tar.addfile(member)

@@ -14,8 +14,8 @@ from dalle2_jax.data.records import BadRecord
 from tests.data import shards_for_tests as made
 
 
-def open_tar(path, split=""):
-    return sources.open_source("tar", str(path), split)
+def open_tar(path, split="", **settings):
+    return sources.open_source("tar", str(path), split, **settings)
 
 
 def test_tar_records_are_what_tarfile_reads(tmp_path):
@@ -45,6 +45,78 @@ def test_long_names_of_both_extensions_are_read(tmp_path):
                 tar.addfile(info, made.io.BytesIO(data))
         source = open_tar(path)
         assert len(source) == 1 and source.read(0).captions == {"en": ("caption 7",)}
+        assert source.read(0).key == source.read(0, image=False).key == f"{name}.tar:000000007"
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_of_any_letters_are_keys(tmp_path, tar_format):
+    """Spaces, signs, other scripts, bytes that are no UTF-8, and names beyond the 100 bytes of a header."""
+    names = ["photo 1 (clean)", "фото_1", 'a:b*c?d"$(e)', "图 1", "latin \udce9 1", "latin \udcea 1"]
+    names += [] if tar_format == tarfile.USTAR_FORMAT else ["long " * 30 + end for end in "ab"]
+    members = [(f"{name}.{end}", text) for name in names for end, text in (("png", b"p"), ("txt", b"words"))]
+    made.write_tar(tmp_path / "00000.tar", members, tar_format)
+    source = open_tar(tmp_path)
+    assert len(source) == len(names) and not source.refused and not source.passed
+    keys = [source.read(index).key for index in range(len(names))]
+    assert keys == [source.read(index, image=False).key for index in range(len(names))]
+    escaped = [name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for name in names]
+    assert keys == [f"00000.tar:{name}" for name in escaped] and len(set(keys)) == len(names)
+    assert all(source.read(index).captions == {"en": ("words",)} for index in range(len(names)))
+    "".join(keys).encode()  # as parquet and JSON ask for
+
+
+def test_a_ustar_prefix_is_no_part_of_the_key(tmp_path):
+    name = "folder/" * 20 + "v1.5"
+    made.write_tar(tmp_path / "00000.tar", [(f"{name}.png", b"p"), (f"{name}.txt", b"words")])
+    assert open_tar(tmp_path).read(0).key == "00000.tar:v1.5"
+
+
+def test_a_key_ends_at_the_last_dot_before_a_known_extension(tmp_path):
+    members = [(f"v1.{number}.{end}", b"words") for number in range(4) for end in ("png", "txt")]
+    members += [(f"img..{number}.JPG", b"p") for number in range(2)]
+    made.write_tar(tmp_path / "00000.tar", members)
+    source = open_tar(tmp_path)
+    assert [source.read(index).key[10:] for index in range(6)] == [
+        *(f"v1.{number}" for number in range(4)),
+        *(f"img..{number}" for number in range(2)),
+    ]
+    assert source.read(3).captions == {"en": ("words",)} and not source.refused and not source.passed
+
+
+def test_what_lies_beside_samples_changes_no_set_that_was_read_before(tmp_path):
+    """Masks, further captions, other files: passed over with a reason and an example, in any order."""
+    plain = [made.sample(number) for number in range(12)]
+    beside = [
+        ("seg.png", b"p"), ("seg.json", b"{}"), ("0.txt", b"other words"), ("png.json", b"{}"),
+        ("depth.v2.png", b"p"), ("npy", b"1"), ("cls", b"1"), ("jpg.bak", b"1"),
+    ]  # fmt: skip
+    mixed = []
+    for number, members in enumerate(plain):
+        extra = [(f"{number:09d}.{end}", data) for end, data in beside]
+        mixed += [*extra, *members] if number % 2 else [*members, *extra]
+    mixed += [("._000000001.png", b"1"), ("README", b"1"), ("set.info/", b"")]
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "mixed").mkdir()
+    made.write_tar(tmp_path / "plain" / "00000.tar", [member for members in plain for member in members])
+    made.write_tar(tmp_path / "mixed" / "00000.tar", mixed[:-1])
+    one, other = open_tar(tmp_path / "plain"), open_tar(tmp_path / "mixed")
+    assert len(one) == len(other) and not other.refused
+    for index in range(12):
+        assert one.read(index).key == other.read(index).key
+        assert one.read(index).captions == other.read(index).captions
+    # KEY.seg and KEY.png are one sample each of the parts; KEY.0 and KEY.depth.v2 too.
+    assert other.passed == {"part_of_another": 12 * 4, "other_extension": 12 * 3 + 1, "hidden_file": 1}
+    assert other.examples["part_of_another"] == "00000.tar: 000000000.seg"
+    assert other.examples["other_extension"] == "00000.tar: 000000000.npy"
+
+
+def test_a_picture_with_a_caption_of_its_own_is_a_record_beside_a_shorter_key(tmp_path):
+    members = [(f"{key}.{end}", b"words") for key in ("v1", "v1.3", "v1.4") for end in ("png", "txt")]
+    members += [("w.png", b"p"), ("w.json", b"{}"), ("w.2.png", b"p"), ("w.2.json", b"{}")]
+    made.write_tar(tmp_path / "00000.tar", members)
+    source = open_tar(tmp_path)
+    keys = [source.read(index).key[10:] for index in range(len(source))]
+    assert keys == ["v1", "v1.3", "v1.4", "w", "w.2"] and not source.passed
 
 
 @pytest.mark.parametrize("where", ["in a member", "in a header", "between members", "before the end marks"])
@@ -62,13 +134,15 @@ def test_truncated_tar(tmp_path, where):
         "before the end marks": end,
     }[where]
     os.truncate(path, cut)
-    source = open_tar(path)
-    assert source.refused == {"truncated_archive": 1}
+    with pytest.raises(ValueError, match=r"00000.tar is cut: it ends early; \d+ records can be read"):
+        open_tar(path)
+    source = open_tar(path, allow_damaged="00000.tar")
+    assert source.passed == {"truncated_archive": 1} and not source.refused
     assert len(source) == (10 if where == "before the end marks" else 3)
     assert source.read(2).captions == {"en": ("caption 2",)}
 
 
-def test_damaged_tar_header_is_counted(tmp_path):
+def test_damaged_tar_header_is_an_error_unless_allowed(tmp_path):
     path = tmp_path / "00000.tar"
     made.write_samples(path, range(4))
     with tarfile.open(path) as tar:
@@ -76,8 +150,10 @@ def test_damaged_tar_header_is_counted(tmp_path):
     with open(path, "r+b") as file:
         file.seek(offset + 3)
         file.write(b"X")
-    source = open_tar(path)
-    assert source.refused == {"damaged_archive": 1} and len(source) == 2
+    with pytest.raises(ValueError, match="00000.tar has a damaged header.* 2 records can be read"):
+        open_tar(path)
+    source = open_tar(path, allow_damaged="00000.tar")
+    assert source.passed == {"damaged_archive": 1} and len(source) == 2
 
 
 def test_fewer_samples_than_the_manifest(tmp_path):
@@ -99,7 +175,8 @@ def test_tar_traversal_links_and_devices_are_refused(tmp_path):
         ("../outside.png", made.flat_png(1)),
         ("/etc/outside.png", made.flat_png(1)),
         ("a/../../b.png", made.flat_png(1)),
-        ("a b$(touch x).png", made.flat_png(1)),
+        ("a\x1b[2Jb.png", made.flat_png(1)),
+        ("a\nb.png", made.flat_png(1)),
         special("s.png", tarfile.SYMTYPE, "/etc/passwd"),
         special("h.png", tarfile.LNKTYPE, "000000000.png"),
         special("c.png", tarfile.CHRTYPE),
@@ -108,7 +185,8 @@ def test_tar_traversal_links_and_devices_are_refused(tmp_path):
     ]
     made.write_tar(folder / "00000.tar", [*faults, *made.sample(3)])
     source = open_tar(folder)
-    assert source.refused == {"unsafe_name": 4, "not_a_regular_file": 4}
+    assert source.refused == {"unsafe_name": 5, "not_a_regular_file": 4}
+    assert source.examples["unsafe_name"] == "00000.tar: ../outside.png"
     assert len(source) == 1 and source.read(0).key == "00000.tar:000000003"
     assert not outside.exists() and os.listdir(folder) == ["00000.tar"]
 
@@ -155,7 +233,7 @@ def test_a_tar_header_that_is_larger_than_any_name_is_not_read(tmp_path, kind):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         small = size == records.MAX_HEADER_BYTES
-        assert index.refused == ({} if small else {"member_too_large": 1})
+        assert index.damage == ("" if small else "header_too_large") and not index.refused
         assert len(index.rows) == (3 if small else 2)
         assert peak < 8 * records.MAX_HEADER_BYTES
 
@@ -165,10 +243,12 @@ def test_a_tar_with_more_members_than_any_shard_has(tmp_path, monkeypatch):
     path = tmp_path / "00000.tar"
     made.write_samples(path, range(4))
     monkeypatch.setattr(records, "MAX_MEMBERS", 6)
-    source = open_tar(path)
-    assert source.refused == {"too_many_members": 1} and len(source) == 2
+    with pytest.raises(ValueError, match="00000.tar has more members than any shard has; 2 records"):
+        open_tar(path)
+    source = open_tar(path, allow_damaged="00000.tar")
+    assert source.passed == {"too_many_members": 1} and len(source) == 2
     monkeypatch.setattr(records, "MAX_MEMBERS", 13)  # twelve and the end
-    assert not open_tar(path).refused
+    assert not open_tar(path).passed
 
 
 def test_texts_above_a_mebibyte_are_bad_records(tmp_path):
@@ -218,7 +298,7 @@ def test_negative_pax_size_does_not_loop(tmp_path):
     info = tarfile.TarInfo("000000001.png")
     info.pax_headers = {"size": "-1024"}
     path.write_bytes(info.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
-    with pytest.raises(ValueError, match="damaged_archive"):
+    with pytest.raises(ValueError, match="has a damaged header.* 0 records"):
         open_tar(path)
 
 
@@ -267,10 +347,13 @@ def test_truncated_tfrecord(tmp_path, inside):
     starts = write_tfrecord(path, range(6))
     (tmp_path / "00000_stats.json").write_text(json.dumps({"successes": 6}))
     os.truncate(path, starts[4] + (20 if inside else 0))
-    source = sources.open_source("tfrecord", str(tmp_path), "")
-    assert len(source) == 4
+    said = "is cut: it ends early" if inside else "holds fewer records than its _stats.json counts"
+    with pytest.raises(ValueError, match=f"00000.tfrecord {said}.*; 4 records can be read"):
+        sources.open_source("tfrecord", str(tmp_path), "")
+    source = sources.open_source("tfrecord", str(tmp_path), "", allow_damaged="00000.tfrecord")
+    assert len(source) == 4 and not source.refused
     # A cut on a boundary shows only in the manifest.
-    assert source.refused == (
+    assert source.passed == (
         {"truncated_archive": 1, "missing_from_shard": 2} if inside else {"missing_from_shard": 2}
     )
 
@@ -298,8 +381,10 @@ def test_a_flipped_bit_in_a_tfrecords_header_loses_the_rest_of_the_file(tmp_path
     data = bytearray(path.read_bytes())
     data[starts[4]] ^= 1  # a length: nothing says where the next record begins
     path.write_bytes(data)
-    source = sources.open_source("tfrecord", str(tmp_path), "")
-    assert len(source) == 4 and source.refused == {"damaged_archive": 1}
+    with pytest.raises(ValueError, match="00000.tfrecord has a damaged header.*; 4 records can be read"):
+        sources.open_source("tfrecord", str(tmp_path), "")
+    source = sources.open_source("tfrecord", str(tmp_path), "", allow_damaged="00000.tfrecord")
+    assert len(source) == 4 and source.passed == {"damaged_archive": 1}
 
 
 def test_a_tfrecord_that_is_no_example(tmp_path):
@@ -555,6 +640,27 @@ def test_embedding_that_is_not_finite_is_a_bad_record(tmp_path):
         source.read(1, image=False)
 
 
+def test_embeddings_of_older_versions_belong_to_records_with_long_names(tmp_path):
+    """Their keys are the first 100 bytes of a name, after its last slash and before its first dot."""
+    pyarrow = pytest.importorskip("pyarrow", reason="metadata as parquet needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="metadata as parquet needs pyarrow")
+    members = [(f"{'x' * 120}{number}.png", made.flat_png(number)) for number in range(4)]
+    made.write_tar(tmp_path / "00000.tar", members, tarfile.GNU_FORMAT)
+    source, folder = open_tar(tmp_path / "00000.tar"), tmp_path / "rows"
+    assert source.read(3).key == f"00000.tar:{'x' * 120}3"
+    write_embeddings(folder, rows=(4,))
+    (folder / "metadata" / "metadata_0.jsonl").unlink()
+    (folder / "embed.json").write_text(json.dumps({"fingerprint": source.fingerprint, "left_out": {}}))
+    for key, fits in ((f"00000.tar:{'x' * 100}", True), (f"00000.tar:{'y' * 100}", False)):
+        table = pyarrow.table({"key": [key] * 4, "caption": ["a"] * 4})
+        parquet.write_table(table, folder / "metadata" / "metadata_0.parquet")
+        if fits:
+            assert len(open_tar(tmp_path / "00000.tar", embeddings=str(folder))) == 4
+        else:
+            with pytest.raises(ValueError, match="row 0 of .* is of record"):
+                open_tar(tmp_path / "00000.tar", embeddings=str(folder))
+
+
 def test_bad_captions(tmp_path):
     cases = [b"\xff\xfe not text", b"", b"   \n", b"ok"]
     members = []
@@ -590,7 +696,9 @@ def test_splits_and_misspellings(tmp_path):
     assert len(open_tar(tmp_path / "train-*1.tar")) == 2
     with pytest.raises(ValueError, match=r"did you mean 'train'\? There is: train, val"):
         open_tar(tmp_path, "trian")
-    with pytest.raises(ValueError, match=r"(?s)no file matches .*val-00000.tar"):
+    with pytest.raises(
+        ValueError, match=r"no file matches .* holds: train-\*.tar \(2 files\), val-00000.tar"
+    ):
         open_tar(tmp_path / "tra-*.tar")
     with pytest.raises(ValueError, match=f"does not exist; did you mean '{tmp_path.name}'"):
         open_tar(tmp_path.parent / (tmp_path.name + "x"))
@@ -612,18 +720,23 @@ def test_indexes_of_many_files_are_cached_and_follow_changes(tmp_path, monkeypat
 
     paths = [str(tmp_path / f"{number:05d}.tar") for number in range(20)]
     for number, path in enumerate(paths):
-        made.write_samples(path, [number])
+        made.write_tar(path, [*made.sample(number), ("x.npy", b"1"), ("y.txt", b"no picture")])
+    os.truncate(paths[5], 1536 * 3 + 512)
     first = records.scan(paths, index_file)
     assert len(scanned) == 20
     again = records.scan(paths, index_file)
     assert len(scanned) == 20
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one.rows, other.rows)
-        assert one.refused == other.refused
+        assert vars(one).keys() == vars(other).keys()
+        assert all(vars(one)[name] == vars(other)[name] for name in vars(one) if name != "rows")
     made.write_samples(paths[3], [3, 4])
     cached = sorted((tmp_path / "cache" / "index").iterdir())
     cached[0].write_bytes(cached[0].read_bytes()[:50])  # as a crash would leave it
-    rows = [len(index.rows) for index in records.scan(paths, index_file)]
+    again = records.scan(paths, index_file)
+    assert again[5].damage == "truncated_archive" and again[6].passed == {"other_extension": 1}
+    assert again[6].examples == {"other_extension": "x.npy", "no_image": "y"}
+    rows = [len(index.rows) for index in again]
     assert rows == [2 if number == 3 else 1 for number in range(20)]
     assert len(scanned) in (21, 22) and paths[3] in scanned[20:]
 

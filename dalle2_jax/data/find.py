@@ -1,0 +1,268 @@
+"""Which files a dataset's path names: a file, a folder (with a split), or a pattern.
+
+A pattern has `*`, `?` and `[...]` as a shell has them, `**` for any number of folders, and braces:
+`{00000..00012}` counts, `{a,b}` lists. A name that exists is taken as it is written, also within a pattern,
+so that a folder may be called `set [v2]`. What braces name must all be there.
+"""
+
+import collections
+import difflib
+import fnmatch
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+from absl import logging
+
+MAX_FILES = 1_000_000  # that braces may name
+_MAX_ENTRIES = 100_000  # of folders that are looked through for files that lie deeper
+_INNER_BRACES = re.compile(r"\{([^{}]*)\}")
+_NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
+_LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
+
+
+def did_you_mean(word: str, known) -> str:
+    """'; did you mean X?' where one of `known` is near `word`, and then the known ones."""
+    known = sorted(map(str, known))
+    near = difflib.get_close_matches(word, known, n=1)
+    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+    return (f"; did you mean {near[0]!r}?" if near else ";") + f" There is: {shown or 'nothing'}"
+
+
+def find_files(path: str, split: str, suffix: str) -> list[str]:
+    """The sorted files of a dataset: `path` is a folder, a file or a pattern; see the module.
+
+    In a folder, `split` picks FOLDER/SPLIT/*suffix or FOLDER/SPLIT-*suffix; '' takes all files of the folder
+    itself. Files that lie deeper, or look like parts of the data, are passed over with a warning.
+
+    Raises:
+        ValueError: nothing is found, or not all that braces name; the message names what exists.
+    """
+    path = os.fspath(path)
+    if "://" in path:
+        raise ValueError(
+            f"{path}: records are read with pread from mounted file systems; mount the bucket (gcsfuse)"
+        )
+    if not path:
+        raise ValueError("data.path is empty: give the folder, or a pattern, of the shards")
+    if os.path.isdir(path):
+        return _in_folder(path, split, suffix)
+    if os.path.lexists(path):
+        return [path]
+    head, rest = _existing(path)
+    patterns = list(itertools.islice(_expanded(rest), MAX_FILES + 1))
+    if len(patterns) > MAX_FILES:
+        raise ValueError(f"{path} names more than {MAX_FILES} files")
+    if patterns == [rest] and not glob.has_magic(rest):
+        raise ValueError(f"{path} does not exist" + _held(rest.split("/")[0], head))
+    found, missing, folders = set(), [], []
+    for pattern in dict.fromkeys(patterns):
+        matches = list(_matches(head, pattern.split("/")))
+        files = [match for match in matches if not os.path.isdir(match)]
+        if not files and matches and not glob.has_magic(pattern):  # a folder that braces name
+            files = _in_folder(matches[0], split, suffix)
+        found.update(files)
+        folders += [] if files else matches
+        if not files:
+            missing.append(pattern)
+    if missing and len(patterns) > 1:
+        raise ValueError(
+            f"{len(missing)} of the {len(patterns)} names that {path} stands for are not there: "
+            + ", ".join(missing[:10])
+            + (", ..." if len(missing) > 10 else "")
+        )
+    if not found:
+        only = f"; it matches {len(folders)} folders: add /*{suffix} for their files" if folders else ""
+        raise ValueError(f"no file matches {path}" + (only or _held("", head)))
+    return sorted(found)
+
+
+def _existing(path: str) -> tuple[str, str]:
+    """(the longest beginning of a path that is a folder as it is written, the rest)."""
+    cut = len(path)
+    while (cut := path.rfind("/", 0, cut)) > 0:
+        if os.path.isdir(path[:cut]):
+            return path[:cut], path[cut + 1 :]
+    return ("/", path[1:]) if path.startswith("/") else ("", path)
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    """A pattern's braces written out; braces that hold neither a comma nor '..' are letters."""
+    for braces in _INNER_BRACES.finditer(pattern):
+        options = _options(braces[1])
+        if options is not None:
+            for option in options:
+                yield from _expanded(pattern[: braces.start()] + option + pattern[braces.end() :])
+            return
+    yield pattern
+
+
+def _options(inside: str) -> Iterable[str] | None:
+    """What braces stand for; None for braces that are letters. Numbers are padded where an end is."""
+    if numbers := _NUMBERS.fullmatch(inside):
+        first, last, step = int(numbers[1]), int(numbers[2]), abs(int(numbers[3] or 1)) or 1
+        padded = any(re.match(r"-?0\d", end) for end in numbers.groups()[:2])
+        width = max(map(len, numbers.groups()[:2])) if padded else 0
+        counted = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+        return (str(number).zfill(width) for number in counted)
+    if letters := _LETTERS.fullmatch(inside):
+        first, last = map(ord, letters.groups())
+        return map(chr, range(first, last + 1) if first <= last else range(first, last - 1, -1))
+    return inside.split(",") if "," in inside else None
+
+
+def _matches(folder: str, parts: list[str]) -> Iterator[str]:
+    """The paths below `folder` that a pattern names, which is split at its slashes.
+
+    Hidden names are only found by a part that begins with a dot. Links are followed, except to a folder that
+    they lie in.
+    """
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        yield from _matches(folder, rest or ["*"])
+        for name in sorted(os.listdir(folder or ".")):
+            below = os.path.join(folder, name)
+            if not name.startswith(".") and os.path.isdir(below) and not _holds(below, folder):
+                yield from _matches(below, parts)
+        return
+    if os.path.lexists(os.path.join(folder, part)):
+        names = [part]
+    elif glob.has_magic(part):
+        names = fnmatch.filter(os.listdir(folder or "."), part)
+        names = [name for name in names if part.startswith(".") or not name.startswith(".")]
+    else:
+        names = []
+    for path in (os.path.join(folder, name) for name in names):
+        if not rest:
+            yield path
+        elif os.path.isdir(path):
+            yield from _matches(path, rest)
+
+
+def _holds(link: str, folder: str) -> bool:
+    """Whether `link` leads back to `folder` or to one above it."""
+    if not os.path.islink(link):
+        return False
+    target, folder = os.path.realpath(link), os.path.realpath(folder)
+    return os.path.commonpath([target, folder]) == target
+
+
+def _in_folder(path: str, split: str, suffix: str) -> list[str]:
+    """The files of a folder; see `find_files`."""
+    folder, beside = path, 0
+    if split and os.path.isdir(os.path.join(path, split)):
+        beside = sum(_is_of_split(name, split) for name in _files_of(path, suffix))
+        folder, split = os.path.join(path, split), ""
+    names = _files_of(folder, suffix)
+    if not names:
+        count, more = _deeper(folder, suffix)
+        if count:
+            raise ValueError(
+                f"{folder} itself holds no *{suffix}; {count}{more} lie in folders below it: "
+                f"{os.path.join(folder, '**', '*' + suffix)} names them all"
+            )
+        raise ValueError(f"{folder} holds no *{suffix}" + _held("", folder))
+    chosen = [name for name in names if not split or _is_of_split(name, split)]
+    if not chosen:
+        splits = {re.split(r"[-_.]", name)[0] for name in names}
+        splits = {name for name in splits if not name.isdigit()}  # a number is no split, but a part of one
+        raise ValueError(
+            f"{path} holds neither {split}-*{suffix} nor {split}/*{suffix}; an empty split "
+            f"(--config.data.split= --config.data.eval_split=) takes all {len(names)} files"
+            + _near(split, splits)
+        )
+    _tell_of_others(folder, split, suffix, beside)
+    return [os.path.join(folder, name) for name in chosen]
+
+
+def _is_of_split(name: str, split: str) -> bool:
+    return bool(re.match(re.escape(split) + r"[-_.]", name))
+
+
+def _files_of(folder: str, suffix: str) -> list[str]:
+    """The sorted names of a folder's files that end with `suffix`; hidden ones are left out."""
+    with os.scandir(folder) as entries:
+        found = [e.name for e in entries if e.name.endswith(suffix) and not e.is_dir()]
+    return sorted(name for name in found if not name.startswith("."))
+
+
+def _deeper(folder: str, suffix: str) -> tuple[int, str]:
+    """(how many files that end with `suffix` lie in folders below, ' or more' where not all were counted)."""
+    waiting, count, seen, top = [folder], 0, 0, True
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                seen += 1
+                if seen > _MAX_ENTRIES:
+                    return count, " or more"
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif not top and entry.name.endswith(suffix):
+                    count += 1
+        top = False
+    return count, ""
+
+
+def _tell_of_others(folder: str, split: str, suffix: str, beside: int) -> None:
+    """Warn of what lies in or under a folder, looks like a part of the data, and is not read."""
+    count, more = (0, "") if split else _deeper(folder, suffix)
+    if count:
+        pattern = os.path.join(folder, "**", "*" + suffix)
+        logging.warning(
+            "%s: %d%s *%s in folders below it are not read; %s reads every level",
+            folder, count, more, suffix, pattern,
+        )  # fmt: skip
+    if beside:
+        logging.warning("%s is read; %d files *%s of that split beside it are not", folder, beside, suffix)
+    shard = re.compile(
+        re.escape(suffix) + (r"(?![a-z])|\.t(gz|bz2?|xz)$" if suffix == ".tar" else "(?![a-z])")
+    )
+    like = [
+        name
+        for name in os.listdir(folder)
+        if shard.search(name.lower())
+        and (not name.endswith(suffix) or name.startswith("."))
+        and (not split or _is_of_split(name.lstrip("."), split))
+        and not os.path.isdir(os.path.join(folder, name))
+    ]
+    if like:
+        logging.warning(
+            "%s: %d files that do not end with %s, or are hidden, are not read, such as %r",
+            folder, len(like), suffix, min(like),
+        )  # fmt: skip
+
+
+def _near(word: str, known) -> str:
+    """All that are near, so that none of several parts stands for the whole; and then the known ones."""
+    known = sorted(known)
+    near = " or ".join(map(repr, difflib.get_close_matches(word, known, n=3)))
+    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+    return (f"; did you mean {near}?" if near else ";" if shown else "") + (
+        f" There is: {shown}" if shown else ""
+    )
+
+
+def _held(wanted: str, folder: str) -> str:
+    """'; did you mean FOLDER?' where folders have such a name, and then all that a folder holds.
+
+    Files whose names differ in numbers alone are shown as one pattern: no file stands for all of them.
+    """
+    with os.scandir(folder or ".") as entries:
+        kinds = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    folders = [name for name, is_folder in kinds if is_folder]
+    groups = collections.defaultdict(list)
+    for name, is_folder in kinds:
+        if not is_folder:
+            groups[re.sub(r"\d+", "*", name)].append(name)
+    shown = sorted(name + "/" for name in folders) + sorted(
+        f"{pattern} ({len(names)} files)" if len(names) > 1 else names[0] for pattern, names in groups.items()
+    )
+    near = " or ".join(map(repr, difflib.get_close_matches(wanted, sorted(folders), n=3)))
+    listed = ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "")
+    return (f"; did you mean {near}?" if near else ";") + (
+        f" {folder or 'this folder'} holds: {listed or 'nothing'}"
+    )
