@@ -31,6 +31,7 @@ NO_PATHS_OF_CONVERT = {"name", "licence", "repository"}
 NO_PATH_SETTINGS = {
     *("stage", "wandb", "data.source", "data.split", "data.eval_split", "data.language"),
     *("data.image_field", "data.caption_field", "optim.schedule"),
+    "data.allow_damaged",  # names of files among those of data.path
 }
 # Prints {command: {flag: what it makes of ~/a}} of the flags that take texts.
 FLAGS_OF = """
