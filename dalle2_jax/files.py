@@ -77,6 +77,20 @@ def read_text(path: str | os.PathLike) -> str:
     return decode_text(epath.Path(path).read_bytes(), path)
 
 
+def not_arrived(head: bytes) -> str:
+    """What lies in the place of a file that a download did not bring, by its first bytes, at best 1024.
+
+    'empty', 'git_lfs_pointer', 'web_page', or '' for anything else.
+    """
+    if not head:
+        return "empty"
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "git_lfs_pointer"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    pages = (b"<!doctype html", b"<html", b"<head", b"<body", b"<script", b"<error", b"<?xml")
+    return "web_page" if text.startswith(pages) and b"<svg" not in text else ""
+
+
 def damage(path: str | os.PathLike) -> str:
     """What is wrong with a local file of weights that can be told from its first bytes and its size.
 
@@ -86,14 +100,14 @@ def damage(path: str | os.PathLike) -> str:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(1024)
-        if not head:
+        found = not_arrived(head)
+        if found == "empty":
             return "is empty (0 bytes): download or copy it again"
-        if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        if found == "git_lfs_pointer":
             promised = re.search(rb"^size (\d+)$", head, re.MULTILINE)
             there = f", of {int(promised[1]):,} bytes" if promised else ""
             return f"is a git-lfs pointer and not the file itself{there}: run `git lfs pull` in its folder"
-        text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-        if text.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<script")):
+        if found == "web_page":
             return (
                 "is a web page and not a file of weights: the address shows a page or asks for a login; "
                 "download the file itself"

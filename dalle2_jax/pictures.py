@@ -62,8 +62,11 @@ def _unreadable(data: bytes, detail: str) -> str:
         b"WEBP",
     ):
         return f"the file is cut off or damaged ({detail}); save or send it again"
-    if data.startswith(b"version https://git-lfs"):
+    found = files.not_arrived(data[:1024])
+    if found == "git_lfs_pointer":
         return "the file is a pointer that git-lfs left; fetch the picture with git lfs pull"
+    if found == "web_page":
+        return "the file is a web page; download the picture itself"
     kind = _kind(data)
     found = f"the file is {kind}" if kind else "the file is no picture of a known format"
     return f"{found}; save it as {FORMATS}"

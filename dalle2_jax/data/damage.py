@@ -7,6 +7,8 @@ import os
 import re
 from collections.abc import Sequence
 
+from dalle2_jax import files
+
 KINDS = {
     "empty_file": "is empty (0 bytes)",
     "git_lfs_pointer": "is a git-lfs pointer, not the file itself: run `git lfs pull`",
@@ -23,7 +25,6 @@ KINDS = {
     "unreadable": "cannot be read",
 }
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SHOWN = 20  # damaged files with their details; the setting names all of them
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -41,15 +42,10 @@ def has_control_characters(name: bytes) -> bool:
 
 def of_beginning(head: bytes, otherwise: str) -> str:
     """The kind of damage of a file that is not what it should be, by its first bytes, at best 512."""
-    if not head:
-        return "empty_file"
-    if head.startswith(_LFS_POINTER):
-        return "git_lfs_pointer"
     if head.startswith(_COMPRESSED):
         return "compressed_archive"
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|\?xml|error)", head, re.IGNORECASE):
-        return "web_page"
-    return otherwise
+    found = files.not_arrived(head)
+    return "empty_file" if found == "empty" else found or otherwise
 
 
 def _detail(index) -> str:
