@@ -94,6 +94,13 @@ def test_torchs_arithmetic_is_counted_as_ours():
     assert attended == 2 * 2 * 2 * 6 * 6 * 4
 
 
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch):
+    """The machine is measured by products and copies that take milliseconds."""
+    monkeypatch.setattr(benchmark, "MATRIX_SIDE", {"cpu": 256})
+    monkeypatch.setattr(benchmark, "COPY_BYTES", {"cpu": 4 << 20})
+
+
 @pytest.fixture(scope="module")
 def config():
     settings = models.to_plain(decoder64.get_config("debug"))
@@ -131,7 +138,6 @@ def test_drawing_holds_no_state_of_training_and_the_machine_is_measured_last(con
     before = sum(x.nbytes for x in jax.live_arrays())
     monkeypatch.setattr(benchmark, "measure_machine", measured)
     monkeypatch.setattr(benchmark, "timed", noted)
-    monkeypatch.setattr(benchmark, "MATRIX_SIDE", {"cpu": 64})
     report = benchmark.run(config, sample=8, steps=3, warm_up=0)
     assert order[:2] == ["stage", "machine"]
     parameters = 4 * report.parameters

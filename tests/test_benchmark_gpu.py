@@ -9,6 +9,13 @@ from benchmarks import gpu
 from dalle2_jax import benchmark
 
 
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch):
+    """The machine is measured by products and copies that take milliseconds."""
+    monkeypatch.setattr(benchmark, "MATRIX_SIDE", {"cpu": 256})
+    monkeypatch.setattr(benchmark, "COPY_BYTES", {"cpu": 4 << 20})
+
+
 def test_every_kind_of_case_runs_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "STEPS", 3)
     path = tmp_path / "gpu.json"
@@ -35,7 +42,6 @@ def test_results_are_written_as_they_come_and_late_cases_are_left_out(tmp_path, 
         assert json.loads(path.read_text())["cases"] == {"attention": {"half": 1}}
         raise jax.errors.JaxRuntimeError("INTERNAL: lost")
 
-    monkeypatch.setattr(benchmark, "MATRIX_SIDE", {"cpu": 64})
     monkeypatch.setitem(gpu.CASES, "attention", broken)
     assert gpu.main([f"--json={path}", "--debug", "--cases=attention"]) == 1
     found = json.loads(path.read_text())
@@ -84,7 +90,6 @@ def test_the_papers_decoder_is_measured_without_its_text_tower():
 )
 def test_a_wrong_kernel_fails_behind_its_numbers(backend, ran, errors, said, tmp_path, monkeypatch):
     row = dict(cudnn_ran=ran, xla=dict(error=errors[0]), cudnn=dict(error=errors[1]))
-    monkeypatch.setattr(benchmark, "MATRIX_SIDE", {"cpu": 64})
     monkeypatch.setattr(gpu, "both_attentions", lambda *sizes: row)
     machine = benchmark.measure_machine(gpu.partition.make_mesh(), ["float32"])
     monkeypatch.setattr(benchmark, "measure_machine", lambda *which: machine)

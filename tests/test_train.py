@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def recipe(num_steps: int, **changes) -> dict:
-    """The debug preset of the first upsampler (it needs no CLIP) for `num_steps` steps, one checkpoint a
-    step."""
+    """The debug preset of the first upsampler (it needs no CLIP), of one level, for `num_steps` steps, one
+    checkpoint a step."""
     config = upsampler256.get_config("debug")
+    config.model.channel_mult = (1,)
     config.update(
         num_steps=num_steps, checkpoint_every=1, eval_every=100, sample_every=100, keep_checkpoints=10
     )
@@ -126,6 +127,7 @@ def run_command(workdir, *overrides: str, devices: int = 1) -> subprocess.Popen:
         "-m",
         "dalle2_jax.train",
         "--config=configs/upsampler256.py:debug",
+        "--config.model.channel_mult=(1,)",
         f"--workdir={workdir}",
     ]
     return subprocess.Popen(

@@ -48,7 +48,7 @@ BOUNDS = {
 def learn(seed):
     """The stage and its parameters after 120 steps on 24 pictures."""
     key = key_of(seed)
-    stage, batch = build(), batch_of(24, key)
+    stage, batch = build(channel_mult=(1,), attention_resolutions=()), batch_of(24, key)
     params = jax.jit(stage.init)(key, batch)
     return stage, descend(stage, params, key, batch, steps=120, learning_rate=3e-3)[0]
 

@@ -329,11 +329,11 @@ def test_sam_is_the_gradient_at_parameters_that_each_replica_moved():
         build(sam_rho=rho, sam_batch_size=3).loss(params, KEY, batch)
 
 
-def test_sam_on_a_mesh_and_its_memory():
-    """Eight replicas, on one device and on a mesh, move alike; there is one copy a device, not a replica."""
+def test_sam_on_a_mesh():
+    """Eight replicas, on one device and on a mesh, move alike."""
     batch = batch_of(16)
     stage = build(sam_rho=0.1, sam_batch_size=2)
-    params = stage.init(KEY, batch)
+    params = jax.jit(stage.init)(key_of(0), batch)
 
     alone = gradient(stage)(params, batch)
     mesh = partition.make_mesh(data=4, fsdp=2)
@@ -341,6 +341,9 @@ def test_sam_on_a_mesh_and_its_memory():
         shared = gradient(stage)(params, jax.device_put(batch, partition.batch_sharding(mesh)))
     chex_close(jax.device_get(shared), alone, 1e-4)
 
+
+@pytest.mark.slow
+def test_sam_has_one_copy_a_device_and_not_a_replica():
     # The parameters outweigh the activations: wide text, few rows.
     def memory(count):
         wide = build(sam_rho=0.1, sam_batch_size=1, text=TEXT | dict(width=128, depth=1))
