@@ -16,6 +16,7 @@ def small_machine(monkeypatch):
     monkeypatch.setattr(benchmark, "COPY_BYTES", {"cpu": 4 << 20})
 
 
+@pytest.mark.slow
 def test_every_kind_of_case_runs_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "STEPS", 3)
     path = tmp_path / "gpu.json"
