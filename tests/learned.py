@@ -81,12 +81,9 @@ def assert_within(reached: dict[str, float], bounds: dict[str, tuple[str, float]
         assert value < limit if side == "<" else value > limit, f"{name} {value:.4g} is not {side} {limit}"
 
 
-def margin(similarity: np.ndarray) -> float:
-    """By how much the diagonal of [n, n] exceeds the largest other entry of its row, at least; above 0: each
-    row is most like its own column."""
-    similarity = np.asarray(similarity, np.float64)
-    others = np.where(np.eye(len(similarity), dtype=bool), -np.inf, similarity)
-    return float((np.diagonal(similarity) - others.max(axis=1)).min())
+def share_nearest(similarity: np.ndarray) -> float:
+    """Of [n, n]: the share of rows that are most like their own column; 1 / n by chance."""
+    return float((np.asarray(similarity).argmax(axis=1) == np.arange(len(similarity))).mean())
 
 
 def main(names: list[str]) -> int:

@@ -223,7 +223,7 @@ def test_retrieval_accuracy_counts_both_directions():
 
 
 BOUNDS = {
-    "loss_before": (">", 1.5),
+    "loss_before": (">", 1.0),
     "loss": ("<", 0.1),
     "accuracy_i2t": (">", 0.99),
     "accuracy_t2i": (">", 0.99),
