@@ -149,10 +149,6 @@ class Embeddings:
 PLAN = "embed.json"
 MAX_COLUMN_BYTES = 256 << 20  # of a column of captions within a row group of parquet
 MAX_COLUMNS = 64  # of captions; each takes memory for every row
-_KEYS = (
-    "key",
-    "image_path",
-)  # columns with the name of a row's record: ours and img2dataset's, clip-retrieval's
 _NAMES = 32  # of the metadata's fields that a message may list
 
 
@@ -191,9 +187,8 @@ def keep_plan(folder: epath.Path, plan: dict) -> None:
     holds embeddings without embed.json.
     """
     path = folder / PLAN
-    begun = any(
-        _part_files(os.fspath(folder), kind) for kind in KINDS
-    )  # looked for before the plan: it is first
+    # Looked for before the plan, which another process may write meanwhile: it is always written first.
+    begun = any(_part_files(os.fspath(folder), kind) for kind in KINDS)
     if not path.exists():
         if begun:
             raise ValueError(
