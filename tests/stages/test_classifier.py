@@ -35,7 +35,7 @@ def batch_of(size, key=KEY):
 
 BOUNDS = {
     "accuracy": (">", 0.8),
-    "log_p_little_noise": (">", -0.3),
+    "log_p_little_noise": (">", -0.1),
     "log_p_noise_alone": ("<", -0.85),  # chance is log(1 / 3) = -1.10
     "gradient_to_class": (">", 0.6),  # a third by chance
 }
