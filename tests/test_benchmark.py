@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import compare, first_pictures, jpeg_shards, paired
-from configs import decoder64, prior
+from configs import prior
 from dalle2_jax import benchmark, flops, models
 from tests.data.shards_for_tests import colour_of, sample, write_tar
 
@@ -103,8 +103,8 @@ def small_machine(monkeypatch):
 
 @pytest.fixture(scope="module")
 def config():
-    settings = models.to_plain(decoder64.get_config("debug"))
-    settings["model"] |= dict(channels=8, image_size=8, attention_resolutions=[4])
+    settings = models.to_plain(prior.get_config("debug"))
+    settings["model"] |= dict(num_steps=2)
     return settings
 
 
