@@ -252,8 +252,10 @@ def test_padding_of_a_mask_follows_the_picture():
 # Latents
 
 
+@pytest.mark.slow
 def test_more_steps_find_latents_that_lead_closer_back():
-    """With the bundled model, on a scene that it was trained on the like of."""
+    """With the bundled model, on a scene that it was trained on the like of. The solver's part of it is in
+    tests/diffusion/test_sampling.py."""
     model = pipeline.UnCLIP.load()
     scene = scenes.sample_scene(scenes.preset("quickstart"), "validation", 0)
     picture, errors = scenes.render(scene, 64), {}

@@ -217,7 +217,7 @@ def test_training_from_embeddings_is_training_with_clip(shards, model, tmp_path)
     """
     run(shards, model, tmp_path / "rows")
     embeddings.finish(embed.epath.Path(tmp_path) / "rows" / "train")
-    short = dict(num_steps=2, eval_every=2, sample_every=100, checkpoint_every=2)
+    short = dict(num_steps=2, eval_every=100, sample_every=100, checkpoint_every=2)
     train.train(recipe(shards, clip=os.fspath(model), **short), str(tmp_path / "frozen"))
     rows = dict(source="embeddings", path=os.fspath(tmp_path / "rows"))
     train.train(recipe(shards, data=rows, **short), str(tmp_path / "from_rows"))

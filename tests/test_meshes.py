@@ -132,9 +132,7 @@ def farthest(got: dict, expected: dict) -> dict[str, float]:
     ]
     + [pytest.param("clip scanned", "2x2x2", marks=pytest.mark.slow)],
 )
-def test_two_steps_on_a_mesh_are_those_of_one_device(kind, mesh, monkeypatch):
-    once = functools.partial(partition.compiler_options, once=True)
-    monkeypatch.setattr(partition, "compiler_options", once)
+def test_two_steps_on_a_mesh_are_those_of_one_device(kind, mesh):
     alone, here = two_steps(kind.removesuffix(" scanned"), (1, 1, 1)), two_steps(kind, MESHES[mesh])
     np.testing.assert_allclose(here["losses"], alone["losses"], rtol=ROUNDING)
     for what in ("gradients", "after"):

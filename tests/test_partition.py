@@ -429,12 +429,11 @@ def test_compiler_options_are_those_of_the_meshs_devices():
     """A mesh of TPUs may be described on a machine that has none."""
     one = types.SimpleNamespace(platform="tpu")
     described = types.SimpleNamespace(devices=np.array([one], dtype=object))
-    assert set(partition.compiler_options(mesh=described)) == {
-        "xla_jf_spmd_threshold_for_windowed_einsum_mib"
-    }
+    compiler_options = partition.compiler_options.__wrapped__  # in its place stands that of conftest.py
+    assert set(compiler_options(mesh=described)) == {"xla_jf_spmd_threshold_for_windowed_einsum_mib"}
     here = partition.make_mesh(devices=jax.devices()[:1])
-    assert partition.compiler_options(mesh=here) == partition.compiler_options()
-    assert partition.compiler_options(once=True) != partition.compiler_options()
+    assert compiler_options(mesh=here) == compiler_options()
+    assert compiler_options(once=True) != compiler_options()
 
 
 def test_several_gpus_hide_the_time_of_their_messages(monkeypatch):

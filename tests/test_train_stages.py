@@ -17,16 +17,22 @@ CLASSIFIER = dict(
     num_classes=3,
     image_size=16,
     channels=8,
-    channel_mult=[1, 2],
+    channel_mult=[1],
     num_res_blocks=1,
-    attention_resolutions=[8],
+    attention_resolutions=[],
     head_dim=8,
 )
+# Less than the presets have, so that a step compiles in seconds: one level, and no SAM (tests/stages/test_clip.py).
+SMALLER = {
+    "clip": dict(sam_rho=0.0),
+    "decoder64": dict(image_size=8, channels=8, head_dim=8, channel_mult=[1], attention_resolutions=[8]),
+}
 
 
 def recipe(name: str, **changes) -> dict:
-    """The preset `debug` of configs/NAME.py, plain."""
+    """The preset `debug` of configs/NAME.py, plain, made smaller."""
     config = models.to_plain(importlib.import_module(f"configs.{name}").get_config("debug"))
+    config["model"] |= SMALLER.get(name, {})
     return json.loads(json.dumps(config)) | changes
 
 
@@ -137,7 +143,7 @@ def test_what_was_trained_draws_a_picture_and_what_was_not_measured_is_refused(r
     assert stored["stats"]["eps_sq"].dtype == np.float32  # though the weights are bfloat16
     model = pipeline.UnCLIP.load(tmp_path / "model")
     drawn = model.text_to_image(["a red star"])
-    assert drawn.images.shape == (1, 16, 16, 3) and drawn.settings["prior"]["method"] == "analytic"
+    assert drawn.images.shape == (1, 8, 8, 3) and drawn.settings["prior"]["method"] == "analytic"
     model.cascade.params("prior")["stats"]["eps_sq"] = jnp.full(1000, jnp.nan)
     with pytest.raises(ValueError, match="prior: method 'analytic' needs statistics"):
         model.settings()
