@@ -22,7 +22,7 @@ CLASSIFIER = dict(
     attention_resolutions=[],
     head_dim=8,
 )
-# Less than the presets have, so that a step compiles in seconds: one level, and no SAM (tests/stages/test_clip.py).
+# Less than the presets have, so that a step compiles in seconds. SAM is in tests/stages/test_clip.py.
 SMALLER = {
     "clip": dict(sam_rho=0.0),
     "decoder64": dict(image_size=8, channels=8, head_dim=8, channel_mult=[1], attention_resolutions=[8]),
