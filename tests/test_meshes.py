@@ -28,7 +28,7 @@ CLASSIFIER = dict(
     attention_resolutions=[8],
     head_dim=16,
 )
-QUICK = {("clip", "2x2x2"), ("classifier", "2x4")}
+QUICK = {("prior", "2x2x2"), ("classifier", "2x4")}  # SAM's replicas on a mesh: tests/stages/test_clip.py
 # Devices add in another order, which float32 rounds by some 1e-7 of the largest number that is added; a
 # gradient goes through tens of such sums one after the other. Measured: up to 4e-6.
 ROUNDING = 1e-5
@@ -73,7 +73,9 @@ def beginning(kind: str) -> tuple:
     config = settings(kind)
     stage = models.build_stage(config)
     batch = examples(stage)
-    params = stage.init(jax.random.key(0), models.zeros(stage.batch_spec(1)))
+    params = jax.jit(stage.init, compiler_options=partition.compiler_options(once=True))(
+        jax.random.key(0), models.zeros(stage.batch_spec(1))
+    )
     if getattr(stage, "fit_rows", 0):
         params, _ = stage.fit(params, lambda: iter([batch]))
     draw = np.random.default_rng(1)

@@ -405,9 +405,9 @@ def test_guides_steer_the_decoder_to_the_caption(extended, guide):
         assert target.tolist() == [0, 2]
     else:
         tokens, mask = extended.cascade.tokenizer(32)(captions)
-        target = stage.encode_text(params, tokens, mask)[0]
-    t = np.zeros(2, np.int32)
-    before, after = (stage.log_p(params, x / np.float32(127.5) - 1, t, target) for x in (plain, steered))
+        target = jax.jit(stage.encode_text)(params, tokens, mask)[0]
+    t, log_p = np.zeros(2, np.int32), jax.jit(stage.log_p)
+    before, after = (log_p(params, x / np.float32(127.5) - 1, t, target) for x in (plain, steered))
     assert (after > before).all()
 
 

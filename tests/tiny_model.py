@@ -43,9 +43,9 @@ def configs(extended: bool = False) -> dict[str, dict]:
                 num_classes=3,
                 image_size=8,
                 channels=16,
-                channel_mult=[1, 2],
+                channel_mult=[1],
                 num_res_blocks=1,
-                attention_resolutions=[4],
+                attention_resolutions=[8],
                 head_dim=16,
             ),
         }

@@ -83,5 +83,5 @@ def test_an_archive_takes_256_mebibytes_beside_its_tensors_at_most(tmp_path):
         tree = [tree] * 10
     assert peak(archive("laughs.pt", pickle.dumps(tree, 2)), "more than 1000000 nodes") < 1 << 20
     # An empty dictionary, and its place in the memo: the most that two bytes may come to.
-    objects = archive("objects.pt", b"\x80\x04" + b"}\x94" * (8 << 20) + b".")
+    objects = archive("objects.pt", b"\x80\x04" + b"}\x94" * (2 << 20) + b".")
     assert 1 << 20 < peak(objects, "more than 1000000 instructions") < 256 << 20
