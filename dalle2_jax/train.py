@@ -162,6 +162,7 @@ def check_settings(config: dict, stage, mesh) -> None:
     partition.check_batch_size(config["batch_size"] // config["grad_accum"], mesh, "batch_size / grad_accum")
     if config["spike_sigma"] < 0:
         raise ValueError(f"spike_sigma {config['spike_sigma']} must be 0 (none) or above; 6 is usual")
+    optim.make_optimizer(**config["optim"], num_steps=config["num_steps"])  # refuses what it cannot be
     if config["grad_accum"] > 1 and config["model"].get("loss") == "vlb":
         raise ValueError("model.loss 'vlb' keeps a history of a batch's losses: set grad_accum=1")
     classes = config["data"].get("classes", ())

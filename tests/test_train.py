@@ -116,6 +116,8 @@ def test_misspelt_settings_are_named_with_the_nearest(tmp_path):
         place[names[-1]] = 3
         with pytest.raises(ValueError, match=message):
             train.train(config, str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"optim.warmup_steps=2 must be in \[0, num_steps=1\)"):
+        train.train(recipe(1, optim=dict(warmup_steps=2)), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     assert set(recipe(1)) == set(train.SETTINGS)
 
