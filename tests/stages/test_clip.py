@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax import flops, partition
+from dalle2_jax import flops, models, partition
 from dalle2_jax.nets import platforms
 from dalle2_jax.stages import clip
 from tests.learned import assert_within, descend, key_of
@@ -281,8 +281,7 @@ def test_eight_pairs_are_learned(vision):
 
 
 def count(stage):
-    params = jax.eval_shape(stage.init, KEY, stage.batch_spec(1))
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(models.abstract_params(stage)))
 
 
 def test_sizes_of_the_papers_clip_and_of_a_released_one():
@@ -452,8 +451,9 @@ def test_the_sigmoid_loss_judges_every_pair_by_itself():
 
     begun = scalars(batch_of(4))
     assert float(np.exp(begun["logit_scale"])) == pytest.approx(10.0) and begun["logit_bias"] == -10.0
-    grads = gradient(stage)(random_params(stage, 0) | begun, batch_of(4))
-    assert abs(float(grads["logit_bias"])) > 0
+    params = random_params(stage, 0) | begun
+    slope = jax.jit(jax.grad(lambda bias, batch: stage.loss(params | {"logit_bias": bias}, KEY, batch)[0]))
+    assert abs(float(slope(begun["logit_bias"], batch_of(4)))) > 0
     with pytest.raises(ValueError, match="loss 'hinge' is unknown"):
         build(loss="hinge")
 
