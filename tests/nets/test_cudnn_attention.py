@@ -154,7 +154,15 @@ def kernels_on_cpus(monkeypatch):
         )
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((2, 1, 1), marks=pytest.mark.slow),  # (2, 2, 2) splits along all three
+        pytest.param((1, 2, 1), marks=pytest.mark.slow),
+        (1, 1, 2),
+        (2, 2, 2),
+    ],
+)
 def test_the_partitioned_program_and_its_gradient_on_several_devices(sizes, kernels_on_cpus):
     """Also where the kernels before it are split by channel, and with that its queries, keys and gradient."""
     block = unet.AttentionBlock(16, dtype=jnp.bfloat16)

@@ -403,10 +403,10 @@ def test_a_decoder_that_repaints_begins_as_the_one_without():
     """Its further input weights are zeros, so `init_from` changes nothing at first; then it listens."""
     plain, seeing = (build_flat(text=None, inpaint=inpaint) for inpaint in (False, True))
     batch = batch_of(3)
-    params, keys = random_params(seeing), jax.random.split(KEY, 3)
+    params, keys = random_params(seeing), jax.random.split(CHEAP_KEY, 3)
     kernel = params["net"]["conv_in_known"]["kernel"]
     assert kernel.shape[2] == 4
-    fresh = jax.jit(lambda key: seeing.init(key, batch)["net"]["conv_in_known"])(KEY)
+    fresh = jax.jit(lambda key: seeing.init(key, batch)["net"]["conv_in_known"])(CHEAP_KEY)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(fresh))
     params["net"]["conv_in_known"] = jax.tree.map(np.zeros_like, params["net"]["conv_in_known"])
     without = params | {"net": {k: v for k, v in params["net"].items() if k != "conv_in_known"}}
@@ -492,7 +492,7 @@ def test_a_decoder_reads_the_states_of_a_frozen_clip():
         assert (gap(apply(batch, YES), apply(other, YES)) == 0).all()
     padding = np.where(batch["token_mask"][..., None], batch["text_states"], np.float32(9))
     assert (gap(apply(batch, NO), apply(batch | {"text_states": padding}, NO)) == 0).all()
-    keys = jax.random.split(KEY, 3)
+    keys = jax.random.split(CHEAP_KEY, 3)
     negative = {f"negative_{name}": batch[name] for name in ("text_states", "text_embed", "token_mask")}
     sample = jax.jit(functools.partial(stage.sample, guidance_scale=2.0, num_steps=2))
     assert gap(sample(params, keys, batch | negative), sample(params, keys, batch)).max() > 1e-4

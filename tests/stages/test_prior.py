@@ -14,6 +14,7 @@ from dalle2_jax.stages.clip import unit_norm
 from tests.learned import assert_within, descend, key_of, share_nearest
 
 KEY = jax.random.key(0)
+CHEAP_KEY = jax.random.key(0, impl="rbg")  # programs full of the default's draws take long to compile
 LENGTH, VOCAB, EMBED = 5, 11, 16
 TEXT = dict(width=32, depth=1, num_heads=2, vocab_size=VOCAB, context_length=LENGTH)
 STATES = dict(width=32, depth=1, num_heads=2, states_width=6, context_length=LENGTH)
@@ -153,7 +154,7 @@ def test_guidance_0_drops_the_text():
 def test_reading_the_text_once_draws_what_reading_it_at_every_step_does(scale, monkeypatch):
     stage = build(text=TEXT | dict(depth=2))
     params, batch = random_params(stage), batch_of(4)
-    keys, how = jax.random.split(KEY, 4), dict(num_steps=5, guidance_scale=scale)
+    keys, how = jax.random.split(CHEAP_KEY, 4), dict(num_steps=5, guidance_scale=scale)
     # a new function each: what `stage.sample` is made of is replaced below
     drawn = jax.jit(lambda *arguments: stage.sample(*arguments, **how))(params, keys, batch)
     cached = flops.count(lambda: stage.sample(params, keys, batch, **how))
@@ -197,7 +198,7 @@ def test_the_candidate_nearest_to_the_text_is_kept():
 
 def test_method_and_eta_reach_the_sampler():
     stage, batch = build(num_candidates=1, num_steps=2), batch_of(2)
-    params, keys = random_params(stage), jax.random.split(KEY, 2)
+    params, keys = random_params(stage), jax.random.split(CHEAP_KEY, 2)
     ddpm, ddim = (
         jax.jit(functools.partial(stage.sample, method=method))(params, keys, batch)
         for method in ("ddpm", "ddim")
@@ -242,10 +243,10 @@ def test_statistics_are_kept_by_training_and_used_by_sampling():
     fitted = jax.device_get(fitted)
     stats = fitted["stats"]
     np.testing.assert_allclose(stats["embed_mean"], 5 * batch["image_embed"].mean(axis=0) + 2, rtol=1e-5)
-    gradient, _ = jax.device_get(jax.jit(jax.grad(stage.loss, has_aux=True))(fitted, KEY, batch))
+    gradient, _ = jax.device_get(jax.jit(jax.grad(stage.loss, has_aux=True))(fitted, CHEAP_KEY, batch))
     assert all((x == 0).all() for x in gradient["stats"].values())
     assert np.abs(gradient["net"]["out_proj"]["kernel"]).max() > 0.0
-    keys, sample = jax.random.split(KEY, 4), jax.jit(stage.sample)
+    keys, sample = jax.random.split(CHEAP_KEY, 4), jax.jit(stage.sample)
     expected = sample(params, keys, batch) * stats["embed_std"] + stats["embed_mean"]
     np.testing.assert_allclose(sample(fitted, keys, batch), expected, rtol=1e-4, atol=1e-4)
 
@@ -259,7 +260,7 @@ def test_nothing_is_clipped_unless_asked(clip_range, expected):
         "kernel": np.zeros((32, EMBED), np.float32),
         "bias": np.full(EMBED, 3, np.float32),
     }
-    samples = jax.jit(stage.sample)(params, jax.random.split(KEY, 2), batch_of(2))
+    samples = jax.jit(stage.sample)(params, jax.random.split(CHEAP_KEY, 2), batch_of(2))
     np.testing.assert_allclose(samples * stage.embed_scale.factor, expected, rtol=1e-4)
 
 
@@ -268,7 +269,7 @@ def test_loss_is_the_plain_squared_error_of_x0():
     stage, batch = build(), batch_of(6)
     params = random_params(stage)
     params["net"]["out_proj"] = jax.tree.map(np.zeros_like, params["net"]["out_proj"])
-    loss, metrics = jax.jit(stage.loss)(params, KEY, batch)
+    loss, metrics = jax.jit(stage.loss)(params, CHEAP_KEY, batch)
     np.testing.assert_allclose(loss, (17.2 / 32) ** 2, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], metrics["mse"], rtol=1e-6)
 
@@ -279,7 +280,7 @@ def test_text_is_dropped_in_training_only(text):
     params = random_params(stage)
     batch = {name: batch[name] for name in stage.batch_spec(4)}  # nothing else is read
     words = "text_states" if "text_states" in batch else "tokens"
-    losses = jax.jit(lambda p, b: [stage.loss(p, KEY, b, train=train)[0] for train in (True, False)])
+    losses = jax.jit(lambda p, b: [stage.loss(p, CHEAP_KEY, b, train=train)[0] for train in (True, False)])
     both = functools.partial(losses, params)
     training, evaluation = both(batch)
     for name in (words, "text_embed"):
@@ -292,17 +293,17 @@ def test_remat_and_bfloat16_keep_names_and_meaning():
     params = random_params(plain)
     shapes = jax.eval_shape(other.init, KEY, batch)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
-    loss, _ = jax.jit(other.loss)(params, KEY, batch)
+    loss, _ = jax.jit(other.loss)(params, CHEAP_KEY, batch)
     assert loss.dtype == jnp.float32
-    np.testing.assert_allclose(loss, jax.jit(plain.loss)(params, KEY, batch)[0], rtol=0.05)
+    np.testing.assert_allclose(loss, jax.jit(plain.loss)(params, CHEAP_KEY, batch)[0], rtol=0.05)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_blocks_as_one_loop_have_the_same_loss_and_draw_the_same(dtype, tolerance):
     common = dict(text=TEXT | dict(depth=2), dtype=dtype, num_steps=2)
     (plain, loop), batch = (build(**common, scan_blocks=scan) for scan in (False, True)), batch_of(4)
-    params, keys = random_params(plain), jax.random.split(KEY, 4)
-    losses = [lambda p, stage=stage: stage.loss(p, KEY, batch)[0] for stage in (plain, loop)]
+    params, keys = random_params(plain), jax.random.split(CHEAP_KEY, 4)
+    losses = [lambda p, stage=stage: stage.loss(p, CHEAP_KEY, batch)[0] for stage in (plain, loop)]
     assert [str(jax.make_jaxpr(loss)(params)).count("scan[") for loss in losses] == [0, 1]
     a, b = (jax.jit(jax.value_and_grad(loss))(params) for loss in losses)
     np.testing.assert_allclose(a[0], b[0], rtol=tolerance)
