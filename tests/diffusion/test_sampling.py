@@ -18,28 +18,25 @@ def keys_of(seed, n):
     return jax.random.split(jax.random.key(seed), n)
 
 
-def walker(denoise, num_steps, shape=SHAPE, spacing="uniform", schedule=COSINE, **options):
-    """A function of keys."""
-    times = schedules.space_timesteps(num_steps, schedule.num_timesteps, spacing)
-
-    def run(keys):
-        x_T = sampling.init_noise(keys, shape)
-        return sampling.sample(denoise, schedule, x_T, keys, timesteps=times, **options)
-
-    return run
+init_noise = jax.jit(sampling.init_noise, static_argnums=1)
 
 
-def walk(denoise, keys, *settings, **options):
-    """What `walker` draws, as one program."""
-    return jax.device_get(jax.jit(walker(denoise, *settings, **options))(keys))
+def walk(denoise, keys, num_steps, shape=SHAPE, spacing="uniform", **options):
+    return walk_from(denoise, init_noise(keys, shape), keys, num_steps, spacing, **options)
 
 
-def walk_from(denoise, x_T, keys, num_steps, **options):
-    times = schedules.space_timesteps(num_steps)
+def walk_from(denoise, x_T, keys, num_steps, spacing="uniform", **options):
+    """The walk from x_T as one program."""
+    times = schedules.space_timesteps(num_steps, 1000, spacing)
     sample = jax.jit(
         lambda x_T, keys: sampling.sample(denoise, COSINE, x_T, keys, timesteps=times, **options)
     )
     return jax.device_get(sample(x_T, keys))
+
+
+def slow(*values):
+    """A case that others differ from in the number of steps alone."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def inverted(denoise, x0, num_steps):
@@ -81,7 +78,7 @@ def smooth_denoiser(x_t, t):
         dict(method="dpm++"),
     ],
 )
-@pytest.mark.parametrize("num_steps", [1, 4, 27, 250])
+@pytest.mark.parametrize("num_steps", [1, slow(4), 27, slow(250)])
 def test_an_oracle_gives_back_the_data_exactly(num_steps, options):
     x0 = uniform(9, 3, *SHAPE)
 
@@ -170,7 +167,7 @@ def assert_moments(x, mean, std):
     assert float(x.std()) == pytest.approx(std, rel=5 / math.sqrt(2 * n))
 
 
-@pytest.mark.parametrize("num_steps", [15, 27, 64, 250])
+@pytest.mark.parametrize("num_steps", [15, slow(27), slow(64), 250])
 def test_ddpm_with_the_exact_variance_samples_gaussian_data_exactly(num_steps):
     """Up to the noise of the last step, which is left out: the last step returns the mean of x0 given x_0."""
     x = walk(gaussian_denoiser(num_steps), keys_of(num_steps, 4), num_steps, (40_000,))
@@ -193,7 +190,7 @@ def test_fixed_large_is_exact_for_unit_gaussians(num_steps):
 
 
 @pytest.mark.parametrize(
-    "num_steps, spacing", [(15, "uniform"), (27, "fast27"), (64, "uniform"), (250, "uniform")]
+    "num_steps, spacing", [(15, "uniform"), (27, "fast27"), slow(64, "uniform"), (250, "uniform")]
 )
 def test_ddim_of_gaussian_data_is_the_product_of_its_linear_steps(num_steps, spacing):
     """Trap: a walk that does not start at the noisiest time or does not end at alpha_bar = 1.
@@ -217,7 +214,7 @@ def test_ddim_of_gaussian_data_is_the_product_of_its_linear_steps(num_steps, spa
     assert expected == pytest.approx(GAUSSIAN_STD, rel=2.0 / num_steps)
 
 
-@pytest.mark.parametrize("num_steps", [4, 15, 27, 64, 250])
+@pytest.mark.parametrize("num_steps", [4, slow(15), slow(27), slow(64), 250])
 def test_analytic_variance_samples_gaussian_data_exactly(num_steps):
     """E eps^2 of the exact denoiser is known, and the variance that follows is right for steps of any length,
     where ddpm's small one is too small."""
@@ -249,7 +246,7 @@ def test_dpm_solver_is_of_second_order():
     of 2M falls at least with the square of the steps, that of ddim with the steps."""
     keys, end = keys_of(0, 64), COSINE.alpha_bar[-1]
     spread = math.sqrt(end * GAUSSIAN_STD**2 + 1 - end)
-    z = (np.asarray(sampling.init_noise(keys, (1,))) - math.sqrt(end) * GAUSSIAN_MEAN) / spread
+    z = (np.asarray(init_noise(keys, (1,))) - math.sqrt(end) * GAUSSIAN_MEAN) / spread
     error = {
         (method, n): float(
             np.abs(
@@ -275,7 +272,7 @@ def test_dpm_solver_keeps_the_spread_of_gaussian_data(num_steps, within):
     assert float(low) == pytest.approx(GAUSSIAN_MEAN, abs=within)
 
 
-@pytest.mark.parametrize("num_steps", [15, 64])
+@pytest.mark.parametrize("num_steps", [15, slow(64)])
 def test_ddim_with_eta_1_is_ddpm_with_the_small_variance(num_steps):
     keys = keys_of(4, 2)
     ddim = walk(smooth_denoiser, keys, num_steps, method="ddim", eta=1.0, return_path=True)[1]
@@ -336,7 +333,7 @@ def test_noises_of_different_steps_and_the_first_are_independent():
     """With x0 = 0 and the large variance each step adds sqrt(beta) z to a multiple of x: solve the path for
     z."""
     keys, n = keys_of(3, 1), 20_000
-    x_T = sampling.init_noise(keys, (n,))
+    x_T = init_noise(keys, (n,))
     _, path = walk(lambda x, t: from_x0(0.0, x, t), keys, 5, (n,), variance="fixed_large", return_path=True)
     tables = schedules.two_time(COSINE, schedules.space_timesteps(5))
     states = np.concatenate([np.asarray(x_T)[None], np.asarray(path)], 0)[:, 0]
@@ -522,14 +519,15 @@ def test_sampling_is_jittable_with_a_traced_guidance_scale():
     keys = keys_of(0, 2)
 
     @jax.jit
-    def run(keys, scale):
+    def run(x_T, keys, scale):
         def pair(x_t, t):
             cond = smooth_denoiser(x_t, t)
             return cond, from_x0(0.0, x_t, t, cond.var_frac)
 
-        return walker(sampling.clip_x0(sampling.guided(pair, scale), COSINE), 5)(keys)
+        denoise = sampling.clip_x0(sampling.guided(pair, scale), COSINE)
+        return sampling.sample(denoise, COSINE, x_T, keys, timesteps=schedules.space_timesteps(5))
 
-    one, two = (np.asarray(run(keys, scale)) for scale in (1.0, 2.0))
+    one, two = (np.asarray(run(init_noise(keys, SHAPE), keys, scale)) for scale in (1.0, 2.0))
     np.testing.assert_allclose(one, walk(sampling.clip_x0(smooth_denoiser, COSINE), keys, 5), atol=1e-3)
     assert np.abs(two - one).max() > 0.01
 
@@ -545,11 +543,12 @@ def test_what_is_known_comes_back_and_the_rest_is_drawn(options):
     free = walk(smooth_denoiser, keys, 6, **options)
 
     @jax.jit
-    def of(repaint):
-        return walker(sampling.keep_known(smooth_denoiser, COSINE, known, repaint), 6, **options)(keys)
+    def of(x_T, repaint):
+        denoise = sampling.keep_known(smooth_denoiser, COSINE, known, repaint)
+        return sampling.sample(denoise, COSINE, x_T, keys, timesteps=schedules.space_timesteps(6), **options)
 
     def drawn(repaint):
-        return np.asarray(of(repaint))
+        return np.asarray(of(init_noise(keys, SHAPE), repaint))
 
     whole = np.ones((3, *SHAPE[:2], 1), np.float32)
     np.testing.assert_array_equal(drawn(0 * whole), known)
