@@ -53,7 +53,8 @@ def ours(start, noise, times, monkeypatch, learned, objective="eps", **options):
 
     denoise = sampling.clip_x0(denoise, COSINE)
     keys = jax.random.split(jax.random.key(0), len(start))
-    return sampling.sample(denoise, COSINE, jnp.asarray(start), keys, timesteps=times, **options)
+    walk = jax.jit(lambda x_T, keys: sampling.sample(denoise, COSINE, x_T, keys, timesteps=times, **options))
+    return walk(start, keys)
 
 
 def to_torch(x):

@@ -24,6 +24,11 @@ def diffusion(**changes):
     return gaussian.GaussianDiffusion(**settings | changes)
 
 
+def sample(stage, network, keys, shape=SHAPE, **options):
+    """What a diffusion draws, as one program."""
+    return jax.device_get(jax.jit(lambda keys: stage.sample(network, keys, shape, **options))(keys))
+
+
 def two_minds(conditional, unconditional, seen=None):
     """A network that predicts x0 as one constant in even rows and another in odd ones."""
 
@@ -43,20 +48,20 @@ def keys(n):
 @pytest.mark.parametrize("scale, expected", [(1.0, 0.2), (3.0, 0.4), (20.0, 1.0)])
 def test_guidance_goes_from_odd_rows_beyond_even_rows_and_is_clipped(scale, expected):
     seen = []
-    x0 = diffusion().sample(two_minds(0.2, 0.1, seen), keys(3), SHAPE, guidance_scale=scale)
+    x0 = sample(diffusion(), two_minds(0.2, 0.1, seen), keys(3), guidance_scale=scale)
     assert x0.shape == (3, *SHAPE) and set(seen) == {6}
     np.testing.assert_allclose(x0, expected, atol=1e-5)
 
 
 def test_scale_may_differ_by_example_and_limits_may_be_absent():
-    scale = jnp.array([1.0, 20.0])
-    x0 = diffusion(limit=None).sample(two_minds(0.2, 0.1), keys(2), SHAPE, guidance_scale=scale)
+    scale = np.array([1.0, 20.0], np.float32)
+    x0 = sample(diffusion(limit=None), two_minds(0.2, 0.1), keys(2), guidance_scale=scale)
     np.testing.assert_allclose(x0[:, 0, 0, 0], [0.2, 2.1], atol=1e-5)
 
 
 def test_without_guidance_the_network_sees_each_example_once():
     seen = []
-    x0 = diffusion().sample(two_minds(0.2, 0.1, seen), keys(2), SHAPE)
+    x0 = sample(diffusion(), two_minds(0.2, 0.1, seen), keys(2))
     assert set(seen) == {2}
     np.testing.assert_allclose(x0[:, 0, 0, 0], [0.2, 0.1], atol=1e-5)
 
@@ -73,8 +78,9 @@ def test_only_the_number_one_needs_no_unconditional_half():
 
 
 def test_the_loss_is_the_error_of_the_objective():
-    x0 = jnp.full((4, *SHAPE), 0.5)
-    losses, metrics, output = diffusion().loss(jax.random.key(0), two_minds(0.2, 0.4), x0, train=False)
+    x0 = np.full((4, *SHAPE), 0.5, np.float32)
+    loss = jax.jit(lambda key, x0: diffusion().loss(key, two_minds(0.2, 0.4), x0, train=False))
+    losses, metrics, output = loss(jax.random.key(0), x0)
     np.testing.assert_allclose(losses, [0.09, 0.01, 0.09, 0.01], atol=1e-6)
     np.testing.assert_array_equal(metrics["mse"], losses)
     assert output.shape == x0.shape
@@ -83,7 +89,7 @@ def test_the_loss_is_the_error_of_the_objective():
 def test_a_list_of_steps_gives_way_to_another_number():
     steps = diffusion(schedule=schedules.make_schedule("cosine", 1000), spacing="fast27", num_steps=27)
     for num_steps in (None, 4):
-        x0 = steps.sample(two_minds(0.2, 0.1), keys(1), SHAPE, num_steps=num_steps)
+        x0 = sample(steps, two_minds(0.2, 0.1), keys(1), num_steps=num_steps)
         np.testing.assert_allclose(x0, 0.2, atol=1e-5)
 
 
@@ -93,35 +99,36 @@ def smooth(x_t, t):
 
 
 def test_sampling_starts_from_the_noise_it_is_given():
-    x_T = jax.random.normal(jax.random.key(5), (2, *SHAPE))
-    given = diffusion().sample(smooth, keys(2), SHAPE, x_T=x_T)
-    np.testing.assert_array_equal(given, diffusion().sample(smooth, keys(2)[::-1], SHAPE, x_T=x_T))
-    assert jnp.abs(given - diffusion().sample(smooth, keys(2), SHAPE)).mean() > 0.01
+    x_T = np.random.default_rng(5).standard_normal((2, *SHAPE)).astype(np.float32)
+    from_noise = jax.jit(lambda keys: diffusion().sample(smooth, keys, SHAPE, x_T=x_T))
+    given = from_noise(keys(2))
+    np.testing.assert_array_equal(given, from_noise(keys(2)[::-1]))
+    assert np.abs(given - sample(diffusion(), smooth, keys(2))).mean() > 0.01
 
 
 def test_strength_is_the_share_of_the_steps_that_are_taken():
-    init, seen = jnp.full((2, *SHAPE), 0.4), []
+    init, seen = np.full((2, *SHAPE), 0.4, np.float32), []
 
     def watched(x_t, t):
         jax.debug.callback(lambda x, t: seen.append((int(t[0]), np.asarray(x))), x_t, t, ordered=True)
         return smooth(x_t, t)
 
     own = diffusion(num_steps=10)
-    own.sample(watched, keys(2), SHAPE, init=init, strength=0.3)
+    sample(own, watched, keys(2), init=init, strength=0.3)
     jax.effects_barrier()
     times, states = zip(*seen, strict=True)
     assert list(times) == list(own.timesteps()[-3:])
     a = own.schedule.alpha_bar[times[0]]
     noise = sampling.init_noise(keys(2), SHAPE)
     np.testing.assert_allclose(states[0], np.sqrt(a) * init + np.sqrt(1 - a) * noise, atol=1e-6)
-    whole = own.sample(smooth, keys(2), SHAPE, init=init, strength=1.0)
-    np.testing.assert_array_equal(whole, own.sample(smooth, keys(2), SHAPE))
+    whole = sample(own, smooth, keys(2), init=init, strength=1.0)
+    np.testing.assert_array_equal(whole, sample(own, smooth, keys(2)))
     with pytest.raises(ValueError, match="needs what to start from"):
         own.sample(smooth, keys(2), SHAPE, strength=0.5)
 
 
 def test_inverted_noise_leads_back():
-    x0, errors = 0.6 * jax.random.uniform(jax.random.key(6), (2, *SHAPE), minval=-1.0), {}
+    x0, errors = np.random.default_rng(6).uniform(-0.6, 0.6, (2, *SHAPE)).astype(np.float32), {}
     own = diffusion(schedule=schedules.make_schedule("cosine", 1000), objective="eps")
 
     def network(x_t, t):  # the exact eps of data N(0, 0.3^2)
@@ -129,9 +136,13 @@ def test_inverted_noise_leads_back():
         return x_t * jnp.sqrt(1 - a) / (a * 0.09 + 1 - a)
 
     for steps in (10, 40, 160):
-        x_T = own.invert(network, x0, num_steps=steps)
-        again = own.sample(network, keys(2), SHAPE, x_T=x_T, num_steps=steps)
-        errors[steps] = float(jnp.abs(again - x0).mean())
+
+        @jax.jit
+        def there_and_back(x0, steps=steps):
+            x_T = own.invert(network, x0, num_steps=steps)
+            return own.sample(network, keys(2), SHAPE, x_T=x_T, num_steps=steps)
+
+        errors[steps] = float(np.abs(there_and_back(x0) - x0).mean())
     assert errors[160] < 0.5 * errors[40] < 0.25 * errors[10] and errors[160] < 0.01, errors
 
 
@@ -148,8 +159,9 @@ def test_the_measured_eps_sq_of_the_exact_denoiser_is_known(objective):
         total = at * variance + 1 - at
         return jnp.sqrt(at) * variance * x_t / total if objective == "x0" else jnp.sqrt(1 - at) * x_t / total
 
-    x0 = variance**0.5 * jax.random.normal(jax.random.key(0), (4000, 16))
-    found = own.measure_eps_sq(network, jax.random.key(1), x0)
+    x0 = (variance**0.5 * np.random.default_rng(0).standard_normal((4000, 16))).astype(np.float32)
+    found = jax.jit(lambda key, x0: own.measure_eps_sq(network, key, x0))(jax.random.key(1), x0)
+    found = np.asarray(found)
     times = own.timesteps()
     assert found.shape == (200,) and found.dtype == jnp.float32
     expected = (1 - ab) / (ab * variance + 1 - ab)

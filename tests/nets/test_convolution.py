@@ -34,6 +34,10 @@ def arrays(*shape, features, dtype=np.float32):
     return x.astype(dtype), kernel.astype(dtype), rng.normal(size=(*shape[:3], features)).astype(dtype)
 
 
+def zeros(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def uses_it(function, *arguments) -> bool:
     program = jax.make_jaxpr(lambda *a: function(*a))(*arguments)  # a new function: traced anew
     return convolution.winograd_3x3.__name__ in str(program)
@@ -43,11 +47,18 @@ def uses_it(function, *arguments) -> bool:
 def test_outputs_and_gradients_are_those_of_a_direct_convolution(shape, features):
     x, kernel, gradient = arrays(*shape, features=features)
     assert uses_it(fast, x, kernel)
+
+    def with_gradients(function, *arrays):
+        def both(x, kernel, gradient):
+            out, pull = jax.vjp(function, x, kernel)
+            return out, *pull(gradient)
+
+        return jax.device_get(jax.jit(both)(*arrays))
+
     with jax.enable_x64(True):
-        wanted, pull = jax.vjp(direct, *(jnp.asarray(a, jnp.float64) for a in (x, kernel)))
-        wanted = [wanted, *pull(jnp.asarray(gradient, jnp.float64))]
-    got, pull = jax.vjp(fast, x, kernel)
-    for ours, theirs in zip((got, *pull(gradient)), wanted, strict=True):
+        wanted = with_gradients(direct, *(a.astype(np.float64) for a in (x, kernel, gradient)))
+    for ours, theirs in zip(with_gradients(fast, x, kernel, gradient), wanted, strict=True):
+        assert theirs.dtype == np.float64
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
@@ -60,7 +71,7 @@ def test_a_batch_split_over_devices_gives_the_same():
     with partition.use_mesh(mesh):
         split = jax.jit(fast)(jax.device_put(x, partition.batch_sharding(mesh)), kernel)
         assert uses_it(fast, x, kernel)
-    np.testing.assert_allclose(split, direct(x, kernel), atol=2e-5)
+    np.testing.assert_allclose(split, jax.jit(direct)(x, kernel), atol=2e-5)
     assert len(split.sharding.device_set) == 2
 
 
@@ -70,23 +81,23 @@ def test_a_batch_split_over_devices_gives_the_same():
     ids=["width", "channels", "bfloat16"],
 )
 def test_other_shapes_and_types_are_left_to_xla(shape, features, dtype):
-    x, kernel = jnp.zeros(shape, dtype), jnp.zeros((3, 3, shape[-1], features), dtype)
+    x, kernel = zeros(*shape, dtype=dtype), zeros(3, 3, shape[-1], features, dtype=dtype)
     assert not uses_it(fast, x, kernel)
 
 
 def test_little_work_is_left_to_xla(monkeypatch):
     monkeypatch.undo()
-    x, kernel = jnp.zeros((64, 16, 16, 64)), jnp.zeros((3, 3, 64, 64))
+    x, kernel = zeros(64, 16, 16, 64), zeros(3, 3, 64, 64)
     assert not uses_it(fast, x, kernel)
-    assert uses_it(fast, jnp.zeros((1, 32, 32, 64)), kernel)
-    assert not uses_it(fast, jnp.zeros((64, 8, 8, 512)), jnp.zeros((3, 3, 512, 512)))
+    assert uses_it(fast, zeros(1, 32, 32, 64), kernel)
+    assert not uses_it(fast, zeros(64, 8, 8, 512), zeros(3, 3, 512, 512))
 
 
 def test_drawing_needs_more_work_than_training_to_be_worth_its_compiling(monkeypatch):
     monkeypatch.undo()
 
     def convolutions(function, x):
-        kernel = jnp.zeros((3, 3, *x.shape[-1:] * 2))
+        kernel = zeros(3, 3, *x.shape[-1:] * 2)
         return str(jax.make_jaxpr(lambda x, kernel: function(x, kernel))(x, kernel)).count(
             "= conv_general_dilated["
         )
@@ -94,15 +105,15 @@ def test_drawing_needs_more_work_than_training_to_be_worth_its_compiling(monkeyp
     def training(x, kernel):
         return jax.vjp(fast, x, kernel)[0]
 
-    little, much = jnp.zeros((8, 32, 32, 64)), jnp.zeros((1, 64, 64, 64))
+    little, much = zeros(8, 32, 32, 64), zeros(1, 64, 64, 64)
     assert (convolutions(training, little), convolutions(fast, little)) == (6, 1)
     assert (convolutions(training, much), convolutions(fast, much)) == (6, 6)
 
 
 def test_other_platforms_keep_their_program(monkeypatch):
     conv = layers.conv(64, dtype=jnp.float32, name="c")
-    x = jnp.zeros((1, 4, 4, 64))
-    params = conv.init(jax.random.key(0), x)
+    x = zeros(1, 4, 4, 64)
+    params = jax.eval_shape(conv.init, jax.random.key(0), x)
     assert uses_it(conv.apply, params, x)
     strided = layers.conv(64, stride=2, dtype=jnp.float32, name="c")
     assert not uses_it(strided.apply, params, x)

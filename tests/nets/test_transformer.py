@@ -1,22 +1,35 @@
 """Transformer blocks against torch.nn, and the prior's network against diffusers' PriorTransformer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dalle2_jax import flops
+from dalle2_jax.nets import layers
 from dalle2_jax.nets.transformer import PriorTransformer, TransformerStack, causal_mask
 
 KEY = jax.random.key(0)
+CHEAP_KEY = jax.random.key(0, impl="rbg")  # programs full of the default's draws take long to compile
 
 
-def randomise(params, key=KEY, std=0.3):
-    """Every leaf drawn anew, so that no zero bias or unit gain hides a wrong name."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    fresh = [std * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, fresh)
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def random_params(net, *args, **kwargs):
+    """Every leaf drawn, so that no zero bias or unit gain hides a wrong name; nothing is compiled."""
+    with layers.shapes_only(True):
+        shapes = jax.eval_shape(lambda: net.init(KEY, *args, **kwargs))["params"]
+    draw = np.random.default_rng(0)
+
+    def one(path, x):
+        gain = 1 if path[-1].key == "scale" else 0
+        return np.asarray(gain + 0.3 * draw.standard_normal(x.shape), np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 def kernel(weight):
@@ -44,7 +57,7 @@ def randomise_torch(torch, model):
 def test_blocks_equal_torch_encoder_layers(causal):
     torch = pytest.importorskip("torch", reason="the oracle is torch.nn.TransformerEncoderLayer")
     width, heads, depth = 16, 4, 2
-    layers = [
+    blocks = [
         randomise_torch(
             torch,
             torch.nn.TransformerEncoderLayer(
@@ -57,7 +70,7 @@ def test_blocks_equal_torch_encoder_layers(causal):
     hidden = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1) if causal else None
     with torch.no_grad():
         expected = torch.from_numpy(x)
-        for layer in layers:
+        for layer in blocks:
             expected = layer(expected, src_mask=hidden)
     params = {
         f"block_{i}": {
@@ -72,62 +85,80 @@ def test_blocks_equal_torch_encoder_layers(causal):
             "norm2": norm(layer.norm2),
             "mlp": {"fc1": dense(layer.linear1), "fc2": dense(layer.linear2)},
         }
-        for i, layer in enumerate(layers)
+        for i, layer in enumerate(blocks)
     }
     mask = causal_mask(5) if causal else None
-    actual = TransformerStack(depth, heads).apply({"params": params}, x, mask)
+    actual = jax.jit(TransformerStack(depth, heads).apply)({"params": params}, x, mask)
     np.testing.assert_allclose(actual, expected.numpy(), atol=1e-5, rtol=1e-5)
 
 
 def test_a_causal_stack_never_looks_ahead():
     stack = TransformerStack(2, 2)
-    x = jax.random.normal(KEY, (1, 6, 8))
-    params = randomise(stack.init(KEY, x)["params"])
-    apply = jax.jit(lambda x: stack.apply({"params": params}, x, causal_mask(6)))
-    before, after = apply(x), apply(x.at[:, 3].set(jax.random.normal(jax.random.key(1), (8,))))
+    x = normal(1, 6, 8)
+    other = x.copy()
+    other[:, 3] = normal(8, seed=1)
+    apply = jax.jit(lambda params, x: stack.apply({"params": params}, x, causal_mask(6)))
+    params = random_params(stack, x)
+    before, after = np.asarray(apply(params, x)), np.asarray(apply(params, other))
     np.testing.assert_array_equal(before[:, :3], after[:, :3])
     assert (np.abs(before - after).max(axis=-1)[0, 3:] > 1e-3).all()
 
 
+X = normal(2, 4, 8)
+
+
+def stack(remat, scan):
+    return TransformerStack(2, 2, remat=remat, scan=scan)
+
+
+@functools.cache
+def begun(remat="none", scan=False):
+    """The parameters that a stack begins with."""
+    return jax.device_get(jax.jit(stack(remat, scan).init)(CHEAP_KEY, X)["params"])
+
+
+def loss(remat, scan):
+    return lambda p: jnp.square(stack(remat, scan).apply({"params": p}, X, causal_mask(4))).sum()
+
+
+@functools.cache
+def gradient(remat, scan):
+    return jax.device_get(jax.jit(jax.grad(loss(remat, scan)))(begun()))
+
+
+def assert_equal_leaves(ours, theirs, **tolerance):
+    """Also compares the names."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), ours, theirs)
+
+
+def test_a_loop_over_blocks_begins_with_the_same_parameters():
+    assert_equal_leaves(begun(scan=True), begun(), rtol=0)
+
+
 @pytest.mark.parametrize("remat", ["none", "products", "all"])
 def test_a_loop_over_blocks_changes_neither_names_nor_gradients_nor_arithmetic(remat):
-    x, mask = jax.random.normal(KEY, (2, 4, 8)), causal_mask(4)
-    plain, loop = (TransformerStack(3, 2, remat=remat, scan=scan) for scan in (False, True))
-    params = plain.init(KEY, x)["params"]
-    jax.tree.map(
-        np.testing.assert_array_equal, params, loop.init(KEY, x)["params"]
-    )  # also compares the names
-
-    def loss(stack):
-        return lambda p: jnp.square(stack.apply({"params": p}, x, mask)).sum()
-
-    programs = [str(jax.make_jaxpr(loss(stack))(params)) for stack in (plain, loop)]
+    params = begun()
+    names = jax.eval_shape(stack(remat, True).init, KEY, X)["params"]
+    assert jax.tree.structure(names) == jax.tree.structure(params)
+    losses = [loss(remat, scan) for scan in (False, True)]
+    programs = [str(jax.make_jaxpr(loss)(params)) for loss in losses]
     assert ["scan[" in program for program in programs] == [False, True]
-    assert programs[0].count("dot_general[") == 3 * programs[1].count("dot_general[")
-    assert flops.count(loss(plain), params) == flops.count(loss(loop), params)
-    gradients = [jax.jit(jax.grad(loss(stack)))(params) for stack in (plain, loop)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *gradients)
+    assert programs[0].count("dot_general[") == 2 * programs[1].count("dot_general[")
+    assert flops.count(losses[0], params) == flops.count(losses[1], params)
+    assert_equal_leaves(gradient(remat, False), gradient(remat, True), rtol=1e-5, atol=1e-5)
 
 
 def test_remat_changes_neither_names_nor_gradients():
-    x = jax.random.normal(KEY, (1, 4, 8))
-    plain, remat = TransformerStack(2, 2), TransformerStack(2, 2, remat="products")
-    params = plain.init(KEY, x)["params"]
-    again = remat.init(KEY, x)["params"]
-    jax.tree.map(np.testing.assert_array_equal, params, again)  # also compares the names
-
-    def gradient(stack):
-        return jax.jit(jax.grad(lambda p: jnp.square(stack.apply({"params": p}, x)).sum()))(params)
-
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(plain), gradient(remat))
+    assert_equal_leaves(begun("products"), begun(), rtol=0)
+    assert_equal_leaves(gradient("products", False), gradient("none", False), rtol=0, atol=1e-5)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
-    x = jax.random.normal(KEY, (1, 4, 8))
+    x = normal(1, 4, 8)
     stack = TransformerStack(1, 2, dtype=jnp.bfloat16)
-    variables = stack.init(KEY, x)
+    variables = jax.eval_shape(stack.init, KEY, x)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    assert stack.apply(variables, x).dtype == jnp.bfloat16
+    assert jax.eval_shape(stack.apply, variables, x).dtype == jnp.bfloat16
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
@@ -141,17 +172,16 @@ def small_prior(**changes):
 
 
 def prior_inputs(net, size=3):
-    k = jax.random.split(KEY, 5)
-    text = jax.random.randint(k[3], (size, 5), 0, 11)
+    text = np.random.default_rng(2).integers(0, 11, (size, 5))
     if net.states_width:
-        text = jax.random.normal(k[3], (size, 5, net.states_width))
+        text = normal(size, 5, net.states_width, seed=2)
     return {
-        "x_t": jax.random.normal(k[0], (size, net.embed_dim)),
-        "t": jnp.arange(size) * 300,
-        "text_embed": jax.random.normal(k[1], (size, net.embed_dim)),
+        "x_t": normal(size, net.embed_dim),
+        "t": np.arange(size) * 300,
+        "text_embed": normal(size, net.embed_dim, seed=1),
         "text": text,
-        "token_mask": jnp.arange(5) < jnp.arange(2, 2 + size)[:, None],
-        "drop_text": jnp.zeros(size, bool),
+        "token_mask": np.arange(5) < np.arange(2, 2 + size)[:, None],
+        "drop_text": np.zeros(size, bool),
     }
 
 
@@ -166,12 +196,12 @@ KINDS = {
 def prior(request):
     net = small_prior(**KINDS[request.param])
     inputs = prior_inputs(net)
-    params = randomise(net.init(KEY, **inputs)["params"])
-    return jax.jit(lambda **kwargs: net.apply({"params": params}, **kwargs)), inputs
+    variables = {"params": random_params(net, **inputs)}
+    return functools.partial(jax.jit(net.apply), variables), inputs
 
 
 def gap(a, b):
-    return float(jnp.abs(a - b).max())
+    return float(np.abs(np.asarray(a) - np.asarray(b)).max())
 
 
 def other_text(inputs):
@@ -186,7 +216,7 @@ def other_text(inputs):
 
 def test_the_null_branch_sees_the_noised_embedding_and_no_text(prior):
     apply, inputs = prior
-    null = inputs | {"drop_text": jnp.ones(3, bool)}
+    null = inputs | {"drop_text": np.ones(3, bool)}
     reference = apply(**null)
     assert np.isfinite(reference).all()
     assert gap(reference, apply(**other_text(null))) == 0.0
@@ -200,7 +230,7 @@ def test_the_conditional_branch_sees_every_input(prior):
     for name, delta in (("x_t", 0.1), ("t", 100), ("text_embed", 0.1)):
         assert gap(reference, apply(**inputs | {name: inputs[name] + delta})) > 1e-3, name
     first = other_text(inputs)["text"][:, :1]
-    text = jnp.concatenate([first, inputs["text"][:, 1:]], axis=1)
+    text = np.concatenate([first, inputs["text"][:, 1:]], axis=1)
     assert (np.abs(reference - apply(**inputs | {"text": text})).max(axis=1) > 1e-4).all()
 
 
@@ -208,7 +238,7 @@ def test_padding_does_not_reach_the_prediction(prior):
     apply, inputs = prior
     mask = inputs["token_mask"]
     mask = mask if inputs["text"].ndim == 2 else mask[..., None]
-    text = jnp.where(mask, inputs["text"], other_text(inputs)["text"])
+    text = np.where(mask, inputs["text"], other_text(inputs)["text"])
     assert gap(inputs["text"], text) > 0
     assert gap(apply(**inputs), apply(**inputs | {"text": text})) == 0.0
 
@@ -218,39 +248,42 @@ def test_padding_does_not_reach_the_prediction(prior):
 def test_with_the_text_read_before_it_predicts_the_same_from_three_positions(kind, remat):
     net = small_prior(**KINDS[kind], remat=remat)
     x_t, t, *text = prior_inputs(net).values()
-    params = randomise(net.init(KEY, x_t, t, *text)["params"])
-    text[3] = jnp.array([False, True, False])
-    whole = net.apply({"params": params}, x_t, t, *text)
-    read = net.read(params, *text)
+    params = random_params(net, x_t, t, *text)
+    text[3] = np.array([False, True, False])
+    apply = jax.jit(net.apply)
+    whole = apply({"params": params}, x_t, t, *text)
+    read = jax.jit(net.read)(params, *text)
     assert set(read) == {"cache"}
-    np.testing.assert_allclose(net.apply({"params": params} | read, x_t, t), whole, atol=1e-5)
-    other = net.apply({"params": params} | read, x_t + 1, t + 1)
-    np.testing.assert_allclose(other, net.apply({"params": params}, x_t + 1, t + 1, *text), atol=1e-5)
+    np.testing.assert_allclose(apply({"params": params} | read, x_t, t), whole, atol=1e-5)
+    other = apply({"params": params} | read, x_t + 1, t + 1)
+    np.testing.assert_allclose(other, apply({"params": params}, x_t + 1, t + 1, *text), atol=1e-5)
     assert gap(other, whole) > 1e-3
-    assert net.init(KEY, x_t, t, *text).keys() == {"params"}
+    assert jax.eval_shape(net.init, KEY, x_t, t, *text).keys() == {"params"}
 
 
 def test_text_is_dropped_by_example(prior):
     apply, inputs = prior
-    drop = jnp.array([True, False, True])
+    drop = np.array([True, False, True])
     mixed = apply(**inputs | {"drop_text": drop})
-    whole = apply(**inputs), apply(**inputs | {"drop_text": jnp.ones(3, bool)})
-    np.testing.assert_allclose(mixed, jnp.where(drop[:, None], whole[1], whole[0]), atol=1e-6)
+    whole = apply(**inputs), apply(**inputs | {"drop_text": np.ones(3, bool)})
+    np.testing.assert_allclose(mixed, np.where(drop[:, None], whole[1], whole[0]), atol=1e-6)
     assert gap(*whole) > 1e-3
 
 
 def test_null_tokens_are_the_states_of_a_null_caption():
     net = small_prior(vocab_size=0, states_width=4, null_tokens=2)
     inputs = prior_inputs(net)
-    params = randomise(net.init(KEY, **inputs)["params"])
-    null = net.apply({"params": params}, **inputs | {"drop_text": jnp.ones(3, bool)})
-    states = jnp.zeros((3, 5, 4)).at[:, :2].set(params["null_text_states"]["embedding"])
+    params = random_params(net, **inputs)
+    apply = functools.partial(jax.jit(net.apply), {"params": params})
+    null = apply(**inputs | {"drop_text": np.ones(3, bool)})
+    states = np.zeros((3, 5, 4), np.float32)
+    states[:, :2] = params["null_text_states"]["embedding"]
     given = inputs | {
         "text": states,
-        "token_mask": jnp.broadcast_to(jnp.arange(5) < 2, (3, 5)),
-        "text_embed": jnp.broadcast_to(params["null_text_embed"]["embedding"], (3, 6)),
+        "token_mask": np.broadcast_to(np.arange(5) < 2, (3, 5)),
+        "text_embed": np.broadcast_to(params["null_text_embed"]["embedding"], (3, 6)),
     }
-    np.testing.assert_allclose(null, net.apply({"params": params}, **given), atol=1e-6)
+    np.testing.assert_allclose(null, apply(**given), atol=1e-6)
 
 
 def from_diffusers(model, width):
@@ -311,6 +344,7 @@ def test_prior_transformer_equals_diffusers():
         embed_dim=embed, context_length=length, width=width, depth=2, num_heads=heads, states_width=embed
     )
     params = from_diffusers(model, width)
+    apply = jax.jit(net.apply)
     for t in (0, 999):
         with torch.no_grad():
             model.clip_mean.copy_(torch.from_numpy(mean))
@@ -323,9 +357,7 @@ def test_prior_transformer_equals_diffusers():
                 torch.from_numpy(mask),
             ).predicted_image_embedding
             expected_embed = model.post_process_latents(expected)
-        z = net.apply(
-            {"params": params}, x_t, jnp.array([t, t]), text_embed, states, mask, jnp.zeros(2, bool)
-        )
+        z = apply({"params": params}, x_t, np.array([t, t]), text_embed, states, mask, np.zeros(2, bool))
         assert np.abs(expected.numpy()).max() > 0.1
         np.testing.assert_allclose(z, expected.numpy(), atol=1e-4, rtol=1e-4)
         np.testing.assert_allclose(z * std + mean, expected_embed.numpy(), atol=1e-4, rtol=1e-4)

@@ -1,17 +1,18 @@
 """The CLIP stage: parity with transformers' CLIPModel, the loss over the global batch, and learning."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from dalle2_jax import flops, partition
+from dalle2_jax import flops, models, partition
 from dalle2_jax.nets import platforms
 from dalle2_jax.stages import clip
 from tests.learned import assert_within, descend, key_of
+from tests.tiny_model import random_params
 
 KEY = jax.random.key(0)
 LENGTH, VOCAB = 6, 20
@@ -24,17 +25,26 @@ def build(**changes):
     return clip.build(**(dict(embed_dim=8, image_size=8, vision=VIT, text=TEXT) | changes))
 
 
-def batch_of(size, image_size=8, key=KEY):
-    image_key, token_key = jax.random.split(key)
+def batch_of(size):
+    draw = np.random.default_rng(0)
     return {
-        "image": jax.random.uniform(image_key, (size, image_size, image_size, 3), minval=-1, maxval=1),
-        "tokens": jax.random.randint(token_key, (size, LENGTH), 1, VOCAB),
-        "token_mask": jnp.arange(LENGTH) < 2 + jnp.arange(size)[:, None] % (LENGTH - 1),
+        "image": draw.uniform(-1, 1, (size, 8, 8, 3)).astype(np.float32),
+        "tokens": draw.integers(1, VOCAB, (size, LENGTH)).astype(np.int32),
+        "token_mask": np.arange(LENGTH) < 2 + np.arange(size)[:, None] % (LENGTH - 1),
     }
 
 
-def unit(key, shape):
-    return clip.unit_norm(jax.random.normal(key, shape))
+def params_of(stage):
+    """Random parameters with the temperature that `init` gives; nothing is compiled."""
+    return random_params(stage, 0) | {"logit_scale": np.float32(math.log(1 / 0.07))}
+
+
+def unit(seed, shape):
+    x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+contrast = jax.jit(clip.contrastive_loss)
 
 
 def from_transformers(model):
@@ -114,7 +124,8 @@ def test_everything_equals_transformers(activation):
 
     batch = batch_of(3)
     last = batch["token_mask"].sum(axis=1) - 1
-    batch["tokens"] = (batch["tokens"] % (VOCAB - 1)).at[jnp.arange(3), last].set(VOCAB - 1)
+    batch["tokens"] %= VOCAB - 1
+    batch["tokens"][np.arange(3), last] = VOCAB - 1
     stage = build(vision=VIT | {"depth": 2}, text=TEXT | {"depth": 2, "num_heads": 4}, activation=activation)
     params = from_transformers(model)
     pixels = ((np.asarray(batch["image"]) + 1) / 2 - clip.IMAGE_MEAN) / clip.IMAGE_STD
@@ -125,47 +136,52 @@ def test_everything_equals_transformers(activation):
             return_loss=True,
         )
 
-    image_embed = stage.encode_image(params, batch["image"])
-    text_embed, states = stage.encode_text(params, batch["tokens"], batch["token_mask"])
+    @jax.jit
+    def everything(params, batch):
+        text = stage.encode_text(params, batch["tokens"], batch["token_mask"])
+        return stage.encode_image(params, batch["image"]), *text, *stage.loss(params, KEY, batch)
+
+    image_embed, text_embed, states, loss, metrics = everything(params, batch)
     np.testing.assert_allclose(image_embed, expected.image_embeds.numpy(), atol=1e-5)
     np.testing.assert_allclose(text_embed, expected.text_embeds.numpy(), atol=1e-5)
     np.testing.assert_allclose(
         states, expected.text_model_output.last_hidden_state.numpy(), atol=1e-5, rtol=1e-5
     )
-    loss, metrics = stage.loss(params, KEY, batch)
     np.testing.assert_allclose(loss, expected.loss.numpy(), rtol=1e-5)
     np.testing.assert_allclose(metrics["logit_scale"], 1 / 0.07, rtol=1e-3)
 
 
 def test_loss_of_known_similarities():
     """Orthonormal pairs: logits are s on the diagonal and 0 off it, so the loss is log(1 + (N - 1) e^-s)."""
-    embed = jnp.eye(4, 5)
-    loss, metrics = clip.contrastive_loss(embed, embed, jnp.log(3.0))
+    embed = np.eye(4, 5, dtype=np.float32)
+    loss, metrics = contrast(embed, embed, math.log(3.0))
     np.testing.assert_allclose(loss, math.log(1 + 3 * math.exp(-3.0)), rtol=1e-6)
     assert metrics["accuracy_i2t"] == metrics["accuracy_t2i"] == 1.0
-    loss, metrics = clip.contrastive_loss(embed, jnp.roll(embed, 1, axis=0), jnp.log(3.0))
+    loss, metrics = contrast(embed, np.roll(embed, 1, axis=0), math.log(3.0))
     np.testing.assert_allclose(loss, 3.0 + math.log(1 + 3 * math.exp(-3.0)), rtol=1e-6)
     assert metrics["accuracy_i2t"] == metrics["accuracy_t2i"] == 0.0
 
 
 def test_equal_captions_need_no_other_targets():
-    tokens = jnp.array([[1, 2, 0], [3, 4, 0], [1, 2, 0], [3, 0, 0]])
+    tokens = np.array([[1, 2, 0], [3, 4, 0], [1, 2, 0], [3, 0, 0]])
     same = clip.same_captions(tokens)
     np.testing.assert_array_equal(same, np.eye(4) + np.array([[0, 0, 1, 0], [0] * 4, [1, 0, 0, 0], [0] * 4]))
-    image, text = unit(KEY, (4, 8)), unit(jax.random.key(1), (4, 8))
-    text = text.at[2].set(text[0])
+    image, text = unit(0, (4, 8)), unit(1, (4, 8))
+    text[2] = text[0]
     target = same / same.sum(axis=1)
     logits = 10.0 * image @ text.T
-    spread = -(target * (jax.nn.log_softmax(logits) + jax.nn.log_softmax(logits.T))).sum(axis=1).mean() / 2
-    loss, _ = clip.contrastive_loss(image, text, jnp.log(10.0), same)
+    log_p = [x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (logits, logits.T)]
+    spread = -(target * sum(log_p)).sum(axis=1).mean() / 2
+    loss, _ = contrast(image, text, math.log(10.0), same)
     np.testing.assert_allclose(loss, spread, rtol=1e-5)
 
 
 def test_a_match_with_an_equal_caption_is_accurate():
-    image, text = jnp.eye(3), jnp.eye(3).at[2].set(jnp.eye(3)[0])
-    same = clip.same_captions(jnp.array([[1, 2], [3, 4], [1, 2]]))
-    _, strict = clip.contrastive_loss(image, text, jnp.log(10.0))
-    _, fair = clip.contrastive_loss(image, text, jnp.log(10.0), same)
+    image = np.eye(3, dtype=np.float32)
+    text = image[[0, 1, 0]]
+    same = clip.same_captions(np.array([[1, 2], [3, 4], [1, 2]]))
+    _, strict = contrast(image, text, math.log(10.0))
+    _, fair = contrast(image, text, math.log(10.0), same)
     np.testing.assert_allclose([strict["accuracy_t2i"], fair["accuracy_t2i"]], [2 / 3, 1.0], rtol=1e-6)
 
 
@@ -175,7 +191,7 @@ def test_loss_and_gradients_do_not_depend_on_the_number_of_devices():
     if len(devices) < 8:
         pytest.skip("needs 8 devices: run under tests/conftest.py, before anything else starts JAX")
     stage, batch = build(), batch_of(16)
-    params = jax.jit(stage.init)(KEY, batch)
+    params = params_of(stage)
     results = []
     for data, fsdp in ((1, 1), (2, 4)):
         mesh = partition.make_mesh(data=data, fsdp=fsdp, devices=devices[: data * fsdp])
@@ -194,31 +210,37 @@ def test_loss_and_gradients_do_not_depend_on_the_number_of_devices():
 
 def test_temperature_starts_at_0_07_and_never_exceeds_100():
     stage, batch = build(), batch_of(2)
-    params = jax.jit(stage.init)(KEY, batch)
-    np.testing.assert_allclose(jnp.exp(params["logit_scale"]), 1 / 0.07, rtol=1e-6)
+    # what is not returned is not compiled
+    scale = jax.jit(lambda *arguments: stage.init(*arguments)["logit_scale"])(KEY, batch)
+    params = random_params(stage, 0) | {"logit_scale": scale}
+    np.testing.assert_allclose(np.exp(scale), 1 / 0.07, rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, stage.project(params), params)
     high = stage.project(params | {"logit_scale": jnp.float32(7.0)})
-    np.testing.assert_allclose(jnp.exp(high["logit_scale"]), 100.0, rtol=1e-6)
+    np.testing.assert_allclose(np.exp(high["logit_scale"]), 100.0, rtol=1e-6)
     assert params["logit_scale"] < 3  # project did not write into its argument
 
 
 def test_embeddings_are_of_unit_norm_unless_asked_otherwise():
     stage, batch = build(), batch_of(3)
-    params = jax.jit(stage.init)(KEY, batch)
-    image = stage.encode_image(params, batch["image"])
-    text, states = stage.encode_text(params, batch["tokens"], batch["token_mask"])
-    np.testing.assert_allclose(jnp.linalg.norm(image, axis=1), 1.0, rtol=1e-5)
-    np.testing.assert_allclose(jnp.linalg.norm(text, axis=1), 1.0, rtol=1e-5)
+
+    @jax.jit
+    def encode(params, batch):
+        images = [stage.encode_image(params, batch["image"], normalize=asked) for asked in (None, False)]
+        return *images, *stage.encode_text(params, batch["tokens"], batch["token_mask"])
+
+    image, raw, text, states = map(np.asarray, encode(params_of(stage), batch))
+    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1.0, rtol=1e-5)
     assert states.shape == (3, LENGTH, 16)
-    raw = stage.encode_image(params, batch["image"], normalize=False)
-    assert np.abs(jnp.linalg.norm(raw, axis=1) - 1).max() > 1e-3
-    np.testing.assert_allclose(clip.unit_norm(raw), image, atol=1e-6)
+    length = np.linalg.norm(raw, axis=1, keepdims=True)
+    assert np.abs(length - 1).max() > 1e-3
+    np.testing.assert_allclose(raw / length, image, atol=1e-6)
 
 
 def test_retrieval_accuracy_counts_both_directions():
-    text = jnp.eye(3)
-    image = jnp.array([[1.0, 0.2, 0], [0.9, 0.1, 0], [0, 0, 1]])  # image 1 looks like caption 0
-    i2t, t2i = clip.retrieval_accuracy(image, text)
+    text = np.eye(3, dtype=np.float32)
+    image = np.array([[1.0, 0.2, 0], [0.9, 0.1, 0], [0, 0, 1]], np.float32)  # image 1 looks like caption 0
+    i2t, t2i = jax.jit(clip.retrieval_accuracy)(image, text)
     np.testing.assert_allclose([i2t, t2i], [2 / 3, 1 / 3], rtol=1e-6)
 
 
@@ -230,13 +252,25 @@ BOUNDS = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def pairs(key, image_size):
+    """Eight pairs, drawn from a key."""
+    image_key, token_key = jax.random.split(key)
+    return {
+        "image": jax.random.uniform(image_key, (8, image_size, image_size, 3), minval=-1, maxval=1),
+        "tokens": jax.random.randint(token_key, (8, LENGTH), 1, VOCAB),
+        "token_mask": jnp.arange(LENGTH) < 2 + jnp.arange(8)[:, None] % (LENGTH - 1),
+    }
+
+
 def reached(seed, vision):
     """Eight pairs after 60 steps."""
     key, image_size = key_of(seed), {"vit": 8, "resnet": 16}[vision]
     stage = build(vision={"vit": VIT, "resnet": RESNET}[vision], image_size=image_size)
-    batch = batch_of(8, image_size, key)
+    batch = pairs(key, image_size)
     params = jax.jit(stage.init)(key, batch)
     _, metrics = descend(stage, params, key, batch, steps=60, learning_rate=3e-3)
+    metrics = jax.device_get(metrics)
     last = {name: metrics[name][-1] for name in ("loss", "accuracy_i2t", "accuracy_t2i")}
     return {"loss_before": metrics["loss"][0]} | last
 
@@ -247,8 +281,7 @@ def test_eight_pairs_are_learned(vision):
 
 
 def count(stage):
-    params = jax.eval_shape(stage.init, KEY, stage.batch_spec(1))
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(models.abstract_params(stage)))
 
 
 def test_sizes_of_the_papers_clip_and_of_a_released_one():
@@ -291,55 +324,77 @@ def gradient(stage):
     return jax.jit(jax.grad(lambda params, batch: stage.loss(params, KEY, batch)[0]))
 
 
-def test_sam_is_the_gradient_at_parameters_that_each_replica_moved():
-    """Against two plain gradients, for one replica; and with two, against replicas handled one by one."""
-    batch, rho = batch_of(8), 0.1
-    plain, one = build(), build(sam_rho=rho, sam_batch_size=8)
-    params = plain.init(KEY, batch)
+RHO = 0.1
 
-    def moved_along(g):
-        norm = optax.global_norm(g)
-        return jax.tree.map(lambda p, g: p + rho * g / norm, params, g)
 
-    grad_plain = gradient(plain)
-    g = grad_plain(params, batch)
-    found = gradient(one)(params, batch)
-    chex_close(found, grad_plain(moved_along(g), batch), 1e-4)
-    assert optax.global_norm(jax.tree.map(jnp.subtract, found, g)) > 1e-2 * optax.global_norm(g)
+@pytest.fixture(scope="module")
+def eight_replicas():
+    """(parameters, batch of 16, gradient of SAM's loss where every two examples are a replica)."""
+    stage, batch = build(sam_rho=RHO, sam_batch_size=2), batch_of(16)
+    params = params_of(stage)
+    return params, batch, jax.device_get(gradient(stage)(params, batch))
 
-    two = build(sam_rho=rho, sam_batch_size=4)
 
-    def loss_of(a, b):
-        """The global loss, where the first half of the batch is embedded by `a`, the second by `b`."""
-        halves = [{n: x[i : i + 4] for n, x in batch.items()} for i in (0, 4)]
-        embeds = [plain._embed(p, half) for p, half in ((a, halves[0]), (b, halves[1]))]
-        image, text = (jnp.concatenate(x) for x in zip(*embeds, strict=True))
+# On a mesh, below, all replicas are handled at once, as the only one of a single device is.
+@pytest.mark.parametrize("replicas", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_sam_is_the_gradient_at_parameters_that_each_replica_moved(eight_replicas, replicas):
+    """Against plain gradients, where each replica's examples are embedded by a copy of the parameters."""
+    params, batch, found = eight_replicas
+    plain = build()
+
+    @jax.jit
+    @jax.value_and_grad
+    def of_copies(copies, batch):
+        """The global loss, where copy i of eight embeds examples 2 i and 2 i + 1."""
+        parts = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
+        image, text = (x.reshape(16, -1) for x in jax.vmap(plain._embed)(copies, parts))
+        scale = jnp.exp(jnp.repeat(copies["logit_scale"], 2))[:, None]
         similarity = image @ text.T
-        scale = jnp.exp(jnp.repeat(jnp.stack([a["logit_scale"], b["logit_scale"]]), 4))[:, None]
         rows = [jax.nn.log_softmax(scale * s, axis=-1) for s in (similarity, similarity.T)]
-        return -(jnp.trace(rows[0]) + jnp.trace(rows[1])) / 16
+        return -(jnp.trace(rows[0]) + jnp.trace(rows[1])) / 32
 
-    of_both = jax.jit(jax.grad(loss_of, argnums=(0, 1)))
-    a, b = (moved_along(half) for half in of_both(params, params))
-    expected = jax.tree.map(jnp.add, *of_both(a, b))
-    chex_close(gradient(two)(params, batch), expected, 1e-4)
-    # validation looks at the parameters themselves
-    assert one.loss(params, KEY, batch, train=False)[0] == plain.loss(params, KEY, batch)[0]
-    with pytest.raises(ValueError, match="sam_batch_size = 3"):
-        build(sam_rho=rho, sam_batch_size=3).loss(params, KEY, batch)
+    def norm_of(tree):
+        return math.sqrt(sum(float(np.square(x).sum()) for x in jax.tree.leaves(tree)))
+
+    def moved_along(gradient):
+        rate = np.float32(RHO / norm_of(gradient))
+        return jax.tree.map(lambda p, g: p + rate * g, params, gradient)
+
+    def stacked(*trees):
+        return jax.tree.map(lambda *x: np.stack(x), *trees)
+
+    def total(gradients):
+        return jax.tree.map(lambda g: g.sum(axis=0), gradients)
+
+    loss, plain_gradients = jax.device_get(of_copies(stacked(*[params] * 8), batch))
+    np.testing.assert_allclose(loss, jax.jit(plain.loss)(params, KEY, batch)[0], rtol=1e-5)
+    unmoved = total(plain_gradients)
+    if replicas == 8:
+        moved = [moved_along(jax.tree.map(lambda g, i=i: g[i], plain_gradients)) for i in range(8)]
+    else:
+        moved = [moved_along(unmoved)] * 8
+        found = jax.device_get(gradient(build(sam_rho=RHO, sam_batch_size=16))(params, batch))
+    chex_close(found, total(of_copies(stacked(*moved), batch)[1]), 1e-4)
+    assert norm_of(jax.tree.map(np.subtract, found, unmoved)) > 1e-2 * norm_of(unmoved)
 
 
-def test_sam_on_a_mesh():
-    """Eight replicas, on one device and on a mesh, move alike."""
+def test_sam_validates_the_parameters_themselves():
     batch = batch_of(16)
-    stage = build(sam_rho=0.1, sam_batch_size=2)
-    params = jax.jit(stage.init)(key_of(0), batch)
+    plain, sam = build(), build(sam_rho=RHO, sam_batch_size=16)
+    params = params_of(plain)
+    validation = jax.jit(lambda params, batch: sam.loss(params, KEY, batch, train=False))(params, batch)
+    assert validation[0] == jax.jit(plain.loss)(params, KEY, batch)[0]
+    with pytest.raises(ValueError, match="sam_batch_size = 3"):
+        build(sam_rho=RHO, sam_batch_size=3).loss(params, KEY, batch)
 
-    alone = gradient(stage)(params, batch)
-    mesh = partition.make_mesh(data=4, fsdp=2)
+
+def test_sam_on_a_mesh(eight_replicas):
+    """Eight replicas, on one device and on a mesh, move alike."""
+    params, batch, alone = eight_replicas
+    stage, mesh = build(sam_rho=RHO, sam_batch_size=2), partition.make_mesh(data=4, fsdp=2)
     with partition.use_mesh(mesh):
         shared = gradient(stage)(params, jax.device_put(batch, partition.batch_sharding(mesh)))
-    chex_close(jax.device_get(shared), alone, 1e-4)
+    chex_close(shared, alone, 1e-4)
 
 
 @pytest.mark.slow
@@ -359,15 +414,16 @@ def test_sam_computes_no_product_with_a_kernel_again():
     """Of what is kept at the moved parameters as of what is at the others: twice attention's, no more."""
     batch = batch_of(16)
 
+    @functools.cache
+    def counted(remat, **sam):
+        stage = build(remat=remat, **sam)
+        params = jax.eval_shape(stage.init, KEY, batch)
+        with partition.use_mesh(partition.make_mesh(data=8)), platforms.assumed(platforms.Target("tpu")):
+            return flops.count(gradient(stage), params, batch)
+
     def again(remat, **sam):
         """FLOPs that are computed a second time on TPUs, where each of eight devices has a replica."""
-        counts = []
-        for what in ("none", remat):
-            stage = build(remat=what, **sam)
-            params = jax.eval_shape(stage.init, KEY, batch)
-            with partition.use_mesh(partition.make_mesh(data=8)), platforms.assumed(platforms.Target("tpu")):
-                counts.append(flops.count(gradient(stage), params, batch))
-        return counts[1] - counts[0]
+        return counted(remat, **sam) - counted("none", **sam)
 
     sam = dict(sam_rho=0.1, sam_batch_size=2)
     assert again("products", **sam) == 2 * again("products") > 0
@@ -376,14 +432,16 @@ def test_sam_computes_no_product_with_a_kernel_again():
 
 def chex_close(found, expected, tolerance):
     """Trees are close relative to the largest entry of each leaf."""
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=tolerance * max(1e-3, float(jnp.abs(b).max())))
+    for a, b in zip(*map(jax.tree.leaves, jax.device_get((found, expected))), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * max(1e-3, float(np.abs(b).max())))
 
 
 def test_the_sigmoid_loss_judges_every_pair_by_itself():
-    image, text = unit(KEY, (5, 4)), unit(jax.random.key(1), (5, 4))
-    same = jnp.eye(5, dtype=bool).at[0, 1].set(True).at[1, 0].set(True)
-    loss, metrics = clip.sigmoid_loss(image, text, jnp.log(10.0), jnp.float32(-2.0), same)
+    image, text = unit(0, (5, 4)), unit(1, (5, 4))
+    same = np.eye(5, dtype=bool)
+    same[0, 1] = same[1, 0] = True
+    log_10, bias = np.float32(math.log(10.0)), np.float32(-2.0)
+    loss, metrics = jax.jit(clip.sigmoid_loss)(image, text, log_10, bias, same)
     total = 0.0
     for i in range(5):
         for j in range(5):
@@ -392,10 +450,17 @@ def test_the_sigmoid_loss_judges_every_pair_by_itself():
     assert float(loss) == pytest.approx(total / 5, rel=1e-5)
     assert float(metrics["logit_bias"]) == -2.0
     stage = build(loss="sigmoid")
-    params = stage.init(KEY, batch_of(4))
-    assert float(jnp.exp(params["logit_scale"])) == pytest.approx(10.0) and params["logit_bias"] == -10.0
-    grads = jax.grad(lambda p: stage.loss(p, KEY, batch_of(4))[0])(params)
-    assert float(jnp.abs(grads["logit_bias"])) > 0
+
+    @jax.jit
+    def scalars(batch):
+        params = stage.init(KEY, batch)
+        return {name: params[name] for name in ("logit_scale", "logit_bias")}
+
+    begun = scalars(batch_of(4))
+    assert float(np.exp(begun["logit_scale"])) == pytest.approx(10.0) and begun["logit_bias"] == -10.0
+    params = random_params(stage, 0) | begun
+    slope = jax.jit(jax.grad(lambda bias, batch: stage.loss(params | {"logit_bias": bias}, KEY, batch)[0]))
+    assert abs(float(slope(begun["logit_bias"], batch_of(4)))) > 0
     with pytest.raises(ValueError, match="loss 'hinge' is unknown"):
         build(loss="hinge")
 
@@ -406,18 +471,23 @@ def test_the_sigmoid_loss_judges_every_pair_by_itself():
 @pytest.mark.parametrize("vision", [VIT, RESNET])
 def test_a_noised_clip_sees_noised_pictures_and_is_told_the_time(vision):
     stage = build(vision=vision, noise=dict(schedule="cosine"))
-    batch = batch_of(6)
-    params = stage.init(KEY, batch)
-    image, text_embed = batch["image"], unit(jax.random.key(3), (6, 8))
-    early, late = (stage.log_p(params, image, jnp.full(6, t), text_embed) for t in (0, 900))
-    assert early.shape == (6,) and jnp.abs(early - late).max() > 1e-4
-    scale = jnp.exp(params["logit_scale"])
-    expected = scale * (stage.encode_image(params, image) * text_embed).sum(axis=1)
+    batch, params, text_embed = batch_of(6), params_of(stage), unit(3, (6, 8))
+
+    @jax.jit
+    def seen(params, image, t):
+        return stage.log_p(params, image, t, text_embed), stage.encode_image(params, image)
+
+    (early, clean), (late, _) = (seen(params, batch["image"], np.full(6, t)) for t in (0, 900))
+    assert early.shape == (6,) and np.abs(early - late).max() > 1e-4
+    expected = np.exp(params["logit_scale"]) * (clean * text_embed).sum(axis=1)
     np.testing.assert_allclose(early, expected, rtol=1e-5)  # without a time a picture is clean
-    losses = [float(stage.loss(params, jax.random.key(k), batch)[0]) for k in (0, 0, 1)]
-    assert losses[0] == losses[1] != losses[2]
-    fixed = [float(stage.loss(params, jax.random.key(k), batch, train=False)[0]) for k in (0, 0)]
-    assert fixed[0] == fixed[1]
+
+    @jax.jit
+    def losses_of(key):
+        return [stage.loss(params, key, batch, train=train)[0] for train in (True, False)]
+
+    (first, fixed), (again, as_fixed), (another, _) = (losses_of(key_of(k)) for k in (0, 0, 1))
+    assert first == again != another
+    assert fixed == as_fixed
     with pytest.raises(ValueError, match="train one with model.noise"):
-        plain = build(vision=vision)
-        plain.log_p(plain.init(KEY, batch), image, jnp.zeros(6, jnp.int32), text_embed)
+        build(vision=vision).log_p({}, batch["image"], np.zeros(6, np.int32), text_embed)

@@ -78,25 +78,32 @@ def spying(**changes):
     return dataclasses.replace(build(objective="x0", **changes), net=Spy())
 
 
+def seen_in_training(stage, batch, train=True):
+    """What the spy of a stage is given, (low_res_up, level)."""
+
+    @jax.jit
+    def seen(batch):
+        stage.loss({}, CHEAP_KEY, batch, train=train)
+        return stage.net.seen[-1], stage.net.levels[-1]
+
+    return jax.device_get(seen(batch))
+
+
 def test_the_input_is_the_targets_window_of_the_enlarged_picture():
     """Trap 17, for 100 random windows: never an enlarged crop, never another row's."""
     stage, low_res = spying(), pictures(100, 4, 4, 3)
     yx = RNG.integers(0, 16 - 8 + 1, (100, 2)).astype(np.int32)
-    image = jnp.zeros((100, 8, 8, 3))
-    stage.loss({}, KEY, {"image": image, "low_res": jnp.asarray(low_res), "crop_yx": jnp.asarray(yx)})
+    image = np.zeros((100, 8, 8, 3), np.float32)
+    seen, _ = seen_in_training(stage, {"image": image, "low_res": low_res, "crop_yx": yx})
     expected = [full[y : y + 8, x : x + 8] for full, (y, x) in zip(enlarged(low_res), yx, strict=True)]
-    np.testing.assert_allclose(stage.net.seen[0], np.stack(expected), atol=1e-5)
+    np.testing.assert_allclose(seen, np.stack(expected), atol=1e-5)
 
 
 def test_dropout_is_for_training_only():
     stage = spying()
-    batch = {
-        "image": jnp.zeros((2, 8, 8, 3)),
-        "low_res": jnp.zeros((2, 4, 4, 3)),
-        "crop_yx": jnp.zeros((2, 2), jnp.int32),
-    }
+    batch = stage.batch_spec(2)
     for train in (True, False):
-        stage.loss({}, KEY, batch, train=train)
+        jax.eval_shape(lambda batch, train=train: stage.loss({}, KEY, batch, train=train), batch)
     assert stage.net.deterministic == [False, True]
 
 
@@ -109,24 +116,25 @@ def test_the_input_lies_on_the_target_without_a_shift():
     low_res = full.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
     corners = RNG.integers(8, 64 - 16 - 8 + 1, (20, 2)).astype(np.int32)
     image = np.stack([full[y : y + 16, x : x + 16] for y, x in corners])
-    low_res = jnp.broadcast_to(jnp.asarray(low_res, jnp.float32), (20, 16, 16, 3))
-    image = jnp.asarray(image, jnp.float32)
-    stage.loss({}, KEY, {"image": image, "low_res": low_res, "crop_yx": jnp.asarray(corners)})
-    np.testing.assert_allclose(stage.net.seen[0], image, atol=1e-5)
+    low_res = np.broadcast_to(low_res.astype(np.float32), (20, 16, 16, 3))
+    image = image.astype(np.float32)
+    seen, _ = seen_in_training(stage, {"image": image, "low_res": low_res, "crop_yx": corners})
+    np.testing.assert_allclose(seen, image, atol=1e-5)
 
 
 def test_sampling_sees_the_same_enlarged_picture_whole_of_any_size():
     """The sample of a network that repeats its input is that input, to the last step's clip."""
     low_res = np.rint((pictures(2, 6, 3, 3) + 1) * 127.5) / 127.5 - 1
-    out = spying().sample({}, jax.random.split(KEY, 2), {"low_res": jnp.asarray(low_res, jnp.float32)})
+    sample = jax.jit(lambda keys, low_res: spying().sample({}, keys, {"low_res": low_res}))
+    out = sample(jax.random.split(CHEAP_KEY, 2), low_res.astype(np.float32))
     np.testing.assert_allclose(out, np.clip(enlarged(low_res), -1, 1), atol=1e-5)
 
 
 def test_sampling_rounds_the_small_picture_to_256_levels():
     """Upsamplers are trained on pictures with 256 levels, and fed by a sampler that knows none."""
     low_res = np.linspace(-1.2, 1.2, 2 * 4 * 4 * 3, dtype=np.float32).reshape(2, 4, 4, 3)
-    stage, keys = spying(resize="nearest"), jax.random.split(KEY, 2)
-    out = np.asarray(stage.sample({}, keys, {"low_res": jnp.asarray(low_res)}))
+    stage, keys = spying(resize="nearest"), jax.random.split(CHEAP_KEY, 2)
+    out = np.asarray(jax.jit(lambda keys, x: stage.sample({}, keys, {"low_res": x}))(keys, low_res))
     levels = (out + 1) * 127.5
     np.testing.assert_allclose(levels, np.rint(levels), atol=1e-3)
     assert np.abs(out[:, ::4, ::4] - np.clip(low_res, -1, 1)).max() <= 0.5 / 127.5 + 1e-5
@@ -134,22 +142,24 @@ def test_sampling_rounds_the_small_picture_to_256_levels():
 
 def test_resize_names_the_filter():
     """ADM and GLIDE enlarge linearly, the released unCLIP weights with a cubic."""
-    low_res = jnp.asarray(pictures(1, 4, 4, 3))
-    linear = build(resize="linear").enlarge(low_res)
+    low_res = pictures(1, 4, 4, 3)
+    linear, cubic = jax.device_get(
+        [jax.jit(build(**x).enlarge)(low_res) for x in (dict(resize="linear"), {})]
+    )
     # Row 2 of 16 is centred an eighth of a small pixel behind the centre of the first.
     weights = np.array([0.875, 0.125])
     expected = np.einsum("h,w,hwc->c", weights, weights, low_res[0, :2, :2])
     np.testing.assert_allclose(linear[0, 2, 2], expected, atol=1e-6)
-    assert np.abs(linear - build().enlarge(low_res)).max() > 1e-2
+    assert np.abs(linear - cubic).max() > 1e-2
 
 
 @pytest.mark.parametrize("resize", ["nearest", "linear", "lanczos3"])
 def test_windows_are_those_of_the_enlarged_picture_with_any_filter(resize):
     """Its corners too, where a filter leaves the picture."""
-    stage, low_res = build(resize=resize), jnp.asarray(pictures(3, 4, 4, 3))
+    stage, low_res = build(resize=resize), pictures(3, 4, 4, 3)
     corners = np.array([[0, 0], [8, 8], [3, 5]], np.int32)
-    found = stage.enlarged_windows(low_res, jnp.asarray(corners), (8, 8))
-    full = np.asarray(stage.enlarge(low_res))
+    found = jax.jit(lambda *arguments: stage.enlarged_windows(*arguments, (8, 8)))(low_res, corners)
+    full = np.asarray(jax.jit(stage.enlarge)(low_res))
     expected = [picture[y : y + 8, x : x + 8] for picture, (y, x) in zip(full, corners, strict=True)]
     np.testing.assert_allclose(found, np.stack(expected), atol=1e-6)
 
@@ -203,7 +213,7 @@ def learn(seed):
     params = jax.jit(stage.init)(key, {"image": jnp.zeros((1, 4, 4, 3))})
     params, metrics = descend(stage, params, key, whole, draw=draw, steps=200, learning_rate=6e-3)
     sample = jax.jit(lambda params, keys, low_res: stage.sample(params, keys, {"low_res": low_res}))
-    return metrics["loss"], full, low_res, functools.partial(sample, params)
+    return np.asarray(metrics["loss"]), full, low_res, functools.partial(sample, params)
 
 
 def reached(seed, learned=None):
@@ -277,9 +287,9 @@ def test_the_crop_is_a_quarter_of_the_side_unless_given():
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (8, 21)])
 def test_tiles_of_a_pointwise_network_are_the_whole(shape):
     """Blending may not change what every window agrees on, and each pixel is in some window."""
-    picture = jnp.asarray(pictures(2, *shape, 3))
-    other = jnp.asarray(pictures(2, *shape, 1))
-    drawn = upsampler.in_tiles(lambda parts: parts[0] ** 2 + parts[1], (picture, other), 8)
+    picture, other = pictures(2, *shape, 3), pictures(2, *shape, 1)
+    draw = jax.jit(lambda *x: upsampler.in_tiles(lambda parts: parts[0] ** 2 + parts[1], x, 8))
+    drawn = draw(picture, other)
     np.testing.assert_allclose(drawn, picture**2 + other, atol=1e-5)
 
 
@@ -290,8 +300,8 @@ def test_tiles_are_blended_without_seams():
     def corner(parts):
         return jnp.broadcast_to(parts[0][:, :1, :1], parts[0].shape)
 
-    x = jnp.broadcast_to(jnp.arange(size, dtype=jnp.float32)[None, None, :, None], (1, 16, size, 1))
-    drawn = np.asarray(upsampler.in_tiles(corner, (x,), 16))[0, 0, :, 0]
+    x = np.broadcast_to(np.arange(size, dtype=np.float32)[None, None, :, None], (1, 16, size, 1))
+    drawn = np.asarray(jax.jit(lambda x: upsampler.in_tiles(corner, (x,), 16))(x))[0, 0, :, 0]
     steps = np.diff(drawn)
     assert steps.min() >= -1e-5 and drawn[0] == 0 and drawn[-1] == size - 16
     assert 0 < steps.max() < 0.6 * 12  # windows are 12 apart, and a seam would jump by all of it
@@ -300,12 +310,15 @@ def test_tiles_are_blended_without_seams():
 def test_a_picture_drawn_in_tiles_is_close_to_the_whole_one():
     """A random network of one level, whose reach is a few pixels; its norms see a window's statistics."""
     stage = build(num_steps=3)
-    low_res = {"low_res": jnp.asarray(pictures(2, 6, 6, 3))}
-    params = stage.init(KEY, models.zeros(stage.batch_spec(1)))
+    low_res = {"low_res": pictures(2, 6, 6, 3)}
+    params = jax.jit(stage.init)(CHEAP_KEY, models.zeros(stage.batch_spec(1)))
     kernel = params["net"]["conv_out"]["kernel"]
-    params["net"]["conv_out"]["kernel"] = 0.02 * jax.random.normal(KEY, kernel.shape)
-    keys = jax.random.split(KEY, 2)
-    drawn = {tile: np.asarray(stage.sample(params, keys, low_res, tile=tile)) for tile in (None, 16, 24, 32)}
+    params["net"]["conv_out"]["kernel"] = 0.02 * RNG.standard_normal(kernel.shape).astype(np.float32)
+    keys = jax.random.split(CHEAP_KEY, 2)
+    drawn = {
+        tile: np.asarray(jax.jit(functools.partial(stage.sample, tile=tile))(params, keys, low_res))
+        for tile in (None, 16, 24, 32)
+    }
     assert drawn[None].shape == (2, 24, 24, 3)
     np.testing.assert_array_equal(drawn[24], drawn[None])  # one tile is the whole
     np.testing.assert_array_equal(drawn[32], drawn[None])
@@ -316,9 +329,10 @@ def test_a_picture_drawn_in_tiles_is_close_to_the_whole_one():
 def test_drawing_in_tiles_needs_memory_for_a_tile_and_three_pictures():
     """By the compiler's plan. Whole pictures need four times as much for twice the side."""
 
+    @functools.cache
     def planned(side, tile):
         stage = build(image_size=side, low_res_size=side // 4, channels=32, channel_mult=(1, 2), num_steps=2)
-        params = jax.eval_shape(lambda: stage.init(KEY, models.zeros(stage.batch_spec(1))))
+        params = models.abstract_params(stage)
         low_res = {"low_res": jax.ShapeDtypeStruct((1, side // 4, side // 4, 3), jnp.float32)}
         sample = jax.jit(lambda params, low_res: stage.sample(params, KEY[None], low_res, tile=tile))
         program = sample.lower(params, low_res).compile(partition.compiler_options(once=True))
@@ -332,22 +346,24 @@ def test_drawing_in_tiles_needs_memory_for_a_tile_and_three_pictures():
 
 def test_noise_conditioning_noises_what_the_network_sees_and_says_how_far():
     stage = spying(low_res_noise=0.5, low_res_level=0.2)
-    low_res = jnp.asarray(pictures(64, 4, 4, 3))
-    zeros = {"image": jnp.zeros((64, 8, 8, 3)), "crop_yx": jnp.zeros((64, 2), jnp.int32)}
-    stage.loss({}, KEY, zeros | {"low_res": low_res})
-    levels, seen = np.asarray(stage.net.levels[0]), np.asarray(stage.net.seen[0])
+    low_res = pictures(64, 4, 4, 3)
+    batch = {"image": np.zeros((64, 8, 8, 3), np.float32), "crop_yx": np.zeros((64, 2), np.int32)}
+    batch["low_res"] = low_res
+    seen, levels = seen_in_training(stage, batch)
     assert levels.min() < 50 and 450 < levels.max() < 500
-    clean = enlarged(np.asarray(low_res))[:, :8, :8]
+    clean = enlarged(low_res)[:, :8, :8]
     error = np.abs(seen - clean).mean(axis=(1, 2, 3))
     assert np.corrcoef(levels, error)[0, 1] > 0.8 and error[levels < 20].max(initial=0) < 0.1
-    stage.loss({}, KEY, zeros | {"low_res": low_res}, train=False)
-    assert (np.asarray(stage.net.levels[1]) == 0).all()
-    stage.sample({}, jax.random.split(KEY, 64), {"low_res": low_res})
-    assert (np.asarray(stage.net.levels[2]) == 200).all()
-    params = build(low_res_noise=0.5).init(KEY, models.zeros(build().batch_spec(1)))
-    assert "low_res_time" in params and "low_res_time" not in build().init(
-        KEY, models.zeros(build().batch_spec(1))
-    )
+    assert (seen_in_training(stage, batch, train=False)[1] == 0).all()
+
+    @jax.jit
+    def level_in_sampling(keys, low_res):
+        stage.sample({}, keys, {"low_res": low_res})
+        return stage.net.levels[-1]
+
+    assert (np.asarray(level_in_sampling(jax.random.split(CHEAP_KEY, 64), low_res)) == 200).all()
+    params = models.abstract_params(build(low_res_noise=0.5))
+    assert "low_res_time" in params and "low_res_time" not in models.abstract_params(build())
     for changes, message in (
         (dict(low_res_level=0.2), "low_res_level 0.2 must be in 0 .. low_res_noise"),
         (dict(tile=6, channel_mult=(1, 1, 1)), "tile 6 must be a multiple of 4"),
@@ -362,8 +378,8 @@ def test_an_upsampler_reads_captions_classes_and_what_is_kept():
     stage = build(**told, channels=8, num_steps=2)
     assert {"tokens", "token_mask", "label"} <= stage.batch_spec(1).keys()
     assert stage.context_length == 4 and build().context_length is None
-    shapes = jax.eval_shape(stage.init, KEY, stage.batch_spec(1))
-    params = jax.tree.map(lambda x: jnp.asarray(0.3 * RNG.standard_normal(x.shape), jnp.float32), shapes)
+    shapes = models.abstract_params(stage)
+    params = jax.tree.map(lambda x: np.asarray(0.3 * RNG.standard_normal(x.shape), np.float32), shapes)
     batch = {
         "image": pictures(2, 8, 8, 3),
         "low_res": pictures(2, 4, 4, 3),
@@ -376,7 +392,8 @@ def test_an_upsampler_reads_captions_classes_and_what_is_kept():
     assert np.isfinite(loss)
     keys, kept, whole = jax.random.split(CHEAP_KEY, 2), pictures(2, 16, 16, 3), np.ones((2, 16, 16, 1))
     right = whole * (np.arange(16) >= 8)[:, None]
-    draw = jax.jit(lambda batch, *known: stage.sample(params, keys, batch, known=known, tile=8))
+    sample = jax.jit(lambda params, batch, *known: stage.sample(params, keys, batch, known=known, tile=8))
+    draw = functools.partial(sample, params)
     drawn = draw(batch, kept, right)
     np.testing.assert_allclose(drawn[:, :, :8], kept[:, :, :8], atol=1e-6)
     captions = {name: batch[name][::-1] for name in ("tokens", "token_mask")}
