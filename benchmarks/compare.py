@@ -43,7 +43,10 @@ import numpy as np
 from benchmarks import first_pictures
 from benchmarks.first_pictures import BATCH, CAPTION, GUIDANCE, STEPS
 from benchmarks.paired import HEADER, MAX_SPREAD, Case, Side, added_memory, measure
-from dalle2_jax import benchmark, checkpoint, files, flops, models, partition, train
+from dalle2_jax import benchmark
+from dalle2_jax.models import flops, models
+from dalle2_jax.runtime import checkpoint, files, partition
+from dalle2_jax.train import train
 
 EMBED, LENGTH, SIDE, LARGE = 128, 16, 32, 64
 
@@ -55,8 +58,8 @@ class Models:
     """UnCLIPPipeline with random weights, and the model directory converted from it, in a folder."""
 
     def __init__(self, folder: Path):
-        from dalle2_jax import convert
-        from tests.formats import unclip_pipeline
+        from dalle2_jax.convert import convert
+        from tests.convert import unclip_pipeline
 
         self.folder, self.mesh = folder, partition.make_mesh()
         sizes = dict(embed=EMBED, length=LENGTH, side=SIDE, large=LARGE, heads=16, depth=4)
@@ -88,7 +91,7 @@ def parameters_of(*modules) -> int:
 
 
 def flops_of(run: Callable[[], object]) -> int:
-    """FLOPs of what torch does in `run`, products and convolutions as `dalle2_jax.flops` counts them."""
+    """FLOPs of what torch does in `run`, products and convolutions as `models.flops` counts them."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -310,8 +313,8 @@ def clip_step(m: Models) -> Case:
     import torch
     import transformers
 
-    from dalle2_jax import convert
-    from tests.formats import clip_tokenizer
+    from dalle2_jax.convert import convert
+    from tests.convert import clip_tokenizer
 
     folder = m.folder / "clip"
     vocab = clip_tokenizer.write(folder / "theirs")
@@ -607,9 +610,9 @@ def inception_features(m: Models) -> Case:
     """The same network written in torch, random weights."""
     import torch
 
-    from dalle2_jax import convert
-    from dalle2_jax.evals import inception
-    from tests.evals.torch_inception import random_inception
+    from dalle2_jax.convert import convert
+    from dalle2_jax.evaluate import inception
+    from tests.evaluate.torch_inception import random_inception
 
     theirs, old, out = random_inception(), m.folder / "old.pth", m.folder / "inception.safetensors"
     torch.save(theirs.state_dict(), old, _use_new_zipfile_serialization=False)

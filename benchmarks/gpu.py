@@ -31,8 +31,10 @@ import jaxlib
 import numpy as np
 
 from configs import decoder64, prior, upsampler256, upsampler1024
-from dalle2_jax import benchmark, files, models, partition
-from dalle2_jax.nets import layers
+from dalle2_jax import benchmark
+from dalle2_jax.models import models
+from dalle2_jax.models.nets import layers
+from dalle2_jax.runtime import files, partition
 
 WIDTHS = {192: 256, 320: 128, 512: 64}  # channels: the batch that is tried first
 WITH_TEXT = 32

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dalle2_jax import files
 from dalle2_jax.data import records, transforms
+from dalle2_jax.runtime import files
 
 
 def grainy(picture: Image.Image, deviation: float, rng: np.random.Generator) -> Image.Image:

@@ -7,7 +7,7 @@ def get_config() -> ConfigDict:
     """A recipe without stage, model and data."""
     config = ConfigDict()
     config.stage = ""
-    config.model = ConfigDict()  # keywords of dalle2_jax.stages.<stage>.build
+    config.model = ConfigDict()  # keywords of dalle2_jax.models.stages.<stage>.build
     config.data = ConfigDict(  # keywords of dalle2_jax.data.pipeline.make_dataset
         dict(
             source="tar",  # scenes | tar | tfrecord | tfds | embeddings
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     # With a path (folder or hub name) that tokenizer is used; without one, the frozen CLIP's, or a
     # byte-level BPE of vocab_size tokens trained on the dataset's captions.
     config.tokenizer = ConfigDict(dict(path="", vocab_size=49408, context_length=77))
-    config.optim = ConfigDict(  # keywords of dalle2_jax.optim.make_optimizer
+    config.optim = ConfigDict(  # keywords of dalle2_jax.train.optim.make_optimizer
         dict(
             learning_rate=1.2e-4,
             schedule="constant",

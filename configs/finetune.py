@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from configs import common
-from dalle2_jax import hub
+from dalle2_jax.runtime import hub
 
 BUNDLED = Path(__file__).resolve().parents[1] / "dalle2_jax" / "bundled" / "decoder"
 

@@ -28,8 +28,10 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from dalle2_jax import commandline, flops, metrics, models, partition, train
-from dalle2_jax.commandline import define_config
+from dalle2_jax.models import flops, models
+from dalle2_jax.runtime import commandline, metrics, partition
+from dalle2_jax.runtime.commandline import define_config
+from dalle2_jax.train import train
 
 GIB = 2**30
 WARM_UP = 2

@@ -25,10 +25,12 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from dalle2_jax import commandline, files, hub, levels, metrics, modeldir, models, partition, processes, train
-from dalle2_jax.commandline import define_config
 from dalle2_jax.data import embeddings
 from dalle2_jax.data.records import BadRecord
+from dalle2_jax.models import models
+from dalle2_jax.runtime import commandline, files, hub, levels, metrics, modeldir, partition, processes
+from dalle2_jax.runtime.commandline import define_config
+from dalle2_jax.train import train
 
 DTYPES = ("float16", "float32")
 

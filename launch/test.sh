@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh                              all but the slow ones
 #   bash launch/test.sh --all                        these too (several processes that train)
-#   bash launch/test.sh tests/diffusion -k ddim -n 0    some of it, in one process
+#   bash launch/test.sh tests/models/diffusion -k ddim -n 0    some of it, in one process
 #   EXTRAS=oracle bash launch/test.sh                with the comparisons with torch (installs torch and diffusers)
 #
 # TEST_WORKERS is the number of processes (default: one a core, at most 8); see env.sh for PYTHON and DALLE2_JAX_VENV.

@@ -13,7 +13,7 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1"  # also of the pr
 # Hundreds of programs are compiled in each process: what that leaves behind goes back to the system.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.perturb=0")  # glibc's default; see partition.make_mesh
 
-from dalle2_jax import partition  # noqa: E402 (after the platform is chosen)
+from dalle2_jax.runtime import partition  # noqa: E402 (after the platform is chosen)
 
 partition.initialise(cpu_devices=8)
 

@@ -21,13 +21,13 @@ import optax
 
 # name: (module with `reached(seed, ...) -> {quantity: number}` and `BOUNDS`, what is handed to `reached`)
 TRAININGS = {
-    "classifier": ("tests.stages.test_classifier", {}),
-    "prior": ("tests.stages.test_prior", {}),
-    "ar_prior": ("tests.stages.test_ar_prior", {}),
-    "decoder": ("tests.stages.test_decoder", {}),
-    "upsampler": ("tests.stages.test_upsampler", {}),
-    "clip_vit": ("tests.stages.test_clip", {"vision": "vit"}),
-    "clip_resnet": ("tests.stages.test_clip", {"vision": "resnet"}),
+    "classifier": ("tests.models.stages.test_classifier", {}),
+    "prior": ("tests.models.stages.test_prior", {}),
+    "ar_prior": ("tests.models.stages.test_ar_prior", {}),
+    "decoder": ("tests.models.stages.test_decoder", {}),
+    "upsampler": ("tests.models.stages.test_upsampler", {}),
+    "clip_vit": ("tests.models.stages.test_clip", {"vision": "vit"}),
+    "clip_resnet": ("tests.models.stages.test_clip", {"vision": "resnet"}),
 }
 NUM_SEEDS, DEVIATIONS = 10, 3
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dalle2_jax import checkpoint, partition, processes
+from dalle2_jax.runtime import checkpoint, partition, processes
 
 WHOLE = np.arange(2.0**14, dtype=np.float32).reshape(256, 64)  # what is small is not in files of its own
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle2_jax import checkpoint, metrics, models, partition, train
+from dalle2_jax.models import models
+from dalle2_jax.runtime import checkpoint, metrics, partition
+from dalle2_jax.train import train
 
 
 def main(where: str = "configs/tiny/upsampler64.py", steps: str = "120") -> None:

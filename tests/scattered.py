@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from dalle2_jax import partition, processes
+from dalle2_jax.runtime import partition, processes
 
 if __name__ == "__main__":
     processes.join()

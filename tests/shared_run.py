@@ -10,10 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dalle2_jax import evaluate, partition, pipeline, processes
+from dalle2_jax.convert import inception_weights
 from dalle2_jax.data import scenes
-from dalle2_jax.evals import edits, fidelity, inception, picture_sets, prompts
-from dalle2_jax.evals.scenes import check
+from dalle2_jax.evaluate import edits, evaluate, fidelity, picture_sets, prompts
+from dalle2_jax.evaluate.scenes import check
+from dalle2_jax.generate import pipeline
+from dalle2_jax.runtime import partition, processes
 from tests.tiny_model import CAPTIONS
 
 CAPTION = CAPTIONS[0]
@@ -70,7 +72,7 @@ def draw(model: pipeline.UnCLIP) -> dict[str, np.ndarray]:
     return found
 
 
-def measure(model: pipeline.UnCLIP, weights: inception.Weights, out: Path) -> dict[str, np.ndarray]:
+def measure(model: pipeline.UnCLIP, weights: inception_weights.Weights, out: Path) -> dict[str, np.ndarray]:
     """Numbers, and the pictures that edits were judged by."""
     config, found, rows = scenes.preset("quickstart"), {}, Rows()
     judged, shown = edits.measure(model, config, check, n=3, progress=rows)
@@ -103,7 +105,7 @@ def main(model: str, inception_file: str, out: str) -> None:
         processes.join()
         opened, folder = pipeline.UnCLIP.load(model), Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        measured = functools.partial(measure, opened, inception.load(inception_file), folder)
+        measured = functools.partial(measure, opened, inception_weights.load(inception_file), folder)
         np.savez(folder / f"{jax.process_index()}.npz", **draw(opened), **measured())
 
 

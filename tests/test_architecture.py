@@ -1,10 +1,10 @@
 """Who may import whom (docs/design.md), read from the sources with `ast`.
 
-    nets       -> jax, flax; of the package only nets and partition.constrain
-    diffusion  -> jax, numpy; knows no network
-    stages     -> nets, diffusion, jax, numpy
-    data, partition, checkpoint, metrics, grid, optim -> no stage, no net
-    nobody     -> configs, torch, pickle;  outside nets -> flax.linen;  outside data -> TensorFlow
+    each floor        -> the floors below it, and its own folder: FLOORS
+    models/nets       -> jax, flax; of the package only nets and partition.constrain
+    models/diffusion  -> jax, numpy; no network
+    models/stages     -> nets, diffusion, jax, numpy
+    nobody            -> configs, torch, pickle;  outside nets -> flax.linen;  outside data -> TensorFlow
 
 An import counts wherever it stands, inside functions too. What loads when a module is imported (imports
 outside functions, followed through the package) is checked apart: generating needs no TensorFlow, no extra.
@@ -34,8 +34,18 @@ INSIDE_FUNCTIONS = (
     "gradio",
     "huggingface_hub",
 )
-NO_MODELS = ("data", "partition", "checkpoint", "metrics", "grid", "optim")
-COMMANDS_WITHOUT_TENSORFLOW = ("generate", "pipeline", "models", "convert")
+# From the roof down. What is beside the floors (`__init__`, `pipeline`) imports what it likes.
+FLOORS = (
+    ("evaluate", "studio"),
+    ("edit", "embed", "convert", "preflight", "benchmark"),
+    ("generate", "train"),
+    ("systems",),
+    ("models", "data"),
+    ("runtime",),
+)
+FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
+BESIDE = {"", "pipeline"}
+COMMANDS_WITHOUT_TENSORFLOW = ("generate.generate", "pipeline", "models.models", "convert.convert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,40 +94,42 @@ def is_standard(entry: Import) -> bool:
 
 
 def package_part(module: str) -> str:
-    """'nets' of dalle2_jax.nets.unet, 'optim' of dalle2_jax.optim."""
+    """'models' of dalle2_jax.models.nets.unet, 'embed' of dalle2_jax.embed."""
     return module.split(".")[1] if "." in module else ""
 
 
 def violations(module: str, source: str, is_package: bool = False) -> list[str]:
     """What `module` imports against the rules, each as 'module:line imports x: why not'."""
-    part = package_part(module)
-    own = tuple(f"{PACKAGE}.{name}" for name in ("nets", "diffusion", "stages"))
-    parts = tuple(f"{PACKAGE}.partition.{name}" for name in ("constrain", "batch_shards"))
+    part, room = package_part(module), ".".join(module.split(".")[1:3])
+    own = {name: f"{PACKAGE}.models.{name}" for name in ("nets", "diffusion", "stages")}
+    parts = tuple(f"{PACKAGE}.runtime.partition.{name}" for name in ("constrain", "batch_shards"))
     allowed = {  # everything that a folder may import besides the standard library
-        "nets": ("jax", "flax", "dalle2_jax.nets", parts[0]),
-        "diffusion": ("jax", "numpy", "dalle2_jax.diffusion"),
-        "stages": ("jax", "numpy", *own, *parts),
+        "models.nets": ("jax", "flax", own["nets"], parts[0]),
+        "models.diffusion": ("jax", "numpy", own["diffusion"]),
+        "models.stages": ("jax", "numpy", *own.values(), *parts),
     }
     out = []
     for entry in imports(source, module, is_package):
         why = []
-        if part in allowed and not is_standard(entry) and not entry.within(*allowed[part]):
-            why.append(f"{part} may import {', '.join(allowed[part])}")
-        if part in NO_MODELS and entry.within(f"{PACKAGE}.stages", f"{PACKAGE}.nets"):
-            why.append(f"{part} knows no stage and no net")
+        if room in allowed and not is_standard(entry) and not entry.within(*allowed[room]):
+            why.append(f"{room} may import {', '.join(allowed[room])}")
+        target = package_part(entry.module) if entry.within(PACKAGE) else None
+        if part not in BESIDE and target in FLOOR_OF and target != part:
+            if FLOOR_OF[target] <= FLOOR_OF[part]:
+                why.append(f"{part} imports what is below it, and {target} is not")
         if entry.within("configs"):
             why.append("nobody imports configs")
         if entry.within("torch", "torchvision"):
             why.append("torch is for tests alone")
         if entry.within("pickle", "cloudpickle", "dill", "joblib"):
             why.append("reading a pickle runs its code")
-        if entry.within("flax.linen") and part != "nets":
+        if entry.within("flax.linen") and room != "models.nets":
             why.append("flax.linen is imported in nets alone")
         if entry.within(*TENSORFLOW) and part != "data":
             why.append("TensorFlow is imported in data alone")
         if entry.within(*INSIDE_FUNCTIONS) and not entry.in_function:
             why.append("only inside the functions that need it")
-        if module == f"{PACKAGE}.evals.scenes" and entry.within(f"{PACKAGE}.data", *own):
+        if module == f"{PACKAGE}.evaluate.scenes" and entry.within(f"{PACKAGE}.data", *own.values()):
             why.append("the checker of scenes must not know how they are drawn")
         out += [f"{module}:{entry.line} imports {entry.module}: {reason}" for reason in why]
     return out
@@ -150,6 +162,10 @@ def loaded_by(module: str, modules: dict[str, tuple[str, bool]]) -> dict[str, li
 
 
 MODULES = sources()
+
+
+def test_every_part_has_its_floor():
+    assert {package_part(module) for module in MODULES} <= FLOOR_OF.keys() | BESIDE
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -208,34 +224,44 @@ def test_every_module_can_be_imported_where_tensorflow_and_torch_are_not_install
 @pytest.mark.parametrize(
     ("module", "source", "reason"),
     [
-        ("dalle2_jax.nets.unet", "import numpy as np", "nets may import"),
-        ("dalle2_jax.nets.unet", "from dalle2_jax.diffusion import process", "nets may import"),
-        ("dalle2_jax.nets.unet", "from dalle2_jax import partition", "nets may import"),
-        ("dalle2_jax.nets.unet", "from dalle2_jax.partition import make_mesh", "nets may import"),
-        ("dalle2_jax.nets.unet", "from ..partition import make_mesh", "nets may import"),
-        ("dalle2_jax.diffusion.process", "import flax", "diffusion may import"),
+        ("dalle2_jax.models.nets.unet", "import numpy as np", "nets may import"),
+        ("dalle2_jax.models.nets.unet", "from dalle2_jax.models.diffusion import process", "nets may import"),
+        ("dalle2_jax.models.nets.unet", "from dalle2_jax.runtime import partition", "nets may import"),
         (
-            "dalle2_jax.diffusion.process",
-            "def f():\n  from dalle2_jax.nets import unet",
+            "dalle2_jax.models.nets.unet",
+            "from dalle2_jax.runtime.partition import make_mesh",
+            "nets may import",
+        ),
+        ("dalle2_jax.models.nets.unet", "from ...runtime.partition import make_mesh", "nets may import"),
+        ("dalle2_jax.models.diffusion.process", "import flax", "diffusion may import"),
+        (
+            "dalle2_jax.models.diffusion.process",
+            "def f():\n  from dalle2_jax.models.nets import unet",
             "diffusion may import",
         ),
-        ("dalle2_jax.stages.prior", "import optax", "stages may import"),
-        ("dalle2_jax.stages.prior", "from dalle2_jax import checkpoint", "stages may import"),
-        ("dalle2_jax.data.pipeline", "from dalle2_jax.stages import clip", "no stage and no net"),
-        ("dalle2_jax.checkpoint", "from dalle2_jax import nets", "no stage and no net"),
-        ("dalle2_jax.metrics", "def f():\n  import dalle2_jax.nets.unet", "no stage and no net"),
-        ("dalle2_jax.train", "from configs.tiny import clip", "nobody imports configs"),
+        ("dalle2_jax.models.stages.prior", "import optax", "stages may import"),
+        ("dalle2_jax.models.stages.prior", "from dalle2_jax.runtime import checkpoint", "stages may import"),
+        ("dalle2_jax.data.pipeline", "from dalle2_jax.models.stages import clip", "models is not"),
+        ("dalle2_jax.runtime.checkpoint", "from dalle2_jax.data import records", "data is not"),
         (
-            "dalle2_jax.train",
+            "dalle2_jax.runtime.metrics",
+            "def f():\n  import dalle2_jax.models.nets.unet",
+            "models is not",
+        ),
+        ("dalle2_jax.generate.pipeline", "from dalle2_jax.train import state", "train is not"),
+        ("dalle2_jax.models.models", "from dalle2_jax import embed", "embed is not"),
+        ("dalle2_jax.train.train", "from configs.tiny import clip", "nobody imports configs"),
+        (
+            "dalle2_jax.train.train",
             "import importlib\nimportlib.import_module('configs.clip')",
             "nobody imports configs",
         ),
-        ("dalle2_jax.convert", "def f():\n  import torch", "tests alone"),
-        ("dalle2_jax.convert", "import torch.nn as nn", "tests alone"),
-        ("dalle2_jax.checkpoint", "import pickle", "runs its code"),
-        ("dalle2_jax.state", "import flax.linen as nn", "nets alone"),
-        ("dalle2_jax.state", "from flax import linen", "nets alone"),
-        ("dalle2_jax.metrics", "def f():\n  import tensorflow as tf", "data alone"),
+        ("dalle2_jax.convert.card", "def f():\n  import torch", "tests alone"),
+        ("dalle2_jax.convert.card", "import torch.nn as nn", "tests alone"),
+        ("dalle2_jax.runtime.checkpoint", "import pickle", "runs its code"),
+        ("dalle2_jax.train.state", "import flax.linen as nn", "nets alone"),
+        ("dalle2_jax.train.state", "from flax import linen", "nets alone"),
+        ("dalle2_jax.runtime.metrics", "def f():\n  import tensorflow as tf", "data alone"),
         ("dalle2_jax.data.pipeline", "import tensorflow as tf", "only inside the functions"),
         (
             "dalle2_jax.data.pipeline",
@@ -244,7 +270,7 @@ def test_every_module_can_be_imported_where_tensorflow_and_torch_are_not_install
         ),
         ("dalle2_jax.data.pipeline", "class A:\n  import tensorflow", "only inside the functions"),
         ("dalle2_jax.data.tokenizer", "from transformers import CLIPTokenizer", "only inside the functions"),
-        ("dalle2_jax.evals.scenes", "from dalle2_jax.data import scenes", "how they are drawn"),
+        ("dalle2_jax.evaluate.scenes", "from dalle2_jax.data import scenes", "how they are drawn"),
     ],
 )
 def test_the_check_finds(module, source, reason):
@@ -254,20 +280,21 @@ def test_the_check_finds(module, source, reason):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dalle2_jax.nets.unet", "import math\nimport jax\nimport flax.linen as nn"),
+        ("dalle2_jax.models.nets.unet", "import math\nimport jax\nimport flax.linen as nn"),
         (
-            "dalle2_jax.nets.unet",
-            "from dalle2_jax.nets.layers import Dense\nfrom dalle2_jax.partition import constrain",
+            "dalle2_jax.models.nets.unet",
+            "from dalle2_jax.models.nets.layers import Dense\n"
+            "from dalle2_jax.runtime.partition import constrain",
         ),
-        ("dalle2_jax.nets.unet", "from . import layers"),
+        ("dalle2_jax.models.nets.unet", "from . import layers"),
         (
-            "dalle2_jax.stages.prior",
-            "from dalle2_jax.diffusion import sampling\nfrom dalle2_jax.nets import text",
+            "dalle2_jax.models.stages.prior",
+            "from dalle2_jax.models.diffusion import sampling\nfrom dalle2_jax.models.nets import text",
         ),
         ("dalle2_jax.data.pipeline", "def f():\n  import tensorflow as tf\n  import tensorflow_datasets"),
         ("dalle2_jax.data.sources", "from dalle2_jax.data import scenes_builder"),
-        ("dalle2_jax.state", "import flax.struct"),
-        ("dalle2_jax.train", "import configs_of_others"),
+        ("dalle2_jax.train.state", "import flax.struct"),
+        ("dalle2_jax.train.train", "import configs_of_others"),
     ],
 )
 def test_the_check_permits(module, source):
@@ -284,7 +311,7 @@ def test_relative_imports_are_resolved():
 def test_what_a_module_loads_is_followed_through_the_package():
     modules = {
         "dalle2_jax": ("", True),
-        "dalle2_jax.generate": (
+        "dalle2_jax.embed": (
             "from dalle2_jax.data import pipeline\ndef f():\n  import dalle2_jax.train",
             False,
         ),
@@ -292,6 +319,6 @@ def test_what_a_module_loads_is_followed_through_the_package():
         "dalle2_jax.data.pipeline": ("import tensorflow", False),
         "dalle2_jax.train": ("", False),
     }
-    loaded = loaded_by("dalle2_jax.generate", modules)
+    loaded = loaded_by("dalle2_jax.embed", modules)
     assert set(loaded) == set(modules) - {"dalle2_jax.train"}
     assert [entry.module for entry in loaded["dalle2_jax.data.pipeline"]] == ["tensorflow"]

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dalle2_jax import checkpoint
+from dalle2_jax.runtime import checkpoint
 from tests import tiny_run
 from tests.tiny_run import config, logged, status, stored_state
 

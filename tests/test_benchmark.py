@@ -16,7 +16,8 @@ from PIL import Image
 
 from benchmarks import compare, first_pictures, jpeg_shards, paired
 from configs import prior
-from dalle2_jax import benchmark, flops, models
+from dalle2_jax import benchmark
+from dalle2_jax.models import flops, models
 from tests.data.shards_for_tests import colour_of, sample, write_tar
 
 

@@ -19,7 +19,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.multihost import multihost
 
-from dalle2_jax import checkpoint, optim, partition, processes
+from dalle2_jax.runtime import checkpoint, partition, processes
+from dalle2_jax.train import optim
 
 
 def make_params(seed=0, scale=1.0):

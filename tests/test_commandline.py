@@ -12,7 +12,12 @@ import pytest
 from etils import epath
 
 from configs import common
-from dalle2_jax import convert, embed, files, hub, models, pictures, train
+from dalle2_jax import embed
+from dalle2_jax.convert import convert
+from dalle2_jax.generate import pictures
+from dalle2_jax.models import models
+from dalle2_jax.runtime import files, hub
+from dalle2_jax.train import train
 from tests.data import shards_for_tests as made
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +77,7 @@ def home(tmp_path, monkeypatch):
 
 
 def test_a_tilde_is_the_home_folder_in_every_flag_that_is_a_path(home):
-    assert {"dalle2_jax.train", "dalle2_jax.generate", "dalle2_jax.studio.__main__"} <= set(COMMANDS)
+    assert {"dalle2_jax.train.__main__", "dalle2_jax.embed", "dalle2_jax.studio.__main__"} <= set(COMMANDS)
     recipe = (
         "from ml_collections import ConfigDict\nget_config = lambda preset: ConfigDict({'preset': preset})"
     )
@@ -94,11 +99,11 @@ def test_a_tilde_is_the_home_folder_in_every_flag_that_is_a_path(home):
         for name, value in flags_of.items():
             if name not in NO_PATHS | {"config"}:
                 assert value in (f"{home}/a", [f"{home}/a"]), f"{command} --{name}"
-    assert found["dalle2_jax.train"].keys() >= {"workdir", "config"}
-    assert found["dalle2_jax.evaluate"].keys() >= {"out", "images", "report", "stats_out", "prompts"}
+    assert found["dalle2_jax.train.__main__"].keys() >= {"workdir", "config"}
+    assert found["dalle2_jax.evaluate.__main__"].keys() >= {"out", "images", "report", "stats_out", "prompts"}
     assert found["dalle2_jax.studio.__main__"].keys() >= {"model"}
     assert (
-        found["dalle2_jax.train"]["config"] == "~/model"
+        found["dalle2_jax.train.__main__"]["config"] == "~/model"
     )  # which `configs/finetune.py` opens by `hub.local`
 
 
@@ -164,7 +169,7 @@ def test_what_is_no_path_of_a_home_folder_stays(home):
 def test_the_library_takes_a_tilde_where_it_is_given_a_path(home):
     from dalle2_jax.data import sources
     from dalle2_jax.data.tokenizer import load_tokenizer, train_bpe
-    from dalle2_jax.evals import picture_sets
+    from dalle2_jax.evaluate import picture_sets
 
     made.write_samples(home / "00000.tar", range(3))
     (home / "a.png").write_bytes(made.flat_png(1))

@@ -10,8 +10,10 @@ import jax
 import pytest
 
 from configs import common
-from dalle2_jax import models, optim, partition
 from dalle2_jax.data import pipeline
+from dalle2_jax.models import models
+from dalle2_jax.runtime import partition
+from dalle2_jax.train import optim
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(

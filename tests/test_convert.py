@@ -7,7 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from dalle2_jax import checkpoint, convert, modeldir, models, pipeline
+from dalle2_jax.convert import convert
+from dalle2_jax.generate import pipeline
+from dalle2_jax.models import models
+from dalle2_jax.runtime import checkpoint, modeldir
 from tests import tiny_model
 
 SECRET = "/home/somebody/private"

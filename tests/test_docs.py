@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from configs import common
-from dalle2_jax import convert, models
+from dalle2_jax.convert import convert
 from dalle2_jax.data import damage, pipeline
-from dalle2_jax.diffusion import sampling
-from dalle2_jax.settings import SETTINGS
+from dalle2_jax.generate.settings import SETTINGS
+from dalle2_jax.models import models
+from dalle2_jax.models.diffusion import sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -140,7 +141,10 @@ def defined_flags(node: ast.AST) -> dict:
 @functools.cache
 def flags_of(module: str) -> dict:
     """`defined_flags` of a command, with those of the functions define_... that it takes from another."""
-    tree = tree_of(module_path(module))
+    path = module_path(module)
+    if module == "dalle2_jax.convert":  # its parser of subcommands lies beside `__main__`
+        path = path.with_name("convert.py")
+    tree = tree_of(path)
     found = defined_flags(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dalle2_jax."):
@@ -169,7 +173,7 @@ def recipe(where: str) -> dict:
         raise ValueError(f"there is no {name}")
     module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
     config = module.get_config(preset).to_dict()
-    build = importlib.import_module(f"dalle2_jax.stages.{config['stage']}").build
+    build = importlib.import_module(f"dalle2_jax.models.stages.{config['stage']}").build
     defaults = {
         f"{part}.{name}": parameter.default
         for part, function in (("model", build), ("data", pipeline.make_dataset))
@@ -356,10 +360,10 @@ def there_already(items: list[str]) -> list[str]:
 
     What an item claims ends at its first full stop, colon or bracket; the rest may say what there is instead.
     """
-    mains = (
-        p for p in (ROOT / "dalle2_jax").glob("*.py") if '__name__ == "__main__"' in p.read_text("utf-8")
-    )
-    names = "|".join(name.removesuffix("e") for name in ["launch", *(path.stem for path in mains)])
+    package = ROOT / "dalle2_jax"
+    mains = [path.stem for path in package.glob("*.py") if "app.run(" in path.read_text("utf-8")]
+    mains += [path.parent.name for path in package.glob("*/__main__.py")]
+    names = "|".join(name.removesuffix("e") for name in ["launch", *mains])
     return [x for x in items if re.search(rf"\b({names})", re.split(r"[.:(]", x)[0], re.I)]
 
 
@@ -407,7 +411,7 @@ def test_common_settings_are_documented():
     documented = tables((ROOT / "docs/training.md").read_text("utf-8"), "Settings")
     documented = {name: shown(cell) for name, cell in documented.items()}
     actual = {name: repr(value) for name, value in flatten(common.get_config().to_dict()).items()}
-    optimizer = signature("dalle2_jax.optim", "make_optimizer")
+    optimizer = signature("dalle2_jax.train.optim", "make_optimizer")
     actual |= {
         f"optim.{name}": default
         for name, default in optimizer.items()
@@ -421,7 +425,7 @@ def test_settings_of_stages_are_documented(stage):
     article = "an" if stage[0] in "aeiou" else "a"
     text = (ROOT / "docs/training.md").read_text("utf-8")
     documented = {k: shown(v) for k, v in tables(text, f"`model` of {article} {stage}").items()}
-    assert not differing(documented, signature(f"dalle2_jax.stages.{stage}", "build"))
+    assert not differing(documented, signature(f"dalle2_jax.models.stages.{stage}", "build"))
 
 
 def test_settings_of_data_are_documented():
@@ -444,7 +448,7 @@ def test_settings_that_may_differ_on_resume_are_documented():
     listed = re.search(r"Settings that may differ: (.*?)\. Any", text, re.S)[1]
     assigned = next(
         node.value
-        for node in tree_of(ROOT / "dalle2_jax/resume.py").body
+        for node in tree_of(ROOT / "dalle2_jax/train/resume.py").body
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FREE"
     )
     assert re.findall(r"`([\w.]+)`", listed) == constants(assigned)
@@ -468,13 +472,14 @@ def test_reasons_of_bad_records_are_documented():
 def test_the_tree_of_the_design_is_the_packages():
     text = (ROOT / "docs/design.md").read_text("utf-8")
     block = re.search(r"^dalle2_jax/\n(.*?)^configs/", text, re.M | re.S)[1]
-    documented, folder = set(), ""
+    documented, folders = set(), []
     for line in block.splitlines():
         indent, name = re.match(r"( +)(\S+)", line).groups()
+        folders = folders[: len(indent) // 2 - 1]
         if name.endswith("/"):
-            folder = name
+            folders.append(name)
         else:
-            documented.add((folder if len(indent) > 2 else "") + name)
+            documented.add("".join(folders) + name)
     package = ROOT / "dalle2_jax"
     actual = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
     assert documented == {name for name in actual if not name.endswith("__init__.py")}

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle2_jax import edit, editing, pictures, pipeline
 from dalle2_jax.data import scenes
+from dalle2_jax.edit import edit
+from dalle2_jax.generate import editing, pictures, pipeline
 from tests.tiny_model import make_model
 
 CAPTION = "a red star above a blue ring"
@@ -255,7 +256,7 @@ def test_padding_of_a_mask_follows_the_picture():
 @pytest.mark.slow
 def test_more_steps_find_latents_that_lead_closer_back():
     """With the bundled model, on a scene that it was trained on the like of. The solver's part of it is in
-    tests/diffusion/test_sampling.py."""
+    tests/models/diffusion/test_sampling.py."""
     model = pipeline.UnCLIP.load()
     scene = scenes.sample_scene(scenes.preset("quickstart"), "validation", 0)
     picture, errors = scenes.render(scene, 64), {}

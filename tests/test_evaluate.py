@@ -11,17 +11,18 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from dalle2_jax import evaluate, generate, pipeline
 from dalle2_jax.data import scenes
-from dalle2_jax.evals import (
+from dalle2_jax.evaluate import (
     captions_for,
     comparison,
+    evaluate,
     losses,
     picture_sets,
     retrieval,
     scene_scores,
     zero_shot,
 )
+from dalle2_jax.generate import generate, pipeline
 from tests.tiny_model import make_class_model, make_model
 
 CONFIG = scenes.preset("quickstart")
@@ -87,7 +88,7 @@ def test_captions_are_split_over_the_kinds():
 
 def test_scenes_of_captions_show_what_they_say():
     """The checker finds every caption right of each of its scenes, which are not all alike."""
-    check = pytest.importorskip("dalle2_jax.evals.scenes", reason="the checker needs scipy").check
+    check = pytest.importorskip("dalle2_jax.evaluate.scenes", reason="the checker needs scipy").check
     captions, _ = scene_scores.draw_captions(CONFIG, 24, seed=3)
     drawn = scene_scores.draw_scenes(CONFIG, 24, 2, seed=3)
     pictures = [item.picture() for item in picture_sets.rendered("scenes", drawn, 64).items()]

@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dalle2_jax import checkpoint, resume, stopping, train, validation
+from dalle2_jax.runtime import checkpoint
+from dalle2_jax.train import resume, stopping, train, validation
 from tests import tiny_run
 from tests.data import shards_for_tests as made
 from tests.tiny_run import assert_same, config, logged, status, steps_of, stored_state
@@ -219,7 +220,7 @@ def test_the_checkpointer_is_closed_once_whatever_fails(data, workdir, monkeypat
 
     monkeypatch.setattr(checkpoint.Checkpointer, "close", lambda self: closed.append(close(self)))
     if name:
-        monkeypatch.setattr(f"dalle2_jax.train.{name}", fail)
+        monkeypatch.setattr(f"dalle2_jax.train.train.{name}", fail)
     assert status(config(data, 1), workdir, monkeypatch) == (train.FAILED if name else 0)
     assert len(closed) == 1 and struck == ([name] if name else [])
 
@@ -418,7 +419,7 @@ def test_what_ends_a_run_at_its_samples_comes_after_the_checkpoint(data, workdir
 
     with monkeypatch.context() as patched:
         if fault == "a full disk":
-            patched.setattr("dalle2_jax.metrics.save_png", fail)
+            patched.setattr("dalle2_jax.runtime.metrics.save_png", fail)
         else:
             patched.setattr(validation.Validation, "__init__", begin_failing)
         for attempt in (1, 2):

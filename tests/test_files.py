@@ -2,7 +2,7 @@
 
 import pytest
 
-from dalle2_jax import files
+from dalle2_jax.runtime import files
 
 
 def test_two_writers_of_a_file_do_not_meet(tmp_path):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import decoder64, upsampler256, upsampler1024
-from dalle2_jax import flops, models
+from dalle2_jax.models import flops, models
 
 
 def test_products_and_convolutions_by_hand():

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle2_jax import generate, pipeline
-from dalle2_jax.cascade import Timing
+from dalle2_jax.generate import generate, pipeline
+from dalle2_jax.generate.cascade import Timing
 from tests.tiny_model import CAPTIONS, make_model
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle2_jax import grid
+from dalle2_jax.runtime import grid
 
 
 def coloured(count, size):

@@ -10,7 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalle2_jax import convert, hub, modeldir, models, pipeline, train
+from dalle2_jax.convert import convert
+from dalle2_jax.generate import pipeline
+from dalle2_jax.models import models
+from dalle2_jax.runtime import hub, modeldir
+from dalle2_jax.train import train
 from tests.tiny_model import make_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

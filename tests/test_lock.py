@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dalle2_jax import lock
+from dalle2_jax.train import lock
 
 BEAT, SILENCE = 0.05, 1.0
 

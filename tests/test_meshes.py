@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from dalle2_jax import checkpoint, models, partition, train
+from dalle2_jax.models import models
+from dalle2_jax.runtime import checkpoint, partition
+from dalle2_jax.train import train
 
 BATCH = 16
 MESHES = {"8x1": (8, 1, 1), "1x8": (1, 8, 1), "2x4": (2, 4, 1), "2x2x2": (2, 2, 2)}
@@ -28,7 +30,10 @@ CLASSIFIER = dict(
     attention_resolutions=[8],
     head_dim=16,
 )
-QUICK = {("prior", "2x2x2"), ("classifier", "2x4")}  # SAM's replicas on a mesh: tests/stages/test_clip.py
+QUICK = {
+    ("prior", "2x2x2"),
+    ("classifier", "2x4"),
+}  # SAM's replicas on a mesh: tests/models/stages/test_clip.py
 # Devices add in another order, which float32 rounds by some 1e-7 of the largest number that is added; a
 # gradient goes through tens of such sums one after the other. Measured: up to 4e-6.
 ROUNDING = 1e-5

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle2_jax import metrics
+from dalle2_jax.runtime import metrics
 
 
 def lines_of(path):
@@ -325,7 +325,7 @@ writer = metrics.Writer(tempfile.mkdtemp())
 writer.scalars(1, {"a": 1})
 writer.close()
 assert "tensorboardX" in sys.modules and "torch" not in sys.modules
-assert not [m for m in sys.modules if m.startswith(("dalle2_jax.nets", "dalle2_jax.stages"))]
+assert not [m for m in sys.modules if m.startswith(("dalle2_jax.models.nets", "dalle2_jax.models.stages"))]
 """
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dalle2_jax import modeldir, partition
+from dalle2_jax.runtime import modeldir, partition
 
 
 def make_params(seed=0, scale=1.0):

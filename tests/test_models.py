@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dalle2_jax import modeldir, models
+from dalle2_jax.models import models
+from dalle2_jax.runtime import modeldir
 from tests.tiny_model import configs, make_model
 
 UPSAMPLER = dict(

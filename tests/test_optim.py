@@ -7,7 +7,8 @@ import optax
 import pytest
 from optax import contrib
 
-from dalle2_jax import optim, partition
+from dalle2_jax.runtime import partition
+from dalle2_jax.train import optim
 
 SETTINGS = dict(learning_rate=0.1, num_steps=100, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5)
 

@@ -180,7 +180,7 @@ def test_sources_are_of_a_supported_python(python):
 
 @pytest.mark.parametrize("kind", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
 @pytest.mark.parametrize(
-    "module", ["dalle2_jax", "dalle2_jax.nets.unet", "configs.tiny.clip", "tests.test_x"]
+    "module", ["dalle2_jax", "dalle2_jax.models.nets.unet", "configs.tiny.clip", "tests.test_x"]
 )
 def test_a_deprecation_in_the_code_of_the_repository_is_an_error(module, kind):
     """Raised there, or by a function of somebody else's that is called there; elsewhere it is none."""

@@ -20,8 +20,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dalle2_jax import models, partition
-from dalle2_jax.levels import to_uint8
+from dalle2_jax.models import models
+from dalle2_jax.runtime import partition
+from dalle2_jax.runtime.levels import to_uint8
 
 
 def shape(*sizes):

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from dalle2_jax import models, partition, pipeline
-from dalle2_jax.cascade import Task, Timing, check_cascade
-from dalle2_jax.diffusion import sampling, schedules
-from dalle2_jax.stages import upsampler
+from dalle2_jax.generate import pipeline
+from dalle2_jax.generate.cascade import Task, Timing, check_cascade
+from dalle2_jax.models import models
+from dalle2_jax.models.diffusion import sampling, schedules
+from dalle2_jax.models.stages import upsampler
+from dalle2_jax.runtime import partition
 from tests.tiny_model import CAPTIONS, make_model
 
 

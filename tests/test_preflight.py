@@ -16,9 +16,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import clip, decoder64, prior
-from dalle2_jax import chips, flops, hlo, metrics, models, partition, preflight
-from dalle2_jax.chips import GIB
-from dalle2_jax.hlo import Collective
+from dalle2_jax.models import flops, models
+from dalle2_jax.preflight import chips, hlo, preflight
+from dalle2_jax.preflight.chips import GIB
+from dalle2_jax.preflight.hlo import Collective
+from dalle2_jax.runtime import metrics, partition
 
 
 def plain(recipe, **changes) -> dict:

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from dalle2_jax import checkpoint, partition, processes, train
+from dalle2_jax.runtime import checkpoint, partition, processes
+from dalle2_jax.train import train
 from tests.shared_run import numbers
 from tests.test_train import ROOT, logged, recipe, stored_state
 from tests.test_train_stages import recipe as stage_recipe

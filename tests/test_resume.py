@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dalle2_jax import models, resume, train
+from dalle2_jax.models import models
+from dalle2_jax.train import resume, train
 from tests import tiny_run
 from tests.data import shards_for_tests as made
 from tests.tiny_run import assert_same, config, logged, status, steps_of, stored_state

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dalle2_jax import grid, modeldir, processes
-from dalle2_jax.evals import inception
+from dalle2_jax.convert import inception_weights
+from dalle2_jax.runtime import grid, modeldir, processes
 from tests.test_processes import CAUSES, end, launch, run_processes, said, wait_until
 from tests.tiny_model import CAPTIONS, make_model
 
@@ -22,7 +22,7 @@ def model(tmp_path_factory):
 def inception_file(tmp_path_factory):
     """FID's network with random weights, in the layout of the converted ones."""
     draw, params = np.random.default_rng(0), {}
-    for name, leaf in modeldir.flatten(inception.abstract_params()).items():
+    for name, leaf in modeldir.flatten(inception_weights.abstract_params()).items():
         fan_in = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 100.0
         params[name] = (draw.standard_normal(leaf.shape) * np.sqrt(2 / fan_in)).astype(np.float32)
     path = tmp_path_factory.mktemp("inception") / "random.safetensors"

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from dalle2_jax import optim, state
+from dalle2_jax.train import optim, state
 
 KEY = jax.random.key(0)
 

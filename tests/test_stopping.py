@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dalle2_jax import stopping, train
+from dalle2_jax.train import stopping, train
 from tests import tiny_run
 from tests.tiny_run import assert_same, config, status, steps_of, stored_state
 

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from configs import upsampler256
-from dalle2_jax import checkpoint, lock, models, train
+from dalle2_jax.models import models
+from dalle2_jax.runtime import checkpoint
+from dalle2_jax.train import lock, train
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle2_jax import checkpoint, convert, modeldir, models, partition, pipeline, state, train
+from dalle2_jax.convert import convert
+from dalle2_jax.generate import pipeline
+from dalle2_jax.models import models
+from dalle2_jax.runtime import checkpoint, modeldir, partition
+from dalle2_jax.train import state, train
 
 CLASSIFIER = dict(
     num_classes=3,
@@ -22,7 +26,7 @@ CLASSIFIER = dict(
     attention_resolutions=[],
     head_dim=8,
 )
-# Less than the presets have, so that a step compiles in seconds. SAM is in tests/stages/test_clip.py.
+# Less than the presets have, so that a step compiles in seconds. SAM is in tests/models/stages/test_clip.py.
 SMALLER = {
     "clip": dict(sam_rho=0.0),
     "decoder64": dict(image_size=8, channels=8, head_dim=8, channel_mult=[1], attention_resolutions=[8]),

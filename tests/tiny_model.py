@@ -7,8 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dalle2_jax import modeldir, models
 from dalle2_jax.data.tokenizer import train_bpe
+from dalle2_jax.models import models
+from dalle2_jax.runtime import modeldir
 
 CAPTIONS = [
     "a red star above a blue ring",

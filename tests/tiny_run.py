@@ -20,7 +20,9 @@ import pytest
 from absl import logging
 
 from configs import common
-from dalle2_jax import checkpoint, models, processes, train
+from dalle2_jax.models import models
+from dalle2_jax.runtime import checkpoint, processes
+from dalle2_jax.train import train
 from tests.data import shards_for_tests as made
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from dalle2_jax import files
+from dalle2_jax.runtime import files
 
 KINDS = {
     "empty_file": "is empty (0 bytes)",

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from etils import epath
 
-from dalle2_jax import files
 from dalle2_jax.data import records
 from dalle2_jax.data.find import did_you_mean
 from dalle2_jax.data.records import BadRecord, Record
 from dalle2_jax.data.shards import add_caption, freeze, language_of
+from dalle2_jax.runtime import files
 
 KINDS = ("img_emb", "text_emb", "metadata")
 _ENDINGS = {"img_emb": (".npy",), "text_emb": (".npy",), "metadata": (".parquet", ".jsonl")}

@@ -16,10 +16,10 @@ import shutil
 
 from absl import logging
 
-from dalle2_jax import files
 from dalle2_jax.data import records, scenes_builder
 from dalle2_jax.data.find import did_you_mean
 from dalle2_jax.data.shards import ExampleSource, language_of
+from dalle2_jax.runtime import files
 
 _NAME = re.compile(r"(?P<name>[A-Za-z]\w*)(?:/(?P<config>[\w+.-]+))?(?::(?P<version>\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")

@@ -26,8 +26,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from absl import logging
 
-from dalle2_jax import files
 from dalle2_jax.data import damage
+from dalle2_jax.runtime import files
 
 MAX_MEMBER_BYTES = 64 << 20
 MAX_TEXT_BYTES = 1 << 20  # of a caption, or of the JSON beside a picture or a shard

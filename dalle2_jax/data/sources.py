@@ -3,10 +3,10 @@
 import os
 from collections.abc import Sequence
 
-from dalle2_jax import files
 from dalle2_jax.data import embeddings as embeddings_module
 from dalle2_jax.data import paired, prepared, records, shards
 from dalle2_jax.data.find import did_you_mean
+from dalle2_jax.runtime import files
 
 SOURCES = ("scenes", "tfds", "tar", "tfrecord", "embeddings")
 

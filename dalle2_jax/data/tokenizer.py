@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from dalle2_jax import files
+from dalle2_jax.runtime import files
 
 KINDS = ("clip", "bpe", "gpt2")
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"

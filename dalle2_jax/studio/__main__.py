@@ -8,7 +8,7 @@ import sys
 
 from absl import app, flags, logging
 
-from dalle2_jax import commandline, partition
+from dalle2_jax.runtime import commandline, partition
 
 FLAGS = flags.FLAGS
 

@@ -10,8 +10,8 @@ import zipfile
 
 import numpy as np
 
-from dalle2_jax import pictures
-from dalle2_jax.grid import png_bytes
+from dalle2_jax.generate import pictures
+from dalle2_jax.runtime.grid import png_bytes
 from dalle2_jax.studio.work import (
     MAX_PICTURES,
     MAX_STEPS,

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from dalle2_jax.grid import png_bytes
+from dalle2_jax.runtime.grid import png_bytes
 from dalle2_jax.studio import page
 from dalle2_jax.studio.work import ACTIONS, MAX_UPLOAD, Full, Refused, Studio
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dalle2_jax import pictures, pipeline
-from dalle2_jax.generate import metadata
-from dalle2_jax.grid import png_bytes
+from dalle2_jax.generate import pictures, pipeline
+from dalle2_jax.generate.generate import metadata
+from dalle2_jax.runtime.grid import png_bytes
 
 MAX_CAPTION = 300
 MAX_PICTURES = 8

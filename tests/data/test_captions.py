@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from dalle2_jax import generate, grid
 from dalle2_jax.data import shards, sources
 from dalle2_jax.data.records import BadRecord
 from dalle2_jax.data.shards import clean_caption, encodable
 from dalle2_jax.data.tokenizer import train_bpe
+from dalle2_jax.generate import generate
+from dalle2_jax.runtime import grid
 from tests.data import shards_for_tests as made
 
 HALF = '{"caption": "\\ud83d a red circle"}'  # the file has the escape of half a pair
@@ -138,7 +139,7 @@ def test_text_that_is_no_utf8_is_a_bad_record(tmp_path):
 
 def test_pictures_of_captions_and_files_with_any_name_are_written(tmp_path):
     """Captions and file names of a command line may hold bytes that are no UTF-8."""
-    from dalle2_jax.pipeline import UnCLIP
+    from dalle2_jax.generate.pipeline import UnCLIP
 
     images = np.zeros((1, 8, 8, 3), np.uint8)
     result = UnCLIP._result(None, ["a \ud83d star"], (0,), 0, images[:, 0, 0, :1], images, images, {}, {})
@@ -149,7 +150,7 @@ def test_pictures_of_captions_and_files_with_any_name_are_written(tmp_path):
 
 
 def test_lists_of_prompts_and_classes_are_clean(tmp_path):
-    from dalle2_jax.evals import picture_sets, prompts, zero_shot
+    from dalle2_jax.evaluate import picture_sets, prompts, zero_shot
 
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "\\ud83d a red star"}\n')
     assert prompts.read_prompts(tmp_path / "prompts.jsonl") == [{"prompt": "\ufffd a red star"}]

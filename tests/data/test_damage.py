@@ -140,7 +140,7 @@ def test_the_budgets_message_has_an_example_of_what_indexing_lost(tmp_path):
 
 
 def test_pictures_to_measure_know_no_damage_that_is_allowed(tmp_path):
-    from dalle2_jax.evals import picture_sets
+    from dalle2_jax.evaluate import picture_sets
 
     folder = write_set(tmp_path / "set [v2]", [POINTER])
     with pytest.raises(ValueError, match=r"git-lfs pointer[^$]*\nMend them, or move them away$"):

@@ -1,0 +1,13 @@
+"""python -m dalle2_jax.convert SUBCOMMAND ...: weights in, model directories out."""
+
+from absl import logging
+
+from dalle2_jax.convert import convert
+from dalle2_jax.runtime import partition
+
+__doc__ = convert.__doc__  # what --help prints
+
+if __name__ == "__main__":
+    partition.initialise()
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant to be so
+    raise SystemExit(convert.main())

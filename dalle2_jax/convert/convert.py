@@ -1,0 +1,395 @@
+"""python -m dalle2_jax.convert SUBCOMMAND ...: weights in, model directories out.
+
+    python -m dalle2_jax.convert workdirs --clip=W --prior=W --decoder=W --upsamplers=W1,W2 --out=MODEL
+    python -m dalle2_jax.convert FORMAT SRC OUT
+    python -m dalle2_jax.convert to-diffusers MODEL OUT
+    python -m dalle2_jax.convert push MODEL OWNER/NAME
+    python -m dalle2_jax.convert inception SRC.pth OUT.safetensors
+
+The first takes the averaged parameters of training workdirs, the second weights of others: the name of a
+FORMAT is a module of `formats` (hf-clip is hf_clip.py), which says what SRC is. The third makes folders of
+diffusers and transformers. push publishes on the Hugging Face Hub; SRC and MODEL may be hf://OWNER/NAME@COMMIT.
+The last turns the released weights of FID's Inception into what
+`dalle2_jax.evaluate --inception` reads. A model directory holds, for each stage, weights and the config that
+rebuilds it, and the tokenizer (see modeldir.py); nothing of the machine that trained it.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+
+import dalle2_jax
+from dalle2_jax.convert import card
+from dalle2_jax.convert.formats import refused, to_diffusers
+from dalle2_jax.convert.tensors import sha256
+from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dalle2_jax.generate.cascade import check_cascade
+from dalle2_jax.models import models
+from dalle2_jax.runtime import files, hub, modeldir
+
+DTYPES = tuple(modeldir.DTYPES)
+FORMATS = (
+    "hf-clip",
+    "openai-clip",
+    "open-clip",
+    "karlo",
+    "karlo-original",
+    "kandinsky",
+    "glide",
+    "adm",
+    "adm-classifier",
+)
+
+
+def without_paths(value):
+    """A config whose texts that look like paths are reduced to their last name; no model depends on them."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and re.search(r"[/\\~]", value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1].lstrip("~")
+    return value
+
+
+def convert_workdirs(
+    out: str | os.PathLike,
+    *,
+    decoder: str,
+    clip: str = "",
+    prior: str = "",
+    noisy_clip: str = "",
+    classifier: str = "",
+    upsamplers: tuple[str, ...] = (),
+    dtype: str = "bfloat16",
+    name: str = "",
+    licence: str = "",
+) -> None:
+    """Write a model directory from training workdirs.
+
+    Args:
+      out: the directory; made if absent. Files of the same names are replaced.
+      decoder, clip, prior: workdirs, or model directories that hold the stage, or their hf:// addresses; a
+        decoder that reads no image embeddings needs neither CLIP nor prior.
+      noisy_clip, classifier: the same for what is to guide the decoder; empty for none.
+      upsamplers: workdirs, in the order in which they run.
+      dtype: 'bfloat16' (half the size) or 'float32' (exact).
+      name: of the model; by default the last name of `out`.
+      licence: of the weights, for the model card; by default those of the models that stages began from.
+
+    Raises:
+      FileNotFoundError, ValueError: a workdir lacks something, or the stages do not fit together.
+    """
+    out = _check_out(out, dtype)
+    named = dict(clip=clip, prior=prior, decoder=decoder, noisy_clip=noisy_clip, classifier=classifier)
+    wanted = [(role, source) for role, source in named.items() if source]
+    wanted += [("upsampler", source) for source in upsamplers]
+    configs, stages, weights, steps, reading = {}, {}, {}, {}, []
+    local = {source: hub.local(source) for _, source in wanted}
+    for role, source in wanted:
+        stage, config, params = models.load_stage(source, role)
+        folder = f"upsampler{stage.image_size}" if role == "upsampler" else role
+        if folder in stages:
+            raise ValueError(
+                f"two upsamplers draw {stage.image_size} x {stage.image_size}: {source} is one too many"
+            )
+        configs[folder], stages[folder], weights[folder] = config, stage, params
+        steps[folder] = _trained_steps(local[source], folder)
+        reading += [local[source]] if getattr(stage, "context_length", None) else []
+        print(f"read {folder} from {source}", flush=True)
+    if stages["decoder"].embed_dim and not (clip and prior):
+        raise ValueError("this decoder draws image embeddings: give a clip and a prior, too")
+    tokenizer = _shared_tokenizer(reading) if reading else None
+    check_cascade(configs, stages, tokenizer.vocab_size if tokenizer else 0)
+    configs = {folder: without_paths(config) | {"wandb": ""} for folder, config in configs.items()}
+    parts = {folder: (config, weights[folder]) for folder, config in configs.items()}
+    inherited = sorted({found for _, source in wanted if (found := _licence(local[source]))})
+    extra = {"trained_steps": steps, "licence": licence or "; ".join(inherited)}
+    _write_model(out, parts, tokenizer, dtype, name, extra)
+
+
+def convert_weights(
+    format_name: str,
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    tokenizer: str = "",
+    dtype: str = "bfloat16",
+    name: str = "",
+    licence: str = "",
+) -> None:
+    """Write a model directory from weights of others.
+
+    Args:
+      format_name: one of FORMATS.
+      source: what the format's module says: a file or a folder.
+      out: the directory; made if absent. Files of the same names are replaced.
+      tokenizer: a folder that `load_tokenizer` reads, for a source that comes without.
+      dtype, name: as above.
+      licence: of the weights, for the model card; by default what is known of the format's.
+
+    Raises:
+      FileNotFoundError, ValueError: the source is not what the format is, and where it differs.
+    """
+    out = _check_out(out, dtype)
+    module = importlib.import_module(f"dalle2_jax.convert.formats.{format_name.replace('-', '_')}")
+    source, tokenizer = hub.local(source), files.expand(tokenizer)
+    if not Path(source).exists():
+        raise FileNotFoundError(f"there is no {source}")
+    if tokenizer and not os.path.isdir(tokenizer):
+        raise FileNotFoundError(f"there is no tokenizer folder {tokenizer}")
+    words = load_tokenizer(tokenizer) if tokenizer else None
+    read = module.import_weights(Path(source), words)
+    configs = {folder: config for folder, (config, _) in read.stages.items()}
+    stages = {folder: models.build_stage(config) for folder, config in configs.items()}
+    reads = any(getattr(stage, "context_length", None) for stage in stages.values())
+    words = (words or read.tokenizer) if reads else None
+    if reads and words is None:
+        raise ValueError(
+            f"{source} comes without a tokenizer: give a folder with CLIP's vocab.json and merges.txt, or a "
+            "model directory's tokenizer, as --tokenizer=FOLDER"
+        )
+    check_cascade(configs, stages, words.vocab_size if words else 0)
+    for note in dict.fromkeys(note for tensors in read.tensors for note in tensors.notes):
+        print(f"note: {note}", flush=True)
+    for _, params in read.stages.values():  # all are read once before anything is written: some may be spoilt
+        for leaf in jax.tree.leaves(params):
+            np.asarray(leaf)
+    found = [path for tensors in read.tensors for path in tensors.files]
+    inside = [path.relative_to(source) if path != Path(source) else path.name for path in found]
+    sums = {str(name): sha256(path) for name, path in zip(inside, found, strict=True)}
+    for file, checksum in sums.items():
+        print(f"read {file}, sha256 {checksum}", flush=True)
+    licence = licence or read.licence
+    print(f"licence of these weights: {licence or card.UNKNOWN}", flush=True)
+    made_from = {"format": format_name, "sha256": sums}
+    _write_model(out, read.stages, words, dtype, name, {"made_from": made_from, "licence": licence})
+
+
+def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[str]:
+    """Write a model directory as a folder of diffusers, or of transformers if it is a CLIP alone.
+
+    Returns notes on it; see formats/to_diffusers.py. Raises FileNotFoundError or ValueError.
+    """
+    model = hub.local(model)
+    index = modeldir.read_index(model)
+    named = index["stages"]
+    roles = [role for role in named if role != "upsamplers"] + list(named.get("upsamplers", []))
+    stages = {role: models.load_stage(model, role)[1:] for role in roles}
+    out = _check_out(out, "float32")
+    context_length = stages["clip"][0]["model"]["text"]["context_length"] if "clip" in stages else None
+    tokenizer = load_tokenizer(epath.Path(model) / index["tokenizer"], context_length)
+    notes = to_diffusers.export_model(Path(out), stages, tokenizer)
+    library = "transformers" if set(stages) == {"clip"} else "diffusers"
+    (out / modeldir.CARD_FILE).write_text(card.model_card(index, stages, library))
+    return notes
+
+
+def _check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
+    """`out` as a path, once it and `dtype` are found to be possible."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    out = epath.Path(files.expand(out))
+    if models.is_workdir(out):
+        raise ValueError(f"{out} is a training workdir: write the model directory elsewhere")
+    return out
+
+
+def _write_model(
+    out: epath.Path, parts: dict[str, tuple], tokenizer: Tokenizer | None, dtype: str, name: str, extra: dict
+) -> None:
+    """A model directory of folder -> (config, parameters), the upsamplers in their order."""
+    for folder, (config, params) in parts.items():
+        modeldir.save_stage(out / folder, config, params, dtype)
+    if tokenizer is not None:
+        (out / "tokenizer").mkdir(parents=True, exist_ok=True)
+        tokenizer.save(out / "tokenizer")
+    layout = {folder: folder for folder, (config, _) in parts.items() if config["stage"] != "upsampler"}
+    layout["upsamplers"] = [folder for folder in parts if folder not in layout]
+    extra = {"name": name or out.name, "dalle2_jax_version": dalle2_jax.__version__} | extra
+    modeldir.write_index(out, layout, "tokenizer" if tokenizer is not None else "", extra)
+    (out / modeldir.CARD_FILE).write_text(card.model_card(extra, parts))
+
+
+def _licence(source: str) -> str:
+    """The licence of a model directory, or of the one that a workdir's parameters began as; '' if unknown."""
+    folder = epath.Path(source)
+    if models.is_workdir(folder):
+        began = hub.local(json.loads((folder / "config.json").read_text()).get("init_from", ""))
+        if not began or models.is_workdir(began):
+            return _licence(began) if began else ""
+        folder = epath.Path(began)
+    for place in (folder, folder.parent):  # a stage's folder lies in the model's
+        if (place / modeldir.INDEX_FILE).exists():
+            return modeldir.read_index(place).get("licence", "")
+    return ""
+
+
+def _shared_tokenizer(sources: list[str]):
+    """The one tokenizer of the stages that read captions, at the longest of their contexts."""
+    folders = [epath.Path(source) / "tokenizer" for source in sources]
+    loaded = [load_tokenizer(folder) for folder in folders]
+    for source, folder in zip(sources[1:], folders[1:], strict=True):
+        if (folder / "tokenizer.json").read_bytes() != (folders[0] / "tokenizer.json").read_bytes():
+            raise ValueError(
+                f"{source} was trained with another tokenizer than {sources[0]}: train all stages with one "
+                "CLIP (--config.clip), which hands its tokenizer on"
+            )
+    return max(loaded, key=lambda tokenizer: tokenizer.context_length)
+
+
+def _trained_steps(source: str, folder: str) -> int | None:
+    """The step whose average `models.load_stage` read; for a model directory what its index says."""
+    if models.is_workdir(source):
+        names = [path.name for path in (epath.Path(source) / "checkpoints").iterdir()]
+        return max(int(name) for name in names if name.isdigit())
+    return modeldir.read_index(source).get("trained_steps", {}).get(folder)
+
+
+def _paths(text: str) -> tuple[str, ...]:
+    """The paths of a list with commas."""
+    return tuple(files.expand(part) for part in text.split(",") if part)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line; one subcommand a source of weights."""
+    parser = argparse.ArgumentParser(prog="python -m dalle2_jax.convert", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    workdirs = commands.add_parser(
+        "workdirs", aliases=["export"], help="averaged weights of training workdirs"
+    )
+    workdirs.add_argument(
+        "--decoder", type=files.expand, required=True, metavar="W", help="workdir of the decoder"
+    )
+    for role in ("clip", "prior"):
+        help_text = f"workdir of the {role}; needed unless the decoder reads captions or classes alone"
+        workdirs.add_argument(f"--{role}", type=files.expand, default="", metavar="W", help=help_text)
+    workdirs.add_argument(
+        "--upsamplers",
+        type=_paths,
+        default="",
+        metavar="W1,W2",
+        help="workdirs of the upsamplers, in their order",
+    )
+    for guide in ("noisy_clip", "classifier"):
+        help_text = f"workdir of a {guide} that may steer the decoder"
+        workdirs.add_argument(f"--{guide}", type=files.expand, default="", metavar="W", help=help_text)
+    workdirs.add_argument(
+        "--out", type=files.expand, required=True, metavar="MODEL", help="model directory to write"
+    )
+    workdirs.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
+    workdirs.add_argument("--name", default="", help="name of the model; by default the last name of --out")
+    workdirs.add_argument("--licence", default="", help="of the weights, for the model card")
+    workdirs.set_defaults(run=_run_workdirs)
+    for name in FORMATS:
+        module = importlib.import_module(f"dalle2_jax.convert.formats.{name.replace('-', '_')}")
+        weights = commands.add_parser(f"{name}", help=module.HELP, description=module.__doc__.split("\n")[0])
+        weights.add_argument("source", type=files.expand, metavar="SRC", help=module.HELP)
+        weights.add_argument("out", type=files.expand, metavar="OUT", help="model directory to write")
+        weights.add_argument(
+            "--tokenizer",
+            type=files.expand,
+            default="",
+            metavar="FOLDER",
+            help="for a SRC without a tokenizer",
+        )
+        weights.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
+        weights.add_argument("--name", default="", help="name of the model; by default the last name of OUT")
+        weights.add_argument("--licence", default="", help="of the weights, if another than is known")
+        weights.set_defaults(run=_run_weights)
+    for name, reason in refused.REASONS.items():
+        other = commands.add_parser(name, help="not read; says why", description=reason)
+        other.add_argument("source", metavar="SRC", nargs="?")
+        other.add_argument("out", metavar="OUT", nargs="?")
+        other.set_defaults(run=lambda options: refused.refuse(options.command))
+    diffusers = commands.add_parser("to-diffusers", help="a folder of diffusers or transformers")
+    diffusers.add_argument("model", type=files.expand, metavar="MODEL", help="model directory")
+    diffusers.add_argument("out", type=files.expand, metavar="OUT", help="folder to write")
+    diffusers.set_defaults(run=_run_diffusers)
+    push = commands.add_parser("push", help="a model directory to the Hugging Face Hub")
+    push.add_argument("model", type=files.expand, metavar="MODEL", help="model directory")
+    push.add_argument("repository", metavar="OWNER/NAME", help="made if absent")
+    push.add_argument("--private", action="store_true", help="make a repository that others do not see")
+    push.set_defaults(run=_run_push)
+    inception = commands.add_parser("inception", help="the weights that FID is measured with, converted once")
+    inception.add_argument(
+        "source", type=files.expand, metavar="SRC", help="pt_inception-2015-12-05-6726825d.pth"
+    )
+    inception.add_argument("out", type=files.expand, metavar="OUT", help="safetensors file to write")
+    inception.add_argument(
+        "--any_checksum", action="store_true", help="also take a file whose checksum is not the known one"
+    )
+    inception.set_defaults(run=_run_inception)
+    return parser
+
+
+def _run_workdirs(options: argparse.Namespace) -> None:
+    convert_workdirs(
+        options.out,
+        clip=options.clip,
+        prior=options.prior,
+        decoder=options.decoder,
+        noisy_clip=options.noisy_clip,
+        classifier=options.classifier,
+        upsamplers=options.upsamplers,
+        dtype=options.dtype,
+        name=options.name,
+        licence=options.licence,
+    )
+    _print_size(options.out)
+    print(f'draw with it: python -m dalle2_jax.generate --model={options.out} "a red star above a blue ring"')
+
+
+def _run_weights(options: argparse.Namespace) -> None:
+    convert_weights(
+        options.command,
+        options.source,
+        options.out,
+        tokenizer=options.tokenizer,
+        dtype=options.dtype,
+        name=options.name,
+        licence=options.licence,
+    )
+    _print_size(options.out)
+
+
+def _run_diffusers(options: argparse.Namespace) -> None:
+    for note in export_diffusers(options.model, options.out):
+        print(f"note: {note}")
+    _print_size(options.out)
+
+
+def _run_push(options: argparse.Namespace) -> None:
+    address = hub.push(options.model, options.repository, options.private)
+    print(f'draw with it: python -m dalle2_jax.generate --model={address} "a red star above a blue ring"')
+
+
+def _run_inception(options: argparse.Namespace) -> None:
+    from dalle2_jax.convert import inception_weights
+
+    checksum = inception_weights.convert(options.source, options.out, options.any_checksum)
+    print(f"wrote {options.out}, from weights with the sha256 {checksum}")
+
+
+def _print_size(out: str) -> None:
+    found = [path for pattern in ("*", "*/*") for path in epath.Path(out).glob(pattern) if path.is_file()]
+    print(f"wrote {out} ({sum(path.stat().length for path in found) / 1e6:.1f} MB)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; 0, or 2 after an error in what was asked for."""
+    options = make_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,90 @@
+"""ADM's generators, upsamplers and classifiers: one .pt file, or a folder of those that go together.
+
+What a file holds is read off its tensors: an upsampler sees six channels, a classifier ends in a pool. So are
+sizes; the side is found from the first level that attends, which is always that of 32 x 32. A class is told
+by its name, as the classifier's: see adm_classifier.py.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dalle2_jax.convert import tables
+from dalle2_jax.convert.formats import adm_classifier
+from dalle2_jax.convert.formats.adm_classifier import HEAD_DIM, LICENCE, class_names
+from dalle2_jax.convert.formats.unet import adm_rows, adm_settings, check_groups
+from dalle2_jax.convert.tables import Imported, Row, dense, leaf, under
+from dalle2_jax.convert.tensors import Tensors, open_tensors
+from dalle2_jax.models import models
+
+HELP = "ADM's generator, upsampler or classifier, a .pt file, or a folder of those that go together"
+FIRST_ATTENTION = 32
+# What their command lines say and their tensors do not, by stage and side. Elsewhere heads have 64 entries,
+# the schedule is linear, and queries, keys and values stand head by head.
+RELEASED = {
+    ("decoder", 64): dict(schedule="cosine", blocks=True),
+    ("decoder", 128): dict(num_heads=4),
+    ("upsampler", 256): dict(num_heads=4),
+}
+
+
+def rows(net: Mapping, num_heads: int = 0, blocks: bool = False) -> list[Row]:
+    """The table of a generator or an upsampler; `net`: our shapes, the others as in `adm_rows`."""
+    return [
+        *under("net", adm_rows(net["net"], HEAD_DIM, num_heads=num_heads, blocks=blocks)),
+        *dense("time/fc1", "time_embed.0"),
+        *dense("time/fc2", "time_embed.2"),
+        *(leaf("label_embed/embedding", "label_emb.weight") if "label_embed" in net else []),
+    ]
+
+
+def import_weights(source: Path, tokenizer=None) -> Imported:
+    """The stages in the file, or the folder, `source`."""
+    files = sorted(source.glob("*.pt")) if source.is_dir() else [source]
+    if not files:
+        raise FileNotFoundError(f"{source} holds no .pt file")
+    folder, stages, opened = files[0].parent, {}, []
+    for path in files:
+        tensors = open_tensors(path)
+        role, stage = _stage(tensors, folder)
+        if role in stages:
+            raise ValueError(f"{source} holds two files for the {role}, {path.name} is one too many")
+        stages[role] = stage
+        opened.append(tensors)
+    return Imported(dict(sorted(stages.items())), None, opened, LICENCE)
+
+
+def _stage(tensors: Tensors, folder: Path) -> tuple[str, tuple[dict, dict]]:
+    """(name of the stage, (config, parameters))."""
+    if "out.2.c_proj.weight" in tensors.shapes:
+        return "classifier", adm_classifier.read(tensors, folder)
+    seen = tensors.shape("input_blocks.0.0.weight")[1]
+    if seen not in (3, 6):
+        raise ValueError(f"{tensors.source} sees {seen} channels: a generator sees 3, an upsampler 6")
+    stage = "decoder" if seen == 3 else "upsampler"
+    settings, attending = adm_settings(tensors)
+    if not attending:
+        raise ValueError(f"{tensors.source} has no attention, by which its side is found: it is not of ADM's")
+    side = FIRST_ATTENTION * 2 ** attending[0]
+    known = dict(RELEASED.get((stage, side), {}))
+    blocks, num_heads = known.pop("blocks", False), known.get("num_heads", 0)
+    num_classes = tensors.shapes.get("label_emb.weight", (0,))[0]
+    model = settings | dict(
+        image_size=side,
+        attention_resolutions=[side // 2**level for level in attending],
+        head_dim=HEAD_DIM,
+        num_classes=num_classes,
+        learned_variance=tensors.shape("out.2.weight")[0] == 6,
+        schedule="linear",
+        num_steps=250,
+        method="ddpm",
+    )
+    if stage == "decoder":
+        model |= dict(embed_dim=0, guidance_scale=1.0)
+    else:
+        model |= dict(low_res_size=side // 4, resize="linear")
+    classes = class_names(folder, num_classes)
+    config = {"stage": stage, "model": model | known, "data": {"classes": classes}}
+    abstract = models.abstract_params(models.build_stage(config))
+    check_groups(abstract["net"], 32, tensors.source)
+    params = tables.imported(rows(abstract, num_heads, blocks), tensors, abstract)
+    return (stage if stage == "decoder" else f"upsampler{side}"), (config, params)

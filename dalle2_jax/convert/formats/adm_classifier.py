@@ -1,0 +1,88 @@
+"""ADM's classifier of noised pictures (64x64_classifier.pt and the like), which may steer a decoder.
+
+Sizes are read off the tensors; heads have 64 entries. Its noise is the model's beside which ADM trained it:
+the cosine schedule at 64 x 64, the linear one above. What the classes are called is read from classes.txt
+beside the file, a name a line in the order of ImageNet's numbers; a caption steers where it holds a name.
+Without that file they are called 'class 0', 'class 1', ...
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dalle2_jax.convert import tables
+from dalle2_jax.convert.formats.unet import adm_rows, adm_settings, check_groups
+from dalle2_jax.convert.tables import POINTWISE, Imported, Layout, Row, dense, leaf, under
+from dalle2_jax.convert.tensors import Tensors, open_tensors, parted
+from dalle2_jax.models import models
+from dalle2_jax.runtime import files
+
+HELP = "ADM's classifier of noised pictures, a .pt file"
+LICENCE = "OpenAI's are MIT; of other weights in this layout ask their makers"
+HEAD_DIM = 64
+TRANSPOSED = Layout(lambda x, n: [x.T], lambda xs: xs[0].T)
+
+
+def rows(net: Mapping) -> list[Row]:
+    """The table of the classifier; q and kv are tensors that `split_qkv` makes."""
+    pool = "out.2."
+    return [
+        *under("net", adm_rows(net["net"], HEAD_DIM)),
+        *leaf("net/pool/position/embedding", f"{pool}positional_embedding", TRANSPOSED),
+        *dense("net/pool/q", f"{pool}q_proj", layout=POINTWISE),
+        *dense("net/pool/kv", f"{pool}kv_proj", layout=POINTWISE),
+        *dense("net/pool/out", f"{pool}c_proj", layout=POINTWISE),
+        *dense("time/fc1", "time_embed.0"),
+        *dense("time/fc2", "time_embed.2"),
+    ]
+
+
+def split_qkv(tensors: Tensors) -> Tensors:
+    """`tensors` with the pool's one projection as two: its query is asked of the first position alone."""
+    third = tensors.shape("out.2.qkv_proj.bias")[0] // 3
+    rows = {"q_proj": slice(0, third), "kv_proj": slice(third, None)}
+    return parted(
+        tensors,
+        {
+            f"out.2.{name}.{kind}": (f"out.2.qkv_proj.{kind}", 0, part)
+            for name, part in rows.items()
+            for kind in ("weight", "bias")
+        },
+    )
+
+
+def class_names(folder: Path, count: int) -> list[str]:
+    """The names of `count` classes; ValueError if classes.txt in `folder` has another number of them."""
+    path = folder / "classes.txt"
+    if not path.is_file():
+        return [f"class {number}" for number in range(count)]
+    names = files.read_text(path).splitlines()
+    if count and len(names) != count:
+        raise ValueError(f"{path} has {len(names)} names, the model {count} classes")
+    return names if count else []
+
+
+def import_weights(source: Path, tokenizer=None) -> Imported:
+    """The classifier in the file `source`."""
+    tensors = open_tensors(source)
+    return Imported({"classifier": read(tensors, source.parent)}, None, [tensors], LICENCE)
+
+
+def read(tensors: Tensors, folder: Path) -> tuple[dict, dict]:
+    """(config, parameters) of a classifier, whose classes' names are in `folder`."""
+    tensors = split_qkv(tensors)
+    settings, attending = adm_settings(tensors)
+    levels = len(settings["channel_mult"])
+    last_side = round((tensors.shape("out.2.positional_embedding")[1] - 1) ** 0.5)
+    side = last_side * 2 ** (levels - 1)
+    model = settings | dict(
+        num_classes=tensors.shape("out.2.c_proj.weight")[0],
+        image_size=side,
+        attention_resolutions=[side // 2**level for level in attending],
+        head_dim=HEAD_DIM,
+        schedule="cosine" if side <= 64 else "linear",
+    )
+    config = {"stage": "classifier", "model": model}
+    config["data"] = {"classes": class_names(folder, model["num_classes"])}
+    abstract = models.abstract_params(models.build_stage(config))
+    check_groups(abstract["net"], 32, tensors.source)
+    return config, tables.imported(rows(abstract), tensors, abstract)

@@ -1,0 +1,90 @@
+"""OpenCLIP's models that have CLIP's own architecture: OpenAI's layout, in safetensors or an archive.
+
+The source is a folder with open_clip_config.json, as the hub has them, or a file of weights, such as a
+checkpoint of training. In a folder, transformers' files of the same model may lie beside OpenCLIP's.
+Transformers have exact GELU unless open_clip_config.json says `quick_gelu`; a file without that config beside
+it is taken to have GELU. A folder's tokenizer is read where it is in CLIP's layout.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from dalle2_jax.convert.formats.hf_clip import read_json
+from dalle2_jax.convert.formats.openai_clip import HEAD_DIM, import_tensors
+from dalle2_jax.convert.tables import Imported
+from dalle2_jax.convert.tensors import OPEN_CLIP_WEIGHTS, WEIGHTS, Tensors, open_tensors
+from dalle2_jax.data.tokenizer import load_tokenizer
+
+HELP = "OpenCLIP: a folder with open_clip_config.json, or a file of weights, also a checkpoint of training"
+CONFIG = "open_clip_config.json"
+
+
+def import_weights(source: Path, tokenizer=None) -> Imported:
+    """The CLIP in a folder or a file. Raises ValueError for towers that CLIP does not have."""
+    folder = source if source.is_dir() else source.parent
+    settings = _settings(folder / CONFIG) if (folder / CONFIG).is_file() else {"activation": "gelu"}
+    tensors = _opened(source)
+    if not (folder / CONFIG).is_file():
+        note = (
+            f"there is no {CONFIG} beside {source.name}, which would say quick_gelu: it is taken to have GELU"
+        )
+        tensors.notes += (note,)
+    read = import_tensors(tensors, **settings)
+    if tokenizer is None and source.is_dir() and _has_tokenizer(source):
+        length = read.stages["clip"][0]["model"]["text"]["context_length"]
+        read = dataclasses.replace(read, tokenizer=load_tokenizer(source, length))
+    return read
+
+
+def _opened(source: Path) -> Tensors:
+    tensors = open_tensors(source, (*OPEN_CLIP_WEIGHTS, *WEIGHTS))
+    if "text_model.embeddings.token_embedding.weight" in tensors.shapes:
+        raise ValueError(f"{tensors.source} is in transformers' layout: convert it as hf-clip")
+    if (
+        "text.token_embedding.weight" in tensors.shapes
+    ):  # `custom_text`: the text tower is a module of its own
+        tensors = tensors.renamed({name.removeprefix("text."): name for name in tensors.shapes})
+    return tensors
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+
+
+def _settings(path: Path) -> dict:
+    """What open_clip_config.json says and tensors do not; ValueError for towers that CLIP does not have."""
+    config = read_json(path)
+    described, preprocess = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
+    vision, text = described.get("vision_cfg", {}), described.get("text_cfg", {})
+    # what a tower may say of itself, and the values that leave it CLIP's
+    same = {
+        "timm_model_name": (None, ""),
+        "hf_model_name": (None, ""),
+        "head_width": (None, HEAD_DIM),
+        "mlp_ratio": (None, 4, 4.0),
+        "heads": (None, text.get("width", 512) // HEAD_DIM),
+        "ls_init_value": (None,),
+        "no_causal_mask": (None, False),
+        "pool_type": (None, "tok", "argmax"),
+        "attentional_pool": (None, False),
+        "no_ln_pre": (None, False),
+        "final_ln_after_pool": (None, False),
+        "pos_embed_type": (None, "learnable"),
+        "act_kwargs": (None, {}),
+        "norm_kwargs": (None, {}, {"eps": 1e-5}),
+    }
+    for part, settings in (("vision_cfg", vision), ("text_cfg", text)):
+        any_width = ("head_width", "mlp_ratio") if part == "vision_cfg" else ()
+        for name, allowed in same.items():
+            if settings.get(name) not in allowed and name not in any_width:
+                raise ValueError(
+                    f"{path}: {part}.{name} is {settings[name]!r}: only CLIP's own architecture is read, "
+                    f"its text with heads of {HEAD_DIM} and MLPs of four times the width"
+                )
+    named = {"image_mean": "mean", "image_std": "std"}
+    statistics = {ours: list(preprocess[name]) for ours, name in named.items() if name in preprocess}
+    return dict(
+        activation="quick_gelu" if described.get("quick_gelu") else "gelu",
+        head_dim=vision.get("head_width") or HEAD_DIM,
+        **statistics,
+    )

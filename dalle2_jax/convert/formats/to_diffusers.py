@@ -1,0 +1,288 @@
+"""Models of ours as folders of diffusers and transformers: a cascade as UnCLIPPipeline, a CLIP as CLIPModel.
+
+The tables are those of the imports (karlo.py, hf_clip.py), read the other way. A cascade has to have Karlo's
+settings, as UnCLIPPipeline has no others; what it has no place for is an error that names it.
+"""
+
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dalle2_jax.convert import tables
+from dalle2_jax.convert.formats import hf_clip, karlo
+from dalle2_jax.convert.formats.unet import check_groups
+from dalle2_jax.data.tokenizer import Tokenizer
+from dalle2_jax.models import models
+from dalle2_jax.runtime import modeldir
+
+# Where diffusers has kept this class since 0.34; Karlo's own index says "unclip", which it no longer finds.
+_TEXT_PROJ = "diffusers.pipelines.deprecated.unclip.text_proj"
+_SCHEDULERS = {"prior": "fixed_small_log", "decoder": "learned_range", "super_res": "fixed_small_log"}
+
+
+def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Tokenizer) -> list[str]:
+    """Write the folder `out`; returns what a reader should know of it.
+
+    Args:
+      out: made if absent; files of the same names are replaced.
+      stages: role -> (config, parameters); 'clip' alone, or 'clip', 'prior', 'decoder' and one upsampler.
+      tokenizer: theirs.
+
+    Raises:
+      ValueError: names what diffusers has no place for, before anything is written.
+    """
+    settings = {role: _settings(config) for role, (config, _) in stages.items()}
+    params = {role: params for role, (_, params) in stages.items()}
+    files: dict[str, dict] = {}
+    weights: dict[str, dict] = {}
+    notes: list[str] = []
+    if set(stages) == {"clip"}:
+        _check_clip(settings["clip"])
+        files |= hf_clip.settings_files(settings["clip"])
+        weights["model.safetensors"] = tables.exported(hf_clip.rows(settings["clip"]), params["clip"])
+        words = out
+    else:
+        files["model_index.json"] = _index(tokenizer)
+        _pipeline(settings, params, files, weights)
+        notes = _null_differs(stages, tokenizer)
+        words = out / "tokenizer"
+    for name, tensors in weights.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        types = dict.fromkeys(tensors, np.dtype(np.float32))
+        modeldir.write_tensors(out / name, tensors, types, kind="pt")
+    for name, value in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        modeldir.write_json(out / name, value)
+    save_tokenizer(tokenizer, words)
+    return notes
+
+
+def _settings(config: dict) -> dict:
+    """All settings of a stage's model, the defaults among them."""
+    build = importlib.import_module(f"dalle2_jax.models.stages.{config['stage']}").build
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(build).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    return json.loads(json.dumps(models.to_plain(defaults | config["model"])))
+
+
+def _demand(role: str, settings: Mapping, **values) -> None:
+    for name, value in values.items():
+        if settings[name] != value:
+            raise ValueError(f"{role}: model.{name} is {settings[name]!r}, diffusers needs {value!r}")
+
+
+def _check_clip(settings: Mapping) -> None:
+    _demand("clip", settings, noise=None, loss="softmax")
+    if (settings["vision"] or {"kind": "vit"})["kind"] != "vit":
+        raise ValueError("transformers' CLIPModel has a vision transformer, this CLIP has a ResNet")
+
+
+def _check_cascade(settings: Mapping[str, dict]) -> str:
+    """The name of the upsampler. Raises ValueError for what UnCLIPPipeline cannot be told."""
+    base = ("clip", "prior", "decoder")
+    above = [role for role in settings if role not in base]
+    if len(above) != 1 or not set(base) <= settings.keys() or not above[0].startswith("upsampler"):
+        raise ValueError(
+            f"UnCLIPPipeline is a CLIP, a prior, a decoder and one upsampler; this is {', '.join(settings)}"
+        )
+    noise = dict(schedule="cosine", num_timesteps=1000)
+    _check_clip(settings["clip"])
+    _demand("clip", settings["clip"], unit_embeds=False)
+    if "embed_scale" not in settings["prior"]:
+        raise ValueError("the prior is an autoregressive one, diffusers has the diffusion prior alone")
+    _demand("prior", settings["prior"], embed_scale={"mode": "meanstd"}, **noise)
+    _demand("decoder", settings["decoder"], embed_scale=1.0, objective="eps", learned_variance=True, **noise)
+    _demand("decoder", settings["decoder"], inpaint=False, num_heads=0, num_classes=0)
+    _demand(above[0], settings[above[0]], objective="eps", learned_variance=False, **noise)
+    _demand(above[0], settings[above[0]], low_res_noise=0.0, resize="cubic", text=None, num_classes=0)
+    _demand(above[0], settings[above[0]], attention_resolutions=[], inpaint=False)
+    for role in ("prior", "decoder"):
+        own, text = settings[role], settings[role]["text"] or {}
+        if text.get("states_width") != own["embed_dim"]:
+            raise ValueError(
+                f"{role}: model.text.states_width is {text.get('states_width')!r}, diffusers needs "
+                f"embed_dim, {own['embed_dim']}"
+            )
+    return above[0]
+
+
+def _pipeline(settings: Mapping, params: Mapping, files: dict, weights: dict) -> None:
+    """Adds the parts of UnCLIPPipeline to `files` and `weights`."""
+    above = _check_cascade(settings)
+    clip, prior, decoder, upsampler = (settings[role] for role in ("clip", "prior", "decoder", above))
+    for role in ("decoder", above):
+        check_groups(params[role]["net"], 32, "UnCLIPPipeline")
+
+    def add(folder: str, config: dict, tensors: dict, file: str = "diffusion_pytorch_model") -> None:
+        files[f"{folder}/config.json"], weights[f"{folder}/{file}.safetensors"] = config, tensors
+
+    towers = tables.exported(hf_clip.tower_rows(clip), params["clip"], dropped=["logit_scale"])
+    config = hf_clip.text_config(clip) | {"architectures": ["CLIPTextModelWithProjection"]}
+    add("text_encoder", config, _below(towers, "text."), "model")
+    if clip["vision"]:
+        config = hf_clip.vision_config(clip) | {"architectures": ["CLIPVisionModelWithProjection"]}
+        add("image_encoder", config, _below(towers, "vision."), "model")
+        files["feature_extractor/preprocessor_config.json"] = hf_clip.preprocessor(clip)
+
+    text = prior["text"]
+    config = dict(
+        _class_name="PriorTransformer",
+        num_attention_heads=text["num_heads"],
+        attention_head_dim=text["width"] // text["num_heads"],
+        num_layers=text["depth"],
+        embedding_dim=prior["embed_dim"],
+        num_embeddings=text["context_length"],
+        additional_embeddings=4,
+        dropout=0.0,
+    )
+    rows = karlo.prior_rows(text["depth"])
+    nulls = ["net/null_text_embed/embedding", "net/null_text_states/embedding", "stats/eps_sq"]
+    add("prior", config, tables.exported(rows, params["prior"], dropped=nulls))
+
+    side, levels = decoder["image_size"], range(len(decoder["channel_mult"]))
+    attends = [side // 2**level in decoder["attention_resolutions"] for level in levels]
+    common = dict(clip_embeddings_dim=decoder["embed_dim"], cross_attention_dim=decoder["text"]["width"])
+    config = _unet_config("UNet2DConditionModel", decoder, attends) | dict(
+        in_channels=3,
+        out_channels=6,
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        cross_attention_dim=decoder["text"]["width"],
+        attention_head_dim=decoder["head_dim"],
+        class_embed_type="identity",
+    )
+    rows = karlo.decoder_rows(params["decoder"], decoder["num_image_tokens"])
+    nulls = ["null_text_embed", "null_text_states/embedding"]
+    both = tables.exported(rows, params["decoder"], dropped=nulls)
+    add("decoder", config, _below(both, "decoder."))
+    config = dict(
+        _class_name="UnCLIPTextProjModel",
+        clip_extra_context_tokens=decoder["num_image_tokens"],
+        time_embed_dim=4 * decoder["channels"],
+        **common,
+    )
+    add("text_proj", config, _below(both, "text_proj."))
+
+    attends = [False] * len(upsampler["channel_mult"])
+    config = _unet_config("UNet2DModel", upsampler, attends) | dict(
+        in_channels=6, out_channels=3, add_attention=False
+    )
+    both = tables.exported(karlo.upsampler_rows(params[above]), params[above])
+    add("super_res_first", config, _below(both, "first."))
+    # an upsampler without a last-step network takes that step as it takes the others
+    add("super_res_last", config, _below(both, "last.") or _below(both, "first."))
+
+    for name, variance in _SCHEDULERS.items():
+        limit = prior["clip_range"] if name == "prior" else 1.0
+        files[f"{name}_scheduler/scheduler_config.json"] = dict(
+            _class_name="UnCLIPScheduler",
+            num_train_timesteps=1000,
+            variance_type=variance,
+            prediction_type="sample" if name == "prior" else "epsilon",
+            clip_sample=limit is not None,
+            clip_sample_range=limit or 1.0,
+        )
+
+
+def _index(tokenizer: Tokenizer) -> dict:
+    """UnCLIPPipeline's model_index.json."""
+    own = {name: ["diffusers", "UnCLIPScheduler"] for name in (f"{part}_scheduler" for part in _SCHEDULERS)}
+    return own | dict(
+        _class_name="UnCLIPPipeline",
+        _diffusers_version="0.35.0",
+        prior=["diffusers", "PriorTransformer"],
+        decoder=["diffusers", "UNet2DConditionModel"],
+        super_res_first=["diffusers", "UNet2DModel"],
+        super_res_last=["diffusers", "UNet2DModel"],
+        text_encoder=["transformers", "CLIPTextModelWithProjection"],
+        text_proj=[_TEXT_PROJ, "UnCLIPTextProjModel"],
+        tokenizer=["transformers", _tokenizer_class(tokenizer)],
+    )
+
+
+def _unet_config(name: str, settings: Mapping, attends: list[bool]) -> dict:
+    """What diffusers' two U-Nets have in common."""
+    return dict(
+        _class_name=name,
+        sample_size=settings["image_size"],
+        block_out_channels=[settings["channels"] * mult for mult in settings["channel_mult"]],
+        layers_per_block=settings["num_res_blocks"],
+        down_block_types=[karlo.BLOCK_TYPES[yes][0] for yes in attends],
+        up_block_types=[karlo.BLOCK_TYPES[yes][1] for yes in reversed(attends)],
+        resnet_time_scale_shift="scale_shift" if settings["scale_shift"] else "default",
+        norm_num_groups=32,
+        norm_eps=1e-5,
+        act_fn="silu",
+    )
+
+
+def _below(tensors: Mapping, prefix: str) -> dict:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _null_differs(stages: Mapping, tokenizer: Tokenizer) -> list[str]:
+    """Notes on null captions that are not "", which is what diffusers puts in their place."""
+    null = karlo.null_caption(*stages["clip"], tokenizer)
+    notes = []
+    for role in ("prior", "decoder"):
+        flat = {re.sub("/embedding$", "", name): x for name, x in modeldir.flatten(stages[role][1]).items()}
+        prefix = "net/" if role == "prior" else ""
+        for name, value in null.items():
+            own = np.asarray(flat.get(f"{prefix}null_{name}", np.zeros(0)), np.float32)
+            if own.shape != value.shape or not np.allclose(own, value, rtol=1e-2, atol=1e-2):
+                notes.append(f"the {role}'s null {name} is not that of the caption '', which diffusers has")
+    return notes
+
+
+def _tokenizer_class(tokenizer: Tokenizer) -> str:
+    return "CLIPTokenizer" if tokenizer.kind == "clip" else "PreTrainedTokenizerFast"
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer as transformers reads it: SOT, the caption, EOT, padded with the token of id 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = state["model"]["vocab"]
+    words = {number: word for word, number in vocab.items()}
+    words |= {tokenizer.sot: "<|startoftext|>", tokenizer.eot: "<|endoftext|>"}
+    sot, eot, pad = words[tokenizer.sot], words[tokenizer.eot], words[0]
+    settings = dict(
+        tokenizer_class=_tokenizer_class(tokenizer),
+        model_max_length=tokenizer.context_length,
+        bos_token=sot,
+        eos_token=eot,
+        unk_token=eot,
+        pad_token=pad,
+    )
+    if tokenizer.kind == "clip":
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
+        modeldir.write_json(folder / "vocab.json", vocab | {sot: tokenizer.sot, eot: tokenizer.eot})
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    else:
+        special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        own = ((tokenizer.sot, sot), (tokenizer.eot, eot))
+        state["added_tokens"] = [dict(id=number, content=word, **special) for number, word in own]
+        spaces = dict(type="Replace", pattern={"Regex": "\\s+"}, content=" ")
+        strip = dict(type="Strip", strip_left=True, strip_right=True)
+        state["normalizer"] = dict(type="Sequence", normalizers=[spaces, strip, {"type": "Lowercase"}])
+        state["post_processor"] = dict(
+            type="TemplateProcessing",
+            single=[_special(sot), {"Sequence": {"id": "A", "type_id": 0}}, _special(eot)],
+            pair=[_special(sot), {"Sequence": {"id": "A", "type_id": 0}}, _special(eot)],
+            special_tokens={word: dict(id=word, ids=[number], tokens=[word]) for number, word in own},
+        )
+        modeldir.write_json(folder / "tokenizer.json", state)
+    modeldir.write_json(folder / "tokenizer_config.json", settings)
+
+
+def _special(word: str) -> dict:
+    return {"SpecialToken": {"id": word, "type_id": 0}}

@@ -1,0 +1,171 @@
+"""The tables of the ADM U-Net, as OpenAI's code and as diffusers' name its parts.
+
+Both have the blocks that our network has; Karlo's and GLIDE's checkpoints have OpenAI's names.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dalle2_jax.convert.tables import POINTWISE, Row, conv, dense, leaf, norm, per_head
+from dalle2_jax.convert.tensors import Tensors, parted
+from dalle2_jax.models.nets.layers import num_groups
+from dalle2_jax.runtime import modeldir
+
+
+def diffusers_rows(net: Mapping[str, Any], prefix: str = "") -> list[Row]:
+    """The table of a UNet2DModel or UNet2DConditionModel; `net`: our shapes, `prefix`: before their names."""
+    levels = 1 + max(int(name.split("_")[1]) for name in net if name.startswith("down_"))
+
+    def theirs(name: str) -> str:
+        side, level, kind, number = _parts(name)
+        part = {"res": "resnets", "attn": "attentions", "down": "downsamplers", "up": "upsamplers"}[kind]
+        if side == "mid":
+            return f"mid_block.{part}.{number}"
+        place = level if side == "down" else levels - 1 - level
+        return f"{side}_blocks.{place}.{part}.{number}"
+
+    rows = conv("conv_in", f"{prefix}conv_in") + conv("conv_out", f"{prefix}conv_out")
+    rows += norm("norm_out", f"{prefix}conv_norm_out")
+    for name, block in _blocks(net):
+        a, b = name, prefix + theirs(name)
+        if "conv1" in block:
+            rows += norm(f"{a}/norm1", f"{b}.norm1") + conv(f"{a}/conv1", f"{b}.conv1")
+            rows += dense(f"{a}/emb_proj", f"{b}.time_emb_proj")
+            rows += norm(f"{a}/norm2", f"{b}.norm2") + conv(f"{a}/conv2", f"{b}.conv2")
+            rows += conv(f"{a}/skip", f"{b}.conv_shortcut") if "skip" in block else []
+        else:
+            rows += norm(f"{a}/norm", f"{b}.group_norm") + dense(f"{a}/out", f"{b}.to_out.0")
+            rows += dense(f"{a}/qkv", f"{b}.to_q", f"{b}.to_k", f"{b}.to_v")
+            rows += dense(f"{a}/text_kv", f"{b}.add_k_proj", f"{b}.add_v_proj") if "text_kv" in block else []
+    return rows
+
+
+def adm_rows(
+    net: Mapping[str, Any], head_dim: int, prefix: str = "", num_heads: int = 0, blocks: bool = False
+) -> list[Row]:
+    """The table of guided-diffusion's UNetModel or EncoderUNetModel, without what comes after its last norm.
+
+    `net`: our shapes, `prefix`: before their names. Queries, keys and values stand head by head, of heads of
+    `head_dim` entries or of `num_heads` heads, or with `blocks` in three blocks (their "new" order). The
+    first convolution of a network for repainting is cut up: see `known_apart`.
+    """
+    # In theirs a residual block begins a module of its own, which attention follows inside it; on the way up
+    # the block that doubles the side does as well.
+    called = {"down": "input_blocks", "mid": "middle_block", "up": "output_blocks"}
+    count, within, places = {"down": 0, "mid": -1, "up": -1}, 0, {}
+    for name in sorted((name for name, _ in _blocks(net)), key=_turn):
+        side, _, kind, _ = _parts(name)
+        begins = side == "mid" or kind in ("res", "down")
+        count[side] += begins
+        within = 0 if begins else within + 1
+        places[name] = f"{called[side]}.{count[side]}" + (f".{within}" if side != "mid" else "")
+    rows = norm("norm_out", f"{prefix}out.0")
+    if "conv_in_known" in net:
+        rows += conv("conv_in", f"{prefix}input_blocks.0.0.seen", bias=False)
+        rows += leaf("conv_in/bias", f"{prefix}input_blocks.0.0.bias")
+        rows += conv("conv_in_known", f"{prefix}input_blocks.0.0.known", bias=False)
+    else:
+        rows += conv("conv_in", f"{prefix}input_blocks.0.0")
+    rows += conv("conv_out", f"{prefix}out.2") if "conv_out" in net else []
+    for a, place in places.items():
+        block, b = net[a], prefix + place
+        if "conv1" in block:
+            rows += norm(f"{a}/norm1", f"{b}.in_layers.0") + conv(f"{a}/conv1", f"{b}.in_layers.2")
+            rows += dense(f"{a}/emb_proj", f"{b}.emb_layers.1")
+            rows += norm(f"{a}/norm2", f"{b}.out_layers.0") + conv(f"{a}/conv2", f"{b}.out_layers.3")
+            rows += conv(f"{a}/skip", f"{b}.skip_connection") if "skip" in block else []
+        else:
+            rows += norm(f"{a}/norm", f"{b}.norm") + dense(f"{a}/out", f"{b}.proj_out", layout=POINTWISE)
+            for ours, theirs, parts in (("qkv", "qkv", 3), ("text_kv", "encoder_kv", 2)):
+                if ours not in block:
+                    continue
+                if blocks:
+                    rows += dense(f"{a}/{ours}", f"{b}.{theirs}", layout=POINTWISE)
+                else:
+                    width = block["out"]["bias"].shape[0]
+                    own_dim = width // num_heads if num_heads else min(head_dim, width)
+                    kernel, bias = per_head(parts, own_dim, pointwise=True)
+                    rows += dense(f"{a}/{ours}", f"{b}.{theirs}", layout=kernel, bias_layout=bias)
+    return rows
+
+
+def known_apart(tensors: Tensors, low_res: bool) -> Tensors:
+    """`tensors` of a network for repainting, whose first convolution sees, in this order, the noised picture,
+    the four channels of what is kept and, with `low_res`, the small picture: those of what is kept apart."""
+    weight = "input_blocks.0.0.weight"
+    seen = [0, 1, 2, *([7, 8, 9] if low_res else [])]
+    known = {"seen": seen, "known": [3, 4, 5, 6]}
+    return parted(
+        tensors, {f"input_blocks.0.0.{name}.weight": (weight, 1, entries) for name, entries in known.items()}
+    )
+
+
+def _adm_depth(names: list[str], source: str) -> tuple[int, int]:
+    """(levels, residual blocks a level) of a U-Net in OpenAI's layout, or of its way down alone."""
+    if any(name.startswith("output_blocks.") for name in names):
+        # A block that doubles the side is a second residual block in its module, at every level but one.
+        second = r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight"
+        levels = 1 + sum(re.fullmatch(second, name) is not None for name in names)
+        modules = {name.split(".")[1] for name in names if name.startswith("output_blocks.")}
+        return levels, len(modules) // levels - 1
+    # The modules behind the last one without attention, which halves the side, are the last level.
+    modules = {int(name.split(".")[1]) for name in names if name.startswith("input_blocks.")}
+    plain = [number for number in modules if f"input_blocks.{number}.1.qkv.weight" not in names]
+    num_res_blocks = max(modules, default=0) - max(plain, default=0)
+    levels, spare = divmod(len(modules), num_res_blocks + 1)
+    if not num_res_blocks or spare:
+        raise ValueError(f"{source}: the smallest level has no attention, which is not built")
+    return levels, num_res_blocks
+
+
+def adm_settings(tensors: Tensors, prefix: str = "") -> tuple[dict, list[int]]:
+    """(our settings of a U-Net in OpenAI's layout, the levels that attend), read off its tensors."""
+    names = [name[len(prefix) :] for name in tensors.shapes if name.startswith(prefix)]
+    levels, num_res_blocks = _adm_depth(names, tensors.source)
+    first = [1 + level * (num_res_blocks + 1) for level in range(levels)]
+    channels = tensors.shape(f"{prefix}time_embed.0.weight")[1]
+    widths = [tensors.shape(f"{prefix}input_blocks.{number}.0.out_layers.3.weight")[0] for number in first]
+    added = tensors.shape(f"{prefix}input_blocks.1.0.emb_layers.1.weight")[0]
+    if any(2 * width % channels for width in widths):
+        raise ValueError(
+            f"{tensors.source}: widths {widths} are no multiples of half of {channels}, which is not built"
+        )
+    settings = dict(
+        channels=channels,
+        channel_mult=[width / channels if width % channels else width // channels for width in widths],
+        num_res_blocks=num_res_blocks,
+        scale_shift=added == 2 * widths[0],
+        dropout=0.0,
+    )
+    attending = [
+        level for level, number in enumerate(first) if f"input_blocks.{number}.1.qkv.weight" in names
+    ]
+    return settings, attending
+
+
+def _turn(name: str) -> tuple:
+    """What sorts the names of our blocks into the order in which they run."""
+    side, level, kind, number = _parts(name)
+    place = ("down", "mid", "up").index(side)
+    return place, level if side == "down" else -level, kind in ("down", "up"), number, kind == "attn"
+
+
+def _parts(name: str) -> tuple[str, int, str, int]:
+    """('down', 2, 'res', 1) of down_2_res_1: side, level, kind, number; what is not named is 0."""
+    side, level, kind, number = re.fullmatch(r"([a-z]+)(?:_(\d+))?_([a-z]+)(?:_(\d+))?", name).groups()
+    return side, int(level or 0), kind, int(number or 0)
+
+
+def _blocks(net: Mapping[str, Any]) -> list[tuple[str, Mapping]]:
+    return [(name, block) for name, block in net.items() if re.match(r"(down|mid|up)_", name)]
+
+
+def check_groups(net: Any, groups: int, where: str) -> None:
+    """Raise ValueError unless our group norms of these widths have `groups` groups."""
+    for name, array in modeldir.flatten(net).items():
+        if re.search(r"(^|/)norm(1|2|_out)?/scale$", name) and num_groups(array.shape[0]) != groups:
+            raise ValueError(
+                f"{where} has group norms of {groups} groups, ours have {num_groups(array.shape[0])} at "
+                f"{array.shape[0]} channels: only 32 groups of at least 4 channels are shared"
+            )

@@ -1,0 +1,72 @@
+"""Files that torch.save wrote before version 1.6, read as data: no torch, and nothing is executed.
+
+Such a file is five pickles, one after the other (a magic number, the version of the layout, sizes of types,
+the tree of tensors, the keys of the storages), and then, in the order of the keys, each storage as an int64
+count and its raw numbers. The weights of FID's Inception are spread in this form.
+"""
+
+import os
+
+import numpy as np
+
+from dalle2_jax.convert.torch_archive import StoredTensor, tensors_in, walk
+
+MAGIC, LAYOUT = 0x1950A86A20F9469CFC6C, 1001
+# How every such file begins: the magic number as a pickle of protocol 2.
+_BEGINNING = b"\x80\x02\x8a\n" + MAGIC.to_bytes(10, "little") + b"."
+
+
+def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """{dotted name: array} of a file's tensors. Raises ValueError for another, or a damaged file."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        begins = file.read(len(_BEGINNING)) == _BEGINNING[:size]
+        file.seek(0)
+        try:
+            magic, layout, sizes, tree, keys = (walk(file) for _ in range(5))
+        except (IndexError, KeyError, TypeError, AttributeError, ValueError) as error:
+            if begins and file.tell() == size:
+                raise ValueError(
+                    f"{path} is truncated: it ends after {size:,} bytes, amid its description of the "
+                    "tensors. Download or copy it again"
+                ) from error
+            raise ValueError(f"{path} is no file of weights that torch wrote: {error}") from error
+        if magic != MAGIC or layout != LAYOUT or not isinstance(sizes, dict):
+            raise ValueError(f"{path} is no file of weights that torch wrote")
+        if not sizes.get("little_endian", True):
+            raise ValueError(f"{path} has big-endian numbers, which are not read")
+        found = tensors_in(tree)
+        types = {tensor.storage: tensor.dtype for tensor in found.values()}
+        storages = {}
+        for key in keys:
+            if key not in types:
+                raise ValueError(f"{path}: storage {key!r} belongs to no tensor, so its size is not known")
+            head = file.read(8)
+            count = int.from_bytes(head, "little", signed=True)
+            end = file.tell() + count * types[key].itemsize
+            if count < 0:
+                raise ValueError(f"{path} is damaged: storage {key!r} has {count} numbers")
+            if len(head) < 8 or end > size:
+                raise ValueError(
+                    f"{path} is truncated: {size:,} bytes are there of at least {end + 8 - len(head):,}. "
+                    "Download or copy it again"
+                )
+            storages[key] = np.frombuffer(file.read(count * types[key].itemsize), types[key])
+    return {name: _view(name, tensor, storages) for name, tensor in found.items()}
+
+
+def _view(name: str, tensor: StoredTensor, storages: dict[str, np.ndarray]) -> np.ndarray:
+    storage = storages.get(tensor.storage)
+    reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.strides, strict=True))
+    empty = 0 in tensor.shape
+    if (
+        storage is None
+        or min((tensor.offset, *tensor.strides, *tensor.shape)) < 0
+        or (not empty and tensor.offset + reach >= len(storage))
+        or np.prod(tensor.shape, dtype=np.float64) > len(storage)
+    ):
+        raise ValueError(f"tensor {name} lies outside its storage: the file is damaged")
+    if empty:
+        return np.zeros(tensor.shape, tensor.dtype)
+    strides = [stride * tensor.dtype.itemsize for stride in tensor.strides]
+    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides).copy()

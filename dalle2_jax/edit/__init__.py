@@ -1,0 +1,1 @@
+"""python -m dalle2_jax.edit: pictures from pictures."""

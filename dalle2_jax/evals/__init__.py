@@ -1,1 +1,0 @@
-"""Measures of drawn pictures: one file a metric."""

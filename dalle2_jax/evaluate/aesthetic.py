@@ -1,0 +1,52 @@
+"""LAION's aesthetic score of a picture, by a small head on CLIP's image embedding: about 1 (ugly) to 10.
+
+The head of the second version (sac+logos+ava1-l14-linearMSE.pth) is five linear layers 768, 1024, 128, 64,
+16, 1 with nothing but dropout between them, on unit embeddings of OpenAI's ViT-L/14; of another CLIP it means
+nothing.
+"""
+
+import hashlib
+import os
+import re
+
+import numpy as np
+
+from dalle2_jax.convert.tensors import open_tensors
+
+
+def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """(weight [E], bias [], sha256) of the one affine map that the layers of a state dictionary are together.
+
+    Raises FileNotFoundError, or ValueError for layers that do not fit together, or not `embed_dim`.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {path}")
+    state = open_tensors(path)
+    numbers = sorted(
+        {int(m[1]) for m in (re.fullmatch(r"layers\.(\d+)\.weight", name) for name in state) if m}
+    )
+    if not numbers or len(state) != 2 * len(numbers) or f"layers.{numbers[-1]}.bias" not in state:
+        raise ValueError(
+            f"{path} is no head of an aesthetic score: it must hold layers.N.weight and .bias alone"
+        )
+    weight = bias = None
+    for number in numbers:
+        w, b = (state[f"layers.{number}.{part}"].astype(np.float64) for part in ("weight", "bias"))
+        if w.ndim != 2 or b.shape != w.shape[:1] or (weight is not None and w.shape[1] != len(bias)):
+            raise ValueError(f"{path}: layer {number}, {list(w.shape)}, does not fit behind the one before")
+        weight, bias = (w, b) if weight is None else (w @ weight, w @ bias + b)
+    if weight.shape[0] != 1:
+        raise ValueError(f"{path} ends in {weight.shape[0]} numbers, a score is one")
+    if weight.shape[1] != embed_dim:
+        raise ValueError(
+            f"{path} reads CLIP embeddings of {weight.shape[1]} entries, this model's have {embed_dim}: it "
+            "is for OpenAI's ViT-L/14"
+        )
+    with open(path, "rb") as file:
+        return weight[0], bias[0], hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def score(embeds: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """The scores [N] of image embeddings [N, E], made of unit norm."""
+    embeds = np.asarray(embeds, np.float64)
+    return embeds / np.linalg.norm(embeds, axis=1, keepdims=True) @ weight + bias

@@ -1,0 +1,135 @@
+"""The loss of every stage of a model at fixed times with fixed noise, on pictures that training has not seen.
+
+The cheapest number by which two checkpoints of one recipe can be told apart: the same pictures, times, noise
+and windows every time, no sampling, and the parameters that the model directory holds (averages, where
+training made it). A batch's times are spread evenly over the schedule. Small pictures for an upsampler are
+not degraded. CLIP's contrastive loss depends on the size of the batch, which is reported.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from PIL import Image
+
+from dalle2_jax.data import pipeline, transforms
+from dalle2_jax.evaluate.picture_sets import PictureSet, chosen
+from dalle2_jax.generate import cascade
+from dalle2_jax.models import models
+from dalle2_jax.runtime import partition, processes
+
+
+def measure(
+    model: cascade.Cascade,
+    pictures: PictureSet,
+    *,
+    n: int = 128,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, dict]:
+    """Stage -> {'value', 'standard_error', 'interval', 'n', 'batch_size', 'scalars'}.
+
+    Of at most `n` of the captioned `pictures`, drawn at random by `seed`, in whole batches, which several
+    processes share. The standard error and the 95 % interval are those over batches; `scalars` are the parts
+    of the loss.
+
+    Raises ValueError for fewer than two batches of pictures, and where there are no captions.
+    """
+    captions = pictures.captions()
+    mesh = partition.local_mesh()
+    shards = partition.batch_shards(mesh)
+    batch_size = -(-batch_size // shards) * shards
+    count = min(n, len(captions)) // batch_size * batch_size
+    if count < 2 * batch_size:
+        raise ValueError(
+            f"the loss of {min(n, len(captions))} pictures is not 2 batches of {batch_size}: give more with "
+            "--n, or a smaller --batch_size"
+        )
+    if "clip" not in model.stages:
+        fed = [name for name, stage in model.stages.items() if _reads_clip(stage)]
+        if fed:
+            raise ValueError(f"the loss of {', '.join(fed)} needs a CLIP, and model {model.name!r} has none")
+    images, rows = chosen(pictures, np.arange(len(captions)), count, seed)
+    texts = [captions[row] for row in rows]
+    found = {}
+    for name, stage in model.stages.items():
+        if not hasattr(stage, "loss") or getattr(stage, "vision", True) is None:
+            continue  # such as the text half of a CLIP
+
+        def own(numbers: np.ndarray, name: str = name) -> dict[str, np.ndarray]:
+            parts = []
+            for scalars in _of_stage(model, name, images, texts, batch_size, numbers, seed, mesh):
+                parts.append({key: float(value) for key, value in scalars.items()})
+                if progress is not None:
+                    progress(name, len(parts) * batch_size, len(numbers) * batch_size)
+            return {key: np.array([part[key] for part in parts]) for key in sorted(parts[0])}
+
+        scalars = processes.in_shares(own, count // batch_size)
+        values = scalars["loss"]
+        value, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
+        found[name] = {
+            "value": float(value),
+            "standard_error": float(error),
+            "interval": [float(value - 1.96 * error), float(value + 1.96 * error)],
+            "n": count,
+            "batch_size": batch_size,
+            "scalars": {key: float(column.mean()) for key, column in scalars.items()},
+            "pictures": pictures.name,
+        }
+    return found
+
+
+def _reads_clip(stage) -> bool:
+    return hasattr(stage, "loss") and bool(set(stage.batch_spec(1)) & set(models.CLIP_FIELDS))
+
+
+def _of_stage(model: cascade.Cascade, name: str, images, captions, batch_size: int, numbers, seed: int, mesh):
+    """The scalars of a stage's loss, for one batch of these numbers after another."""
+    stage, needed = model.stage(name), set(model.stage(name).batch_spec(1))
+    clip, frozen = None, {}
+    if needed & set(models.CLIP_FIELDS):
+        clip, frozen = models.FrozenClip(model.stage("clip")), model.params("clip")
+    reads = needed - set(models.CLIP_FIELDS) | (clip.fields(needed) if clip else set())
+    length = getattr(stage, "context_length", None) or (clip and clip.stage.context_length)
+    tokenizer = model.tokenizer(length) if "tokens" in reads else None
+    classes = model.configs[name]["data"].get("classes", ()) if "label" in reads else ()
+    views = transforms.Views(
+        image_size=stage.image_size if "image" in reads else None,
+        clip_image_size=clip.stage.image_size if "clip_image" in reads else None,
+        low_res_size=stage.low_res_size if "low_res" in reads else None,
+        crop_size=stage.crop_size if "crop_yx" in reads else None,
+    )
+
+    @functools.partial(jax.jit, compiler_options=partition.compiler_options())
+    def loss(params, frozen, number, batch):
+        if clip is not None:
+            batch = clip.fill(frozen, batch, needed)
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        value, scalars = stage.loss(params, key, batch, train=False)
+        return {"loss": value} | scalars
+
+    for start in (int(number) * batch_size for number in numbers):
+        part = slice(start, start + batch_size)
+        draws = transforms.uniforms(seed, 0, np.arange(start, start + batch_size))
+        made = [views.make(Image.fromarray(x), u) for x, u in zip(images[part], draws, strict=True)]
+        batch = {field: np.stack([one[field] for one in made]) for field in made[0]}
+        if tokenizer is not None:
+            batch["tokens"], batch["token_mask"] = tokenizer(captions[part])
+        if classes:
+            batch["label"] = np.int32([pipeline.label_of(text, classes) for text in captions[part]])
+        batch = {field: value for field, value in batch.items() if field in reads}
+        with partition.use_mesh(mesh):
+            number = np.uint32(start // batch_size)
+            yield jax.device_get(loss(model.params(name), frozen, number, partition.on_devices(batch, mesh)))
+
+
+def table(losses: dict[str, dict]) -> str:
+    """The losses as lines of text."""
+    lines = [f"{'validation loss':26}{'value':>11}   {'95 %':24}{'N':>7}"]
+    for name, entry in losses.items():
+        low, high = entry["interval"]
+        shown = f"{low:.4g} .. {high:.4g}"
+        lines.append(f"{name:26}{entry['value']:>11.5f}   {shown:24}{entry['n']:>7}")
+    return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""Which files of a folder are pictures, what is written about them there, and what is left out and why."""
+
+import collections
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image
+
+from dalle2_jax.data import records, shards, transforms
+from dalle2_jax.runtime import files
+
+MAX_CAPTION_BYTES = 1 << 16
+MAX_FILE_BYTES = 1 << 29  # a picture of MAX_PIXELS in 16 bits a channel, not compressed, has 400 million
+EXTENSIONS = (*records.IMAGE_EXTENSIONS, *"bmp dib gif tif tiff ppm pgm pbm pnm jfif jpe".split())
+_OTHER_PICTURES = frozenset(
+    "avif heic heif jxl jp2 j2k tga ico icns psd svg eps pdf exr hdr pfm dds pcx raw dng cr2 nef arw".split()
+)
+# These accompany pictures, and nobody takes them for one.
+_TEXTS = frozenset("txt json jsonl csv tsv md html xml yaml yml log parquet".split())
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5\n", b"P6\n")
+
+
+def decode(data: bytes) -> Image.Image:
+    """The RGB picture of a file, upright, transparency on white. Raises BadRecord."""
+    return transforms.decode(data, formats=transforms.ALL_FORMATS)
+
+
+class LeftOut:
+    """What is not measured: how often by reason, and the first example of each.
+
+    The reasons are those of `records.BadRecord` and, in a folder, 'hidden', 'unreadable', 'other_format',
+    'no_picture', 'shard' and 'not_listed'.
+    """
+
+    def __init__(self, counts: Mapping[str, int] | None = None):
+        self.counts, self.examples = collections.Counter(counts or {}), {}
+
+    def add(self, reason: str, example: str, count: int = 1) -> None:
+        """Count one, or several of which `example` is the first."""
+        self.counts[reason] += count
+        self.examples.setdefault(reason, example)
+
+    def said(self) -> str:
+        """'2 undecodable (such as x.png: ...), 1 animated (such as y.gif: 2 frames)'."""
+        parts = []
+        for reason, count in self.counts.items():
+            example = self.examples.get(reason)
+            words = reason.replace("_", " ")
+            parts.append(f"{count} {words}" + (f" (such as {example})" if example else ""))
+        return ", ".join(parts)
+
+
+@dataclasses.dataclass
+class Folder:
+    """What lies in a folder and below, in the order of its names: what may be pictures, shards, the rest."""
+
+    files: list[Path] = dataclasses.field(default_factory=list)
+    shards: list[Path] = dataclasses.field(default_factory=list)
+    left: LeftOut = dataclasses.field(default_factory=LeftOut)
+
+
+def look_through(root: Path) -> Folder:
+    """All files below a folder. Raises OSError for a folder that cannot be listed."""
+    found, seen = Folder(), set()
+
+    def fail(error: OSError):
+        raise error
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
+        if os.path.realpath(folder) in seen:  # links may lead in circles
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders.sort()
+        for name in sorted(names):
+            _sort_in(found, root, Path(folder) / name)
+    return found
+
+
+def _sort_in(found: Folder, root: Path, file: Path) -> None:
+    """Put a file below `root` where it belongs."""
+    key = file.relative_to(root)
+    extension = file.suffix[1:].lower()
+    picture = extension in EXTENSIONS
+    if any(part.startswith(".") for part in key.parts):
+        if picture:
+            found.left.add("hidden", key.as_posix())
+    elif extension == "tar":
+        found.shards.append(file)
+    elif picture:
+        found.files.append(file)
+    elif extension in _TEXTS:
+        pass
+    elif extension in _OTHER_PICTURES:
+        found.left.add("other_format", f"{key.as_posix()}: save it as PNG or JPEG")
+    elif _begins_as_picture(file):
+        found.files.append(file)
+    else:
+        found.left.add("no_picture", key.as_posix())
+
+
+def _begins_as_picture(file: Path) -> bool:
+    """Whether a file whose name does not say so holds a picture, by its first bytes."""
+    if not file.is_file():  # opening a pipe would wait for ever
+        return False
+    try:
+        with file.open("rb") as opened:
+            return opened.read(8).startswith(_SIGNATURES)
+    except OSError:
+        return False
+
+
+def read_bytes(file: Path) -> bytes:
+    """What a file holds. Raises BadRecord for what is no file, may not be read, or is too large."""
+    try:
+        if not file.is_file():
+            raise records.BadRecord("unreadable", "it is no file")
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise records.BadRecord("too_large", f"{file.stat().st_size} bytes")
+        return file.read_bytes()
+    except (FileNotFoundError, PermissionError) as error:
+        raise records.BadRecord("unreadable", error.strerror) from None
+
+
+def read_listed(path: Path) -> tuple[list[tuple[Path, str]], set[Path]]:
+    """((file, caption or '') of the pictures in generate.json, all files that it names).
+
+    A name outside its folder is an error.
+    """
+    try:
+        stored = json.loads(files.read_text(path))
+        found = [(str(picture["file"]), picture.get("caption")) for picture in stored["pictures"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not as dalle2_jax.generate writes it: {error!r}") from None
+    for name, _ in found:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{path} names {name!r}, which lies outside its folder")
+        if not (path.parent / name).is_file():
+            raise ValueError(f"{path} names {name!r}, which is not there")
+    entries = [
+        (path.parent / name, shards.clean_caption(text) if isinstance(text, str) else "")
+        for name, text in found
+    ]
+    return entries, {file for file, _ in entries} | {path.parent / str(stored.get("grid"))}
+
+
+def caption_beside(file: Path) -> tuple[str, str]:
+    """(the first line of KEY.txt, or ''; why it cannot be read, or '')."""
+    text = file.with_suffix(".txt")
+    if not text.is_file():
+        return "", ""
+    try:
+        with text.open("rb") as opened:
+            data = opened.read(MAX_CAPTION_BYTES + 1)
+        if len(data) > MAX_CAPTION_BYTES:  # the lines that are whole
+            data = data[: data.rfind(b"\n", 0, MAX_CAPTION_BYTES) + 1]
+        lines = files.decode_text(data, text.name).splitlines()
+    except (OSError, ValueError) as error:
+        return "", str(error)
+    return next(filter(None, map(shards.clean_caption, lines)), ""), ""

@@ -1,0 +1,95 @@
+"""Named protocols: what happens to a picture before Inception reads it. FID is a number of one of them.
+
+`square` is what is done first, to pictures of either side; `rule` is one of `inception.RULES`, which makes
+299 x 299 of that. The protocols that papers use for zero-shot FID-30K on MS-COCO differ in these and in
+what they compare: the choice of captions and reference is the user's, `compares` says what theirs is.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from dalle2_jax.data import transforms
+from dalle2_jax.generate.pictures import square_picture
+
+COCO_SIZE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """what: `square` in words. compares: what the protocol's numbers are of."""
+
+    square: Callable[[np.ndarray], np.ndarray]
+    what: str
+    rule: str
+    compares: str = ""
+
+
+def _as_it_is(picture: np.ndarray) -> np.ndarray:
+    return picture
+
+
+def _central(picture: np.ndarray, size: int, filter_: Image.Resampling) -> np.ndarray:
+    """The central square, of the shorter side, resized in one go."""
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    cut = Image.fromarray(picture[top : top + side, left : left + side])
+    return np.asarray(cut if side == size else cut.resize((size, size), filter_))
+
+
+def _openai(picture: np.ndarray) -> np.ndarray:
+    return np.asarray(transforms.square(Image.fromarray(picture), COCO_SIZE, round_twice=True))
+
+
+def _karlo(picture: np.ndarray) -> np.ndarray:
+    return square_picture(picture, COCO_SIZE, halve=False)
+
+
+def _squash(picture: np.ndarray, size: int = 512) -> np.ndarray:
+    same = picture.shape[:2] == (size, size)
+    image = Image.fromarray(picture)
+    return np.asarray(image if same else image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+_30K = "30,000 captions of val2014"
+PRESETS = {
+    "ttur": Preset(_as_it_is, "as it is", "tf1"),
+    "clean": Preset(_as_it_is, "as it is", "clean"),
+    "pytorch_fid": Preset(_as_it_is, "as it is", "torch"),
+    "imagen": Preset(
+        lambda picture: _central(picture, COCO_SIZE, Image.Resampling.BICUBIC),
+        "central square, bicubic to 256",
+        "tf1",
+        f"{_30K}, drawn at random, with all pictures of val2014",
+    ),
+    "openai": Preset(
+        _openai,
+        "halved with a box filter, bicubic to 256, central square",
+        "tf1",
+        f"{_30K} with pictures of val2014; the paper does not say which",
+    ),
+    "karlo": Preset(
+        _karlo, "shorter side bicubic to 256, central square", "tf1", f"{_30K} with their 30,000 pictures"
+    ),
+    "gigagan": Preset(
+        lambda picture: _central(picture, COCO_SIZE, Image.Resampling.LANCZOS),
+        "central square, Lanczos to 256",
+        "clean",
+        f"{_30K}, a fixed list, with all pictures of val2014",
+    ),
+    "t2ibench": Preset(
+        lambda picture: _central(picture, 299, Image.Resampling.BICUBIC),
+        "central square, bicubic to 299",
+        "torch",
+        "one caption a picture of a fixed list, with stored statistics",
+    ),
+    "mlperf": Preset(
+        _squash,
+        "squashed to 512 x 512, bicubic",
+        "torch",
+        f"{_30K}, one a picture, with their 30,000 pictures",
+    ),
+}

@@ -1,0 +1,179 @@
+"""Suites of prompts drawn for tools that judge them: GenEval, DrawBench, PartiPrompts, or any captions.
+
+The pictures of every suite lie as GenEval's evaluator wants them:
+
+    OUT/prompts.jsonl                  a line a prompt: all that its file says of it
+    OUT/00000/metadata.jsonl           that line
+    OUT/00000/samples/0000.png, ...    the pictures
+    OUT/00000/grid.png                 all of them
+
+A file of prompts is GenEval's evaluation_metadata.jsonl ('prompt'), DrawBench's csv ('Prompts'), the tsv of
+PartiPrompts ('Prompt'), a JSON list of texts or of such objects, or a text file with a caption on each line.
+"""
+
+import csv
+import functools
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dalle2_jax.data.shards import clean_caption, encodable
+from dalle2_jax.evaluate.picture_sets import keep_plan
+from dalle2_jax.generate.pipeline import MAX_CAPTION, check_captions
+from dalle2_jax.runtime import files, grid, processes
+
+KEYS = ("prompt", "prompts", "caption", "captions")  # in upper or lower case
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+AT_A_TIME = 64  # pictures, before they are written
+
+
+def read_prompts(path: str | os.PathLike) -> list[dict]:
+    """What a file says of each prompt, in its order, 'prompt' among it.
+
+    The file is UTF-8, or UTF-16 with a byte-order mark. Raises ValueError for another kind of file or
+    encoding, one without prompts, and for a prompt that cannot be drawn.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in KINDS:
+        raise ValueError(f"{path}: a file of prompts ends in {', '.join(KINDS)}")
+    text = files.read_text(path)
+    if kind in (".csv", ".tsv"):
+        rows = _table(path, text, "\t" if kind == ".tsv" else ",")
+    elif kind == ".txt":
+        rows = [{"prompt": line} for line in io.StringIO(text, newline=None) if line.strip()]
+    else:
+        rows = _json(path, text, lines=kind == ".jsonl")
+    found = []
+    for number, row in enumerate(rows, 1):
+        key = _key(row)
+        value = row.get(key)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(
+                f"{path}: entry {number} has none of {', '.join(map(repr, KEYS))}; it has "
+                f"{', '.join(map(repr, row)) or 'nothing'}"
+                if key is None
+                else f"{path}: entry {number} has {value!r} for {key!r}: give a text"
+            )
+        others = {name: other for name, other in row.items() if name != key}
+        found.append(others | {"prompt": clean_caption(value)})
+    try:
+        check_captions([row["prompt"] for row in found])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} (captions have at most {MAX_CAPTION} characters)") from None
+    return found
+
+
+def _key(names: Iterable[str]) -> str | None:
+    """That of `names` which is one of KEYS, by their order; None for none."""
+    known = {name.strip().lower(): name for name in names}
+    return next((known[key] for key in KEYS if key in known), None)
+
+
+def _table(path: Path, text: str, delimiter: str) -> list[dict]:
+    """The rows of a table that has a column of prompts, also where its cells are separated otherwise.
+
+    Empty rows are left out. Raises ValueError with the columns that there are, and for a row with more cells.
+    """
+    columns = []
+    try:
+        for separator in (delimiter, ",", ";", "\t"):  # spreadsheets of many countries write semicolons
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restval="")
+            columns = columns or list(reader.fieldnames or ())
+            if _key(reader.fieldnames or ()) is None:
+                continue
+            rows = []
+            for row in reader:
+                surplus = [cell for cell in row.pop(None, ()) if cell.strip()]
+                if surplus:
+                    raise ValueError(
+                        f"{path}: line {reader.line_num} has more cells than the first line, such as "
+                        f"{surplus[0]!r}: put a prompt that holds {separator!r} in quotation marks"
+                    )
+                if any(cell.strip() for cell in row.values()):
+                    rows.append(row)
+            return rows
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table: {error}") from None
+    raise ValueError(
+        f"{path}: its first line has none of the columns {', '.join(map(repr, KEYS))}; it has "
+        f"{', '.join(map(repr, columns)) or 'nothing'}"
+    )
+
+
+def _json(path: Path, text: str, lines: bool) -> list[dict]:
+    """The objects of a JSON list, or of JSON lines; a text in the place of an object is a prompt."""
+    try:
+        if lines:
+            found = []
+            for number, line in enumerate(text.split("\n"), 1):
+                where = f"line {number}"
+                if line.strip():
+                    found.append((where, json.loads(line)))
+        else:
+            where, stored = "the file", json.loads(text)
+            if not isinstance(stored, list):
+                raise ValueError("it must be a list of prompts")
+            found = [(f"entry {i}", row) for i, row in enumerate(stored, 1)]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {where} cannot be read as JSON: {error}") from None
+    rows = []
+    for where, row in found:
+        row = {"prompt": row} if isinstance(row, str) else row
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: {where} is {row!r}: give a text, or an object with one of {KEYS}")
+        rows.append(row)
+    return rows
+
+
+def draw(
+    model,
+    prompts: Sequence[dict],
+    out: str | os.PathLike,
+    *,
+    n: int = 4,
+    seed: int = 0,
+    settings: dict | None = None,
+    batch_size: int | None = None,
+    progress=None,
+) -> Path:
+    """`n` pictures of each of `prompts`, drawn by an `UnCLIP`, in the module's layout; those there are stay.
+
+    So drawing that was interrupted goes on. Raises ValueError where the folder holds pictures of another
+    model, seed, settings or prompts.
+    """
+    out = Path(out)
+    weights = {name: model.cascade.weights_sha256(name) for name in model.cascade.stages}
+    plan = {"model": model.name, "weights_sha256": weights, "n": n, "seed": seed}
+    plan = json.dumps(plan | {"settings": model.settings(**(settings or {}))}, indent=2) + "\n"
+    lines = [encodable(json.dumps(row, ensure_ascii=False)) + "\n" for row in prompts]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (("plan.json", plan), ("prompts.jsonl", "".join(lines))):
+        processes.one_then_others(name, functools.partial(keep_plan, out / name, text))
+    folders = [out / f"{i:05d}" for i in range(len(prompts))]
+    missing = np.array([not (folder / "grid.png").exists() for folder in folders])
+    missing = np.flatnonzero(processes.from_first(missing)).tolist()  # the same for all
+    at_once = max(1, AT_A_TIME // n) * jax.process_count()
+    for start in range(0, len(missing), at_once):
+        part = missing[start : start + at_once]
+        captions = [prompts[i]["prompt"] for i in part]
+        images = model.text_to_image(
+            captions, n=n, seed=seed, batch_size=batch_size, progress=progress, **(settings or {})
+        ).images
+        for k, i in enumerate(part if processes.is_first() else ()):
+            (folders[i] / "samples").mkdir(parents=True, exist_ok=True)
+            (folders[i] / "metadata.jsonl").write_text(lines[i], "utf-8")
+            own = images[k * n : (k + 1) * n]
+            for number, image in enumerate(own):
+                grid.save_png(folders[i] / "samples" / f"{number:04d}.png", image, {"caption": captions[k]})
+            # last, as it says that the rest is there
+            partial = folders[i] / ".grid.partial"
+            grid.save_png(partial, grid.labelled_grid(own, [captions[k]] * n, n), {"caption": captions[k]})
+            partial.rename(folders[i] / "grid.png")
+    processes.sync("drawn")
+    return out

@@ -1,0 +1,71 @@
+"""The arithmetic of a function, counted in its program: products and convolutions, a multiply-add as two.
+
+Everything else (norms, activations, the optimizer) is left out, as is customary for utilisation, and so are
+recomputations: a training step counts as three forward passes, one forward and two for the gradients by
+inputs and by weights. A convolution counts as a direct one, also where `nets.convolution` multiplies less,
+and attention as its two products, also where it is one kernel.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+
+from dalle2_jax.models.nets import convolution, layers
+
+TRAINING_PASSES = 3
+
+
+def count(function: Callable, *arguments) -> int:
+    """FLOPs of `function(*arguments)`; arguments are arrays or ShapeDtypeStructs, nothing is computed.
+
+    A loop counts as often as it runs; of a choice the larger branch counts; `while_loop`s whose length is not
+    known before they run count once.
+    """
+    return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def of_step(stage, batch: dict) -> int:
+    """FLOPs of a training step of a stage on a batch of arrays or ShapeDtypeStructs, without a frozen CLIP's.
+
+    Sharpness-aware minimisation takes the gradient twice.
+    """
+    params = jax.eval_shape(stage.init, jax.random.key(0), stage.batch_spec(1))
+    forward = count(lambda p, b: stage.loss(p, jax.random.key(0), b, train=False)[0], params, batch)
+    return TRAINING_PASSES * forward * (2 if getattr(stage, "sam_rho", 0) else 1)
+
+
+def _of(jaxpr) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation) -> int:
+    name, parameters = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = parameters["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs
+    if parameters.get("name") == convolution.winograd_3x3.__name__:
+        kernel = equation.invars[1].aval.shape
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[:-1])
+    if parameters.get("name") == layers.cudnn_attention.__name__:
+        return 4 * math.prod(equation.outvars[0].aval.shape) * equation.invars[1].aval.shape[1]
+    if parameters.get("name") == layers.groups_to_channels.__name__:
+        return 0
+    if name == "cond":
+        return max(_of(branch.jaxpr) for branch in parameters["branches"])
+    inner = sum(_of(jaxpr) for value in parameters.values() for jaxpr in _programs(value))
+    return inner * parameters["length"] if name == "scan" else inner
+
+
+def _programs(value):
+    """The programs inside a parameter of an equation."""
+    for item in value if isinstance(value, list | tuple) else (value,):
+        if hasattr(item, "eqns"):
+            yield item
+        elif hasattr(item, "jaxpr"):
+            yield item.jaxpr

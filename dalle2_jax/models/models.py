@@ -1,0 +1,210 @@
+"""From a config to a stage, from a directory to trained parameters, and what a frozen CLIP adds to a
+batch."""
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import json
+from collections.abc import Collection, Iterable
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from dalle2_jax.models.nets import layers
+from dalle2_jax.runtime import checkpoint, files, hub, modeldir
+
+STAGES = ("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier")
+# What may take the place of a stage in a model.
+KINDS = {"prior": ("prior", "ar_prior"), "noisy_clip": ("clip",)}
+# Settings of a config that are paths (`data.path` of some sources is a name, which nothing is expanded in).
+PATHS = ("clip", "init_from", "tokenizer.path", "data.path", "data.data_dir", "data.embeddings")
+CLIP_FIELDS = ("image_embed", "text_embed", "text_states")
+
+
+def check_keywords(function, keywords: dict, what: str) -> None:
+    """Raise ValueError for a keyword that `function` does not take, or one that it lacks, naming the nearest
+    one."""
+    parameters = inspect.signature(function).parameters
+    check_names(keywords, parameters, what)
+    missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in keywords]
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(f'{what}.{name}' for name in missing)}")
+
+
+def check_names(names: Iterable[str], known: Collection[str], what: str) -> None:
+    """Raise ValueError for a name that is not known, naming the nearest one."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {what}.{near[0]}?" if near else f"; it has {sorted(known)}"
+            raise ValueError(f"{what}.{name} is not a setting{hint}")
+
+
+def to_plain(value):
+    """A config value as JSON types, tuples as lists."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def expand_paths(config: dict) -> dict:
+    """A config (plain JSON types) with the settings that are PATHS as the system takes them."""
+    config = dict(config)
+    for group, _, name in (setting.rpartition(".") for setting in PATHS):
+        if group and isinstance(config.get(group), dict):
+            config[group] = _expanded(config[group], name)
+        elif not group:
+            config = _expanded(config, name)
+    return config
+
+
+def _expanded(settings: dict, name: str) -> dict:
+    path = settings.get(name)
+    return settings | {name: files.expand(path)} if isinstance(path, str) else settings
+
+
+def _to_arguments(value):
+    """JSON types as constructor arguments: lists as tuples."""
+    if isinstance(value, dict):
+        return {key: _to_arguments(item) for key, item in value.items()}
+    return tuple(_to_arguments(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def build_stage(config: dict):
+    """The stage that `config['stage']` names, built from `config['model']`; ValueError says which setting is
+    wrong."""
+    name = config["stage"]
+    if name not in STAGES:
+        near = difflib.get_close_matches(str(name), STAGES, n=1)
+        raise ValueError(
+            f"stage {name!r} is unknown; {f'did you mean {near[0]!r}?' if near else f'there are {STAGES}'}"
+        )
+    module = importlib.import_module(f"dalle2_jax.models.stages.{name}")
+    model = _to_arguments(to_plain(config["model"]))
+    check_keywords(module.build, model, "model")
+    return module.build(**model)
+
+
+def is_workdir(path) -> bool:
+    """Whether `path` is a training workdir (as opposed to a model directory)."""
+    return (epath.Path(path) / "config.json").exists() and (epath.Path(path) / "checkpoints").exists()
+
+
+def _stage_folder(path: epath.Path, name: str) -> epath.Path:
+    """The folder of stage `name` in the model directory `path`, or `path` if it is such a folder itself."""
+    if (path / modeldir.WEIGHTS_FILE).exists():
+        return path
+    folders, upsamplers = {}, []
+    for role, value in modeldir.read_index(path)["stages"].items():
+        if isinstance(value, str):
+            folders[role] = value
+        else:
+            folders |= {folder: folder for folder in value}
+            upsamplers += value
+    if name == "upsampler" and name not in folders and len(upsamplers) > 1:
+        raise ValueError(
+            f"{path} holds {len(upsamplers)} upsamplers: give one of "
+            f"{', '.join(str(path / folder) for folder in upsamplers)}"
+        )
+    if name == "upsampler" and upsamplers:
+        return path / folders.get(name, upsamplers[0])
+    if name not in folders:
+        raise ValueError(f"{path} holds no stage {name!r}; it has {sorted(folders)}")
+    return path / folders[name]
+
+
+def load_stage(path, name: str):
+    """(stage, config, parameters) of a training workdir (its newest average), of stage `name` of a model
+    directory, or of a stage's folder in one.
+
+    path: on the disk, or hf://OWNER/NAME@COMMIT of a model directory, or with a stage's folder behind it.
+    name: 'clip', 'prior', 'decoder', 'upsampler' or, of a model directory with several, 'upsampler64' and the
+    like. Parameters are float32 arrays on the host. Raises FileNotFoundError or ValueError that says what
+    `path` lacks.
+    """
+    path = epath.Path(hub.local(path))
+    if is_workdir(path):
+        config = json.loads((path / "config.json").read_text())
+        stage = build_stage(config)
+        params = checkpoint.restore_ema_params(path)
+    else:
+        config, params = modeldir.load_stage(_stage_folder(path, name))
+        stage = build_stage(config)
+    role = name.rstrip("0123456789")
+    if config["stage"] not in KINDS.get(role, (role,)):
+        raise ValueError(f"{path} holds a {config['stage']!r}, not a {name!r}")
+    modeldir.check_params(params, abstract_params(stage), str(path))
+    return stage, config, params
+
+
+def load_start(path, config: dict):
+    """`load_stage` of what a run of `config` can start from at `path`.
+
+    In a model directory an autoregressive prior lies in the prior's place, a CLIP of noised pictures beside
+    the other one, from which it may start, too.
+    """
+    name = {"ar_prior": "prior"}.get(config["stage"], config["stage"])
+    if name == "clip" and config["model"].get("noise"):
+        try:
+            return load_stage(path, "noisy_clip")
+        except ValueError:
+            pass  # there is none: from the plain one
+    return load_stage(path, name)
+
+
+def abstract_params(stage) -> dict:
+    """Shapes and types of a stage's parameters, without computing anything."""
+    with layers.shapes_only(True):
+        return jax.eval_shape(stage.init, jax.random.key(0), stage.batch_spec(1))
+
+
+def zeros(spec: dict) -> dict:
+    """A batch of zeros with the shapes of `spec`."""
+    return {name: jnp.zeros(x.shape, x.dtype) for name, x in spec.items()}
+
+
+def crop_tokens(tokens: jax.Array, token_mask: jax.Array, context_length: int) -> tuple[jax.Array, jax.Array]:
+    """The first `context_length` tokens, a caption that is cut ending in its end-of-text token (the highest
+    id).
+
+    tokens [B, L] int32, token_mask [B, L] bool; shorter ones are padded with 0.
+    """
+    length = tokens.shape[1]
+    if length <= context_length:
+        pad = ((0, 0), (0, context_length - length))
+        return jnp.pad(tokens, pad), jnp.pad(token_mask, pad)
+    cut = token_mask[:, context_length]
+    end = tokens.max(axis=1)
+    last = jnp.where(cut, end, tokens[:, context_length - 1])
+    return tokens[:, :context_length].at[:, -1].set(last), token_mask[:, :context_length]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenClip:
+    """A trained CLIP that fills embeddings into batches; its parameters are passed to `fill`."""
+
+    stage: object
+
+    def fields(self, needed: set[str]) -> set[str]:
+        """What `fill` reads from the dataset to provide those of `needed` that CLIP computes."""
+        reads = {"clip_image"} if "image_embed" in needed else set()
+        return reads | ({"tokens", "token_mask"} if needed & {"text_embed", "text_states"} else set())
+
+    def fill(self, params: dict, batch: dict, needed: set[str]) -> dict:
+        """`batch` with image_embed, text_embed and text_states where `needed` and absent; drops
+        clip_image."""
+        batch = dict(batch)
+        clip_image = batch.pop("clip_image", None)
+        if "image_embed" in needed and "image_embed" not in batch:
+            batch["image_embed"] = jax.lax.stop_gradient(self.stage.encode_image(params, clip_image))
+        if needed & {"text_embed", "text_states"} and "text_embed" not in batch:
+            tokens, mask = crop_tokens(batch["tokens"], batch["token_mask"], self.stage.context_length)
+            embed, states = jax.lax.stop_gradient(self.stage.encode_text(params, tokens, mask))
+            batch["text_embed"], batch["text_states"] = embed, states
+        return {name: value for name, value in batch.items() if name in needed}

@@ -1,0 +1,254 @@
+"""Layers that every network shares, with the numerics of the published weights fixed in one place.
+
+Parameters are float32; `dtype` is the compute type. Norms, softmax and timestep embeddings are float32
+whatever `dtype` is. Layer and group norm use epsilon 1e-5, GELU is exact unless a network asks for QuickGELU.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.models.nets import convolution, platforms, products
+from dalle2_jax.runtime.partition import constrain
+
+NORM_EPSILON = 1e-5
+
+# Inside `with shapes_only(True):` initialisers give zeros, for what is traced for its shapes, or with
+# parameters that are there: normal draws for every leaf are a third of the time. Part of JAX's cache keys.
+shapes_only = jax.make_user_context(False)
+
+
+def normal(stddev: float) -> Callable:
+    """`nn.initializers.normal`, quick inside `shapes_only`."""
+    return _unless_shapes_only(nn.initializers.normal(stddev))
+
+
+def lecun_normal() -> Callable:
+    """`nn.initializers.lecun_normal`, quick inside `shapes_only`."""
+    return _unless_shapes_only(nn.initializers.lecun_normal())
+
+
+def _unless_shapes_only(draw: Callable) -> Callable:
+    def init(key, shape, dtype=jnp.float32, **how):
+        return jnp.zeros(shape, dtype) if shapes_only.value else draw(key, shape, dtype, **how)
+
+    return init
+
+
+Dense = partial(
+    nn.Dense, param_dtype=jnp.float32, kernel_init=lecun_normal(), dot_general=products.dot_general
+)
+LayerNorm = partial(nn.LayerNorm, epsilon=NORM_EPSILON, dtype=jnp.float32, param_dtype=jnp.float32)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x): the approximation that OpenAI's CLIP weights were trained with."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+REMAT = ("none", "products", "all")
+
+
+def remat(block: type[nn.Module], what: bool | str, **options) -> type[nn.Module]:
+    """A module whose activations are computed again in the backward pass, to save memory; names unchanged.
+
+    what: 'none'; 'all' of them; 'products': those that are neither the results of convolutions and products
+    with a kernel nor sums (the statistics of norms), which is little work for most of the memory. True is
+    'all', False 'none'. options: of `nn.remat`. Raises ValueError for another `what`.
+    """
+    what = {True: "all", False: "none"}.get(what, what)
+    if what not in REMAT:
+        raise ValueError(f"remat {what!r} is unknown; choose one of {REMAT}")
+    if what == "none":
+        return block
+    return nn.remat(block, policy=_worth_keeping if what == "products" else None, **options)
+
+
+def _worth_keeping(primitive, *_, **how) -> bool:
+    """Of a result: products of two activations, attention's, are batched by example and head and are not;
+    those with a kernel are batched at most by SAM's replicas, which have each its own. cuDNN's attention is,
+    as its weights, [N, M], are not among its results. `nets.products` and `nets.convolution` have the custom
+    gradients."""
+    if primitive is jax.lax.dot_general_p:
+        return len(how["dimension_numbers"][1][0]) < 2
+    if primitive.name == _CUDNN_FORWARD:
+        return True
+    return primitive in (
+        jax.lax.conv_general_dilated_p,
+        jax.lax.reduce_sum_p,
+        jax.custom_derivatives.custom_vjp_call_p,
+    )
+
+
+_ACTIVATIONS: dict[str, Callable] = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "quick_gelu": quick_gelu,
+    "silu": nn.silu,
+}
+
+
+def activation(name: str) -> Callable:
+    """The activation called `name`: 'gelu' (exact), 'quick_gelu' or 'silu'. Raises ValueError for another
+    name."""
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is unknown; choose one of {sorted(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
+    """Sinusoids of t [B] as [B, dim] float32, cosines before sines (ADM's order), zero-padded when dim is
+    odd."""
+    half = dim // 2
+    freqs = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    args = t.astype(jnp.float32)[:, None] * freqs[None]
+    embedding = jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim - 2 * half)))
+
+
+def num_groups(channels: int) -> int:
+    """ADM's 32 groups; narrower layers keep at least four channels a group, so that a group norm is no
+    instance norm."""
+    return math.gcd(channels, min(32, max(1, channels // 4)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _to_channels(x: jax.Array, channels: int) -> jax.Array:
+    """Numbers of groups [N, G] for each of their channels: [N, C].
+
+    On a CPU, where nothing is differentiated, by a product with zeros and ones, in which nothing is rounded:
+    broadcast, XLA would look the group up again for every pixel, in a loop that takes one number at a time.
+    """
+    if platforms.target().platform != "cpu":
+        return _repeated(x, channels)
+    return groups_to_channels(x, _repeated(jnp.eye(x.shape[-1], dtype=x.dtype), channels))
+
+
+# jitted for its name, by which `dalle2_jax.models.flops` leaves it out: it computes nothing
+@jax.jit
+def groups_to_channels(x: jax.Array, members: jax.Array) -> jax.Array:
+    """x [N, G], members [G, C] of zeros and ones -> [N, C]."""
+    return x @ members
+
+
+def _repeated(x, channels):
+    return jnp.repeat(x, channels // x.shape[-1], axis=-1)
+
+
+def _to_channels_backward(channels, groups, gradient):
+    return (gradient.reshape(-1, groups, channels // groups).sum(axis=-1),)
+
+
+_to_channels.defvjp(lambda x, channels: (_repeated(x, channels), x.shape[-1]), _to_channels_backward)
+
+
+class GroupNorm(nn.Module):
+    """Group norm over [B, H, W, C] or [B, N, C], computed in float32 and returned in float32."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        groups = num_groups(channels)
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        x = x.astype(jnp.float32)
+        axes = tuple(range(1, x.ndim - 1))
+        # Statistics of channels first, then of groups of channels: reductions that keep the channels minor
+        # are several times faster on a CPU than those over [positions, channels of a group], and the merge
+        # is exact.
+        mean = x.mean(axis=axes)
+        var = jnp.square(x - jnp.expand_dims(mean, axes)).mean(axis=axes)
+        mean, var = (s.reshape(-1, groups, channels // groups) for s in (mean, var))
+        group_mean = mean.mean(axis=-1)
+        group_var = (var + jnp.square(mean - group_mean[..., None])).mean(axis=-1)
+        gain = _to_channels(jax.lax.rsqrt(group_var + NORM_EPSILON), channels) * scale
+        shift = bias - _to_channels(group_mean, channels) * gain
+        return x * jnp.expand_dims(gain, axes) + jnp.expand_dims(shift, axes)
+
+
+def conv(
+    features: int,
+    kernel_size: int = 3,
+    *,
+    stride: int = 1,
+    dtype,
+    name: str,
+    zero: bool = False,
+    bias: bool = True,
+):
+    """A square convolution with symmetric padding (torch's convention, also for stride 2)."""
+    pad = kernel_size // 2
+    return nn.Conv(
+        features,
+        (kernel_size, kernel_size),
+        strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        use_bias=bias,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        kernel_init=nn.initializers.zeros if zero else lecun_normal(),
+        conv_general_dilated=convolution.conv_general_dilated,
+        name=name,
+    )
+
+
+def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
+    """[B, N, H * D] -> [B, N, H, D]."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, *, cudnn: bool = False
+) -> jax.Array:
+    """Scaled dot-product attention with a float32 softmax.
+
+    q [B, N, H, D], k and v [B, M, H, D], mask broadcastable to [B, H, N, M] (True = attend). Returns [B, N,
+    H * D] in the type of v. A row whose keys are all masked gets finite values, not NaN.
+
+    cudnn: whether cuDNN's kernel may compute it, where there is one; not for what is under a `vmap`, whose
+    gradient JAX cannot take through it (jax-ml/jax issues 38495, 39451).
+    """
+    if cudnn and mask is None and _cudnn_takes(q, k):
+        # what the kernel reads is to be split alike over devices, its result's gradient too
+        q, k, v = (constrain(y, tensor_axis=2) for y in (q, k, v))
+        out = constrain(cudnn_attention(q, k, v), tensor_axis=2)
+    else:
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def _cudnn_takes(q: jax.Array, k: jax.Array) -> bool:
+    """Whether cuDNN has a kernel for them on what the program is traced for. JAX refuses odd lengths when it
+    takes the gradient."""
+    capability, head_dim = platforms.target().capability, q.shape[-1]
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+    even = q.shape[1] % 2 == k.shape[1] % 2 == 0
+    return fits and even and capability is not None and capability >= (8, 0)
+
+
+# The name of the primitive of JAX's whose results are the output and the sums of the softmax.
+_CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+
+
+# jitted for its name, by which `dalle2_jax.models.flops` counts it as the two products that it is
+@jax.jit
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """q [B, N, H, D], k and v [B, M, H, D] in 16 bits, split alike over devices -> [B, N, H, D]."""
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def downsample(x: jax.Array) -> jax.Array:
+    """2x2 average pooling, [B, H, W, C] -> [B, H/2, W/2, C]."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Nearest-neighbour doubling, [B, H, W, C] -> [B, 2H, 2W, C]."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)

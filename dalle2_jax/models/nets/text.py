@@ -1,0 +1,78 @@
+"""Text transformers: CLIP's (causal, pooled at the end of text) and GLIDE's (which has no attention mask)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle2_jax.models.nets import layers
+from dalle2_jax.models.nets.transformer import Embedding, TokenEmbedding, TransformerStack, causal_mask
+
+
+def last_true(mask: jax.Array) -> jax.Array:
+    """Position [B] int32 of the last True of mask [B, L]: where the end-of-text token stands."""
+    return mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+
+
+class CLIPTextTransformer(nn.Module):
+    """CLIP's text tower: causal; it needs no padding mask, as padding stands after the pooled token."""
+
+    vocab_size: int
+    context_length: int
+    width: int
+    depth: int
+    num_heads: int
+    embed_dim: int
+    activation: str = "gelu"
+    remat: bool | str = False
+    dtype: jnp.dtype = jnp.float32
+    scan: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """tokens [B, L] int32, token_mask [B, L] -> (embedding [B, E], states [B, L, D]), float32.
+
+        The embedding is not normalised. The states are those after the final layer norm; the one at the last
+        True of token_mask is projected to the embedding.
+        """
+        x = TokenEmbedding(self.vocab_size, self.width, self.dtype, name="token_embedding")(tokens)
+        position = Embedding((self.context_length, self.width), stddev=0.01, name="position")()
+        x = x + position[: tokens.shape[1]].astype(self.dtype)
+        common = (self.depth, self.num_heads, self.activation, self.remat, self.dtype)
+        stack = TransformerStack(*common, scan=self.scan, name="transformer")
+        states = layers.LayerNorm(name="norm_out")(stack(x, causal_mask(tokens.shape[1])))
+        pooled = jnp.take_along_axis(states, last_true(token_mask)[:, None, None], axis=1)[:, 0]
+        init = layers.normal(self.width**-0.5)
+        proj = layers.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="proj")
+        return proj(pooled.astype(self.dtype)).astype(jnp.float32), states
+
+
+class GlideTextTransformer(nn.Module):
+    """GLIDE's text transformer: no attention mask, and a learned embedding where there is no token.
+
+    A caption that is dropped is the sequence without a token: all its positions hold their padding embedding.
+    """
+
+    vocab_size: int
+    context_length: int
+    width: int
+    depth: int
+    num_heads: int
+    activation: str = "gelu"
+    remat: bool | str = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, token_mask: jax.Array) -> jax.Array:
+        """tokens [B, L] int32, token_mask [B, L] -> states [B, L, D] float32, after the final layer norm."""
+        x = TokenEmbedding(self.vocab_size, self.width, self.dtype, name="token_embedding")(tokens)
+        x = x + Embedding((self.context_length, self.width), stddev=0.01, name="position")().astype(
+            self.dtype
+        )
+        padding = Embedding((self.context_length, self.width), stddev=0.01, name="padding")().astype(
+            self.dtype
+        )
+        x = jnp.where(token_mask[..., None], x, padding)
+        stack = TransformerStack(
+            self.depth, self.num_heads, self.activation, self.remat, self.dtype, name="transformer"
+        )
+        return layers.LayerNorm(name="norm_out")(stack(x))

@@ -1,0 +1,1 @@
+"""python -m dalle2_jax.preflight: a training step compiled for devices that are not there."""

@@ -1,0 +1,1 @@
+"""What everything stands on: devices and processes, files, checkpoints and model directories, logs."""

@@ -1,0 +1,80 @@
+"""Models on the Hugging Face Hub: hf://OWNER/NAME@COMMIT in the place of a folder, and publishing one.
+
+hf://OWNER/NAME@COMMIT/FOLDER is a folder in it, such as that of a stage.
+A revision has to be a commit, so that what is read today is what is read in a year. Files of data alone are
+fetched (safetensors, JSON, text), into huggingface_hub's own cache. Nothing here is needed without the hub.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from dalle2_jax.runtime import files, modeldir
+
+SCHEME = "hf://"
+PATTERNS = ("*.json", "*.safetensors", "*.txt", modeldir.CARD_FILE)
+IGNORED = ("*.fp16.*", "*.non_ema.*")  # copies of the same weights
+
+
+def _library():
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError("the hub needs huggingface_hub: pip install 'dalle2_jax[hub]'") from error
+    return huggingface_hub
+
+
+def local(path: str | os.PathLike) -> str | os.PathLike:
+    """The folder of an address hf://OWNER/NAME@COMMIT, fetched where it is not yet; other paths as the system
+    takes them (`files.expand`).
+
+    Raises ValueError for an address without a whole commit, and for what the hub says no to.
+    """
+    if not os.fspath(path).startswith(SCHEME):
+        return files.expand(path)
+    match = re.fullmatch(rf"{SCHEME}([\w.-]+/[\w.-]+)(?:@([^/]*))?((?:/\w[\w.-]*)*)/?", os.fspath(path))
+    if not match:
+        raise ValueError(f"{path} is no address of a model: write {SCHEME}OWNER/NAME@COMMIT")
+    name, revision, folder = match.groups()
+    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        raise ValueError(
+            f"{path} names no commit, and what it means could change: write {SCHEME}{name}@COMMIT with the "
+            "40 digits that the model's page shows under 'Files and versions', 'History'"
+        )
+    library = _library()
+    try:
+        fetched = library.snapshot_download(
+            name, revision=revision, allow_patterns=list(PATTERNS), ignore_patterns=list(IGNORED)
+        )
+        return Path(fetched) / folder.strip("/")
+    except library.errors.HfHubHTTPError as error:
+        raise ValueError(f"{path} cannot be fetched: {str(error).strip().splitlines()[0]}") from error
+
+
+def push(model: str | os.PathLike, name: str, private: bool = False) -> str:
+    """Publish a model directory as OWNER/NAME; its address, with the commit that was made.
+
+    Raises FileNotFoundError or ValueError for what is no whole model directory, has no card, or whose card
+    names no licence; and for what the hub says no to.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"{name!r} is no name on the hub: give OWNER/NAME")
+    index = modeldir.read_index(model)
+    if not (Path(model) / modeldir.CARD_FILE).is_file() or not index.get("licence"):
+        raise ValueError(
+            f"{model} has no card that names a licence, so nobody may use it: write it again with "
+            "`python -m dalle2_jax.convert ... --licence=LICENCE`"
+        )
+    library = _library()
+    api, message = library.HfApi(), f"{index.get('name', 'Model')}, by dalle2_jax"
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        made = api.upload_folder(
+            repo_id=name,
+            folder_path=os.fspath(model),
+            allow_patterns=list(PATTERNS),
+            commit_message=message,
+        )
+    except library.errors.HfHubHTTPError as error:
+        raise ValueError(f"{name} cannot be published: {str(error).strip().splitlines()[0]}") from error
+    return f"{SCHEME}{name}@{made.oid}"

@@ -1,0 +1,1 @@
+"""python -m dalle2_jax.train: one loop for every stage."""

@@ -1,0 +1,113 @@
+"""How a run stops when it is told to: signals are noted at once and obeyed where nothing is lost, by all
+processes together.
+
+Before the first step there is nothing to lose but time, so a run stops at the next `Stopping.check`; between
+steps it saves first, and asks `Stopping.latest` once a step.
+"""
+
+import math
+import os
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+from absl import logging
+
+from dalle2_jax.runtime import processes
+
+SAME_MOMENT = 1.0  # seconds
+
+
+class Stopped(Exception):
+    """A run was told to stop before its first step; `signal` is the one that told it."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class Interrupted:
+    """Notes SIGTERM and SIGINT; a second signal ends the process at once. Signals within SAME_MOMENT are one:
+    who stops a terminal's or a service's processes signals all of them, and launchers pass theirs on.
+
+    Python's own handlers wait for the program that XLA compiles or the devices run, which may be minutes. So
+    a thread watches, which the signals reach through a pipe.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.signal, self._noted_at = None, math.nan
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._previous = {number: signal.signal(number, lambda *_: None) for number in self.SIGNALS}
+        self._previous_pipe = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self):
+        while number := os.read(self._pipe[0], 1)[0]:
+            if number not in self.SIGNALS:
+                continue
+            if time.monotonic() - self._noted_at < SAME_MOMENT:
+                continue
+            if self.signal is not None:
+                os._exit(128 + number)
+            self.signal, self._noted_at = number, time.monotonic()
+            name = signal.Signals(number).name
+            logging.warning("%s: stopping once nothing is lost by it (again to stop at once)", name)
+
+    def restore(self):
+        signal.set_wakeup_fd(self._previous_pipe)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        os.write(self._pipe[1], bytes(1))
+        self._thread.join()
+        for end in self._pipe:
+            os.close(end)
+
+
+class Stopping:
+    """Listens for signals from its `with` on, and says what the processes agree on: the largest of theirs.
+
+    A process that was told to stop must not stop alone: the others would wait for it.
+    """
+
+    def __enter__(self):
+        self._interrupted, self._pending = Interrupted(), None
+        if jax.process_count() > 1:
+            mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+            self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("all"))
+            whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            self._maximum = jax.jit(lambda x: x.max(), out_shardings=whole)
+        return self
+
+    def __exit__(self, *exception):
+        self._interrupted.restore()
+
+    def check(self, where: str) -> None:
+        """Raises Stopped if any process was told to stop; all of them wait here for each other."""
+        found = self._interrupted.signal or 0
+        if jax.process_count() > 1:
+            processes.sync(where)
+            found = int(self._largest(found))
+        if found:
+            raise Stopped(found)
+
+    def latest(self) -> int:
+        """The signal that some process had at the call before, 0 for none; with one process, as it is now.
+
+        The maximum is a collective that runs beside a step, and what is returned is that of the step before,
+        so no process waits for the step that it has just begun.
+        """
+        found = self._interrupted.signal or 0
+        if jax.process_count() == 1:
+            return found
+        before, self._pending = self._pending, self._largest(found)
+        return 0 if before is None else int(before)
+
+    def _largest(self, value: int) -> jax.Array:
+        mine = np.full(jax.local_device_count(), value, np.int32)
+        return self._maximum(jax.make_array_from_process_local_data(self._split, mine))

@@ -1,0 +1,81 @@
+"""What training looks at on the way: the loss on fixed validation batches, and samples for fixed captions.
+
+The sampler is a computation of all processes; the labels and the grid are process 0's alone. So what fails in
+making these is a warning, and training goes on: a picture to look at is not worth a run.
+"""
+
+import functools
+
+import jax
+import numpy as np
+from absl import logging
+
+from dalle2_jax.runtime import levels, partition
+from dalle2_jax.runtime.grid import labelled_grid
+
+
+class Validation:
+    """Validation loss at fixed timesteps with fixed noise, and samples for fixed captions, both from the
+    average."""
+
+    def __init__(self, config, stage, fill, dataset, mesh):
+        self._stage = stage
+        batches = dataset.batches(config["batch_size"], **partition.host_slice(mesh))
+        raw = [next(batches) for _ in range(config["eval_batches"])]
+        self._batches = [partition.on_devices(batch, mesh) for batch in raw]
+        count = min(config["num_samples"], config["batch_size"])
+        self._count, self._dataset, self._labels, self._told = count, dataset, None, set()
+        self._indices = partition.gather_index(raw[0]["index"], mesh)[:count]
+
+        @functools.partial(jax.jit, compiler_options=partition.compiler_options())
+        def evaluate(params, frozen, batch):
+            _, scalars = stage.loss(params, jax.random.key(0), fill(frozen, batch), train=False)
+            return scalars
+
+        @functools.partial(jax.jit, compiler_options=partition.compiler_options())
+        def sample(params, frozen, batch):
+            filled = fill(frozen, {name: value[:count] for name, value in batch.items()})
+            keys = jax.random.split(jax.random.key(config["seed"]), count)
+            return stage.sample(params, keys, filled), filled
+
+        self._evaluate, self._sample = evaluate, sample
+
+    def losses(self, params, frozen) -> dict:
+        """Mean of the stage's scalars over the fixed validation batches."""
+        results = [partition.to_host(self._evaluate(params, frozen, batch)) for batch in self._batches]
+        return {f"eval/{name}": float(np.mean([r[name] for r in results])) for name in results[0]}
+
+    def samples(self, params, frozen, writer, step) -> None:
+        """A labelled grid for a stage that draws, the cosine to the true embedding for a prior, nothing for
+        CLIP.
+
+        Raises what the sampler raises, and OSError where the grid cannot be written (a full disk).
+        """
+        if not hasattr(self._stage, "sample") or not self._count:
+            return
+        drawn, filled = partition.to_host(self._sample(params, frozen, self._batches[0]))
+        if drawn.ndim == 4:
+            images = np.asarray(levels.to_uint8(drawn))
+            made = self._labelled(images) if jax.process_index() == 0 else None
+            if made is not None:
+                writer.grid(step, "samples", *made)
+        else:
+            true = filled["image_embed"]
+            cosine = (drawn * true).sum(-1) / np.linalg.norm(drawn, axis=-1) / np.linalg.norm(true, axis=-1)
+            writer.scalars(step, {"eval/sample_cosine": float(cosine.mean())})
+
+    def _labelled(self, images: np.ndarray) -> tuple[np.ndarray, list[str]] | None:
+        """(grid, its labels) of the samples; None where that fails, with a warning for each kind of error."""
+        try:
+            if self._labels is None:
+                self._labels = self._dataset.labels(self._indices)
+            return labelled_grid(images, self._labels), self._labels
+        except Exception as error:
+            if type(error) not in self._told:
+                self._told.add(type(error))
+                logging.warning(
+                    "no grid of samples could be made (%s: %s); training goes on without, and says this once",
+                    type(error).__name__,
+                    error,
+                )
+            return None

@@ -1,0 +1,369 @@
+"""The U-Net against diffusers' networks with random weights, and what remat and bfloat16 leave as it is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax.models.nets import layers
+from dalle2_jax.models.nets.unet import DecoderNet, ResBlock, TimeEmbedding, UNet, UpsamplerNet
+from dalle2_jax.preflight import hlo
+from dalle2_jax.runtime import partition
+from dalle2_jax.runtime.modeldir import flatten
+
+KEY = jax.random.key(0)
+CHEAP_KEY = jax.random.key(0, impl="rbg")  # programs full of the default's draws take long to compile
+RNG = np.random.default_rng(0)
+SIDE, CONTEXT = 8, 12
+
+
+def normal(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def random_params(module, *args, **kwargs):
+    """Parameters of the right names and shapes, none of them zero."""
+    with layers.shapes_only(True):
+        shapes = jax.eval_shape(lambda: module.init(KEY, *args, **kwargs))["params"]
+    return jax.tree.map(lambda x: np.float32(0.2) * normal(*x.shape), shapes)
+
+
+# --- names of diffusers' modules -> ours; kernels are transposed, nothing else changes ---
+
+
+def dense(layer):
+    return {"kernel": layer.weight.detach().numpy().T, "bias": layer.bias.detach().numpy()}
+
+
+def conv(layer):
+    return {
+        "kernel": layer.weight.detach().numpy().transpose(2, 3, 1, 0),
+        "bias": layer.bias.detach().numpy(),
+    }
+
+
+def norm(layer):
+    return {"scale": layer.weight.detach().numpy(), "bias": layer.bias.detach().numpy()}
+
+
+def joined(*layers):
+    return {
+        "kernel": np.concatenate([dense(layer)["kernel"] for layer in layers], axis=1),
+        "bias": np.concatenate([dense(layer)["bias"] for layer in layers]),
+    }
+
+
+def res_block(block):
+    params = {
+        "norm1": norm(block.norm1),
+        "conv1": conv(block.conv1),
+        "emb_proj": dense(block.time_emb_proj),
+        "norm2": norm(block.norm2),
+        "conv2": conv(block.conv2),
+    }
+    return params | ({"skip": conv(block.conv_shortcut)} if block.conv_shortcut is not None else {})
+
+
+def attention_block(block):
+    return {
+        "norm": norm(block.group_norm),
+        "qkv": joined(block.to_q, block.to_k, block.to_v),
+        "text_kv": joined(block.add_k_proj, block.add_v_proj),
+        "out": dense(block.to_out[0]),
+    }
+
+
+def unet(model):
+    """(params of TimeEmbedding, params of UNet) of a diffusers UNet2DModel or UNet2DConditionModel."""
+    params = {"conv_in": conv(model.conv_in)}
+
+    def add(prefix, block):
+        params.update({f"{prefix}_res_{j}": res_block(b) for j, b in enumerate(block.resnets)})
+        attentions = getattr(block, "attentions", None) or []
+        params.update({f"{prefix}_attn_{j}": attention_block(b) for j, b in enumerate(attentions)})
+
+    for level, block in enumerate(model.down_blocks):
+        add(f"down_{level}", block)
+        if block.downsamplers is not None:
+            params[f"down_{level}_down"] = res_block(block.downsamplers[0])
+    params["mid_res_0"], params["mid_res_1"] = (res_block(b) for b in model.mid_block.resnets)
+    if getattr(model.mid_block, "attentions", None) and model.mid_block.attentions[0] is not None:
+        params["mid_attn"] = attention_block(model.mid_block.attentions[0])
+    for level, block in enumerate(reversed(model.up_blocks)):
+        add(f"up_{level}", block)
+        if block.upsamplers is not None:
+            params[f"up_{level}_up"] = res_block(block.upsamplers[0])
+    params["norm_out"], params["conv_out"] = norm(model.conv_norm_out), conv(model.conv_out)
+    time = {
+        "fc1": dense(model.time_embedding.linear_1),
+        "fc2": dense(model.time_embedding.linear_2),
+    }
+    return time, params
+
+
+def diffusers_model(name, **options):
+    """A diffusers network with random weights; gains and biases too, which would be 1 and 0."""
+    torch = pytest.importorskip("torch", reason="the oracle is diffusers, which runs on torch")
+    diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers' U-Nets")
+    torch.manual_seed(0)
+    model = getattr(diffusers, name)(
+        sample_size=SIDE,
+        block_out_channels=(128, 256),
+        layers_per_block=1,
+        norm_num_groups=32,
+        attention_head_dim=64,
+        **options,
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return torch, model
+
+
+def channels_first(torch, x):
+    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+
+
+def assert_same(actual, expected):
+    expected = np.moveaxis(expected.numpy(), 1, -1)
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * max(1.0, np.abs(expected).max()))
+
+
+def test_the_decoders_unet_equals_karlos():
+    """Scale and shift, 4 heads of 64, context in front of the keys with a mask."""
+    torch, model = diffusers_model(
+        "UNet2DConditionModel",
+        in_channels=3,
+        out_channels=6,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        cross_attention_dim=CONTEXT,
+        resnet_time_scale_shift="scale_shift",
+        class_embed_type="identity",
+    )
+    x, emb, context, t = normal(2, SIDE, SIDE, 3), normal(2, 512), normal(2, 5, CONTEXT), np.array([3, 871])
+    mask = np.arange(5) < np.array([2, 5])[:, None]
+    with torch.no_grad():
+        expected = model(
+            channels_first(torch, x),
+            torch.from_numpy(t),
+            torch.from_numpy(context),
+            class_labels=torch.from_numpy(emb),
+            encoder_attention_mask=torch.from_numpy(mask),
+        ).sample
+    time, params = unet(model)
+    net = UNet(6, 128, (1, 2), 1, attention_resolutions=(4,), head_dim=64)
+
+    @jax.jit
+    def ours(time, params, mask):
+        total = TimeEmbedding(128).apply({"params": time}, t) + emb
+        return net.apply({"params": params}, x, total, context, mask, image_size=SIDE)
+
+    actual = ours(time, params, mask)
+    assert_same(actual, expected)
+    # The mask matters where it hides something, and nowhere else.
+    unmasked = ours(time, params, np.ones_like(mask))
+    assert np.abs(unmasked - actual)[0].max() > 1e-3
+    np.testing.assert_allclose(unmasked[1], actual[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("scale_shift", [False, True], ids=["karlo", "paper"])
+def test_an_upsamplers_network_equals_diffusers(scale_shift):
+    """[x_t, low_res] in the channels, no attention anywhere."""
+    torch, model = diffusers_model(
+        "UNet2DModel",
+        in_channels=6,
+        out_channels=3,
+        down_block_types=("ResnetDownsampleBlock2D",) * 2,
+        up_block_types=("ResnetUpsampleBlock2D",) * 2,
+        add_attention=False,
+        resnet_time_scale_shift="scale_shift" if scale_shift else "default",
+    )
+    x_t, low_res_up, t = normal(2, SIDE, SIDE, 3), normal(2, SIDE, SIDE, 3), np.array([0, 640])
+    with torch.no_grad():
+        both = channels_first(torch, np.concatenate([x_t, low_res_up], axis=-1))
+        expected = model(both, torch.from_numpy(t)).sample
+    time, params = unet(model)
+    settings = dict(
+        out_channels=3, channels=128, channel_mult=(1, 2), num_res_blocks=1, scale_shift=scale_shift
+    )
+    net = UpsamplerNet(settings, SIDE)
+    actual = jax.jit(net.apply)({"params": {"time": time, "net": params}}, x_t, t, low_res_up)
+    assert_same(actual, expected)
+
+
+def test_what_is_zero_at_the_start():
+    """Every residual branch and the output: a fresh network predicts 0, and its blocks change nothing."""
+    net = UNet(3, 8, (1,), 1, attention_resolutions=(SIDE,), head_dim=8)
+    x, emb = jnp.ones((1, SIDE, SIDE, 3)), jnp.ones((1, 32))
+    params = jax.jit(lambda: net.init(CHEAP_KEY, x, emb, image_size=SIDE))()["params"]
+    kernels = {name: leaf for name, leaf in flatten(params).items() if name.endswith("kernel")}
+    zero = {name.removesuffix("/kernel") for name, leaf in kernels.items() if not leaf.any()}
+    branches = {f"{name}/conv2" for name in params if "_res_" in name}
+    branches |= {f"{name}/out" for name in params if "_attn" in name}
+    assert len(branches) == 5 + 4 and zero == branches | {"conv_out"}
+
+
+def build(**changes):
+    """A U-Net of one level that attends in the middle, which compiles fast."""
+    settings = dict(channel_mult=(1,), attention_resolutions=(1,), head_dim=4, dropout=0.5)
+    return UNet(6, 8, num_res_blocks=1, **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(arguments, random parameters) of `build()`."""
+    args = (normal(2, SIDE, SIDE, 3), normal(2, 32), normal(2, 3, CONTEXT))
+    return args, random_params(build(), *args, image_size=SIDE)
+
+
+def gradient_with_dropout(small, remat):
+    args, params = small
+
+    def loss(params):
+        out = build(remat=remat).apply(
+            {"params": params}, *args, image_size=SIDE, deterministic=False, rngs={"dropout": CHEAP_KEY}
+        )
+        return jnp.square(out).mean()
+
+    return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
+
+
+@pytest.fixture(scope="module")
+def plain_gradient(small):
+    return gradient_with_dropout(small, "none")
+
+
+# `products` is what is trained with; `all` is the same without its policy.
+@pytest.mark.parametrize("remat", ["products", pytest.param("all", marks=pytest.mark.slow)])
+def test_remat_does_not_change_gradients(small, plain_gradient, remat):
+    """With dropout, whose second draw has to be the first."""
+    again = gradient_with_dropout(small, remat)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain_gradient, again)
+
+
+def test_remat_does_not_change_names(small):
+    args, _ = small
+    everything = dict(channel_mult=(1, 2), attention_resolutions=(8, 4))
+    names, remat_names = (
+        jax.eval_shape(lambda net=net: net.init(KEY, *args, image_size=SIDE))
+        for net in (build(**everything), build(**everything, remat="products"))
+    )
+    assert jax.tree.map(jnp.shape, names) == jax.tree.map(jnp.shape, remat_names)
+
+
+def test_remat_of_all_but_products_convolves_nothing_twice(small):
+    args, params = small
+
+    def operations(what):
+        def loss(params):
+            return jnp.square(build(remat=what).apply({"params": params}, *args, image_size=SIDE)).mean()
+
+        text = str(jax.make_jaxpr(jax.grad(loss))(params))
+        return text.count("conv_general_dilated["), text.count(" logistic ")
+
+    (convolutions, activations), (again, more), (all_again, most) = map(
+        operations, ("none", "products", "all")
+    )
+    assert convolutions == again < all_again
+    assert activations < more <= most
+    with pytest.raises(ValueError, match="remat 'some' is unknown"):
+        operations("some")
+
+
+def test_examples_do_not_meet(small):
+    """On devices that have some examples each nothing is moved, and gradients are only summed up."""
+    args, params = small
+    mesh = partition.make_mesh()
+    where = (partition.replicated(mesh), [partition.batch_sharding(mesh)] * len(args))
+    rows = [jax.ShapeDtypeStruct((partition.batch_shards(mesh), *x.shape[1:]), x.dtype) for x in args]
+
+    def drawn(params, rows):
+        return build().apply({"params": params}, *rows, image_size=SIDE)
+
+    def loss(params, rows):
+        return jnp.square(drawn(params, rows)).mean()
+
+    def moved(function):
+        with partition.use_mesh(mesh):
+            program = jax.jit(function, in_shardings=where).lower(params, rows).compile()
+        return hlo.collectives(program.as_text())
+
+    assert moved(drawn) == {}
+    assert set(moved(jax.grad(loss))) == {"all-reduce"}
+
+
+def test_dropout_acts_unless_deterministic():
+    x, emb = normal(1, 4, 4, 8), normal(1, 4)
+    still, wild = ResBlock(8), ResBlock(8, dropout=0.5)
+    variables = {"params": random_params(still, x, emb, True)}
+    out, same, dropped = (
+        jax.jit(lambda v, x, emb, how=how: how[0].apply(v, x, emb, *how[1:], rngs={"dropout": CHEAP_KEY}))(
+            variables, x, emb
+        )
+        for how in ((still, True), (wild, True), (wild, False))
+    )
+    np.testing.assert_array_equal(out, same)
+    assert np.abs(dropped - out).max() > 1e-2
+
+
+def test_bfloat16_keeps_float32_parameters_and_outputs(small):
+    args, params = small
+
+    def apply(net):
+        return jax.jit(lambda params: net.apply({"params": params}, *args, image_size=SIDE))(params)
+
+    net = build(dtype=jnp.bfloat16)
+    shapes = jax.eval_shape(lambda: net.init(KEY, *args, image_size=SIDE))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    exact, rounded = apply(build()), apply(net)
+    assert rounded.dtype == jnp.float32
+    gap = np.abs(exact - rounded)
+    assert 0 < gap.max() and gap.mean() < 0.03 * np.abs(exact).mean()
+
+
+def test_image_size_and_not_the_input_says_where_attention_is(small):
+    """So that a network can be run at another size than it was trained at."""
+    args, _ = small
+    net = build(channel_mult=(1, 2), attention_resolutions=(4,))
+    shapes = jax.eval_shape(lambda: net.init(KEY, *args, image_size=SIDE))
+    large = [np.zeros((1, 2 * SIDE, SIDE, 3), np.float32), *(x[:1] for x in args[1:])]
+    out = jax.eval_shape(lambda variables: net.apply(variables, *large, image_size=SIDE), shapes)
+    assert out.shape == (1, 2 * SIDE, SIDE, 6)
+
+
+def test_additive_blocks_have_half_the_projection():
+    """Trap 12: weights of one kind do not load as the other."""
+    x, emb = jnp.zeros((1, 2, 2, 8)), jnp.zeros((1, 4))
+    for scale_shift, width in ((True, 16), (False, 8)):
+        block = ResBlock(8, scale_shift=scale_shift)
+        shapes = jax.eval_shape(lambda b=block: b.init(KEY, x, emb, True))["params"]
+        assert shapes["emb_proj"]["kernel"].shape == (4, width)
+
+
+def test_sides_that_cannot_be_halved_are_refused():
+    with pytest.raises(ValueError, match="2 levels needs sides that are multiples of 2, got"):
+        build(channel_mult=(1, 2)).init(KEY, jnp.zeros((2, 5, 8, 3)), jnp.zeros((2, 4)), image_size=SIDE)
+
+
+@pytest.mark.parametrize("null_tokens", [0, 2])
+def test_a_null_caption_that_is_given_gets_no_gradient(null_tokens):
+    text = dict(states_width=4, context_length=5, width=8, null_tokens=null_tokens)
+    unet = dict(out_channels=6, channels=8, channel_mult=(1,), num_res_blocks=1)
+    net = DecoderNet(unet, text, embed_dim=4, image_size=8)
+    shown, dropped = np.zeros(2, bool), np.ones(2, bool)
+    inputs = normal(2, 4), shown, normal(2, 5, 4), np.ones((2, 5), bool), dropped, normal(2, 4)
+    params = random_params(net, *inputs, method="condition")
+
+    def total(params):
+        added, context, _ = net.apply({"params": params}, *inputs, method="condition")
+        return (added**2).sum() + (context**2).sum()
+
+    grads = jax.jit(jax.grad(total))(params)
+    assert (np.abs(grads["null_text_embed"]).max() > 0) == (null_tokens == 0)
+    if null_tokens:
+        assert not np.abs(grads["null_text_states"]["embedding"]).max()
+    assert np.abs(grads["text_emb_proj"]["kernel"]).max() > 0
