@@ -175,6 +175,7 @@ def _leaves(tree, path: str = ""):
 
 
 def reads_clip(case: str) -> bool:
+    """Whether the recipe of a case needs a trained CLIP."""
     return TRAININGS[case][0].split(":")[0] in READ_CLIP
 
 

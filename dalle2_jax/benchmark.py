@@ -318,6 +318,7 @@ FLAGS = flags.FLAGS
 
 
 def main(argv):
+    """Run the command; `argv` without the flags."""
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}")

@@ -139,6 +139,7 @@ class Lines:
         self._last = self._began
 
     def __call__(self, done: int, total: int) -> None:
+        """Print progress, at most once in `every` seconds and at the end."""
         now = time.monotonic()
         if now - self._last < self._every and done < total:
             return
@@ -220,6 +221,7 @@ FLAGS = flags.FLAGS
 
 
 def main(argv):
+    """Run the command; `argv` without the flags."""
     from dalle2_jax.data import budget
 
     refused = (ValueError, OSError, budget.TooManyBadRecords)

@@ -1,0 +1,1 @@
+"""The recipes of the model that comes with the package."""

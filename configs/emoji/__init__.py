@@ -1,0 +1,1 @@
+"""Recipes for pictures of emoji: docs/emoji.md."""

@@ -1,0 +1,1 @@
+"""The recipes of the quickstart, and what steers its decoder."""

@@ -295,6 +295,7 @@ class EmbeddingSource:
         return len(self._table)
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
+        """The embeddings of one row; see `records.RecordSource`."""
         if image:
             raise ValueError("source 'embeddings' holds no images")
         texts = row_captions(self._captions, index, "text_embed" in self._table.dims) if captions else {}

@@ -61,6 +61,7 @@ class Paired:
         return len(self._source)
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
+        """A record with the embeddings of its row; see `records.RecordSource`."""
         record = self._source.read(index, image, captions)
         if _of_same(record.key, self._keys, index) is False:
             raise BadRecord(

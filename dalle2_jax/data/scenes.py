@@ -96,9 +96,11 @@ class Stream:
         return z ^ (z >> 31)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """A number in [low, high)."""
         return low + (high - low) * (self._next() >> 11) * 2.0**-53
 
     def choice(self, options):
+        """One of a sequence, all equally likely."""
         return options[int(self.uniform() * len(options))]
 
     def weighted(self, weights) -> int:
@@ -111,6 +113,7 @@ class Stream:
         return len(weights) - 1
 
     def shuffled(self, options) -> list:
+        """The options in random order (Fisher and Yates)."""
         out = list(options)
         for i in range(len(out) - 1, 0, -1):
             j = int(self.uniform() * (i + 1))

@@ -131,6 +131,7 @@ class SceneConfig:
 
     @property
     def max_objects(self) -> int:
+        """The largest number of objects in a scene."""
         return len(self.count_weights)
 
 
@@ -159,10 +160,12 @@ class Scene:
     details: tuple[str, ...] = ()
 
     def to_json(self) -> str:
+        """The scene as one line of JSON."""
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> "Scene":
+        """The scene that `to_json` wrote."""
         fields = json.loads(text)
         return Scene(
             objects=tuple(SceneObject(**entry) for entry in fields["objects"]),

@@ -195,6 +195,7 @@ class TarSource(_Indexed):
         self._verify_sha256 = verify_sha256
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
+        """One record; see `records.RecordSource`."""
         file, row = int(self._file_of[index]), self._rows[index].tolist()
         (image_at, image_size), (key_at, key_size) = row[:2], row[6:]
         encoded, between = None, image_at - key_at
@@ -284,6 +285,7 @@ class ExampleSource(_Indexed):
         return Example(data)
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
+        """One record; see `records.RecordSource`."""
         example, texts, encoded = self.example(index), {}, None
         if image:
             values = example.values(self._image_field)

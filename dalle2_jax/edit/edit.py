@@ -199,6 +199,7 @@ def upscale(model: pipeline.UnCLIP, image, out: epath.Path, said: dict) -> str:
 
 
 def main(argv):
+    """Run the command; `argv` without the flags."""
     with processes.together(debug=FLAGS.debug):
         action, given = check_arguments(argv[1:])
         captioned = ARGUMENTS[action][-1] == "CAPTION"

@@ -397,6 +397,7 @@ class PassLines:
         self._what, self._clock, self._every, self._last = what, clock, every, clock()
 
     def __call__(self, name: str, done: int, count: int) -> None:
+        """Print progress, at most once in `every` seconds and at the end."""
         if self._clock() - self._last >= self._every:
             self._last = self._clock()
             print(f"{name}: {done}/{count} {self._what}", flush=True)
@@ -605,6 +606,7 @@ def _scenes_to_compare(names: Sequence[str], config, image_size: int, given: dic
 
 
 def main(argv):
+    """Run the command; `argv` without the flags."""
     with processes.together(debug=FLAGS.debug):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}: captions are for dalle2_jax.generate")

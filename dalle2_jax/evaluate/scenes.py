@@ -88,15 +88,18 @@ class Verdict:
 
     @property
     def correct(self) -> bool:
+        """Whether every aspect that the caption names is right."""
         aspects = (self.colour, self.shape, self.relation, self.count, self.background, self.size, self.place)
         return all(aspect is not False for aspect in aspects)
 
     @property
     def color(self) -> bool:
+        """`colour`, in the other spelling."""
         return self.colour
 
     @property
     def all(self) -> bool:
+        """`correct`, under another name."""
         return self.correct
 
 

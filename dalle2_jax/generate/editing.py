@@ -115,10 +115,12 @@ class Drawing:
 
     @property
     def running(self) -> dict:
+        """Keywords of the cascade: batch size and progress."""
         return dict(batch_size=self.batch_size, progress=self.progress)
 
     @property
     def inversion_steps(self) -> int:
+        """DDIM steps of an inversion."""
         return self.num_steps or INVERSION_STEPS
 
     @property

@@ -97,6 +97,7 @@ class StageLines:
         self._silent = not processes.is_first()
 
     def __call__(self, stage: str, done: int, total: int, seconds: float) -> None:
+        """Print progress, at most once in `every` seconds and at the end."""
         now = self._clock()
         if self._silent or done < total and now - self._last < self._every:
             return
@@ -157,6 +158,7 @@ def sampling_settings(changes: dict[str, str] | None = None) -> dict:
 
 
 def main(argv):
+    """Run the command; `argv` without the flags."""
     captions = [shards.clean_caption(text) for text in argv[1:]]
     with processes.together(debug=FLAGS.debug):
         pipeline.check_captions(captions)

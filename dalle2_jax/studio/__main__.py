@@ -14,6 +14,7 @@ FLAGS = flags.FLAGS
 
 
 def main(argv):
+    """Run the command; `argv` without the flags."""
     if argv[1:]:
         raise app.UsageError(f"too many arguments: {' '.join(argv[1:])}")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

@@ -60,6 +60,7 @@ class Interrupted:
             logging.warning("%s: stopping once nothing is lost by it (again to stop at once)", name)
 
     def restore(self):
+        """Put back the signal handlers that were there before."""
         signal.set_wakeup_fd(self._previous_pipe)
         for number, handler in self._previous.items():
             signal.signal(number, handler)

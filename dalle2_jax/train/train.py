@@ -542,6 +542,7 @@ def run_steps(
 
 
 def main(argv):
+    """Run the command; `argv` without the flags."""
     from dalle2_jax.data import budget
 
     if len(argv) > 1:

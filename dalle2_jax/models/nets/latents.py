@@ -26,6 +26,7 @@ class CachedAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
+        """Declare the layers (Flax)."""
         init = layers.normal(self.width**-0.5)
         self.qkv = layers.Dense(3 * self.width, dtype=self.dtype, kernel_init=init)
         out_init = layers.normal(self.out_std)
@@ -60,6 +61,7 @@ class CrossAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
+        """Declare the layers (Flax)."""
         init = layers.normal(self.width**-0.5)
         self.q = layers.Dense(self.width, dtype=self.dtype, kernel_init=init)
         self.kv = layers.Dense(2 * self.width, dtype=self.dtype, kernel_init=init)
@@ -87,6 +89,7 @@ class LatentBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
+        """Declare the layers (Flax)."""
         attention = (self.width, self.num_heads, self.out_std, self.dtype)
         self.norm1, self.attn = layers.LayerNorm(), CachedAttention(*attention)
         self.norm_cross, self.cross = layers.LayerNorm(), CrossAttention(*attention)
@@ -134,6 +137,7 @@ class LatentTransformer(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
+        """Declare the layers (Flax)."""
         text, dtype = self.text, self.dtype
         self.token_embedding = TokenEmbedding(text["vocab_size"], text["width"], dtype)
         self.text_position = Embedding((text["context_length"], text["width"]), stddev=0.01)

@@ -150,6 +150,7 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., C] -> the same shape, float32."""
         channels = x.shape[-1]
         groups = num_groups(channels)
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)

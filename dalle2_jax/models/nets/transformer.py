@@ -27,6 +27,7 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
+        """The table, in the shape of `shape`, float32."""
         return self.param("embedding", layers.normal(self.stddev), self.shape, jnp.float32)
 
 
@@ -39,6 +40,7 @@ class TokenEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Token ids [B, N] -> [B, N, width]."""
         shape = (self.vocab_size, self.width)
         table = self.param("embedding", layers.normal(0.02), shape, jnp.float32)
         return jnp.take(table.astype(self.dtype), tokens, axis=0)
@@ -83,6 +85,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, N, width] -> the same shape."""
         width = x.shape[-1]
         init = layers.normal((2 * width) ** -0.5)
         hidden = self.hidden or 4 * width
@@ -102,6 +105,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """x [B, N, width] and mask, broadcast to [B, heads, N, N], True where a position is seen -> x's shape."""
         h = layers.LayerNorm(name="norm1")(x).astype(self.dtype)
         x = x + Attention(self.num_heads, self.out_std, self.dtype, name="attn")(h, mask)
         h = layers.LayerNorm(name="norm2")(x).astype(self.dtype)

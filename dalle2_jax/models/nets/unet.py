@@ -226,6 +226,7 @@ class DecoderNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
+        """Declare the layers (Flax)."""
         unet = dict(self.unet)
         channels = unet["channels"]
         self.net = UNet(**unet, dtype=self.dtype)
@@ -253,6 +254,7 @@ class DecoderNet(nn.Module):
 
     @property
     def reads_states(self) -> bool:
+        """Whether captions are a frozen CLIP's states and not tokens."""
         return bool(self.text and self.text.get("states_width"))
 
     def condition(
@@ -343,6 +345,7 @@ class UpsamplerNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
+        """Declare the layers (Flax)."""
         unet = dict(self.unet)
         channels = unet["channels"]
         self.net = UNet(**unet, dtype=self.dtype)
