@@ -105,7 +105,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """x [B, N, width] and mask, broadcast to [B, heads, N, N], True where a position is seen -> x's shape."""
+        """x [B, N, width], mask broadcast to [B, heads, N, N], True where seen -> x's shape."""
         h = layers.LayerNorm(name="norm1")(x).astype(self.dtype)
         x = x + Attention(self.num_heads, self.out_std, self.dtype, name="attn")(h, mask)
         h = layers.LayerNorm(name="norm2")(x).astype(self.dtype)
