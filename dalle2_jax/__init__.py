@@ -1,8 +1,33 @@
 """DALL·E 2 (unCLIP) in JAX: CLIP, diffusion prior, decoder and upsamplers, all trained by one loop.
 
+    pipe = dalle2_jax.load("DIR")
+    pipe(["a red star above a blue ring"], n=4, seed=0).images
+
 Importing the package starts nothing: no device, no TensorFlow, no network. The commands are
-`python -m dalle2_jax.train`, `python -m dalle2_jax.generate` and their siblings; `docs/design.md` shows which
-file holds what.
+`python -m dalle2_jax.train`, `python -m dalle2_jax.generate` and their siblings: `python -m dalle2_jax` lists
+them. `docs/design.md` shows which file holds what.
 """
 
 __version__ = "0.1.0"
+
+
+def load(
+    model: str | None = None, *, dtype: str | None = None, mesh=None, low_memory: bool = False
+) -> "dalle2_jax.pipeline.UnCLIP":  # noqa: F821 (imported when it is called)
+    """Opens a model directory, to draw with it: `load(...)(captions, n=4, seed=0).images`.
+
+    Sets JAX up for this machine (`runtime.partition.initialise`), so call it before anything is computed.
+
+    Args:
+      model: the directory, or hf://OWNER/NAME@COMMIT; None: the small model that comes with the package.
+      dtype, mesh, low_memory: see `UnCLIP.load`.
+
+    Raises:
+      FileNotFoundError: no such directory, or a part of it is missing.
+      ValueError: a part is damaged, or the stages do not fit together.
+    """
+    from dalle2_jax.generate.pipeline import UnCLIP
+    from dalle2_jax.runtime import partition
+
+    partition.initialise()
+    return UnCLIP.load(model, dtype, mesh, low_memory)

@@ -34,7 +34,7 @@ INSIDE_FUNCTIONS = (
     "gradio",
     "huggingface_hub",
 )
-# From the roof down. What is beside the floors (`__init__`, `pipeline`) imports what it likes.
+# From the roof down. What is beside the floors (`__init__`, `__main__`, `pipeline`) imports what it likes.
 FLOORS = (
     ("evaluate", "studio"),
     ("edit", "embed", "convert", "preflight", "benchmark"),
@@ -44,7 +44,7 @@ FLOORS = (
     ("runtime",),
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
-BESIDE = {"", "pipeline"}
+BESIDE = {"", "__main__", "pipeline"}
 COMMANDS_WITHOUT_TENSORFLOW = ("generate.generate", "pipeline", "models.models", "convert.convert")
 
 

@@ -9,11 +9,14 @@ import importlib
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from configs import common
+from dalle2_jax.__main__ import COMMANDS
 from dalle2_jax.convert import convert
 from dalle2_jax.data import damage, pipeline
 from dalle2_jax.generate.settings import SETTINGS
@@ -267,20 +270,18 @@ def test_commands_are_right(page):
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_package_lists_its_commands():
+    done = subprocess.run([sys.executable, "-m", "dalle2_jax"], cwd=ROOT, capture_output=True, text=True)
+    listed = re.findall(r"^  (\w+) +\w", done.stdout, re.M)
+    package = ROOT / "dalle2_jax"
+    mains = {path.parent.name for path in package.glob("*/__main__.py")}
+    mains |= {path.stem for path in package.glob("*.py") if "app.run(" in path.read_text("utf-8")}
+    assert done.returncode == 0 and listed == list(COMMANDS) and mains == set(COMMANDS)
+
+
 def test_the_pages_have_commands():
     found = {words[0] for page in PAGES for words, whole in commands(page.read_text("utf-8")) if whole}
-    everyone = (
-        "train",
-        "generate",
-        "edit",
-        "evaluate",
-        "convert",
-        "embed",
-        "preflight",
-        "benchmark",
-        "studio",
-    )
-    assert found == {f"dalle2_jax.{name}" for name in everyone}
+    assert found == {f"dalle2_jax.{name}" for name in COMMANDS}
     assert len(commands((ROOT / "README.md").read_text("utf-8"))) >= 8
 
 

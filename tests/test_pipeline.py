@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import dalle2_jax
 from dalle2_jax.generate import pipeline
 from dalle2_jax.generate.cascade import Task, Timing, check_cascade
 from dalle2_jax.models import models
@@ -47,6 +48,13 @@ def test_what_comes_out(drawn):
     assert list(drawn.timings) == ["text", "prior", "decoder", "upsampler32"]
     assert [timing.rows for timing in drawn.timings.values()] == [6, 6, 6, 6]
     json.dumps(drawn.settings)
+
+
+def test_the_librarys_door_draws_the_same(directory, drawn):
+    again = dalle2_jax.load(directory)(CAPTIONS, n=2, seed=5)
+    np.testing.assert_array_equal(again.images, drawn.images)
+    with pytest.raises(FileNotFoundError):
+        dalle2_jax.load(directory / "nowhere")
 
 
 def test_pictures_of_a_caption_and_of_captions_differ(drawn):

@@ -108,6 +108,10 @@ class UnCLIP(Editing):
         """
         return UnCLIP(Cascade.open(model_dir, dtype, mesh, low_memory))
 
+    def __call__(self, captions: Sequence[str], **options) -> Result:
+        """`text_to_image`."""
+        return self.text_to_image(captions, **options)
+
     @property
     def name(self) -> str:
         """The model's name."""
