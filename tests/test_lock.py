@@ -19,7 +19,7 @@ def held_by(workdir, **changes) -> None:
 
 def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path):
     code = (
-        "import sys, time; from dalle2_jax import lock; "
+        "import sys, time; from dalle2_jax.train import lock; "
         f"lock.Lock({str(tmp_path)!r}, {BEAT}, {SILENCE}); print('held', flush=True); time.sleep(60)"
     )
     first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
