@@ -558,7 +558,8 @@ def test_a_second_sigterm_ends_at_once_even_in_the_middle_of_a_computation(tmp_p
     What comes in the same moment is no second one: Ctrl-C reaches training and a launcher that passes it on.
     """
     code = (
-        "import hashlib; from dalle2_jax.train import stopping; stopping.Interrupted(); print('ready', flush=True);"
+        "import hashlib; from dalle2_jax.train import stopping; stopping.Interrupted();"
+        "print('ready', flush=True);"
         "hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)"
     )
     with open(tmp_path / "log", "w+") as log:
