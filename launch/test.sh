@@ -26,7 +26,7 @@ cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os,
 workers="${TEST_WORKERS:-$((cores < 8 ? cores : 8))}"
 say "pytest with $workers processes; its last line holds the tests' wall time"
 status=0
-python -m pytest --numprocesses "$workers" --dist worksteal --durations 10 "$@" < /dev/null || status=$?
+python -m pytest --numprocesses "$workers" --dist loadfile --durations 10 "$@" < /dev/null || status=$?
 if [ "$lint" != 0 ]; then
   echo "ruff is not content (see above): ruff check --fix . && ruff format ." >&2
   [ "$status" != 0 ] || status=1

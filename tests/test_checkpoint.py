@@ -405,7 +405,7 @@ class TestCheckpointer:
         code = f"""
 import os
 import numpy as np
-from dalle2_jax import checkpoint
+from dalle2_jax.runtime import checkpoint
 state = {{"ema_params": {{"kernel": np.arange(4_000_000, dtype=np.float32).reshape(2000, 2000)}}}}
 saver = checkpoint.Checkpointer({str(tmp_path)!r})
 saver.save(1, state, {{}})

@@ -62,7 +62,7 @@ def test_a_torn_lock_is_no_lock(tmp_path):
 
 STARTER = """
 import json, sys, time
-from dalle2_jax import lock
+from dalle2_jax.train import lock
 write = json.dumps
 json.dumps = lambda *args: (time.sleep(0.1), write(*args))[1]  # of the lock: all look before the first writes
 print("ready", flush=True)

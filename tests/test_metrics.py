@@ -320,7 +320,8 @@ def test_nothing_here_needs_tensorflow():
     code = """
 import sys, tempfile
 sys.modules["tensorflow"] = None
-from dalle2_jax import checkpoint, grid, metrics, optim, partition
+from dalle2_jax.runtime import checkpoint, grid, metrics, partition
+from dalle2_jax.train import optim
 writer = metrics.Writer(tempfile.mkdtemp())
 writer.scalars(1, {"a": 1})
 writer.close()

@@ -23,7 +23,7 @@ from dalle2_jax.models import models
 from dalle2_jax.models.nets import layers
 from dalle2_jax.runtime import files, hub, modeldir, partition, processes
 
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = Path(__file__).parents[1] / "bundled"
 BATCH_SIZE = 8
 BASE_STAGES = ("clip", "prior", "decoder")
 GUIDES = ("noisy_clip", "classifier")  # that a model may have, to steer its decoder

@@ -17,7 +17,6 @@ from dalle2_jax.evaluate import (
     evaluate,
     features,
     fidelity,
-    inception,
     page,
 )
 from dalle2_jax.evaluate.distances import Moments
@@ -225,7 +224,7 @@ def test_fid_of_a_model_that_has_no_clip_and_reads_no_captions(small_inception, 
         return evaluate.measure_pictures(model, tmp_path, names=names, **options | changes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inception, "load", lambda path: small_inception)
+        patch.setattr(inception_weights, "load", lambda path: small_inception)
         found = one(["fid_small"], inception_file="given")
     assert found["fid_small"]["n"] == 9 and found["fid_small"]["features"] == inception_weights.NETWORK
     drawn = open_pictures(tmp_path / "pictures")
