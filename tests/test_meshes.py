@@ -25,9 +25,9 @@ CLASSIFIER = dict(
     num_classes=3,
     image_size=16,
     channels=16,
-    channel_mult=[1, 2],
+    channel_mult=[1],
     num_res_blocks=1,
-    attention_resolutions=[8],
+    attention_resolutions=[],
     head_dim=16,
 )
 QUICK = {

@@ -276,7 +276,7 @@ def reached(seed, vision):
     return {"loss_before": metrics["loss"][0]} | last
 
 
-@pytest.mark.parametrize("vision", ["vit", "resnet"])
+@pytest.mark.parametrize("vision", ["vit", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_eight_pairs_are_learned(vision):
     assert_within(reached(0, vision), BOUNDS)
 
