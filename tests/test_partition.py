@@ -374,7 +374,7 @@ def test_fsdp_gathers_parameters_and_never_activations():
 REPORT = """
 import json, jax
 from dalle2_jax.runtime import partition
-from dalle2_jax.levels import to_uint8
+from dalle2_jax.runtime.levels import to_uint8
 partition.initialise()
 partition.initialise()
 count = len(jax.devices())
@@ -455,7 +455,7 @@ def test_several_gpus_hide_the_time_of_their_messages(monkeypatch):
 MAPPED = """
 import ctypes, numpy as np
 from dalle2_jax.runtime import partition
-from dalle2_jax.levels import to_uint8
+from dalle2_jax.runtime.levels import to_uint8
 partition.initialise()
 partition.make_mesh()
 class Info(ctypes.Structure):
