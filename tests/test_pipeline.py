@@ -399,7 +399,7 @@ def test_an_autoregressive_prior_takes_the_place_of_the_other(extended):
         extended.settings(prior_steps=3)
 
 
-@pytest.mark.parametrize("guide", ["noisy_clip", "classifier"])
+@pytest.mark.parametrize("guide", [pytest.param("noisy_clip", marks=pytest.mark.slow), "classifier"])
 def test_guides_steer_the_decoder_to_the_caption(extended, guide):
     embeds = np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)
     captions = ["a red star", "a yellow circle"]

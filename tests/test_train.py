@@ -144,6 +144,7 @@ def run_command(workdir, *overrides: str, devices: int = 1) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow  # test_meshes.py compares stages on one device and several, test_faults.py whole runs
 def test_one_device_trains_like_eight(four_steps, tmp_path):
     process = run_command(tmp_path, "--config.num_steps=4", "--config.checkpoint_every=4")
     output, _ = process.communicate(timeout=300)

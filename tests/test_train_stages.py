@@ -42,15 +42,22 @@ def recipe(name: str, **changes) -> dict:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Workdirs of two steps each: clip, prior, ar_prior, decoder64, classifier."""
+    """Workdirs of two steps each: clip, prior, ar_prior, decoder64."""
     root = tmp_path_factory.mktemp("stages")
     clip = str(root / "clip")
     train.train(recipe("clip"), clip)
     for name in ("prior", "ar_prior", "decoder64"):
         train.train(recipe(name, clip=clip), str(root / name))
-    classifier = recipe("decoder64", stage="classifier", model=CLASSIFIER)
-    classifier["data"]["classes"] = ["circle", "square", "star"]
-    train.train(classifier, str(root / "classifier"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A workdir of two steps."""
+    root = tmp_path_factory.mktemp("classifiers")
+    config = recipe("decoder64", stage="classifier", model=CLASSIFIER)
+    config["data"]["classes"] = ["circle", "square", "star"]
+    train.train(config, str(root / "classifier"))
     return root
 
 
@@ -63,8 +70,13 @@ def scalars(workdir: Path) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["clip", "prior", "ar_prior", "decoder64", "classifier"])
-def test_two_steps_of_a_stage_are_logged_evaluated_and_saved(root, name):
+# test_meshes.py trains a classifier in every run.
+@pytest.mark.parametrize(
+    "name",
+    ["clip", "prior", "ar_prior", "decoder64", pytest.param("classifier", marks=pytest.mark.slow)],
+)
+def test_two_steps_of_a_stage_are_logged_evaluated_and_saved(request, name):
+    root = request.getfixturevalue("classifier" if name == "classifier" else "root")
     found = scalars(root / name)
     assert len(found["train/loss"]) == 2 and np.isfinite(found["train/loss"]).all()
     assert found["train/bad_steps"] == [0, 0]

@@ -5,8 +5,10 @@ This is the only use of tf.data. Both ways give the same batches, to the bit.
 
 import atexit
 import collections
+import contextlib
 import itertools
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +29,27 @@ _threads: weakref.WeakSet = weakref.WeakSet()
 Batch = dict[str, np.ndarray]
 
 
+@contextlib.contextmanager
+def _without_keras():
+    """Keeps `import tensorflow` from importing Keras, pandas and SciPy: a third of its time, and unused here.
+
+    Afterwards Keras can be imported as ever, by tf.keras too.
+    """
+    unloaded = not {"keras", "tensorflow"} & sys.modules.keys()
+    if unloaded:
+        sys.modules["keras"] = None  # Python refuses to import a module whose entry is None
+    try:
+        yield
+    finally:
+        if unloaded:
+            sys.modules.pop("keras", None)
+
+
 def _tensorflow():
     """TensorFlow, kept off the accelerators: they belong to JAX. None where it cannot be imported."""
     try:
-        import tensorflow as tf
+        with _without_keras():
+            import tensorflow as tf
     except Exception as error:  # it is not installed, or does not fit another package: protobuf, numpy
         logging.log_first_n(
             logging.INFO, "TensorFlow cannot be imported (%s): Python's threads read the data", 1, error

@@ -135,7 +135,9 @@ def test_a_loop_over_blocks_begins_with_the_same_parameters():
     assert_equal_leaves(begun(scan=True), begun(), rtol=0)
 
 
-@pytest.mark.parametrize("remat", ["none", "products", "all"])
+@pytest.mark.parametrize(
+    "remat", ["products", *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("none", "all"))]
+)
 def test_a_loop_over_blocks_changes_neither_names_nor_gradients_nor_arithmetic(remat):
     params = begun()
     names = jax.eval_shape(stack(remat, True).init, KEY, X)["params"]

@@ -152,7 +152,7 @@ def test_logits_of_a_code_depend_on_what_is_before_it_alone(fitted):
     assert np.abs(null - logits(other_code, drop=~drop)).max() > 1e-4
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_cache_changes_nothing(fitted, dtype):
     _, params, _ = fitted
     net = build(dtype=dtype, remat=True).net
@@ -234,7 +234,7 @@ def test_eight_embeddings_are_learned_and_drawn(trained):
     assert_within(reached(0, trained), BOUNDS)
 
 
-@pytest.mark.parametrize("scale", [1, 2.0])
+@pytest.mark.parametrize("scale", [pytest.param(1, marks=pytest.mark.slow), 2.0])
 def test_a_sample_depends_on_its_own_key_and_caption_alone(trained, scale):
     stage, params, batch = trained
     keys, how = jax.random.split(jax.random.key(3), 8), dict(num_candidates=2, guidance_scale=scale)

@@ -389,6 +389,7 @@ def test_sam_validates_the_parameters_themselves():
         build(sam_rho=RHO, sam_batch_size=3).loss(params, KEY, batch)
 
 
+@pytest.mark.slow  # the plain loss is compared on a mesh in every run
 def test_sam_on_a_mesh(eight_replicas):
     """Eight replicas, on one device and on a mesh, move alike."""
     params, batch, alone = eight_replicas

@@ -150,7 +150,7 @@ def test_guidance_0_drops_the_text():
     assert np.abs(mixed[2] - cond[2]).max() > 1e-3
 
 
-@pytest.mark.parametrize("scale", [1, 3.0])
+@pytest.mark.parametrize("scale", [pytest.param(1, marks=pytest.mark.slow), 3.0])
 def test_reading_the_text_once_draws_what_reading_it_at_every_step_does(scale, monkeypatch):
     stage = build(text=TEXT | dict(depth=2))
     params, batch = random_params(stage), batch_of(4)
