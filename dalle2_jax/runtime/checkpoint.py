@@ -34,14 +34,7 @@ from absl import logging
 from etils import epath
 
 from dalle2_jax.runtime import files, processes
-
-# the other half of what is written to disk, for callers that know it as checkpoint.load_stage and so on
-from dalle2_jax.runtime.modeldir import check_params as check_params
 from dalle2_jax.runtime.modeldir import differences, flatten, unflatten
-from dalle2_jax.runtime.modeldir import load_stage as load_stage
-from dalle2_jax.runtime.modeldir import read_index as read_index
-from dalle2_jax.runtime.modeldir import save_stage as save_stage
-from dalle2_jax.runtime.modeldir import write_index as write_index
 
 SAVE_SECONDS = 30 * 86400  # Orbax gives up then, by a clock that may be set while it writes
 FORMAT = 1  # of what `meta` holds beside the leaves; raised when older code could misread it
