@@ -17,8 +17,9 @@ the leaves of params['stats']: stored with the parameters in float32, without gr
 A stage holds networks and settings, never parameters.
 """
 
-import difflib
 from collections.abc import Collection, Mapping
+
+from dalle2_jax.runtime.names import nearest
 
 
 def check_settings(
@@ -28,8 +29,8 @@ def check_settings(
     known = (*required, *optional)
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {what}.{near[0]}?" if near else f"it has {', '.join(sorted(known))}"
+            near = nearest(name, known, show=str)
+            hint = f"did you mean {what}.{near}?" if near else f"it has {', '.join(sorted(known))}"
             raise ValueError(f"{what}.{name} is not a setting; {hint}")
     missing = [name for name in required if name not in settings]
     if missing:
