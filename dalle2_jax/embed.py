@@ -28,7 +28,8 @@ from etils import epath
 from dalle2_jax.data import embeddings
 from dalle2_jax.data.records import BadRecord
 from dalle2_jax.models import models
-from dalle2_jax.runtime import commandline, files, hub, levels, metrics, modeldir, partition, processes
+from dalle2_jax.runtime import commandline, files, hub, metrics, modeldir, partition, processes
+from dalle2_jax.runtime.batch import as_floats
 from dalle2_jax.runtime.commandline import define_config
 from dalle2_jax.train import train
 
@@ -63,7 +64,7 @@ class Encoder:
         rows = np.minimum(np.arange(self.batch_size), count - 1)  # copies of the last fill the batch
         whole = {name: value[rows] for name, value in batch.items()}
         with partition.use_mesh(self._mesh):
-            found = self._encode(self._params, levels.as_floats(jax.device_put(whole, self._split)))
+            found = self._encode(self._params, as_floats(jax.device_put(whole, self._split)))
         return tuple(np.asarray(value, np.float32)[:count] for value in found)
 
 

@@ -31,7 +31,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dalle2_jax.runtime import files, levels
+from dalle2_jax.runtime import files
+from dalle2_jax.runtime.batch import as_floats, field
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -355,8 +356,8 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def without_index(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the batch without `index` (record numbers, int64), which stays on the host."""
-    return {name: value for name, value in batch.items() if name != "index"}
+    """Returns the batch without record numbers (`index`, int64), which stay on the host."""
+    return {name: value for name, value in batch.items() if field(name).kind != "index"}
 
 
 def host_slice(mesh: Mesh) -> dict:
@@ -389,8 +390,8 @@ def gather_index(index: np.ndarray, mesh: Mesh) -> np.ndarray:
 
 
 def on_devices(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-    """A host batch as global arrays, without the record numbers; uint8 pictures as floats in [-1, 1]."""
-    return levels.as_floats(to_global(without_index(batch), mesh))
+    """A host batch as global arrays, without the record numbers; images and videos as floats in [-1, 1]."""
+    return as_floats(to_global(without_index(batch), mesh))
 
 
 def to_host(tree: Any) -> Any:

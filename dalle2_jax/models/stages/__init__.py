@@ -6,6 +6,7 @@ All that training knows of a stage is
     init(key, batch) -> params
     loss(params, key, batch, *, train=True) -> (scalar, dict of scalars)
     sample(params, keys, batch, ...) -> array          (CLIP has encode_image and encode_text instead)
+    draws = 'image'                                    (with sample: the field of a batch that it makes)
     project(params) -> params                          (optional: applied after every update)
     observe(params, observed) -> params                (optional: notes what the loss 'observed', every step)
     fit_rows, fit(params, batches) -> params, scalars  (optional: statistics of the data, before training)
