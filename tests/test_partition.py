@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dalle2_jax.models import models
-from dalle2_jax.runtime import partition
+from dalle2_jax.runtime import machine, partition
 from dalle2_jax.runtime.batch import to_uint8
 
 
@@ -420,10 +420,10 @@ class TestInitialise:
 
     def test_container_quota_counts(self, monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
-        monkeypatch.setattr(partition.Path, "read_text", lambda self: "350000 100000\n")
-        assert partition._available_cores() == 4
-        monkeypatch.setattr(partition.Path, "read_text", lambda self: "max 100000\n")
-        assert partition._available_cores() == 64
+        monkeypatch.setattr(machine.Path, "read_text", lambda self: "350000 100000\n")
+        assert machine._available_cores() == 4
+        monkeypatch.setattr(machine.Path, "read_text", lambda self: "max 100000\n")
+        assert machine._available_cores() == 64
 
 
 def test_compiler_options_are_those_of_the_meshs_devices():
