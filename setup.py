@@ -18,6 +18,7 @@ REQUIRED = [
     "etils[epath]>=1.9.1",
     "flax>=0.12",
     "ftfy>=6.1",
+    "google-crc32c>=1.5",
     "jax>=0.10",
     "ml_collections>=1.0",
     "ml_dtypes>=0.5",

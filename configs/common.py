@@ -8,7 +8,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = ""
     config.model = ConfigDict()  # keywords of dalle2_jax.models.stages.<stage>.build
-    config.data = ConfigDict(  # keywords of dalle2_jax.data.pipeline.make_dataset
+    config.data = ConfigDict(  # of dalle2_jax.data.settings.DataSettings
         dict(
             source="tar",  # scenes | tar | tfrecord | tfds | embeddings
             path="",

@@ -30,6 +30,7 @@ from etils import epath
 
 from dalle2_jax.models import flops, models
 from dalle2_jax.runtime import commandline, metrics, partition
+from dalle2_jax.runtime.batch import field
 from dalle2_jax.runtime.commandline import define_config
 from dalle2_jax.train import train
 
@@ -198,13 +199,14 @@ def synthetic_batch(config: dict, stage, size: int, mesh) -> dict[str, jax.Array
         made = {}
         for number, (name, spec) in enumerate(sorted(stage.batch_spec(size).items())):
             key = jax.random.key(number)
-            if spec.dtype == jnp.bool_:
+            kind = field(name).kind
+            if kind == "mask":
                 made[name] = jnp.ones(spec.shape, bool)
-            elif name == "tokens":
+            elif kind == "tokens":
                 made[name] = jax.random.randint(key, spec.shape, 1, vocabulary, spec.dtype)
-            elif jnp.issubdtype(spec.dtype, jnp.integer):  # the first corner, the first class
+            elif kind in ("number", "label", "codes"):  # the first corner, the first class
                 made[name] = jnp.zeros(spec.shape, spec.dtype)
-            elif name in models.CLIP_FIELDS:
+            elif kind in ("embedding", "states"):
                 noise = jax.random.normal(key, spec.shape, spec.dtype)
                 made[name] = noise / jnp.linalg.norm(noise, axis=-1, keepdims=True)
             else:

@@ -15,7 +15,6 @@ shards that are missing. Several processes (see `processes`), or several machine
 """
 
 import concurrent.futures
-import functools
 import re
 import time
 from collections import Counter
@@ -28,7 +27,9 @@ from etils import epath
 from dalle2_jax.data import embeddings
 from dalle2_jax.data.records import BadRecord
 from dalle2_jax.models import models
-from dalle2_jax.runtime import commandline, files, hub, levels, metrics, modeldir, partition, processes
+from dalle2_jax.runtime import commandline, files, hub, metrics, modeldir, partition, processes
+from dalle2_jax.runtime.batch import as_floats
+from dalle2_jax.runtime.batched import Batched
 from dalle2_jax.runtime.commandline import define_config
 from dalle2_jax.train import train
 
@@ -40,31 +41,22 @@ class Encoder:
 
     def __init__(self, path: str, batch_size: int):
         self.stage, _, params = models.load_stage(path, "clip")
-        mesh = partition.local_mesh()
-        shards = partition.batch_shards(mesh)
-        self.batch_size = -(-batch_size // shards) * shards
-        self._mesh, split = mesh, partition.batch_sharding(mesh)
-        self._params = jax.device_put(params, partition.replicated(mesh))
 
-        @functools.partial(jax.jit, out_shardings=split, compiler_options=partition.compiler_options())
         def encode(params, batch):
             tokens, mask = models.crop_tokens(batch["tokens"], batch["token_mask"], self.stage.context_length)
             text, _ = self.stage.encode_text(params, tokens, mask)
             return self.stage.encode_image(params, batch["clip_image"]), text
 
-        self._encode, self._split = encode, split
+        options = partition.compiler_options()
+        self._encode = Batched(encode, params, batch_size, prepare=as_floats, compiler_options=options)
+        self.batch_size, self._params = self._encode.size, self._encode.params
 
     def __call__(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """(image embeddings, text embeddings) float32 [n, E] of n <= batch_size rows.
 
         batch: clip_image uint8 [n, S, S, 3], tokens int32 [n, L], token_mask bool [n, L].
         """
-        count = len(batch["tokens"])
-        rows = np.minimum(np.arange(self.batch_size), count - 1)  # copies of the last fill the batch
-        whole = {name: value[rows] for name, value in batch.items()}
-        with partition.use_mesh(self._mesh):
-            found = self._encode(self._params, levels.as_floats(jax.device_put(whole, self._split)))
-        return tuple(np.asarray(value, np.float32)[:count] for value in found)
+        return tuple(np.asarray(value, np.float32) for value in self._encode(batch))
 
 
 def embed_split(

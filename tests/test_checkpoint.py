@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.multihost import multihost
 
-from dalle2_jax.runtime import checkpoint, partition, processes
+from dalle2_jax.runtime import checkpoint, checksums, orbax_errors, partition, processes
 from dalle2_jax.train import optim
 
 
@@ -112,7 +112,7 @@ class TestCheckpointer:
         path = tmp_path / "checkpoints" / "3" / "meta" / "metadata"
         contents = json.loads(path.read_text())
         contents["checksums"]["count"] = 0
-        path.write_text(json.dumps(checkpoint._sealed(contents)))
+        path.write_text(json.dumps(checksums.sealed(contents)))
         with checkpoint.Checkpointer(tmp_path, zero_at_first=("count", "memory")) as loader:
             with pytest.raises(checkpoint.DamagedCheckpoint, match="1 leaves are not what was saved .count."):
                 loader.restore(asked)
@@ -318,7 +318,7 @@ class TestCheckpointer:
         path = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
         contents = json.loads(path.read_text())
         contents["checksums"]["step"] += 1
-        path.write_text(json.dumps(checkpoint._sealed(contents)))
+        path.write_text(json.dumps(checksums.sealed(contents)))
         held = []
         with checkpoint.Checkpointer(tmp_path) as loader:
             read = loader._state.restore
@@ -374,7 +374,7 @@ class TestCheckpointer:
             with monkeypatch.context() as patched:
                 patched.setattr(saver._state, "restore", raising(error))
                 with pytest.raises(
-                    checkpoint.ReadFailed, match="checkpoints/2 cannot be read by this process"
+                    orbax_errors.ReadFailed, match="checkpoints/2 cannot be read by this process"
                 ):
                     saver.restore_newest(abstract(state, mesh))
             assert not (tmp_path / "damaged").exists()
@@ -516,8 +516,8 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_left_alone(tmp_path, mesh
         saver.save(2, state, {})
     meta = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
     contents = json.loads(meta.read_text())
-    assert contents["format"] == checkpoint.FORMAT
-    meta.write_text(json.dumps(checkpoint._sealed(contents | {"format": checkpoint.FORMAT + 1})))
+    assert contents["format"] == checksums.FORMAT
+    meta.write_text(json.dumps(checksums.sealed(contents | {"format": checksums.FORMAT + 1})))
     with (
         checkpoint.Checkpointer(tmp_path) as loader,
         pytest.raises(ValueError, match="has format 2, .* up to 1"),
@@ -532,26 +532,26 @@ class TestChecksum:
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8, bool])
     def test_host_and_devices_agree_however_the_array_is_split(self, mesh, dtype):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 6)) * 100).astype(dtype)
-        expected = int(checkpoint.checksum(np.asarray(x)))
+        expected = int(checksums.checksum(np.asarray(x)))
         for spec in (PartitionSpec(), PartitionSpec("fsdp", "data"), PartitionSpec(None, ("data",), None)):
             placed = jax.device_put(x, NamedSharding(mesh, spec))
-            assert int(jax.jit(checkpoint.checksum)(placed)) == expected
-            assert checkpoint.checksums({"x": placed}) == {"x": expected}
+            assert int(jax.jit(checksums.checksum)(placed)) == expected
+            assert checksums.checksums({"x": placed}) == {"x": expected}
 
     def test_by_hand(self):
         """Bits 5, 7, 2^31 with weights 1, 3, 5: 5 + 21 + 5 * 2^31 = 26 + 2^31 modulo 2^32."""
-        assert int(checkpoint.checksum(np.uint32([5, 7, 2**31]))) == 26 + 2**31
-        assert int(checkpoint.checksum(np.float32(1.0).reshape(()))) == 0x3F800000
+        assert int(checksums.checksum(np.uint32([5, 7, 2**31]))) == 26 + 2**31
+        assert int(checksums.checksum(np.float32(1.0).reshape(()))) == 0x3F800000
 
     def test_every_bit_and_the_order_count(self):
         x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
-        whole = int(checkpoint.checksum(x))
+        whole = int(checksums.checksum(x))
         for element in range(15):
             for bit in range(32):
                 changed = x.copy()
                 changed.view(np.uint32).flat[element] ^= np.uint32(1 << bit)
-                assert int(checkpoint.checksum(changed)) != whole
-        assert int(checkpoint.checksum(x[::-1].copy())) != whole
+                assert int(checksums.checksum(changed)) != whole
+        assert int(checksums.checksum(x[::-1].copy())) != whole
 
 
 class TestRestoreSubtree:

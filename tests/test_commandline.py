@@ -167,15 +167,14 @@ def test_what_is_no_path_of_a_home_folder_stays(home):
 
 
 def test_the_library_takes_a_tilde_where_it_is_given_a_path(home):
-    from dalle2_jax.data import sources
     from dalle2_jax.data.tokenizer import load_tokenizer, train_bpe
     from dalle2_jax.evaluate import picture_sets
 
     made.write_samples(home / "00000.tar", range(3))
     (home / "a.png").write_bytes(made.flat_png(1))
     train_bpe(["a caption"], 300, 8).save(home / "words")
-    assert len(sources.open_source("tar", "~", "")) == 3
-    assert len(sources.open_source("tar", "~/*.tar", "")) == 3
+    assert len(made.open_source("tar", "~", "")) == 3
+    assert len(made.open_source("tar", "~/*.tar", "")) == 3
     assert load_tokenizer("~/words").vocab_size == 300
     assert pictures.read_picture("~/a.png").size == (8, 8)
     assert len(list(picture_sets.open_pictures("~/00000.tar").items())) == 3

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from configs import common
-from dalle2_jax.data import pipeline
+from dalle2_jax.data.settings import FIELDS, DataSettings
 from dalle2_jax.models import models
 from dalle2_jax.runtime import partition
 from dalle2_jax.train import optim
@@ -110,7 +110,7 @@ def test_a_recipe_builds_at_full_size(recipe, preset):
     stage, params = abstract(config)
     assert count(params) > 1000
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jax.numpy.dtype("float32")}
-    assert set(stage.batch_spec(2)) <= {*pipeline.FIELDS, "text_states"}
+    assert set(stage.batch_spec(2)) <= {*FIELDS, "text_states"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -135,7 +135,7 @@ def test_keywords_of_a_recipe_are_those_of_what_it_configures(recipe, preset):
     config = config_of(recipe, preset)
     assert set(config) == set(common.get_config())  # the loop reads these and no others
     options = {name: value for name, value in config["data"].items() if name != "eval_split"}
-    models.check_keywords(pipeline.make_dataset, options | {"fields": ()}, "data")
+    models.check_keywords(DataSettings, options | {"fields": ()}, "data")
     assert not {"fields", "tokenizer", "seed", "image_size", "crop_size"} & set(
         options
     )  # the loop sets these

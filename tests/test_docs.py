@@ -18,7 +18,8 @@ import pytest
 from configs import common
 from dalle2_jax.__main__ import COMMANDS
 from dalle2_jax.convert import convert
-from dalle2_jax.data import damage, pipeline
+from dalle2_jax.data import damage
+from dalle2_jax.data.settings import DataSettings
 from dalle2_jax.generate.settings import SETTINGS
 from dalle2_jax.models import models
 from dalle2_jax.models.diffusion import sampling
@@ -26,7 +27,7 @@ from dalle2_jax.models.diffusion import sampling
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = "python -m dalle2_jax."
-# Keywords of make_dataset that train.py fills in, from the stage and the config.
+# Settings of data that train.py fills in, from the stage and the config.
 FILLED_IN = {
     "fields",
     "image_size",
@@ -179,7 +180,7 @@ def recipe(where: str) -> dict:
     build = importlib.import_module(f"dalle2_jax.models.stages.{config['stage']}").build
     defaults = {
         f"{part}.{name}": parameter.default
-        for part, function in (("model", build), ("data", pipeline.make_dataset))
+        for part, function in (("model", build), ("data", DataSettings))
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
@@ -431,7 +432,10 @@ def test_settings_of_stages_are_documented(stage):
 
 def test_settings_of_data_are_documented():
     documented = tables((ROOT / "docs/data.md").read_text("utf-8"), "Settings")
-    actual = signature("dalle2_jax.data.pipeline", "make_dataset")
+    actual = {
+        name: "" if parameter.default is parameter.empty else repr(parameter.default)
+        for name, parameter in inspect.signature(DataSettings).parameters.items()
+    }
     assert set(actual) > FILLED_IN
     actual = {name: default for name, default in actual.items() if name not in FILLED_IN}
     assert not differing({name: shown(cell) for name, cell in documented.items()}, actual)
@@ -457,7 +461,7 @@ def test_settings_that_may_differ_on_resume_are_documented():
 
 def test_reasons_of_bad_records_are_documented():
     code = "".join(path.read_text("utf-8") for path in (ROOT / "dalle2_jax/data").glob("*.py"))
-    reasons = set(re.findall(r'BadRecord\(\s*"(\w+)"|\.note\("(\w+)"', code))
+    reasons = set(re.findall(r'BadRecord\(\s*"(\w+)"|\bnote\("(\w+)"', code))
     reasons = {name for match in reasons for name in match if name} | damage.KINDS.keys()
     assert len(reasons) > 15
     section = (ROOT / "docs/data.md").read_text("utf-8").partition("## Bad records")[2].partition("\n## ")[0]

@@ -13,7 +13,7 @@ parquet = pytest.importorskip("pyarrow.parquet", reason="metadata of embeddings 
 
 from configs import decoder64, prior  # noqa: E402
 from dalle2_jax import embed  # noqa: E402
-from dalle2_jax.data import embeddings, sources  # noqa: E402
+from dalle2_jax.data import embeddings  # noqa: E402
 from dalle2_jax.data import pipeline as data_pipeline  # noqa: E402
 from dalle2_jax.generate import pipeline  # noqa: E402
 from dalle2_jax.models import models  # noqa: E402
@@ -94,7 +94,7 @@ def test_rows_are_those_of_their_records(whole, damaged, model):
     assert {name: value.shape for name, value in rows.items()} == dict.fromkeys(rows, (COUNT, 32))
     assert [len(np.load(file)) for file in sorted((out / "train" / "img_emb").iterdir())] == [8, 8, 5]
     unclip = pipeline.UnCLIP.load(os.fspath(model))
-    source = sources.open_source("tar", os.fspath(damaged), "train")
+    source = made.open_source("tar", os.fspath(damaged), "train")
     for row in (0, 11, 12, 20):
         record = source.read(row)
         image = unclip.encode_image([np.asarray(made.Image.open(made.io.BytesIO(record.image)))])[0]
@@ -128,7 +128,7 @@ def test_an_interrupted_pass_goes_on_with_what_is_missing(whole, damaged, model,
     os.remove(folder / "metadata" / "metadata_00000.parquet")  # as if killed before the last file of a shard
     assert written == [0, 1] and embeddings.missing_parts(embed.epath.Path(folder)) == 2
     with pytest.raises(ValueError, match="are not complete"):
-        sources.open_source("embeddings", os.fspath(tmp_path), "train")
+        made.open_source("embeddings", os.fspath(tmp_path), "train")
     second = (folder / "img_emb" / "img_emb_00001.npy").stat().st_mtime_ns
     written.clear()
     monkeypatch.setattr(embeddings.Parts, "write", lambda *args: (written.append(args[1]), write(*args)))
@@ -204,13 +204,13 @@ def test_a_data_set_that_has_lost_too_much_is_refused_in_a_line(shards, model, t
 def test_embeddings_of_other_records_are_refused(whole, damaged, tmp_path):
     """As many records in files of the same names and sizes: the keys differ; other files: the fingerprint."""
     folder = os.fspath(whole[0])
-    assert len(sources.open_source("tar", os.fspath(damaged), "train", embeddings=folder)) == COUNT
+    assert len(made.open_source("tar", os.fspath(damaged), "train", embeddings=folder)) == COUNT
     other = write_shards(tmp_path / "other", first=100)
     with pytest.raises(ValueError, match=r"row 0 of .* is of record '.*000000000', not '.*000000100'"):
-        sources.open_source("tar", os.fspath(other), "train", embeddings=folder)
+        made.open_source("tar", os.fspath(other), "train", embeddings=folder)
     os.rename(other / "train-00001.tar", other / "train-00002.tar")
     with pytest.raises(ValueError, match="are of a dataset with fingerprint"):
-        sources.open_source("tar", os.fspath(other), "train", embeddings=folder)
+        made.open_source("tar", os.fspath(other), "train", embeddings=folder)
 
 
 def test_training_from_embeddings_is_training_with_clip(shards, model, tmp_path):

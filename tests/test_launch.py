@@ -581,7 +581,8 @@ def test_slurm_trains_with_two_processes(tmp_path):
         "srun",
         """
 while [[ $1 == --* ]]; do shift; done
-export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=2 SLURM_STEP_NODELIST=localhost SLURM_LOCALID=0
+export SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=2
+export SLURM_STEP_NODELIST=localhost SLURM_LOCALID=0
 for i in 0 1; do SLURM_PROCID=$i "$@" > "$LOGS/$i.log" 2>&1 & done
 status=0; for job in $(jobs -p); do wait "$job" || status=$?; done; exit "$status" """,
     )

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from dalle2_jax.models import models
-from dalle2_jax.runtime import checkpoint, partition
+from dalle2_jax.runtime import modeldir, partition
 from dalle2_jax.train import train
 
 BATCH = 16
@@ -88,9 +88,9 @@ def beginning(kind: str) -> tuple:
         name: np.asarray(leaf)
         + np.float32(0 if name.startswith("stats/") else 0.05)
         * draw.normal(size=leaf.shape).astype(np.float32)
-        for name, leaf in checkpoint.flatten(params).items()
+        for name, leaf in modeldir.flatten(params).items()
     }
-    return config, stage, batch, checkpoint.unflatten(moved)
+    return config, stage, batch, modeldir.unflatten(moved)
 
 
 @functools.cache
@@ -108,18 +108,18 @@ def two_steps(kind: str, sizes: tuple[int, int, int]) -> dict:
         state = jax.device_put(state, plan.shardings)
         shares = {
             name: math.prod(leaf.sharding.shard_shape(leaf.shape)) / leaf.size
-            for name, leaf in checkpoint.flatten(state.params).items()
+            for name, leaf in modeldir.flatten(state.params).items()
         }
         placed = partition.to_global(batch, mesh)
-        found = {"before": checkpoint.flatten(params), "shares": shares, "losses": []}
+        found = {"before": modeldir.flatten(params), "shares": shares, "losses": []}
         for _ in range(2):
             state, scalars = step(state, placed, {})
             found["losses"].append(float(scalars["loss"]))
             if "gradients" not in found:  # of which Adam's first moment is, after one step, a tenth
                 mu = partition.to_host(optax.tree_utils.tree_get(state.opt_state, "mu"))
-                found["gradients"] = {name: 10 * x for name, x in checkpoint.flatten(mu).items()}
+                found["gradients"] = {name: 10 * x for name, x in modeldir.flatten(mu).items()}
         assert int(state.bad_steps) == 0
-        found["after"] = checkpoint.flatten(partition.to_host(state.params))
+        found["after"] = modeldir.flatten(partition.to_host(state.params))
     return found
 
 

@@ -21,8 +21,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dalle2_jax.models import models
-from dalle2_jax.runtime import partition
-from dalle2_jax.runtime.levels import to_uint8
+from dalle2_jax.runtime import machine, partition
+from dalle2_jax.runtime.batch import to_uint8
 
 
 def shape(*sizes):
@@ -268,7 +268,7 @@ class TestBatch:
         other = dict(
             low_res=np.linspace(-1, 1, 8, dtype=np.float32),
             tokens=np.arange(8, dtype=np.int32),
-            mask=np.eye(8, dtype=bool),
+            token_mask=np.eye(8, dtype=bool),
         )
         batch = partition.on_devices(other | {"image": levels, "index": np.arange(8)}, mesh)
         assert set(batch) == {*other, "image"}
@@ -374,7 +374,7 @@ def test_fsdp_gathers_parameters_and_never_activations():
 REPORT = """
 import json, jax
 from dalle2_jax.runtime import partition
-from dalle2_jax.runtime.levels import to_uint8
+from dalle2_jax.runtime.batch import to_uint8
 partition.initialise()
 partition.initialise()
 count = len(jax.devices())
@@ -420,10 +420,10 @@ class TestInitialise:
 
     def test_container_quota_counts(self, monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
-        monkeypatch.setattr(partition.Path, "read_text", lambda self: "350000 100000\n")
-        assert partition._available_cores() == 4
-        monkeypatch.setattr(partition.Path, "read_text", lambda self: "max 100000\n")
-        assert partition._available_cores() == 64
+        monkeypatch.setattr(machine.Path, "read_text", lambda self: "350000 100000\n")
+        assert machine._available_cores() == 4
+        monkeypatch.setattr(machine.Path, "read_text", lambda self: "max 100000\n")
+        assert machine._available_cores() == 64
 
 
 def test_compiler_options_are_those_of_the_meshs_devices():
@@ -455,7 +455,7 @@ def test_several_gpus_hide_the_time_of_their_messages(monkeypatch):
 MAPPED = """
 import ctypes, numpy as np
 from dalle2_jax.runtime import partition
-from dalle2_jax.runtime.levels import to_uint8
+from dalle2_jax.runtime.batch import to_uint8
 partition.initialise()
 partition.make_mesh()
 class Info(ctypes.Structure):

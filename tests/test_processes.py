@@ -29,6 +29,7 @@ SLURM = {
     "SLURM_STEP_NODELIST": "node[007-009,012],other",
     "SLURM_STEP_NUM_NODES": "5",
     "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_NTASKS": "5",
     "SLURM_PROCID": "2",
     "SLURM_LOCALID": "0",
 }
@@ -50,6 +51,18 @@ def test_an_indexed_job_gives_the_id():
     assert processes.settings(environ)["process_id"] == 1
 
 
+def found_by_jax(environ: dict[str, str], monkeypatch) -> tuple:
+    """What JAX makes of `processes.settings`: coordinator, number of processes, number of this, devices."""
+    from jax._src.clusters import ClusterEnv
+
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    names = "coordinator_address", "num_processes", "process_id", "local_device_ids"
+    given = processes.settings(environ)
+    unset = [given.get(name) for name in (*names, "cluster_detection_method")]
+    return ClusterEnv.auto_detect_unset_distributed_params(*unset, initialization_timeout=1)
+
+
 @pytest.mark.parametrize(
     ("nodes", "host"),
     [
@@ -59,14 +72,14 @@ def test_an_indexed_job_gives_the_id():
         ("one", "one"),
     ],
 )
-def test_slurm(nodes, host):
-    found = processes.settings(SLURM | {"SLURM_STEP_NODELIST": nodes})
-    assert found == dict(coordinator_address=f"{host}:61441", num_processes=5, process_id=2)
+def test_slurm(nodes, host, monkeypatch):
+    """One process a node has all of its devices."""
+    assert found_by_jax(SLURM | {"SLURM_STEP_NODELIST": nodes}, monkeypatch) == (f"{host}:61441", 5, 2, [])
 
 
-def test_slurm_with_several_tasks_a_node_has_a_device_a_task():
-    found = processes.settings(SLURM | {"SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "2"})
-    assert found["local_device_ids"] == [2]
+def test_slurm_with_several_tasks_a_node_has_a_device_a_task(monkeypatch):
+    several = SLURM | {"SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "2"}
+    assert found_by_jax(several, monkeypatch) == ("node007:61441", 5, 2, [2])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +89,6 @@ def test_slurm_with_several_tasks_a_node_has_a_device_a_task():
         ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "JAX_NUM_PROCESSES"),
         (BY_HAND | {"JAX_COORDINATOR_ADDRESS": "h"}, "host:port"),
         (BY_HAND | {"JAX_PROCESS_ID": "4"}, "ids are 0"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID"),
     ],
 )
 def test_an_incomplete_description_is_refused(environ, said):

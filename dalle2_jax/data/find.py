@@ -6,7 +6,6 @@ so that a folder may be called `set [v2]`. What braces name must all be there.
 """
 
 import collections
-import difflib
 import fnmatch
 import glob
 import itertools
@@ -15,6 +14,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from absl import logging
+
+from dalle2_jax.runtime.names import nearest
 
 MAX_FILES = 1_000_000  # that braces may name
 _MAX_ENTRIES = 100_000  # of folders that are looked through for files that lie deeper
@@ -26,9 +27,9 @@ _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
 def did_you_mean(word: str, known) -> str:
     """'; did you mean X?' where one of `known` is near `word`, and then the known ones."""
     known = sorted(map(str, known))
-    near = difflib.get_close_matches(word, known, n=1)
+    near = nearest(word, known)
     shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-    return (f"; did you mean {near[0]!r}?" if near else ";") + f" There is: {shown or 'nothing'}"
+    return (f"; did you mean {near}?" if near else ";") + f" There is: {shown or 'nothing'}"
 
 
 def find_files(path: str, split: str, suffix: str) -> list[str]:
@@ -239,7 +240,7 @@ def _tell_of_others(folder: str, split: str, suffix: str, beside: int) -> None:
 def _near(word: str, known) -> str:
     """All that are near, so that none of several parts stands for the whole; and then the known ones."""
     known = sorted(known)
-    near = " or ".join(map(repr, difflib.get_close_matches(word, known, n=3)))
+    near = nearest(word, known, most=3)
     shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
     return (f"; did you mean {near}?" if near else ";" if shown else "") + (
         f" There is: {shown}" if shown else ""
@@ -261,7 +262,7 @@ def _held(wanted: str, folder: str) -> str:
     shown = sorted(name + "/" for name in folders) + sorted(
         f"{pattern} ({len(names)} files)" if len(names) > 1 else names[0] for pattern, names in groups.items()
     )
-    near = " or ".join(map(repr, difflib.get_close_matches(wanted, sorted(folders), n=3)))
+    near = nearest(wanted, sorted(folders), most=3)
     listed = ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "")
     return (f"; did you mean {near}?" if near else ";") + (
         f" {folder or 'this folder'} holds: {listed or 'nothing'}"

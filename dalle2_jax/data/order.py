@@ -18,18 +18,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dalle2_jax.data.splitmix import GAMMA, MASK, mix
+
 ROUNDS = 24
-_GAMMA, _MASK32, _MASK64 = 0x9E3779B97F4A7C15, 2**32 - 1, 2**64 - 1
 _SCHEDULE_BITS = 0x7369F885192C0EF5  # one bit a round, from Simon's key schedule
 # Many indices are permuted at once, because numpy takes as long for a few; so many results are kept.
 _BLOCK, _TABLES = 4096, 64
-
-
-def _mix(x: int) -> int:
-    """The 64 bits of `x` stirred (the end of splitmix64)."""
-    for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ x >> bits) * factor & _MASK64
-    return x ^ x >> 31
 
 
 def shuffle_key(seed: int, epoch: int) -> tuple[int, int, int]:
@@ -39,8 +33,9 @@ def shuffle_key(seed: int, epoch: int) -> tuple[int, int, int]:
     plain numbers as keys, as tf.random.experimental.index_shuffle passes them, the orders of successive
     epochs are strongly correlated. So the keys are mixed (splitmix64) and the rounds are 24.
     """
-    key = _mix(_mix((seed + _GAMMA) & _MASK64) ^ ((epoch + 1) * _GAMMA & _MASK64))
-    return key & _MASK32, key >> 32, _mix((key + _GAMMA) & _MASK64) & _MASK32
+    key = mix(mix((seed + GAMMA) & MASK) ^ ((epoch + 1) * GAMMA & MASK))
+    last = mix((key + GAMMA) & MASK)
+    return key & 0xFFFFFFFF, key >> 32, last & 0xFFFFFFFF
 
 
 def _word_bits(n: int) -> int:

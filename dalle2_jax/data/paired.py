@@ -13,7 +13,7 @@ import re
 import numpy as np
 from absl import logging
 
-from dalle2_jax.data import embeddings, records
+from dalle2_jax.data import embeddings, metadata, records
 from dalle2_jax.data.records import BadRecord, Record
 from dalle2_jax.data.shards import encodable, language_of
 
@@ -44,7 +44,7 @@ class Paired:
                 f"the embeddings of {path} are of a dataset with fingerprint {plan['fingerprint'][:12]}, "
                 f"this one's is {source.fingerprint[:12]}: {_AGAIN}"
             )
-        columns, self._fields = embeddings.read_columns(
+        columns, self._fields = metadata.read_columns(
             self._table.metadata, lambda field: field in _KEYS or language_of(field)
         )
         keys = [columns.pop(name) for name in _KEYS if name in columns]
@@ -69,7 +69,7 @@ class Paired:
             )
         texts, fields = record.captions, record.fields
         if captions and self._captions:
-            texts, fields = embeddings.row_captions(self._captions, index, embedded=True), self._fields
+            texts, fields = metadata.row_captions(self._captions, index, embedded=True), self._fields
         return Record(record.key, record.image, texts, self._table.row(index), fields)
 
 
@@ -147,7 +147,7 @@ def _captions_found(sampled: dict[int, Record], columns: dict[str, list]) -> tup
     at_home, wanted = 0, collections.defaultdict(list)
     for row, record in sampled.items():
         own = {text for texts in record.captions.values() for text in texts}
-        if own & {text for texts in embeddings.row_captions(columns, row).values() for text in texts}:
+        if own & {text for texts in metadata.row_captions(columns, row).values() for text in texts}:
             at_home += 1
         else:
             for text in own:
@@ -168,7 +168,7 @@ def _captions_found(sampled: dict[int, Record], columns: dict[str, list]) -> tup
 def _example(sampled: dict[int, Record], columns: dict[str, list]) -> str:
     """'; row 3 says ..., the record ...' of the first that both say something of, or ''."""
     for row, record in sampled.items():
-        said = embeddings.row_captions(columns, row)
+        said = metadata.row_captions(columns, row)
         for language in said.keys() & record.captions.keys():
             one, other = said[language][0][:80], record.captions[language][0][:80]
             return f": row {row} says {one!r}, its record {other!r}"

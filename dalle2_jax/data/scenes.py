@@ -46,6 +46,7 @@ from dalle2_jax.data.scenes_grammar import (
     triples,
 )
 from dalle2_jax.data.scenes_shapes import SIGNED_DISTANCE
+from dalle2_jax.data.splitmix import GAMMA, MASK, mix
 
 __all__ = [
     "BACKGROUNDS",
@@ -81,19 +82,14 @@ KINDS = ("single_seen", "single_heldout", "pair_seen", "pair_heldout_relation")
 class Stream:
     """Pseudo-random numbers that are a pure function of a few integers (splitmix64, Steele et al. 2014)."""
 
-    _MASK = (1 << 64) - 1
-
     def __init__(self, *keys: int):
         self._state = 0
         for key in keys:
-            self._state = self._next() ^ (int(key) & self._MASK)
+            self._state = self._next() ^ (int(key) & MASK)
 
     def _next(self) -> int:
-        self._state = (self._state + 0x9E3779B97F4A7C15) & self._MASK
-        z = self._state
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & self._MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & self._MASK
-        return z ^ (z >> 31)
+        self._state = (self._state + GAMMA) & MASK
+        return mix(self._state)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         """A number in [low, high)."""

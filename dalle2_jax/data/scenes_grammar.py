@@ -6,9 +6,10 @@ are in `scenes`.
 """
 
 import dataclasses
-import difflib
 import functools
 import json
+
+from dalle2_jax.runtime.names import nearest
 
 # RGB of objects. Every two colours are more than 38 apart in CIELAB (the closest: blue and purple; then red,
 # orange and yellow at 47), and every colour is more than 45 from every background.
@@ -65,8 +66,8 @@ def check_choice(value: str, choices, what: str) -> str:
     """`value` if it is one of `choices`, else a ValueError that names the closest one."""
     if value in choices:
         return value
-    close = difflib.get_close_matches(str(value), list(choices), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    near = nearest(value, choices)
+    hint = f"; did you mean {near}?" if near else ""
     raise ValueError(f"unknown {what} {value!r}{hint} (choose from {', '.join(choices)})")
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
-from dalle2_jax.data import damage, records
+from dalle2_jax.data import damage, records, tar
 from dalle2_jax.data.examples import Example
 from dalle2_jax.data.find import find_files
 from dalle2_jax.data.records import BadRecord, Record
@@ -264,7 +264,7 @@ def open_tar(
     allow_damaged: the files that may be damaged, of which what is whole is read; see `damage.check`.
     Raises ValueError for other damaged files, all of them at once.
     """
-    opened = _open_files(path, split, ".tar", records.index_tar, True, allow_damaged)
+    opened = _open_files(path, split, ".tar", tar.index_tar, True, allow_damaged)
     return TarSource(*opened, verify_sha256)
 
 

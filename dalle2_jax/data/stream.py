@@ -11,7 +11,7 @@ import queue
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 
 import numpy as np
@@ -99,28 +99,23 @@ class Stream(Iterator):
 def batches(
     load: Callable[[np.ndarray, np.ndarray], Batch],
     signature: dict[str, tuple],
+    order: Order,
     *,
-    num_records: int,
-    seed: int,
-    batch_size: int,
     start_step: int,
-    parts: Sequence[int],
-    num_parts: int,
     repeat: bool,
-    shuffle: bool,
     chunk: int,
     num_workers: int,
-    group: int = 1,
 ) -> Stream:
-    """Stream the batches of `load` in the order of `order`, read by `num_workers` threads.
+    """Stream the batches of `load` in this order, read by `num_workers` threads.
 
     Args:
         load: (record numbers int64 [n], epochs int64 [n]) -> the fields, stacked; called from several
-        threads. signature: {field: (dtype, shape of one record)} of what it returns. batch_size, start_step,
-        parts, num_parts, repeat, shuffle: see `pipeline.Dataset.batches`. chunk: at most so many records a
-        call of `load`. group: see `order`.
+            threads.
+        signature: {field: (dtype, shape of one record)} of what it returns.
+        order: which record comes when, and how many a batch has.
+        start_step, repeat: see `pipeline.Dataset.batches`.
+        chunk: at most so many records a call of `load`.
     """
-    order = Order(num_records, seed, batch_size, tuple(parts), num_parts, shuffle, group)
     first = start_step * order.local
     stop = _FOREVER if repeat else order.elements_of_a_pass()
 

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dalle2_jax.data import degradations
 from dalle2_jax.data.records import BadRecord
+from dalle2_jax.data.splitmix import GAMMA, mix
 
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 20.0
@@ -43,13 +44,6 @@ _TURNS = {  # EXIF orientation -> what makes the picture upright
 CAPTION, LANGUAGE, PLACE_X, PLACE_Y, FLIP, CROP_Y, CROP_X, BLUR = range(8)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's output function on uint64: a bijection whose bits all depend on all input bits."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def uniforms(seed: int, epoch, index) -> np.ndarray:
     """Eight numbers in [0, 1) for each (seed, epoch, record), a pure function of the three.
 
@@ -59,12 +53,12 @@ def uniforms(seed: int, epoch, index) -> np.ndarray:
     Returns:
         float64 [..., 8], the slots CAPTION ... BLUR.
     """
-    gamma = np.uint64(0x9E3779B97F4A7C15)
+    gamma = np.uint64(GAMMA)
     with np.errstate(over="ignore"):
-        state = _mix(np.uint64(seed % 2**64) + gamma)
-        state = _mix(state ^ (np.asarray(epoch).astype(np.uint64) + np.uint64(1)) * gamma)
-        state = _mix(state ^ (np.asarray(index).astype(np.uint64) + np.uint64(1)) * gamma)
-        slots = _mix(state[..., None] + np.arange(1, 9, dtype=np.uint64) * gamma)
+        state = mix(np.uint64(seed % 2**64) + gamma)
+        state = mix(state ^ (np.asarray(epoch).astype(np.uint64) + np.uint64(1)) * gamma)
+        state = mix(state ^ (np.asarray(index).astype(np.uint64) + np.uint64(1)) * gamma)
+        slots = mix(state[..., None] + np.arange(1, 9, dtype=np.uint64) * gamma)
     return (slots >> np.uint64(11)) * 2.0**-53
 
 

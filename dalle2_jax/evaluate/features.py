@@ -10,7 +10,6 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 
-import jax
 import numpy as np
 
 from dalle2_jax.convert import inception_weights
@@ -19,27 +18,10 @@ from dalle2_jax.evaluate.picture_sets import Item, PictureSet
 from dalle2_jax.evaluate.presets import PRESETS
 from dalle2_jax.generate import pipeline
 from dalle2_jax.generate.pictures import square_picture
-from dalle2_jax.runtime import partition, processes
+from dalle2_jax.runtime import processes
+from dalle2_jax.runtime.batched import Batched
 
 BATCH_SIZE = 32
-
-
-class Batches:
-    """A compiled function of micro-batches of one size that are split over the devices."""
-
-    def __init__(self, function: Callable, params, batch_size: int = BATCH_SIZE, mesh=None):
-        self._mesh = partition.local_mesh() if mesh is None else mesh
-        shards = partition.batch_shards(self._mesh)
-        self.size = -(-batch_size // shards) * shards
-        self._params = jax.device_put(params, partition.replicated(self._mesh))
-        self._function = jax.jit(function, out_shardings=partition.batch_sharding(self._mesh))
-
-    def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The outputs of up to `size` rows; copies of the last fill the batch and are cut off again."""
-        whole = rows[np.minimum(np.arange(self.size), len(rows) - 1)]
-        with partition.use_mesh(self._mesh):
-            outputs = self._function(self._params, partition.to_global({"x": whole}, self._mesh)["x"])
-        return {name: value[: len(rows)] for name, value in partition.to_host(outputs).items()}
 
 
 Extractor = tuple[Callable[[np.ndarray], np.ndarray], Callable[[list], dict[str, np.ndarray]]]
@@ -49,12 +31,11 @@ def inception_extractor(
     weights: inception_weights.Weights, preset: str, batch_size: int, mesh=None
 ) -> Extractor:
     """(what a picture becomes on the host, features of a list of these)."""
-    batches = Batches(inception.features, weights.params, batch_size, mesh)
+    compiled = Batched(inception.features, weights.params, batch_size, mesh)
     chosen = PRESETS[preset]
 
     def run(prepared: list) -> dict[str, np.ndarray]:
-        parts = [batches(np.stack(part)) for part in _batched(prepared, batches.size)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return compiled(np.stack(prepared))
 
     return lambda picture: inception.prepare(chosen.square(picture), chosen.rule), run
 

@@ -12,8 +12,9 @@ and below it B" both say that B is below A.
 """
 
 import dataclasses
-import difflib
 import re
+
+from dalle2_jax.runtime.names import nearest
 
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
@@ -107,8 +108,8 @@ def _words(caption: str) -> list[str]:
     out = []
     for word in re.findall(r"[\w']+", caption.lower().replace("-", " ")):
         if word not in _KNOWN:
-            close = difflib.get_close_matches(word, sorted(_KNOWN), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            near = nearest(word, sorted(_KNOWN))
+            hint = f"; did you mean {near}?" if near else ""
             raise ValueError(
                 f"caption {caption!r}: the checker of scenes does not know the word {word!r}{hint}"
             )

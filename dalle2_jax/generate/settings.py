@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from dalle2_jax.generate.cascade import GUIDES, Cascade
 from dalle2_jax.models.diffusion.sampling import METHODS
 from dalle2_jax.models.diffusion.schedules import SPACINGS
+from dalle2_jax.runtime.names import nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ def split(asked: dict) -> dict[str, dict]:
     roles = {"prior": {}, "decoder": {}, "upsampler": {}}
     for name, value in asked.items():
         if name not in SETTINGS:
-            close = difflib.get_close_matches(name, SETTINGS, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f": choose from {', '.join(SETTINGS)}"
+            near = nearest(name, SETTINGS)
+            hint = f"; did you mean {near}?" if near else f": choose from {', '.join(SETTINGS)}"
             raise ValueError(f"{name!r} is no setting of sampling{hint}")
         if value is not None:
             roles[SETTINGS[name].role][SETTINGS[name].name] = value

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.generate.cascade import GUIDES, Cascade, Task
-from dalle2_jax.runtime import levels
+from dalle2_jax.runtime.batch import to_float, to_uint8
 
 # A stage's number in the keys; upsampler k is 2 + k.
 _PRIOR, _DECODER, _UPSAMPLER = 0, 1, 2
@@ -136,11 +136,11 @@ def decoder_task(cascade: Cascade, seed: int, own: dict, given: Collection[str] 
             guidance_scale=scale,
             log_p=log_p,
             x_T=batch.get("x_T"),
-            init=levels.to_float(batch["init"]) if "init" in batch else None,
+            init=to_float(batch["init"]) if "init" in batch else None,
             known=_known(batch),
             **fixed,
         )
-        return levels.to_uint8(drawn)
+        return to_uint8(drawn)
 
     scalars = _drawing_scalars(seed, own["guidance_scale"])
     scalars |= {name: np.float32(value) for name, value in scales.items()}
@@ -152,7 +152,7 @@ def _known(batch: dict) -> tuple[jax.Array, jax.Array] | None:
     """(picture, repaint [B, h, w, 1] of 0 and 1) of the rows 'known' and 'repaint', if they are there."""
     if "known" not in batch:
         return None
-    return levels.to_float(batch["known"]), batch["repaint"][..., None].astype(jnp.float32)
+    return to_float(batch["known"]), batch["repaint"][..., None].astype(jnp.float32)
 
 
 def invert_task(cascade: Cascade, num_steps: int) -> Task:
@@ -162,7 +162,7 @@ def invert_task(cascade: Cascade, num_steps: int) -> Task:
     rows = {"image": _spec(picture, np.uint8)} | _embed_specs(decoder) | told_specs(decoder)
 
     def function(params, batch, scalars):
-        return decoder.invert(params, batch | {"image": levels.to_float(batch["image"])}, num_steps=num_steps)
+        return decoder.invert(params, batch | {"image": to_float(batch["image"])}, num_steps=num_steps)
 
     return Task("decoder", function, ("invert", num_steps), rows, steps=num_steps, label="inversion")
 
@@ -187,8 +187,8 @@ def upsampler_task(
 
     def function(params, batch, scalars):
         keys = picture_keys(scalars["seed"], batch["number"], number)
-        batch = batch | {"low_res": levels.to_float(batch["low_res"])}
-        return levels.to_uint8(stage.sample(params, keys, batch, known=_known(batch), **fixed))
+        batch = batch | {"low_res": to_float(batch["low_res"])}
+        return to_uint8(stage.sample(params, keys, batch, known=_known(batch), **fixed))
 
     return Task(name, function, tuple(fixed.items()), rows, {"seed": np.uint32(seed)}, fixed["num_steps"])
 
@@ -198,7 +198,7 @@ def image_task(cascade: Cascade) -> Task:
     clip = cascade.stage("clip")
 
     def function(params, batch, scalars):
-        return clip.encode_image(params, levels.to_float(batch["image"]))
+        return clip.encode_image(params, to_float(batch["image"]))
 
     rows = {"image": _spec((clip.image_size, clip.image_size, 3), np.uint8)}
     return Task("clip", function, ("image",), rows, label="image")

@@ -2,7 +2,6 @@
 batch."""
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import json
@@ -14,6 +13,7 @@ from etils import epath
 
 from dalle2_jax.models.nets import layers
 from dalle2_jax.runtime import checkpoint, files, hub, modeldir
+from dalle2_jax.runtime.names import nearest
 
 STAGES = ("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier")
 # What may take the place of a stage in a model.
@@ -37,8 +37,8 @@ def check_names(names: Iterable[str], known: Collection[str], what: str) -> None
     """Raise ValueError for a name that is not known, naming the nearest one."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {what}.{near[0]}?" if near else f"; it has {sorted(known)}"
+            near = nearest(name, known, show=str)
+            hint = f"; did you mean {what}.{near}?" if near else f"; it has {sorted(known)}"
             raise ValueError(f"{what}.{name} is not a setting{hint}")
 
 
@@ -81,9 +81,9 @@ def build_stage(config: dict):
     wrong."""
     name = config["stage"]
     if name not in STAGES:
-        near = difflib.get_close_matches(str(name), STAGES, n=1)
+        near = nearest(name, STAGES)
         raise ValueError(
-            f"stage {name!r} is unknown; {f'did you mean {near[0]!r}?' if near else f'there are {STAGES}'}"
+            f"stage {name!r} is unknown; {f'did you mean {near}?' if near else f'there are {STAGES}'}"
         )
     module = importlib.import_module(f"dalle2_jax.models.stages.{name}")
     model = _to_arguments(to_plain(config["model"]))

@@ -10,32 +10,43 @@ from pathlib import Path
 
 import jax
 
+from dalle2_jax.runtime.metrics import peak_flops
+
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """memory: bytes. link_bandwidth: bytes/s that a chip sends over all of its links; as many come in.
-    clock: Hz. axes: of the torus that slices are cut from. largest: chips of a slice at most.
-    kinds: what JAX calls a device; the two cores of a v4 are one, as JAX has them on the machines."""
+    """A kind of chip.
+
+    memory: bytes.
+    link_bandwidth: bytes/s that a chip sends over all of its links; as many come in.
+    cells: of its matrix units, each two FLOPs a cycle.
+    axes: of the torus that slices are cut from.
+    largest: chips of a slice at most.
+    kinds: what JAX calls a device; the two cores of a v4 are one, as JAX has them on the machines.
+    """
 
     memory: float
     link_bandwidth: float
-    clock: float
+    cells: int
     axes: int
     largest: int
     kinds: tuple[str, ...]
     cores: str = "default"
 
+    @property
+    def clock(self) -> float:
+        """Hz, which follows from the chip's peak in bfloat16."""
+        return peak_flops(self.kinds[0]) / (2 * self.cells)
 
-# Google's pages on the versions of Cloud TPU; link bandwidths there are for both directions together. The
-# clock is the bfloat16 peak (metrics.PEAK_FLOPS) over two FLOPs for each cell of the chip's matrix units: 8
-# of 128 x 128 (v4, v5p), 4 of 128 x 128 (v5e), 4 of 256 x 256 (v6e).
+
+# Google's pages on the versions of Cloud TPU; link bandwidths there are for both directions together.
 CHIPS = {
-    "v4": Chip(32 * GIB, 300e9, 1.05e9, 3, 4096, ("TPU v4",), cores="megacore"),
-    "v5e": Chip(16 * GIB, 200e9, 1.50e9, 2, 256, ("TPU v5 lite", "TPU v5e")),
-    "v5p": Chip(95 * GIB, 600e9, 1.75e9, 3, 6144, ("TPU v5", "TPU v5p")),
-    "v6e": Chip(32 * GIB, 400e9, 1.75e9, 2, 256, ("TPU v6 lite", "TPU v6e")),
+    "v4": Chip(32 * GIB, 300e9, 8 * 128**2, 3, 4096, ("TPU v4",), cores="megacore"),
+    "v5e": Chip(16 * GIB, 200e9, 4 * 128**2, 2, 256, ("TPU v5 lite", "TPU v5e")),
+    "v5p": Chip(95 * GIB, 600e9, 8 * 128**2, 3, 6144, ("TPU v5", "TPU v5p")),
+    "v6e": Chip(32 * GIB, 400e9, 4 * 256**2, 2, 256, ("TPU v6 lite", "TPU v6e")),
 }
 
 

@@ -6,23 +6,15 @@ whole: its folder gets its name last, or, where a file system cannot rename fold
 Leaves are stored under flat names such as 'params/conv_in/kernel', so a checkpoint can be read onto
 any mesh and without the classes it came from.
 
-Orbax does not notice flipped bits in its files, so `meta` carries a checksum of every leaf, compared on
-reading; a damaged checkpoint is set aside and the one before it used. With w_i the bits of element i as an
-unsigned number, the checksum is sum_i w_i (2 i + 1) mod 2^32: a changed bit always changes it (the weights
-are odd), and devices that hold parts of an array just add up theirs. `meta` has a sha256 of itself and
-one of the leaves' names, shapes and types: damage to these does not look like another dataset or model.
+`meta` carries a checksum of every leaf (`checksums`), compared on reading; a damaged checkpoint is set aside
+and the one before it used. `meta` has a sha256 of itself and one of the leaves' names, shapes and types:
+damage to these does not look like another dataset or model.
 """
 
 import contextlib
-import errno
-import hashlib
 import json
-import logging as standard_logging
 import os
-import re
-import secrets
 import shutil
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,97 +25,19 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from dalle2_jax.runtime import files, processes
-
-# the other half of what is written to disk, for callers that know it as checkpoint.load_stage and so on
-from dalle2_jax.runtime.modeldir import check_params as check_params
+from dalle2_jax.runtime import checksums, files, processes
 from dalle2_jax.runtime.modeldir import differences, flatten, unflatten
-from dalle2_jax.runtime.modeldir import load_stage as load_stage
-from dalle2_jax.runtime.modeldir import read_index as read_index
-from dalle2_jax.runtime.modeldir import save_stage as save_stage
-from dalle2_jax.runtime.modeldir import write_index as write_index
+from dalle2_jax.runtime.orbax_errors import (
+    DamagedCheckpoint,
+    SaveFailed,
+    cause,
+    damage_for_all,
+    explain_damage,
+    quiet_orbax,
+)
 
 SAVE_SECONDS = 30 * 86400  # Orbax gives up then, by a clock that may be set while it writes
-FORMAT = 1  # of what `meta` holds beside the leaves; raised when older code could misread it
 COMMIT = "commit_success.txt"  # Orbax's
-# What the operating system says of files that are missing or are something else, as against files that this
-# process may not or cannot read just now.
-OF_FILES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
-# How tensorstore begins what it says of a bucket that cannot be read just now.
-OF_SERVICES = tuple(
-    f"{code}: "
-    for code in (
-        "ABORTED",
-        "CANCELLED",
-        "DEADLINE_EXCEEDED",
-        "PERMISSION_DENIED",
-        "RESOURCE_EXHAUSTED",
-        "UNAUTHENTICATED",
-        "UNAVAILABLE",
-    )
-)
-CACHED = 1 << 15  # numbers whose checksum is computed at once: 128 KiB, and as much of weights
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint that cannot be read, or whose leaves are not what was saved."""
-
-
-class ReadFailed(OSError):
-    """A checkpoint that could not be read and may be whole: files of another user, no memory, no network."""
-
-
-class SaveFailed(OSError):
-    """A checkpoint that could not be written: a full disk, a quota, a file system that went away."""
-
-
-def checksum(x: Any) -> Any:
-    """Returns the checksum above of an array, uint32: in numpy for numpy, in JAX for a tracer."""
-    kind = np.dtype(f"uint{8 * x.dtype.itemsize}")
-    if isinstance(x, np.ndarray):
-        return _checksum_of_words(
-            np.ascontiguousarray(x).reshape(-1).view(kind).astype(np.uint32, copy=False)
-        )
-    bits = x.astype(kind) if x.dtype == bool else jax.lax.bitcast_convert_type(x, kind)
-    index = jax.numpy.zeros((), np.uint32)  # of each element in row-major order, without gathering the array
-    for axis, size in enumerate(x.shape):
-        along = jax.numpy.arange(size, dtype=np.uint32).reshape((size,) + (1,) * (x.ndim - axis - 1))
-        index = index * np.uint32(size) + along
-    return (bits.astype(np.uint32) * (2 * index + 1)).sum(dtype=np.uint32)
-
-
-def _checksum_of_words(words: np.ndarray) -> np.uint32:
-    """Of uint32 [n]. In rows that stay in a core's cache: with i = row * CACHED + j the weight 2 i + 1 is
-    2 j + 1, the same for all rows, and 2 row * CACHED, the same for all of a row."""
-    weights = np.arange(1, 2 * CACHED, 2, dtype=np.uint32)
-    total = 0
-    for first in range(0, words.size, CACHED):
-        row = words[first : first + CACHED]
-        total += int(row @ weights[: row.size]) + 2 * first * int(row.sum(dtype=np.uint32))
-    return np.uint32(total % 2**32)
-
-
-def checksums(flat: Mapping[str, Any]) -> dict[str, int]:
-    """Returns {name: checksum}; of arrays on accelerators or split over hosts, computed where they are."""
-    host = {
-        name: np.asarray(leaf)
-        for name, leaf in flat.items()
-        if not isinstance(leaf, jax.Array)
-        or (
-            (leaf.is_fully_addressable or leaf.is_fully_replicated)
-            and all(device.platform == "cpu" for device in leaf.devices())
-        )
-    }
-    sums = {name: int(checksum(leaf)) for name, leaf in host.items()}
-    rest = {name: leaf for name, leaf in flat.items() if name not in host}
-    if rest:
-        sums |= {name: int(value) for name, value in jax.device_get(_device_checksums(rest)).items()}
-    return {name: sums[name] for name in flat}
-
-
-@jax.jit
-def _device_checksums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: checksum(leaf) for name, leaf in flat.items()}
 
 
 class Checkpointer:
@@ -145,12 +59,12 @@ class Checkpointer:
     ):
         import orbax.checkpoint as ocp
 
-        _quiet_orbax()
+        quiet_orbax()
         self._ocp, self._before_save, self._failed = ocp, before_save, False
         self._zero_at_first = zero_at_first
         self.directory = epath.Path(files.expand(workdir)) / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._renames = _renames_folders(self.directory)
+        self._renames = files.renames_folders(self.directory)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep or None,
             cleanup_tmp_directories=True,  # left by a process that was killed while saving
@@ -190,8 +104,8 @@ class Checkpointer:
             self._before_save()
         args, flat = self._ocp.args, flatten(state)
         self._failed = False
-        contents = {"format": FORMAT, "meta": dict(meta), "checksums": checksums(flat)}
-        contents = _sealed(contents | {"layout": _layout(flat)})
+        contents = {"format": checksums.FORMAT, "meta": dict(meta), "checksums": checksums.checksums(flat)}
+        contents = checksums.sealed(contents | {"layout": checksums.layout(flat)})
         with self._explain_failure():
             return self._manager.save(
                 step, args=args.Composite(state=args.PyTreeSave(flat), meta=args.JsonSave(contents))
@@ -214,8 +128,8 @@ class Checkpointer:
             raise FileNotFoundError(_no_checkpoint(self.directory, step, self.all_steps()))
         path = self.directory / str(step)
         expected = flatten(abstract_state)
-        with _damage_for_all(path):
-            with _explain_damage(path):
+        with damage_for_all(path):
+            with explain_damage(path):
                 stored, contents = _read_description(path, self._state)
             zero = {
                 name: leaf
@@ -226,13 +140,13 @@ class Checkpointer:
             wanted = {where[name]: leaf for name, leaf in expected.items() if name not in zero}
             _check_stored(path, stored, wanted)
             restore_args = self._ocp.checkpoint_utils.construct_restore_args(wanted)
-            with _explain_damage(path):
+            with explain_damage(path):
                 restored = self._state.restore(
                     _absolute(path / "state"),
                     args=self._ocp.args.PyTreeRestore(wanted, restore_args=restore_args),
                 )
-        with _damage_for_all(path):  # the sums of what is split are computed by all devices
-            _check_sums(path, {name: restored[name] for name in wanted}, contents["checksums"])
+        with damage_for_all(path):  # the sums of what is split are computed by all devices
+            checksums.check_sums(path, {name: restored[name] for name in wanted}, contents["checksums"])
         flat = {
             name: _zeros(leaf) if name in zero else restored[where[name]] for name, leaf in expected.items()
         }
@@ -278,7 +192,7 @@ class Checkpointer:
             if self._renames:
                 source.rename(target)
             else:
-                _copy_folder(source, target)
+                files.copy_folder(source, target)
                 source.rmtree()
             logging.warning("moved the damaged checkpoint to %s", target)
         processes.sync(f"set aside {step}")
@@ -331,7 +245,7 @@ class Checkpointer:
                         left.rmtree()
             whole = ", ".join(map(str, self.all_steps())) or "none"
             raise SaveFailed(
-                f"a checkpoint could not be written to {self.directory}: {_cause(error)}. Whole ones are "
+                f"a checkpoint could not be written to {self.directory}: {cause(error)}. Whole ones are "
                 f"those of steps {whole}. Free space there, then run the same command to go on from the last"
             ) from error
 
@@ -353,7 +267,7 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
     """
     import orbax.checkpoint as ocp
 
-    _quiet_orbax()
+    quiet_orbax()
     directory = epath.Path(files.expand(workdir)) / "checkpoints"
     if not directory.exists():
         raise FileNotFoundError(f"{workdir} is not a training workdir: it has no folder 'checkpoints'")
@@ -370,7 +284,7 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
         raise FileNotFoundError(_no_checkpoint(directory, step, steps))
     path = directory / str(step)
     handler = ocp.PyTreeCheckpointHandler()
-    with _explain_damage(path):
+    with explain_damage(path):
         stored, contents = _read_description(path, handler)
         wanted = {
             leaf: jax.ShapeDtypeStruct(m.shape, m.dtype)
@@ -388,7 +302,7 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
             args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True),
         )
     sums = {leaf: value for leaf, value in contents["checksums"].items() if leaf.startswith(f"{name}/")}
-    _check_sums(path, {leaf: flat[leaf] for leaf in wanted}, sums)
+    checksums.check_sums(path, {leaf: flat[leaf] for leaf in wanted}, sums)
     return unflatten({leaf.removeprefix(f"{name}/"): flat[leaf] for leaf in wanted})
 
 
@@ -452,69 +366,16 @@ def _check_stored(path: epath.Path, stored: Mapping[str, Any], expected: Mapping
         )
 
 
-def _sealed(contents: Mapping[str, Any]) -> dict[str, Any]:
-    """What `meta` holds, with the sha256 of it; the rule of that is the same in all formats."""
-    plain = json.loads(json.dumps({name: value for name, value in contents.items() if name != "sha256"}))
-    return plain | {"sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
-
-
-def _layout(flat: Mapping[str, Any]) -> str:
-    """The sha256 of the leaves' names, shapes and types."""
-    lines = sorted(f"{name} {tuple(leaf.shape)} {np.dtype(leaf.dtype)}" for name, leaf in flat.items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def _read_description(path: epath.Path, handler: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns ({name: what Orbax says of a leaf}, what `meta` holds). Raises as `_check_contents`, and what
-    reading raises."""
+    """Returns ({name: what Orbax says of a leaf}, what `meta` holds).
+
+    Raises what `checksums.check_contents` and reading raise.
+    """
     (path / "state" / "_METADATA").stat()  # for its error: what Orbax may not see counts as missing there
     stored = dict(handler.metadata(_absolute(path / "state")).tree)
     contents = json.loads((path / "meta" / "metadata").read_text())
-    _check_contents(path, contents, stored)
+    checksums.check_contents(path, contents, stored)
     return stored, contents
-
-
-def _check_contents(path: epath.Path, contents: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    """Raises DamagedCheckpoint where `meta`, or what Orbax says is `stored`, is not what was saved, and
-    ValueError for a newer format. Older checkpoints have no such sums, the oldest no format."""
-    damaged = f"checkpoint {path} is damaged: %s not what was saved. Move that folder away to go on from an "
-    damaged += "earlier step"
-    if contents.get("sha256") not in (None, _sealed(contents)["sha256"]):
-        raise DamagedCheckpoint(damaged % "meta is")
-    written = contents.get("format", 0)
-    if written > FORMAT:
-        raise ValueError(
-            f"checkpoint {path} has format {written}, this version of dalle2_jax reads up to {FORMAT}: use "
-            "the version that wrote it, or a newer one"
-        )
-    if contents.get("layout") not in (None, _layout(stored)):
-        raise DamagedCheckpoint(damaged % "names, shapes or types of its leaves are")
-
-
-def _os_error(error: BaseException) -> int | None:
-    """The number of what the operating system said, also in the long messages of tensorstore."""
-    if isinstance(error, OSError):
-        return error.errno
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(code[1]) if code else None
-
-
-def _cause(error: BaseException) -> str:
-    """What the operating system said, or else the first line."""
-    number = _os_error(error)
-    return os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def _may_be_whole(error: BaseException) -> bool:
-    """Whether a checkpoint that could not be read for this reason may be whole."""
-    if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
-        return True
-    number = _os_error(error)
-    if number is not None:
-        return number not in OF_FILES
-    if isinstance(error, OSError):
-        return not isinstance(error, FileNotFoundError)  # Orbax raises these without a number
-    return str(error).startswith(OF_SERVICES)
 
 
 def _committed_by_file(directory: epath.Path) -> type | None:
@@ -526,124 +387,12 @@ def _committed_by_file(directory: epath.Path) -> type | None:
     return None
 
 
-def _copy_folder(source: epath.Path, target: epath.Path) -> None:
-    target.mkdir()
-    for path in source.iterdir():
-        if path.is_dir():
-            _copy_folder(path, target / path.name)
-        else:
-            path.copy(target / path.name)
-
-
-def _renames_folders(directory: epath.Path) -> bool:
-    """Whether a folder that is not empty can be renamed there; buckets, and gcsfuse by default, cannot."""
-    if "://" in os.fspath(directory):
-        return False
-    probe = directory.parent / f".probe_{secrets.token_hex(4)}"
-    target = probe.with_name(probe.name + "_renamed")
-    try:
-        probe.mkdir()
-        (probe / "file").write_text("")
-        os.rename(probe, target)
-        return True
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            return True  # that is another matter, and will be told by who writes
-        logging.info("%s cannot rename folders: checkpoints are committed by a file", directory)
-        return False
-    finally:
-        for left in (probe, target):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _check_sums(path: epath.Path, flat: Mapping[str, Any], sums: Mapping[str, int]) -> None:
-    changed = [name for name, value in checksums(flat).items() if value != sums.get(name)]
-    changed += sorted(sums.keys() - flat.keys())
-    if changed:
-        raise DamagedCheckpoint(
-            f"checkpoint {path} is damaged: {len(changed)} leaves are not what was saved "
-            f"({', '.join(changed[:5])}). Move that folder away to go on from an earlier step"
-        )
-
-
 def _no_checkpoint(directory: epath.Path, step: int | None, steps: list[int]) -> str:
     if not steps:
         return f"no committed checkpoint in {directory}"
     return f"no committed checkpoint of step {step} in {directory}: there are {', '.join(map(str, steps))}"
 
 
-@contextlib.contextmanager
-def _explain_damage(path: epath.Path) -> Iterator[None]:
-    """Turns the many errors of Orbax for missing or damaged files into a DamagedCheckpoint, and those for
-    files that may be whole into a ReadFailed; both say what to do."""
-    try:
-        yield
-    except Exception as error:  # also bare ones, for a file that was cut
-        if isinstance(error, ValueError) and str(error).startswith((f"{path} ", f"checkpoint {path} ")):
-            raise
-        reason = error.__cause__ or error
-        if _may_be_whole(reason):
-            raise ReadFailed(
-                f"checkpoint {path} cannot be read by this process: {_cause(reason)}. It may be whole and "
-                "stays where it is: mend that and run the same command again, or move that folder away to go "
-                "on from an earlier step"
-            ) from error
-        first_line = (str(reason).splitlines() or [""])[0]
-        raise DamagedCheckpoint(
-            f"checkpoint {path} cannot be read, it is incomplete or damaged: move that folder away to go on "
-            f"from an earlier step ({type(error).__name__}: {first_line[:300]})"
-        ) from error
-
-
-@contextlib.contextmanager
-def _damage_for_all(path: epath.Path) -> Iterator[None]:
-    """Around what all processes do with a checkpoint: damage that one of them finds, all raise, once each is
-    done. Within it nobody may wait for the others, as one of them may have found damage before."""
-    error = None
-    try:
-        yield
-    except DamagedCheckpoint as found:
-        error = found
-    if processes.gather(np.array([error is not None]), jax.process_count()).any():
-        raise error or DamagedCheckpoint(f"checkpoint {path} is damaged: another process found it")
-
-
 def _absolute(path: epath.Path) -> epath.Path:
     """Orbax takes absolute paths only."""
     return path if "://" in os.fspath(path) else epath.Path(os.path.abspath(path))
-
-
-def _quiet_orbax() -> None:
-    """Drops Orbax's dozens of informational lines a save from the log."""
-    for logger, rule in (
-        (logging.get_absl_logger(), _not_orbax_chatter),
-        (standard_logging.getLogger("asyncio"), _not_left_by_orbax),
-    ):
-        if rule not in logger.filters:
-            logger.addFilter(rule)
-    if not isinstance(sys.unraisablehook, _Unraisable):
-        sys.unraisablehook = _Unraisable(sys.unraisablehook)
-
-
-class _Unraisable:
-    """Leaves out what tensorstore's threads tell of further leaves once one has failed: the loop of
-    events that would hear it is closed by then."""
-
-    def __init__(self, otherwise: Callable[[Any], None]):
-        self._otherwise = otherwise
-
-    def __call__(self, unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            self._otherwise(unraisable)
-
-
-def _not_left_by_orbax(record: Any) -> bool:
-    # Where several leaves fail, one error is raised; asyncio tells of the others when they are freed.
-    return not any(name in record.getMessage() for name in ("orbax", "tensorstore"))
-
-
-def _not_orbax_chatter(record: Any) -> bool:
-    # What failed is raised as well, so the pages of traceback that each thread of Orbax logs say nothing new.
-    chatty = record.levelno <= 20 or record.exc_info
-    return not chatty or f"{os.sep}orbax{os.sep}" not in record.pathname

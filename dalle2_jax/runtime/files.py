@@ -2,12 +2,15 @@
 
 import codecs
 import contextlib
+import errno
 import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 
+from absl import logging
 from etils import epath
 
 
@@ -135,3 +138,34 @@ def _safetensors_size(head: bytes, size: int, file) -> int:
         return 8 + length + max(ends, default=0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return 0  # the library says what is wrong with it
+
+
+def copy_folder(source: epath.Path, target: epath.Path) -> None:
+    """Copies a folder and all that it holds; `target` is made."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_dir():
+            copy_folder(path, target / path.name)
+        else:
+            path.copy(target / path.name)
+
+
+def renames_folders(directory: epath.Path) -> bool:
+    """Whether a folder that is not empty can be renamed there; buckets, and gcsfuse by default, cannot."""
+    if "://" in os.fspath(directory):
+        return False
+    probe = directory.parent / f".probe_{secrets.token_hex(4)}"
+    target = probe.with_name(probe.name + "_renamed")
+    try:
+        probe.mkdir()
+        (probe / "file").write_text("")
+        os.rename(probe, target)
+        return True
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            return True  # that is another matter, and will be told by who writes
+        logging.info("%s cannot rename folders: checkpoints are committed by a file", directory)
+        return False
+    finally:
+        for left in (probe, target):
+            shutil.rmtree(left, ignore_errors=True)

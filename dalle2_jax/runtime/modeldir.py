@@ -9,7 +9,6 @@ A model directory is what generating needs and nothing else, readable with safet
 """
 
 import contextlib
-import difflib
 import hashlib
 import json
 import math
@@ -26,6 +25,7 @@ import numpy as np
 from etils import epath
 
 from dalle2_jax.runtime import files, partition
+from dalle2_jax.runtime.names import nearest
 
 FORMAT_VERSION = 1
 CARD_FILE = "README.md"  # the model card
@@ -101,8 +101,8 @@ def differences(found: Mapping[str, tuple], expected: Mapping[str, tuple], limit
     for title, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)):
         for name in names[:limit]:
             if title == "missing":
-                near = difflib.get_close_matches(name, surplus, n=1)
-                hint = f" (is {near[0]!r} meant for it?)" if near else ""
+                near = nearest(name, surplus)
+                hint = f" (is {near} meant for it?)" if near else ""
                 lines.append(f"  missing: {name} {_show(expected[name])}{hint}")
             elif title == "surplus":
                 lines.append(f"  surplus: {name} {_show(found[name])}")

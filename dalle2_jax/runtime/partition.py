@@ -14,28 +14,21 @@ Everything runs under `jax.jit` with `NamedSharding`s; on one device all of this
 """
 
 import collections
-import contextlib
-import ctypes
-import hashlib
-import os
-import platform
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dalle2_jax.runtime import files, levels
+from dalle2_jax.runtime import machine
+from dalle2_jax.runtime.batch import as_floats, field
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 # (regex on the end of the path 'a/b/kernel', spec). First match wins. A spec speaks of the last axes of an
 # array, so one rule serves Dense [in, out] and Conv [kh, kw, in, out] kernels, and layers stacked by a scan.
@@ -66,8 +59,8 @@ def initialise(cpu_devices: int | None = None) -> None:
       $JAX_COMPILATION_CACHE_DIR if set, else $DALLE2_JAX_CACHE/xla, else ~/.cache/dalle2_jax/xla.
       DALLE2_JAX_CACHE= (empty) turns this off.
     """
-    _set_cpu_devices(cpu_devices)
-    _set_compilation_cache()
+    machine.set_cpu_devices(cpu_devices)
+    machine.set_compilation_cache()
 
 
 def compiler_options(once: bool = False, mesh: Mesh | None = None) -> dict | None:
@@ -91,57 +84,6 @@ def compiler_options(once: bool = False, mesh: Mesh | None = None) -> dict | Non
         return {"xla_backend_optimization_level": 0}
     order = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
     return {"xla_llvm_disable_expensive_passes": True, "xla_cpu_scheduler_type": order}
-
-
-def _set_cpu_devices(count: int | None) -> None:
-    asked_in_flags = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if asked_in_flags or (count is None and jax.config.jax_num_cpu_devices > 0):
-        return
-    if count is None:
-        count = min(8, 2 ** int(np.log2(_available_cores())))
-    if count == jax.config.jax_num_cpu_devices:
-        return
-    try:
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # the backends are already running
-        logging.info("JAX was already running: it keeps the number of CPU devices that it has")
-
-
-def _available_cores() -> int:
-    """Cores that this process may use: its affinity, and the CPU quota of its container."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, round(int(quota) / int(period))))
-    return max(1, cores)
-
-
-def _set_compilation_cache() -> None:
-    if not jax.config.jax_compilation_cache_dir:
-        root = os.environ.get("DALLE2_JAX_CACHE")
-        if root == "":
-            return
-        root = Path(files.expand(root)) if root else Path.home() / ".cache" / "dalle2_jax"
-        # Programs for one CPU may hold instructions that another lacks, and home directories are shared
-        # between machines.
-        directory = root / "xla" / _cpu_fingerprint()
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            logging.warning("no compilation cache (set DALLE2_JAX_CACHE to a writable folder): %s", error)
-            return
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-    # JAX keeps programs that took a second or more. A start of ours compiles dozens of programs below that,
-    # which together are seconds of every start, and each is a small file.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def _cpu_fingerprint() -> str:
-    flags = ""
-    with contextlib.suppress(OSError):
-        flags = next((s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("flags")), "")
-    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
@@ -172,7 +114,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     if free:
         sizes[free[0]] = count // fixed
     if devices[0].platform == "cpu":
-        _keep_freed_memory()
+        machine.keep_freed_memory()
     if sizes["data"] % slices:
         raise ValueError(
             f"mesh ({asked}) does not fit {slices} slices of {count // slices} devices: only data goes over "
@@ -197,23 +139,6 @@ def num_slices(devices: list) -> int:
 def local_mesh() -> Mesh:
     """The mesh of this process's own devices, over which it splits the rows that are its share."""
     return make_mesh(devices=jax.local_devices())
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep the memory that arrays on CPUs leave behind, for the next ones.
-
-    By default it gives large pieces back to the system, which fills them with zeros page by page when they
-    are asked for again: up to two fifths of a small training step (docs/performance.md). Variables such as
-    MALLOC_MMAP_MAX_ and GLIBC_TUNABLES take precedence; other C libraries are left alone.
-    """
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return
-    with contextlib.suppress(OSError, AttributeError, ValueError):
-        if not os.confstr("CS_GNU_LIBC_VERSION"):
-            return
-        libc = ctypes.CDLL(None)
-        for parameter, value in (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 256 << 20):
-            libc.mallopt(ctypes.c_int(parameter), ctypes.c_int(value))
 
 
 def _fitting(sizes: Mapping[str, int], count: int, slices: int) -> str:
@@ -355,8 +280,8 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def without_index(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the batch without `index` (record numbers, int64), which stays on the host."""
-    return {name: value for name, value in batch.items() if name != "index"}
+    """Returns the batch without record numbers (`index`, int64), which stay on the host."""
+    return {name: value for name, value in batch.items() if field(name).kind != "index"}
 
 
 def host_slice(mesh: Mesh) -> dict:
@@ -389,8 +314,8 @@ def gather_index(index: np.ndarray, mesh: Mesh) -> np.ndarray:
 
 
 def on_devices(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-    """A host batch as global arrays, without the record numbers; uint8 pictures as floats in [-1, 1]."""
-    return levels.as_floats(to_global(without_index(batch), mesh))
+    """A host batch as global arrays, without the record numbers; images and videos as floats in [-1, 1]."""
+    return as_floats(to_global(without_index(batch), mesh))
 
 
 def to_host(tree: Any) -> Any:

@@ -5,8 +5,8 @@ command on the same workdir, which all must see. `join` finds out what there is,
 
 - by hand, Kubernetes: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; the last may be left to the
   JOB_COMPLETION_INDEX of an indexed Job or JobSet;
-- Slurm: the variables of `srun` with more than one task;
-- TPU hosts: JAX's own detection, from the metadata of the machine or of GKE.
+- Slurm, where `srun` starts more than one task: JAX reads Slurm's variables;
+- TPU hosts: JAX reads the metadata of the machine or of GKE.
 
 JAX_NUM_PROCESSES=1 means one process, whatever the environment looks like.
 """
@@ -37,8 +37,8 @@ LOST = 4  # exit status of a process that ends because the run lost another
 def settings(environ: Mapping[str, str]) -> dict | None:
     """The arguments of `jax.distributed.initialize` that the environment names, None where it names nothing.
 
-    Returns coordinator_address, num_processes, process_id; for Slurm with several tasks a node also
-    local_device_ids (one device a task). Raises ValueError for an incomplete or impossible description.
+    Returns coordinator_address, num_processes, process_id, or for Slurm how JAX is to find these. Raises
+    ValueError for an incomplete or impossible description.
     """
     if "JAX_NUM_PROCESSES" in environ or "JAX_COORDINATOR_ADDRESS" in environ:
         return _by_hand(environ)
@@ -72,22 +72,10 @@ def _by_hand(environ: Mapping[str, str]) -> dict:
 
 
 def _slurm(environ: Mapping[str, str]) -> dict:
-    names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_PROCID", "SLURM_LOCALID")
-    missing = [name for name in names if name not in environ]
-    if missing:
-        raise ValueError(f"srun starts several tasks, but {', '.join(missing)} is not set: start with srun")
-    # 'node7', 'node7,node9' or 'node[007-009,012],other3'
-    first = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", environ["SLURM_STEP_NODELIST"])
-    host = first[1] + (first[2] or "")
-    tasks = int(environ["SLURM_STEP_NUM_TASKS"])
-    found = dict(
-        coordinator_address=f"{host}:{61440 + int(environ['SLURM_JOB_ID']) % 4096}",
-        num_processes=tasks,
-        process_id=int(environ["SLURM_PROCID"]),
-    )
-    if tasks > int(environ["SLURM_STEP_NUM_NODES"]):
-        found["local_device_ids"] = [int(environ["SLURM_LOCALID"])]
-    return found
+    """JAX reads Slurm's variables. By default it gives each task one device, which is wrong for one task a
+    node: an empty list of devices leaves it all of them."""
+    alone = int(environ["SLURM_STEP_NUM_TASKS"]) <= int(environ.get("SLURM_STEP_NUM_NODES", "1"))
+    return dict(cluster_detection_method="slurm") | (dict(local_device_ids=[]) if alone else {})
 
 
 def _on_tpu_host() -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 
 from dalle2_jax.runtime import partition
+from dalle2_jax.runtime.names import nearest
 
 # Names in the paths of parameters that get no gradient: statistics, an upsampler's last-step network, the
 # states of a null caption that is "".
@@ -47,10 +48,8 @@ def make_schedule(
       cosine:   learning_rate (final_fraction + (1 - final_fraction) (1 + cos(pi p)) / 2)
     """
     if schedule not in SCHEDULES:
-        import difflib
-
-        near = difflib.get_close_matches(str(schedule), SCHEDULES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        near = nearest(schedule, SCHEDULES)
+        hint = f" (did you mean {near}?)" if near else ""
         raise ValueError(f"optim.schedule={schedule!r} is unknown{hint}: use one of {', '.join(SCHEDULES)}")
     if learning_rate < 0:
         raise ValueError(f"optim.learning_rate={learning_rate} must be >= 0 (0 changes no parameter)")

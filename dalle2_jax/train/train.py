@@ -108,6 +108,7 @@ def _precomputed(config: dict) -> str:
 def make_datasets(config: dict, stage, clip, fields: set[str], tokenizer):
     """(training, validation) datasets with these fields."""
     from dalle2_jax.data import pipeline
+    from dalle2_jax.data.settings import DataSettings
 
     options = {k: v for k, v in config["data"].items() if k not in ("split", "eval_split")}
     options |= dict(
@@ -119,7 +120,7 @@ def make_datasets(config: dict, stage, clip, fields: set[str], tokenizer):
         tokenizer=tokenizer,
         seed=config["seed"],
     )
-    models.check_keywords(pipeline.make_dataset, dict(options, split=""), "data")
+    models.check_keywords(DataSettings, dict(options, split=""), "data")
     train = pipeline.make_dataset(split=config["data"]["split"], **options)
     held_out = dict(options, flip=False)
     return train, pipeline.make_dataset(split=config["data"]["eval_split"], **held_out)
@@ -127,10 +128,10 @@ def make_datasets(config: dict, stage, clip, fields: set[str], tokenizer):
 
 def check_names(config: dict) -> None:
     """Raise ValueError for a setting that there is not; those of `model` are looked at where it is built."""
-    from dalle2_jax.data import pipeline
+    from dalle2_jax.data.settings import DataSettings
 
     models.check_names(config, SETTINGS, "config")
-    of_data = [*inspect.signature(pipeline.make_dataset).parameters, "eval_split"]
+    of_data = [*inspect.signature(DataSettings).parameters, "eval_split"]
     models.check_names(config["data"], of_data, "data")
     models.check_names(config["tokenizer"], TOKENIZER_SETTINGS, "tokenizer")
     models.check_keywords(partition.make_mesh, config["mesh"], "mesh")

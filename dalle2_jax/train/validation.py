@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from dalle2_jax.runtime import levels, partition
+from dalle2_jax.runtime import partition
+from dalle2_jax.runtime.batch import field, stills
 from dalle2_jax.runtime.grid import labelled_grid
 
 
@@ -46,21 +47,22 @@ class Validation:
         return {f"eval/{name}": float(np.mean([r[name] for r in results])) for name in results[0]}
 
     def samples(self, params, frozen, writer, step) -> None:
-        """A labelled grid for a stage that draws, the cosine to the true embedding for a prior, nothing for
-        CLIP.
+        """What the stage draws (`stage.draws`, a field): of images and videos a labelled grid, of an
+        embedding the cosine to the true one, of other kinds nothing.
 
         Raises what the sampler raises, and OSError where the grid cannot be written (a full disk).
         """
-        if not hasattr(self._stage, "sample") or not self._count:
+        name = getattr(self._stage, "draws", None)
+        if name is None or not self._count:
             return
         drawn, filled = partition.to_host(self._sample(params, frozen, self._batches[0]))
-        if drawn.ndim == 4:
-            images = np.asarray(levels.to_uint8(drawn))
+        images = stills(name, drawn)
+        if images is not None:
             made = self._labelled(images) if jax.process_index() == 0 else None
             if made is not None:
                 writer.grid(step, "samples", *made)
-        else:
-            true = filled["image_embed"]
+        elif field(name).kind == "embedding":
+            true = filled[name]
             cosine = (drawn * true).sum(-1) / np.linalg.norm(drawn, axis=-1) / np.linalg.norm(true, axis=-1)
             writer.scalars(step, {"eval/sample_cosine": float(cosine.mean())})
 

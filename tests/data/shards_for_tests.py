@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from dalle2_jax.data import records
+from dalle2_jax.data import records, sources
 
 
 def colour_of(number: int) -> tuple[int, int, int]:
@@ -68,6 +68,11 @@ def tfrecord_frame(payload: bytes) -> bytes:
     length = struct.pack("<Q", len(payload))
     crcs = (struct.pack("<I", records.masked_crc32c(data)) for data in (length, payload))
     return length + next(crcs) + payload + next(crcs)
+
+
+def open_source(*names: str, **settings):
+    """The records of a dataset: `names` are source, path and split."""
+    return sources.open_source(sources.SourceSettings(*names, **settings))
 
 
 class WordTokenizer:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dalle2_jax.data import shards, sources
+from dalle2_jax.data import shards
 from dalle2_jax.data.records import BadRecord
 from dalle2_jax.data.shards import clean_caption, encodable
 from dalle2_jax.data.tokenizer import train_bpe
@@ -45,7 +45,7 @@ def test_captions_are_encodable_wherever_they_come_from(tmp_path):
     path = tar_of(
         tmp_path, [("json", HALF.encode()), ("json", b'{"text_zh": ["x\\udc00", "\\ud83d\\ude00"]}')]
     )
-    source = sources.open_source("tar", path, "")
+    source = made.open_source("tar", path, "")
     assert source.read(0).captions == {"en": ("\ufffd a red circle",)}
     assert source.read(1).captions == {"zh": ("x\ufffd", "\U0001f600")}
     for kind, rows in (("img_emb", np.zeros((2, 4), np.float16)), ("text_emb", np.ones((2, 4), np.float16))):
@@ -54,8 +54,8 @@ def test_captions_are_encodable_wherever_they_come_from(tmp_path):
     (tmp_path / "rows" / "metadata").mkdir()
     (tmp_path / "rows" / "metadata" / "metadata_0.jsonl").write_text(f"{HALF}\n{HALF}\n")
     for opened in (
-        sources.open_source("embeddings", str(tmp_path / "rows"), ""),
-        sources.open_source("tar", path, "", embeddings=str(tmp_path / "rows")),
+        made.open_source("embeddings", str(tmp_path / "rows"), ""),
+        made.open_source("tar", path, "", embeddings=str(tmp_path / "rows")),
     ):
         assert opened.read(1, image=False).captions == {"en": ("\ufffd a red circle",)}
 
@@ -84,7 +84,7 @@ def test_byte_order_marks_are_no_part_of_a_text(tmp_path):
         ("txt", "a red 猫".encode("utf-8-sig")),
         ("json", '{"caption": "a red 猫"}'.encode("utf-8-sig")),
     ]
-    source = sources.open_source("tar", tar_of(tmp_path, members), "")
+    source = made.open_source("tar", tar_of(tmp_path, members), "")
     assert [source.read(row).captions for row in range(2)] == [{"en": ("a red 猫",)}] * 2
 
 
@@ -128,9 +128,7 @@ def test_a_caption_late_in_the_data_is_enough(tmp_path):
 
 
 def test_text_that_is_no_utf8_is_a_bad_record(tmp_path):
-    source = sources.open_source(
-        "tar", tar_of(tmp_path, [("txt", "猫".encode("utf-16")), ("txt", b"\xe9")]), ""
-    )
+    source = made.open_source("tar", tar_of(tmp_path, [("txt", "猫".encode("utf-16")), ("txt", b"\xe9")]), "")
     with pytest.raises(BadRecord, match="invalid_utf8: it is UTF-16: save it as UTF-8"):
         source.read(0)
     with pytest.raises(BadRecord, match="invalid_utf8: .*0xe9"):
@@ -167,8 +165,8 @@ def test_lists_of_prompts_and_classes_are_clean(tmp_path):
 
 def test_the_fields_of_a_message_are_few_and_short(tmp_path):
     fields = {f"{'x' * 3000}{n}\ud83d": 1 for n in range(99)}
-    source = sources.open_source("tar", tar_of(tmp_path, [("json", json.dumps(fields).encode())]), "")
-    from dalle2_jax.data.pipeline import _named
+    source = made.open_source("tar", tar_of(tmp_path, [("json", json.dumps(fields).encode())]), "")
+    from dalle2_jax.data.captions import _named
 
     said = _named(source.read(0).fields)
     assert len(said) < 600 and said.endswith(", ...") and said.encode()

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from dalle2_jax.data import budget, damage, pipeline, records, sources
+from dalle2_jax.data import budget, damage, pipeline, records
 from tests.data import shards_for_tests as made
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4403200\n"
@@ -36,16 +36,16 @@ def test_a_file_that_yields_nothing_is_an_error_that_says_why(tmp_path, kind):
     """Whatever the error budget: two of four shards are no eight bad records."""
     folder = write_set(tmp_path / "set", [BEGINNINGS[kind]] * 2)
     with pytest.raises(ValueError) as raised:
-        sources.open_source("tar", folder, "")
+        made.open_source("tar", folder, "")
     lines = str(raised.value).splitlines()
     assert lines[0].startswith("2 of the 4 files under ")
     for line, name in zip(lines[1:3], ("00002.tar", "00003.tar"), strict=True):
         assert line.startswith(f"  {name} {damage.KINDS[kind]}") and line.endswith("; 0 records can be read")
     assert lines[3].endswith("--config.data.allow_damaged=00002.tar,00003.tar")
     with pytest.raises(ValueError, match=r"1 of the 4 .*\n  00003.tar .*\n.*=00002.tar,00003.tar$"):
-        sources.open_source("tar", folder, "", allow_damaged="00002.tar")
+        made.open_source("tar", folder, "", allow_damaged="00002.tar")
     for allowed in ("00002.tar,00003.tar", ("00002.tar", "set/00003.tar")):
-        source = sources.open_source("tar", folder, "", allow_damaged=allowed)
+        source = made.open_source("tar", folder, "", allow_damaged=allowed)
         assert len(source) == 8 and source.passed == {kind: 2} and not source.refused
     assert source.read(7).captions == {"en": ("caption 7",)}
 
@@ -56,7 +56,7 @@ def test_a_tfrecord_that_yields_nothing_is_an_error(tmp_path):
         index = records.index_tfrecord(str(tmp_path / "00000.tfrecord"))
         assert index.damage == kind and not len(index.rows)
         with pytest.raises(ValueError, match="00000.tfrecord .*; 0 records can be read"):
-            sources.open_source("tfrecord", str(tmp_path), "")
+            made.open_source("tfrecord", str(tmp_path), "")
 
 
 def test_allowed_damage_is_reported_and_does_not_count_against_the_budget(tmp_path):
@@ -76,14 +76,14 @@ def test_allowed_damage_is_reported_and_does_not_count_against_the_budget(tmp_pa
 def test_a_shard_that_img2dataset_found_no_picture_for_is_whole(tmp_path):
     folder = write_set(tmp_path / "set", [bytes(10240)])
     (tmp_path / "set" / "00002_stats.json").write_text(json.dumps({"successes": 0}))
-    assert sources.open_source("tar", folder, "").passed == {}
+    assert made.open_source("tar", folder, "").passed == {}
 
 
 def test_a_file_without_pictures_says_what_it_holds_instead(tmp_path):
     folder = write_set(tmp_path / "set", [])
     made.write_tar(tmp_path / "set" / "00002.tar", [(f"{number}.gif", b"GIF") for number in range(3)])
     with pytest.raises(ValueError, match="holds no record .other_extension x 3, such as '0.gif'.; 0 records"):
-        sources.open_source("tar", folder, "")
+        made.open_source("tar", folder, "")
 
 
 def test_archives_that_were_joined_are_not_read_in_part(tmp_path):
@@ -91,11 +91,11 @@ def test_archives_that_were_joined_are_not_read_in_part(tmp_path):
     first, second = (tmp_path / "set" / f"0000{number}.tar" for number in range(2))
     first.write_bytes(first.read_bytes() + second.read_bytes())
     with pytest.raises(ValueError, match="00000.tar goes on behind its end mark.*; 4 records can be read"):
-        sources.open_source("tar", folder, "")
+        made.open_source("tar", folder, "")
     with open(second, "ab") as file:
         file.write(b"garbage, as old tars end" * 99)  # no member: nothing is lost
     first.unlink()
-    assert len(sources.open_source("tar", folder, "")) == 4
+    assert len(made.open_source("tar", folder, "")) == 4
 
 
 def test_a_link_to_nothing_is_damaged(tmp_path):
@@ -104,8 +104,8 @@ def test_a_link_to_nothing_is_damaged(tmp_path):
     os.symlink(tmp_path / "nowhere", tmp_path / "set" / "00002.tar")
     for path in (folder, folder + "/*.tar"):
         with pytest.raises(ValueError, match=r"00002.tar cannot be read \(No such file or directory\)"):
-            sources.open_source("tar", path, "")
-        assert len(sources.open_source("tar", path, "", allow_damaged="00002.tar")) == 8
+            made.open_source("tar", path, "")
+        assert len(made.open_source("tar", path, "", allow_damaged="00002.tar")) == 8
 
 
 def test_names_in_the_message_name_one_file_each(tmp_path):
@@ -116,20 +116,20 @@ def test_names_in_the_message_name_one_file_each(tmp_path):
         (tmp_path / "set" / name).write_bytes(b"")
     pattern = str(tmp_path / "set" / "**" / "*.tar")
     with pytest.raises(ValueError, match=r"=\S*'a/00000.tar,a/c/00000.tar,b/x, y.tar'$"):
-        sources.open_source("tar", pattern, "")
+        made.open_source("tar", pattern, "")
     allowed = "a/00000.tar,a/c/00000.tar,b/x, y.tar"
-    source = sources.open_source("tar", pattern, "", allow_damaged=allowed)
+    source = made.open_source("tar", pattern, "", allow_damaged=allowed)
     assert len(source) == 16
     keys = [source.read(index).key for index in range(16)]
     assert len(set(keys)) == 16 and "b/00000.tar:000000000" in keys
     with pytest.raises(ValueError, match="2 of the 7 files"):
-        sources.open_source("tar", pattern, "", allow_damaged="a/00000.tar")
+        made.open_source("tar", pattern, "", allow_damaged="a/00000.tar")
 
 
 def test_many_damaged_files_are_all_in_the_setting(tmp_path):
     folder = write_set(tmp_path / "set", [b""] * 30)
     with pytest.raises(ValueError, match=r"(?s)30 of the 32 files.*and 10 more\n.*,00031.tar$"):
-        sources.open_source("tar", folder, "", allow_damaged="")
+        made.open_source("tar", folder, "", allow_damaged="")
 
 
 def test_the_budgets_message_has_an_example_of_what_indexing_lost(tmp_path):
@@ -157,4 +157,4 @@ def test_gnu_tar_with_large_blocks_is_whole(tmp_path):
             tar.addfile(info, made.io.BytesIO(data))
     with open(tmp_path / "00000.tar", "ab") as file:
         file.truncate(1 << 20)  # as `tar --blocking-factor=2048` fills it
-    assert len(sources.open_source("tar", str(tmp_path), "")) == 1
+    assert len(made.open_source("tar", str(tmp_path), "")) == 1

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dalle2_jax.data import embeddings, sources
+from dalle2_jax.data import embeddings
 from dalle2_jax.data.records import BadRecord
 from tests.data import shards_for_tests as made
 
@@ -43,20 +43,20 @@ def numbered(numbers, **more):
 
 def paired(tmp_path, folder, count=6):
     made.write_samples(tmp_path / "00000.tar", range(count))
-    return sources.open_source("tar", str(tmp_path / "00000.tar"), "", embeddings=str(folder))
+    return made.open_source("tar", str(tmp_path / "00000.tar"), "", embeddings=str(folder))
 
 
 def test_two_columns_of_captions_are_those_of_their_row(tmp_path):
     """Column by column in the place of row by row, record 3 had the caption of record 0."""
     rows = [{"caption": f"own {n}", "text": f"alt {n}", "caption_zh": f"zh {n}"} for n in range(6)]
     folder = save_folder(tmp_path / "rows", [rows[:3], rows[3:]])
-    source, alone = paired(tmp_path, folder), sources.open_source("embeddings", folder, "")
+    source, alone = paired(tmp_path, folder), made.open_source("embeddings", folder, "")
     for n in range(6):
         # text_emb is of `caption`: its tokens, and not those of `text`, belong to it.
         embedded = {"en": (f"own {n}",), "zh": (f"zh {n}",)}
         assert source.read(n).captions == alone.read(n, image=False).captions == embedded
     shutil.rmtree(tmp_path / "rows" / "text_emb")
-    alone = sources.open_source("embeddings", folder, "")
+    alone = made.open_source("embeddings", folder, "")
     for n in range(6):
         both = {"en": (f"own {n}", f"alt {n}"), "zh": (f"zh {n}",)}
         assert alone.read(n, image=False).captions == both
@@ -89,7 +89,7 @@ def test_parquet_captions_that_are_no_utf8_are_none(tmp_path):
     (tmp_path / "metadata").mkdir()
     stored = pyarrow.array([b"a red star", b"\xff\xfe", b"\xed\xa0\xbd half"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"caption": stored}), tmp_path / "metadata" / "metadata_0.parquet")
-    source = sources.open_source("embeddings", str(tmp_path), "")
+    source = made.open_source("embeddings", str(tmp_path), "")
     found = [source.read(row, image=False).captions for row in range(3)]
     assert found == [{"en": ("a red star",)}, {}, {}]
 
@@ -99,7 +99,7 @@ def test_a_field_that_begins_in_a_later_row_or_file_stays_in_its_row(tmp_path):
         [{"caption": "a"}, {"caption_zh": "b", "caption": "c"}],
         [{"text": "d"}, {"url": "x"}, {"caption": "e"}],
     ]
-    source = sources.open_source("embeddings", save_folder(tmp_path, parts), "")
+    source = made.open_source("embeddings", save_folder(tmp_path, parts), "")
     found = [source.read(row, image=False).captions for row in range(5)]
     assert found == [{"en": ("a",)}, {"en": ("c",), "zh": ("b",)}, {"en": ("d",)}, {}, {"en": ("e",)}]
     assert source.read(3, image=False).fields == ("caption", "caption_zh", "text", "url")
@@ -111,7 +111,7 @@ def test_files_are_matched_by_their_numbers(tmp_path):
         save_rows(tmp_path, "img_emb", f"img_emb_{part:04d}.npy", 2 * part, 2)
         save_rows(tmp_path, "text_emb", f"text_emb_{part}.npy", 2 * part, 2)
         save_lines(tmp_path, f"metadata_{part:02d}.jsonl", numbered(range(2 * part, 2 * part + 2)))
-    source = sources.open_source("embeddings", str(tmp_path), "")
+    source = made.open_source("embeddings", str(tmp_path), "")
     for row in range(24):
         record = source.read(row, image=False)
         assert record.captions == {"en": (f"caption {row}",)}
@@ -158,7 +158,7 @@ def test_files_that_do_not_fit_each_other_are_refused(tmp_path, spoil, complaint
     with pytest.raises(ValueError, match=complaint):
         paired(tmp_path, folder)
     with pytest.raises(ValueError, match=complaint):
-        sources.open_source("embeddings", str(folder), "")
+        made.open_source("embeddings", str(folder), "")
 
 
 def test_metadata_may_begin_with_a_byte_order_mark_and_have_blank_lines(tmp_path):
@@ -166,7 +166,7 @@ def test_metadata_may_begin_with_a_byte_order_mark_and_have_blank_lines(tmp_path
     save_lines(tmp_path, "metadata_0.jsonl", numbered(range(2)), start=b"\xef\xbb\xbf")
     with (tmp_path / "metadata" / "metadata_0.jsonl").open("a") as file:
         file.write("\n\n")
-    source = sources.open_source("embeddings", str(tmp_path), "")
+    source = made.open_source("embeddings", str(tmp_path), "")
     assert [source.read(row, image=False).captions["en"] for row in (0, 1)] == [
         ("caption 0",),
         ("caption 1",),

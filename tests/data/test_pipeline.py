@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from dalle2_jax.data import pipeline
+from dalle2_jax.data import captions, pipeline
 from dalle2_jax.data.budget import Budget, TooManyBadRecords
 from dalle2_jax.data.records import BadRecord
 from tests.data import shards_for_tests as made
@@ -270,7 +270,7 @@ def test_captions_missing_empty_long_and_not_utf8(tmp_path):
     (batch,) = data.batches(6, repeat=False, shuffle=False)
     assert batch["index"].tolist() == [0, 3, 3, 3, 4, 0]
     assert data.bad_records() == {"no_caption": 2, "invalid_utf8": 1, "caption_cut": 3}
-    assert max(len(text.encode()) for text in seen) == pipeline.MAX_CAPTION_BYTES
+    assert max(len(text.encode()) for text in seen) == captions.MAX_CAPTION_BYTES
     pictures = dataset(tmp_path, ("image",))  # captions do not matter to who does not read them
     (batch,) = pictures.batches(6, repeat=False, shuffle=False)
     assert batch["index"].tolist() == list(range(6)) and not pictures.bad_records()

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalle2_jax.data import examples, pipeline, prepared, scenes, scenes_builder, sources
+from dalle2_jax.data import examples, pipeline, prepared, scenes, scenes_builder
+from tests.data import shards_for_tests as made
 
 TEXT, IMAGE = {"pythonClassName": "a.Text", "text": {}}, {"pythonClassName": "a.Image", "image": {}}
 SPLITS = {"train": [4, 3, 4], "val": [5]}
@@ -76,7 +77,7 @@ def test_scenes_are_prepared_once_by_whoever_comes_first(tmp_path, monkeypatch, 
 
     def open_it():
         try:
-            opened.append(sources.open_source("scenes", "debug_64", "train"))
+            opened.append(made.open_source("scenes", "debug_64", "train"))
         except BaseException as error:
             errors.append(error)
 
@@ -99,20 +100,20 @@ def test_scenes_are_prepared_once_by_whoever_comes_first(tmp_path, monkeypatch, 
     record = data.source.read(3)
     assert list(record.captions["en"]) == scenes.captions(scenes.sample_scene(config, "train", 3), "en")
     assert list(record.captions["zh"]) == scenes.captions(scenes.sample_scene(config, "train", 3), "zh")
-    part = sources.open_source("scenes", "debug_64", "train[10:14]")
+    part = made.open_source("scenes", "debug_64", "train[10:14]")
     assert len(part) == 4 and part.read(1).image == data.source.read(11).image
     with pytest.raises(ValueError, match=r"did you mean 'validation'"):
-        sources.open_source("scenes", "debug_64", "validaton")
+        made.open_source("scenes", "debug_64", "validaton")
     with pytest.raises(ValueError, match=r"did you mean 'debug_64'"):
-        sources.open_source("scenes", "debug64", "train")
-    through_tfds = sources.open_source("tfds", "scenes/debug_64", "train", data_dir=str(tmp_path / "tfds"))
+        made.open_source("scenes", "debug64", "train")
+    through_tfds = made.open_source("tfds", "scenes/debug_64", "train", data_dir=str(tmp_path / "tfds"))
     assert through_tfds.read(5) == opened[0].read(5)
     with pytest.raises(ValueError, match="tfds knows no dataset 'coco_caption'|is not prepared in"):
-        sources.open_source("tfds", "coco_caption", "train", data_dir=str(tmp_path / "tfds"))
+        made.open_source("tfds", "coco_caption", "train", data_dir=str(tmp_path / "tfds"))
     file = next((tmp_path / "tfds" / "scenes").rglob("*validation*.tfrecord*"))
     os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(ValueError, match="where its manifest has"):
-        sources.open_source("scenes", "debug_64", "validation")
+        made.open_source("scenes", "debug_64", "validation")
 
 
 def test_drawing_scenes_that_fails_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch):
@@ -225,7 +226,7 @@ def test_scenes_of_several_shards(tmp_path, monkeypatch):
 )
 def test_splits_and_their_slices(tmp_path, split, expected, no_tensorflow):
     write_folder(tmp_path / "pets" / "1.0.0")
-    source = sources.open_source("tfds", "pets", split, data_dir=str(tmp_path))
+    source = made.open_source("tfds", "pets", split, data_dir=str(tmp_path))
     assert numbers(source) == list(expected)
     assert source.read(0).captions == {"en": (f"pet {expected[0]}",)}
 
@@ -261,7 +262,7 @@ def test_slices_are_those_of_tensorflow_datasets(tmp_path):
 def test_splits_that_are_refused(tmp_path, split, message, no_tensorflow):
     write_folder(tmp_path / "pets" / "1.0.0")
     with pytest.raises(ValueError, match=message):
-        sources.open_source("tfds", "pets", split, data_dir=str(tmp_path))
+        made.open_source("tfds", "pets", split, data_dir=str(tmp_path))
 
 
 def test_what_is_prepared_is_found_and_what_is_not_is_said(tmp_path, no_tensorflow, monkeypatch):
@@ -279,17 +280,17 @@ def test_what_is_prepared_is_found_and_what_is_not_is_said(tmp_path, no_tensorfl
     }.items():
         assert prepared._find_prepared(path, str(tmp_path)) == str(tmp_path / folder)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert len(sources.open_source("tfds", "pets", "val")) == 5
+    assert len(made.open_source("tfds", "pets", "val")) == 5
     for path in ("pets:8.0.0", "pets/large", "../pets", "pets/../zoo", "coco_captions"):
         with pytest.raises(
             ValueError, match="is not prepared in .*install tensorflow.*tfds build.*data.data_dir"
         ):
-            sources.open_source("tfds", path, "train")
+            made.open_source("tfds", path, "train")
 
 
 def test_folders_that_are_refused(tmp_path, no_tensorflow):
     def opened():
-        return sources.open_source("tfds", "pets", "train", data_dir=str(tmp_path))
+        return made.open_source("tfds", "pets", "train", data_dir=str(tmp_path))
 
     folder = tmp_path / "pets" / "1.0.0"
     write_folder(folder, fileFormat="array_record")

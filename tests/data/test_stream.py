@@ -12,9 +12,16 @@ import numpy as np
 import pytest
 
 from dalle2_jax.data import stream
+from dalle2_jax.data.order import Order
 
-SETTINGS = dict(num_records=100, seed=0, batch_size=4, start_step=0, parts=(0,), num_parts=1)
-SETTINGS |= dict(repeat=True, shuffle=True, chunk=2, num_workers=2)
+ORDER = dict(num_records=100, seed=0, batch_size=4, parts=(0,), num_parts=1, shuffle=True)
+READING = dict(start_step=0, repeat=True, chunk=2, num_workers=2)
+
+
+def stream_of(load, signature, **settings):
+    """The batches of `load`; settings are of the order or of the reading."""
+    order = Order(**{name: settings.pop(name, value) for name, value in (ORDER | dict(group=1)).items()})
+    return stream.batches(load, signature, order, **(READING | settings))
 
 
 @pytest.fixture(params=["tensorflow", "threads"])
@@ -85,7 +92,7 @@ def test_threads_give_the_batches_of_tensorflow(settings, monkeypatch):
     for blocked in (False, True):
         if blocked:
             monkeypatch.setitem(sys.modules, "tensorflow", None)
-        batches = stream.batches(load, SIGNATURE, **(SETTINGS | settings))
+        batches = stream_of(load, SIGNATURE, **settings)
         runs.append(list(itertools.islice(batches, 12)))
         batches.close()
     assert_same(*runs)
@@ -99,7 +106,7 @@ def test_without_tensorflow_one_line_says_so(monkeypatch):
     monkeypatch.setattr(
         stream.logging, "log_first_n", lambda level, line, n, *args: lines.append((line % args, n))
     )
-    stream.batches(load, SIGNATURE, **SETTINGS).close()
+    stream_of(load, SIGNATURE).close()
     assert len(lines) == 1 and lines[0][1] == 1
     assert "TensorFlow cannot be imported" in lines[0][0] and "threads read the data" in lines[0][0]
 
@@ -110,7 +117,7 @@ def test_an_exception_reaches_the_consumer_and_ends_the_stream(reader):
             raise ZeroDivisionError("in a reading thread")
         return load(index, epoch)
 
-    batches = stream.batches(broken, SIGNATURE, **SETTINGS)
+    batches = stream_of(broken, SIGNATURE)
     with pytest.raises(ZeroDivisionError, match="in a reading thread"):
         for _ in range(100):
             next(batches)
@@ -124,7 +131,7 @@ def test_it_reads_ahead_but_not_without_end(reader):
         calls.append(len(index))
         return load(index, epoch)
 
-    batches = stream.batches(counting, SIGNATURE, **SETTINGS)
+    batches = stream_of(counting, SIGNATURE)
     next(batches)
     deadline = time.monotonic() + 20
     while sum(calls) < 3 * 4 and time.monotonic() < deadline:  # two batches lie ready
@@ -144,7 +151,7 @@ def test_closing_or_dropping_a_stream_ends_its_threads(reader):
 
     for drop in (False, True):
         before = set(threading.enumerate())
-        batches = stream.batches(slow, {"x": (np.int64, ())}, **SETTINGS)
+        batches = stream_of(slow, {"x": (np.int64, ())})
         next(batches)
         own = [thread for thread in threading.enumerate() if thread not in before]
         if drop:
@@ -173,7 +180,7 @@ def test_closing_frees_who_waits(monkeypatch):
         go.wait(20)
         return {"x": index}
 
-    batches = stream.batches(stuck, {"x": (np.int64, ())}, **(SETTINGS | dict(batch_size=64)))
+    batches = stream_of(stuck, {"x": (np.int64, ())}, batch_size=64)
     waiting = threading.Thread(target=lambda: outcome.append(next(batches, "ended")), daemon=True)
     waiting.start()
     time.sleep(0.1)
@@ -198,12 +205,14 @@ def test_a_program_ends_while_threads_read(blocked, end):
         f"sys.modules.update({dict(tensorflow=None) if blocked else {}})\n"
         "import numpy as np\n"
         "from dalle2_jax.data import stream\n"
+        "from dalle2_jax.data.order import Order\n"
         "def load(index, epoch):\n"
         "    time.sleep(0.05)\n"
         "    return {'x': index}\n"
-        f"settings = {SETTINGS!r}\n"
-        "large = stream.batches(load, {'x': (np.int64, ())}, **(settings | dict(batch_size=400)))\n"
-        "batches = stream.batches(load, {'x': (np.int64, ())}, **settings)\n"
+        f"order, reading = {ORDER!r}, {READING!r}\n"
+        "large = Order(**order | dict(batch_size=400))\n"
+        "large = stream.batches(load, {'x': (np.int64, ())}, large, **reading)\n"
+        "batches = stream.batches(load, {'x': (np.int64, ())}, Order(**order), **reading)\n"
         f"print(len(next(batches)['x']), 'keras' in sys.modules)\n{end}\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(stream.__file__)))
@@ -221,9 +230,8 @@ def test_orders_are_random_and_independent_between_epochs_and_seeds():
     n, epochs = 20_000, 8
 
     def orders(seed):
-        settings = dict(num_records=n, seed=seed, batch_size=n, start_step=0, parts=(0,), num_parts=1)
-        settings |= dict(repeat=True, shuffle=True, chunk=n, num_workers=1)
-        batches = stream.batches(lambda index, epoch: {"index": index}, {"index": (np.int64, ())}, **settings)
+        settings = dict(num_records=n, seed=seed, batch_size=n, chunk=n, num_workers=1)
+        batches = stream_of(lambda index, epoch: {"index": index}, {"index": (np.int64, ())}, **settings)
         return np.stack([batch["index"] for batch in itertools.islice(batches, epochs)])
 
     made_orders = [orders(seed) for seed in (0, 1, 2**32)]

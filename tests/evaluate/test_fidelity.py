@@ -23,6 +23,7 @@ from dalle2_jax.evaluate.distances import Moments
 from dalle2_jax.evaluate.picture_sets import Item, PictureSet, drawn_pictures, open_pictures
 from dalle2_jax.generate import pipeline
 from dalle2_jax.runtime import partition
+from dalle2_jax.runtime.batched import Batched
 from tests.tiny_model import make_class_model, make_model
 
 
@@ -46,7 +47,7 @@ def small_inception(monkeypatch):
     weights = np.random.default_rng(0).normal(size=(4 * 4 * 3, 9)).astype(np.float32)
 
     def extractor(weights_, preset, batch_size, mesh=None):
-        batches = features.Batches(function, {"w": weights}, batch_size, mesh)
+        batches = Batched(function, {"w": weights}, batch_size, mesh)
 
         def before(picture):  # 4 x 4 pixels, of pictures of side 12 or 8
             return np.float32(picture[:: len(picture) // 4, :: len(picture) // 4]) / 255
@@ -71,7 +72,7 @@ def test_every_picture_counts_on_any_number_of_devices():
     expected = np.stack([np.float32(item.picture()).reshape(-1) for item in images.items()]) @ w
     for count in (1, 2, 8):
         mesh = partition.make_mesh(devices=jax.devices()[:count])
-        batches = features.Batches(function, {"w": w}, 8, mesh)
+        batches = Batched(function, {"w": w}, 8, mesh)
         extractor = (lambda picture: np.float32(picture), lambda rows, run=batches: run(np.stack(rows)))
         told = []
         found = features.extract(

@@ -27,7 +27,6 @@ term at t, uniform until every time has ten of them and for a thousandth after t
 by T p_t.
 """
 
-import difflib
 import math
 from typing import NamedTuple
 
@@ -36,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.models.diffusion.schedules import Schedule, two_time
+from dalle2_jax.runtime.names import nearest
 
 OBJECTIVES = ("eps", "x0", "v")
 WEIGHTINGS = ("uniform", "min_snr", "p2")
@@ -295,6 +295,6 @@ def _normal_cdf(z: jax.Array) -> jax.Array:
 
 
 def _unknown(what: str, name: str, names: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(str(name), names, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    near = nearest(name, names)
+    hint = f" (did you mean {near}?)" if near else ""
     return f"unknown {what} {name!r}: choose one of {', '.join(names)}{hint}"

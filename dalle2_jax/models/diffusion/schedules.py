@@ -17,9 +17,10 @@ timesteps. Float64, because computing the tables in float32 costs up to 2e-3 of 
 """
 
 import dataclasses
-import difflib
 
 import numpy as np
+
+from dalle2_jax.runtime.names import nearest
 
 NAMES = ("linear", "cosine", "cosine:4")
 SPACINGS = ("uniform", "trailing", "fast27", "sections:10,10,3,2,2")
@@ -166,8 +167,8 @@ def _sections(num_timesteps: int, counts: list[int]) -> np.ndarray:
 
 
 def _did_you_mean(name: str, names: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    near = nearest(name, names)
+    return f" (did you mean {near}?)" if near else ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ All that training knows of a stage is
     init(key, batch) -> params
     loss(params, key, batch, *, train=True) -> (scalar, dict of scalars)
     sample(params, keys, batch, ...) -> array          (CLIP has encode_image and encode_text instead)
+    draws = 'image'                                    (with sample: the field of a batch that it makes)
     project(params) -> params                          (optional: applied after every update)
     observe(params, observed) -> params                (optional: notes what the loss 'observed', every step)
     fit_rows, fit(params, batches) -> params, scalars  (optional: statistics of the data, before training)
@@ -17,8 +18,9 @@ the leaves of params['stats']: stored with the parameters in float32, without gr
 A stage holds networks and settings, never parameters.
 """
 
-import difflib
 from collections.abc import Collection, Mapping
+
+from dalle2_jax.runtime.names import nearest
 
 
 def check_settings(
@@ -28,8 +30,8 @@ def check_settings(
     known = (*required, *optional)
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {what}.{near[0]}?" if near else f"it has {', '.join(sorted(known))}"
+            near = nearest(name, known, show=str)
+            hint = f"did you mean {what}.{near}?" if near else f"it has {', '.join(sorted(known))}"
             raise ValueError(f"{what}.{name} is not a setting; {hint}")
     missing = [name for name in required if name not in settings]
     if missing:

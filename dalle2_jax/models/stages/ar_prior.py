@@ -106,6 +106,7 @@ class ARPrior:
     [D + 1], 'kept' [K] (1 or 0)}}; the statistics have no gradient and are set by `fit`.
     """
 
+    draws = "image_embed"  # the field that `sample` makes
     net: LatentTransformer
     embed_dim: int
     context_length: int

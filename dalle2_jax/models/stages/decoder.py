@@ -29,6 +29,7 @@ class Decoder:
     of 0 is a decoder without image embeddings, a context_length of None one without captions.
     """
 
+    draws = "image"  # the field that `sample` makes
     net: DecoderNet
     diffusion: gaussian.GaussianDiffusion
     image_size: int

@@ -83,6 +83,7 @@ class Prior:
     'analytic' also 'stats': {'eps_sq' [T]}; statistics have no gradient.
     """
 
+    draws = "image_embed"  # the field that `sample` makes
     net: PriorTransformer
     diffusion: gaussian.GaussianDiffusion
     embed_scale: EmbedScale

@@ -39,6 +39,7 @@ class Upsampler:
     A context_length of None is an upsampler without captions, `num_classes` of 0 one without classes.
     """
 
+    draws = "image"  # the field that `sample` makes
     net: UpsamplerNet
     diffusion: gaussian.GaussianDiffusion
     image_size: int

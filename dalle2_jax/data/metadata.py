@@ -1,0 +1,163 @@
+"""Columns of texts beside the rows of an embedding folder, in parquet or JSON lines, read within limits."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+
+from dalle2_jax.data.records import MAX_TEXT_BYTES
+from dalle2_jax.data.shards import add_caption, freeze, language_of
+
+MAX_COLUMN_BYTES = 256 << 20  # of a column of captions within a row group of parquet
+MAX_COLUMNS = 64  # of captions; each takes memory for every row
+_NAMES = 32  # of the metadata's fields that a message may list
+
+
+def row_captions(
+    columns: dict[str, list[str | None]], row: int, embedded: bool = False
+) -> dict[str, tuple[str, ...]]:
+    """The captions of one row by language, in the order of the columns.
+
+    embedded: only those that text_emb is of: `caption` (`caption_zh`) where the row has it. clip-retrieval
+    embeds that column; the tokens of a `text` beside it, such as a page's alt text, do not belong to the
+    embedding.
+    """
+    texts: dict[str, list[str]] = {}
+    for field, column in columns.items():
+        language = language_of(field)
+        main = "caption" if language == "en" else f"caption_{language}"
+        if not embedded or field == main or main not in columns or columns[main][row] is None:
+            add_caption(texts, language, column[row] or "")
+    return freeze(texts)
+
+
+def read_columns(
+    metadata: list[tuple[str, int]], asked: Callable[[str], object]
+) -> tuple[dict[str, list[str | None]], tuple[str, ...]]:
+    """({field: one value a row}, the names of all fields) of files of metadata and their numbers of rows.
+
+    asked: whether a field's column is wanted. A value is None where a file or a row has no such field, and
+    where it is no text, none in UTF-8, or one above MAX_TEXT_BYTES.
+
+    Raises ValueError for a file with another number of rows, for more than MAX_COLUMNS columns, and for a
+    piece that would take more memory than its texts may; in parquet also for columns that share a name, or
+    hold lists, structs or maps.
+    """
+    total, first, columns, names = sum(rows for _, rows in metadata), 0, {}, {}
+    for path, rows in metadata:
+        read, end = _parquet if path.endswith(".parquet") else _json_lines, first
+        for count, piece in read(path, asked, rows, names):
+            for field, values in piece.items():
+                if len(values) != count:
+                    raise ValueError(f"{path}: {field!r} has {len(values)} values in {count} rows")
+                columns.setdefault(field, [None] * total)[end : end + count] = values
+            _check_number(path, columns)
+            end += count
+        if end - first != rows:
+            raise ValueError(f"{path} has {end - first} rows, where there are embeddings for {rows}")
+        first = end
+    return columns, tuple(names)
+
+
+def _check_number(path: str, columns: dict) -> None:
+    if len(columns) > MAX_COLUMNS:
+        raise ValueError(
+            f"{path}: more than {MAX_COLUMNS} columns of captions: give most of them other names"
+        )
+
+
+def _keep_names(names: dict[str, None], more: Iterable[str]) -> None:
+    """Put the first few names of fields into `names`, a dict for their order."""
+    if len(names) < _NAMES:
+        names.update(dict.fromkeys(itertools.islice(more, _NAMES)))
+
+
+def _parquet(path: str, asked: Callable, most: int, names: dict) -> Iterator[tuple[int, dict[str, list]]]:
+    """(rows, columns) of each row group. A text that the file holds once for many rows is held once."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        fields = [field for field in file.schema_arrow.names if asked(field)]
+        _keep_names(names, file.schema_arrow.names)
+        columns = [file.schema.column(i) for i in range(len(file.schema))]
+        plain = [column.path for column in columns if not column.max_repetition_level]
+    for field in fields:
+        # What is nested has other names in the file, and other numbers of values than rows: no limit holds.
+        if fields.count(field) > 1 or field not in plain:
+            raise ValueError(
+                f"{path}: {field!r} must be one column of texts, and is several or nested: write one text a "
+                "row, or give what is no caption another name"
+            )
+    with pyarrow.parquet.ParquetFile(path, read_dictionary=fields) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        _check_rows(path, sum(group.num_rows for group in groups), most)
+        for i, group in enumerate(groups):
+            for column in map(group.column, range(group.num_columns)):
+                if column.path_in_schema in fields and column.total_uncompressed_size > MAX_COLUMN_BYTES:
+                    raise ValueError(
+                        f"{path}: {column.path_in_schema} has more than {MAX_COLUMN_BYTES >> 20} MiB in a "
+                        "row group: write the file with smaller row groups"
+                    )
+            table, columns = file.read_row_group(i, columns=fields), {}
+            for field in fields:
+                columns[field] = values = []
+                for piece in table.column(field).chunks:
+                    if pyarrow.types.is_dictionary(piece.type):
+                        texts = _texts(piece.dictionary)
+                        values += [None if i is None else texts[i] for i in piece.indices.to_pylist()]
+                    else:
+                        values += [None] * len(piece)
+            yield group.num_rows, columns
+
+
+def _texts(array) -> list[str | None]:
+    """The values of a pyarrow array of texts; None for one that is no UTF-8, which pyarrow does not check."""
+    import pyarrow
+
+    try:
+        return [_text(value) for value in array.to_pylist()]
+    except UnicodeDecodeError:
+        large = pyarrow.types.is_large_string(array.type)
+        stored = array.cast(pyarrow.large_binary() if large else pyarrow.binary()).to_pylist()
+    texts = []
+    for value in stored:
+        try:
+            texts.append(None if value is None else _text(value.decode("utf-8")))
+        except UnicodeDecodeError:
+            texts.append(None)
+    return texts
+
+
+def _json_lines(path: str, asked: Callable, most: int, names: dict) -> Iterator[tuple[int, dict[str, list]]]:
+    """(rows, columns) of a file with one object a line. Blank lines are no rows."""
+    columns, rows = {}, 0
+    with open(path, "rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(MAX_TEXT_BYTES)
+            if not line:
+                break
+            if not line.strip():
+                continue
+            _check_rows(path, rows + 1, most)
+            try:
+                row = dict(json.loads(line))  # bytes: a byte-order mark is none of the text
+            except (ValueError, TypeError, RecursionError) as error:
+                limit = f"an object in JSON of at most {MAX_TEXT_BYTES >> 20} MiB"
+                raise ValueError(f"{path}: line {number} is not {limit}: {error}") from None
+            _keep_names(names, row)
+            for field in filter(asked, row):
+                columns.setdefault(field, [None] * rows)
+            _check_number(path, columns)
+            for field, values in columns.items():
+                values.append(_text(row.get(field)))
+            rows += 1
+    yield rows, columns
+
+
+def _text(value) -> str | None:
+    return value if isinstance(value, str) and len(value) <= MAX_TEXT_BYTES else None
+
+
+def _check_rows(path: str, rows: int, most: int) -> None:
+    if rows > most:
+        raise ValueError(f"{path} has {rows} rows or more, where there are embeddings for {most}")

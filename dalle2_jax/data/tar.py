@@ -1,0 +1,200 @@
+"""The index of a tar shard: where the members of every sample lie.
+
+A header is 512 bytes: name [0:100], size [124:136], checksum [148:156], type [156], prefix [345:500]
+(POSIX.1-1988 ustar, with the pax and GNU long-name extensions). Nothing is unpacked and nothing is trusted:
+the names of members, their sizes and types are checked.
+"""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from dalle2_jax.data import damage
+from dalle2_jax.data.records import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, Counts, Damaged, Index
+
+MAX_MEMBERS = 1_000_000  # of one tar shard; img2dataset writes 30,000
+MAX_HEADER_BYTES = 64 << 10  # of a pax or long-name header
+_END_BYTES = 2 << 20  # behind the end mark; `tar` fills its last block, of 10 KiB or what was asked for
+_REGULAR, _DIRECTORY = (b"0", b"\0", b"7"), b"5"
+_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
+
+
+def _number(field: bytes) -> int:
+    """A tar header's number: octal text, or base 256 where the first bit is set. Raises ValueError."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    text = field.split(b"\0")[0].strip()
+    number = int(text, 8) if text else 0
+    if number < 0:
+        raise ValueError(f"negative number {text}")
+    return number
+
+
+def _checksum_ok(header: bytes) -> bool:
+    try:
+        stored = _number(header[148:156])
+    except ValueError:
+        return False
+    return stored == sum(header) - sum(header[148:156]) + 8 * 32  # the checksum field itself counts as spaces
+
+
+def _pax_fields(data: bytes) -> dict[bytes, tuple[int, bytes]]:
+    """{keyword: (where its value begins, value)} of a pax header, whose lines are 'LENGTH keyword=value\\n'.
+
+    Raises ValueError.
+    """
+    fields, position = {}, 0
+    while position < len(data) and data[position : position + 1] != b"\0":
+        space = data.index(b" ", position)
+        length = int(data[position:space])
+        if length <= space - position:
+            raise ValueError("pax line too short")
+        keyword, _, value = data[space + 1 : position + length - 1].partition(b"=")
+        fields[keyword] = space + 1 + len(keyword) + 1, value
+        position += length
+    return fields
+
+
+class _Member(NamedTuple):
+    """A member of a tar: its full name, where the last part of the name lies, its type, and its data."""
+
+    name: bytes
+    base_at: int
+    kind: bytes
+    start: int
+    size: int
+
+
+def _tar_members(file, size: int):
+    """Yield each `_Member` of an open tar. Raises Damaged where it ends early, or is no tar."""
+    offset, long_name, pax = 0, None, {}
+    for _ in range(MAX_MEMBERS):
+        file.seek(offset)
+        header = file.read(512)
+        if len(header) < 512:  # no end mark: cut, if only on a boundary
+            begins_well = offset or header[257:262] == b"ustar"
+            raise Damaged(
+                "truncated_archive" if begins_well else damage.of_beginning(header, "not_an_archive")
+            )
+        if not header.strip(b"\0"):
+            if _goes_on(file):
+                raise Damaged("joined_archives")
+            return
+        try:
+            member_size = int(pax[b"size"][1]) if b"size" in pax else _number(header[124:136])
+            damaged = member_size < 0 or not _checksum_ok(header)
+        except ValueError:
+            damaged = True
+        if damaged:
+            begins_well = offset or header[257:262] == b"ustar"
+            raise Damaged("damaged_archive" if begins_well else damage.of_beginning(header, "not_an_archive"))
+        kind, at, start = header[156:157], offset, offset + 512
+        if start + member_size > size:
+            raise Damaged("truncated_archive")
+        offset = start + (member_size + 511) // 512 * 512
+        if kind in (_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK):
+            if member_size > MAX_HEADER_BYTES:
+                raise Damaged("header_too_large")
+            data = file.read(member_size)
+            if kind == _GNU_NAME:
+                long_name = start, data.rstrip(b"\0")
+            elif kind == _PAX:
+                try:
+                    pax = {word: (start + place, value) for word, (place, value) in _pax_fields(data).items()}
+                except ValueError:
+                    raise Damaged("damaged_archive") from None
+            continue
+        name = header[:100].split(b"\0")[0]
+        if header[257:262] == b"ustar" and header[263:265] == b"00":
+            prefix = header[345:500].split(b"\0")[0]
+            if prefix:  # before the name, but behind it in the header: only the name's own place counts
+                at, name = at - len(prefix) - 1, prefix + b"/" + name
+        for place, other in (long_name or (0, b""), pax.get(b"path", (0, b""))):
+            if other:
+                at, name = place, other
+        long_name, pax = None, {}
+        yield _Member(name, at + name.rfind(b"/") + 1, kind, start, member_size)
+    raise Damaged("too_many_members")
+
+
+def _goes_on(file) -> bool:
+    """Whether an archive goes on behind its end mark, where `file` stands, as one of several joined ones."""
+    for _ in range(_END_BYTES // 512):
+        block = file.read(512)
+        if len(block) < 512 or block.strip(b"\0"):
+            return len(block) == 512 and _checksum_ok(block)
+    return False
+
+
+def index_tar(path: str) -> Index:
+    """Index one tar shard: a row a sample that holds an image.
+
+    A row is (offset, size) of the image, of its .txt, of its .json, and of the key within the image's name;
+    size -1 marks an absent part. A sample is the members that share their name up to the last dot, which a
+    known extension follows; see `_is_part`.
+
+    Refused: members that are no regular files, unsafe names (nothing is unpacked, but they are printed),
+    members above 64 MiB, repeated parts, samples without an image. Passed over: folders without a count,
+    hidden files, files of other kinds, and what belongs to the sample of a shorter key. Of an archive that
+    is cut or damaged, the samples before the damage are kept.
+    """
+    examples: dict[str, str] = {}
+    refused, passed, samples, found = Counts(examples), Counts(examples), {}, ""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            for member in _tar_members(file, size):
+                _add_member(member, samples, refused, passed)
+        except Damaged as error:
+            found = error.kind
+    rows = []
+    for key, row in samples.items():
+        if _is_part(key, row, samples):
+            passed.note("part_of_another", key.removeprefix(b"/"))
+        elif row[1] < 0:
+            refused.note("no_image", key.removeprefix(b"/"))
+        else:
+            rows.append(row)
+    return Index(np.asarray(rows, np.int64).reshape(-1, 8), dict(refused), dict(passed), examples, found)
+
+
+def _add_member(member: _Member, samples: dict[bytes, list], refused: Counts, passed: Counts) -> None:
+    """Put a member into its sample's row, or count it."""
+    name = member.name
+    if member.kind == _DIRECTORY:
+        return
+    if member.kind not in _REGULAR:
+        return refused.note("not_a_regular_file", name)
+    if name.startswith(b"/") or b".." in name.split(b"/") or damage.has_control_characters(name):
+        return refused.note("unsafe_name", name)
+    folder, _, base = name.rpartition(b"/")
+    stem, _, extension = base.rpartition(b".")
+    extension = extension.lower().decode("ascii", "replace")
+    column = 0 if extension in IMAGE_EXTENSIONS else {"txt": 2, "json": 4}.get(extension)
+    if base.startswith(b"."):  # such as ._KEY.jpg
+        return passed.note("hidden_file", name)
+    if column is None or not stem:
+        return passed.note("other_extension", name)
+    if member.size > MAX_MEMBER_BYTES:
+        return refused.note("member_too_large", name)
+    row = samples.setdefault(folder + b"/" + stem, [0, -1, 0, -1, 0, -1, 0, 0])
+    if row[column + 1] >= 0:
+        return refused.note("repeated_member", name)
+    row[column : column + 2] = member.start, member.size
+    if column == 0:
+        row[6:] = member.base_at, len(stem)
+
+
+def _is_part(key: bytes, row: list, samples: dict[bytes, list]) -> bool:
+    """Whether a sample is but a part of that of a shorter key, as KEY.seg.png is of KEY.png.
+
+    So it is where KEY has an image, unless this one has an image and a caption of its own: a .txt, or a .json
+    where KEY has no .txt.
+    """
+    end = key.rfind(b"/") + 1
+    while (end := key.find(b".", end + 1)) > 0:
+        whole = samples.get(key[:end])
+        if whole is not None and whole[1] >= 0:
+            return row[1] < 0 or not (row[3] >= 0 or (row[5] >= 0 and whole[3] < 0))
+    return False

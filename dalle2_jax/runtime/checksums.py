@@ -1,0 +1,109 @@
+"""Whether a checkpoint is what was saved: checksums of every leaf, and of what describes the leaves.
+
+Orbax does not notice flipped bits in its files. With w_i the bits of element i as an unsigned number, the
+checksum of a leaf is sum_i w_i (2 i + 1) mod 2^32: a changed bit always changes it (the weights are odd), and
+devices that hold parts of an array add up theirs.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from dalle2_jax.runtime.orbax_errors import DamagedCheckpoint
+
+FORMAT = 1  # of what `meta` holds beside the leaves; raised when older code could misread it
+CACHED = 1 << 15  # numbers whose checksum is computed at once: 128 KiB, and as much of weights
+
+
+def checksum(x: Any) -> Any:
+    """Returns the checksum above of an array, uint32: in numpy for numpy, in JAX for a tracer."""
+    kind = np.dtype(f"uint{8 * x.dtype.itemsize}")
+    if isinstance(x, np.ndarray):
+        return _checksum_of_words(
+            np.ascontiguousarray(x).reshape(-1).view(kind).astype(np.uint32, copy=False)
+        )
+    bits = x.astype(kind) if x.dtype == bool else jax.lax.bitcast_convert_type(x, kind)
+    index = jax.numpy.zeros((), np.uint32)  # of each element in row-major order, without gathering the array
+    for axis, size in enumerate(x.shape):
+        along = jax.numpy.arange(size, dtype=np.uint32).reshape((size,) + (1,) * (x.ndim - axis - 1))
+        index = index * np.uint32(size) + along
+    return (bits.astype(np.uint32) * (2 * index + 1)).sum(dtype=np.uint32)
+
+
+def _checksum_of_words(words: np.ndarray) -> np.uint32:
+    """Of uint32 [n]. In rows that stay in a core's cache: with i = row * CACHED + j the weight 2 i + 1 is
+    2 j + 1, the same for all rows, and 2 row * CACHED, the same for all of a row."""
+    weights = np.arange(1, 2 * CACHED, 2, dtype=np.uint32)
+    total = 0
+    for first in range(0, words.size, CACHED):
+        row = words[first : first + CACHED]
+        total += int(row @ weights[: row.size]) + 2 * first * int(row.sum(dtype=np.uint32))
+    return np.uint32(total % 2**32)
+
+
+def checksums(flat: Mapping[str, Any]) -> dict[str, int]:
+    """Returns {name: checksum}; of arrays on accelerators or split over hosts, computed where they are."""
+    host = {
+        name: np.asarray(leaf)
+        for name, leaf in flat.items()
+        if not isinstance(leaf, jax.Array)
+        or (
+            (leaf.is_fully_addressable or leaf.is_fully_replicated)
+            and all(device.platform == "cpu" for device in leaf.devices())
+        )
+    }
+    sums = {name: int(checksum(leaf)) for name, leaf in host.items()}
+    rest = {name: leaf for name, leaf in flat.items() if name not in host}
+    if rest:
+        sums |= {name: int(value) for name, value in jax.device_get(_device_checksums(rest)).items()}
+    return {name: sums[name] for name in flat}
+
+
+@jax.jit
+def _device_checksums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: checksum(leaf) for name, leaf in flat.items()}
+
+
+def sealed(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """What `meta` holds, with the sha256 of it; the rule of that is the same in all formats."""
+    plain = json.loads(json.dumps({name: value for name, value in contents.items() if name != "sha256"}))
+    return plain | {"sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
+def layout(flat: Mapping[str, Any]) -> str:
+    """The sha256 of the leaves' names, shapes and types."""
+    lines = sorted(f"{name} {tuple(leaf.shape)} {np.dtype(leaf.dtype)}" for name, leaf in flat.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def check_contents(path: epath.Path, contents: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raises DamagedCheckpoint where `meta`, or what Orbax says is `stored`, is not what was saved, and
+    ValueError for a newer format. Older checkpoints have no such sums, the oldest no format."""
+    damaged = f"checkpoint {path} is damaged: %s not what was saved. Move that folder away to go on from an "
+    damaged += "earlier step"
+    if contents.get("sha256") not in (None, sealed(contents)["sha256"]):
+        raise DamagedCheckpoint(damaged % "meta is")
+    written = contents.get("format", 0)
+    if written > FORMAT:
+        raise ValueError(
+            f"checkpoint {path} has format {written}, this version of dalle2_jax reads up to {FORMAT}: use "
+            "the version that wrote it, or a newer one"
+        )
+    if contents.get("layout") not in (None, layout(stored)):
+        raise DamagedCheckpoint(damaged % "names, shapes or types of its leaves are")
+
+
+def check_sums(path: epath.Path, flat: Mapping[str, Any], sums: Mapping[str, int]) -> None:
+    """Raises DamagedCheckpoint, naming leaves, unless the leaves have these checksums."""
+    changed = [name for name, value in checksums(flat).items() if value != sums.get(name)]
+    changed += sorted(sums.keys() - flat.keys())
+    if changed:
+        raise DamagedCheckpoint(
+            f"checkpoint {path} is damaged: {len(changed)} leaves are not what was saved "
+            f"({', '.join(changed[:5])}). Move that folder away to go on from an earlier step"
+        )
