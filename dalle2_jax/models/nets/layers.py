@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.models.nets import convolution, platforms, products
+from dalle2_jax.models.nets import cpu, platforms
 from dalle2_jax.runtime.partition import constrain
 
 NORM_EPSILON = 1e-5
@@ -39,9 +39,7 @@ def _unless_shapes_only(draw: Callable) -> Callable:
     return init
 
 
-Dense = partial(
-    nn.Dense, param_dtype=jnp.float32, kernel_init=lecun_normal(), dot_general=products.dot_general
-)
+Dense = partial(nn.Dense, param_dtype=jnp.float32, kernel_init=lecun_normal(), dot_general=cpu.dot_general)
 LayerNorm = partial(nn.LayerNorm, epsilon=NORM_EPSILON, dtype=jnp.float32, param_dtype=jnp.float32)
 
 
@@ -71,8 +69,7 @@ def remat(block: type[nn.Module], what: bool | str, **options) -> type[nn.Module
 def _worth_keeping(primitive, *_, **how) -> bool:
     """Of a result: products of two activations, attention's, are batched by example and head and are not;
     those with a kernel are batched at most by SAM's replicas, which have each its own. cuDNN's attention is,
-    as its weights, [N, M], are not among its results. `nets.products` and `nets.convolution` have the custom
-    gradients."""
+    as its weights, [N, M], are not among its results. `nets.cpu` has the custom gradients."""
     if primitive is jax.lax.dot_general_p:
         return len(how["dimension_numbers"][1][0]) < 2
     if primitive.name == _CUDNN_FORWARD:
@@ -115,36 +112,6 @@ def num_groups(channels: int) -> int:
     return math.gcd(channels, min(32, max(1, channels // 4)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _to_channels(x: jax.Array, channels: int) -> jax.Array:
-    """Numbers of groups [N, G] for each of their channels: [N, C].
-
-    On a CPU, where nothing is differentiated, by a product with zeros and ones, in which nothing is rounded:
-    broadcast, XLA would look the group up again for every pixel, in a loop that takes one number at a time.
-    """
-    if platforms.target().platform != "cpu":
-        return _repeated(x, channels)
-    return groups_to_channels(x, _repeated(jnp.eye(x.shape[-1], dtype=x.dtype), channels))
-
-
-# jitted for its name, by which `dalle2_jax.models.flops` leaves it out: it computes nothing
-@jax.jit
-def groups_to_channels(x: jax.Array, members: jax.Array) -> jax.Array:
-    """x [N, G], members [G, C] of zeros and ones -> [N, C]."""
-    return x @ members
-
-
-def _repeated(x, channels):
-    return jnp.repeat(x, channels // x.shape[-1], axis=-1)
-
-
-def _to_channels_backward(channels, groups, gradient):
-    return (gradient.reshape(-1, groups, channels // groups).sum(axis=-1),)
-
-
-_to_channels.defvjp(lambda x, channels: (_repeated(x, channels), x.shape[-1]), _to_channels_backward)
-
-
 class GroupNorm(nn.Module):
     """Group norm over [B, H, W, C] or [B, N, C], computed in float32 and returned in float32."""
 
@@ -165,8 +132,8 @@ class GroupNorm(nn.Module):
         mean, var = (s.reshape(-1, groups, channels // groups) for s in (mean, var))
         group_mean = mean.mean(axis=-1)
         group_var = (var + jnp.square(mean - group_mean[..., None])).mean(axis=-1)
-        gain = _to_channels(jax.lax.rsqrt(group_var + NORM_EPSILON), channels) * scale
-        shift = bias - _to_channels(group_mean, channels) * gain
+        gain = cpu.to_channels(jax.lax.rsqrt(group_var + NORM_EPSILON), channels) * scale
+        shift = bias - cpu.to_channels(group_mean, channels) * gain
         return x * jnp.expand_dims(gain, axes) + jnp.expand_dims(shift, axes)
 
 
@@ -191,7 +158,7 @@ def conv(
         dtype=dtype,
         param_dtype=jnp.float32,
         kernel_init=nn.initializers.zeros if zero else lecun_normal(),
-        conv_general_dilated=convolution.conv_general_dilated,
+        conv_general_dilated=cpu.conv_general_dilated,
         name=name,
     )
 

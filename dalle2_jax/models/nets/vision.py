@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.models.nets import layers, products
+from dalle2_jax.models.nets import cpu, layers
 from dalle2_jax.models.nets.transformer import Embedding, TransformerStack
 from dalle2_jax.runtime.partition import constrain
 
@@ -27,7 +27,7 @@ class Patches(nn.Module):
         kernel = self.param("kernel", layers.lecun_normal(), shape, jnp.float32).astype(self.dtype)
         x = image.astype(self.dtype).reshape(-1, height // n, n, width // n, n, channels).swapaxes(2, 3)
         x, kernel = x.reshape(len(x), -1, n * n * channels), kernel.reshape(-1, self.width)
-        return products.dot_general(x, kernel, (((2,), (0,)), ((), ())))
+        return cpu.dot_general(x, kernel, (((2,), (0,)), ((), ())))
 
 
 class ViT(nn.Module):
