@@ -3,7 +3,8 @@
     each floor        -> the floors below it, and its own folder: FLOORS
     models/nets       -> jax, flax; of the package only nets and partition.constrain
     models/diffusion  -> jax, numpy; no network
-    models/stages     -> nets, diffusion, jax, numpy
+    models/tokens     -> jax; no network
+    models/stages     -> nets, diffusion, tokens, jax, numpy
     nobody            -> configs, torch, pickle;  outside nets -> flax.linen;  outside data -> TensorFlow
 
 An import counts wherever it stands, inside functions too. What loads when a module is imported (imports
@@ -101,12 +102,13 @@ def package_part(module: str) -> str:
 def violations(module: str, source: str, is_package: bool = False) -> list[str]:
     """What `module` imports against the rules, each as 'module:line imports x: why not'."""
     part, room = package_part(module), ".".join(module.split(".")[1:3])
-    own = {name: f"{PACKAGE}.models.{name}" for name in ("nets", "diffusion", "stages")}
+    own = {name: f"{PACKAGE}.models.{name}" for name in ("nets", "diffusion", "tokens", "stages")}
     parts = tuple(f"{PACKAGE}.runtime.partition.{name}" for name in ("constrain", "batch_shards"))
     names = f"{PACKAGE}.runtime.names"  # of the standard library alone
     allowed = {  # everything that a folder may import besides the standard library
         "models.nets": ("jax", "flax", own["nets"], parts[0]),
         "models.diffusion": ("jax", "numpy", own["diffusion"], names),
+        "models.tokens": ("jax", own["tokens"]),
         "models.stages": ("jax", "numpy", *own.values(), *parts, names),
     }
     out = []
@@ -245,6 +247,7 @@ def test_every_module_can_be_imported_where_tensorflow_and_torch_are_not_install
             "def f():\n  from dalle2_jax.models.nets import unet",
             "diffusion may import",
         ),
+        ("dalle2_jax.models.tokens.decode", "from dalle2_jax.models.nets import causal", "tokens may import"),
         ("dalle2_jax.models.stages.prior", "import optax", "stages may import"),
         ("dalle2_jax.models.stages.prior", "from dalle2_jax.runtime import checkpoint", "stages may import"),
         ("dalle2_jax.data.pipeline", "from dalle2_jax.models.stages import clip", "models is not"),

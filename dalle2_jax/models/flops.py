@@ -2,7 +2,7 @@
 
 Everything else (norms, activations, the optimizer) is left out, as is customary for utilisation, and so are
 recomputations: a training step counts as three forward passes, one forward and two for the gradients by
-inputs and by weights. A convolution counts as a direct one, also where `nets.convolution` multiplies less,
+inputs and by weights. A convolution counts as a direct one, also where `nets.cpu` multiplies less,
 and attention as its two products, also where it is one kernel.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 
-from dalle2_jax.models.nets import convolution, layers
+from dalle2_jax.models.nets import cpu, layers
 
 TRAINING_PASSES = 3
 
@@ -49,12 +49,12 @@ def _of_equation(equation) -> int:
         kernel = equation.invars[1].aval.shape
         outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs
-    if parameters.get("name") == convolution.winograd_3x3.__name__:
+    if parameters.get("name") == cpu.winograd_3x3.__name__:
         kernel = equation.invars[1].aval.shape
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[:-1])
     if parameters.get("name") == layers.cudnn_attention.__name__:
         return 4 * math.prod(equation.outvars[0].aval.shape) * equation.invars[1].aval.shape[1]
-    if parameters.get("name") == layers.groups_to_channels.__name__:
+    if parameters.get("name") == cpu.groups_to_channels.__name__:
         return 0
     if name == "cond":
         return max(_of(branch.jaxpr) for branch in parameters["branches"])

@@ -118,13 +118,13 @@ class Inception(nn.Module):
           'pool' [B, 2048], the mean over positions before the classes; 'spatial' [B, 17 * 17 * 7]; 'logits'
           [B, 1008] and 'logits_unbiased', without the last bias, which the inception score reads.
         """
-        x = conv(image.astype(jnp.float32), "Conv2d_1a_3x3", 32, _THREE, 2, False)
-        x = conv(x, "Conv2d_2a_3x3", 32, _THREE, 1, False)
-        x = max_pool(conv(x, "Conv2d_2b_3x3", 64, _THREE))
+        x = conv(image.astype(jnp.float32), "Conv2d_1a_3x3", 32, _THREE, 2, False)  # [B, 149, 149, 32]
+        x = conv(x, "Conv2d_2a_3x3", 32, _THREE, 1, False)  # [B, 147, 147, 32]
+        x = max_pool(conv(x, "Conv2d_2b_3x3", 64, _THREE))  # [B, 73, 73, 64]
         x = conv(x, "Conv2d_3b_1x1", 80, _ONE)
-        x = max_pool(conv(x, "Conv2d_4a_3x3", 192, _THREE, 1, False))
+        x = max_pool(conv(x, "Conv2d_4a_3x3", 192, _THREE, 1, False))  # [B, 35, 35, 192]
         for name, pool_features in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
-            x = mixed_35(pool_features, name)(x)
+            x = mixed_35(pool_features, name)(x)  # [B, 35, 35, 256], then 288 channels
         double = (
             ("branch3x3dbl_1", 64, _ONE),
             ("branch3x3dbl_2", 96, _THREE),
@@ -132,15 +132,15 @@ class Inception(nn.Module):
         )
         x = Mixed(((("branch3x3", 384, _THREE),), double), "max", 0, True, name="Mixed_6a")(x)
         for name, inner in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
-            x = mixed_17(inner, name)(x)
+            x = mixed_17(inner, name)(x)  # [B, 17, 17, 768]
             if name == "Mixed_6d":
-                spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
+                spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)  # [B, 17 * 17 * 7]
         single = (("branch3x3_1", 192, _ONE), ("branch3x3_2", 320, _THREE))
         seven = (("branch7x7x3_1", 192, _ONE), ("branch7x7x3_2", 192, _ROW), ("branch7x7x3_3", 192, _COLUMN))
         seven += (("branch7x7x3_4", 192, _THREE),)
-        x = Mixed((single, seven), "max", 0, True, name="Mixed_7a")(x)
+        x = Mixed((single, seven), "max", 0, True, name="Mixed_7a")(x)  # [B, 8, 8, 1280]
         x = mixed_8("max", "Mixed_7c")(mixed_8("mean", "Mixed_7b")(x))
-        pool = x.mean(axis=(1, 2))
+        pool = x.mean(axis=(1, 2))  # [B, 8, 8, 2048] -> [B, 2048]
         fc = nn.Dense(CLASSES, precision=PRECISION, name="fc")
         logits = fc(pool)
         bias = fc.variables["params"]["bias"]

@@ -12,13 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.models.nets import convolution, platforms, products
+from dalle2_jax.models.nets import cpu, platforms
 from dalle2_jax.runtime.partition import constrain
 
 NORM_EPSILON = 1e-5
 
-# Inside `with shapes_only(True):` initialisers give zeros, for what is traced for its shapes, or with
-# parameters that are there: normal draws for every leaf are a third of the time. Part of JAX's cache keys.
+# Inside `with shapes_only(True):` initialisers give zeros. For tracing shapes, or a network whose parameters
+# are there: normal draws for every leaf would take a third of the time. Part of JAX's cache keys.
 shapes_only = jax.make_user_context(False)
 
 
@@ -39,9 +39,7 @@ def _unless_shapes_only(draw: Callable) -> Callable:
     return init
 
 
-Dense = partial(
-    nn.Dense, param_dtype=jnp.float32, kernel_init=lecun_normal(), dot_general=products.dot_general
-)
+Dense = partial(nn.Dense, param_dtype=jnp.float32, kernel_init=lecun_normal(), dot_general=cpu.dot_general)
 LayerNorm = partial(nn.LayerNorm, epsilon=NORM_EPSILON, dtype=jnp.float32, param_dtype=jnp.float32)
 
 
@@ -56,9 +54,9 @@ REMAT = ("none", "products", "all")
 def remat(block: type[nn.Module], what: bool | str, **options) -> type[nn.Module]:
     """A module whose activations are computed again in the backward pass, to save memory; names unchanged.
 
-    what: 'none'; 'all' of them; 'products': those that are neither the results of convolutions and products
-    with a kernel nor sums (the statistics of norms), which is little work for most of the memory. True is
-    'all', False 'none'. options: of `nn.remat`. Raises ValueError for another `what`.
+    what: 'none', 'all' or 'products'. 'products' keeps the results of convolutions, of products with a kernel
+    and of sums (the statistics of norms): little work again for most of the memory. True is 'all', False
+    'none'. options: of `nn.remat`. Raises ValueError for another `what`.
     """
     what = {True: "all", False: "none"}.get(what, what)
     if what not in REMAT:
@@ -69,14 +67,13 @@ def remat(block: type[nn.Module], what: bool | str, **options) -> type[nn.Module
 
 
 def _worth_keeping(primitive, *_, **how) -> bool:
-    """Of a result: products of two activations, attention's, are batched by example and head and are not;
-    those with a kernel are batched at most by SAM's replicas, which have each its own. cuDNN's attention is,
-    as its weights, [N, M], are not among its results. `nets.products` and `nets.convolution` have the custom
-    gradients."""
+    """Whether 'products' keeps the result of a primitive; the custom gradients are those of `nets.cpu`."""
     if primitive is jax.lax.dot_general_p:
+        # A product of two activations (attention's) has two batch dimensions, example and head, and a large
+        # result. One with a kernel has at most one, SAM's replicas, each with a kernel of its own.
         return len(how["dimension_numbers"][1][0]) < 2
     if primitive.name == _CUDNN_FORWARD:
-        return True
+        return True  # the weights of attention, [N, M], are not among its results
     return primitive in (
         jax.lax.conv_general_dilated_p,
         jax.lax.reduce_sum_p,
@@ -104,7 +101,7 @@ def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> 
     odd."""
     half = dim // 2
     freqs = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
-    args = t.astype(jnp.float32)[:, None] * freqs[None]
+    args = t.astype(jnp.float32)[:, None] * freqs[None]  # [B, half]
     embedding = jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim - 2 * half)))
 
@@ -113,36 +110,6 @@ def num_groups(channels: int) -> int:
     """ADM's 32 groups; narrower layers keep at least four channels a group, so that a group norm is no
     instance norm."""
     return math.gcd(channels, min(32, max(1, channels // 4)))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _to_channels(x: jax.Array, channels: int) -> jax.Array:
-    """Numbers of groups [N, G] for each of their channels: [N, C].
-
-    On a CPU, where nothing is differentiated, by a product with zeros and ones, in which nothing is rounded:
-    broadcast, XLA would look the group up again for every pixel, in a loop that takes one number at a time.
-    """
-    if platforms.target().platform != "cpu":
-        return _repeated(x, channels)
-    return groups_to_channels(x, _repeated(jnp.eye(x.shape[-1], dtype=x.dtype), channels))
-
-
-# jitted for its name, by which `dalle2_jax.models.flops` leaves it out: it computes nothing
-@jax.jit
-def groups_to_channels(x: jax.Array, members: jax.Array) -> jax.Array:
-    """x [N, G], members [G, C] of zeros and ones -> [N, C]."""
-    return x @ members
-
-
-def _repeated(x, channels):
-    return jnp.repeat(x, channels // x.shape[-1], axis=-1)
-
-
-def _to_channels_backward(channels, groups, gradient):
-    return (gradient.reshape(-1, groups, channels // groups).sum(axis=-1),)
-
-
-_to_channels.defvjp(lambda x, channels: (_repeated(x, channels), x.shape[-1]), _to_channels_backward)
 
 
 class GroupNorm(nn.Module):
@@ -157,16 +124,17 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         x = x.astype(jnp.float32)
         axes = tuple(range(1, x.ndim - 1))
-        # Statistics of channels first, then of groups of channels: reductions that keep the channels minor
-        # are several times faster on a CPU than those over [positions, channels of a group], and the merge
-        # is exact.
-        mean = x.mean(axis=axes)
+        # Statistics of channels first, then of groups. On a CPU reductions that keep the channels minor are
+        # several times faster than those over [positions, channels of a group]. The merge is exact:
+        # var of a group = mean over its channels of (var + (mean - group_mean)^2).
+        mean = x.mean(axis=axes)  # [B, C]
         var = jnp.square(x - jnp.expand_dims(mean, axes)).mean(axis=axes)
-        mean, var = (s.reshape(-1, groups, channels // groups) for s in (mean, var))
-        group_mean = mean.mean(axis=-1)
+        mean, var = (s.reshape(-1, groups, channels // groups) for s in (mean, var))  # [B, G, C / G]
+        group_mean = mean.mean(axis=-1)  # [B, G]
         group_var = (var + jnp.square(mean - group_mean[..., None])).mean(axis=-1)
-        gain = _to_channels(jax.lax.rsqrt(group_var + NORM_EPSILON), channels) * scale
-        shift = bias - _to_channels(group_mean, channels) * gain
+        # (x - mean) / std * scale + bias as x * gain + shift, both [B, C]
+        gain = cpu.to_channels(jax.lax.rsqrt(group_var + NORM_EPSILON), channels) * scale
+        shift = bias - cpu.to_channels(group_mean, channels) * gain
         return x * jnp.expand_dims(gain, axes) + jnp.expand_dims(shift, axes)
 
 
@@ -191,7 +159,7 @@ def conv(
         dtype=dtype,
         param_dtype=jnp.float32,
         kernel_init=nn.initializers.zeros if zero else lecun_normal(),
-        conv_general_dilated=convolution.conv_general_dilated,
+        conv_general_dilated=cpu.conv_general_dilated,
         name=name,
     )
 
@@ -209,25 +177,25 @@ def attention(
     q [B, N, H, D], k and v [B, M, H, D], mask broadcastable to [B, H, N, M] (True = attend). Returns [B, N,
     H * D] in the type of v. A row whose keys are all masked gets finite values, not NaN.
 
-    cudnn: whether cuDNN's kernel may compute it, where there is one; not for what is under a `vmap`, whose
-    gradient JAX cannot take through it (jax-ml/jax issues 38495, 39451).
+    cudnn: whether cuDNN's kernel may compute it, where there is one. Not under a `vmap`: JAX cannot take that
+    gradient through it (jax-ml/jax issues 38495, 39451).
     """
     if cudnn and mask is None and _cudnn_takes(q, k):
-        # what the kernel reads is to be split alike over devices, its result's gradient too
+        # the kernel wants all arrays split alike over devices, its result's gradient too
         q, k, v = (constrain(y, tensor_axis=2) for y in (q, k, v))
         out = constrain(cudnn_attention(q, k, v), tensor_axis=2)
     else:
         if mask is not None:
             mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
         out = jax.nn.dot_product_attention(q, k, v, mask=mask)
-    return out.reshape(*out.shape[:2], -1)
+    return out.reshape(*out.shape[:2], -1)  # [B, N, H, D] -> [B, N, H D]
 
 
 def _cudnn_takes(q: jax.Array, k: jax.Array) -> bool:
-    """Whether cuDNN has a kernel for them on what the program is traced for. JAX refuses odd lengths when it
-    takes the gradient."""
+    """Whether cuDNN has a kernel for these shapes on the device that the program is traced for."""
     capability, head_dim = platforms.target().capability, q.shape[-1]
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+    # JAX refuses odd lengths when it takes the gradient.
     even = q.shape[1] % 2 == k.shape[1] % 2 == 0
     return fits and even and capability is not None and capability >= (8, 0)
 
@@ -236,7 +204,7 @@ def _cudnn_takes(q: jax.Array, k: jax.Array) -> bool:
 _CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 
 
-# jitted for its name, by which `dalle2_jax.models.flops` counts it as the two products that it is
+# jitted for its name: `models.flops` counts it as two products
 @jax.jit
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """q [B, N, H, D], k and v [B, M, H, D] in 16 bits, split alike over devices -> [B, N, H, D]."""

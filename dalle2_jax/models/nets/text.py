@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from dalle2_jax.models.nets import layers
-from dalle2_jax.models.nets.transformer import Embedding, TokenEmbedding, TransformerStack, causal_mask
+from dalle2_jax.models.nets.causal import causal_mask
+from dalle2_jax.models.nets.transformer import Embedding, TokenEmbedding, TransformerStack
 
 
 def last_true(mask: jax.Array) -> jax.Array:
@@ -40,6 +41,7 @@ class CLIPTextTransformer(nn.Module):
         common = (self.depth, self.num_heads, self.activation, self.remat, self.dtype)
         stack = TransformerStack(*common, scan=self.scan, name="transformer")
         states = layers.LayerNorm(name="norm_out")(stack(x, causal_mask(tokens.shape[1])))
+        # the state at the end of text: [B, L, D] -> [B, D]
         pooled = jnp.take_along_axis(states, last_true(token_mask)[:, None, None], axis=1)[:, 0]
         init = layers.normal(self.width**-0.5)
         proj = layers.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=init, name="proj")
@@ -49,7 +51,7 @@ class CLIPTextTransformer(nn.Module):
 class GlideTextTransformer(nn.Module):
     """GLIDE's text transformer: no attention mask, and a learned embedding where there is no token.
 
-    A caption that is dropped is the sequence without a token: all its positions hold their padding embedding.
+    A dropped caption is the sequence without a token: all its positions hold their padding embedding.
     """
 
     vocab_size: int

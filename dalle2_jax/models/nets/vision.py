@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.models.nets import layers, products
+from dalle2_jax.models.nets import cpu, layers
 from dalle2_jax.models.nets.transformer import Embedding, TransformerStack
 from dalle2_jax.runtime.partition import constrain
 
@@ -25,9 +25,11 @@ class Patches(nn.Module):
         n, (height, width, channels) = self.size, image.shape[1:]
         shape = (n, n, channels, self.width)
         kernel = self.param("kernel", layers.lecun_normal(), shape, jnp.float32).astype(self.dtype)
+        # [B, H, W, 3] -> [B, H / n, n, W / n, n, 3] -> [B, H / n, W / n, n, n, 3]
         x = image.astype(self.dtype).reshape(-1, height // n, n, width // n, n, channels).swapaxes(2, 3)
+        # [B, patches, n n 3], [n n 3, width]
         x, kernel = x.reshape(len(x), -1, n * n * channels), kernel.reshape(-1, self.width)
-        return products.dot_general(x, kernel, (((2,), (0,)), ((), ())))
+        return cpu.dot_general(x, kernel, (((2,), (0,)), ((), ())))
 
 
 class ViT(nn.Module):
@@ -51,11 +53,12 @@ class ViT(nn.Module):
     def __call__(self, image: jax.Array, t: jax.Array | None = None) -> jax.Array:
         """image [B, H, W, 3], normalised by CLIP's mean and std -> embedding [B, E] float32, of any norm.
 
-        t [B] is the time up to which the image is noised, for a tower that is told.
+        t [B]: the time up to which the image is noised, for a tower conditioned on it.
         """
         std = self.width**-0.5
         x = Patches(self.patch_size, self.width, self.dtype, name="patch_embedding")(image)
         token = Embedding((self.width,), stddev=std, name="class_token")().astype(self.dtype)
+        # the class token comes first: [B, 1 + patches, width]
         x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], axis=1)
         x = x + Embedding((x.shape[1], self.width), stddev=std, name="position")().astype(self.dtype)
         if t is not None:
@@ -92,6 +95,7 @@ class FrozenBatchNorm(nn.Module):
         mean = jax.lax.stop_gradient(self.param("mean", nn.initializers.zeros, shape, jnp.float32))
         var = jax.lax.stop_gradient(self.param("var", nn.initializers.ones, shape, jnp.float32))
         gain = scale * jax.lax.rsqrt(var + layers.NORM_EPSILON)
+        # (x - mean) gain + bias, with the constants added first
         return x.astype(jnp.float32) * gain + (bias - mean * gain)
 
 
@@ -149,8 +153,8 @@ class AttentionPool(nn.Module):
                 f"the pooled width {width} is not a multiple of num_heads {self.num_heads}: change either"
             )
         init = layers.normal(width**-0.5)
-        x = x.reshape(x.shape[0], -1, width)
-        x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)
+        x = x.reshape(x.shape[0], -1, width)  # [B, H W, C]
+        x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)  # [B, 1 + H W, C], the mean first
         x = x + Embedding((x.shape[1], width), stddev=width**-0.5, name="position")().astype(self.dtype)
         q = layers.Dense(width, dtype=self.dtype, kernel_init=init, name="q")(x[:, :1])
         kv = layers.Dense(2 * width, dtype=self.dtype, kernel_init=init, name="kv")(x)
@@ -179,7 +183,7 @@ class ModifiedResNet(nn.Module):
     def __call__(self, image: jax.Array, t: jax.Array | None = None) -> jax.Array:
         """image [B, H, W, 3], normalised by CLIP's mean and std -> embedding [B, E] float32, of any norm.
 
-        t [B] is the time up to which the image is noised, for a tower that is told.
+        t [B]: the time up to which the image is noised, for a tower conditioned on it.
         """
         x = image.astype(self.dtype)
         for i, (features, stride) in enumerate(

@@ -29,6 +29,7 @@ from dalle2_jax.models.diffusion.gaussian import is_guided
 from dalle2_jax.models.nets.latents import LatentTransformer
 from dalle2_jax.models.stages import candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
+from dalle2_jax.models.tokens.decode import Options, decode
 
 # The dot product folds a number into a sample's key that no code reaches.
 _DOT_FOLD = 2**31 - 1
@@ -122,7 +123,7 @@ class ARPrior:
 
     @property
     def sampling(self) -> dict:
-        """What `sample` does unless told."""
+        """Defaults of `sample`."""
         return dict(
             guidance_scale=self.guidance_scale,
             num_candidates=self.num_candidates,
@@ -235,14 +236,11 @@ class ARPrior:
         guided, size = is_guided(scale), len(keys)
         keys = candidates.split_keys(keys, count)
 
-        def draw(fold, function):
-            return jax.vmap(lambda key, x: function(jax.random.fold_in(key, fold), x))
-
-        low = int(quantile * self.net.num_dot_buckets)
-        high = self.net.num_dot_buckets
-        dot = draw(_DOT_FOLD, lambda key, x: jax.random.randint(key, (), low, high))(
-            keys, jnp.zeros(len(keys))
-        )
+        # [B count]: one dot product a candidate, from the buckets above the quantile
+        low, high = int(quantile * self.net.num_dot_buckets), self.net.num_dot_buckets
+        dot_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, _DOT_FOLD)
+        dot = jax.vmap(lambda key: jax.random.randint(key, (), low, high))(dot_keys)
+        # The conditional and the null half of a candidate are neighbours.
         halves = jnp.array([False, True] if guided else [False])
         names = ("text_embed", "tokens", "token_mask")
         text_embed, *caption = (jnp.repeat(batch[name], len(halves), axis=0) for name in names)
@@ -256,20 +254,18 @@ class ARPrior:
         read = apply("read", states), mask, text_embed, drop
         text, mask, text_embed, drop = candidates.spread(read, size, count)
         prefix = apply("prefix", text_embed, jnp.repeat(dot, len(halves)), drop)
-        caches = apply("empty_cache", len(drop))
+        caches = apply("empty_caches", len(drop))
         _, caches = apply("step", prefix[:, 0], jnp.int32(0), text, mask, caches)
-
-        def next_code(carry, k):
-            x, caches = carry
-            logits, caches = apply("step", x, k + 1, text, mask, caches)
-            if guided:
-                logits = logits[1::2] + scale * (logits[0::2] - logits[1::2])
-            code = draw(k, lambda key, x: jax.random.categorical(key, x / temperature))(keys, logits)
-            x = apply("embed_codes", jnp.repeat(code, 2) if guided else code)
-            return (x, caches), code
-
-        _, codes = jax.lax.scan(next_code, (prefix[:, 1], caches), jnp.arange(self.net.num_codes))
-        return candidates.closest(self.decode(params, codes.T.astype(jnp.int32)), batch["text_embed"])
+        codes = decode(
+            lambda x, k, caches: apply("step", x, k + 1, text, mask, caches),  # position 0 is the prefix's
+            lambda codes: apply("embed_codes", codes),
+            prefix[:, 1],
+            caches,
+            keys,
+            self.net.num_codes,
+            Options(temperature, guidance_scale=scale if guided else None),
+        )
+        return candidates.closest(self.decode(params, codes), batch["text_embed"])
 
 
 def build(
@@ -301,7 +297,7 @@ def build(
       max_error: share of the variance that the kept components may leave unexplained, if K allows.
       fit_rows: training examples over which components and buckets are fitted.
       text_drop: how often the text is dropped in training.
-      guidance_scale, num_candidates, temperature, dot_quantile: what `sample` does unless told.
+      guidance_scale, num_candidates, temperature, dot_quantile: defaults of `sample`.
       remat: what of a block is computed again in the backward pass, 'none', 'products' (all else) or 'all'.
       dtype: compute type of the network.
 

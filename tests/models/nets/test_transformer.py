@@ -9,7 +9,8 @@ import pytest
 
 from dalle2_jax.models import flops
 from dalle2_jax.models.nets import layers
-from dalle2_jax.models.nets.transformer import PriorTransformer, TransformerStack, causal_mask
+from dalle2_jax.models.nets.causal import causal_mask
+from dalle2_jax.models.nets.transformer import PriorTransformer, TransformerStack
 
 KEY = jax.random.key(0)
 CHEAP_KEY = jax.random.key(0, impl="rbg")  # programs full of the default's draws take long to compile

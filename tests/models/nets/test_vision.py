@@ -33,7 +33,7 @@ def test_vit_sees_every_patch_and_its_place():
 
 
 def test_the_gradient_by_the_patches_kernel_is_not_transposed_on_cpus():
-    """It is a product of `nets.products`, and what it was: a convolution."""
+    """It is a product of `nets.cpu`, and what it was: a convolution."""
     patches, draw = Patches(size=4, width=8), np.random.default_rng(0)
     image = draw.standard_normal((2, 8, 12, 3)).astype(np.float32)
     shapes = jax.eval_shape(patches.init, KEY, image)

@@ -174,7 +174,7 @@ def test_the_cache_changes_nothing(fitted, dtype):
         inputs = apply(params, "prefix", batch["text_embed"], dot, drop)
         inputs = [inputs[:, 0], inputs[:, 1]]
         inputs += [apply(params, "embed_codes", codes[:, i]) for i in range(CODES - 1)]
-        return inputs, apply(params, "read", states), mask, apply(params, "empty_cache", 3)
+        return inputs, apply(params, "read", states), mask, apply(params, "empty_caches", 3)
 
     step = jax.jit(lambda params, *arguments: apply(params, "step", *arguments))
     whole = at_once(params["net"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.models import flops
-from dalle2_jax.models.nets import layers, platforms, products
+from dalle2_jax.models.nets import cpu, layers, platforms
 
 KEY = jax.random.key(0)
 DENSE = (((1,), (0,)), ((), ()))
@@ -28,14 +28,14 @@ def uses_it(function, *arguments) -> bool:
 def test_outputs_and_gradients_are_those_of_a_plain_product(shape):
     x, kernel, gradient = arrays(*shape, features=9)
     wanted, pull = jax.vjp(lambda x, kernel: x @ kernel, x, kernel)
-    got, pull_ours = jax.vjp(products.product, x, kernel)
+    got, pull_ours = jax.vjp(cpu.product, x, kernel)
     for ours, plain in zip((got, *pull_ours(gradient)), (wanted, *pull(gradient)), strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_the_gradient_by_the_kernel_is_not_transposed():
     x, kernel, gradient = arrays(7, 12, features=9)
-    for function, transposed in ((products.product, False), (lambda x, k: x @ k, True)):
+    for function, transposed in ((cpu.product, False), (lambda x, k: x @ k, True)):
         program = jax.make_jaxpr(lambda k, f=function: jax.vjp(lambda k: f(x, k), k)[1](gradient))(kernel)
         made = [e for e in program.jaxpr.eqns if e.outvars[0] is program.jaxpr.outvars[0]]
         assert (made[0].primitive.name == "transpose") is transposed
@@ -43,7 +43,7 @@ def test_the_gradient_by_the_kernel_is_not_transposed():
 
 def test_cpus_and_float32_alone_have_it():
     x, kernel, _ = arrays(7, 12, features=9)
-    product = lambda x, kernel: products.dot_general(x, kernel, DENSE)  # noqa: E731
+    product = lambda x, kernel: cpu.dot_general(x, kernel, DENSE)  # noqa: E731
     assert uses_it(product, x, kernel)
     assert not uses_it(product, x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
     for target in (platforms.Target("tpu"), platforms.Target("gpu", (9, 0))):

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from dalle2_jax.models import flops
-from dalle2_jax.models.nets import convolution, layers
+from dalle2_jax.models.nets import cpu, layers
 from dalle2_jax.runtime import partition
 
 
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch):
-    monkeypatch.setattr(convolution, "MIN_PIXELS", 0)
-    monkeypatch.setattr(convolution, "MIN_PRODUCTS", 0)
-    monkeypatch.setattr(convolution, "MIN_PRODUCTS_DRAWING", 0)
+    monkeypatch.setattr(cpu, "MIN_PIXELS", 0)
+    monkeypatch.setattr(cpu, "MIN_PRODUCTS", 0)
+    monkeypatch.setattr(cpu, "MIN_PRODUCTS_DRAWING", 0)
 
 
 def direct(x, kernel):
@@ -23,7 +23,7 @@ def direct(x, kernel):
 
 
 def fast(x, kernel):
-    return convolution.conv_general_dilated(
+    return cpu.conv_general_dilated(
         x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=None
     )
 
@@ -41,7 +41,7 @@ def zeros(*shape, dtype="float32"):
 
 def uses_it(function, *arguments) -> bool:
     program = jax.make_jaxpr(lambda *a: function(*a))(*arguments)  # a new function: traced anew
-    return convolution.winograd_3x3.__name__ in str(program)
+    return cpu.winograd_3x3.__name__ in str(program)
 
 
 @pytest.mark.parametrize("shape, features", [((2, 5, 8, 64), 80), ((1, 3, 4, 128), 64), ((1, 1, 12, 64), 64)])
