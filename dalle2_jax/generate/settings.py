@@ -115,7 +115,8 @@ def of_stage(cascade: Cascade, name: str, **own) -> dict:
     _check_ranges(cascade, name, settings)
     try:
         if asked.keys() & {"spacing", "threshold"}:
-            stage.sampler(settings["num_steps"], settings["spacing"], settings["threshold"]).timesteps()
+            names = ("num_steps", "spacing", "threshold")
+            stage.diffusion.with_settings(**{name: settings[name] for name in names}).timesteps()
         if "tile" in asked:
             stage.check_tile(asked["tile"])
     except ValueError as error:

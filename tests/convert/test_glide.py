@@ -159,11 +159,12 @@ def test_a_whole_run_is_the_same(repainting, monkeypatch):
     keys, batch = jax.random.split(jax.random.key(0), 1), {"tokens": tokens, "token_mask": mask}
     base, _, base_params = models.load_stage(model, "decoder")
     above, _, above_params = models.load_stage(model, "upsampler")
-    how = dict(num_steps=4, known=small)
-    drawn = jax.jit(lambda p: base.sample(p, keys, batch, **how))(base_params)
+    names = ("inpaint_image", "inpaint_mask")
+    read = batch | dict(zip(names, small, strict=True))
+    drawn = jax.jit(lambda p, b: base.sample(p, keys, b, num_steps=4))(base_params, read)
     low_res = np.round((np.asarray(drawn) + 1) * 127.5) / 127.5 - 1
-    how = dict(num_steps=3, known=(picture, repaint))
-    large = jax.jit(lambda p, b: above.sample(p, keys, b, **how))(above_params, batch | {"low_res": low_res})
+    read = batch | dict(zip(names, (picture, repaint), strict=True)) | {"low_res": low_res}
+    large = jax.jit(lambda p, b: above.sample(p, keys, b, num_steps=3))(above_params, read)
 
     words, empty = torch.from_numpy(tokens), torch.zeros(1, LENGTH, dtype=torch.bool)
     kept, keep = channels_first(small[0]), channels_first(1 - small[1])

@@ -29,6 +29,7 @@ by T p_t.
 
 import difflib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -50,6 +51,12 @@ class Prediction(NamedTuple):
     x0: jax.Array
     eps: jax.Array
     var_frac: jax.Array | None = None
+
+
+# network(x_t [B, ...], t [B] int32) -> output, of twice as many channels where the variance is learned
+Network = Callable[[jax.Array, jax.Array], jax.Array]
+# denoise(x_t [B, ...], t [B] int32) -> Prediction
+Denoiser = Callable[[jax.Array, jax.Array], Prediction]
 
 
 def draw_timesteps(key: jax.Array, size: int, num_timesteps: int, *, train: bool) -> jax.Array:

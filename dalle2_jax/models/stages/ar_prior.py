@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.models.diffusion.gaussian import is_guided
+from dalle2_jax.models.diffusion.guidance import is_guided
 from dalle2_jax.models.nets.latents import LatentTransformer
 from dalle2_jax.models.stages import candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm

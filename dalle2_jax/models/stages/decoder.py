@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle2_jax.models.diffusion import gaussian, process, schedules
+from dalle2_jax.models.diffusion.guidance import Guidance, interleave, is_guided
 from dalle2_jax.models.nets.unet import DecoderNet
 from dalle2_jax.models.stages import check_settings
 
@@ -54,26 +55,8 @@ class Decoder:
 
     @property
     def sampling(self) -> dict:
-        """What `sample` does unless told."""
-        own = self.diffusion
-        return dict(
-            num_steps=own.num_steps,
-            guidance_scale=self.guidance_scale,
-            method=own.method,
-            eta=own.eta,
-            spacing=own.spacing,
-            threshold=own.threshold,
-        )
-
-    def sampler(
-        self, num_steps: int | None = None, spacing: str | None = None, threshold: float | None = None
-    ) -> gaussian.GaussianDiffusion:
-        """The noise process with these in place of its own."""
-        given = dict(num_steps=num_steps, spacing=spacing, threshold=threshold)
-        changed = {name: value for name, value in given.items() if value is not None}
-        if spacing in (None, self.diffusion.spacing):
-            changed.pop("num_steps", None)  # the model's own spacing gives way to another number of steps
-        return dataclasses.replace(self.diffusion, **changed)
+        """The settings of `sample` and their defaults."""
+        return self.diffusion.settings | {"guidance_scale": self.guidance_scale}
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without `image`."""
@@ -163,57 +146,45 @@ class Decoder:
         keys: jax.Array,
         batch: dict,
         *,
-        num_steps: int | None = None,
-        guidance_scale: float | jax.Array | None = None,
-        method: str | None = None,
-        eta: float | None = None,
-        spacing: str | None = None,
-        threshold: float | None = None,
-        image_size: int | None = None,
         log_p: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-        log_p_scale: float | jax.Array = 1.0,
-        x_T: jax.Array | None = None,
-        init: jax.Array | None = None,
         strength: float = 1.0,
-        known: tuple[jax.Array, jax.Array] | None = None,
         resample: int = 1,
         return_path: bool = False,
+        **settings,
     ) -> jax.Array:
         """Pictures [B, H, W, 3] in [-1, 1] for what `batch` says (see `batch_spec`), one key a picture.
 
-        A guidance scale given as the Python number 1 saves the unconditional half of the work; an array is
-        traced. Where the batch has negative_tokens and negative_token_mask, guidance leads away from that
-        caption instead of from none. log_p(x_t, t) -> [B], of a classifier or a CLIP of noised pictures,
-        steers on top of that. The others start from pictures and keep parts of them: see
-        `GaussianDiffusion.sample`. return_path: the picture after every step instead, [B, n, H, W, 3].
+        Optional fields of the batch: negative_tokens and negative_token_mask, a caption that guidance leads
+        away from, in the place of none; x_T and init [B, H, W, 3], see `gaussian.Start`; inpaint_image
+        [B, H, W, 3] with inpaint_mask [B, H, W, 1], of which the image comes back where the mask is 0.
+
+        log_p(x_t, t) -> [B], of a classifier or a CLIP of noised pictures, steers on top of guidance.
+        resample: see `sampling.resampled`. return_path: the picture after every step, [B, n, H, W, 3].
+
+        settings: values in the place of those in `sampling`, None for those; also image_size, the side. A
+        guidance scale given as the Python number 1 saves the unconditional half of the work; an array is
+        traced.
         """
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        guided = gaussian.is_guided(scale)
-        side = image_size or self.image_size
-        conditions = self._conditions(params, batch, len(keys))
-        if guided:
-            null = self._conditions(params, batch, len(keys), null=True)
-            conditions = gaussian.interleave(conditions, null)
-        seen = seen_of(*known) if known is not None and self.inpaint else None
+        settings = self.sampling | {name: value for name, value in settings.items() if value is not None}
+        scale, side = settings.pop("guidance_scale"), settings.pop("image_size", self.image_size)
+        diffusion = self.diffusion.with_settings(**settings)
+        inpaint = inpaint_of(batch)
+        seen = seen_of(*inpaint) if inpaint is not None and self.inpaint else None
 
-        def network(x_t, t):
-            rows = None if seen is None else jnp.repeat(seen, len(x_t) // len(seen), axis=0)
-            return self.net.apply({"params": params}, x_t, t, conditions, rows, method="denoise")
+        def network_of(conditions, seen):
+            return lambda x_t, t: self.net.apply(
+                {"params": params}, x_t, t, conditions, seen, method="denoise"
+            )
 
-        x0 = self.sampler(num_steps, spacing, threshold).sample(
-            network,
+        conditions, guidance = self._conditions(params, batch, len(keys)), None
+        if is_guided(scale):
+            paired = interleave(conditions, self._conditions(params, batch, len(keys), null=True))
+            guidance = Guidance(network_of(paired, interleave(seen, seen)), scale)
+        x0 = diffusion.sample(
+            diffusion.denoiser(network_of(conditions, seen), guidance=guidance, log_p=log_p, inpaint=inpaint),
             keys,
             (side, side, 3),
-            guidance_scale=scale if guided else None,
-            num_steps=num_steps,
-            method=method,
-            eta=eta,
-            log_p=log_p,
-            log_p_scale=log_p_scale,
-            x_T=x_T,
-            init=init,
-            strength=strength,
-            known=known,
+            start=gaussian.Start(batch.get("x_T"), batch.get("init"), strength),
             resample=resample,
             return_path=return_path,
         )
@@ -225,10 +196,9 @@ class Decoder:
         """x_T [B, H, W, 3], from which 'ddim' with eta 0, guidance 1, the same conditions and as many steps
         returns to about `image` (section 3 of the paper). Reads what `loss` reads."""
         conditions = self._conditions(params, batch, len(batch["image"]))
-        return self.diffusion.invert(
+        return self.diffusion.with_settings(num_steps).invert(
             lambda x_t, t: self.net.apply({"params": params}, x_t, t, conditions, method="denoise"),
             batch["image"],
-            num_steps=num_steps,
         )
 
     def _conditions(self, params: dict, batch: dict, count: int, null: bool = False):
@@ -260,6 +230,11 @@ def random_repaint(key: jax.Array, count: int, side: int) -> jax.Array:
         return jnp.where(kind < 0.2, True, jnp.where(kind < 0.4, ~box, box))
 
     return jax.vmap(one)(jax.random.split(key, count))[..., None].astype(jnp.float32)
+
+
+def inpaint_of(batch: dict) -> tuple[jax.Array, jax.Array] | None:
+    """(image [B, H, W, 3], mask [B, H, W, 1], 1 where to repaint) of a batch, if it has them."""
+    return (batch["inpaint_image"], batch["inpaint_mask"]) if "inpaint_image" in batch else None
 
 
 def seen_of(picture: jax.Array, repaint: jax.Array) -> jax.Array:

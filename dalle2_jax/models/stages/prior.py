@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.models.diffusion import gaussian, schedules
+from dalle2_jax.models.diffusion.guidance import Guidance, is_guided
 from dalle2_jax.models.nets.transformer import PriorTransformer
 from dalle2_jax.models.stages import candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
@@ -95,7 +96,7 @@ class Prior:
 
     @property
     def sampling(self) -> dict:
-        """What `sample` does unless told."""
+        """The settings of `sample` and their defaults."""
         own = self.diffusion
         return dict(
             num_steps=own.num_steps,
@@ -198,45 +199,41 @@ class Prior:
         keys: jax.Array,
         batch: dict,
         *,
-        num_steps: int | None = None,
-        guidance_scale: float | jax.Array | None = None,
-        num_candidates: int | None = None,
-        method: str | None = None,
-        eta: float | None = None,
         return_candidates: bool = False,
+        **settings,
     ) -> jax.Array:
         """Image embeddings [B, E] float32 in CLIP's own scale, one key a caption.
 
         Reads text_embed, token_mask and tokens (or text_states). A sample depends on its own key and caption
-        alone; the first of n candidates is the only one of one. A guidance scale given as the Python number 1
-        saves the unconditional half of the work; an array is traced. `method` is one of `sampling.METHODS`
-        ('ddpm' has the small fixed variance); 'analytic' needs parameters that hold its statistics.
-        return_candidates: all of them, [B, num_candidates, E], none chosen.
+        alone; the first of n candidates is the only one of one. return_candidates: all of them,
+        [B, num_candidates, E], none chosen.
+
+        settings: values in the place of those in `sampling`, None for those. A guidance scale given as the
+        Python number 1 saves the unconditional half of the work; an array is traced. Method 'ddpm' has the
+        small fixed variance; 'analytic' needs parameters that hold its statistics.
         """
-        num_candidates = self.num_candidates if num_candidates is None else num_candidates
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        guided = gaussian.is_guided(scale)
-        size = batch["text_embed"].shape[0]
+        settings = self.sampling | {name: value for name, value in settings.items() if value is not None}
+        scale, num_candidates = settings.pop("guidance_scale"), settings.pop("num_candidates")
+        diffusion, size = self.diffusion.with_settings(**settings), batch["text_embed"].shape[0]
 
         # The conditional and the null half of a candidate are neighbours, as candidates are.
         keys = candidates.split_keys(keys, num_candidates)
-        halves = jnp.array([False, True] if guided else [False])
+        halves = jnp.array([False, True] if is_guided(scale) else [False])
         text = [jnp.repeat(x, len(halves), axis=0) for x in self._text(batch)]
         read = self.net.read(params["net"], *text, jnp.tile(halves, size))
         read = candidates.spread(read, size, num_candidates)
 
-        z = self.diffusion.sample(
-            lambda x_t, t: self.net.apply({"params": params["net"]} | read, x_t, t),
-            keys,
-            (self.embed_dim,),
-            guidance_scale=(jnp.repeat(scale, num_candidates) if jnp.ndim(scale) else scale)
-            if guided
-            else None,
-            num_steps=num_steps,
-            method=method,
-            eta=eta,
-            eps_sq=params.get("stats", {}).get("eps_sq"),
-        )
+        def network_of(read):
+            return lambda x_t, t: self.net.apply({"params": params["net"]} | read, x_t, t)
+
+        if is_guided(scale):
+            scale = jnp.repeat(scale, num_candidates) if jnp.ndim(scale) else scale
+            conditional = network_of(jax.tree.map(lambda x: x[0::2], read))
+            denoise = diffusion.denoiser(conditional, guidance=Guidance(network_of(read), scale))
+        else:
+            denoise = diffusion.denoiser(network_of(read))
+        eps_sq = params.get("stats", {}).get("eps_sq")
+        z = diffusion.sample(denoise, keys, (self.embed_dim,), eps_sq=eps_sq)
         z = self.embed_scale.inverse(params, z)
         if return_candidates:
             return z.reshape(size, num_candidates, self.embed_dim)

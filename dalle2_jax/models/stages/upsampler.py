@@ -26,7 +26,7 @@ import numpy as np
 from dalle2_jax.models.diffusion import gaussian, process, schedules
 from dalle2_jax.models.nets.unet import UpsamplerNet
 from dalle2_jax.models.stages import check_settings
-from dalle2_jax.models.stages.decoder import random_repaint, seen_of
+from dalle2_jax.models.stages.decoder import inpaint_of, random_repaint, seen_of
 
 # The small picture's noise folds a number into a sample's key that is no time and not the first noise's.
 _LOW_RES_FOLD = 2**31 - 2
@@ -55,7 +55,7 @@ class Upsampler:
 
     @property
     def sampling(self) -> dict:
-        """What `sample` does unless told."""
+        """The settings of `sample` and their defaults."""
         own = self.diffusion
         return dict(num_steps=own.num_steps, method=own.method, eta=own.eta, tile=self.tile)
 
@@ -167,25 +167,19 @@ class Upsampler:
         losses, metrics, _ = self.diffusion.loss(diffusion_key, network, batch["image"], train=train)
         return losses.mean(), {name: value.mean() for name, value in metrics.items()}
 
-    def sample(
-        self,
-        params: dict,
-        keys: jax.Array,
-        batch: dict,
-        *,
-        num_steps: int | None = None,
-        method: str | None = None,
-        eta: float | None = None,
-        tile: int | None = None,
-        known: tuple[jax.Array, jax.Array] | None = None,
-    ) -> jax.Array:
+    def sample(self, params: dict, keys: jax.Array, batch: dict, **settings) -> jax.Array:
         """Pictures [B, s h, s w, 3] in [-1, 1] for `low_res` [B, h, w, 3] of any size and what else is read
         (see `batch_spec`), one key a picture.
 
-        `tile` is the side of the windows that the network sees, None for the whole picture at once. known:
-        see `GaussianDiffusion.sample`.
+        Optional fields of the batch: inpaint_image, inpaint_mask, see `Decoder.sample`. settings: values in
+        the place of those in `sampling`, None for those. `tile` is the side of the windows that the network
+        sees, None for the whole picture at once.
         """
-        tile = self.tile if tile is None else self.check_tile(tile)
+        settings = self.sampling | {name: value for name, value in settings.items() if value is not None}
+        tile = settings.pop("tile")
+        if tile is not None:
+            self.check_tile(tile)
+        diffusion, inpaint = self.diffusion.with_settings(**settings), inpaint_of(batch)
         # The network was trained on pictures, which have 256 levels.
         low_res = jnp.round((jnp.clip(batch["low_res"], -1, 1) + 1) * 127.5) / 127.5 - 1
         level = None
@@ -199,7 +193,7 @@ class Upsampler:
 
         first, last = self._networks(params)
         condition, last_condition = (self._condition(own, batch) for own in (first, last))
-        seen = seen_of(*known) if known is not None and self.inpaint else None
+        seen = seen_of(*inpaint) if inpaint is not None and self.inpaint else None
 
         def network(x_t, t, low_res_up=low_res_up, seen=seen):
             def apply(own, condition):
@@ -208,7 +202,7 @@ class Upsampler:
 
             if not self.last_step:
                 return apply(first, condition)
-            last_time = self.diffusion.timesteps(num_steps)[-1]
+            last_time = diffusion.timesteps()[-1]
             return jax.lax.cond(
                 t[0] == last_time, lambda: apply(last, last_condition), lambda: apply(first, condition)
             )
@@ -219,15 +213,7 @@ class Upsampler:
             def network(x_t, t):
                 return in_tiles(lambda parts: whole(parts[0], t, *parts[1:]), (x_t, *beside), tile)
 
-        x0 = self.diffusion.sample(
-            network,
-            keys,
-            low_res_up.shape[1:],
-            num_steps=num_steps,
-            method=method,
-            eta=eta,
-            known=known,
-        )
+        x0 = diffusion.sample(diffusion.denoiser(network, inpaint=inpaint), keys, low_res_up.shape[1:])
         return jnp.clip(x0, -1.0, 1.0)
 
 

@@ -413,10 +413,9 @@ def test_a_decoder_that_repaints_begins_as_the_one_without():
     without = params | {"net": {k: v for k, v in params["net"].items() if k != "conv_in_known"}}
     repaint = np.zeros((3, *batch["image"].shape[1:3], 1), np.float32)
     repaint[:, :2] = 1
-    known = (batch["image"], repaint)
+    batch |= {"inpaint_image": batch["image"], "inpaint_mask": repaint}
     draw, draw_plain = (
-        jax.jit(lambda params, stage=stage: stage.sample(params, keys, batch, known=known))
-        for stage in (seeing, plain)
+        jax.jit(lambda params, stage=stage: stage.sample(params, keys, batch)) for stage in (seeing, plain)
     )
     unseeing = np.asarray(draw_plain(without))
     np.testing.assert_allclose(draw(params), unseeing, atol=1e-5)
@@ -451,12 +450,11 @@ def test_a_negative_caption_takes_the_place_of_none(sampler):
     def by_the_negative_alone(params, keys, embed, tokens, mask):
         variables = {"params": params}
         conditions = stage.net.apply(variables, embed, YES, tokens, mask, NO, method="condition")
-        return stage.diffusion.sample(
-            lambda x_t, t: stage.net.apply(variables, x_t, t, conditions, method="denoise"),
-            keys,
-            batch["image"].shape[1:],
-            **how,
+        diffusion = stage.diffusion.with_settings(**how)
+        denoise = diffusion.denoiser(
+            lambda x_t, t: stage.net.apply(variables, x_t, t, conditions, method="denoise")
         )
+        return diffusion.sample(denoise, keys, batch["image"].shape[1:])
 
     expected = by_the_negative_alone(params, keys, batch["image_embed"], *negative.values())
     np.testing.assert_allclose(drawn, np.clip(expected, -1, 1), atol=1e-4)

@@ -393,7 +393,11 @@ def test_an_upsampler_reads_captions_classes_and_what_is_kept():
     assert np.isfinite(loss)
     keys, kept, whole = jax.random.split(CHEAP_KEY, 2), pictures(2, 16, 16, 3), np.ones((2, 16, 16, 1))
     right = whole * (np.arange(16) >= 8)[:, None]
-    sample = jax.jit(lambda params, batch, *known: stage.sample(params, keys, batch, known=known, tile=8))
+
+    @jax.jit
+    def sample(params, batch, image, mask):
+        return stage.sample(params, keys, batch | {"inpaint_image": image, "inpaint_mask": mask}, tile=8)
+
     draw = functools.partial(sample, params)
     drawn = draw(batch, kept, right)
     np.testing.assert_allclose(drawn[:, :, :8], kept[:, :, :8], atol=1e-6)
