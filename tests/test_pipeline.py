@@ -226,6 +226,12 @@ def test_progress_counts_pictures(model):
             "decoder: spacing 'fast27' is 27 steps of 1000, not 5",
         ),
         (["a"], dict(threshold=101.0), "decoder: threshold 101"),
+        (
+            ["a"],
+            dict(guidance_interval=(3.0, 1.0)),
+            "decoder: guidance_interval 3,1 must be two noise levels",
+        ),
+        (["a"], dict(prior_guidance_interval=(0.2, 3.0)), "prior: guidance_interval has no meaning without"),
         (["a"], dict(gudance_scale=2.0), "no setting of sampling; did you mean 'guidance_scale'"),
     ],
 )

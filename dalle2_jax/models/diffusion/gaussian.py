@@ -16,6 +16,7 @@ from dalle2_jax.models.diffusion.guidance import (
     guided,
     keep_known,
     steered,
+    times_inside,
 )
 from dalle2_jax.models.diffusion.process import Denoiser, Network
 
@@ -160,7 +161,9 @@ class GaussianDiffusion:
         """
         denoise = self._predict(network)
         if guidance is not None:
-            denoise = guided(denoise, self._predict(guidance.network), guidance.scale)
+            interval = guidance.interval
+            inside = None if interval is None else times_inside(self.schedule, interval)
+            denoise = guided(denoise, self._predict(guidance.network), guidance.scale, inside)
         if log_p is not None:
             denoise = steered(denoise, self.schedule, log_p)
         denoise = self._bounded(denoise)

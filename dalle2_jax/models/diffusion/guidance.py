@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dalle2_jax.models.diffusion.process import Denoiser, Network, Prediction, signal_and_sigma
 from dalle2_jax.models.diffusion.schedules import Schedule
@@ -33,23 +34,47 @@ class Guidance(NamedTuple):
     Attributes:
       network: its batch of 2 B is `interleave(conditional, unconditional)`.
       scale: a number or [B]; 1 is the conditional prediction.
+      interval: the noise levels LO, HI between which guidance applies, see `times_inside`; None: all.
     """
 
     network: Network
     scale: float | jax.Array
+    interval: tuple[float, float] | None = None
 
 
-def guided(conditional: Denoiser, paired: Denoiser, scale: float | jax.Array) -> Denoiser:
+def guided(
+    conditional: Denoiser,
+    paired: Denoiser,
+    scale: float | jax.Array,
+    inside: np.ndarray | None = None,
+) -> Denoiser:
     """One guided denoiser of a conditional one [B, ...] and a paired one.
 
-    The batch of 2 B of the paired one is `interleave(conditional, unconditional)`.
+    The batch of 2 B of the paired one is `interleave(conditional, unconditional)`. inside: bool [T], the
+    times that are guided. At others the conditional denoiser runs alone, which is half the work.
     """
 
     def denoise(x_t, t):
         both = paired(jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2))
         return guide(jax.tree.map(lambda y: y[0::2], both), jax.tree.map(lambda y: y[1::2], both), scale)
 
-    return denoise
+    if inside is None:
+        return denoise
+    # A sampler has all examples at one time, so t[0] decides for the batch.
+    return lambda x_t, t: jax.lax.cond(jnp.asarray(inside)[t[0]], denoise, conditional, x_t, t)
+
+
+def times_inside(schedule: Schedule, interval: tuple[float, float]) -> np.ndarray:
+    """Whether LO < noise level <= HI, bool [T], for interval = (LO, HI).
+
+    The noise level is sqrt((1 - alpha_bar) / alpha_bar) (Kynkaanniemi et al. 2024, arXiv 2404.07724). Raises
+    ValueError unless 0 <= LO < HI, both finite.
+    """
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] < np.inf:
+        given = ",".join(f"{level:g}" for level in interval)
+        raise ValueError(f"guidance_interval {given} must be two noise levels LO,HI with 0 <= LO < HI")
+    low, high = interval
+    return (schedule.noise_level > low) & (schedule.noise_level <= high)
 
 
 def interleave(conditional: Any, unconditional: Any) -> Any:

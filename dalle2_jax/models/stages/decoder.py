@@ -56,7 +56,8 @@ class Decoder:
     @property
     def sampling(self) -> dict:
         """The settings of `sample` and their defaults."""
-        return self.diffusion.settings | {"guidance_scale": self.guidance_scale}
+        own = dict(num_steps=0, guidance_scale=self.guidance_scale) | self.diffusion.settings
+        return own | dict(guidance_interval=None)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without `image`."""
@@ -163,10 +164,11 @@ class Decoder:
 
         settings: values in the place of those in `sampling`, None for those; also image_size, the side. A
         guidance scale given as the Python number 1 saves the unconditional half of the work; an array is
-        traced.
+        traced. guidance_interval: see `guidance.times_inside`.
         """
         settings = self.sampling | {name: value for name, value in settings.items() if value is not None}
-        scale, side = settings.pop("guidance_scale"), settings.pop("image_size", self.image_size)
+        scale, interval = settings.pop("guidance_scale"), settings.pop("guidance_interval")
+        side = settings.pop("image_size", self.image_size)
         diffusion = self.diffusion.with_settings(**settings)
         inpaint = inpaint_of(batch)
         seen = seen_of(*inpaint) if inpaint is not None and self.inpaint else None
@@ -179,7 +181,7 @@ class Decoder:
         conditions, guidance = self._conditions(params, batch, len(keys)), None
         if is_guided(scale):
             paired = interleave(conditions, self._conditions(params, batch, len(keys), null=True))
-            guidance = Guidance(network_of(paired, interleave(seen, seen)), scale)
+            guidance = Guidance(network_of(paired, interleave(seen, seen)), scale, interval)
         x0 = diffusion.sample(
             diffusion.denoiser(network_of(conditions, seen), guidance=guidance, log_p=log_p, inpaint=inpaint),
             keys,

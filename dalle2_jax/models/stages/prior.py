@@ -104,6 +104,7 @@ class Prior:
             num_candidates=self.num_candidates,
             method=own.method,
             eta=own.eta,
+            guidance_interval=None,
         )
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -210,10 +211,12 @@ class Prior:
 
         settings: values in the place of those in `sampling`, None for those. A guidance scale given as the
         Python number 1 saves the unconditional half of the work; an array is traced. Method 'ddpm' has the
-        small fixed variance; 'analytic' needs parameters that hold its statistics.
+        small fixed variance; 'analytic' needs parameters that hold its statistics. guidance_interval: see
+        `guidance.times_inside`.
         """
         settings = self.sampling | {name: value for name, value in settings.items() if value is not None}
-        scale, num_candidates = settings.pop("guidance_scale"), settings.pop("num_candidates")
+        scale, interval = settings.pop("guidance_scale"), settings.pop("guidance_interval")
+        num_candidates = settings.pop("num_candidates")
         diffusion, size = self.diffusion.with_settings(**settings), batch["text_embed"].shape[0]
 
         # The conditional and the null half of a candidate are neighbours, as candidates are.
@@ -229,7 +232,7 @@ class Prior:
         if is_guided(scale):
             scale = jnp.repeat(scale, num_candidates) if jnp.ndim(scale) else scale
             conditional = network_of(jax.tree.map(lambda x: x[0::2], read))
-            denoise = diffusion.denoiser(conditional, guidance=Guidance(network_of(read), scale))
+            denoise = diffusion.denoiser(conditional, guidance=Guidance(network_of(read), scale, interval))
         else:
             denoise = diffusion.denoiser(network_of(read))
         eps_sq = params.get("stats", {}).get("eps_sq")

@@ -1,5 +1,6 @@
 """Samplers with denoisers whose answers are known: oracles, Gaussian data, a mixture; and the wrappers."""
 
+import functools
 import math
 
 import jax
@@ -390,6 +391,29 @@ def test_scales_are_per_sample_and_guided_wraps_a_pair():
         np.testing.assert_array_equal(got.eps[i], alone.eps[0])
     without = guidance.guide(cond._replace(var_frac=None), uncond._replace(var_frac=None), 2.0)
     assert without.var_frac is None
+
+
+def test_an_interval_guides_between_its_noise_levels_alone():
+    """Kynkaanniemi et al. 2024: LO < noise level <= HI."""
+    levels = COSINE.noise_level
+    np.testing.assert_allclose(levels, np.sqrt(1 / COSINE.snr), rtol=1e-12)
+    inside = guidance.times_inside(COSINE, (levels[300], levels[600]))
+    np.testing.assert_array_equal(np.flatnonzero(inside), np.arange(301, 601))
+    assert guidance.times_inside(COSINE, (0.0, 1e9)).all()
+    cond, uncond = random_predictions(0), random_predictions(1)
+    denoise = guidance.guided(lambda *_: cond, lambda *_: guidance.interleave(cond, uncond), 3.0, inside)
+    expected = {300: cond, 301: guidance.guide(cond, uncond, 3.0), 600: guidance.guide(cond, uncond, 3.0)}
+    for t, prediction in (expected | {601: cond}).items():
+        got = jax.jit(denoise)(cond.x0, jnp.full(2, t))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, prediction)
+
+
+@pytest.mark.parametrize(
+    "interval", [(2.0, 1.0), (-1.0, 1.0), (1.0, 1.0), (0.0, math.inf), (math.nan, 1.0), (1.0,)]
+)
+def test_an_interval_that_cannot_be_is_refused(interval):
+    with pytest.raises(ValueError, match="must be two noise levels LO,HI with 0 <= LO < HI"):
+        guidance.times_inside(COSINE, interval)
 
 
 @pytest.mark.parametrize("options", [dict(method="ddim"), dict(method="dpm++")])

@@ -438,6 +438,51 @@ def test_repainting_is_trained_with_what_is_kept_in_sight():
     assert np.abs(gradient["kernel"]).max() > 0
 
 
+def test_guidance_inside_an_interval(sampler):
+    """All times inside: plain guidance. None: guidance 1. The setting left out: the same program as ever."""
+    stage, params, batch, keys, sample = sampler
+    lowered = {}
+
+    def drawn(scale=2.0, **settings):
+        def draw(params, keys, batch, scale):
+            return stage.sample(params, keys, batch, guidance_scale=scale, **settings)
+
+        run = jax.jit(draw).lower(params, keys, batch, np.full(3, scale, np.float32))
+        lowered[tuple(settings.values())] = run.as_text()
+        return np.asarray(run.compile()(params, keys, batch, np.full(3, scale, np.float32)))
+
+    plain, none = drawn(), drawn(1.0)
+    np.testing.assert_allclose(drawn(guidance_interval=(0.0, 1e9)), plain, atol=1e-5)
+    np.testing.assert_allclose(drawn(guidance_interval=(1e8, 1e9)), none, atol=1e-5)
+    some = drawn(guidance_interval=(0.5, 1e3))
+    assert (gap(some, plain) > 1e-3).all() and (gap(some, none) > 1e-3).all()
+    # Without the setting the program is that of a decoder that has never heard of it.
+    drawn(guidance_interval=None)
+    assert lowered[()] == lowered[(None,)]
+    assert "stablehlo.case" in lowered[((0.5, 1e3),)] and "stablehlo.case" not in lowered[()]
+
+
+def test_outside_the_interval_the_unconditional_half_is_not_computed(monkeypatch):
+    """The network notes how many examples it is given at every step."""
+    stage, batch, seen = build_flat(num_steps=4), batch_of(3), []
+    params, net = random_params(stage), type(stage.net)
+    denoise = net.denoise
+
+    def noting(self, x_t, t, *arguments, **options):
+        jax.debug.callback(lambda t: seen.append((int(t[0]), len(t))), t)
+        return denoise(self, x_t, t, *arguments, **options)
+
+    monkeypatch.setattr(net, "denoise", noting)
+    inside = (0.1, 1e3)
+    sample = jax.jit(functools.partial(stage.sample, guidance_scale=3.0, guidance_interval=inside))
+    jax.block_until_ready(sample(params, jax.random.split(CHEAP_KEY, 3), batch))
+    jax.effects_barrier()
+    levels = stage.diffusion.schedule.noise_level
+    seen.sort(reverse=True)
+    assert seen == [(t, 6 if inside[0] < levels[t] <= inside[1] else 3) for t in (999, 666, 333, 0)]
+    assert [count for _, count in seen] == [3, 6, 6, 3]
+
+
 def test_a_negative_caption_takes_the_place_of_none(sampler):
     """With scale 0 only what guidance leads away from is drawn: the negative caption without embedding."""
     stage, params, batch, keys, sample = sampler

@@ -150,6 +150,22 @@ def test_guidance_0_drops_the_text():
     assert np.abs(mixed[2] - cond[2]).max() > 1e-3
 
 
+def test_guidance_inside_an_interval():
+    """All times inside: plain guidance. None: guidance 1, with each candidate's own text."""
+    stage, batch = build(num_candidates=2, num_steps=4), batch_of(3)
+    params, keys = random_params(stage), jax.random.split(KEY, 3)
+
+    def drawn(scale, **settings):
+        draw = functools.partial(stage.sample, guidance_scale=scale, return_candidates=True, **settings)
+        return np.asarray(jax.jit(draw)(params, keys, batch))
+
+    plain, none = drawn(3.0), drawn(1)
+    np.testing.assert_allclose(drawn(3.0, guidance_interval=(0.0, 1e9)), plain, atol=1e-5)
+    np.testing.assert_allclose(drawn(3.0, guidance_interval=(1e8, 1e9)), none, atol=1e-5)
+    some = drawn(3.0, guidance_interval=(0.5, 1e3))
+    assert min(np.abs(some - other).max() for other in (plain, none)) > 1e-3
+
+
 @pytest.mark.parametrize("scale", [1, 3.0])
 def test_reading_the_text_once_draws_what_reading_it_at_every_step_does(scale, monkeypatch):
     stage = build(text=TEXT | dict(depth=2))
