@@ -209,7 +209,7 @@ def learn(seed, fitted):
 def reached(seed, learned=None):
     """How well it knows the eight, and how near what it draws is to the embeddings of the captions."""
     stage, params, batch = learned or learn(seed, fit(seed))
-    loss, metrics = jax.jit(lambda *arguments: stage.loss(*arguments, train=False))(params, KEY, batch)
+    loss, metrics, _ = jax.jit(lambda *arguments: stage.loss(*arguments, train=False))(params, KEY, batch)
     sample = jax.jit(
         lambda params, keys, batch, s: stage.sample(params, keys, batch, guidance_scale=s, dot_quantile=0.99)
     )
