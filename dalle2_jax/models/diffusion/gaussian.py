@@ -87,7 +87,7 @@ class GaussianDiffusion:
         """(loss [B], its parts [B], the network's output) at one time an example; see `draw_timesteps`.
 
         With a `history` (of 'vlb', in training) times are drawn by importance, and among the parts is
-        'observed': the times and values by which `process.observe` brings it up to date.
+        'statistics': the times and values that `process.observe` takes.
         """
         t_key, noise_key = jax.random.split(key)
         by_importance = train and history is not None
@@ -112,7 +112,7 @@ class GaussianDiffusion:
             data=self.data,
         )
         if by_importance:
-            metrics["observed"] = {"t": t, "values": losses}
+            metrics["statistics"] = {"t": t, "values": losses}
             losses = losses * weight
         return losses, metrics, output
 

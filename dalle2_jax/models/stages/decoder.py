@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from dalle2_jax.models.diffusion import gaussian, process, schedules
 from dalle2_jax.models.diffusion.guidance import Guidance, interleave, is_guided
 from dalle2_jax.models.nets.unet import DecoderNet
-from dalle2_jax.models.stages import check_settings
+from dalle2_jax.models.stages import Loss, check_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +104,19 @@ class Decoder:
             params = params | {"stats": process.init_history(self.diffusion.schedule.num_timesteps)}
         return params
 
-    def observe(self, params: dict, observed: dict) -> dict:
-        """`params` whose history of L_vlb has what a step's loss `observed`."""
-        return params | {"stats": process.observe(params["stats"], **observed)}
+    def update(self, params: dict, statistics: dict, key: jax.Array) -> tuple[dict, dict]:
+        """(`params` whose history of L_vlb has the terms of a step, no scalars).
+
+        statistics: 't' and 'values' [grad_accum, B] with loss 'vlb', else {}.
+        """
+        if not statistics:
+            return params, {}
+        t, values = (statistics[name].reshape(-1) for name in ("t", "values"))
+        return params | {"stats": process.observe(params["stats"], t, values)}, {}
 
     def loss(
-        self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
-    ) -> tuple[jax.Array, dict]:
+        self, params: dict, key: jax.Array, batch: dict, *, step: jax.Array | int = 0, train: bool = True
+    ) -> Loss:
         """Mean loss over the batch and its scalars. `train=False` keeps conditions and units (no dropping,
         no dropout)."""
         size = batch["image"].shape[0]
@@ -138,8 +144,8 @@ class Decoder:
         losses, metrics, _ = self.diffusion.loss(
             diffusion_key, network, batch["image"], train=train, history=params.get("stats")
         )
-        observed = {name: metrics.pop(name) for name in ("observed",) if name in metrics}
-        return losses.mean(), {name: value.mean() for name, value in metrics.items()} | observed
+        statistics = metrics.pop("statistics", {})
+        return Loss(losses.mean(), {name: value.mean() for name, value in metrics.items()}, statistics)
 
     def sample(
         self,

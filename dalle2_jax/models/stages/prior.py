@@ -28,7 +28,7 @@ import numpy as np
 from dalle2_jax.models.diffusion import gaussian, schedules
 from dalle2_jax.models.diffusion.guidance import Guidance, is_guided
 from dalle2_jax.models.nets.transformer import PriorTransformer
-from dalle2_jax.models.stages import candidates, check_settings
+from dalle2_jax.models.stages import Loss, candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
 
 SCALE_MODES = ("paper", "l2", "meanstd")
@@ -177,8 +177,8 @@ class Prior:
         return batch["text_embed"] * self.embed_scale.factor, text, batch["token_mask"]
 
     def loss(
-        self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
-    ) -> tuple[jax.Array, dict]:
+        self, params: dict, key: jax.Array, batch: dict, *, step: jax.Array | int = 0, train: bool = True
+    ) -> Loss:
         """Mean loss over the batch and its scalars; `train=False` drops no text."""
         size = batch["image_embed"].shape[0]
         diffusion_key, drop_key = jax.random.split(key)
@@ -192,7 +192,7 @@ class Prior:
         predicted = unit_norm(self.embed_scale.inverse(params, output))
         cosine = (predicted * unit_norm(batch["image_embed"])).sum(axis=-1)
         metrics = metrics | {"loss": losses, "cosine": cosine}
-        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+        return Loss(losses.mean(), {name: value.mean() for name, value in metrics.items()})
 
     def sample(
         self,

@@ -25,7 +25,7 @@ import numpy as np
 
 from dalle2_jax.models.diffusion import gaussian, process, schedules
 from dalle2_jax.models.nets.unet import UpsamplerNet
-from dalle2_jax.models.stages import check_settings
+from dalle2_jax.models.stages import Loss, check_settings
 from dalle2_jax.models.stages.decoder import inpaint_of, random_repaint, seen_of
 
 # The small picture's noise folds a number into a sample's key that is no time and not the first noise's.
@@ -132,8 +132,8 @@ class Upsampler:
         return process.q_sample(self.diffusion.schedule, low_res, level, noise)
 
     def loss(
-        self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
-    ) -> tuple[jax.Array, dict]:
+        self, params: dict, key: jax.Array, batch: dict, *, step: jax.Array | int = 0, train: bool = True
+    ) -> Loss:
         """Mean loss over the batch and its scalars; `image` is the window at `crop_yx` of the full-size
         picture."""
         diffusion_key, dropout_key, level_key, noise_key = jax.random.split(key, 4)
@@ -165,7 +165,7 @@ class Upsampler:
             )
 
         losses, metrics, _ = self.diffusion.loss(diffusion_key, network, batch["image"], train=train)
-        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+        return Loss(losses.mean(), {name: value.mean() for name, value in metrics.items()})
 
     def sample(self, params: dict, keys: jax.Array, batch: dict, **settings) -> jax.Array:
         """Pictures [B, s h, s w, 3] in [-1, 1] for `low_res` [B, h, w, 3] of any size and what else is read

@@ -367,15 +367,20 @@ def test_training_by_the_bound_notes_its_terms_and_draws_times_by_them():
     assert not np.array_equal(
         train_state.params["net"]["conv_out"]["bias"], before["net"]["conv_out"]["bias"]
     )
+    # of two parts of a batch the terms are noted one after the other
+    terms = {"t": np.int32([[1, 2], [3, 1]]), "values": np.float32([[4, 5], [6, 7]])}
+    noted, _ = jax.jit(stage.update)({"stats": empty.params["stats"]}, terms, KEY)
+    table = np.asarray(noted["stats"]["vb_history"])
+    assert (table[1, :2].tolist(), table[2, 0], table[3, 0], table.sum()) == ([4, 7], 5, 6, 22)
     # validation draws fixed times and notes nothing
-    _, metrics = jax.eval_shape(
+    _, metrics, noted = jax.eval_shape(
         lambda params: stage.loss(params, KEY, batch, train=False), train_state.params
     )
-    assert set(metrics) == {"mse", "vb"}
+    assert set(metrics) == {"mse", "vb"} and noted == {}
     # where one time's term is a thousand times the others', it is drawn almost always, with a small weight
     terms = np.where(np.arange(1000) == 500, 1e3, 1e-3).astype(np.float32)
     history = {"vb_history": np.tile(terms[:, None], (1, 10)), "vb_count": np.full(1000, 10, np.float32)}
-    drawn = jax.jit(lambda *arguments: stage.loss(*arguments)[1]["observed"]["t"])
+    drawn = jax.jit(lambda *arguments: stage.loss(*arguments).statistics["t"])
     times = drawn(train_state.params | {"stats": history}, KEY, batch)
     assert (np.asarray(times) == 500).mean() > 0.7
     with pytest.raises(ValueError, match="set learned_variance=True"):
@@ -562,7 +567,7 @@ def test_a_decoder_without_image_embeddings(told, fields):
     batch = {name: batch[name] for name in fields}
     params = random_params(stage)
     assert not [name for name in params if name.startswith(("image_", "null_"))]
-    loss, _ = jax.jit(stage.loss)(params, CHEAP_KEY, batch)
+    loss = jax.jit(stage.loss)(params, CHEAP_KEY, batch).value
     assert np.isfinite(loss)
     keys = jax.random.split(CHEAP_KEY, 2)
     draw = jax.jit(lambda params, batch, scale: stage.sample(params, keys, batch, guidance_scale=scale))
