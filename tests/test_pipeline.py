@@ -14,7 +14,7 @@ from dalle2_jax.generate import pipeline
 from dalle2_jax.generate.cascade import Task, Timing, check_cascade
 from dalle2_jax.models import models
 from dalle2_jax.models.diffusion import gaussian, schedules
-from dalle2_jax.models.stages import upsampler
+from dalle2_jax.models.stages import diffusion
 from dalle2_jax.runtime import partition
 from tests.tiny_model import CAPTIONS, make_model
 
@@ -324,8 +324,8 @@ def test_samplers_and_windows_reach_the_stages(model, monkeypatch):
         output = jax.eval_shape(task.function, model.cascade.params(task.name), rows, task.scalars)
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), output), Timing(1, task.steps, 0.0, 0.0)
 
-    def sample(diffusion, denoise, keys, shape, **_):
-        used.append((len(diffusion.timesteps()), diffusion.method, diffusion.eta))
+    def sample(process, denoise, keys, shape, **_):
+        used.append((len(process.timesteps()), process.method, process.eta))
         noise = jax.numpy.zeros((len(keys), *shape))
         denoise(noise, jax.numpy.zeros(len(noise), int))
         return noise
@@ -334,9 +334,9 @@ def test_samplers_and_windows_reach_the_stages(model, monkeypatch):
     monkeypatch.setattr(model.cascade, "run", trace)
     monkeypatch.setattr(model.cascade, "prepare", lambda *_: None)
     monkeypatch.setattr(gaussian.GaussianDiffusion, "sample", sample)
-    in_tiles, bounded = upsampler.in_tiles, gaussian.dynamic_threshold
+    in_tiles, bounded = diffusion.in_tiles, gaussian.dynamic_threshold
     monkeypatch.setattr(
-        upsampler, "in_tiles", lambda f, x, tile: windows.append(tile) or in_tiles(f, x, tile)
+        diffusion, "in_tiles", lambda f, x, tile: windows.append(tile) or in_tiles(f, x, tile)
     )
     monkeypatch.setattr(
         gaussian, "dynamic_threshold", lambda d, s, share: thresholds.append(share) or bounded(d, s, share)

@@ -263,7 +263,8 @@ def build(
     scan_blocks: bool = False,
     dtype: str = "float32",
 ) -> Prior:
-    """The prior of a config; defaults are the paper's, but for its method, 'analytic'.
+    """The prior of a config; defaults are the paper's, but for its method, 'analytic'. Raises ValueError for
+    settings that are unknown, missing or do not go together.
 
     Args:
       embed_dim: size of CLIP's embeddings.
@@ -278,11 +279,7 @@ def build(
       num_steps, spacing, method, eta, num_candidates, guidance_scale: what `sample` does unless told.
       clip_range: bound of |z| in sampling, in the scaled space (Karlo's weights: 5 or 10); None: no bound.
       remat: what of a block is computed again in the backward pass, 'none', 'products' (all else) or 'all'.
-      scan_blocks: whether training compiles the blocks as one loop, see `TransformerStack`.
-      dtype: compute type of the network; norms, softmax, diffusion and loss are float32.
-
-    Raises:
-      ValueError: for settings that are unknown, missing or do not go together.
+      scan_blocks: compile the blocks as one loop, see `TransformerStack`. dtype: compute type of the network.
     """
     embed_scale = {"mode": "paper"} if embed_scale is None else embed_scale
     check_settings(embed_scale, ("mode",), (), "embed_scale")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.models import models
-from dalle2_jax.models.stages import decoder
+from dalle2_jax.models.stages import conditions, decoder
 from dalle2_jax.train import optim, state
 from tests.learned import assert_within, descend, key_of, share_nearest
 
@@ -75,8 +75,9 @@ def network():
 
     @jax.jit
     def apply(params, batch, drop_image, drop_text):
-        arguments = (batch["image_embed"], drop_image, batch["tokens"], batch["token_mask"], drop_text)
-        return stage.net.apply({"params": params}, batch["image"], jnp.array([10, 400, 990]), *arguments)
+        read = {"image_embed": batch["image_embed"], "drop_image": drop_image, "drop_text": drop_text}
+        read |= {"text": batch["tokens"], "token_mask": batch["token_mask"]}
+        return stage.net.apply({"params": params}, batch["image"], jnp.array([10, 400, 990]), read)
 
     return apply, random_params(stage), batch
 
@@ -182,8 +183,8 @@ class Spy:
 
     seen: list
 
-    def apply(self, variables, x_t, t, image_embed, drop_image, *, drop_text, **options):
-        self.seen.append((t, drop_image, drop_text, options["deterministic"]))
+    def apply(self, variables, x_t, t, conditions, *, deterministic, **options):
+        self.seen.append((t, conditions["drop_image"], conditions["drop_text"], deterministic))
         return jnp.zeros_like(x_t)
 
 
@@ -391,7 +392,7 @@ def test_training_by_the_bound_notes_its_terms_and_draws_times_by_them():
 
 
 def test_masks_to_repaint_are_boxes_their_outsides_and_everything():
-    masks = np.asarray(jax.jit(lambda key: decoder.random_repaint(key, 600, 8))(KEY))[..., 0]
+    masks = np.asarray(jax.jit(lambda key: conditions.random_mask(key, 600, 8))(KEY))[..., 0]
     assert masks.shape == (600, 8, 8) and set(np.unique(masks)) == {0.0, 1.0}
 
     def is_box(mask):
@@ -499,10 +500,10 @@ def test_a_negative_caption_takes_the_place_of_none(sampler):
     @jax.jit
     def by_the_negative_alone(params, keys, embed, tokens, mask):
         variables = {"params": params}
-        conditions = stage.net.apply(variables, embed, YES, tokens, mask, NO, method="condition")
+        conditioning = stage.net.apply(variables, embed, YES, tokens, mask, NO, method="condition")
         diffusion = stage.diffusion.with_settings(**how)
         denoise = diffusion.denoiser(
-            lambda x_t, t: stage.net.apply(variables, x_t, t, conditions, method="denoise")
+            lambda x_t, t: stage.net.apply(variables, x_t, t, conditioning, method="denoise")
         )
         return diffusion.sample(denoise, keys, batch["image"].shape[1:])
 
@@ -528,11 +529,10 @@ def test_a_decoder_reads_the_states_of_a_frozen_clip():
 
     @jax.jit
     def of(params, batch, drop_text):
-        text = {name: batch[name] for name in ("text_embed", "token_mask")} | {"text": batch["text_states"]}
-        times = jnp.array([10, 400, 990])
-        return stage.net.apply(
-            {"params": params}, batch["image"], times, batch["image_embed"], NO, drop_text=drop_text, **text
-        )
+        names = ("image_embed", "text_embed", "token_mask")
+        read = {name: batch[name] for name in names} | {"text": batch["text_states"]}
+        read |= {"drop_image": NO, "drop_text": drop_text}
+        return stage.net.apply({"params": params}, batch["image"], jnp.array([10, 400, 990]), read)
 
     apply = functools.partial(of, params)
     for name in ("text_states", "text_embed"):
@@ -572,15 +572,15 @@ def test_a_decoder_without_image_embeddings(told, fields):
     keys = jax.random.split(CHEAP_KEY, 2)
     draw = jax.jit(lambda params, batch, scale: stage.sample(params, keys, batch, guidance_scale=scale))
     sample = functools.partial(draw, params)
-    conditions = {name: value for name, value in batch.items() if name != "image"}
-    if not conditions:
+    read = {name: value for name, value in batch.items() if name != "image"}
+    if not read:
         drawn = jax.jit(lambda params: stage.sample(params, keys, {}, guidance_scale=1))(params)
         assert drawn.shape == (2, SIDE, SIDE, 3) and gap(drawn[:1], drawn[1:]).min() > 1e-3
         return
-    drawn, other = sample(conditions, 1.0), sample(jax.tree.map(lambda x: x[::-1], conditions), 1.0)
-    assert (gap(drawn, other) > 1e-3).all() and (gap(drawn, sample(conditions, 3.0)) > 1e-3).all()
+    drawn, other = sample(read, 1.0), sample(jax.tree.map(lambda x: x[::-1], read), 1.0)
+    assert (gap(drawn, other) > 1e-3).all() and (gap(drawn, sample(read, 3.0)) > 1e-3).all()
     # guidance of 0 is the network without its condition, which sees none of it
-    none, others = sample(conditions, 0.0), sample(jax.tree.map(lambda x: x[::-1], conditions), 0.0)
+    none, others = sample(read, 0.0), sample(jax.tree.map(lambda x: x[::-1], read), 0.0)
     np.testing.assert_allclose(none, others, atol=1e-5)
 
 
