@@ -1,6 +1,7 @@
 """A stage's diffusion: its noise process, what its network predicts, how it is trained and sampled."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -101,14 +102,11 @@ class GaussianDiffusion:
         losses, metrics = process.training_loss(
             self.schedule,
             output,
-            x0,
-            x_t,
-            t,
-            noise,
+            process.Noised(x0, x_t, t, noise),
             objective=self.objective,
             learned_variance=self.learned_variance,
             weighting=self.weighting,
-            bound_alone=self.loss_kind == "vlb",
+            vlb_weight=math.inf if self.loss_kind == "vlb" else 1e-3,
             data=self.data,
         )
         if by_importance:
