@@ -50,7 +50,7 @@ def descend(stage, params, key, batch, *, steps: int, learning_rate: float, draw
     draw = draw or (lambda key, batch: batch)
     fixed = {name: tree for name, tree in params.items() if name == "stats"}
     optimizer = optax.adam(learning_rate)
-    project = getattr(stage, "project", lambda params: params)
+    update = getattr(stage, "update", lambda params, statistics, key: (params, {}))
 
     # The batch is an argument and no constant, so that one compiled program serves every seed.
     @jax.jit
@@ -59,11 +59,13 @@ def descend(stage, params, key, batch, *, steps: int, learning_rate: float, draw
             trained, state = carry
 
             def loss(trained):
-                return stage.loss(trained | fixed, key, draw(key, batch))
+                loss = stage.loss(trained | fixed, key, draw(key, batch))
+                return loss.value, loss.scalars
 
             (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
             updates, state = optimizer.update(grads, state)
-            return (project(optax.apply_updates(trained, updates)), state), metrics | {"loss": value}
+            trained, _ = update(optax.apply_updates(trained, updates), {}, key)
+            return (trained, state), metrics | {"loss": value}
 
         (trained, _), history = jax.lax.scan(step, (trained, optimizer.init(trained)), keys)
         return trained, history

@@ -43,6 +43,7 @@ def test_the_command_draws_without_tensorflow(directory, tmp_path):
         "--n=2",
         "--seed=7",
         "--guidance_scale=2",
+        "--guidance_interval=0.2,3",
         "--prior_steps=2",
         "--steps=2",
         "--upsampler_steps=2",
@@ -69,6 +70,8 @@ def test_the_command_draws_without_tensorflow(directory, tmp_path):
     assert (inside["seed"], inside["number"], inside["model"]) == (7, 1, "tiny")
     assert inside["settings"] == report["settings"]
     assert report["settings"]["decoder"]["guidance_scale"] == 2.0
+    assert report["settings"]["decoder"]["guidance_interval"] == [0.2, 3.0]
+    assert "guidance_interval" not in report["settings"]["prior"]
     assert [report["settings"][name]["num_steps"] for name in ("prior", "decoder", "upsampler32")] == [
         2,
         2,
@@ -86,6 +89,7 @@ def test_the_command_draws_without_tensorflow(directory, tmp_path):
         ([" "], "caption 1 is empty"),
         ([], "at least one caption"),
         (["--model=absent", "a star"], "no model directory absent"),
+        (["--guidance_interval=2", "a star"], "'2' must be two numbers LO,HI"),
         (["--upsampler_steps=2,x", "a star"], "upsampler_steps '2,x' must be whole numbers"),
     ],
 )

@@ -13,8 +13,8 @@ import dalle2_jax
 from dalle2_jax.generate import pipeline
 from dalle2_jax.generate.cascade import Task, Timing, check_cascade
 from dalle2_jax.models import models
-from dalle2_jax.models.diffusion import sampling, schedules
-from dalle2_jax.models.stages import upsampler
+from dalle2_jax.models.diffusion import gaussian, schedules
+from dalle2_jax.models.stages import diffusion
 from dalle2_jax.runtime import partition
 from tests.tiny_model import CAPTIONS, make_model
 
@@ -226,6 +226,12 @@ def test_progress_counts_pictures(model):
             "decoder: spacing 'fast27' is 27 steps of 1000, not 5",
         ),
         (["a"], dict(threshold=101.0), "decoder: threshold 101"),
+        (
+            ["a"],
+            dict(guidance_interval=(3.0, 1.0)),
+            "decoder: guidance_interval 3,1 must be two noise levels",
+        ),
+        (["a"], dict(prior_guidance_interval=(0.2, 3.0)), "prior: guidance_interval has no meaning without"),
         (["a"], dict(gudance_scale=2.0), "no setting of sampling; did you mean 'guidance_scale'"),
     ],
 )
@@ -318,21 +324,22 @@ def test_samplers_and_windows_reach_the_stages(model, monkeypatch):
         output = jax.eval_shape(task.function, model.cascade.params(task.name), rows, task.scalars)
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), output), Timing(1, task.steps, 0.0, 0.0)
 
-    def sample(denoiser, schedule, noise, keys, *, timesteps, method, eta, **_):
-        used.append((len(timesteps), method, eta))
-        denoiser(noise, jax.numpy.zeros(len(noise), int))
+    def sample(process, denoise, keys, shape, **_):
+        used.append((len(process.timesteps()), process.method, process.eta))
+        noise = jax.numpy.zeros((len(keys), *shape))
+        denoise(noise, jax.numpy.zeros(len(noise), int))
         return noise
 
     windows, thresholds = [], []
     monkeypatch.setattr(model.cascade, "run", trace)
     monkeypatch.setattr(model.cascade, "prepare", lambda *_: None)
-    monkeypatch.setattr(sampling, "sample", sample)
-    in_tiles, bounded = upsampler.in_tiles, sampling.dynamic_threshold
+    monkeypatch.setattr(gaussian.GaussianDiffusion, "sample", sample)
+    in_tiles, bounded = diffusion.in_tiles, gaussian.dynamic_threshold
     monkeypatch.setattr(
-        upsampler, "in_tiles", lambda f, x, tile: windows.append(tile) or in_tiles(f, x, tile)
+        diffusion, "in_tiles", lambda f, x, tile: windows.append(tile) or in_tiles(f, x, tile)
     )
     monkeypatch.setattr(
-        sampling, "dynamic_threshold", lambda d, s, share: thresholds.append(share) or bounded(d, s, share)
+        gaussian, "dynamic_threshold", lambda d, s, share: thresholds.append(share) or bounded(d, s, share)
     )
     model.text_to_image(
         ["a"],

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from dalle2_jax.models.stages import Loss
 from dalle2_jax.train import optim, state
 
 KEY = jax.random.key(0)
@@ -25,18 +26,18 @@ class Line:
         a, b = jax.random.split(key)
         return {"one": jax.random.normal(a, (3, 4)), "two": {"kernel": jax.random.normal(b, (4, 2))}}
 
-    def loss(self, params, key, batch, *, train=True):
+    def loss(self, params, key, batch, *, step=0, train=True):
         draw = jax.random.normal(key)
         out = jnp.tanh(batch["x"] @ params["one"]) @ params["two"]["kernel"]
         loss = jnp.square(out - batch["y"]).mean() + self.noise * draw * params["one"].sum()
-        return loss, {"size": jnp.abs(out).mean(), "draw": draw, "draw_squared": draw**2}
+        return Loss(loss, {"size": jnp.abs(out).mean(), "draw": draw, "draw_squared": draw**2})
 
 
 class Bounded(Line):
     """Its parameters are kept at 0.01 or below, as CLIP's temperature is kept at 100."""
 
-    def project(self, params):
-        return jax.tree.map(lambda p: jnp.minimum(p, 0.01), params)
+    def update(self, params, statistics, key):
+        return jax.tree.map(lambda p: jnp.minimum(p, 0.01), params), {}
 
 
 def batch_of(size, seed=0):
@@ -203,8 +204,8 @@ def test_bad_steps_are_counted_one_by_one_and_in_streaks():
 class Root(Line):
     """sqrt has an infinite slope at 0: the loss is finite where its gradient is not."""
 
-    def loss(self, params, key, batch, *, train=True):
-        return jnp.sqrt(jnp.square(params["one"] * batch["x"][0, 0]).sum()), {}
+    def loss(self, params, key, batch, *, step=0, train=True):
+        return Loss(jnp.sqrt(jnp.square(params["one"] * batch["x"][0, 0]).sum()))
 
 
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_caught():
@@ -223,11 +224,11 @@ def unchanging(train_state):
 class Half(Line):
     """Computes in bfloat16 and is above its largest number, 3.39e38, where the batch says so (R18)."""
 
-    def loss(self, params, key, batch, *, train=True):
+    def loss(self, params, key, batch, *, step=0, train=True):
         half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
         out = jnp.tanh(batch["x"].astype(jnp.bfloat16) @ half["one"]) @ half["two"]["kernel"]
         square = jnp.square(out - batch["y"].astype(jnp.bfloat16))
-        return square.mean().astype(jnp.float32), {}
+        return Loss(square.mean().astype(jnp.float32))
 
 
 def test_an_overflow_of_bfloat16_is_a_step_that_is_not_finite():
@@ -312,11 +313,11 @@ def test_a_step_that_is_not_finite_is_no_spike_and_not_remembered():
 # --- the rest of a step ---
 
 
-def test_parameters_are_projected_after_the_update_and_before_the_average():
+def test_a_stage_updates_parameters_after_the_optimizer_and_before_the_average():
     train_state, _ = step_of(Bounded())(start(), batch_of(8))
     free, _ = step_of()(start(), batch_of(8))
     assert max(leaf.max() for leaf in jax.tree.leaves(free.params)) > 0.1
-    assert_equal(train_state.params, Bounded().project(free.params))
+    assert_equal(train_state.params, Bounded().update(free.params, {}, KEY)[0])
     expected = jax.tree.map(lambda e, p: 0.1 * e + 0.9 * p, start().params, train_state.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), train_state.ema_params, expected)
 

@@ -21,6 +21,7 @@ from absl import logging
 
 from configs import common
 from dalle2_jax.models import models
+from dalle2_jax.models.stages import Loss
 from dalle2_jax.runtime import checkpoint, processes
 from dalle2_jax.train import train
 from tests.data import shards_for_tests as made
@@ -45,10 +46,10 @@ class Tiny:
             "fc2": {"kernel": jax.random.normal(two, (WIDTH, 192)) / 6},
         }
 
-    def loss(self, params, key, batch, *, train=True):
+    def loss(self, params, key, batch, *, step=0, train=True):
         noise = jax.random.normal(key, (batch["image"].shape[0], 192))
         hidden = jnp.tanh((batch["image"].reshape(-1, 192) + noise) @ params["fc1"]["kernel"])
-        return jnp.square(hidden @ params["fc2"]["kernel"] - noise).mean(), {}
+        return Loss(jnp.square(hidden @ params["fc2"]["kernel"] - noise).mean())
 
 
 def shards(folder, unreadable: int | None = None):
@@ -76,7 +77,7 @@ def status(settings: dict, workdir, monkeypatch, allow_changed=()) -> int:
     """The exit status of a run in this process."""
     with monkeypatch.context() as patched:
         patched.setattr(models, "build_stage", lambda config: Tiny())
-        return _main(settings, workdir, patched.setattr, allow_changed)
+        return run_main(settings, workdir, patched.setattr, allow_changed)
 
 
 def whole_run(data, num_steps: int, workdir):
@@ -112,7 +113,8 @@ def poison(monkeypatch, is_bad) -> list[list[int]]:
     return read
 
 
-def _main(settings: dict, workdir, set_attribute, allow_changed=()) -> int:
+def run_main(settings: dict, workdir, set_attribute, allow_changed=()) -> int:
+    """The exit status of `train.main` in this process; `set_attribute(module, name, value)`."""
     flags = dict(config=settings, workdir=str(workdir), allow_changed=allow_changed, debug=False)
     set_attribute(train, "FLAGS", types.SimpleNamespace(**flags))
     try:
@@ -194,4 +196,4 @@ if __name__ == "__main__":
     parsed = {name: json.loads(value) for name, _, value in (change.partition("=") for change in changes_)}
     models.build_stage = lambda config: Tiny()
     logging.set_verbosity(logging.INFO)
-    processes.leave(_main(config(data_, **parsed), workdir_, setattr))
+    processes.leave(run_main(config(data_, **parsed), workdir_, setattr))

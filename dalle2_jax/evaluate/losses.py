@@ -107,8 +107,8 @@ def _of_stage(model: cascade.Cascade, name: str, images, captions, batch_size: i
         if clip is not None:
             batch = clip.fill(frozen, batch, needed)
         key = jax.random.fold_in(jax.random.key(seed), number)
-        value, scalars = stage.loss(params, key, batch, train=False)
-        return {"loss": value} | scalars
+        loss = stage.loss(params, key, batch, train=False)
+        return {"loss": loss.value} | loss.scalars
 
     for start in (int(number) * batch_size for number in numbers):
         part = slice(start, start + batch_size)

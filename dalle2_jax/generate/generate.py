@@ -131,11 +131,32 @@ def define_sampling_flags() -> None:
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
 
 
+class _Interval(flags.ArgumentParser):
+    """LO,HI -> two numbers."""
+
+    syntactic_help = "two numbers: LO,HI"
+
+    def parse(self, argument):
+        """Raises ValueError for what is no pair of numbers."""
+        if not isinstance(argument, str):
+            return argument
+        try:
+            low, high = (float(text) for text in argument.split(","))
+        except ValueError:
+            raise ValueError(f"{argument!r} must be two numbers LO,HI, such as 0.2,3") from None
+        return low, high
+
+
+def _define_interval(name: str, default, text: str) -> None:
+    flags.DEFINE(_Interval(), name, default, text)
+
+
 _DEFINE = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
     list: flags.DEFINE_list,
+    tuple: _define_interval,
 }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dalle2_jax.generate.cascade import GUIDES, Cascade
+from dalle2_jax.models.diffusion.guidance import times_inside
 from dalle2_jax.models.diffusion.sampling import METHODS
 from dalle2_jax.models.diffusion.schedules import SPACINGS
 from dalle2_jax.runtime.names import nearest
@@ -21,7 +22,8 @@ class Setting:
     Attributes:
       role: 'prior', 'decoder' or 'upsampler', for all of them.
       name: what the stage's `sample` calls it.
-      kind: int, float, str, list (whole numbers, one an upsampler), or the texts to choose from.
+      kind: int, float, str, list (whole numbers, one an upsampler), tuple (two numbers), or the texts to
+        choose from.
       help: one line.
     """
 
@@ -31,8 +33,11 @@ class Setting:
     help: str
 
 
+_INTERVAL = "LO,HI, the noise levels sqrt((1 - abar)/abar) between which to guide, such as 0.2,3:"
+
 SETTINGS = {
     "guidance_scale": Setting("decoder", "guidance_scale", float, "Guidance of the decoder; 1 is none."),
+    "guidance_interval": Setting("decoder", "guidance_interval", tuple, f"{_INTERVAL} of the decoder."),
     "decoder_steps": Setting("decoder", "num_steps", int, "Steps of the decoder."),
     "method": Setting("decoder", "method", METHODS, "Sampler of the decoder."),
     "eta": Setting("decoder", "eta", float, "Noise of DDIM in the decoder, 0 (none) to 1."),
@@ -41,6 +46,7 @@ SETTINGS = {
     "noisy_clip": Setting("decoder", "noisy_clip", float, "How strongly a CLIP of noised pictures steers."),
     "classifier": Setting("decoder", "classifier", float, "How strongly the model's classifier steers."),
     "prior_guidance_scale": Setting("prior", "guidance_scale", float, "Guidance of the prior; 1 is none."),
+    "prior_guidance_interval": Setting("prior", "guidance_interval", tuple, f"{_INTERVAL} of the prior."),
     "prior_steps": Setting("prior", "num_steps", int, "Steps of a diffusion prior."),
     "prior_method": Setting("prior", "method", METHODS, "Sampler of a diffusion prior."),
     "prior_eta": Setting("prior", "eta", float, "Noise of DDIM in a diffusion prior, 0 to 1."),
@@ -110,12 +116,19 @@ def of_stage(cascade: Cascade, name: str, **own) -> dict:
         settings[setting] = value
     if "guidance_scale" in settings:
         settings["guidance_scale"] = float(settings["guidance_scale"])
+    if settings.get("guidance_interval") is None:
+        settings.pop("guidance_interval", None)  # reports and plans of drawing name it only where it is used
+    else:
+        settings["guidance_interval"] = tuple(float(level) for level in settings["guidance_interval"])
     if "method" in settings:
         _check_method(cascade, name, settings["method"], asked.get("eta"))
     _check_ranges(cascade, name, settings)
     try:
         if asked.keys() & {"spacing", "threshold"}:
-            stage.sampler(settings["num_steps"], settings["spacing"], settings["threshold"]).timesteps()
+            names = ("num_steps", "spacing", "threshold")
+            stage.diffusion.with_settings(**{name: settings[name] for name in names}).timesteps()
+        if "guidance_interval" in settings:
+            times_inside(stage.diffusion.schedule, settings["guidance_interval"])
         if "tile" in asked:
             stage.check_tile(asked["tile"])
     except ValueError as error:
@@ -168,6 +181,10 @@ def _check_ranges(cascade: Cascade, name: str, values: dict) -> None:
         raise ValueError(
             f"{name}: guidance_scale {scale} has no meaning for a stage that was never trained without its "
             "condition: leave it out, or steer with a classifier"
+        )
+    if scale == 1 and "guidance_interval" in values:
+        raise ValueError(
+            f"{name}: guidance_interval has no meaning without guidance: give a guidance_scale other than 1"
         )
     if values.get("temperature", 1) <= 0:
         raise ValueError(f"{name}: temperature {values['temperature']} must be above 0")

@@ -132,12 +132,9 @@ def decoder_task(cascade: Cascade, seed: int, own: dict, given: Collection[str] 
         drawn = decoder.sample(
             own_params,
             keys,
-            batch,
+            batch | _as_floats(batch),
             guidance_scale=scale,
             log_p=log_p,
-            x_T=batch.get("x_T"),
-            init=to_float(batch["init"]) if "init" in batch else None,
-            known=_known(batch),
             **fixed,
         )
         return to_uint8(drawn)
@@ -148,11 +145,13 @@ def decoder_task(cascade: Cascade, seed: int, own: dict, given: Collection[str] 
     return Task("decoder", function, tuple(fixed.items()), rows, scalars, steps, others=tuple(scales))
 
 
-def _known(batch: dict) -> tuple[jax.Array, jax.Array] | None:
-    """(picture, repaint [B, h, w, 1] of 0 and 1) of the rows 'known' and 'repaint', if they are there."""
-    if "known" not in batch:
-        return None
-    return to_float(batch["known"]), batch["repaint"][..., None].astype(jnp.float32)
+def _as_floats(batch: dict) -> dict:
+    """The pictures in uint8 that a stage's `sample` reads as floats, under its names, and its mask."""
+    names = {"low_res": "low_res", "init": "init", "known": "inpaint_image"}
+    floats = {to: to_float(batch[name]) for name, to in names.items() if name in batch}
+    if "repaint" in batch:
+        floats["inpaint_mask"] = batch["repaint"][..., None].astype(jnp.float32)
+    return floats
 
 
 def invert_task(cascade: Cascade, num_steps: int) -> Task:
@@ -187,8 +186,7 @@ def upsampler_task(
 
     def function(params, batch, scalars):
         keys = picture_keys(scalars["seed"], batch["number"], number)
-        batch = batch | {"low_res": to_float(batch["low_res"])}
-        return to_uint8(stage.sample(params, keys, batch, known=_known(batch), **fixed))
+        return to_uint8(stage.sample(params, keys, batch | _as_floats(batch), **fixed))
 
     return Task(name, function, tuple(fixed.items()), rows, {"seed": np.uint32(seed)}, fixed["num_steps"])
 

@@ -31,7 +31,7 @@ def of_step(stage, batch: dict) -> int:
     Sharpness-aware minimisation takes the gradient twice.
     """
     params = jax.eval_shape(stage.init, jax.random.key(0), stage.batch_spec(1))
-    forward = count(lambda p, b: stage.loss(p, jax.random.key(0), b, train=False)[0], params, batch)
+    forward = count(lambda p, b: stage.loss(p, jax.random.key(0), b, train=False).value, params, batch)
     return TRAINING_PASSES * forward * (2 if getattr(stage, "sam_rho", 0) else 1)
 
 

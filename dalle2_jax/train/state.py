@@ -20,10 +20,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dalle2_jax.models.stages import Loss
+
 SPIKE_WINDOW, SPIKE_HISTORY, SPIKES_IN_A_ROW = 128, 64, 8
 MAX_BAD_STEPS = 8  # non-finite steps in a row that are a streak, which ends a run
 # Leaves that checkpoints of older runs lack, or that a setting adds later: all of them begin at zero.
 ZERO_AT_FIRST = ("bad_total", "bad_streak", "spikes")
+_UPDATE = 0x757064  # folded into a step's key for a stage's `update`; losses fold in small numbers
 
 
 @flax.struct.dataclass
@@ -101,24 +104,39 @@ def ema_decay_at(step: jax.Array, ema_decay: float) -> jax.Array:
     return jnp.minimum(ema_decay, (1 + step) / (10 + step))
 
 
-def _gradients(stage, params, key, batch, grad_accum):
-    """Loss, scalars and gradients of a batch, in `grad_accum` parts one after the other."""
-    value_and_grad = jax.value_and_grad(stage.loss, has_aux=True)
+def is_statistic(path: tuple) -> bool:
+    """Whether the parameter at a key path of jax.tree_util is a statistic: (^|/)stats/ in its name."""
+    return any(getattr(key, "key", None) == "stats" for key in path[:-1])
+
+
+def _gradients(stage, params, key, batch, step, grad_accum) -> tuple[Loss, dict]:
+    """(the loss with statistics stacked [grad_accum, ...], the gradients) of a batch, in `grad_accum` parts
+    one after the other."""
+
+    def loss_of(params, key, part):
+        held = jax.tree_util.tree_map_with_path(
+            lambda path, p: jax.lax.stop_gradient(p) if is_statistic(path) else p, params
+        )
+        loss = stage.loss(held, key, part, step=step, train=True)
+        return loss.value, (loss.scalars, loss.statistics)
+
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if grad_accum == 1:
-        (loss, metrics), grads = value_and_grad(params, key, batch)
-        return loss, metrics, grads
+        (value, (scalars, statistics)), grads = value_and_grad(params, key, batch)
+        return Loss(value, scalars, jax.tree.map(lambda x: x[None], statistics)), grads
     # Part i takes every grad_accum-th example, so that a batch sharded over devices stays where it is.
     parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, grad_accum, *x.shape[1:]), 0, 1), batch)
 
     def add(total, part):
-        (loss, metrics), grads = value_and_grad(params, part[0], part[1])
-        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
+        (value, (scalars, statistics)), grads = value_and_grad(params, *part)
+        return jax.tree.map(jnp.add, total, (value, scalars, grads)), statistics
 
     keys = jax.random.split(key, grad_accum)
     shapes = jax.eval_shape(lambda p: value_and_grad(p, keys[0], jax.tree.map(lambda x: x[0], parts)), params)
-    (loss, metrics), grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(add, (loss, metrics, grads), (keys, parts))
-    return jax.tree.map(lambda x: x / grad_accum, total)
+    (value, (scalars, _)), grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, statistics = jax.lax.scan(add, (value, scalars, grads), (keys, parts))
+    value, scalars, grads = jax.tree.map(lambda x: x / grad_accum, total)
+    return Loss(value, scalars, statistics), grads
 
 
 def make_train_step(
@@ -134,29 +152,36 @@ def make_train_step(
     """train_step(state, batch, frozen) -> (state, scalars), to be jitted with `state` donated.
 
     `fill(frozen, batch)` adds what a frozen CLIP contributes to the batch; its parameters are an argument,
-    never a closure constant. A stage that has `project(params)` is projected after each update
-    (CLIP's temperature). What a loss reports as 'observed' goes to `observe(params, observed)` instead of
-    the log: statistics that the next step draws on (the decoder's history of L_vlb). spike_sigma: see the
-    module; the state must come from `init_state` with the same.
+    never a closure constant. A stage that has `update(params, statistics, key)` changes its parameters after
+    the optimizer (CLIP's temperature, the decoder's history of L_vlb). The optimizer leaves statistics as
+    they are, and the average copies them: see `is_statistic`. spike_sigma: see the module; the state must
+    come from `init_state` with the same.
     """
-    project = getattr(stage, "project", lambda params: params)
 
     def train_step(state: TrainState, batch: dict, frozen: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, metrics, grads = _gradients(stage, state.params, key, fill(frozen, batch), grad_accum)
+        batch = fill(frozen, batch)
+        (loss, scalars, statistics), grads = _gradients(
+            stage, state.params, key, batch, state.step, grad_accum
+        )
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = project(optax.apply_updates(state.params, updates))
-        if "observed" in metrics:
-            params = stage.observe(params, metrics.pop("observed"))
+        params = optax.apply_updates(state.params, updates)
+        if hasattr(stage, "update"):
+            params, more = stage.update(params, statistics, jax.random.fold_in(key, _UPDATE))
+            scalars = scalars | more
         decay = ema_decay_at(state.step, ema_decay)
-        ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params)
+        ema_params = jax.tree_util.tree_map_with_path(
+            lambda path, e, p: p if is_statistic(path) else e + (1 - decay) * (p - e),
+            state.ema_params,
+            params,
+        )
         taken, spikes = finite, state.spikes
         if spike_sigma:
             skipped, spikes = _judge(spikes, spike_sigma, finite, loss=loss, grad_norm=grad_norm)
             taken = finite & ~skipped
-            metrics["spikes"] = spikes["skipped"]
+            scalars = scalars | {"spikes": spikes["skipped"]}
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
@@ -173,6 +198,6 @@ def make_train_step(
             spikes=spikes,
         )
         counters = {name: getattr(state, name) for name in ("bad_steps", "bad_total", "bad_streak")}
-        return state, dict(metrics, loss=loss, grad_norm=grad_norm, **counters)
+        return state, dict(scalars, loss=loss, grad_norm=grad_norm, **counters)
 
     return train_step

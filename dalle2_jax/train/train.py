@@ -148,8 +148,6 @@ def check_settings(config: dict, stage, mesh) -> None:
     if config["spike_sigma"] < 0:
         raise ValueError(f"spike_sigma {config['spike_sigma']} must be 0 (none) or above; 6 is usual")
     optim.make_optimizer(**config["optim"], num_steps=config["num_steps"])  # refuses what it cannot be
-    if config["grad_accum"] > 1 and config["model"].get("loss") == "vlb":
-        raise ValueError("model.loss 'vlb' keeps a history of a batch's losses: set grad_accum=1")
     classes = config["data"].get("classes", ())
     if getattr(stage, "num_classes", 0) not in (0, len(classes)):
         raise ValueError(
@@ -518,7 +516,7 @@ def run_steps(
             if looking:
                 with progress.paused():
                     if finished or step % config["eval_every"] == 0:
-                        writer.scalars(step, evaluation.losses(train_state.ema_params, frozen))
+                        writer.scalars(step, evaluation.losses(train_state.ema_params, frozen, step))
                     if drawing:
                         if saving:  # committed, for a sampler that fails ends several processes at once
                             checkpointer.wait()

@@ -29,9 +29,8 @@ class Validation:
         self._indices = partition.gather_index(raw[0]["index"], mesh)[:count]
 
         @functools.partial(jax.jit, compiler_options=partition.compiler_options())
-        def evaluate(params, frozen, batch):
-            _, scalars = stage.loss(params, jax.random.key(0), fill(frozen, batch), train=False)
-            return scalars
+        def evaluate(params, frozen, batch, step):
+            return stage.loss(params, jax.random.key(0), fill(frozen, batch), step=step, train=False).scalars
 
         @functools.partial(jax.jit, compiler_options=partition.compiler_options())
         def sample(params, frozen, batch):
@@ -41,9 +40,10 @@ class Validation:
 
         self._evaluate, self._sample = evaluate, sample
 
-    def losses(self, params, frozen) -> dict:
-        """Mean of the stage's scalars over the fixed validation batches."""
-        results = [partition.to_host(self._evaluate(params, frozen, batch)) for batch in self._batches]
+    def losses(self, params, frozen, step: int) -> dict:
+        """Mean of the stage's scalars over the fixed validation batches; `step` are the steps taken."""
+        taken = np.int32(step)
+        results = [partition.to_host(self._evaluate(params, frozen, x, taken)) for x in self._batches]
         return {f"eval/{name}": float(np.mean([r[name] for r in results])) for name in results[0]}
 
     def samples(self, params, frozen, writer, step) -> None:

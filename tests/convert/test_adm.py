@@ -91,7 +91,7 @@ def small(monkeypatch):
 def assert_same(stage, params, theirs, sides, told, *others):
     x = np.random.default_rng(1).normal(size=(2, *sides, 3)).astype(np.float32)
     t, label = np.array([7, 900]), np.array([4, 1])
-    ours = jax.jit(stage.net.apply)({"params": params}, x, t, *others, **told(label))
+    ours = jax.jit(stage.net.apply)({"params": params}, x, t, told(label), *others)
     seen = np.moveaxis(np.concatenate([x, *others], axis=-1), -1, 1).copy()
     added = theirs.label_emb(torch.from_numpy(label)) if told(label) else 0
     expected = theirs(torch.from_numpy(seen), torch.from_numpy(t), added).detach().numpy()
@@ -121,7 +121,7 @@ def test_a_generator_with_its_upsampler_and_classifier(small, tmp_path):
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(np.moveaxis(low_res, -1, 1).copy()), LARGE, mode="bilinear", align_corners=False
     )
-    enlarged = np.asarray(stage.enlarge(low_res))
+    enlarged = np.asarray(stage.low_res.enlarge(low_res))
     np.testing.assert_allclose(enlarged, np.moveaxis(expected.numpy(), 1, -1), atol=1e-5)
     assert_same(stage, params, upsampler, (LARGE, LARGE), lambda label: {"label": label}, enlarged)
 

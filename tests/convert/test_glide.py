@@ -101,12 +101,12 @@ def test_the_decoder_is_the_same_with_and_without_a_caption(made, read):
     assert stage.embed_dim == 0 and stage.guidance_scale == 3 and stage.inpaint == inpaint
     tokens, mask, drop = read
     x, t, kept = normal(2, SIDE, 12, 3), np.array([7, 900]), known(inpaint, 2, SIDE, 12)
-    told = dict(text=tokens, token_mask=mask, drop_text=drop, known=kept)
-    ours = jax.jit(stage.net.apply)({"params": params}, x, t, **told)
+    caption = dict(text=tokens, token_mask=mask, drop_text=drop)
+    ours = jax.jit(stage.net.apply)({"params": params}, x, t, caption, known=kept)
     seen = np.concatenate([x, kept], -1).astype(np.float32) if inpaint else x
     theirs = (torch.from_numpy(a) for a in (t, tokens, mask & ~drop[:, None]))
     assert_close(ours, modules["base"](channels_first(seen), *theirs))
-    other = jax.jit(stage.net.apply)({"params": params}, x, t, **told | {"drop_text": ~drop})
+    other = jax.jit(stage.net.apply)({"params": params}, x, t, caption | {"drop_text": ~drop}, known=kept)
     assert np.abs(other - ours).max() > 1e-3
 
 
@@ -116,10 +116,9 @@ def test_the_upsampler_is_the_same(made, read):
     assert stage.diffusion.spacing == "fast27" and config["model"]["resize"] == "linear"
     tokens, mask, _ = read
     small, x, t = normal(2, SIDE, SIDE, 3), normal(2, LARGE, LARGE, 3), np.array([7, 900])
-    kept, enlarged = known(inpaint, 2, LARGE, LARGE), stage.enlarge(small)
-    ours = jax.jit(stage.net.apply)(
-        {"params": params}, x, t, enlarged, text=tokens, token_mask=mask, known=kept
-    )
+    kept, enlarged = known(inpaint, 2, LARGE, LARGE), stage.low_res.enlarge(small)
+    caption = dict(text=tokens, token_mask=mask, drop_text=np.zeros(2, bool))
+    ours = jax.jit(stage.net.apply)({"params": params}, x, t, caption, enlarged, known=kept)
     theirs = torch.nn.functional.interpolate(channels_first(small), LARGE, mode="bilinear")
     seen = [channels_first(part) for part in ([x, kept.astype(np.float32)] if inpaint else [x])]
     words = (torch.from_numpy(a) for a in (t, tokens, mask))
@@ -159,11 +158,12 @@ def test_a_whole_run_is_the_same(repainting, monkeypatch):
     keys, batch = jax.random.split(jax.random.key(0), 1), {"tokens": tokens, "token_mask": mask}
     base, _, base_params = models.load_stage(model, "decoder")
     above, _, above_params = models.load_stage(model, "upsampler")
-    how = dict(num_steps=4, known=small)
-    drawn = jax.jit(lambda p: base.sample(p, keys, batch, **how))(base_params)
+    names = ("inpaint_image", "inpaint_mask")
+    read = batch | dict(zip(names, small, strict=True))
+    drawn = jax.jit(lambda p, b: base.sample(p, keys, b, num_steps=4))(base_params, read)
     low_res = np.round((np.asarray(drawn) + 1) * 127.5) / 127.5 - 1
-    how = dict(num_steps=3, known=(picture, repaint))
-    large = jax.jit(lambda p, b: above.sample(p, keys, b, **how))(above_params, batch | {"low_res": low_res})
+    read = batch | dict(zip(names, (picture, repaint), strict=True)) | {"low_res": low_res}
+    large = jax.jit(lambda p, b: above.sample(p, keys, b, num_steps=3))(above_params, read)
 
     words, empty = torch.from_numpy(tokens), torch.zeros(1, LENGTH, dtype=torch.bool)
     kept, keep = channels_first(small[0]), channels_first(1 - small[1])

@@ -144,9 +144,14 @@ def test_the_decoder_is_the_same_with_and_without_conditions(theirs, ours, texts
     stage, params = ours["decoder"]
     image_embed = np.repeat(z, 2, axis=0)
     apply = jax.jit(stage.net.apply)
-    actual = apply({"params": params}, x_t, times, image_embed, drop, states, mask, drop, embed)
+
+    def conditions_of(drop):
+        image = dict(image_embed=image_embed, drop_image=drop)
+        return image | dict(text=states, token_mask=mask, drop_text=drop, text_embed=embed)
+
+    actual = apply({"params": params}, x_t, times, conditions_of(drop))
     assert_close(actual, expected)
-    swapped = apply({"params": params}, x_t, times, image_embed, ~drop, states, mask, ~drop, embed)
+    swapped = apply({"params": params}, x_t, times, conditions_of(~drop))
     assert np.abs(swapped - actual).max() > 1e-3  # what is dropped matters
 
 
@@ -160,7 +165,7 @@ def test_both_networks_of_the_upsampler_are_the_same(theirs, ours, network):
         ).sample
     stage, params = ours["upsampler16"]
     params = params["last"] if network == "last" else {k: v for k, v in params.items() if k != "last"}
-    assert_close(jax.jit(stage.net.apply)({"params": params}, x_t, times, low_res), expected)
+    assert_close(jax.jit(stage.net.apply)({"params": params}, x_t, times, {}, low_res), expected)
 
 
 def assert_same_run(theirs, ours, texts, monkeypatch, guidance=8.0):

@@ -137,7 +137,9 @@ def test_the_decoder_is_the_same(made):
     embed, states = normal(2, EMBED)[::-1].copy(), normal(2, LENGTH, EMBED)
     shown = np.zeros(2, bool)
     mask = np.ones((2, LENGTH), bool)
-    ours = jax.jit(stage.net.apply)({"params": params}, x, t, z, shown, states, mask, shown, embed)
+    conditions = dict(image_embed=z, drop_image=shown, text_embed=embed)
+    conditions |= dict(text=states, token_mask=mask, drop_text=shown)
+    ours = jax.jit(stage.net.apply)({"params": params}, x, t, conditions)
     theirs = made[0]["decoder"](channels_first(x), *(torch.from_numpy(a) for a in (t, z, embed, states)))
     assert_close(ours, theirs)
     np.testing.assert_array_equal(params["null_image_embed"], made[0]["decoder"].cf_param.detach().numpy())
@@ -148,7 +150,7 @@ def test_both_networks_of_the_upsampler_are_the_same(made, network):
     stage, _, params = models.load_stage(made[1], "upsampler")
     x, low_res, t = normal(1, LARGE, LARGE, 3), normal(1, LARGE, LARGE, 3)[:, ::-1], np.array([321])
     params = params["last"] if network == "last" else {k: v for k, v in params.items() if k != "last"}
-    ours = jax.jit(stage.net.apply)({"params": params}, x, t, low_res)
+    ours = jax.jit(stage.net.apply)({"params": params}, x, t, {}, low_res)
     both = channels_first(np.concatenate([x, low_res], axis=-1))
     assert_close(ours, made[0][network](both, torch.from_numpy(t)))
 

@@ -1,27 +1,53 @@
 """A stage's diffusion: its noise process, what its network predicts, how it is trained and sampled."""
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.models.diffusion import process, sampling, schedules
+from dalle2_jax.models.diffusion.guidance import (
+    Guidance,
+    clip_x0,
+    dynamic_threshold,
+    guided,
+    keep_known,
+    steered,
+    times_inside,
+)
+from dalle2_jax.models.diffusion.process import Denoiser, Network
 
-# network(x_t [B, ...], t [B] int32) -> output, of twice as many channels where the variance is learned
-Network = Callable[[jax.Array, jax.Array], jax.Array]
+
+class Start(NamedTuple):
+    """Where a walk starts: noise x_T [B, ...], or an image that is noised part of the way.
+
+    Attributes:
+      x_T: None draws it from the keys.
+      init, strength: with a strength below 1 only this share of the steps is taken, from `init` [B, ...]
+        noised up to where they begin.
+    """
+
+    x_T: jax.Array | None = None
+    init: jax.Array | None = None
+    strength: float = 1.0
+
+
+FROM_NOISE = Start()
 
 
 @dataclasses.dataclass(frozen=True)
 class GaussianDiffusion:
     """What the diffusion stages have in common; see `schedules`, `process` and `sampling` for each setting.
 
-    `num_steps`, `spacing`, `method` and `eta` are what `sample` does unless told. `limit` bounds |x0| in
-    sampling (None: no bound), and `threshold` in (0, 100] is the percentile of dynamic thresholding in its
-    place. `data` is 'pixels' or 'latents', `data_variance` that of an entry, which bounds method 'analytic'.
-    `loss_kind` is 'hybrid' (the weighted error, with a little of the bound where the variance is learned) or
-    'vlb' (the bound, its times drawn by importance).
+    `num_steps`, `spacing`, `method`, `eta` and `threshold` are settings of `sample`, see `with_settings`.
+    `limit` bounds |x0| in sampling (None: no bound); `threshold` in (0, 100] is the percentile of dynamic
+    thresholding in its place. `data` is 'pixels' or 'latents', `data_variance` that of an entry, which bounds
+    method 'analytic'. `loss_kind` is 'hybrid' (the weighted error, with a little of the bound where the
+    variance is learned) or 'vlb' (the bound, its times drawn by importance).
     """
 
     schedule: schedules.Schedule
@@ -62,7 +88,7 @@ class GaussianDiffusion:
         """(loss [B], its parts [B], the network's output) at one time an example; see `draw_timesteps`.
 
         With a `history` (of 'vlb', in training) times are drawn by importance, and among the parts is
-        'observed': the times and values by which `process.observe` brings it up to date.
+        'statistics': the times and values that `process.observe` takes.
         """
         t_key, noise_key = jax.random.split(key)
         by_importance = train and history is not None
@@ -76,114 +102,135 @@ class GaussianDiffusion:
         losses, metrics = process.training_loss(
             self.schedule,
             output,
-            x0,
-            x_t,
-            t,
-            noise,
+            process.Noised(x0, x_t, t, noise),
             objective=self.objective,
             learned_variance=self.learned_variance,
             weighting=self.weighting,
-            bound_alone=self.loss_kind == "vlb",
+            vlb_weight=math.inf if self.loss_kind == "vlb" else 1e-3,
             data=self.data,
         )
         if by_importance:
-            metrics["observed"] = {"t": t, "values": losses}
+            metrics["statistics"] = {"t": t, "values": losses}
             losses = losses * weight
         return losses, metrics, output
 
-    def sample(
+    def with_settings(
         self,
-        network: Network,
-        keys: jax.Array,
-        shape: tuple[int, ...],
-        *,
-        guidance_scale: float | jax.Array | None = None,
         num_steps: int | None = None,
         method: str | None = None,
         eta: float | None = None,
-        eps_sq: jax.Array | None = None,
+        spacing: str | None = None,
+        threshold: float | None = None,
+    ) -> "GaussianDiffusion":
+        """The same process with other settings of sampling; None keeps one.
+
+        A list of steps such as fast27 fixes their number. Another number falls back to even spacing, unless
+        another spacing is asked for.
+        """
+        settings = dict(num_steps=num_steps, method=method, eta=eta, spacing=spacing, threshold=threshold)
+        settings = {name: value for name, value in settings.items() if value is not None}
+        own_spacing = settings.get("spacing", self.spacing) == self.spacing
+        fixed = self.spacing not in ("uniform", "trailing")
+        if own_spacing and fixed and settings.get("num_steps", self.num_steps) != self.num_steps:
+            settings["spacing"] = "uniform"
+        return dataclasses.replace(self, **settings)
+
+    @property
+    def settings(self) -> dict:
+        """The settings of sampling that a picture's stage has, and their values."""
+        return {name: getattr(self, name) for name in ("num_steps", "method", "eta", "spacing", "threshold")}
+
+    def timesteps(self) -> np.ndarray:
+        """The times that `sample` visits, descending."""
+        return schedules.space_timesteps(self.num_steps, self.schedule.num_timesteps, self.spacing)
+
+    def denoiser(
+        self,
+        network: Network,
+        *,
+        guidance: Guidance | None = None,
         log_p: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-        log_p_scale: float | jax.Array = 1.0,
-        x_T: jax.Array | None = None,
-        init: jax.Array | None = None,
-        strength: float = 1.0,
-        known: tuple[jax.Array, jax.Array] | None = None,
+        inpaint: tuple[jax.Array, jax.Array] | None = None,
+    ) -> Denoiser:
+        """The denoiser of a network: guided, steered, bounded, and made to keep known pixels, in this order.
+
+        log_p(x_t [B, ...], t [B]) -> [B] steers samples to where it is large, see `guidance.steered`.
+        inpaint: (image [B, ...], mask [B, ..., 1]); the image comes back where the mask is 0.
+        """
+        denoise = self._predict(network)
+        if guidance is not None:
+            interval = guidance.interval
+            inside = None if interval is None else times_inside(self.schedule, interval)
+            denoise = guided(denoise, self._predict(guidance.network), guidance.scale, inside)
+        if log_p is not None:
+            denoise = steered(denoise, self.schedule, log_p)
+        denoise = self._bounded(denoise)
+        return denoise if inpaint is None else keep_known(denoise, self.schedule, *inpaint)
+
+    def sample(
+        self,
+        denoise: Denoiser,
+        keys: jax.Array,
+        shape: tuple[int, ...],
+        *,
+        start: Start = FROM_NOISE,
         resample: int = 1,
+        eps_sq: jax.Array | None = None,
         return_path: bool = False,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """x0 [B, *shape] float32, one key an example; `eps_sq` [T] is for method 'analytic'.
+        """x0 [B, *shape] float32, one key an example, by a `denoiser`.
 
-        log_p(x_t [B, ...], t [B]) -> [B] steers the samples to where it is large: see `sampling.steered`.
-
-        With a guidance scale (a number or [B]) the network is given 2 B rows, of which every second one is to
-        be without condition: `interleave` puts conditions into that order, in which sharding over the batch
-        does not part a pair.
-
-        x_T [B, *shape] is the noise to start from, drawn from the keys unless given. With a `strength` below
-        1 only that share of the steps is taken, from `init` [B, *shape] noised up to where they begin. known:
-        (x0 [B, *shape], repaint [B, ..., 1]), of which the first comes back where the second is 0; resample,
-        return_path: see `sampling.sample`.
+        resample: how often every step is taken, see `sampling.resampled`. eps_sq [T] is for method
+        'analytic'. return_path: also x after every step, see `sampling.walk`.
         """
-        denoiser = self._denoiser(network, guidance_scale)
-        if log_p is not None:
-            denoiser = sampling.steered(denoiser, self.schedule, log_p, log_p_scale)
-        denoiser = self._bounded(denoiser)
-        if known is not None:
-            denoiser = sampling.keep_known(denoiser, self.schedule, *known)
-        timesteps = self.timesteps(num_steps)
-        noise = sampling.init_noise(keys, shape) if x_T is None else x_T
-        if strength < 1.0:
-            if init is None:
-                raise ValueError(f"strength {strength} needs what to start from: give init")
-            timesteps = timesteps[len(timesteps) - max(1, round(strength * len(timesteps))) :]
-            rows = jnp.full(noise.shape[:1], timesteps[0], jnp.int32)
-            noise = process.q_sample(self.schedule, init, rows, noise)
-        return sampling.sample(
-            denoiser,
-            self.schedule,
-            noise,
-            keys,
-            timesteps=timesteps,
-            method=method or self.method,
-            eta=self.eta if eta is None else eta,
-            variance="learned" if self.learned_variance else "fixed_small",
-            eps_sq=eps_sq,
-            data_variance=self.data_variance,
-            resample=resample,
-            return_path=return_path,
-        )
+        x, timesteps = self._begin(keys, shape, start)
+        steps = schedules.two_time(self.schedule, timesteps)
+        sampler = self._sampler(steps, eps_sq)
+        if resample != 1:
+            sampler = sampling.resampled(sampler, steps, resample)
+        return sampling.walk(denoise, sampler, x, keys, return_path=return_path)
 
-    def invert(self, network: Network, x0: jax.Array, *, num_steps: int | None = None) -> jax.Array:
+    def _begin(self, keys: jax.Array, shape: tuple[int, ...], start: Start) -> tuple[jax.Array, np.ndarray]:
+        """(the state [B, *shape] that a walk starts from, the times that it visits)."""
+        timesteps = self.timesteps()
+        noise = sampling.init_noise(keys, shape) if start.x_T is None else start.x_T
+        if start.strength >= 1.0:
+            return noise, timesteps
+        if start.init is None:
+            raise ValueError(f"strength {start.strength} needs what to start from: give init")
+        timesteps = timesteps[len(timesteps) - max(1, round(start.strength * len(timesteps))) :]
+        t = jnp.full(noise.shape[:1], timesteps[0], jnp.int32)
+        return process.q_sample(self.schedule, start.init, t, noise), timesteps
+
+    def _sampler(self, steps: schedules.TwoTime, eps_sq: jax.Array | None) -> sampling.Sampler:
+        if self.method == "analytic" and (eps_sq is None or eps_sq.shape != (self.schedule.num_timesteps,)):
+            raise ValueError(
+                f"method 'analytic' needs the measured eps_sq of all {self.schedule.num_timesteps} times: "
+                "measure it (Prior.measure), or use 'ddpm'"
+            )
+        options = {
+            "ddpm": dict(variance="learned" if self.learned_variance else "fixed_small"),
+            "ddim": dict(eta=self.eta),
+            "analytic": dict(eps_sq=eps_sq, data_variance=self.data_variance),
+        }
+        return sampling.SAMPLERS[self.method](steps, **options.get(self.method, {}))
+
+    def invert(self, network: Network, x0: jax.Array) -> jax.Array:
         """The noise x_T from which `sample` by 'ddim' with eta 0, no guidance, and as many steps returns to
         about x0 [B, ...]; see `sampling.invert`."""
-        denoiser = self._bounded(self._denoiser(network, None))
-        return sampling.invert(denoiser, self.schedule, x0, timesteps=self.timesteps(num_steps))
+        return sampling.invert(self.denoiser(network), self.schedule, x0, timesteps=self.timesteps())
 
-    def _denoiser(self, network: Network, guidance_scale: float | jax.Array | None) -> sampling.Denoiser:
+    def _predict(self, network: Network) -> Denoiser:
         def denoise(x_t, t):
             output = network(x_t, t)
             return process.to_prediction(self.schedule, output, x_t, t, self.objective, self.learned_variance)
 
-        def pair(x_t, t):
-            both = denoise(jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2))
-            return jax.tree.map(lambda y: y[0::2], both), jax.tree.map(lambda y: y[1::2], both)
+        return denoise
 
-        return denoise if guidance_scale is None else sampling.guided(pair, guidance_scale)
-
-    def _bounded(self, denoiser: sampling.Denoiser) -> sampling.Denoiser:
+    def _bounded(self, denoise: Denoiser) -> Denoiser:
         if self.threshold is not None:
-            return sampling.dynamic_threshold(denoiser, self.schedule, self.threshold)
-        return denoiser if self.limit is None else sampling.clip_x0(denoiser, self.schedule, self.limit)
-
-    def timesteps(self, num_steps: int | None = None) -> np.ndarray:
-        """The times that `sample` visits, descending.
-
-        A list of steps such as fast27 fixes their number; another number falls back to even spacing.
-        """
-        num_steps = num_steps or self.num_steps
-        fits = num_steps == self.num_steps or self.spacing in ("uniform", "trailing")
-        spacing = self.spacing if fits else "uniform"
-        return schedules.space_timesteps(num_steps, self.schedule.num_timesteps, spacing)
+            return dynamic_threshold(denoise, self.schedule, self.threshold)
+        return denoise if self.limit is None else clip_x0(denoise, self.schedule, self.limit)
 
     def measure_eps_sq(self, network: Network, key: jax.Array, x0: jax.Array) -> jax.Array:
         """m_t = E mean(eps^2) [T] float32 of the network's eps over data x0 [B, ...]: what 'analytic' needs.
@@ -196,21 +243,6 @@ class GaussianDiffusion:
             rows = jnp.full(x0.shape[:1], t, jnp.int32)
             noise = jax.random.normal(jax.random.fold_in(key, t), x0.shape)
             x_t = process.q_sample(self.schedule, x0, rows, noise)
-            prediction = process.to_prediction(
-                self.schedule, network(x_t, rows), x_t, rows, self.objective, self.learned_variance
-            )
-            return jnp.square(prediction.eps).mean()
+            return jnp.square(self._predict(network)(x_t, rows).eps).mean()
 
         return jnp.interp(jnp.arange(self.schedule.num_timesteps), times, jax.lax.map(at, times))
-
-
-def interleave(conditional, unconditional):
-    """Two trees of arrays [B, ...] as one of [2 B, ...]: c0, u0, c1, u1, ..."""
-    return jax.tree.map(
-        lambda c, u: jnp.stack([c, u], 1).reshape(-1, *c.shape[1:]), conditional, unconditional
-    )
-
-
-def is_guided(guidance_scale: float | jax.Array) -> bool:
-    """Whether a scale needs the unconditional half: all but the Python number 1 do; an array is traced."""
-    return not (isinstance(guidance_scale, int | float) and guidance_scale == 1)

@@ -28,6 +28,7 @@ by T p_t.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -50,6 +51,12 @@ class Prediction(NamedTuple):
     x0: jax.Array
     eps: jax.Array
     var_frac: jax.Array | None = None
+
+
+# network(x_t [B, ...], t [B] int32) -> output, of twice as many channels where the variance is learned
+Network = Callable[[jax.Array, jax.Array], jax.Array]
+# denoise(x_t [B, ...], t [B] int32) -> Prediction
+Denoiser = Callable[[jax.Array, jax.Array], Prediction]
 
 
 def draw_timesteps(key: jax.Array, size: int, num_timesteps: int, *, train: bool) -> jax.Array:
@@ -133,30 +140,35 @@ def to_prediction(
     raise ValueError(_unknown("objective", objective, OBJECTIVES))
 
 
+class Noised(NamedTuple):
+    """Data x0 [B, ...], and x_t = q_sample(schedule, x0, t, noise) at times t [B]."""
+
+    x0: jax.Array
+    x_t: jax.Array
+    t: jax.Array
+    noise: jax.Array
+
+
 def training_loss(
     schedule: Schedule,
     output: jax.Array,
-    x0: jax.Array,
-    x_t: jax.Array,
-    t: jax.Array,
-    noise: jax.Array,
+    noised: Noised,
     *,
     objective: str,
     learned_variance: bool,
     weighting: str = "uniform",
     vlb_weight: float = 1e-3,
-    bound_alone: bool = False,
     data: str = "pixels",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss [B] float32 of every example, and its parts [B]: 'mse' and, with a learned variance, 'vb'.
 
-    output is the network's for x_t = q_sample(schedule, x0, t, noise); shapes as in `to_prediction`.
-    weighting: see `loss_weights`. bound_alone: the loss is L_vlb,
-    T vb_t. vlb_weight is lambda of L_hybrid (1e-3, that is T / 1000 of one term).
+    output is the network's for x_t and t; shapes as in `to_prediction`. weighting: see `loss_weights`.
+    vlb_weight: lambda of L_hybrid (1e-3, that is T / 1000 of one term); math.inf: L_vlb = T vb_t alone.
     data is 'pixels' (8-bit values in [-1, 1]) or 'latents' (anything else, such as embeddings): a learned
     variance needs pixels, as its term at t = 0 is the likelihood of 8-bit values. Raises ValueError for
     settings that cannot go together.
     """
+    x0, x_t, t, noise = noised
     if data not in ("pixels", "latents"):
         raise ValueError(_unknown("data", data, ("pixels", "latents")))
     if learned_variance and (data != "pixels" or x0.ndim != 4):
@@ -179,7 +191,7 @@ def training_loss(
     mse = _mean(jnp.square(target - prediction))
     metrics = {"mse": mse}
     loss = _at(loss_weights(schedule, objective, weighting), t, dtype=dtype) * mse
-    if bound_alone:
+    if vlb_weight == math.inf:
         if not learned_variance:
             raise ValueError("L_vlb is the bound of a learned variance: set learned_variance=True")
         whole = to_prediction(schedule, output, x_t, t, objective, True)

@@ -198,6 +198,11 @@ class Schedule:
         """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) [T], float64."""
         return self.alpha_bar / (1.0 - self.alpha_bar)
 
+    @property
+    def noise_level(self) -> np.ndarray:
+        """sqrt((1 - alpha_bar) / alpha_bar) [T], float64: sigma of x0 + sigma eps, as in EDM."""
+        return np.sqrt((1.0 - self.alpha_bar) / self.alpha_bar)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Schedule) and np.array_equal(self.alpha_bar, other.alpha_bar)
 

@@ -4,23 +4,42 @@ All that training knows of a stage is
 
     batch_spec(batch_size) -> shapes and types of the fields that `loss` reads
     init(key, batch) -> params
-    loss(params, key, batch, *, train=True) -> (scalar, dict of scalars)
+    loss(params, key, batch, *, step=0, train=True) -> Loss(value, scalars, statistics)
     sample(params, keys, batch, ...) -> array          (CLIP has encode_image and encode_text instead)
     draws = 'image'                                    (with sample: the field of a batch that it makes)
-    project(params) -> params                          (optional: applied after every update)
-    observe(params, observed) -> params                (optional: notes what the loss 'observed', every step)
+    update(params, statistics, key) -> params, scalars (optional: after the optimizer, every step)
     fit_rows, fit(params, batches) -> params, scalars  (optional: statistics of the data, before training)
     measure(params, key, batch) -> statistics          (optional: of the trained network, after training)
 
-and generating of its keyword arguments for `sample`: the dict `sampling` has their defaults. Statistics are
-the leaves of params['stats']: stored with the parameters in float32, without gradient and weight decay.
+and generating of its keyword arguments for `sample`: the dict `sampling` has their defaults. `step` is the
+number of steps taken so far, for what a loss schedules.
+
+Statistics of data or of training (code books, histories of losses) are the leaves of params['stats']: stored
+with the parameters in float32, neither optimised nor averaged. A loss returns what a batch adds to them, and
+`update` reduces it: each array comes stacked [grad_accum, ...], so that sums stay sums. `update` may change
+any parameter, and its scalars are logged.
 
 A stage holds networks and settings, never parameters.
 """
 
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import jax
 
 from dalle2_jax.runtime.names import nearest
+
+
+class Loss(NamedTuple):
+    """What a stage's loss returns for a batch.
+
+    value: [], what training minimises; float32. scalars: {name: []}, which are logged. statistics: arrays for
+    `update`, in any tree; they have no gradient.
+    """
+
+    value: jax.Array
+    scalars: dict[str, jax.Array] = {}
+    statistics: dict = {}
 
 
 def check_settings(

@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.models.diffusion.gaussian import is_guided
+from dalle2_jax.models.diffusion.guidance import is_guided
 from dalle2_jax.models.nets.latents import LatentTransformer
-from dalle2_jax.models.stages import candidates, check_settings
+from dalle2_jax.models.stages import Loss, candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
 from dalle2_jax.models.tokens.decode import Options, decode
 
@@ -185,8 +185,8 @@ class ARPrior:
         return buckets(params["stats"]["dot_edges"][None], dot[:, None])[:, 0]
 
     def loss(
-        self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
-    ) -> tuple[jax.Array, dict]:
+        self, params: dict, key: jax.Array, batch: dict, *, step: jax.Array | int = 0, train: bool = True
+    ) -> Loss:
         """Mean cross entropy of a code, in nats, and scalars; `train=False` drops no text."""
         params = params | {"stats": jax.lax.stop_gradient(params["stats"])}
         codes = self.encode(params, batch["image_embed"])
@@ -210,7 +210,7 @@ class ARPrior:
         loss = -mean(log_p)
         rebuilt = (unit_norm(self.decode(params, codes)) * unit_norm(batch["image_embed"])).sum(axis=-1)
         right = (logits.argmax(axis=-1) == codes).astype(jnp.float32)
-        return loss, {"loss": loss, "accuracy": mean(right), "code_cosine": rebuilt.mean()}
+        return Loss(loss, {"loss": loss, "accuracy": mean(right), "code_cosine": rebuilt.mean()})
 
     def sample(
         self,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.diffusion import process, schedules
 from dalle2_jax.models.nets.unet import ClassifierNet
+from dalle2_jax.models.stages import Loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Classifier:
         return self.net.init(key, batch["image"], jnp.zeros(batch["image"].shape[0], jnp.int32))["params"]
 
     def loss(
-        self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
-    ) -> tuple[jax.Array, dict]:
+        self, params: dict, key: jax.Array, batch: dict, *, step: jax.Array | int = 0, train: bool = True
+    ) -> Loss:
         """Mean cross entropy over the labelled examples, in nats, and scalars; see `draw_timesteps`."""
         t_key, noise_key, dropout_key = jax.random.split(key, 3)
         image, label = batch["image"], batch["label"]
@@ -51,7 +52,7 @@ class Classifier:
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(label, 0)[:, None], axis=1)[:, 0]
         loss = -(log_p * known).sum() / count
         right = (logits.argmax(axis=1) == label).astype(jnp.float32)
-        return loss, {"loss": loss, "accuracy": right.sum() / count, "labelled": known.mean()}
+        return Loss(loss, {"loss": loss, "accuracy": right.sum() / count, "labelled": known.mean()})
 
     def log_p(self, params: dict, x_t: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
         """log p(label | x_t, t) [B] of pictures x_t [B, S, S, 3] at times t [B], for labels [B]."""

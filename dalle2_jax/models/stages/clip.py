@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from dalle2_jax.models.diffusion import process, schedules
 from dalle2_jax.models.nets.text import CLIPTextTransformer
 from dalle2_jax.models.nets.vision import ModifiedResNet, ViT
-from dalle2_jax.models.stages import check_settings
+from dalle2_jax.models.stages import Loss, check_settings
 from dalle2_jax.runtime.partition import batch_shards, constrain
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -153,8 +153,8 @@ class CLIP:
         )
 
     def loss(
-        self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
-    ) -> tuple[jax.Array, dict]:
+        self, params: dict, key: jax.Array, batch: dict, *, step: jax.Array | int = 0, train: bool = True
+    ) -> Loss:
         """The contrastive loss of the batch and its scalars; `train=False` moves none of the parameters.
 
         `key` draws times and noise where pictures are noised; else it changes nothing.
@@ -170,14 +170,14 @@ class CLIP:
             batch = batch | {"image": process.q_sample(self.schedule, image, t, noise), "t": t}
         if not (train and self.sam_rho):
             embeds = self._embed(params, batch)
-            return self._contrast(*embeds, params, batch["tokens"])
+            return Loss(*self._contrast(*embeds, params, batch["tokens"]))
         size = len(batch["tokens"])
         if size % self.sam_batch_size:
             raise ValueError(
                 f"a batch of {size} is not whole replicas of model.sam_batch_size = {self.sam_batch_size}"
             )
         embeds, scalars = self._moved_embeds(params, batch)
-        return self._contrast(*embeds, scalars, batch["tokens"])
+        return Loss(*self._contrast(*embeds, scalars, batch["tokens"]))
 
     def _moved_embeds(self, params: dict, batch: dict) -> tuple[tuple[jax.Array, jax.Array], dict]:
         """The embeddings of a batch, and the loss's scalars a row, each by its replica's moved parameters.
@@ -235,9 +235,9 @@ class CLIP:
             return contrastive_loss(image_embed, text_embed, scalars["logit_scale"], same)
         return sigmoid_loss(image_embed, text_embed, scalars["logit_scale"], scalars["logit_bias"], same)
 
-    def project(self, params: dict) -> dict:
-        """Parameters whose temperature is at most 100, which training applies after every update."""
-        return params | {"logit_scale": jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)}
+    def update(self, params: dict, statistics: dict, key: jax.Array) -> tuple[dict, dict]:
+        """(`params` with a temperature of at most 100, no scalars); the loss has no statistics."""
+        return params | {"logit_scale": jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)}, {}
 
     def _times(self, image: jax.Array) -> jax.Array | None:
         return None if self.schedule is None else jnp.zeros(image.shape[0], jnp.int32)

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.models.diffusion import gaussian, schedules
+from dalle2_jax.models.diffusion.guidance import Guidance, is_guided
 from dalle2_jax.models.nets.transformer import PriorTransformer
-from dalle2_jax.models.stages import candidates, check_settings
+from dalle2_jax.models.stages import Loss, candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
 
 SCALE_MODES = ("paper", "l2", "meanstd")
@@ -96,7 +97,7 @@ class Prior:
 
     @property
     def sampling(self) -> dict:
-        """What `sample` does unless told."""
+        """The settings of `sample` and their defaults."""
         own = self.diffusion
         return dict(
             num_steps=own.num_steps,
@@ -104,6 +105,7 @@ class Prior:
             num_candidates=self.num_candidates,
             method=own.method,
             eta=own.eta,
+            guidance_interval=None,
         )
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -176,8 +178,8 @@ class Prior:
         return batch["text_embed"] * self.embed_scale.factor, text, batch["token_mask"]
 
     def loss(
-        self, params: dict, key: jax.Array, batch: dict, *, train: bool = True
-    ) -> tuple[jax.Array, dict]:
+        self, params: dict, key: jax.Array, batch: dict, *, step: jax.Array | int = 0, train: bool = True
+    ) -> Loss:
         """Mean loss over the batch and its scalars; `train=False` drops no text."""
         size = batch["image_embed"].shape[0]
         diffusion_key, drop_key = jax.random.split(key)
@@ -191,7 +193,7 @@ class Prior:
         predicted = unit_norm(self.embed_scale.inverse(params, output))
         cosine = (predicted * unit_norm(batch["image_embed"])).sum(axis=-1)
         metrics = metrics | {"loss": losses, "cosine": cosine}
-        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+        return Loss(losses.mean(), {name: value.mean() for name, value in metrics.items()})
 
     def sample(
         self,
@@ -199,45 +201,43 @@ class Prior:
         keys: jax.Array,
         batch: dict,
         *,
-        num_steps: int | None = None,
-        guidance_scale: float | jax.Array | None = None,
-        num_candidates: int | None = None,
-        method: str | None = None,
-        eta: float | None = None,
         return_candidates: bool = False,
+        **settings,
     ) -> jax.Array:
         """Image embeddings [B, E] float32 in CLIP's own scale, one key a caption.
 
         Reads text_embed, token_mask and tokens (or text_states). A sample depends on its own key and caption
-        alone; the first of n candidates is the only one of one. A guidance scale given as the Python number 1
-        saves the unconditional half of the work; an array is traced. `method` is one of `sampling.METHODS`
-        ('ddpm' has the small fixed variance); 'analytic' needs parameters that hold its statistics.
-        return_candidates: all of them, [B, num_candidates, E], none chosen.
+        alone; the first of n candidates is the only one of one. return_candidates: all of them,
+        [B, num_candidates, E], none chosen.
+
+        settings: values in the place of those in `sampling`, None for those. A guidance scale given as the
+        Python number 1 saves the unconditional half of the work; an array is traced. Method 'ddpm' has the
+        small fixed variance; 'analytic' needs parameters that hold its statistics. guidance_interval: see
+        `guidance.times_inside`.
         """
-        num_candidates = self.num_candidates if num_candidates is None else num_candidates
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        guided = gaussian.is_guided(scale)
-        size = batch["text_embed"].shape[0]
+        settings = self.sampling | {name: value for name, value in settings.items() if value is not None}
+        scale, interval = settings.pop("guidance_scale"), settings.pop("guidance_interval")
+        num_candidates = settings.pop("num_candidates")
+        diffusion, size = self.diffusion.with_settings(**settings), batch["text_embed"].shape[0]
 
         # The conditional and the null half of a candidate are neighbours, as candidates are.
         keys = candidates.split_keys(keys, num_candidates)
-        halves = jnp.array([False, True] if guided else [False])
+        halves = jnp.array([False, True] if is_guided(scale) else [False])
         text = [jnp.repeat(x, len(halves), axis=0) for x in self._text(batch)]
         read = self.net.read(params["net"], *text, jnp.tile(halves, size))
         read = candidates.spread(read, size, num_candidates)
 
-        z = self.diffusion.sample(
-            lambda x_t, t: self.net.apply({"params": params["net"]} | read, x_t, t),
-            keys,
-            (self.embed_dim,),
-            guidance_scale=(jnp.repeat(scale, num_candidates) if jnp.ndim(scale) else scale)
-            if guided
-            else None,
-            num_steps=num_steps,
-            method=method,
-            eta=eta,
-            eps_sq=params.get("stats", {}).get("eps_sq"),
-        )
+        def network_of(read):
+            return lambda x_t, t: self.net.apply({"params": params["net"]} | read, x_t, t)
+
+        if is_guided(scale):
+            scale = jnp.repeat(scale, num_candidates) if jnp.ndim(scale) else scale
+            conditional = network_of(jax.tree.map(lambda x: x[0::2], read))
+            denoise = diffusion.denoiser(conditional, guidance=Guidance(network_of(read), scale, interval))
+        else:
+            denoise = diffusion.denoiser(network_of(read))
+        eps_sq = params.get("stats", {}).get("eps_sq")
+        z = diffusion.sample(denoise, keys, (self.embed_dim,), eps_sq=eps_sq)
         z = self.embed_scale.inverse(params, z)
         if return_candidates:
             return z.reshape(size, num_candidates, self.embed_dim)
@@ -264,7 +264,8 @@ def build(
     scan_blocks: bool = False,
     dtype: str = "float32",
 ) -> Prior:
-    """The prior of a config; defaults are the paper's, but for its method, 'analytic'.
+    """The prior of a config; defaults are the paper's, but for its method, 'analytic'. Raises ValueError for
+    settings that are unknown, missing or do not go together.
 
     Args:
       embed_dim: size of CLIP's embeddings.
@@ -279,11 +280,7 @@ def build(
       num_steps, spacing, method, eta, num_candidates, guidance_scale: what `sample` does unless told.
       clip_range: bound of |z| in sampling, in the scaled space (Karlo's weights: 5 or 10); None: no bound.
       remat: what of a block is computed again in the backward pass, 'none', 'products' (all else) or 'all'.
-      scan_blocks: whether training compiles the blocks as one loop, see `TransformerStack`.
-      dtype: compute type of the network; norms, softmax, diffusion and loss are float32.
-
-    Raises:
-      ValueError: for settings that are unknown, missing or do not go together.
+      scan_blocks: compile the blocks as one loop, see `TransformerStack`. dtype: compute type of the network.
     """
     embed_scale = {"mode": "paper"} if embed_scale is None else embed_scale
     check_settings(embed_scale, ("mode",), (), "embed_scale")

@@ -15,7 +15,7 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers' schedulers are t
 
 import jax  # noqa: E402
 
-from dalle2_jax.models.diffusion import process, sampling, schedules  # noqa: E402
+from dalle2_jax.models.diffusion import guidance, process, sampling, schedules  # noqa: E402
 
 COSINE = schedules.make_schedule("cosine")
 SHAPE = (2, 3, 3, 3)  # [B, H, W, C]; on the other side a learned variance splits axis 1, so C goes there
@@ -42,7 +42,7 @@ def network(xp, x, t):
     return xp.concatenate([mean, 0.8 * xp.cos(2 * x)], -1)
 
 
-def ours(start, noise, times, monkeypatch, learned, objective="eps", **options):
+def ours(start, noise, times, monkeypatch, learned, objective="eps", method="ddpm", **options):
     """Our walk, with the noise of time t taken from noise[t]."""
     monkeypatch.setattr(sampling, "_normal", lambda keys, t, shape: jnp.asarray(noise, jnp.float32)[t])
 
@@ -51,9 +51,10 @@ def ours(start, noise, times, monkeypatch, learned, objective="eps", **options):
         output = output if learned else output[..., : x_t.shape[-1]]
         return process.to_prediction(COSINE, output, x_t, t, objective, learned)
 
-    denoise = sampling.clip_x0(denoise, COSINE)
+    denoise = guidance.clip_x0(denoise, COSINE)
     keys = jax.random.split(jax.random.key(0), len(start))
-    walk = jax.jit(lambda x_T, keys: sampling.sample(denoise, COSINE, x_T, keys, timesteps=times, **options))
+    sampler = sampling.SAMPLERS[method](schedules.two_time(COSINE, times), **options)
+    walk = jax.jit(lambda x_T, keys: sampling.walk(denoise, sampler, x_T, keys))
     return walk(start, keys)
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.models.diffusion import gaussian, sampling, schedules
+from dalle2_jax.models.diffusion import gaussian, guidance, sampling, schedules
+from dalle2_jax.models.diffusion.guidance import Guidance
 
 SHAPE = (4, 4, 3)
 
@@ -24,9 +25,15 @@ def diffusion(**changes):
     return gaussian.GaussianDiffusion(**settings | changes)
 
 
-def sample(stage, network, keys, shape=SHAPE, **options):
+def sample(stage, network, keys, shape=SHAPE, guidance_scale=None, **start):
     """What a diffusion draws, as one program."""
-    return jax.device_get(jax.jit(lambda keys: stage.sample(network, keys, shape, **options))(keys))
+    guidance = None if guidance_scale is None else Guidance(network, guidance_scale)
+
+    def draw(keys):
+        denoise = stage.denoiser(network, guidance=guidance)
+        return stage.sample(denoise, keys, shape, start=gaussian.Start(**start))
+
+    return jax.device_get(jax.jit(draw)(keys))
 
 
 def two_minds(conditional, unconditional, seen=None):
@@ -67,14 +74,14 @@ def test_without_guidance_the_network_sees_each_example_once():
 
 
 def test_halves_are_neighbours():
-    both = gaussian.interleave((jnp.arange(3), jnp.ones((3, 2))), (jnp.arange(3) + 10, jnp.zeros((3, 2))))
+    both = guidance.interleave((jnp.arange(3), jnp.ones((3, 2))), (jnp.arange(3) + 10, jnp.zeros((3, 2))))
     np.testing.assert_array_equal(both[0], [0, 10, 1, 11, 2, 12])
     np.testing.assert_array_equal(both[1][:, 0], [1, 0, 1, 0, 1, 0])
 
 
 def test_only_the_number_one_needs_no_unconditional_half():
-    assert not gaussian.is_guided(1) and not gaussian.is_guided(1.0)
-    assert gaussian.is_guided(0.5) and gaussian.is_guided(jnp.float32(1.0))
+    assert not guidance.is_guided(1) and not guidance.is_guided(1.0)
+    assert guidance.is_guided(0.5) and guidance.is_guided(jnp.float32(1.0))
 
 
 def test_the_loss_is_the_error_of_the_objective():
@@ -89,7 +96,7 @@ def test_the_loss_is_the_error_of_the_objective():
 def test_a_list_of_steps_gives_way_to_another_number():
     steps = diffusion(schedule=schedules.make_schedule("cosine", 1000), spacing="fast27", num_steps=27)
     for num_steps in (None, 4):
-        x0 = sample(steps, two_minds(0.2, 0.1), keys(1), num_steps=num_steps)
+        x0 = sample(steps.with_settings(num_steps), two_minds(0.2, 0.1), keys(1))
         np.testing.assert_allclose(x0, 0.2, atol=1e-5)
 
 
@@ -100,9 +107,8 @@ def smooth(x_t, t):
 
 def test_sampling_starts_from_the_noise_it_is_given():
     x_T = np.random.default_rng(5).standard_normal((2, *SHAPE)).astype(np.float32)
-    from_noise = jax.jit(lambda keys: diffusion().sample(smooth, keys, SHAPE, x_T=x_T))
-    given = from_noise(keys(2))
-    np.testing.assert_array_equal(given, from_noise(keys(2)[::-1]))
+    given = sample(diffusion(), smooth, keys(2), x_T=x_T)
+    np.testing.assert_array_equal(given, sample(diffusion(), smooth, keys(2)[::-1], x_T=x_T))
     assert np.abs(given - sample(diffusion(), smooth, keys(2))).mean() > 0.01
 
 
@@ -124,7 +130,13 @@ def test_strength_is_the_share_of_the_steps_that_are_taken():
     whole = sample(own, smooth, keys(2), init=init, strength=1.0)
     np.testing.assert_array_equal(whole, sample(own, smooth, keys(2)))
     with pytest.raises(ValueError, match="needs what to start from"):
-        own.sample(smooth, keys(2), SHAPE, strength=0.5)
+        sample(own, smooth, keys(2), strength=0.5)
+
+
+def test_an_unknown_method_is_answered_with_what_to_choose():
+    for make in (lambda: diffusion(method="dpm"), lambda: diffusion().with_settings(method="dpm")):
+        with pytest.raises(ValueError, match="method 'dpm' is unknown: choose one of ddpm, ddim"):
+            make()
 
 
 def test_inverted_noise_leads_back():
@@ -139,8 +151,9 @@ def test_inverted_noise_leads_back():
 
         @jax.jit
         def there_and_back(x0, steps=steps):
-            x_T = own.invert(network, x0, num_steps=steps)
-            return own.sample(network, keys(2), SHAPE, x_T=x_T, num_steps=steps)
+            diffusion = own.with_settings(steps)
+            start = gaussian.Start(x_T=diffusion.invert(network, x0))
+            return diffusion.sample(diffusion.denoiser(network), keys(2), SHAPE, start=start)
 
         errors[steps] = float(np.abs(there_and_back(x0) - x0).mean())
     assert errors[160] < 0.5 * errors[40] < 0.25 * errors[10] and errors[160] < 0.01, errors

@@ -35,15 +35,12 @@ def example():
     return dict(x0=x0, noise=noise, x_t=np.asarray(q_sample(x0, TIMES, noise)), output=output)
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "learned_variance", "weighting", "bound_alone"))
+@functools.partial(jax.jit, static_argnames=("objective", "learned_variance", "weighting", "vlb_weight"))
 def loss_of(example, output, objective="eps", learned_variance=True, **options):
     return process.training_loss(
         COSINE,
         output,
-        example["x0"],
-        example["x_t"],
-        TIMES,
-        example["noise"],
+        process.Noised(example["x0"], example["x_t"], TIMES, example["noise"]),
         objective=objective,
         learned_variance=learned_variance,
         **options,
@@ -165,7 +162,7 @@ def test_loss_is_the_weighted_error_plus_a_thousandth_of_the_bound(example):
     def of_short(output, x0, noise):
         x_t = process.q_sample(short, x0, t, noise)
         options = dict(objective="eps", learned_variance=True)
-        return process.training_loss(short, output, x0, x_t, t, noise, **options)
+        return process.training_loss(short, output, process.Noised(x0, x_t, t, noise), **options)
 
     loss, metrics = jax.device_get(of_short(*(example[name] for name in ("output", "x0", "noise"))))
     np.testing.assert_allclose(loss, metrics["mse"] + 0.1 * metrics["vb"], rtol=1e-6)
@@ -205,7 +202,7 @@ def test_the_bound_at_the_first_time_is_the_likelihood_of_8_bit_pixels():
     t = np.zeros(2, np.int32)
     # x_t is of no consequence: the mean of the last step is the predicted x0.
     loss = functools.partial(process.training_loss, COSINE, objective="x0", learned_variance=True)
-    _, metrics = jax.jit(loss)(np.concatenate([predicted, raw], -1), x0, x0, t, x0)
+    _, metrics = jax.jit(loss)(np.concatenate([predicted, raw], -1), process.Noised(x0, x0, t, x0))
     beta = 1 - COSINE.alpha_bar[:2] / np.array([1.0, COSINE.alpha_bar[0]])
     beta_tilde_1 = beta[1] * (1 - COSINE.alpha_bar[0]) / (1 - COSINE.alpha_bar[1])
     frac = (np.asarray(raw, np.float64) + 1) / 2
@@ -297,7 +294,7 @@ def test_the_normal_distribution_is_close_to_the_exact_one():
 def test_the_mean_half_learns_from_the_error_alone(example):
     """The bound sees the mean through a stop-gradient; the variance half learns from the bound alone."""
 
-    @functools.partial(jax.jit, static_argnums=1)
+    @functools.partial(jax.jit, static_argnums=1, static_argnames="vlb_weight")
     @jax.grad
     def gradient(output, learned_variance, **options):
         return loss_of(example, output, learned_variance=learned_variance, **options)[0].mean()
@@ -321,7 +318,7 @@ def test_the_bound_trains_the_variance_to_the_error():
     @jax.grad
     def slope(raw, eps):
         output = jnp.concatenate([jnp.full(x0.shape, eps), jnp.full(x0.shape, raw)], -1)
-        arguments = (COSINE, output, x0, x_t, t, noise)
+        arguments = (COSINE, output, process.Noised(x0, x_t, t, noise))
         return process.training_loss(*arguments, objective="eps", learned_variance=True)[1]["vb"].sum()
 
     assert slope(0.0, 1.0) > 0
@@ -339,7 +336,11 @@ def test_bf16_outputs_are_read_in_float32_and_stay_finite(example):
 def test_loss_is_jittable_over_times(example):
     jitted = jax.jit(
         lambda output, x_t, t: process.training_loss(
-            COSINE, output, example["x0"], x_t, t, example["noise"], objective="v", learned_variance=True
+            COSINE,
+            output,
+            process.Noised(example["x0"], x_t, t, example["noise"]),
+            objective="v",
+            learned_variance=True,
         )
     )
     loss, metrics = jitted(example["output"], example["x_t"], TIMES)
@@ -350,25 +351,20 @@ def test_loss_is_jittable_over_times(example):
 
 def test_embeddings_have_no_learned_variance():
     x = jnp.zeros((2, 8))
-    arguments = (jnp.array([1, 2]), x)
+    noised = process.Noised(x, x, jnp.array([1, 2]), x)
     with pytest.raises(ValueError, match="learned_variance=False"):
-        process.training_loss(
-            COSINE, jnp.zeros((2, 16)), x, x, *arguments, objective="x0", learned_variance=True
-        )
+        process.training_loss(COSINE, jnp.zeros((2, 16)), noised, objective="x0", learned_variance=True)
     latents = jnp.zeros((2, 4, 4, 3))
     with pytest.raises(ValueError, match="8-bit pixels"):
         process.training_loss(
             COSINE,
             jnp.zeros((2, 4, 4, 6)),
-            latents,
-            latents,
-            jnp.array([1, 2]),
-            latents,
+            process.Noised(latents, latents, jnp.array([1, 2]), latents),
             objective="eps",
             learned_variance=True,
             data="latents",
         )
-    loss, _ = process.training_loss(COSINE, x, x, x, *arguments, objective="x0", learned_variance=False)
+    loss, _ = process.training_loss(COSINE, x, noised, objective="x0", learned_variance=False)
     assert loss.shape == (2,)
 
 
@@ -389,7 +385,7 @@ def test_mistakes_are_answered_with_what_to_change(example):
 def test_the_bound_alone_trains_the_mean_too(example):
     x0, x_t, noise, t = example["x0"], example["x_t"], example["noise"], TIMES
     output = np.full((*x0.shape[:-1], 6), 0.1, np.float32)
-    alone = jax.jit(jax.value_and_grad(lambda output: loss_of(example, output, bound_alone=True)[0].sum()))
+    alone = jax.jit(jax.value_and_grad(lambda output: loss_of(example, output, vlb_weight=math.inf)[0].sum()))
     found, gradient = jax.device_get(alone(output))
     bits = jax.jit(functools.partial(process.vb_bits_per_dim, COSINE))
     expected = 1000 * bits(to_prediction(output, x_t, t, "eps", True), x0, x_t, t).sum()
@@ -397,7 +393,12 @@ def test_the_bound_alone_trains_the_mean_too(example):
     assert float(np.abs(gradient[..., :3]).max()) > 0 and float(np.abs(gradient[..., 3:]).max()) > 0
     with pytest.raises(ValueError, match="set learned_variance=True"):
         process.training_loss(
-            COSINE, noise, x0, x_t, t, noise, objective="eps", learned_variance=False, bound_alone=True
+            COSINE,
+            noise,
+            process.Noised(x0, x_t, t, noise),
+            objective="eps",
+            learned_variance=False,
+            vlb_weight=math.inf,
         )
 
 

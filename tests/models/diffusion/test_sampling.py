@@ -1,5 +1,6 @@
 """Samplers with denoisers whose answers are known: oracles, Gaussian data, a mixture; and the wrappers."""
 
+import functools
 import math
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.models.diffusion import process, sampling, schedules
+from dalle2_jax.models.diffusion import guidance, process, sampling, schedules
 from dalle2_jax.models.diffusion.process import Prediction
 
 COSINE = schedules.make_schedule("cosine")
@@ -28,10 +29,17 @@ def walk(denoise, keys, num_steps, shape=SHAPE, spacing="uniform", **options):
 def walk_from(denoise, x_T, keys, num_steps, spacing="uniform", **options):
     """The walk from x_T as one program."""
     times = schedules.space_timesteps(num_steps, 1000, spacing)
-    sample = jax.jit(
-        lambda x_T, keys: sampling.sample(denoise, COSINE, x_T, keys, timesteps=times, **options)
-    )
+    sample = jax.jit(lambda x_T, keys: sampled(denoise, x_T, keys, times, **options))
     return jax.device_get(sample(x_T, keys))
+
+
+def sampled(denoise, x_T, keys, times, method="ddpm", resample=1, return_path=False, **options):
+    """The walk of a sampler with its options; to be traced."""
+    steps = schedules.two_time(COSINE, times)
+    sampler = sampling.SAMPLERS[method](steps, **options)
+    if resample != 1:
+        sampler = sampling.resampled(sampler, steps, resample)
+    return sampling.walk(denoise, sampler, x_T, keys, return_path=return_path)
 
 
 def slow(*values):
@@ -88,8 +96,8 @@ def test_an_oracle_gives_back_the_data_exactly(num_steps, options):
     np.testing.assert_array_equal(walk(oracle, keys_of(0, 3), num_steps, **options), x0)
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
-def test_the_denoiser_sees_original_times(method):
+@pytest.mark.parametrize("options", [dict(variance="fixed_small"), dict(method="ddim")])
+def test_the_denoiser_sees_original_times(options):
     """Trap: a respaced index in the place of the time."""
 
     seen = []
@@ -98,7 +106,7 @@ def test_the_denoiser_sees_original_times(method):
         jax.debug.callback(lambda t: seen.append(np.asarray(t)), t, ordered=True)
         return from_x0(0.0, x_t, t)
 
-    walk(record, keys_of(0, 2), 25, (1,), method=method, variance="fixed_small")
+    walk(record, keys_of(0, 2), 25, (1,), **options)
     jax.effects_barrier()
     expected = [round(i * 999 / 24) for i in range(25)][::-1]
     assert expected[:3] == [999, 957, 916] and expected[-2:] == [42, 0]
@@ -296,9 +304,7 @@ def test_a_learned_fraction_of_0_and_1_are_the_fixed_variances():
 
 def test_ddim_is_deterministic_given_the_first_noise():
     x_T, times = normal(0, 2, *SHAPE), schedules.space_timesteps(10)
-    sample = jax.jit(
-        lambda keys: sampling.sample(smooth_denoiser, COSINE, x_T, keys, timesteps=times, method="ddim")
-    )
+    sample = jax.jit(lambda keys: sampled(smooth_denoiser, x_T, keys, times, method="ddim"))
     np.testing.assert_array_equal(*(sample(keys_of(seed, 2)) for seed in (0, 1)))
 
 
@@ -356,7 +362,7 @@ def random_predictions(seed):
 def test_guidance_takes_the_variance_from_the_condition_bit_for_bit(scale):
     """Trap: a guided variance fraction leaves [0, 1]."""
     cond, uncond = random_predictions(0), random_predictions(1)
-    guided = sampling.guide(cond, uncond, scale)
+    guided = guidance.guide(cond, uncond, scale)
     np.testing.assert_array_equal(guided.var_frac, cond.var_frac)
     for name in ("x0", "eps"):
         c, u = getattr(cond, name), getattr(uncond, name)
@@ -366,19 +372,48 @@ def test_guidance_takes_the_variance_from_the_condition_bit_for_bit(scale):
 def test_scale_1_is_the_condition_exactly():
     cond, uncond = random_predictions(0), random_predictions(1)
     for one in (1.0, jnp.ones(2)):
-        for got, expected in zip(sampling.guide(cond, uncond, one), cond, strict=True):
+        for got, expected in zip(guidance.guide(cond, uncond, one), cond, strict=True):
             np.testing.assert_array_equal(got, expected)
 
 
 def test_scales_are_per_sample_and_guided_wraps_a_pair():
     cond, uncond = random_predictions(0), random_predictions(1)
-    denoise = sampling.guided(lambda x_t, t: (cond, uncond), jnp.array([2.0, 5.0]))
-    got = denoise(cond.x0, jnp.array([3, 3]))
+
+    def paired(x_t, t):
+        np.testing.assert_array_equal(x_t, np.repeat(cond.x0, 2, axis=0))
+        assert t.tolist() == [3, 3, 4, 4]
+        return guidance.interleave(cond, uncond)
+
+    denoise = guidance.guided(None, paired, jnp.array([2.0, 5.0]))
+    got = denoise(cond.x0, jnp.array([3, 4]))
     for i, scale in enumerate((2.0, 5.0)):
-        alone = sampling.guide(*jax.tree.map(lambda y, i=i: y[i : i + 1], (cond, uncond)), scale)
+        alone = guidance.guide(*jax.tree.map(lambda y, i=i: y[i : i + 1], (cond, uncond)), scale)
         np.testing.assert_array_equal(got.eps[i], alone.eps[0])
-    without = sampling.guide(cond._replace(var_frac=None), uncond._replace(var_frac=None), 2.0)
+    without = guidance.guide(cond._replace(var_frac=None), uncond._replace(var_frac=None), 2.0)
     assert without.var_frac is None
+
+
+def test_an_interval_guides_between_its_noise_levels_alone():
+    """Kynkaanniemi et al. 2024: LO < noise level <= HI."""
+    levels = COSINE.noise_level
+    np.testing.assert_allclose(levels, np.sqrt(1 / COSINE.snr), rtol=1e-12)
+    inside = guidance.times_inside(COSINE, (levels[300], levels[600]))
+    np.testing.assert_array_equal(np.flatnonzero(inside), np.arange(301, 601))
+    assert guidance.times_inside(COSINE, (0.0, 1e9)).all()
+    cond, uncond = random_predictions(0), random_predictions(1)
+    denoise = guidance.guided(lambda *_: cond, lambda *_: guidance.interleave(cond, uncond), 3.0, inside)
+    expected = {300: cond, 301: guidance.guide(cond, uncond, 3.0), 600: guidance.guide(cond, uncond, 3.0)}
+    for t, prediction in (expected | {601: cond}).items():
+        got = jax.jit(denoise)(cond.x0, jnp.full(2, t))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, prediction)
+
+
+@pytest.mark.parametrize(
+    "interval", [(2.0, 1.0), (-1.0, 1.0), (1.0, 1.0), (0.0, math.inf), (math.nan, 1.0), (1.0,)]
+)
+def test_an_interval_that_cannot_be_is_refused(interval):
+    with pytest.raises(ValueError, match="must be two noise levels LO,HI with 0 <= LO < HI"):
+        guidance.times_inside(COSINE, interval)
 
 
 @pytest.mark.parametrize("options", [dict(method="ddim"), dict(method="dpm++")])
@@ -396,16 +431,16 @@ def test_steering_by_the_exact_classifier_samples_the_posterior(options):
     denoise = gaussian_denoiser(200)
     variance = 1 / (1 / s**2 + 1 / r**2)
     mean = variance * (m / s**2 + y / r**2)
-    x = walk(sampling.steered(denoise, COSINE, log_p, 1.0), keys_of(7, 4), 200, (5_000,), **options)
+    x = walk(guidance.steered(denoise, COSINE, log_p, 1.0), keys_of(7, 4), 200, (5_000,), **options)
     assert float(x.mean()) == pytest.approx(mean, abs=0.02)
     assert float(x.std()) == pytest.approx(math.sqrt(variance), rel=0.05)
-    off = walk(sampling.steered(denoise, COSINE, log_p, 0.0), keys_of(7, 4), 20, (50,), **options)
+    off = walk(guidance.steered(denoise, COSINE, log_p, 0.0), keys_of(7, 4), 20, (50,), **options)
     np.testing.assert_allclose(off, walk(denoise, keys_of(7, 4), 20, (50,), **options), atol=1e-6)
 
 
 def test_steering_keeps_x0_and_eps_consistent_and_scales_by_sample():
     x_t, t = normal(0, 2, *SHAPE), np.array([300, 700])
-    steer = sampling.steered(
+    steer = guidance.steered(
         smooth_denoiser, COSINE, lambda x, t: -jnp.square(x).sum((1, 2, 3)), np.array([0.0, 2.0], np.float32)
     )
     plain, got = jax.device_get((jax.jit(smooth_denoiser)(x_t, t), jax.jit(steer)(x_t, t)))
@@ -425,7 +460,7 @@ def test_clipping_re_derives_eps(limit):
         return process.to_prediction(COSINE, jnp.zeros((3, 4, 4, 6)), x_t, t, "eps", True)
 
     raw, clipped = jax.device_get(
-        [jax.jit(f)(x_t, t) for f in (denoise, sampling.clip_x0(denoise, COSINE, limit))]
+        [jax.jit(f)(x_t, t) for f in (denoise, guidance.clip_x0(denoise, COSINE, limit))]
     )
     assert float(np.abs(raw.x0).max()) > 1000  # eps-prediction at t = 999 divides by sqrt(alpha_bar) = 5e-5
     np.testing.assert_array_equal(clipped.x0, np.clip(raw.x0, -limit, limit))
@@ -436,7 +471,7 @@ def test_clipping_re_derives_eps(limit):
 def test_dynamic_threshold_is_imagens_rule_per_sample():
     x0 = np.array([[0.5, -0.2, 0.1, 0.9], [4.0, -2.0, 1.0, 0.0]], np.float32)
     x_t, t = np.ones((2, 4), np.float32), np.array([10, 10])
-    denoise = sampling.dynamic_threshold(lambda x_t, t: from_x0(x0, x_t, t), COSINE, 50.0)
+    denoise = guidance.dynamic_threshold(lambda x_t, t: from_x0(x0, x_t, t), COSINE, 50.0)
     # |x0| of the second sample has median 1.5; that of the first is below 1, which leaves it alone.
     got = jax.jit(denoise)(x_t, t)
     np.testing.assert_allclose(got.x0, [x0[0], [1.0, -1.0, 1 / 1.5, 0.0]], rtol=1e-6)
@@ -493,7 +528,6 @@ def test_inversion_of_known_noise_finds_it():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(method="dpm"), "unknown method"),
         (dict(variance="small"), "unknown variance"),
         (dict(method="ddim", eta=1.5), r"eta must be in \[0, 1\]"),
         (dict(variance="learned"), "use 'fixed_small'"),
@@ -506,13 +540,7 @@ def test_mistakes_are_answered_with_what_to_change(options, message):
 
 def test_one_key_a_sample():
     with pytest.raises(ValueError, match="2 keys for 3 samples"):
-        sampling.sample(
-            smooth_denoiser,
-            COSINE,
-            jnp.zeros((3, *SHAPE)),
-            keys_of(0, 2),
-            timesteps=schedules.space_timesteps(3),
-        )
+        sampled(smooth_denoiser, jnp.zeros((3, *SHAPE)), keys_of(0, 2), schedules.space_timesteps(3))
 
 
 def test_sampling_is_jittable_with_a_traced_guidance_scale():
@@ -520,15 +548,16 @@ def test_sampling_is_jittable_with_a_traced_guidance_scale():
 
     @jax.jit
     def run(x_T, keys, scale):
-        def pair(x_t, t):
-            cond = smooth_denoiser(x_t, t)
-            return cond, from_x0(0.0, x_t, t, cond.var_frac)
+        def paired(x_t, t):
+            both = smooth_denoiser(x_t, t)
+            is_cond = (jnp.arange(len(t)) % 2 == 0).reshape(-1, 1, 1, 1)
+            return from_x0(jnp.where(is_cond, both.x0, 0.0), x_t, t, both.var_frac)
 
-        denoise = sampling.clip_x0(sampling.guided(pair, scale), COSINE)
-        return sampling.sample(denoise, COSINE, x_T, keys, timesteps=schedules.space_timesteps(5))
+        denoise = guidance.clip_x0(guidance.guided(smooth_denoiser, paired, scale), COSINE)
+        return sampled(denoise, x_T, keys, schedules.space_timesteps(5))
 
     one, two = (np.asarray(run(init_noise(keys, SHAPE), keys, scale)) for scale in (1.0, 2.0))
-    np.testing.assert_allclose(one, walk(sampling.clip_x0(smooth_denoiser, COSINE), keys, 5), atol=1e-3)
+    np.testing.assert_allclose(one, walk(guidance.clip_x0(smooth_denoiser, COSINE), keys, 5), atol=1e-3)
     assert np.abs(two - one).max() > 0.01
 
 
@@ -544,8 +573,8 @@ def test_what_is_known_comes_back_and_the_rest_is_drawn(options):
 
     @jax.jit
     def of(x_T, repaint):
-        denoise = sampling.keep_known(smooth_denoiser, COSINE, known, repaint)
-        return sampling.sample(denoise, COSINE, x_T, keys, timesteps=schedules.space_timesteps(6), **options)
+        denoise = guidance.keep_known(smooth_denoiser, COSINE, known, repaint)
+        return sampled(denoise, x_T, keys, schedules.space_timesteps(6), **options)
 
     def drawn(repaint):
         return np.asarray(of(init_noise(keys, SHAPE), repaint))
@@ -572,7 +601,7 @@ def test_resampling_makes_the_drawn_part_fit_the_known():
         return Prediction(x0, (x_t - s * x0) / sg, None)
 
     known, repaint = (np.tile(np.float32(x)[:, None], (count, 1, 1)) for x in ([1.5, 0.0], [0.0, 1.0]))
-    kept = sampling.keep_known(denoise, COSINE, known, repaint)
+    kept = guidance.keep_known(denoise, COSINE, known, repaint)
     errors = {}
     for resample in (1, 4, 16):
         x = walk(kept, keys_of(1, count), 25, (2, 1), variance="fixed_small", resample=resample)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dalle2_jax.models.nets import layers
-from dalle2_jax.models.nets.unet import DecoderNet, ResBlock, TimeEmbedding, UNet, UpsamplerNet
+from dalle2_jax.models.nets.denoiser import DenoiserNet
+from dalle2_jax.models.nets.unet import ResBlock, TimeEmbedding, UNet
 from dalle2_jax.preflight import hlo
 from dalle2_jax.runtime import partition
 from dalle2_jax.runtime.modeldir import flatten
@@ -190,8 +191,8 @@ def test_an_upsamplers_network_equals_diffusers(scale_shift):
     settings = dict(
         out_channels=3, channels=128, channel_mult=(1, 2), num_res_blocks=1, scale_shift=scale_shift
     )
-    net = UpsamplerNet(settings, SIDE)
-    actual = jax.jit(net.apply)({"params": {"time": time, "net": params}}, x_t, t, low_res_up)
+    net = DenoiserNet(settings, SIDE)
+    actual = jax.jit(net.apply)({"params": {"time": time, "net": params}}, x_t, t, {}, low_res_up)
     assert_same(actual, expected)
 
 
@@ -353,7 +354,7 @@ def test_sides_that_cannot_be_halved_are_refused():
 def test_a_null_caption_that_is_given_gets_no_gradient(null_tokens):
     text = dict(states_width=4, context_length=5, width=8, null_tokens=null_tokens)
     unet = dict(out_channels=6, channels=8, channel_mult=(1,), num_res_blocks=1)
-    net = DecoderNet(unet, text, embed_dim=4, image_size=8)
+    net = DenoiserNet(unet, text=text, embed_dim=4, image_size=8)
     shown, dropped = np.zeros(2, bool), np.ones(2, bool)
     inputs = normal(2, 4), shown, normal(2, 5, 4), np.ones((2, 5), bool), dropped, normal(2, 4)
     params = random_params(net, *inputs, method="condition")

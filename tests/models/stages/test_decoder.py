@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.models import models
-from dalle2_jax.models.stages import decoder
+from dalle2_jax.models.stages import conditions, decoder
 from dalle2_jax.train import optim, state
 from tests.learned import assert_within, descend, key_of, share_nearest
 
@@ -75,8 +75,9 @@ def network():
 
     @jax.jit
     def apply(params, batch, drop_image, drop_text):
-        arguments = (batch["image_embed"], drop_image, batch["tokens"], batch["token_mask"], drop_text)
-        return stage.net.apply({"params": params}, batch["image"], jnp.array([10, 400, 990]), *arguments)
+        read = {"image_embed": batch["image_embed"], "drop_image": drop_image, "drop_text": drop_text}
+        read |= {"text": batch["tokens"], "token_mask": batch["token_mask"]}
+        return stage.net.apply({"params": params}, batch["image"], jnp.array([10, 400, 990]), read)
 
     return apply, random_params(stage), batch
 
@@ -182,8 +183,8 @@ class Spy:
 
     seen: list
 
-    def apply(self, variables, x_t, t, image_embed, drop_image, *, drop_text, **options):
-        self.seen.append((t, drop_image, drop_text, options["deterministic"]))
+    def apply(self, variables, x_t, t, conditions, *, deterministic, **options):
+        self.seen.append((t, conditions["drop_image"], conditions["drop_text"], deterministic))
         return jnp.zeros_like(x_t)
 
 
@@ -367,15 +368,20 @@ def test_training_by_the_bound_notes_its_terms_and_draws_times_by_them():
     assert not np.array_equal(
         train_state.params["net"]["conv_out"]["bias"], before["net"]["conv_out"]["bias"]
     )
+    # of two parts of a batch the terms are noted one after the other
+    terms = {"t": np.int32([[1, 2], [3, 1]]), "values": np.float32([[4, 5], [6, 7]])}
+    noted, _ = jax.jit(stage.update)({"stats": empty.params["stats"]}, terms, KEY)
+    table = np.asarray(noted["stats"]["vb_history"])
+    assert (table[1, :2].tolist(), table[2, 0], table[3, 0], table.sum()) == ([4, 7], 5, 6, 22)
     # validation draws fixed times and notes nothing
-    _, metrics = jax.eval_shape(
+    _, metrics, noted = jax.eval_shape(
         lambda params: stage.loss(params, KEY, batch, train=False), train_state.params
     )
-    assert set(metrics) == {"mse", "vb"}
+    assert set(metrics) == {"mse", "vb"} and noted == {}
     # where one time's term is a thousand times the others', it is drawn almost always, with a small weight
     terms = np.where(np.arange(1000) == 500, 1e3, 1e-3).astype(np.float32)
     history = {"vb_history": np.tile(terms[:, None], (1, 10)), "vb_count": np.full(1000, 10, np.float32)}
-    drawn = jax.jit(lambda *arguments: stage.loss(*arguments)[1]["observed"]["t"])
+    drawn = jax.jit(lambda *arguments: stage.loss(*arguments).statistics["t"])
     times = drawn(train_state.params | {"stats": history}, KEY, batch)
     assert (np.asarray(times) == 500).mean() > 0.7
     with pytest.raises(ValueError, match="set learned_variance=True"):
@@ -386,7 +392,7 @@ def test_training_by_the_bound_notes_its_terms_and_draws_times_by_them():
 
 
 def test_masks_to_repaint_are_boxes_their_outsides_and_everything():
-    masks = np.asarray(jax.jit(lambda key: decoder.random_repaint(key, 600, 8))(KEY))[..., 0]
+    masks = np.asarray(jax.jit(lambda key: conditions.random_mask(key, 600, 8))(KEY))[..., 0]
     assert masks.shape == (600, 8, 8) and set(np.unique(masks)) == {0.0, 1.0}
 
     def is_box(mask):
@@ -413,10 +419,9 @@ def test_a_decoder_that_repaints_begins_as_the_one_without():
     without = params | {"net": {k: v for k, v in params["net"].items() if k != "conv_in_known"}}
     repaint = np.zeros((3, *batch["image"].shape[1:3], 1), np.float32)
     repaint[:, :2] = 1
-    known = (batch["image"], repaint)
+    batch |= {"inpaint_image": batch["image"], "inpaint_mask": repaint}
     draw, draw_plain = (
-        jax.jit(lambda params, stage=stage: stage.sample(params, keys, batch, known=known))
-        for stage in (seeing, plain)
+        jax.jit(lambda params, stage=stage: stage.sample(params, keys, batch)) for stage in (seeing, plain)
     )
     unseeing = np.asarray(draw_plain(without))
     np.testing.assert_allclose(draw(params), unseeing, atol=1e-5)
@@ -439,6 +444,51 @@ def test_repainting_is_trained_with_what_is_kept_in_sight():
     assert np.abs(gradient["kernel"]).max() > 0
 
 
+def test_guidance_inside_an_interval(sampler):
+    """All times inside: plain guidance. None: guidance 1. The setting left out: the same program as ever."""
+    stage, params, batch, keys, sample = sampler
+    lowered = {}
+
+    def drawn(scale=2.0, **settings):
+        def draw(params, keys, batch, scale):
+            return stage.sample(params, keys, batch, guidance_scale=scale, **settings)
+
+        run = jax.jit(draw).lower(params, keys, batch, np.full(3, scale, np.float32))
+        lowered[tuple(settings.values())] = run.as_text()
+        return np.asarray(run.compile()(params, keys, batch, np.full(3, scale, np.float32)))
+
+    plain, none = drawn(), drawn(1.0)
+    np.testing.assert_allclose(drawn(guidance_interval=(0.0, 1e9)), plain, atol=1e-5)
+    np.testing.assert_allclose(drawn(guidance_interval=(1e8, 1e9)), none, atol=1e-5)
+    some = drawn(guidance_interval=(0.5, 1e3))
+    assert (gap(some, plain) > 1e-3).all() and (gap(some, none) > 1e-3).all()
+    # Without the setting the program is that of a decoder that has never heard of it.
+    drawn(guidance_interval=None)
+    assert lowered[()] == lowered[(None,)]
+    assert "stablehlo.case" in lowered[((0.5, 1e3),)] and "stablehlo.case" not in lowered[()]
+
+
+def test_outside_the_interval_the_unconditional_half_is_not_computed(monkeypatch):
+    """The network notes how many examples it is given at every step."""
+    stage, batch, seen = build_flat(num_steps=4), batch_of(3), []
+    params, net = random_params(stage), type(stage.net)
+    denoise = net.denoise
+
+    def noting(self, x_t, t, *arguments, **options):
+        jax.debug.callback(lambda t: seen.append((int(t[0]), len(t))), t)
+        return denoise(self, x_t, t, *arguments, **options)
+
+    monkeypatch.setattr(net, "denoise", noting)
+    inside = (0.1, 1e3)
+    sample = jax.jit(functools.partial(stage.sample, guidance_scale=3.0, guidance_interval=inside))
+    jax.block_until_ready(sample(params, jax.random.split(CHEAP_KEY, 3), batch))
+    jax.effects_barrier()
+    levels = stage.diffusion.schedule.noise_level
+    seen.sort(reverse=True)
+    assert seen == [(t, 6 if inside[0] < levels[t] <= inside[1] else 3) for t in (999, 666, 333, 0)]
+    assert [count for _, count in seen] == [3, 6, 6, 3]
+
+
 def test_a_negative_caption_takes_the_place_of_none(sampler):
     """With scale 0 only what guidance leads away from is drawn: the negative caption without embedding."""
     stage, params, batch, keys, sample = sampler
@@ -450,13 +500,12 @@ def test_a_negative_caption_takes_the_place_of_none(sampler):
     @jax.jit
     def by_the_negative_alone(params, keys, embed, tokens, mask):
         variables = {"params": params}
-        conditions = stage.net.apply(variables, embed, YES, tokens, mask, NO, method="condition")
-        return stage.diffusion.sample(
-            lambda x_t, t: stage.net.apply(variables, x_t, t, conditions, method="denoise"),
-            keys,
-            batch["image"].shape[1:],
-            **how,
+        conditioning = stage.net.apply(variables, embed, YES, tokens, mask, NO, method="condition")
+        diffusion = stage.diffusion.with_settings(**how)
+        denoise = diffusion.denoiser(
+            lambda x_t, t: stage.net.apply(variables, x_t, t, conditioning, method="denoise")
         )
+        return diffusion.sample(denoise, keys, batch["image"].shape[1:])
 
     expected = by_the_negative_alone(params, keys, batch["image_embed"], *negative.values())
     np.testing.assert_allclose(drawn, np.clip(expected, -1, 1), atol=1e-4)
@@ -480,11 +529,10 @@ def test_a_decoder_reads_the_states_of_a_frozen_clip():
 
     @jax.jit
     def of(params, batch, drop_text):
-        text = {name: batch[name] for name in ("text_embed", "token_mask")} | {"text": batch["text_states"]}
-        times = jnp.array([10, 400, 990])
-        return stage.net.apply(
-            {"params": params}, batch["image"], times, batch["image_embed"], NO, drop_text=drop_text, **text
-        )
+        names = ("image_embed", "text_embed", "token_mask")
+        read = {name: batch[name] for name in names} | {"text": batch["text_states"]}
+        read |= {"drop_image": NO, "drop_text": drop_text}
+        return stage.net.apply({"params": params}, batch["image"], jnp.array([10, 400, 990]), read)
 
     apply = functools.partial(of, params)
     for name in ("text_states", "text_embed"):
@@ -519,20 +567,20 @@ def test_a_decoder_without_image_embeddings(told, fields):
     batch = {name: batch[name] for name in fields}
     params = random_params(stage)
     assert not [name for name in params if name.startswith(("image_", "null_"))]
-    loss, _ = jax.jit(stage.loss)(params, CHEAP_KEY, batch)
+    loss = jax.jit(stage.loss)(params, CHEAP_KEY, batch).value
     assert np.isfinite(loss)
     keys = jax.random.split(CHEAP_KEY, 2)
     draw = jax.jit(lambda params, batch, scale: stage.sample(params, keys, batch, guidance_scale=scale))
     sample = functools.partial(draw, params)
-    conditions = {name: value for name, value in batch.items() if name != "image"}
-    if not conditions:
+    read = {name: value for name, value in batch.items() if name != "image"}
+    if not read:
         drawn = jax.jit(lambda params: stage.sample(params, keys, {}, guidance_scale=1))(params)
         assert drawn.shape == (2, SIDE, SIDE, 3) and gap(drawn[:1], drawn[1:]).min() > 1e-3
         return
-    drawn, other = sample(conditions, 1.0), sample(jax.tree.map(lambda x: x[::-1], conditions), 1.0)
-    assert (gap(drawn, other) > 1e-3).all() and (gap(drawn, sample(conditions, 3.0)) > 1e-3).all()
+    drawn, other = sample(read, 1.0), sample(jax.tree.map(lambda x: x[::-1], read), 1.0)
+    assert (gap(drawn, other) > 1e-3).all() and (gap(drawn, sample(read, 3.0)) > 1e-3).all()
     # guidance of 0 is the network without its condition, which sees none of it
-    none, others = sample(conditions, 0.0), sample(jax.tree.map(lambda x: x[::-1], conditions), 0.0)
+    none, others = sample(read, 0.0), sample(jax.tree.map(lambda x: x[::-1], read), 0.0)
     np.testing.assert_allclose(none, others, atol=1e-5)
 
 

@@ -150,6 +150,22 @@ def test_guidance_0_drops_the_text():
     assert np.abs(mixed[2] - cond[2]).max() > 1e-3
 
 
+def test_guidance_inside_an_interval():
+    """All times inside: plain guidance. None: guidance 1, with each candidate's own text."""
+    stage, batch = build(num_candidates=2, num_steps=4), batch_of(3)
+    params, keys = random_params(stage), jax.random.split(KEY, 3)
+
+    def drawn(scale, **settings):
+        draw = functools.partial(stage.sample, guidance_scale=scale, return_candidates=True, **settings)
+        return np.asarray(jax.jit(draw)(params, keys, batch))
+
+    plain, none = drawn(3.0), drawn(1)
+    np.testing.assert_allclose(drawn(3.0, guidance_interval=(0.0, 1e9)), plain, atol=1e-5)
+    np.testing.assert_allclose(drawn(3.0, guidance_interval=(1e8, 1e9)), none, atol=1e-5)
+    some = drawn(3.0, guidance_interval=(0.5, 1e3))
+    assert min(np.abs(some - other).max() for other in (plain, none)) > 1e-3
+
+
 @pytest.mark.parametrize("scale", [pytest.param(1, marks=pytest.mark.slow), 3.0])
 def test_reading_the_text_once_draws_what_reading_it_at_every_step_does(scale, monkeypatch):
     stage = build(text=TEXT | dict(depth=2))
@@ -243,7 +259,8 @@ def test_statistics_are_kept_by_training_and_used_by_sampling():
     fitted = jax.device_get(fitted)
     stats = fitted["stats"]
     np.testing.assert_allclose(stats["embed_mean"], 5 * batch["image_embed"].mean(axis=0) + 2, rtol=1e-5)
-    gradient, _ = jax.device_get(jax.jit(jax.grad(stage.loss, has_aux=True))(fitted, CHEAP_KEY, batch))
+    slope = jax.jit(jax.grad(lambda *arguments: stage.loss(*arguments).value))
+    gradient = jax.device_get(slope(fitted, CHEAP_KEY, batch))
     assert all((x == 0).all() for x in gradient["stats"].values())
     assert np.abs(gradient["net"]["out_proj"]["kernel"]).max() > 0.0
     keys, sample = jax.random.split(CHEAP_KEY, 4), jax.jit(stage.sample)
@@ -269,7 +286,7 @@ def test_loss_is_the_plain_squared_error_of_x0():
     stage, batch = build(), batch_of(6)
     params = random_params(stage)
     params["net"]["out_proj"] = jax.tree.map(np.zeros_like, params["net"]["out_proj"])
-    loss, metrics = jax.jit(stage.loss)(params, CHEAP_KEY, batch)
+    loss, metrics, _ = jax.jit(stage.loss)(params, CHEAP_KEY, batch)
     np.testing.assert_allclose(loss, (17.2 / 32) ** 2, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], metrics["mse"], rtol=1e-6)
 
@@ -293,7 +310,7 @@ def test_remat_and_bfloat16_keep_names_and_meaning():
     params = random_params(plain)
     shapes = jax.eval_shape(other.init, KEY, batch)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
-    loss, _ = jax.jit(other.loss)(params, CHEAP_KEY, batch)
+    loss = jax.jit(other.loss)(params, CHEAP_KEY, batch).value
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, jax.jit(plain.loss)(params, CHEAP_KEY, batch)[0], rtol=0.05)
 

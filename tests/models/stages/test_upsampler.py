@@ -14,7 +14,7 @@ import pytest
 
 from dalle2_jax.models import models
 from dalle2_jax.models.diffusion import schedules
-from dalle2_jax.models.stages import upsampler
+from dalle2_jax.models.stages import diffusion, upsampler
 from dalle2_jax.runtime import partition
 from tests.learned import assert_within, descend, key_of
 from tests.tiny_model import random_params
@@ -68,9 +68,11 @@ class Spy:
     deterministic: list = dataclasses.field(default_factory=list)
     levels: list = dataclasses.field(default_factory=list)
 
-    def apply(self, variables, x_t, t, low_res_up, level=None, deterministic=True, **options):
+    def apply(
+        self, variables, x_t, t, conditions, low_res_up=None, low_res_t=None, deterministic=True, **options
+    ):
         self.seen.append(low_res_up)
-        self.levels.append(level)
+        self.levels.append(low_res_t)
         self.deterministic.append(deterministic)
         return low_res_up
 
@@ -146,7 +148,7 @@ def test_resize_names_the_filter():
     """ADM and GLIDE enlarge linearly, the released unCLIP weights with a cubic."""
     low_res = pictures(1, 4, 4, 3)
     linear, cubic = jax.device_get(
-        [jax.jit(build(**x).enlarge)(low_res) for x in (dict(resize="linear"), {})]
+        [jax.jit(build(**x).low_res.enlarge)(low_res) for x in (dict(resize="linear"), {})]
     )
     # Row 2 of 16 is centred an eighth of a small pixel behind the centre of the first.
     weights = np.array([0.875, 0.125])
@@ -160,8 +162,8 @@ def test_windows_are_those_of_the_enlarged_picture_with_any_filter(resize):
     """Its corners too, where a filter leaves the picture."""
     stage, low_res = build(resize=resize), pictures(3, 4, 4, 3)
     corners = np.array([[0, 0], [8, 8], [3, 5]], np.int32)
-    found = jax.jit(lambda *arguments: stage.enlarged_windows(*arguments, (8, 8)))(low_res, corners)
-    full = np.asarray(jax.jit(stage.enlarge)(low_res))
+    found = jax.jit(lambda *arguments: stage.low_res.enlarged_windows(*arguments, (8, 8)))(low_res, corners)
+    full = np.asarray(jax.jit(stage.low_res.enlarge)(low_res))
     expected = [picture[y : y + 8, x : x + 8] for picture, (y, x) in zip(full, corners, strict=True)]
     np.testing.assert_allclose(found, np.stack(expected), atol=1e-6)
 
@@ -289,7 +291,7 @@ def test_the_crop_is_a_quarter_of_the_side_unless_given():
 def test_tiles_of_a_pointwise_network_are_the_whole(shape):
     """Blending may not change what every window agrees on, and each pixel is in some window."""
     picture, other = pictures(2, *shape, 3), pictures(2, *shape, 1)
-    draw = jax.jit(lambda *x: upsampler.in_tiles(lambda parts: parts[0] ** 2 + parts[1], x, 8))
+    draw = jax.jit(lambda *x: diffusion.in_tiles(lambda parts: parts[0] ** 2 + parts[1], x, 8))
     drawn = draw(picture, other)
     np.testing.assert_allclose(drawn, picture**2 + other, atol=1e-5)
 
@@ -302,7 +304,7 @@ def test_tiles_are_blended_without_seams():
         return jnp.broadcast_to(parts[0][:, :1, :1], parts[0].shape)
 
     x = np.broadcast_to(np.arange(size, dtype=np.float32)[None, None, :, None], (1, 16, size, 1))
-    drawn = np.asarray(jax.jit(lambda x: upsampler.in_tiles(corner, (x,), 16))(x))[0, 0, :, 0]
+    drawn = np.asarray(jax.jit(lambda x: diffusion.in_tiles(corner, (x,), 16))(x))[0, 0, :, 0]
     steps = np.diff(drawn)
     assert steps.min() >= -1e-5 and drawn[0] == 0 and drawn[-1] == size - 16
     assert 0 < steps.max() < 0.6 * 12  # windows are 12 apart, and a seam would jump by all of it
@@ -389,11 +391,15 @@ def test_an_upsampler_reads_captions_classes_and_what_is_kept():
         "token_mask": np.array([[True, True, True, False], [True, True, False, False]]),
         "label": np.array([0, 2], np.int32),
     }
-    loss, _ = jax.jit(stage.loss)(params, CHEAP_KEY, batch)
+    loss = jax.jit(stage.loss)(params, CHEAP_KEY, batch).value
     assert np.isfinite(loss)
     keys, kept, whole = jax.random.split(CHEAP_KEY, 2), pictures(2, 16, 16, 3), np.ones((2, 16, 16, 1))
     right = whole * (np.arange(16) >= 8)[:, None]
-    sample = jax.jit(lambda params, batch, *known: stage.sample(params, keys, batch, known=known, tile=8))
+
+    @jax.jit
+    def sample(params, batch, image, mask):
+        return stage.sample(params, keys, batch | {"inpaint_image": image, "inpaint_mask": mask}, tile=8)
+
     draw = functools.partial(sample, params)
     drawn = draw(batch, kept, right)
     np.testing.assert_allclose(drawn[:, :, :8], kept[:, :, :8], atol=1e-6)

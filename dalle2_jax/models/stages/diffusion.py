@@ -1,0 +1,384 @@
+"""The one stage that draws pictures by diffusion: a denoiser network, a noise process, and conditions.
+
+`decoder` and `upsampler` build it. With x0 the picture, t uniform in 0 .. T-1 and y the conditions, training
+minimises the error of the network's prediction at x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps; each
+condition is dropped by itself, and classifier-free guidance drops all of them. The small picture of an
+upsampler and known pixels are inputs that are never dropped.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle2_jax.models.diffusion import gaussian, process, schedules
+from dalle2_jax.models.diffusion.guidance import Guidance, interleave, is_guided
+from dalle2_jax.models.nets.denoiser import Conditioning, DenoiserNet
+from dalle2_jax.models.stages import Loss
+from dalle2_jax.models.stages.conditions import (
+    Caption,
+    ClipImage,
+    Label,
+    LowRes,
+    known_pixels,
+    random_mask,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionStage:
+    """A picture stage's network, noise process, conditions and defaults; parameters go to every call.
+
+    Attributes:
+      image_size: side of the pictures. crop_size: side of the training windows, for an upsampler.
+      conditions: those with a null. low_res: the small picture of an upsampler.
+      inpaint: the network also gets the known pixels.
+      tile: side of the windows in which to draw; None draws the whole picture at once.
+      last_step: whether a second network of the same shape, parameters 'last', takes the last step. Karlo's
+        authors trained theirs against a discriminator; training here leaves it as it is.
+    """
+
+    draws = "image"  # the field that `sample` makes
+    net: DenoiserNet
+    diffusion: gaussian.GaussianDiffusion
+    image_size: int
+    conditions: tuple[ClipImage | Label | Caption, ...] = ()
+    low_res: LowRes | None = None
+    crop_size: int | None = None
+    guidance_scale: float = 1.0
+    inpaint: bool = False
+    tile: int | None = None
+    last_step: bool = False
+
+    def __post_init__(self):
+        if self.tile is not None:
+            self.check_tile(self.tile)
+
+    def condition(self, kind: type) -> Any:
+        """The condition of that class, or None."""
+        return next((condition for condition in self.conditions if isinstance(condition, kind)), None)
+
+    @property
+    def embed_dim(self) -> int:
+        """Size of CLIP's embeddings; 0: reads none."""
+        found = self.condition(ClipImage)
+        return found.embed_dim if found else 0
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions of captions; None: reads none."""
+        found = self.condition(Caption)
+        return found.context_length if found else None
+
+    @property
+    def states_width(self) -> int:
+        """Width of the frozen CLIP's text states used as caption input; 0: reads tokens, or no captions."""
+        found = self.condition(Caption)
+        return found.states_width if found else 0
+
+    @property
+    def null_tokens(self) -> int:
+        """How many positions the null caption has whose states may be read."""
+        found = self.condition(Caption)
+        return found.null_tokens if found else 0
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; 0: reads none."""
+        found = self.condition(Label)
+        return found.num_classes if found else 0
+
+    @property
+    def label_drop(self) -> float:
+        """How often training drops the class; 0: the class has no null."""
+        found = self.condition(Label)
+        return found.drop if found else 0.0
+
+    @property
+    def low_res_size(self) -> int | None:
+        """Side of the small picture of an upsampler."""
+        return self.low_res.size if self.low_res else None
+
+    @property
+    def guidable(self) -> bool:
+        """Whether there is a null for guidance to lead away from."""
+        return bool(self.embed_dim or self.context_length or self.label_drop)
+
+    @property
+    def sampling(self) -> dict:
+        """The settings of `sample` and their defaults."""
+        own = self.diffusion.settings
+        if self.low_res:
+            return {name: own[name] for name in ("num_steps", "method", "eta")} | {"tile": self.tile}
+        own = dict(num_steps=0, guidance_scale=self.guidance_scale) | own
+        return own | dict(guidance_interval=None)
+
+    def check_tile(self, tile: int) -> int:
+        """`tile`, the side of windows to draw in; ValueError for one that the network cannot halve."""
+        halvings = 2 ** (len(self.net.unet["channel_mult"]) - 1)
+        if tile < halvings or tile % halvings:
+            raise ValueError(f"tile {tile} must be a multiple of {halvings} (the halvings of channel_mult)")
+        return tile
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The fields that `loss` reads; `sample` reads them without `image` and `crop_yx`."""
+        side = self.crop_size or self.image_size
+        specs = {"image": ((side, side, 3), jnp.float32)}
+        if self.low_res:
+            specs |= {"low_res": ((self.low_res.size, self.low_res.size, 3), jnp.float32)}
+            specs |= {"crop_yx": ((2,), jnp.int32)}
+        for condition in self.conditions:
+            specs |= condition.specs
+        return {
+            name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in specs.items()
+        }
+
+    def init(self, key: jax.Array, batch: dict) -> dict:
+        """Float32 parameters."""
+        t = jnp.zeros(batch["image"].shape[0], jnp.int32)
+        inputs = {}
+        if self.low_res:
+            inputs = dict(low_res_up=batch["image"], low_res_t=t if self.low_res.noise else None)
+        kept = {condition.name: jnp.zeros(t.shape, bool) for condition in self.conditions}
+        params = self.net.init(key, batch["image"], t, self._read(batch, kept), **inputs)["params"]
+        if self.diffusion.loss_kind == "vlb":
+            params = params | {"stats": process.init_history(self.diffusion.schedule.num_timesteps)}
+        return params | {"last": params} if self.last_step else params
+
+    def update(self, params: dict, statistics: dict, key: jax.Array) -> tuple[dict, dict]:
+        """(`params` whose history of L_vlb has the terms of a step, no scalars).
+
+        statistics: 't' and 'values' [grad_accum, B] with loss 'vlb', else {}.
+        """
+        if not statistics:
+            return params, {}
+        t, values = (statistics[name].reshape(-1) for name in ("t", "values"))
+        return params | {"stats": process.observe(params["stats"], t, values)}, {}
+
+    def loss(
+        self, params: dict, key: jax.Array, batch: dict, *, step: jax.Array | int = 0, train: bool = True
+    ) -> Loss:
+        """Mean loss over the batch and its scalars; `image` is the window at `crop_yx` for an upsampler.
+
+        `train=False` keeps conditions, units and small pictures: no dropping, no dropout, no noise in them.
+        """
+        keys, size = training_keys(key), len(batch["image"])
+        drops = {
+            condition.name: jax.random.bernoulli(keys[condition.name], condition.drop, (size,)) & train
+            for condition in self.conditions
+        }
+        conditions, inputs = self._read(batch, drops), {}
+        if self.low_res:
+            inputs |= self.low_res.for_training(keys, batch, self.diffusion.schedule, train)
+        if self.inpaint:
+            mask = random_mask(keys["mask"], size, self.crop_size or self.image_size)
+            inputs["known"] = known_pixels(batch["image"], mask)
+        trained, *_ = self._networks(params)
+
+        def network(x_t, t):
+            return self.net.apply(
+                {"params": trained},
+                x_t,
+                t,
+                conditions,
+                **inputs,
+                deterministic=not train,
+                rngs={"dropout": keys["dropout"]},
+            )
+
+        losses, metrics, _ = self.diffusion.loss(
+            keys["diffusion"], network, batch["image"], train=train, history=params.get("stats")
+        )
+        statistics = metrics.pop("statistics", {})
+        return Loss(losses.mean(), {name: value.mean() for name, value in metrics.items()}, statistics)
+
+    def sample(
+        self,
+        params: dict,
+        keys: jax.Array,
+        batch: dict,
+        *,
+        log_p: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+        strength: float = 1.0,
+        resample: int = 1,
+        return_path: bool = False,
+        **settings,
+    ) -> jax.Array:
+        """Pictures [B, H, W, 3] in [-1, 1] for what `batch` says (see `batch_spec`), one key a picture.
+
+        low_res [B, h, w, 3] of an upsampler may have any size. Optional fields of the batch: negative_tokens
+        and negative_token_mask, a caption that guidance leads away from, in the place of none; x_T and init
+        [B, H, W, 3], see `gaussian.Start`; inpaint_image [B, H, W, 3] with inpaint_mask [B, H, W, 1], of
+        which the image comes back where the mask is 0.
+
+        log_p(x_t, t) -> [B], of a classifier or a CLIP of noised pictures, steers on top of guidance.
+        resample: see `sampling.resampled`. return_path: the picture after every step, [B, n, H, W, 3].
+
+        settings: values in the place of those in `sampling`, None for those; also image_size, the side. A
+        guidance scale given as the Python number 1 saves the unconditional half of the work; an array is
+        traced. guidance_interval: see `guidance.times_inside`. tile: see `in_tiles`.
+        """
+        settings = self.sampling | {name: value for name, value in settings.items() if value is not None}
+        scale, interval = settings.pop("guidance_scale", 1), settings.pop("guidance_interval", None)
+        side, tile = settings.pop("image_size", self.image_size), settings.pop("tile", None)
+        diffusion, shape = self.diffusion.with_settings(**settings), (side, side, 3)
+        inputs, inpaint = {}, None
+        if self.low_res:
+            inputs |= self.low_res.for_sampling(keys, batch["low_res"], diffusion.schedule)
+            shape = inputs["low_res_up"].shape[1:]
+        if "inpaint_image" in batch:
+            inpaint = batch["inpaint_image"], batch["inpaint_mask"]
+            inputs |= {"known": known_pixels(*inpaint)} if self.inpaint else {}
+        if tile is not None and self.check_tile(tile) >= max(shape[:2]):
+            tile = None
+
+        last_time = diffusion.timesteps()[-1]
+        conditionings = self._conditionings(params, batch, len(keys))
+        network, guidance = self._network(params, conditionings, inputs, last_time, tile), None
+        if is_guided(scale):
+            null = self._conditionings(params, batch, len(keys), null=True)
+            paired = interleave((conditionings, inputs), (null, inputs))
+            guidance = Guidance(self._network(params, *paired, last_time, tile), scale, interval)
+        x0 = diffusion.sample(
+            diffusion.denoiser(network, guidance=guidance, log_p=log_p, inpaint=inpaint),
+            keys,
+            shape,
+            start=gaussian.Start(batch.get("x_T"), batch.get("init"), strength),
+            resample=resample,
+            return_path=return_path,
+        )
+        if return_path:
+            x0 = jnp.moveaxis(x0[1], 0, 1)
+        return jnp.clip(x0, -1.0, 1.0)
+
+    def invert(self, params: dict, batch: dict, *, num_steps: int | None = None) -> jax.Array:
+        """x_T [B, H, W, 3], from which 'ddim' with eta 0, guidance 1, the same conditions and as many steps
+        returns to about `image` (section 3 of the paper). Reads what `loss` reads."""
+        diffusion = self.diffusion.with_settings(num_steps)
+        conditionings = self._conditionings(params, batch, len(batch["image"]))
+        network = self._network(params, conditionings, {}, diffusion.timesteps()[-1])
+        return diffusion.invert(network, batch["image"])
+
+    def _networks(self, params: dict) -> list[dict]:
+        """Parameters of the network, and of the one that takes the last step, if it is another."""
+        first = {name: value for name, value in params.items() if name != "last"}
+        return [first, params["last"]] if self.last_step else [first]
+
+    def _read(self, batch: dict, drops: dict[str, jax.Array], null: bool = False) -> dict:
+        """Keywords of `DenoiserNet.condition`; drops: condition's name -> [B] bool."""
+        read = {}
+        for condition in self.conditions:
+            read |= condition.read(batch, drops[condition.name], null)
+        return read
+
+    def _conditionings(self, params: dict, batch: dict, count: int, null: bool = False) -> list[Conditioning]:
+        """The embedded conditions of `count` examples, by each of `_networks`; `null` drops all of them, or
+        puts a negative caption in the caption's place."""
+        if not self.conditions:
+            return [Conditioning() for _ in self._networks(params)]
+        drops = {condition.name: jnp.full(count, null) for condition in self.conditions}
+        read = self._read(batch, drops, null)
+        return [self.net.apply({"params": own}, **read, method="condition") for own in self._networks(params)]
+
+    def _network(
+        self,
+        params: dict,
+        conditionings: list[Conditioning],
+        inputs: dict[str, jax.Array],
+        last_time: int,
+        tile: int | None = None,
+    ) -> process.Network:
+        """The network of a sampler; inputs: keywords of `DenoiserNet.denoise`."""
+
+        def network(x_t, t, inputs):
+            def apply(own, conditioning):
+                return self.net.apply({"params": own}, x_t, t, conditioning, **inputs, method="denoise")
+
+            first, *last = (
+                lambda own=own, conditioning=conditioning: apply(own, conditioning)
+                for own, conditioning in zip(self._networks(params), conditionings, strict=True)
+            )
+            return jax.lax.cond(t[0] == last_time, *last, first) if last else first()
+
+        if tile is None:
+            return lambda x_t, t: network(x_t, t, inputs)
+        pictures = {name: inputs[name] for name in ("low_res_up", "known") if name in inputs}
+
+        def tiled(x_t, t):
+            def window(parts):
+                x_t, *others = parts
+                return network(x_t, t, inputs | dict(zip(pictures, others, strict=True)))
+
+            return in_tiles(window, (x_t, *pictures.values()), tile)
+
+        return tiled
+
+
+def unet_and_process(settings: dict) -> tuple[dict, gaussian.GaussianDiffusion]:
+    """(the U-Net's settings, the noise process) of the keywords of a `build`."""
+    unet = {name: settings[name] for name in ("channels", "num_res_blocks", "head_dim", "num_heads")}
+    unet |= {name: settings[name] for name in ("dropout", "scale_shift", "remat")}
+    unet |= {name: tuple(settings[name]) for name in ("channel_mult", "attention_resolutions")}
+    unet["out_channels"] = 6 if settings["learned_variance"] else 3
+    names = ("objective", "learned_variance", "weighting", "num_steps", "spacing", "method", "eta")
+    process = gaussian.GaussianDiffusion(
+        schedule=schedules.make_schedule(settings["schedule"], settings["num_timesteps"]),
+        threshold=settings.get("threshold"),
+        loss_kind=settings.get("loss", "hybrid"),
+        **{name: settings[name] for name in names},
+    )
+    return unet, process
+
+
+def training_keys(key: jax.Array) -> dict[str, jax.Array]:
+    """The keys of everything that a training step draws, by name."""
+    names = ("diffusion", "image", "caption", "dropout")
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    # Beside the split, so that a key that is added here changes none of the others.
+    return keys | {
+        name: jax.random.fold_in(key, i) for i, name in enumerate(("mask", "label", "level", "noise"))
+    }
+
+
+def in_tiles(function, pictures: tuple[jax.Array, ...], tile: int) -> jax.Array:
+    """function(windows) [B, t, t, C] of `pictures` [B, H, W, *], blended to [B, H, W, C]; one tile at a time.
+
+    Windows have side `tile` (or the picture's, if that is less) and overlap by at least a quarter, over which
+    their weights rise from the border: a window knows least of what lies there.
+    """
+    height, width = pictures[0].shape[1:3]
+
+    def starts(length):
+        side = min(tile, length)
+        count = 1 if length == side else -(-(length - side) // (side - side // 4)) + 1
+        return side, np.rint(np.linspace(0, length - side, count)).astype(np.int32)
+
+    (rows, tops), (columns, lefts) = starts(height), starts(width)
+
+    def ramp(side):
+        from_border = np.minimum(np.arange(side) + 1, side - np.arange(side))
+        return np.minimum(from_border / max(1, side // 4), 1.0)
+
+    weight = jnp.asarray(ramp(rows)[:, None] * ramp(columns), jnp.float32)[None, :, :, None]
+    corners = jnp.asarray([(top, left) for top in tops for left in lefts])
+
+    def window(picture, corner):
+        sizes = (picture.shape[0], rows, columns, picture.shape[3])
+        return jax.lax.dynamic_slice(picture, (0, corner[0], corner[1], 0), sizes)
+
+    def add(sums, corner):
+        drawn = function(tuple(window(picture, corner) for picture in pictures)).astype(jnp.float32)
+        parts = (weight * drawn, jnp.broadcast_to(weight, (1, rows, columns, 1)))
+        at = (0, corner[0], corner[1], 0)
+        return tuple(
+            jax.lax.dynamic_update_slice(total, window(total, corner) + part, at)
+            for total, part in zip(sums, parts, strict=True)
+        ), None
+
+    spec = jax.eval_shape(lambda: function(tuple(window(picture, corners[0]) for picture in pictures)))
+    zeros = jnp.zeros((spec.shape[0], height, width, spec.shape[3]), jnp.float32)
+    (total, weights), _ = jax.lax.scan(add, (zeros, jnp.zeros((1, height, width, 1))), corners)
+    return total / weights
