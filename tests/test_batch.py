@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax import benchmark
-from dalle2_jax.models.stages import ar_prior, decoder, prior, upsampler
+from dalle2_jax.models.stages import ar_prior, diffusion, prior
 from dalle2_jax.runtime import batch, partition
 from dalle2_jax.train import validation
 
@@ -23,8 +23,8 @@ def test_a_field_is_known_by_the_last_part_of_its_name():
 def test_masks_are_masks_and_stages_draw_what_there_is():
     masks = [field.mask for field in batch.FIELDS.values() if field.mask]
     assert masks and {batch.field(name).kind for name in masks} == {"mask"}
-    made = [stage.draws for stage in (decoder.Decoder, upsampler.Upsampler, prior.Prior, ar_prior.ARPrior)]
-    assert [batch.field(name).kind for name in made] == ["image", "image", "embedding", "embedding"]
+    made = [stage.draws for stage in (diffusion.DiffusionStage, prior.Prior, ar_prior.ARPrior)]
+    assert [batch.field(name).kind for name in made] == ["image", "embedding", "embedding"]
 
 
 def test_images_and_videos_alone_become_floats():

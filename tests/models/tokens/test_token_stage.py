@@ -18,6 +18,7 @@ import pytest
 from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.causal import causal_mask, empty_cache
 from dalle2_jax.models.nets.transformer import Embedding, TokenEmbedding, TransformerStack
+from dalle2_jax.models.stages import Loss
 from dalle2_jax.models.tokens.decode import Options, decode
 from dalle2_jax.models.tokens.layout import Layout, Part
 from dalle2_jax.runtime import partition
@@ -82,7 +83,7 @@ class TokenModel:
         ids = self.layout.join(batch)
         return {"net": self.net.init(key, ids, causal_mask(ids.shape[1]))["params"]}
 
-    def loss(self, params, key, batch, *, train=True):
+    def loss(self, params, key, batch, *, step=0, train=True):
         ids = self.layout.join(batch)
         mask = causal_mask(ids.shape[1] - 1)
         logits, _ = self.net.apply({"params": params["net"]}, ids[:, :-1], mask)
@@ -90,7 +91,7 @@ class TokenModel:
         log_p = jax.nn.log_softmax(jnp.where(allowed, logits, -jnp.inf))
         log_p = jnp.take_along_axis(log_p, ids[:, 1:, None], axis=-1)[..., 0]
         loss = -log_p[:, WORDS - 1 :].mean()  # of the codes
-        return loss, {"loss": loss}
+        return Loss(loss, {"loss": loss})
 
     def sample(self, params, keys, batch, options=Options()):  # noqa: B008 (immutable)
         """Codes [B, 4] of captions: the caption is read at once, but for its last word."""
