@@ -15,7 +15,9 @@ from dalle2_jax.convert import convert
 from dalle2_jax.generate import pipeline
 from dalle2_jax.models import models
 from dalle2_jax.runtime import checkpoint, modeldir, partition
-from dalle2_jax.train import state, train
+from dalle2_jax.train import loop, statistics
+from dalle2_jax.train.plan import Plan
+from dalle2_jax.train.step import TrainState
 
 CLASSIFIER = dict(
     num_classes=3,
@@ -45,12 +47,12 @@ def root(tmp_path_factory):
     """Workdirs of two steps each: clip, prior, ar_prior, decoder64, classifier."""
     root = tmp_path_factory.mktemp("stages")
     clip = str(root / "clip")
-    train.train(recipe("clip"), clip)
+    loop.train(recipe("clip"), clip)
     for name in ("prior", "ar_prior", "decoder64"):
-        train.train(recipe(name, clip=clip), str(root / name))
+        loop.train(recipe(name, clip=clip), str(root / name))
     classifier = recipe("decoder64", stage="classifier", model=CLASSIFIER)
     classifier["data"]["classes"] = ["circle", "square", "star"]
-    train.train(classifier, str(root / "classifier"))
+    loop.train(classifier, str(root / "classifier"))
     return root
 
 
@@ -103,14 +105,14 @@ def test_a_prior_measures_its_average_over_training_data(root):
 
     mesh = partition.make_mesh(**config["mesh"])
     doubled = jax.tree.map(lambda x: 2 * x, params["net"])
-    given = state.TrainState(
+    given = TrainState(
         step=jnp.int32(2),
         params=params,
         ema_params=average | {"net": doubled},
         opt_state=(),
         bad_steps=jnp.int32(0),
     )
-    measure = train.make_measure(config, stage, lambda _, batch: batch, Dataset(), {}, mesh)
+    measure = statistics.make_measure(Plan(config, stage, mesh), Dataset(), {})
     found = measure(given)
     of_average, of_last = (
         np.mean(
