@@ -46,7 +46,7 @@ from benchmarks.paired import HEADER, MAX_SPREAD, Case, Side, added_memory, meas
 from dalle2_jax import benchmark
 from dalle2_jax.models import flops, models
 from dalle2_jax.runtime import checkpoint, files, partition
-from dalle2_jax.train import train
+from dalle2_jax.train.plan import Plan
 
 EMBED, LENGTH, SIDE, LARGE = 128, 16, 32, 64
 
@@ -143,10 +143,10 @@ def our_step(stage, stored: dict, mesh) -> Side:
         stage=stored["stage"], model=stored["model"], batch_size=BATCH, num_steps=1000
     )
     config["optim"]["warmup_steps"] = 0
-    plan = train.make_plan(config, stage, mesh)
-    batch = benchmark.synthetic_batch(config, stage, BATCH, mesh)
+    plan = Plan(config, stage, mesh)
+    batch = benchmark.synthetic_batch(plan, BATCH)
     with partition.use_mesh(mesh):
-        step, _, _, arithmetic = benchmark.training_step(config, stage, plan, batch, mesh)
+        step, _, _, arithmetic = benchmark.training_step(plan, batch)
 
     def run():
         with partition.use_mesh(mesh):

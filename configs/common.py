@@ -1,4 +1,4 @@
-"""What every recipe shares: the settings of train.py, with defaults that a recipe overrides."""
+"""What every recipe shares: the settings of training, with defaults that a recipe overrides."""
 
 from ml_collections import ConfigDict
 
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     # With a path (folder or hub name) that tokenizer is used; without one, the frozen CLIP's, or a
     # byte-level BPE of vocab_size tokens trained on the dataset's captions.
     config.tokenizer = ConfigDict(dict(path="", vocab_size=49408, context_length=77))
-    config.optim = ConfigDict(  # keywords of dalle2_jax.train.optim.make_optimizer
+    config.optim = ConfigDict(  # fields of dalle2_jax.train.optim.Settings
         dict(
             learning_rate=1.2e-4,
             schedule="constant",

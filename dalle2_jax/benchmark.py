@@ -32,7 +32,7 @@ from dalle2_jax.models import flops, models
 from dalle2_jax.runtime import commandline, metrics, partition
 from dalle2_jax.runtime.batch import field
 from dalle2_jax.runtime.commandline import define_config
-from dalle2_jax.train import train
+from dalle2_jax.train.plan import Plan, make_plan
 
 GIB = 2**30
 WARM_UP = 2
@@ -191,13 +191,13 @@ def measure_machine(mesh, dtypes: Sequence[str]) -> Machine:
     return Machine(len(devices), devices[0].device_kind, matrix, copy, peak and peak * len(devices))
 
 
-def synthetic_batch(config: dict, stage, size: int, mesh) -> dict[str, jax.Array]:
-    """A batch that nobody drew, on the devices: noise for what is continuous, and captions of full length."""
-    vocabulary = (config["model"].get("text") or {}).get("vocab_size", 2)
+def synthetic_batch(plan: Plan, size: int) -> dict[str, jax.Array]:
+    """A batch made up on the devices: noise for what is continuous, and captions of full length."""
+    vocabulary = (plan.config["model"].get("text") or {}).get("vocab_size", 2)
 
     def make():
         made = {}
-        for number, (name, spec) in enumerate(sorted(stage.batch_spec(size).items())):
+        for number, (name, spec) in enumerate(sorted(plan.stage.batch_spec(size).items())):
             key = jax.random.key(number)
             kind = field(name).kind
             if kind == "mask":
@@ -213,7 +213,7 @@ def synthetic_batch(config: dict, stage, size: int, mesh) -> dict[str, jax.Array
                 made[name] = jax.random.uniform(key, spec.shape, spec.dtype, -1, 1)
         return made
 
-    return jax.jit(make, out_shardings=partition.batch_sharding(mesh))()
+    return jax.jit(make, out_shardings=partition.batch_sharding(plan.mesh))()
 
 
 def run(
@@ -231,21 +231,12 @@ def run(
 
     Raises ValueError for settings that do not fit together, before anything is compiled.
     """
-    train.check_names(config)
-    mesh, stage = partition.make_mesh(**config["mesh"]), models.build_stage(config)
-    if sample is not None and not hasattr(stage, "sample"):
-        raise ValueError(f"stage {config['stage']!r} does not draw: leave --sample out")
-    size = config["batch_size"] if sample is None else sample
-    if sample is None:
-        train.check_settings(config, stage, mesh)
-    partition.check_batch_size(size, mesh, "batch_size" if sample is None else "--sample")
+    plan = make_plan(config, sample=sample)
+    mesh, size = plan.mesh, config["batch_size"] if sample is None else sample
     dtype = config["model"].get("dtype", "float32")
-    batch = synthetic_batch(config, stage, size, mesh)
+    batch = synthetic_batch(plan, size)
     with partition.use_mesh(mesh):
-        if sample is None:
-            made = training_step(config, stage, train.make_plan(config, stage, mesh), batch, mesh)
-        else:
-            made = drawing(stage, batch, size, mesh)
+        made = training_step(plan, batch) if sample is None else drawing(plan, batch, size)
         step, program, compile_seconds, arithmetic = made
         seconds = timed(step, steps, warm_up)
     plan_of_memory, costs = program.memory_analysis(), program.cost_analysis() or {}
@@ -255,7 +246,7 @@ def run(
     return Report(
         program=f"{config['stage']}, {'a training step' if sample is None else 'drawing'}",
         batch_size=size,
-        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(models.abstract_params(stage))),
+        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(models.abstract_params(plan.stage))),
         dtype=dtype,
         mesh=dict(mesh.shape),
         machine=measure_machine(mesh, sorted({dtype, "float32"})) if machine is None else machine,
@@ -282,22 +273,21 @@ def _compiled(jitted, *arguments):
     return program, time.perf_counter() - began
 
 
-def training_step(config: dict, stage, plan: train.Plan, batch: dict, mesh):
+def training_step(plan: Plan, batch: dict):
     """(what runs a step, its program, seconds of compiling, FLOPs)."""
-    options = partition.compiler_options(once=True)
-    held = [jax.jit(plan.init, out_shardings=plan.shardings, compiler_options=options)()]
-    jitted = train.jit_step(config, stage, plan, lambda frozen, batch: batch, mesh)
-    program, seconds = _compiled(jitted, held[0], batch, {})
+    held = [plan.init()]
+    program, seconds = _compiled(plan.jit_step(), held[0], batch, {})
 
     def step():
         held[0], scalars = program(held[0], batch, {})
         return held[0], scalars
 
-    return step, program, seconds, flops.of_step(stage, batch)
+    return step, program, seconds, flops.of_step(plan.stage, batch)
 
 
-def drawing(stage, batch: dict, count: int, mesh):
+def drawing(plan: Plan, batch: dict, count: int):
     """As `training_step`, of drawing `count` examples; the devices hold parameters, no state of training."""
+    stage, mesh = plan.stage, plan.mesh
     init = jax.jit(
         lambda: stage.init(jax.random.key(0), models.zeros(stage.batch_spec(1))),
         out_shardings=partition.replicated(mesh),

@@ -31,7 +31,7 @@ from dalle2_jax.runtime import commandline, files, hub, metrics, modeldir, parti
 from dalle2_jax.runtime.batch import as_floats
 from dalle2_jax.runtime.batched import Batched
 from dalle2_jax.runtime.commandline import define_config
-from dalle2_jax.train import train
+from dalle2_jax.train import checks
 
 DTYPES = ("float16", "float32")
 
@@ -217,12 +217,12 @@ def main(argv):
     from dalle2_jax.data import budget
 
     refused = (ValueError, OSError, budget.TooManyBadRecords)
-    with processes.together(refused, status=train.FAILED, say=logging.error, debug=FLAGS.debug):
+    with processes.together(refused, status=checks.FAILED, say=logging.error, debug=FLAGS.debug):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}")
         partition.initialise()
         config = models.to_plain(FLAGS.config)
-        train.check_names(config)
+        checks.check_names(config)
         data = config["data"]
         splits = tuple(FLAGS.splits or dict.fromkeys((data["split"], data["eval_split"])))
         processes.join()

@@ -16,7 +16,7 @@ import numpy as np
 
 from dalle2_jax.models import models
 from dalle2_jax.runtime import checkpoint, metrics, partition
-from dalle2_jax.train import train
+from dalle2_jax.train import loop
 
 
 def main(where: str = "configs/tiny/upsampler64.py", steps: str = "120") -> None:
@@ -52,7 +52,7 @@ def main(where: str = "configs/tiny/upsampler64.py", steps: str = "120") -> None
     timed(metrics.Writer, "scalars", "log")
     checkpoint.Checkpointer.check = check
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(sys.stderr):
-        train.train(settings, workdir)
+        loop.train(settings, workdir)
         size = sum(f.stat().st_size for f in (Path(workdir) / "checkpoints").rglob("*"))
 
     durations = np.diff(lines)

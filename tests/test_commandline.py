@@ -17,7 +17,7 @@ from dalle2_jax.convert import convert
 from dalle2_jax.generate import pictures
 from dalle2_jax.models import models
 from dalle2_jax.runtime import files, hub
-from dalle2_jax.train import train
+from dalle2_jax.train import loop
 from tests.data import shards_for_tests as made
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,8 +138,8 @@ def test_every_setting_that_is_a_path_is_expanded_where_training_and_embedding_b
         group, _, own = name.rpartition(".")
         (config[group] if group else config)[own] = f"~/{name}"
     begun, embedded = [], []
-    monkeypatch.setattr(train, "_train", lambda *given: begun.append(given))
-    train.train(config, "~/run")
+    monkeypatch.setattr(loop, "_train", lambda *given: begun.append(given))
+    loop.train(config, "~/run")
     ((settings, workdir, *_),) = begun
     assert os.fspath(workdir) == f"{home}/run"
     for name in models.PATHS:

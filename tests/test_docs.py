@@ -4,6 +4,7 @@ Flags are read from the modules' sources; settings from the configs and from the
 """
 
 import ast
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -23,11 +24,12 @@ from dalle2_jax.data.settings import DataSettings
 from dalle2_jax.generate.settings import SETTINGS
 from dalle2_jax.models import models
 from dalle2_jax.models.diffusion import sampling
+from dalle2_jax.train import optim
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = "python -m dalle2_jax."
-# Settings of data that train.py fills in, from the stage and the config.
+# Settings of data that training fills in, from the stage and the config.
 FILLED_IN = {
     "fields",
     "image_size",
@@ -413,11 +415,10 @@ def test_common_settings_are_documented():
     documented = tables((ROOT / "docs/training.md").read_text("utf-8"), "Settings")
     documented = {name: shown(cell) for name, cell in documented.items()}
     actual = {name: repr(value) for name, value in flatten(common.get_config().to_dict()).items()}
-    optimizer = signature("dalle2_jax.train.optim", "make_optimizer")
     actual |= {
-        f"optim.{name}": default
-        for name, default in optimizer.items()
-        if f"optim.{name}" not in actual and name != "num_steps"
+        f"optim.{field.name}": repr(field.default)
+        for field in dataclasses.fields(optim.Settings)
+        if f"optim.{field.name}" not in actual and field.name != "num_steps"
     }
     assert not differing(documented, actual)
 

@@ -17,7 +17,7 @@ from dalle2_jax.data import embeddings  # noqa: E402
 from dalle2_jax.data import pipeline as data_pipeline  # noqa: E402
 from dalle2_jax.generate import pipeline  # noqa: E402
 from dalle2_jax.models import models  # noqa: E402
-from dalle2_jax.train import train  # noqa: E402
+from dalle2_jax.train import checks, inputs, loop  # noqa: E402
 from tests.data import shards_for_tests as made  # noqa: E402
 from tests.test_processes import run_processes  # noqa: E402
 from tests.test_train import stored_state  # noqa: E402
@@ -197,7 +197,7 @@ def test_a_data_set_that_has_lost_too_much_is_refused_in_a_line(shards, model, t
     monkeypatch.setattr(embed, "FLAGS", types.SimpleNamespace(**settings))
     with pytest.raises(SystemExit) as ended:
         embed.main(["embed"])
-    assert ended.value.code == train.FAILED
+    assert ended.value.code == checks.FAILED
     assert "988 of 1009 records of the dataset's files cannot be used" in caplog.messages[-1]
 
 
@@ -221,11 +221,11 @@ def test_training_from_embeddings_is_training_with_clip(shards, model, tmp_path)
     run(shards, model, tmp_path / "rows")
     embeddings.finish(embed.epath.Path(tmp_path) / "rows" / "train")
     short = dict(num_steps=2, eval_every=100, sample_every=100, checkpoint_every=2)
-    train.train(recipe(shards, clip=os.fspath(model), **short), str(tmp_path / "frozen"))
+    loop.train(recipe(shards, clip=os.fspath(model), **short), str(tmp_path / "frozen"))
     rows = dict(source="embeddings", path=os.fspath(tmp_path / "rows"))
-    train.train(recipe(shards, data=rows, **short), str(tmp_path / "from_rows"))
+    loop.train(recipe(shards, data=rows, **short), str(tmp_path / "from_rows"))
     beside = dict(embeddings=os.fspath(tmp_path / "rows"))
-    train.train(recipe(shards, data=beside, **short), str(tmp_path / "beside"))
+    loop.train(recipe(shards, data=beside, **short), str(tmp_path / "beside"))
     one, other, third = (stored_state(tmp_path / name, 2) for name in ("frozen", "from_rows", "beside"))
     moved = 0.0
     for name in one:
@@ -238,7 +238,7 @@ def test_training_from_embeddings_is_training_with_clip(shards, model, tmp_path)
     short["num_steps"] = 3
     for name, data in (("from_rows", rows), ("beside", beside)):
         with pytest.raises(ValueError, match="the CLIP has changed since step 2 .* is 000000000000 now"):
-            train.train(recipe(shards, data=data, **short), str(tmp_path / name))
+            loop.train(recipe(shards, data=data, **short), str(tmp_path / name))
 
 
 def test_a_record_without_embeddings_is_counted_and_replaced(whole, damaged):
@@ -256,7 +256,7 @@ def test_a_record_without_embeddings_is_counted_and_replaced(whole, damaged):
 def test_what_is_not_precomputed_is_asked_for():
     def fields(of, **changes):
         config = recipe("shards", of, **changes)
-        return train.dataset_fields(config, models.build_stage(config), None)
+        return inputs.dataset_fields(config, models.build_stage(config), None)
 
     for of in (decoder64, prior):
         with pytest.raises(ValueError, match="beside pictures --config.data.embeddings=FOLDER"):

@@ -25,7 +25,7 @@ import pytest
 from etils import epath
 
 from dalle2_jax.runtime import checkpoint
-from dalle2_jax.train import resume, stopping, train, validation
+from dalle2_jax.train import checks, inputs, resume, stopping, validation
 from tests import tiny_run
 from tests.data import shards_for_tests as made
 from tests.tiny_run import assert_same, config, logged, status, steps_of, stored_state
@@ -105,7 +105,7 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on(data, whole, workdir
     before = stored_state(workdir, 2)
     caplog.clear()
     with files_at_most(20_000):
-        assert status(config(data, 8), workdir, monkeypatch) == train.FAILED
+        assert status(config(data, 8), workdir, monkeypatch) == checks.FAILED
     errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert len(errors) == 1 and "a checkpoint could not be written" in errors[0]
     assert "File too large. Whole ones are those of steps 1, 2." in errors[0]
@@ -121,7 +121,7 @@ def test_a_disk_that_fills_before_a_line_of_the_log(data, whole, workdir, monkey
         log.write('{"step": 0}\n' * 1000)
     size = (workdir / "metrics.jsonl").stat().st_size
     with files_at_most(size + 10):
-        assert status(config(data, 8, checkpoint_every=8), workdir, monkeypatch) == train.FAILED
+        assert status(config(data, 8, checkpoint_every=8), workdir, monkeypatch) == checks.FAILED
     assert f"File too large: '{workdir / 'metrics.jsonl'}'" in caplog.text
     assert steps_of(workdir) == [1, 2]
     assert status(config(data, 8), workdir, monkeypatch) == 0
@@ -157,8 +157,8 @@ def test_a_workdir_that_is_read_only_stops_before_anything_is_read(data, workdir
             with pytest.raises(PermissionError):
                 (workdir / "file").write_text("")
             with monkeypatch.context() as patched:
-                patched.setattr(train, "make_datasets", lambda *_: pytest.fail("data was read"))
-                assert status(config(data, 2), workdir, patched) == train.FAILED
+                patched.setattr(inputs, "make_datasets", lambda *_: pytest.fail("data was read"))
+                assert status(config(data, 2), workdir, patched) == checks.FAILED
     finally:
         workdir.chmod(0o755)
     assert f"the workdir {workdir} cannot be written: [Errno 13] Permission denied" in caplog.text
@@ -186,7 +186,7 @@ def test_a_finished_run_with_a_damaged_checkpoint_does_its_last_steps_again(
     assert_same(stored_state(whole, 8), stored_state(workdir, 8))
     for step in steps_of(workdir):
         damage(workdir, step)
-    assert status(config(data, 8), workdir, monkeypatch) == train.FAILED  # none is whole: it says so
+    assert status(config(data, 8), workdir, monkeypatch) == checks.FAILED  # none is whole: it says so
     assert steps_of(workdir) == list(range(1, 9))
 
 
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_another_user_is_refused_and_stays(data, whole, workdir,
         with without_the_rights_of_root():
             with pytest.raises(PermissionError):
                 list(unreadable.iterdir()) if unreadable.is_dir() else unreadable.read_bytes()
-            assert status(config(data, 9), workdir, monkeypatch) == train.FAILED
+            assert status(config(data, 9), workdir, monkeypatch) == checks.FAILED
     finally:
         unreadable.chmod(mode)
     errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
@@ -220,8 +220,8 @@ def test_the_checkpointer_is_closed_once_whatever_fails(data, workdir, monkeypat
 
     monkeypatch.setattr(checkpoint.Checkpointer, "close", lambda self: closed.append(close(self)))
     if name:
-        monkeypatch.setattr(f"dalle2_jax.train.train.{name}", fail)
-    assert status(config(data, 1), workdir, monkeypatch) == (train.FAILED if name else 0)
+        monkeypatch.setattr(f"dalle2_jax.train.loop.{name}", fail)
+    assert status(config(data, 1), workdir, monkeypatch) == (checks.FAILED if name else 0)
     assert len(closed) == 1 and struck == ([name] if name else [])
 
 
@@ -273,13 +273,13 @@ def test_a_changed_dataset_is_refused_and_the_old_one_goes_on(data, whole, tmp_p
     shutil.copytree(data, folder)
     assert status(config(folder, 2), workdir, monkeypatch) == 0
     made.write_samples(folder / "00001.tar", range(3))
-    assert status(config(folder, 4), workdir, monkeypatch) == train.FAILED
+    assert status(config(folder, 4), workdir, monkeypatch) == checks.FAILED
     assert "the dataset has changed since step 2" in caplog.text
     assert "and 23 records then" in caplog.text and "and 26 now" in caplog.text
     assert re.search(r"\n  added: 00001.tar \(\d+ bytes, 3 records\)$", caplog.messages[-1])
     (folder / "00001.tar").unlink()
     (folder / "00000.tar").rename(folder / "other.tar")
-    assert status(config(folder, 4), workdir, monkeypatch) == train.FAILED
+    assert status(config(folder, 4), workdir, monkeypatch) == checks.FAILED
     size = (folder / "other.tar").stat().st_size
     shown = f"({size} bytes, 23 records)"
     assert f"\n  removed: 00000.tar {shown}\n  added: other.tar {shown}" in caplog.messages[-1]
@@ -424,7 +424,7 @@ def test_what_ends_a_run_at_its_samples_comes_after_the_checkpoint(data, workdir
             patched.setattr(validation.Validation, "__init__", begin_failing)
         for attempt in (1, 2):
             if fault == "a full disk":
-                assert status(drawing(data, 5), workdir, patched) == train.FAILED
+                assert status(drawing(data, 5), workdir, patched) == checks.FAILED
                 path = workdir / "samples" / f"samples_{attempt:08d}.png"
                 assert f"No space left on device: '{path}'" in caplog.text
             else:
@@ -453,7 +453,7 @@ def test_a_clock_that_jumps_changes_nothing(data, whole, workdir, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(time, "time", lambda: now() - years)
         damage(workdir, 4)
-        assert status(config(data, 4), workdir, patched) == train.FAILED  # no other checkpoint is whole
+        assert status(config(data, 4), workdir, patched) == checks.FAILED  # no other checkpoint is whole
         shutil.copytree(whole / "checkpoints" / "2", workdir / "checkpoints" / "2")
         assert status(config(data, 8), workdir, patched) == 0
     assert len(told) > 20
@@ -523,7 +523,7 @@ def test_on_other_devices_it_goes_on_with_the_same_batches(data, whole, workdir,
 
 @pytest.mark.parametrize(
     ("ended", "code", "at"),
-    [("by SIGTERM", 0, 6), ("by an error", train.FAILED, 4), ("at its last step", 0, 5)],
+    [("by SIGTERM", 0, 6), ("by an error", checks.FAILED, 4), ("at its last step", 0, 5)],
 )
 def test_a_run_that_ends_while_it_is_profiled_leaves_the_profile_and_goes_on(
     data, whole, workdir, monkeypatch, ended, code, at
@@ -641,7 +641,7 @@ class Interrupted200:
         self.run_for_a_while(process)
         hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (150_000, hard))
-        assert process.wait(timeout=300) == train.FAILED
+        assert process.wait(timeout=300) == checks.FAILED
         assert "a checkpoint could not be written" in self.said().splitlines()[-1]
 
     def spoil_a_record(self):
@@ -653,7 +653,7 @@ class Interrupted200:
                 file.seek(at)
                 file.write(bytes(2048))
         try:
-            assert process.wait(timeout=300) == train.FAILED
+            assert process.wait(timeout=300) == checks.FAILED
         finally:
             shard.write_bytes(whole)
         assert "above data.max_bad_fraction=0.0" in self.said().splitlines()[-1]

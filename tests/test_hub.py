@@ -14,7 +14,7 @@ from dalle2_jax.convert import convert
 from dalle2_jax.generate import pipeline
 from dalle2_jax.models import models
 from dalle2_jax.runtime import hub, modeldir
-from dalle2_jax.train import train
+from dalle2_jax.train import inputs
 from tests.tiny_model import make_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -92,10 +92,10 @@ def test_training_takes_addresses_as_it_takes_folders(fake, model, tmp_path):
     recipe = importlib.import_module("configs.finetune")
     config = recipe.get_config(f"{address}/decoder")
     assert config.clip == address and config.init_from == f"{address}/decoder"
-    made = train.make_tokenizer(config.to_dict(), tmp_path / "one", config.clip)
+    made = inputs.make_tokenizer(config.to_dict(), tmp_path / "one")
     clip = recipe.get_config(f"{address}/clip")
     assert not clip.clip and clip.tokenizer.path == f"{address}/tokenizer"
-    again = train.make_tokenizer(clip.to_dict(), tmp_path / "two", clip.clip)
+    again = inputs.make_tokenizer(clip.to_dict(), tmp_path / "two")
     assert made(["a red star"])[0].tolist() == again(["a red star"])[0].tolist()
     convert.convert_workdirs(tmp_path / "out", clip=address, prior=address, decoder=address)
     assert modeldir.read_index(tmp_path / "out")["licence"] == "Apache-2.0"

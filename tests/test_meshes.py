@@ -12,7 +12,8 @@ import pytest
 
 from dalle2_jax.models import models
 from dalle2_jax.runtime import modeldir, partition
-from dalle2_jax.train import train
+from dalle2_jax.train import checks
+from dalle2_jax.train.plan import Plan
 
 BATCH = 16
 MESHES = {"8x1": (8, 1, 1), "1x8": (1, 8, 1), "2x4": (2, 4, 1), "2x2x2": (2, 2, 2)}
@@ -99,10 +100,10 @@ def two_steps(kind: str, sizes: tuple[int, int, int]) -> dict:
     largest share of a leaf that a device holds."""
     config, stage, batch, params = beginning(kind)
     mesh = partition.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-    train.check_settings(config, stage, mesh)
+    checks.check_settings(config, stage, mesh)
     with partition.use_mesh(mesh):
-        plan = train.make_plan(config, stage, mesh)
-        step = train.jit_step(config, stage, plan, lambda frozen, batch: batch, mesh)
+        plan = Plan(config, stage, mesh)
+        step = plan.jit_step()
         state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), plan.abstract)  # as Adam begins
         state = state.replace(params=params, ema_params=jax.tree.map(np.copy, params))
         state = jax.device_put(state, plan.shardings)
@@ -160,7 +161,7 @@ def test_the_convolutions_of_sams_replicas_are_not_split_over_tensor():
 
     def check(mesh, **changes):
         changed = config | {"model": config["model"] | changes}
-        train.check_settings(changed, models.build_stage(changed), partition.make_mesh(*MESHES[mesh]))
+        checks.check_settings(changed, models.build_stage(changed), partition.make_mesh(*MESHES[mesh]))
 
     with pytest.raises(ValueError, match="over mesh.tensor=2: set mesh.tensor=1, or model.sam_rho=0"):
         check("2x2x2")

@@ -17,9 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from configs import clip, decoder64, prior
 from dalle2_jax.models import flops, models
+from dalle2_jax.preflight import __main__ as command
 from dalle2_jax.preflight import chips, hlo, preflight
+from dalle2_jax.preflight.advice import Asked, advise
 from dalle2_jax.preflight.chips import GIB
 from dalle2_jax.preflight.hlo import Collective
+from dalle2_jax.preflight.report import Report
 from dalle2_jax.runtime import metrics, partition
 
 
@@ -227,8 +230,8 @@ def test_drawing_is_looked_at_too():
 # What is said
 
 
-def report(**changes) -> preflight.Report:
-    made = preflight.Report(
+def report(**changes) -> Report:
+    made = Report(
         program="decoder, a training step",
         chips=64,
         device="TPU v5",
@@ -276,17 +279,17 @@ def test_numbers_follow_from_each_other():
     assert "DOES NOT FIT" in "\n".join(report(temporaries=94 * GIB).lines())
 
 
-def advice(asked: preflight.Asked, slices: int = 1, **changes) -> tuple[str, list[dict]]:
+def advice(asked: Asked, slices: int = 1, **changes) -> tuple[str, list[dict]]:
     """(the one sentence about a program with such a report, the settings in it, each tried out)."""
-    mesh, _ = asked.checked()
+    mesh = asked.plan().mesh
     size = asked.sample or asked.config["batch_size"]
     found = report(mesh=dict(mesh.shape), chips=mesh.size, batch_size=size, **changes)
-    (sentence,) = preflight.advise(found, asked, slices)
+    (sentence,) = advise(found, asked, slices)
     offers = []
     for part in sentence.partition(": --")[2] and sentence.partition(": ")[2].split(" or "):
         settings = dict(re.fullmatch(r"--(\S+?)=(\S+)", flag).groups() for flag in part.split())
         offers.append({n: int(v) if re.fullmatch(r"-?\d+", v) else v for n, v in settings.items()})
-        asked.changed(offers[-1]).checked()  # raises ValueError where it would be refused
+        asked.changed(offers[-1]).plan()  # raises ValueError where it would be refused
     return sentence, offers
 
 
@@ -331,27 +334,24 @@ def test_advice_for_a_step_is_what_would_be_accepted(recipe, changes, where, off
     offered = [
         one | {"config.mesh.fsdp": -1} if one.keys() == {"config.mesh.data"} else one for one in offered
     ]
-    sentence, found = advice(preflight.Asked(plain(recipe, **changes)), **where)
+    sentence, found = advice(Asked(plain(recipe, **changes)), **where)
     assert found == offered
     assert ("no setting helps: take chips with more memory" in sentence) == (not offered)
 
 
 def test_advice_for_drawing_does_not_speak_of_training():
     """Parameters are whole on every chip: fewer at a time, a shorter type."""
-    asked = preflight.Asked(plain(prior, mesh=OVER_DATA, model=dict(dtype="float32")), sample=24)
+    asked = Asked(plain(prior, mesh=OVER_DATA, model=dict(dtype="float32")), sample=24)
     assert advice(asked, **ACTIVATIONS)[1] == [{"sample": 8}, {"config.model.dtype": "bfloat16"}]
-    one_each = preflight.Asked(plain(prior, model=dict(dtype="bfloat16")), sample=8)
+    one_each = Asked(plain(prior, model=dict(dtype="bfloat16")), sample=8)
     assert "no setting helps" in advice(one_each, **ACTIVATIONS)[0]
     assert "every chip has all of them, and no setting helps" in advice(asked, **STATE)[0]
     slow = report(mesh=OVER_DATA, link_seconds=2.0)
-    assert (
-        preflight.advise(slow, asked) == ()
-        and len(preflight.advise(slow, preflight.Asked(asked.config))) == 1
-    )
+    assert advise(slow, asked) == () and len(advise(slow, Asked(asked.config))) == 1
 
 
 def test_advice_of_links_leaves_room_for_what_they_saved():
-    asked = preflight.Asked(plain(prior, mesh=dict(data=1, fsdp=8, tensor=1)))
+    asked = Asked(plain(prior, mesh=dict(data=1, fsdp=8, tensor=1)))
     assert advice(asked, link_seconds=2.0, arguments=40 * GIB) == (
         "the links take longer than the arithmetic",
         [],
@@ -361,16 +361,14 @@ def test_advice_of_links_leaves_room_for_what_they_saved():
 def test_with_a_topology_advice_names_another():
     needs_libtpu()
     config = plain(prior, batch_size=8, mesh=dict(data=1, fsdp=4, tensor=1), model=dict(remat="all"))
-    asked = preflight.Asked(config, "v5e:2x2")
+    asked = Asked(config, "v5e:2x2")
     larger = {"topology": "v5e:2x4"}
     assert advice(asked, **STATE)[1] == [larger | SPLIT]  # fsdp=4 has no place for the other chips
     assert advice(asked, **ACTIVATIONS)[1] == [{"config.grad_accum": 2}, larger | SPLIT]
-    one_each = preflight.Asked(plain(prior, batch_size=4, mesh=dict(data=1, fsdp=-1)), "v5e:2x2")
+    one_each = Asked(plain(prior, batch_size=4, mesh=dict(data=1, fsdp=-1)), "v5e:2x2")
     assert advice(one_each, **STATE)[1] == [larger | SPLIT | {"config.mesh.tensor": 2}]
-    assert advice(preflight.Asked(plain(prior), "v5e:2x4"), link_seconds=2.0)[1][-1] == {
-        "topology": "v5e:2x2"
-    }
-    draws = preflight.Asked(plain(prior, mesh=dict(data=4, fsdp=1, tensor=1)), "v5e:2x2", sample=4)
+    assert advice(Asked(plain(prior), "v5e:2x4"), link_seconds=2.0)[1][-1] == {"topology": "v5e:2x2"}
+    draws = Asked(plain(prior, mesh=dict(data=4, fsdp=1, tensor=1)), "v5e:2x2", sample=4)
     assert advice(draws, arguments=20 * GIB, temporaries=GIB, memory=16 * GIB)[1] == [
         {"topology": "v4:2x2x1"}
     ]
@@ -425,9 +423,9 @@ def test_other_failures_of_the_compiler_are_not_taken_for_it(refusing):
 def run(monkeypatch, config: dict, **given) -> int:
     """The status of the command with these flags."""
     values = dict(topology=None, clip=None, sample=None, json=None, hlo=None, debug=False) | given
-    monkeypatch.setattr(preflight, "FLAGS", types.SimpleNamespace(config=config, **values))
+    monkeypatch.setattr(command, "FLAGS", types.SimpleNamespace(config=config, **values))
     try:
-        preflight.main(["preflight"])
+        command.main(["preflight"])
     except SystemExit as ended:
         return ended.code
     return 0

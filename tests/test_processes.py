@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.runtime import checkpoint, partition, processes
-from dalle2_jax.train import train
+from dalle2_jax.train import loop
 from tests.shared_run import numbers
 from tests.test_train import ROOT, logged, recipe, stored_state
 from tests.test_train_stages import recipe as stage_recipe
@@ -244,7 +244,7 @@ def test_two_processes_train_stop_and_fail_as_one(workdir, tmp_path):
         lines = (workdir / "metrics.jsonl").read_text().count("train/loss")
         assert lines == stopped  # one writer
 
-        train.train(recipe(2), str(tmp_path / "one"))
+        loop.train(recipe(2), str(tmp_path / "one"))
         one, two = stored_state(tmp_path / "one", 2), stored_state(workdir, 2)
         assert one.keys() == two.keys()
         for name in one:
@@ -397,7 +397,7 @@ def leave_out_key_biases(*states: dict) -> None:
 def test_meshes_over_processes_train_as_one_device(workdir, tmp_path, count, devices, mesh):
     settings = {f"mesh.{axis}": size for axis, size in mesh.items()}
     run_processes(train_command(recipe(2), workdir, **settings), count, workdir, devices)
-    train.train(recipe(2), str(tmp_path / "alone"))
+    loop.train(recipe(2), str(tmp_path / "alone"))
     assert_alike(stored_state(workdir, 2), stored_state(tmp_path / "alone", 2), 1e-4)
 
 
@@ -410,7 +410,7 @@ def test_a_frozen_clip_and_measured_statistics_are_those_of_one_process(workdir,
     run_processes(train_command(config, workdir, name, clip=clip), 2, workdir, 4)
     plain = stage_recipe(name, clip=clip)
     kept = ("num_steps", "checkpoint_every", "eval_every", "sample_every", "keep_checkpoints")
-    train.train(plain | {key: config[key] for key in kept}, str(tmp_path / "alone"))
+    loop.train(plain | {key: config[key] for key in kept}, str(tmp_path / "alone"))
     found, expected = stored_state(workdir, 2), stored_state(tmp_path / "alone", 2)
     leave_out_key_biases(found, expected)
     assert_alike(found, expected, 1e-4)
@@ -423,10 +423,10 @@ def test_two_processes_then_one_then_two_are_one_run(workdir, tmp_path):
     """Every resumption goes on with the next batch: losses and parameters are those of one process."""
     for steps, count in ((2, 2), (4, 1), (6, 2)):
         if count == 1:
-            train.train(recipe(steps), str(workdir))
+            loop.train(recipe(steps), str(workdir))
         else:
             run_processes(train_command(recipe(steps), workdir), count, workdir, 4)
-    train.train(recipe(6), str(tmp_path / "alone"))
+    loop.train(recipe(6), str(tmp_path / "alone"))
     losses = [logged(folder, "train/loss") for folder in (workdir, tmp_path / "alone")]
     assert list(losses[0]) == [1, 2, 3, 4, 5, 6] and losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert_alike(stored_state(workdir, 6), stored_state(tmp_path / "alone", 6), 1e-4)

@@ -10,7 +10,8 @@ import pytest
 from etils import epath
 
 from dalle2_jax.models import models
-from dalle2_jax.train import resume, train
+from dalle2_jax.train import checks, resume
+from dalle2_jax.train.plan import Plan
 from tests import tiny_run
 from tests.data import shards_for_tests as made
 from tests.tiny_run import assert_same, config, logged, status, steps_of, stored_state
@@ -81,7 +82,7 @@ def test_the_budget_of_bad_records_may_be_raised_as_its_error_says(
     shutil.copytree(whole, tmp_path / "run")
     for step in (4, 5, 6):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
-    assert status(strict, tmp_path / "run", monkeypatch) == train.FAILED
+    assert status(strict, tmp_path / "run", monkeypatch) == checks.FAILED
     assert "raise data.max_bad_fraction" in caplog.text
     assert status(config(data, 6), tmp_path / "run", monkeypatch) == 0
     assert_same(stored_state(whole, 6), stored_state(tmp_path / "run", 6))
@@ -192,11 +193,11 @@ def test_a_dataset_that_changed_is_gone_on_with_by_permission(data, whole, tmp_p
     shutil.copytree(data, folder)
     assert status(config(folder, 2), workdir, monkeypatch) == 0
     made.write_samples(folder / "00001.tar", range(3))
-    assert status(config(folder, 4), workdir, monkeypatch) == train.FAILED
+    assert status(config(folder, 4), workdir, monkeypatch) == checks.FAILED
     assert "--allow_changed=data\n  added: 00001.tar" in caplog.text
     with monkeypatch.context() as patched:
         killed = unittest.mock.Mock(side_effect=KeyboardInterrupt)
-        patched.setattr(train, "jit_step", killed)
+        patched.setattr(Plan, "jit_step", killed)
         with pytest.raises(KeyboardInterrupt):
             status(config(folder, 4), workdir, patched, ["data"])
     killed.assert_called_once()
@@ -210,7 +211,7 @@ def test_a_dataset_that_changed_is_gone_on_with_by_permission(data, whole, tmp_p
     assert status(config(folder, 5), workdir, monkeypatch, ["data"]) == 0  # the same command goes on
     assert status(config(folder, 6), workdir, monkeypatch) == 0
     (folder / "00001.tar").unlink()
-    assert status(config(folder, 7), workdir, monkeypatch) == train.FAILED
+    assert status(config(folder, 7), workdir, monkeypatch) == checks.FAILED
     assert "removed: 00001.tar" in caplog.messages[-1]
 
 
@@ -222,7 +223,7 @@ def test_another_frozen_clip_at_the_same_place_is_refused(data, tmp_path, monkey
     assert status(config(data, 2, **settings), workdir, monkeypatch) == 0
     params["text"]["kernel"] = params["text"]["kernel"].copy()
     params["text"]["kernel"][1, 2] += 1e-6
-    assert status(config(data, 3, **settings), workdir, monkeypatch) == train.FAILED
+    assert status(config(data, 3, **settings), workdir, monkeypatch) == checks.FAILED
     assert "the CLIP has changed since step 2" in caplog.text and steps_of(workdir) == [1, 2]
     older = tmp_path / "older"
     shutil.copytree(workdir, older)
@@ -236,5 +237,5 @@ def test_another_frozen_clip_at_the_same_place_is_refused(data, tmp_path, monkey
     assert "changed from step 2 on, as allowed: clip: " in caplog.text
     assert status(config(data, 4, **settings), workdir, monkeypatch) == 0
     params["text"]["kernel"][1, 2] -= 1e-6
-    assert status(config(data, 5, **settings), workdir, monkeypatch) == train.FAILED
+    assert status(config(data, 5, **settings), workdir, monkeypatch) == checks.FAILED
     assert logged(workdir, "train/loss").keys() == {1, 2, 3, 4}

@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from dalle2_jax.models.stages import Loss
-from dalle2_jax.train import optim, state
+from dalle2_jax.train import optim
+from dalle2_jax.train.step import MAX_BAD_STEPS, SPIKES_IN_A_ROW, TrainState, init_state, make_train_step
 
 KEY = jax.random.key(0)
 
@@ -52,14 +53,14 @@ OPTIMIZER = optim.make_optimizer(learning_rate=1e-2, num_steps=100)
 
 
 def start(stage=None, optimizer=OPTIMIZER):
-    return state.init_state(stage or Line(), optimizer, KEY, batch_of(8))
+    return init_state(stage or Line(), optimizer, KEY, batch_of(8))
 
 
 @functools.cache
 def step_of(stage=None, **options):
     """train_step(state, batch, frozen={}), compiled once for all tests."""
     settings = dict(seed=0, ema_decay=0.9) | options
-    step = jax.jit(state.make_train_step(stage or Line(), OPTIMIZER, **settings))
+    step = jax.jit(make_train_step(stage or Line(), OPTIMIZER, **settings))
     return lambda train_state, batch, frozen=None: step(train_state, batch, frozen or {})
 
 
@@ -82,7 +83,7 @@ def test_the_average_starts_at_the_parameters_but_is_no_alias():
     assert_equal(first.params, first.ema_params)
     pairs = zip(jax.tree.leaves(first.params), jax.tree.leaves(first.ema_params), strict=True)
     assert all(a is not b for a, b in pairs)
-    donating = jax.jit(state.make_train_step(Line(), OPTIMIZER, seed=0, ema_decay=0.9), donate_argnums=0)
+    donating = jax.jit(make_train_step(Line(), OPTIMIZER, seed=0, ema_decay=0.9), donate_argnums=0)
     assert donating(first, batch_of(8), {})[0].step == 1
 
 
@@ -97,9 +98,9 @@ def test_the_average_has_its_closed_form(decay, first_step, number):
     (1 - decay) k >= 10 decay - 1. In bfloat16 the average would stay at 1 for good: 0.9999 rounds to 1.
     """
     frozen = optax.sgd(0.0)
-    train_step = state.make_train_step(Line(), frozen, seed=0, ema_decay=decay)
+    train_step = make_train_step(Line(), frozen, seed=0, ema_decay=decay)
     ones = jax.tree.map(jnp.ones_like, start(optimizer=frozen).params)
-    begin = state.TrainState(
+    begin = TrainState(
         jnp.int32(first_step), jax.tree.map(lambda x: 2 * x, ones), ones, frozen.init(ones), jnp.int32(0)
     )
     batch = batch_of(2)
@@ -190,14 +191,14 @@ def test_bad_steps_are_counted_one_by_one_and_in_streaks():
     """Isolated ones leave a trace, and so does a streak that has ended: its eighth step is remembered."""
     train_step, good = step_of(), batch_of(8)
     bad = good | {"y": np.full((8, 2), np.nan, np.float32)}
-    lengths, train_state = (1, state.MAX_BAD_STEPS - 1, state.MAX_BAD_STEPS + 2, 3), start()
+    lengths, train_state = (1, MAX_BAD_STEPS - 1, MAX_BAD_STEPS + 2, 3), start()
     for length in lengths:
         for batch in [bad] * length + [good]:
             train_state, scalars = train_step(train_state, batch)
     assert train_state.bad_steps == scalars["bad_steps"] == 0
     assert train_state.bad_total == scalars["bad_total"] == sum(lengths)
     # steps 1 and 2, then 8, then 8 of the third streak: it alone is long enough
-    assert train_state.bad_streak == scalars["bad_streak"] == 2 + state.MAX_BAD_STEPS + state.MAX_BAD_STEPS
+    assert train_state.bad_streak == scalars["bad_streak"] == 2 + MAX_BAD_STEPS + MAX_BAD_STEPS
     assert train_state.bad_total.dtype == train_state.bad_streak.dtype == jnp.int32
 
 
@@ -253,7 +254,7 @@ def spiked(count: int, size: float = 0.0) -> dict:
 def spike_run(sizes, sigma=6.0):
     """(states, scalars) after each of so many steps."""
     train_step = step_of(spike_sigma=sigma)
-    train_state = state.init_state(Line(), OPTIMIZER, KEY, batch_of(8), sigma)
+    train_state = init_state(Line(), OPTIMIZER, KEY, batch_of(8), sigma)
     states, scalars = [], []
     for count, size in enumerate(sizes):
         train_state, told = train_step(train_state, spiked(count, size))
@@ -299,7 +300,7 @@ def test_a_skipped_step_changes_nothing_and_is_forgotten():
 def test_what_stays_up_is_a_new_level_and_no_spike():
     states, scalars = spike_run([0] * 70 + [30] * 12)
     skipped = np.diff([int(told["spikes"]) for told in scalars])[69:]
-    assert skipped.tolist() == [1] * state.SPIKES_IN_A_ROW + [0] * (12 - state.SPIKES_IN_A_ROW)
+    assert skipped.tolist() == [1] * SPIKES_IN_A_ROW + [0] * (12 - SPIKES_IN_A_ROW)
     assert differ(states[-1].params, states[69].params)
 
 

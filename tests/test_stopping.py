@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from dalle2_jax.train import stopping, train
+from dalle2_jax.train import inputs, loop, stopping
+from dalle2_jax.train.plan import Plan
 from tests import tiny_run
 from tests.tiny_run import assert_same, config, status, steps_of, stored_state
 
@@ -59,7 +60,8 @@ def test_a_run_that_is_told_before_its_first_step_stops_without_it(
         def __init__(self, jitted):
             self.lower = strike(jitted.lower)
 
-    jit_step = train.jit_step
+    jit_step = Plan.jit_step
+    places = {"make_datasets": inputs, "make_plan": loop, "jit_step": Plan}
     for begun in (False, True):
         if begun:
             shutil.copytree(whole, workdir)
@@ -68,9 +70,9 @@ def test_a_run_that_is_told_before_its_first_step_stops_without_it(
         struck.clear()
         with monkeypatch.context() as patched:
             if where == "the compiler":
-                patched.setattr(train, "jit_step", lambda *args: Striking(jit_step(*args)))
+                patched.setattr(Plan, "jit_step", lambda plan: Striking(jit_step(plan)))
             else:
-                patched.setattr(train, where, strike(getattr(train, where)))
+                patched.setattr(places[where], where, strike(getattr(places[where], where)))
             assert status(config(data, 4), workdir, patched) == (0 if number == signal.SIGTERM else 130)
         assert struck == [where]
         assert "stopped before the first step; run the same command to go on" in caplog.messages

@@ -17,7 +17,8 @@ import pytest
 from configs import upsampler256
 from dalle2_jax.models import models
 from dalle2_jax.runtime import checkpoint
-from dalle2_jax.train import lock, train
+from dalle2_jax.train import checks, lock, loop
+from dalle2_jax.train.run import started_from
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,14 +52,14 @@ def logged(workdir, name: str) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def four_steps(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
-    train.train(recipe(4), str(workdir))
+    loop.train(recipe(4), str(workdir))
     return workdir
 
 
 def test_four_steps_equal_two_a_stop_and_two(four_steps, tmp_path):
-    train.train(recipe(2), str(tmp_path))
+    loop.train(recipe(2), str(tmp_path))
     between = stored_state(tmp_path, 2)
-    train.train(recipe(4), str(tmp_path))
+    loop.train(recipe(4), str(tmp_path))
     whole, resumed = stored_state(four_steps, 4), stored_state(tmp_path, 4)
     assert whole.keys() == resumed.keys() and len(whole) > 100
     for name in whole:
@@ -71,7 +72,7 @@ def test_four_steps_equal_two_a_stop_and_two(four_steps, tmp_path):
 
 def test_a_finished_run_does_nothing(four_steps):
     before = sorted(path.name for path in (four_steps / "checkpoints").iterdir())
-    train.train(recipe(4), str(four_steps))
+    loop.train(recipe(4), str(four_steps))
     assert sorted(path.name for path in (four_steps / "checkpoints").iterdir()) == before
 
 
@@ -80,7 +81,7 @@ def test_another_config_on_resume_is_refused_with_the_differences(four_steps):
     changed["model"]["channels"] = 32
     changed["optim"]["learning_rate"] = 0.5
     with pytest.raises(ValueError, match=r"model.channels: 16 in the workdir, 32 now") as error:
-        train.train(changed, str(four_steps))
+        loop.train(changed, str(four_steps))
     assert "optim.learning_rate" in str(error.value)
 
 
@@ -95,7 +96,7 @@ def test_remat_is_free_and_changes_rounding_alone(four_steps, tmp_path):
     stored["model"]["remat"] = True
     (tmp_path / "config.json").write_text(json.dumps(stored))
     changed["model"]["remat"] = "none"
-    train.train(changed, str(tmp_path))
+    loop.train(changed, str(tmp_path))
     expected, found = stored_state(four_steps, 4), stored_state(tmp_path, 4)
     assert found.keys() == expected.keys()
     for name in expected:
@@ -117,11 +118,11 @@ def test_misspelt_settings_are_named_with_the_nearest(tmp_path):
             place = place[name]
         place[names[-1]] = 3
         with pytest.raises(ValueError, match=message):
-            train.train(config, str(tmp_path / "run"))
+            loop.train(config, str(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"optim.warmup_steps=2 must be in \[0, num_steps=1\)"):
-        train.train(recipe(1, optim=dict(warmup_steps=2)), str(tmp_path / "run"))
+        loop.train(recipe(1, optim=dict(warmup_steps=2)), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    assert set(recipe(1)) == set(train.SETTINGS)
+    assert set(recipe(1)) == set(checks.SETTINGS)
 
 
 def run_command(workdir, *overrides: str, devices: int = 1) -> subprocess.Popen:
@@ -175,14 +176,14 @@ def test_impossible_settings_stop_at_once(override, said, tmp_path):
 def test_a_workdir_that_cannot_be_made_or_is_in_use_stops_at_once(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="workdir .*file/work cannot be written"):
-        train.train(recipe(1), str(tmp_path / "file" / "work"))
+        loop.train(recipe(1), str(tmp_path / "file" / "work"))
     other = subprocess.Popen(["sleep", "60"])
     try:
         with monkeypatch.context() as patched:
             patched.setattr(lock.os, "getpid", lambda: other.pid)
             held = lock.Lock(tmp_path, beat=0.05)
         with pytest.raises(ValueError, match=f"being written by process {other.pid}"):
-            train.train(recipe(1), str(tmp_path))
+            loop.train(recipe(1), str(tmp_path))
         held.release()
     finally:
         other.kill()
@@ -204,7 +205,7 @@ def test_sigterm_saves_and_ends_with_status_0(tmp_path):
 
 
 def test_init_from_starts_from_the_parameters(four_steps, tmp_path):
-    train.train(
+    loop.train(
         recipe(1, init_from=str(four_steps), optim=dict(recipe(1)["optim"], learning_rate=1e-9)),
         str(tmp_path),
     )
@@ -216,9 +217,9 @@ def test_init_from_starts_from_the_parameters(four_steps, tmp_path):
 def test_parameters_that_a_start_lacks_begin_fresh_and_others_must_fit():
     fresh = {"net": {"a": {"kernel": np.zeros(3)}, "new": {"kernel": np.zeros(2)}}}
     loaded = {"net": {"a": {"kernel": np.ones(3)}}}
-    started = train.started_from("before", loaded, fresh)
+    started = started_from("before", loaded, fresh)
     np.testing.assert_array_equal(started["net"]["a"]["kernel"], 1)
     np.testing.assert_array_equal(started["net"]["new"]["kernel"], 0)
     for other in ({"kernel": np.ones(4)}, {"kernel": np.ones(3), "bias": np.ones(3)}):
         with pytest.raises(ValueError, match="before and the model do not fit"):
-            train.started_from("before", {"net": {"a": other}}, fresh)
+            started_from("before", {"net": {"a": other}}, fresh)

@@ -15,7 +15,9 @@ from dalle2_jax.convert import convert
 from dalle2_jax.generate import pipeline
 from dalle2_jax.models import models
 from dalle2_jax.runtime import checkpoint, modeldir, partition
-from dalle2_jax.train import state, train
+from dalle2_jax.train import loop, statistics
+from dalle2_jax.train.plan import Plan
+from dalle2_jax.train.step import TrainState
 
 CLASSIFIER = dict(
     num_classes=3,
@@ -45,9 +47,9 @@ def root(tmp_path_factory):
     """Workdirs of two steps each: clip, prior, ar_prior, decoder64."""
     root = tmp_path_factory.mktemp("stages")
     clip = str(root / "clip")
-    train.train(recipe("clip"), clip)
+    loop.train(recipe("clip"), clip)
     for name in ("prior", "ar_prior", "decoder64"):
-        train.train(recipe(name, clip=clip), str(root / name))
+        loop.train(recipe(name, clip=clip), str(root / name))
     return root
 
 
@@ -57,7 +59,7 @@ def classifier(tmp_path_factory):
     root = tmp_path_factory.mktemp("classifiers")
     config = recipe("decoder64", stage="classifier", model=CLASSIFIER)
     config["data"]["classes"] = ["circle", "square", "star"]
-    train.train(config, str(root / "classifier"))
+    loop.train(config, str(root / "classifier"))
     return root
 
 
@@ -115,14 +117,14 @@ def test_a_prior_measures_its_average_over_training_data(root):
 
     mesh = partition.make_mesh(**config["mesh"])
     doubled = jax.tree.map(lambda x: 2 * x, params["net"])
-    given = state.TrainState(
+    given = TrainState(
         step=jnp.int32(2),
         params=params,
         ema_params=average | {"net": doubled},
         opt_state=(),
         bad_steps=jnp.int32(0),
     )
-    measure = train.make_measure(config, stage, lambda _, batch: batch, Dataset(), {}, mesh)
+    measure = statistics.make_measure(Plan(config, stage, mesh), Dataset(), {})
     found = measure(given)
     of_average, of_last = (
         np.mean(

@@ -1,6 +1,6 @@
-"""The smallest run: a denoiser of 8 x 8 pictures with two layers, through the whole of train.py in a second.
+"""The smallest run: a denoiser of 8 x 8 pictures with two layers, through the whole of training in a second.
 
-python -m tests.tiny_run WORKDIR DATA [NAME=VALUE ...]    a process of its own, with train.py's exit statuses
+python -m tests.tiny_run WORKDIR DATA [NAME=VALUE ...]    a process of its own, with training's exit statuses
 """
 
 import contextlib
@@ -23,7 +23,8 @@ from configs import common
 from dalle2_jax.models import models
 from dalle2_jax.models.stages import Loss
 from dalle2_jax.runtime import checkpoint, processes
-from dalle2_jax.train import train
+from dalle2_jax.train import __main__ as command
+from dalle2_jax.train import inputs
 from tests.data import shards_for_tests as made
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +91,7 @@ def whole_run(data, num_steps: int, workdir):
 def poison(monkeypatch, is_bad) -> list[list[int]]:
     """Makes pictures that are not numbers of those of the steps of which `is_bad(step)`; returns the records
     that each step read, as they are read."""
-    make, read = train.make_datasets, []
+    make, read = inputs.make_datasets, []
 
     class Poisoned:
         def __init__(self, dataset):
@@ -109,16 +110,16 @@ def poison(monkeypatch, is_bad) -> list[list[int]]:
         training, validation = make(*args)
         return Poisoned(training), validation
 
-    monkeypatch.setattr(train, "make_datasets", poisoned)
+    monkeypatch.setattr(inputs, "make_datasets", poisoned)
     return read
 
 
 def run_main(settings: dict, workdir, set_attribute, allow_changed=()) -> int:
-    """The exit status of `train.main` in this process; `set_attribute(module, name, value)`."""
+    """The exit status of the command in this process; `set_attribute(module, name, value)`."""
     flags = dict(config=settings, workdir=str(workdir), allow_changed=allow_changed, debug=False)
-    set_attribute(train, "FLAGS", types.SimpleNamespace(**flags))
+    set_attribute(command, "FLAGS", types.SimpleNamespace(**flags))
     try:
-        train.main(["train"])
+        command.main(["train"])
     except SystemExit as ended:
         return ended.code
     return 0

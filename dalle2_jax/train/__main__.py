@@ -1,12 +1,38 @@
-"""python -m dalle2_jax.train --config=configs/X.py[:preset] --workdir=DIR [--config.a.b=value ...]"""
+"""python -m dalle2_jax.train --config=configs/X.py[:preset] --workdir=DIR [--config.a.b=value ...]
+
+Trains one stage; the loop is the same for all of them. Running the same command again goes on from the last
+committed checkpoint with exactly the next batch. DIR gets config.json, tokenizer/, checkpoints/,
+metrics.jsonl, TensorBoard events, samples/ and, on request, profile/. Several processes, each started with
+the same command on the same DIR, train as one: see `processes`.
+"""
 
 from absl import app, flags, logging
 
-from dalle2_jax.runtime import commandline, processes
+from dalle2_jax.models import models
+from dalle2_jax.runtime import commandline, partition, processes
 from dalle2_jax.runtime.commandline import define_config
-from dalle2_jax.train import train
+from dalle2_jax.train import checks, loop
 
-__doc__ = train.__doc__  # what --help prints
+FLAGS = flags.FLAGS
+
+
+def main(argv):
+    """Run the command; `argv` without the flags."""
+    from dalle2_jax.data import budget
+
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    partition.initialise()
+    config = models.to_plain(FLAGS.config)
+    refused = (ValueError, OSError, budget.TooManyBadRecords)
+    with processes.together(refused, status=checks.FAILED, say=logging.error, debug=FLAGS.debug):
+        processes.join()
+        try:
+            loop.train(config, FLAGS.workdir, FLAGS.allow_changed)
+        except FloatingPointError as error:  # which all processes see at the same step
+            logging.error("%s", error)
+            raise SystemExit(3) from (error if FLAGS.debug else None)
+
 
 if __name__ == "__main__":
     define_config()
@@ -23,6 +49,6 @@ if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
     logging.set_verbosity(logging.INFO)
     try:
-        app.run(train.main)
+        app.run(main)
     except SystemExit as ended:
         processes.leave(ended.code)

@@ -1,6 +1,6 @@
 """Steps whose loss or gradient is not finite: each line of the log tells, and a streak of them ends the run.
 
-Such a step changes nothing (`state`), so a streak does no harm, but a run that takes no step learns nothing.
+Such a step changes nothing (see `step`). A streak does no harm, but a run that takes no step learns nothing.
 """
 
 import collections
@@ -12,8 +12,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from dalle2_jax.runtime import checkpoint, modeldir, partition
-from dalle2_jax.train.state import MAX_BAD_STEPS, TrainState
+from dalle2_jax.runtime import modeldir, partition
+from dalle2_jax.train.run import Run
+from dalle2_jax.train.step import MAX_BAD_STEPS, TrainState
 
 _KEPT = 1000  # steps between lines of the log of which the records are remembered
 
@@ -22,23 +23,14 @@ class BadSteps:
     """Looks at the counters of the state at each line of the log, and so before each save.
 
     Args:
-      workdir: where bad_steps.json goes.
-      checkpointer: the run's, which a streak waits for.
-      train_state: that the run begins with; what it has counted was told before it was saved.
-      log_every: the most steps between lines.
-      mesh: of the batches.
+      run: its checkpointer is waited for, its workdir gets bad_steps.json.
+      state: the state that the run begins with. Its counters were already reported.
     """
 
-    def __init__(
-        self,
-        workdir: epath.Path,
-        checkpointer: checkpoint.Checkpointer,
-        train_state: TrainState,
-        log_every: int,
-        mesh,
-    ):
-        self._workdir, self._checkpointer, self._mesh = workdir, checkpointer, mesh
-        self._total, self._streak = int(train_state.bad_total), int(train_state.bad_streak)
+    def __init__(self, run: Run, state: TrainState):
+        self._run = run
+        self._total, self._streak = int(state.bad_total), int(state.bad_streak)
+        log_every = run.plan.config["log_every"]
         self._batches = collections.deque(maxlen=min(log_every, _KEPT) + MAX_BAD_STEPS + 1)
 
     def read(self, step: int, index: np.ndarray) -> None:
@@ -66,11 +58,12 @@ class BadSteps:
             self._total = total
             return
         count, end = (row, step) if row >= MAX_BAD_STEPS else (MAX_BAD_STEPS, streak)
-        self._checkpointer.wait()
+        self._run.checkpointer.wait()
         note = self._note(end, scalars)
+        good = self._run.checkpointer.latest_step()
         raise FloatingPointError(
             f"{count} steps in a row had a loss or gradient that is not finite (step {end}); they changed "
-            f"nothing, and the last good state is checkpoint {self._checkpointer.latest_step()}. The records "
+            f"nothing, and the last good state is checkpoint {good}. The records "
             f"of the last batches are in {note}: look at them, or lower optim.learning_rate or set "
             "optim.grad_clip and go on with --allow_changed=optim"
         )
@@ -78,12 +71,12 @@ class BadSteps:
     def _note(self, end: int, scalars: Mapping[str, float]) -> epath.Path:
         """Writes the records of the steps up to `end`."""
         records = {
-            str(step): partition.gather_index(index, self._mesh).tolist()
+            str(step): partition.gather_index(index, self._run.plan.mesh).tolist()
             for step, index in self._batches
             if end - MAX_BAD_STEPS < step <= end
         }
         shown = {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()}
-        path = self._workdir / "bad_steps.json"
+        path = self._run.workdir / "bad_steps.json"
         if jax.process_index() == 0:
             modeldir.write_json(path, {"step": end, "scalars": shown, "records": records})
         return path

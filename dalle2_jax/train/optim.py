@@ -14,6 +14,7 @@ Weight decay is left off gains, biases and temperatures, that is off every array
 (arXiv:2103.00020, section 2.5). Moments are float32 whatever the gradients are.
 """
 
+import dataclasses
 import re
 from collections.abc import Sequence
 
@@ -154,23 +155,11 @@ def _muon() -> optax.GradientTransformation:
     return optax.chain(momentum, optax.GradientTransformation(optax.init_empty_state, update))
 
 
-def make_optimizer(
-    *,
-    learning_rate: float,
-    num_steps: int,
-    warmup_steps: int = 0,
-    schedule: str = "constant",
-    final_fraction: float = 0.0,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    grad_clip: float | None = None,
-    muon_learning_rate: float = 0.0,
-) -> optax.GradientTransformation:
-    """Returns the optax transformation of the module's docstring, with the learning rate of `make_schedule`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `config.optim` holds, and the length of the run.
 
-    Args:
+    Attributes:
       learning_rate: the peak.
       num_steps: length of the run; cosine and linear schedules end there at `final_fraction` of the peak.
       warmup_steps: steps of linear warm-up.
@@ -184,33 +173,63 @@ def make_optimizer(
     Raises:
       ValueError: for a value outside its range; the message names the setting.
     """
-    for name, value in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= value < 1:
-            raise ValueError(f"optim.{name}={value} must be in [0, 1)")
-    if eps <= 0:
-        raise ValueError(f"optim.eps={eps} must be > 0")
-    if weight_decay < 0:
-        raise ValueError(f"optim.weight_decay={weight_decay} must be >= 0 (0 for none)")
-    if grad_clip is not None and grad_clip < 0:
-        raise ValueError(f"optim.grad_clip={grad_clip} must be >= 0 (0 or None for none)")
-    if muon_learning_rate < 0:
-        raise ValueError(f"optim.muon_learning_rate={muon_learning_rate} must be >= 0 (0 for AdamW alone)")
+
+    learning_rate: float
+    num_steps: int
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    final_fraction: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float | None = None
+    muon_learning_rate: float = 0.0
+
+    def __post_init__(self):
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
+        if self.eps <= 0:
+            raise ValueError(f"optim.eps={self.eps} must be > 0")
+        for name, none in (
+            ("weight_decay", "0 for none"),
+            ("grad_clip", "0 or None for none"),
+            ("muon_learning_rate", "0 for AdamW alone"),
+        ):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be >= 0 ({none})")
+        self.learning_rates(self.learning_rate)
+
+    def learning_rates(self, peak: float) -> optax.Schedule:
+        """`make_schedule` with this peak."""
+        return make_schedule(peak, self.num_steps, self.schedule, self.warmup_steps, self.final_fraction)
+
+
+def make_optimizer(**settings) -> optax.GradientTransformation:
+    """Returns the optax transformation of the module's docstring; `settings` are those of `Settings`.
+
+    Raises ValueError for a value outside its range; the message names the setting.
+    """
+    made = Settings(**settings)
 
     def chain(direction, peak):
         """Direction, weight decay, learning rate."""
-        decay = [optax.add_decayed_weights(weight_decay, mask=decay_mask)] if weight_decay else []
-        rate = make_schedule(peak, num_steps, schedule, warmup_steps, final_fraction)
-        return optax.chain(direction, *decay, optax.scale_by_learning_rate(rate))
+        decay = [optax.add_decayed_weights(made.weight_decay, mask=decay_mask)] if made.weight_decay else []
+        rate = optax.scale_by_learning_rate(made.learning_rates(peak))
+        return optax.chain(direction, *decay, rate)
 
-    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps, mu_dtype=jnp.float32)
-    optimizer = chain(adam, learning_rate)
-    if muon_learning_rate:
+    adam = optax.scale_by_adam(b1=made.beta1, b2=made.beta2, eps=made.eps, mu_dtype=jnp.float32)
+    optimizer = chain(adam, made.learning_rate)
+    if made.muon_learning_rate:
 
         def labels(params):
             return jax.tree_util.tree_map_with_path(
                 lambda path, p: "muon" if is_hidden_kernel(path, p) else "adam", params
             )
 
-        muon = chain(_muon(), muon_learning_rate)
+        muon = chain(_muon(), made.muon_learning_rate)
         optimizer = optax.partition({"muon": muon, "adam": optimizer}, labels)
-    return optax.chain(optax.clip_by_global_norm(grad_clip), optimizer) if grad_clip else optimizer
+    if not made.grad_clip:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(made.grad_clip), optimizer)

@@ -13,13 +13,15 @@ from absl import logging
 from dalle2_jax.runtime import partition
 from dalle2_jax.runtime.batch import field, stills
 from dalle2_jax.runtime.grid import labelled_grid
+from dalle2_jax.train.plan import Plan
 
 
 class Validation:
     """Validation loss at fixed timesteps with fixed noise, and samples for fixed captions, both from the
     average."""
 
-    def __init__(self, config, stage, fill, dataset, mesh):
+    def __init__(self, plan: Plan, dataset):
+        config, mesh, stage = plan.config, plan.mesh, plan.stage
         self._stage = stage
         batches = dataset.batches(config["batch_size"], **partition.host_slice(mesh))
         raw = [next(batches) for _ in range(config["eval_batches"])]
@@ -30,11 +32,12 @@ class Validation:
 
         @functools.partial(jax.jit, compiler_options=partition.compiler_options())
         def evaluate(params, frozen, batch, step):
-            return stage.loss(params, jax.random.key(0), fill(frozen, batch), step=step, train=False).scalars
+            batch = plan.fill(frozen, batch)
+            return stage.loss(params, jax.random.key(0), batch, step=step, train=False).scalars
 
         @functools.partial(jax.jit, compiler_options=partition.compiler_options())
         def sample(params, frozen, batch):
-            filled = fill(frozen, {name: value[:count] for name, value in batch.items()})
+            filled = plan.fill(frozen, {name: value[:count] for name, value in batch.items()})
             keys = jax.random.split(jax.random.key(config["seed"]), count)
             return stage.sample(params, keys, filled), filled
 

@@ -17,7 +17,8 @@ from dalle2_jax.generate import editing, pipeline
 from dalle2_jax.models import models
 from dalle2_jax.models.diffusion import sampling
 from dalle2_jax.runtime import modeldir
-from dalle2_jax.train import train
+from dalle2_jax.train import inputs
+from dalle2_jax.train.run import started_from
 
 torch = pytest.importorskip("torch", reason="the oracle is in torch")
 
@@ -233,13 +234,13 @@ def test_a_stage_is_trained_on_with_its_own_tokenizer(repainting, stage, tmp_pat
     """Without a CLIP; its parameters are what the released ones were, and it needs captions alone."""
     config = importlib.import_module("configs.finetune").get_config(f"{repainting[2]}/{stage}").to_dict()
     assert not config["clip"] and config["tokenizer"]["context_length"] == LENGTH
-    tokens, _ = train.make_tokenizer(config, tmp_path, "")([CAPTION])
+    tokens, _ = inputs.make_tokenizer(config, tmp_path)([CAPTION])
     assert (tokens == load_tokenizer(repainting[2] / "tokenizer", LENGTH)([CAPTION])[0]).all()
     built = models.build_stage(config)
-    fields = train.dataset_fields(config, built, None)
+    fields = inputs.dataset_fields(config, built, None)
     assert {"image", "tokens", "token_mask"} <= fields and "image_embed" not in fields
     _, _, params = models.load_start(config["init_from"], config)
-    modeldir.check_params(train.started_from("", params, models.abstract_params(built)), params)
+    modeldir.check_params(started_from("", params, models.abstract_params(built)), params)
 
 
 def test_the_tokenizer_has_neither_start_nor_end(tmp_path):

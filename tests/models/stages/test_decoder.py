@@ -10,7 +10,8 @@ import pytest
 
 from dalle2_jax.models import models
 from dalle2_jax.models.stages import conditions, decoder
-from dalle2_jax.train import optim, state
+from dalle2_jax.train import optim
+from dalle2_jax.train.step import init_state, make_train_step
 from tests.learned import assert_within, descend, key_of, share_nearest
 
 KEY = jax.random.key(0)
@@ -353,11 +354,11 @@ def test_training_by_the_bound_notes_its_terms_and_draws_times_by_them():
     stage, batch = build_flat(loss="vlb", text=None), batch_of(4)
     batch = {name: batch[name] for name in stage.batch_spec(4)}
     optimizer = optim.make_optimizer(learning_rate=1e-3, num_steps=10, weight_decay=0.1)
-    shapes = jax.eval_shape(lambda key: state.init_state(stage, optimizer, key, batch), KEY)
+    shapes = jax.eval_shape(lambda key: init_state(stage, optimizer, key, batch), KEY)
     empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     params = random_params(stage) | {"stats": empty.params["stats"]}
     train_state = dataclasses.replace(empty, params=params, ema_params=params)
-    step = jax.jit(state.make_train_step(stage, optimizer, seed=0, ema_decay=0.9))
+    step = jax.jit(make_train_step(stage, optimizer, seed=0, ema_decay=0.9))
     for _ in range(2):
         before = train_state.params
         train_state, scalars = step(train_state, batch, {})

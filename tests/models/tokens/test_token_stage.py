@@ -22,7 +22,7 @@ from dalle2_jax.models.stages import Loss
 from dalle2_jax.models.tokens.decode import Options, decode
 from dalle2_jax.models.tokens.layout import Layout, Part
 from dalle2_jax.runtime import partition
-from dalle2_jax.train import state
+from dalle2_jax.train import step as train_step
 from tests.learned import key_of
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], np.float32)
@@ -139,7 +139,7 @@ def trained():
 
     with partition.use_mesh(mesh):
         begin = functools.partial(
-            state.init_state,
+            train_step.init_state,
             stage,
             optimizer,
             key_of(0),
@@ -148,7 +148,7 @@ def trained():
         shardings = partition.shardings(jax.eval_shape(begin), mesh)
         train_state = jax.jit(begin, out_shardings=shardings)()
         step = jax.jit(
-            state.make_train_step(stage, optimizer, seed=0, ema_decay=0.9, grad_accum=2, fill=fill),
+            train_step.make_train_step(stage, optimizer, seed=0, ema_decay=0.9, grad_accum=2, fill=fill),
             donate_argnums=0,
             out_shardings=(shardings, partition.replicated(mesh)),
         )

@@ -1,0 +1,77 @@
+"""Checks of settings before anything is read or compiled: unknown names, values that cannot go together."""
+
+import inspect
+
+from dalle2_jax.models import models
+from dalle2_jax.runtime import partition
+from dalle2_jax.train import optim, resume
+
+FAILED = 2  # exit status of a run whose settings, data or disk do not allow it
+# What a config holds; `model`, `data`, `optim` and `mesh` are keywords of functions.
+SETTINGS = (
+    *(name for name in resume.FREE if "." not in name),
+    "stage",
+    "model",
+    "data",
+    "tokenizer",
+    "optim",
+    "batch_size",
+    "grad_accum",
+    "spike_sigma",
+    "ema_decay",
+    "seed",
+    "clip",
+    "init_from",
+)
+TOKENIZER_SETTINGS = ("path", "vocab_size", "context_length")
+
+
+def check_names(config: dict) -> None:
+    """Raise ValueError for a setting that there is not; those of `model` are looked at where it is built."""
+    from dalle2_jax.data.settings import DataSettings
+
+    models.check_names(config, SETTINGS, "config")
+    of_data = [*inspect.signature(DataSettings).parameters, "eval_split"]
+    models.check_names(config["data"], of_data, "data")
+    models.check_names(config["tokenizer"], TOKENIZER_SETTINGS, "tokenizer")
+    models.check_keywords(partition.make_mesh, config["mesh"], "mesh")
+    models.check_keywords(optim.Settings, dict(config["optim"], num_steps=1), "optim")
+
+
+def check_settings(config: dict, stage, mesh) -> None:
+    """Raise ValueError for settings that cannot go together, before anything is read or compiled."""
+    if config["batch_size"] % config["grad_accum"]:
+        raise ValueError(
+            f"batch_size {config['batch_size']} is not a multiple of grad_accum {config['grad_accum']}"
+        )
+    partition.check_batch_size(config["batch_size"] // config["grad_accum"], mesh, "batch_size / grad_accum")
+    if config["spike_sigma"] < 0:
+        raise ValueError(f"spike_sigma {config['spike_sigma']} must be 0 (none) or above; 6 is usual")
+    optim.Settings(**config["optim"], num_steps=config["num_steps"])
+    classes = config["data"].get("classes", ())
+    if getattr(stage, "num_classes", 0) not in (0, len(classes)):
+        raise ValueError(
+            f"data.classes has {len(classes)} names, model.num_classes is {stage.num_classes}: make them one"
+        )
+    if config["grad_accum"] > 1 and getattr(stage, "whole_batch", False):
+        raise ValueError(
+            f"the loss of stage {config['stage']!r} compares all examples of a batch, which cannot be cut: "
+            "set grad_accum=1 (model.remat='all' saves memory)"
+        )
+    tower = config["model"].get("vision") or {}
+    if getattr(stage, "sam_rho", 0) and tower.get("kind") == "resnet" and mesh.shape["tensor"] > 1:
+        # XLA's partitioner would abort, and the process with it
+        raise ValueError(
+            "XLA cannot split the convolutions of SAM's replicas over mesh.tensor="
+            f"{mesh.shape['tensor']}: set mesh.tensor=1, or model.sam_rho=0, or model.vision.kind='vit'"
+        )
+
+
+def check_vocabulary(config: dict, tokenizer) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the stage's text network has embeddings."""
+    vocab_size = (config["model"].get("text") or {}).get("vocab_size")
+    if vocab_size and tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, model.text.vocab_size is {vocab_size}: "
+            f"raise it to {tokenizer.vocab_size}"
+        )

@@ -1,0 +1,95 @@
+"""What a run reads: its tokenizer, and the datasets for training and validation."""
+
+from etils import epath
+
+from dalle2_jax.models import models
+from dalle2_jax.runtime import hub, processes
+from dalle2_jax.train import checks
+
+TOKENIZER_RECORDS = 10_000  # spread over the dataset; a vocabulary needs no more
+
+
+def shared_tokenizer(config: dict, workdir: epath.Path):
+    """`make_tokenizer`, by process 0 first; the other processes read what it saved. Raises ValueError for a
+    tokenizer with more tokens than the stage has embeddings for."""
+    made = processes.one_then_others("tokenizer", lambda: make_tokenizer(config, workdir))
+    checks.check_vocabulary(config, made)
+    return made
+
+
+def make_tokenizer(config: dict, workdir: epath.Path):
+    """The tokenizer of the workdir, of the frozen CLIP, or the one that the config describes (saved in the
+    workdir)."""
+    from dalle2_jax.data import pipeline, tokenizer
+
+    settings = dict(config["tokenizer"])
+    if (workdir / "tokenizer" / "tokenizer_config.json").exists():  # else a run was killed while saving it
+        return tokenizer.load_tokenizer(workdir / "tokenizer", settings["context_length"])
+    if config["clip"]:
+        folder = epath.Path(hub.local(config["clip"])) / "tokenizer"
+        made = tokenizer.load_tokenizer(folder, settings["context_length"])
+    elif settings["path"]:
+        made = tokenizer.load_tokenizer(hub.local(settings["path"]), settings["context_length"])
+    elif _precomputed(config) and (epath.Path(_precomputed(config)) / "tokenizer").exists():
+        folder = epath.Path(_precomputed(config)) / "tokenizer"  # of the CLIP that embedded the captions
+        made = tokenizer.load_tokenizer(folder, settings["context_length"])
+    else:
+        captions = pipeline.iterate_captions(
+            **pipeline_source(config), split=config["data"]["split"], limit=TOKENIZER_RECORDS
+        )
+        made = tokenizer.train_bpe(captions, settings["vocab_size"], settings["context_length"])
+    made.save(workdir / "tokenizer")
+    return made
+
+
+def pipeline_source(config: dict) -> dict:
+    """The keywords of config.data that name the dataset itself."""
+    return {
+        k: v for k, v in config["data"].items() if k not in ("split", "eval_split", "flip", "low_res_blur")
+    }
+
+
+def dataset_fields(config: dict, stage, clip) -> set[str]:
+    """What the dataset has to provide: the stage's fields, or what the frozen CLIP computes them from."""
+    spec = set(stage.batch_spec(1))
+    embeddings = spec & set(models.CLIP_FIELDS)
+    if clip is not None:
+        return spec - embeddings | clip.fields(embeddings)
+    if embeddings and not _precomputed(config):
+        raise ValueError(
+            f"stage {config['stage']!r} needs {sorted(embeddings)}: give --config.clip=WORKDIR_OR_MODEL of a "
+            "trained CLIP, or train from precomputed embeddings (--config.data.source=embeddings, or beside "
+            "pictures --config.data.embeddings=FOLDER)"
+        )
+    if "text_states" in embeddings:
+        raise ValueError(
+            f"this {config['stage']} reads CLIP's text states, which are not precomputed: give --config.clip"
+        )
+    return spec
+
+
+def _precomputed(config: dict) -> str:
+    """The folder of embeddings that a run reads, '' for none."""
+    data = config["data"]
+    return data["path"] if data["source"] == "embeddings" else data.get("embeddings", "")
+
+
+def make_datasets(config: dict, stage, clip, fields: set[str], tokenizer):
+    """(training, validation) datasets with these fields."""
+    from dalle2_jax.data import pipeline
+    from dalle2_jax.data.settings import DataSettings
+
+    options = {k: v for k, v in config["data"].items() if k not in ("split", "eval_split")}
+    options |= dict(
+        fields=tuple(sorted(fields)),
+        image_size=getattr(stage, "image_size", None),
+        clip_image_size=clip.stage.image_size if clip is not None else None,
+        low_res_size=getattr(stage, "low_res_size", None),
+        crop_size=getattr(stage, "crop_size", None),
+        tokenizer=tokenizer,
+        seed=config["seed"],
+    )
+    models.check_keywords(DataSettings, dict(options, split=""), "data")
+    train = pipeline.make_dataset(split=config["data"]["split"], **options)
+    held_out = dict(options, flip=False)
+    return train, pipeline.make_dataset(split=config["data"]["eval_split"], **held_out)

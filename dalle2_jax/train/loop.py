@@ -1,0 +1,186 @@
+"""Training, from top to bottom: `train` puts a run together, `loop` takes its steps. All stages share both.
+
+A step is a pure function, (state, batch, frozen) -> (state, scalars): see `step`. Its number determines its
+randomness and its batch, so that an interrupted run goes on as if nothing had happened.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Collection
+
+import jax
+from absl import logging
+from etils import epath
+
+from dalle2_jax.models import models
+from dalle2_jax.runtime import checkpoint, files, metrics, modeldir, partition, processes
+from dalle2_jax.train import bad_steps, inputs, profiling, resume, statistics, stopping, validation
+from dalle2_jax.train.plan import Plan, make_plan
+from dalle2_jax.train.run import Run, claimed, failing_together, first_state
+from dalle2_jax.train.step import ZERO_AT_FIRST, TrainState
+
+
+def train(config: dict, workdir: str, allow_changed: Collection[str] = ()) -> None:
+    """Train `config` (plain JSON types) in `workdir` until config['num_steps'].
+
+    allow_changed: names of settings in which a resumption may differ; see `resume`. A run that a signal stops
+    saves first, unless it has taken no step yet. Raises SystemExit after SIGINT.
+    """
+    with stopping.Stopping() as stops:
+        try:
+            stopped_by = _train(
+                models.expand_paths(config), epath.Path(files.expand(workdir)), allow_changed, stops
+            )
+        except stopping.Stopped as stopped:
+            logging.warning("stopped before the first step; run the same command to go on")
+            stopped_by = stopped.signal
+    if stopped_by == signal.SIGINT:
+        raise SystemExit(128 + stopped_by)
+
+
+def _train(
+    config: dict, workdir: epath.Path, allow_changed: Collection[str], stops: stopping.Stopping
+) -> int:
+    """Puts the run together and goes through its loop; returns the signal that stopped it, 0 for none."""
+    # What is wrong with the settings is said before a file is written or data are read.
+    plan = make_plan(config)
+    resumption = resume.Resumption(workdir, config, allow_changed)
+    frozen = {}
+    if config["clip"]:
+        clip, _, frozen = models.load_stage(config["clip"], "clip")
+        plan = dataclasses.replace(plan, clip=models.FrozenClip(clip))
+    fields = inputs.dataset_fields(config, plan.stage, plan.clip)
+    if config["init_from"]:
+        models.load_start(config["init_from"], config)
+
+    with claimed(workdir) as lock:
+        tokenizer = inputs.shared_tokenizer(config, workdir) if "tokens" in fields else None
+        dataset, held_out = inputs.make_datasets(config, plan.stage, plan.clip, fields, tokenizer)
+        if dataset.fingerprint == held_out.fingerprint:
+            logging.warning("validation reads the very records that training reads: see data.eval_split")
+        about = resume.describe(dataset, modeldir.sha256(frozen) if frozen else dataset.clip_sha256)
+        frozen = jax.device_put(frozen, partition.replicated(plan.mesh))
+        stops.check("data opened")
+
+        check = lock.check if lock else None
+        with checkpoint.Checkpointer(
+            workdir, config["keep_checkpoints"], before_save=check, zero_at_first=ZERO_AT_FIRST
+        ) as checkpointer:
+            start, state, meta = 0, None, None
+            if checkpointer.latest_step() is not None:
+                start, state, meta = checkpointer.restore_newest(plan.abstract)
+            logging.info(
+                "%s: %.2fM parameters, %d records, mesh %s, steps %d -> %d",
+                config["stage"],
+                sum(math.prod(x.shape) for x in jax.tree.leaves(plan.abstract.params)) / 1e6,
+                dataset.num_records,
+                dict(plan.mesh.shape),
+                start,
+                config["num_steps"],
+            )
+            if start >= config["num_steps"]:
+                logging.info("%s is finished at step %d; raise --config.num_steps to go on", workdir, start)
+                return 0
+            resumption.compare(meta, about)
+            if state is None:
+                checkpointer.warn_of_little_space(plan.abstract)
+                state = first_state(plan, frozen, dataset)
+            processes.sync("config compared")  # by every process, before it is written
+            if jax.process_index() == 0:  # also on resume, where settings may have changed
+                resumption.note(start)
+                modeldir.write_json(workdir / "config.json", config)
+            writer = metrics.Writer(workdir, wandb=config["wandb"] or None)
+            run = Run(plan, workdir, frozen, dataset, held_out, about, checkpointer, writer, stops)
+            with contextlib.closing(writer), partition.use_mesh(plan.mesh), failing_together():
+                return loop(run, state, start)
+
+
+def loop(run: Run, state: TrainState, start: int) -> int:
+    """Takes the steps after `start`, until the last one or a signal; reports, saves and evaluates on the way.
+
+    Returns the signal that stopped it before the last step, 0 for none. A state is measured before samples
+    are drawn and before it is saved, except for a save that a signal asks for: that one is to be quick.
+    """
+    plan, config = run.plan, run.plan.config
+    evaluation = validation.Validation(plan, run.held_out)
+    measure = statistics.make_measure(plan, run.dataset, run.frozen)
+    bad = bad_steps.BadSteps(run, state)
+    part = partition.host_slice(plan.mesh)  # the rows of a batch that this process reads
+    batches = run.dataset.batches(config["batch_size"], start_step=start, **part)
+
+    def read(step: int, waiting=None) -> dict[str, jax.Array]:
+        """The batch of a step, on the devices."""
+        with waiting or contextlib.nullcontext():
+            batch = next(batches)
+        bad.read(step, batch["index"])
+        return partition.on_devices(batch, plan.mesh)
+
+    run.stops.check("state made")
+    batch = read(start + 1)
+    train_step, flops = _compiled(plan, state, batch, run.frozen)
+    run.stops.check("compiled")
+    progress = metrics.Progress(
+        config["num_steps"],
+        start,
+        batch_size=config["batch_size"],
+        flops_per_step=flops,
+        name=config["stage"],
+    )
+    with profiling.Profile(run.workdir, config) as profile:
+        for step in range(start + 1, config["num_steps"] + 1):
+            profile.begin(step)
+            state, scalars = train_step(state, batch, run.frozen)
+            profile.end(step, scalars)
+            finished = step == config["num_steps"]
+            stop = 0 if finished else run.stops.latest()
+            if not finished and not stop:  # read the next batch while the devices compute
+                batch = read(step + 1, progress.waiting())
+
+            saving = finished or stop or step % config["checkpoint_every"] == 0
+            sampling = finished or step % config["sample_every"] == 0
+            if saving or step % config["log_every"] == 0:  # what a checkpoint counts was reported
+                _report(run, step, scalars, bad, progress)
+            if not stop and (saving or sampling):
+                with progress.paused():
+                    state = measure(state)
+            if saving:
+                run.save(step, state)
+            if stop:  # the rest is left to the resumption
+                break
+            with progress.paused():
+                if finished or step % config["eval_every"] == 0:
+                    run.writer.scalars(step, evaluation.losses(state.ema_params, run.frozen, step))
+                if sampling:
+                    if saving:  # committed, because a sampler that fails ends several processes at once
+                        run.checkpointer.wait()
+                    evaluation.samples(state.ema_params, run.frozen, run.writer, step)
+        run.checkpointer.wait()
+    if stop:
+        logging.warning("stopped at step %d, saved; run the same command to go on", step)
+    if run.dataset.bad_records():
+        logging.warning("records skipped or mended by reason: %s", run.dataset.bad_records())
+    return stop
+
+
+def _compiled(plan: Plan, state: TrainState, batch: dict, frozen: dict) -> tuple[Callable, float]:
+    """(the compiled training step, its FLOPs as the compiler counts them; 0: it does not say)."""
+    began = time.monotonic()
+    lowered = plan.jit_step().lower(state, batch, frozen)
+    flops = (lowered.cost_analysis() or {}).get("flops", 0.0)
+    compiled = lowered.compile()
+    logging.info("compiled the train step in %.1f s (%.1f GFLOP)", time.monotonic() - began, flops / 1e9)
+    return compiled, flops
+
+
+def _report(run: Run, step: int, scalars: dict, bad: bad_steps.BadSteps, progress: metrics.Progress) -> None:
+    """Logs a step. Raises FloatingPointError after too many steps that are not finite, and the error of a
+    save that has failed since."""
+    values = {f"train/{name}": float(value) for name, value in jax.device_get(scalars).items()}
+    bad.look(step, values)
+    run.checkpointer.check()
+    skipped = {f"data/bad_{reason}": count for reason, count in run.dataset.bad_records().items()}
+    speed = progress.report(step, loss=values["train/loss"])
+    run.writer.scalars(step, values | skipped | speed)
