@@ -1,23 +1,23 @@
 """python -m dalle2_jax.embed --config=configs/X.py --clip=MODEL --out=DIR [--config.data.path=...]
 
-Writes the CLIP embeddings of a data set, as clip-retrieval lays them out, for stages that train from them:
+Writes the CLIP embeddings of a data set in clip-retrieval's layout, to train stages from them:
 
     DIR/SPLIT/img_emb/img_emb_00000.npy      [n, E], one row a record, in the data set's order
     DIR/SPLIT/text_emb/text_emb_00000.npy    [n, E], of the record's first caption in data.language
-    DIR/SPLIT/metadata/metadata_00000.parquet   key, that caption, and the reason where there is no embedding
-    DIR/SPLIT/embed.json                     of which data set and CLIP, how many rows, what was left out
+    DIR/SPLIT/metadata/metadata_00000.parquet   key, that caption, and why a record has no embedding
+    DIR/SPLIT/embed.json                     data set, CLIP, number of rows, records left out
     DIR/tokenizer                            CLIP's
 
-`data` of the config says which data set, as in training. A record that cannot be read has a row of NaN,
-which training counts and replaces; so rows and records stay side by side. Run again, it goes on with the
-shards that are missing. Several processes (see `processes`), or several machines started by hand with
---worker=I/N, share the shards.
+`data` of the config names the data set, as in training. A record that cannot be read has a row of NaN, which
+training counts and replaces, so row i is always record i. The same command again writes the missing shards.
+Several processes (see `processes`), or machines started separately with --worker=I/N, share the shards.
 """
 
 import concurrent.futures
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -52,7 +52,7 @@ class Encoder:
         self.batch_size, self._params = self._encode.size, self._encode.params
 
     def __call__(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(image embeddings, text embeddings) float32 [n, E] of n <= batch_size rows.
+        """(image embeddings, text embeddings) float32 [n, E] of n <= batch_size examples.
 
         batch: clip_image uint8 [n, S, S, 3], tokens int32 [n, L], token_mask bool [n, L].
         """
@@ -63,59 +63,66 @@ def embed_split(
     dataset,
     encoder: Encoder,
     folder: epath.Path,
-    *,
     plan: dict,
-    rows_per_shard: int,
-    dtype: str,
+    *,
     worker: tuple[int, int] = (0, 1),
     threads: int = 2,
-    show=None,
+    progress=None,
 ) -> Counter:
-    """Write the shards of one split that are missing, every N-th of them; what could not be read, by reason.
+    """Write the missing shards of a split, every N-th of them; returns the unreadable records by reason.
 
     Args:
       dataset: of `data.pipeline.make_dataset` with clip_image, tokens and token_mask.
-      plan: JSON values that must not differ between runs; written first, compared afterwards.
-      worker: (I, N). show(rows done, rows of this worker): progress.
+      plan: JSON values that must not differ between runs, rows_per_shard and dtype among them.
+      worker: (I, N).
+      threads: that read records while the devices compute.
+      progress: called as progress(records done, records of this worker).
 
-    Raises ValueError where the folder holds the embeddings of something else.
+    Raises ValueError if the folder holds other embeddings.
     """
-    parts = embeddings.Parts(folder, dataset.num_records, rows_per_shard)
+    parts = embeddings.Parts(folder, dataset.num_records, plan["rows_per_shard"])
     embeddings.keep_plan(folder, plan)
     mine = [part for part in range(worker[0], parts.count, worker[1]) if not parts.is_complete(part)]
     total, done, lost = sum(len(parts.rows(part)) for part in mine), 0, Counter()
-    width = encoder.stage.embed_dim
     with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
         for part in mine:
             rows = parts.rows(part)
-            image, text = (np.full((len(rows), width), np.nan, np.float32) for _ in range(2))
+            shape = len(rows), encoder.stage.embed_dim
+            image, text = (np.full(shape, np.nan, np.float32) for _ in range(2))
             keys, captions, reasons = ([""] * len(rows) for _ in range(3))
-            chunks = [rows[i : i + encoder.batch_size] for i in range(0, len(rows), encoder.batch_size)]
-            waiting = [pool.submit(_read, dataset, row) for row in chunks[0]]
-            for number, chunk in enumerate(chunks):
-                found = [future.result() for future in waiting]
-                following = chunks[number + 1] if number + 1 < len(chunks) else ()
-                waiting = [pool.submit(_read, dataset, row) for row in following]  # while the devices compute
-                good = []
-                for row, (key, caption, reason, fields) in zip(chunk, found, strict=True):
+            for chunk, records in _read_ahead(pool, dataset, rows, encoder.batch_size):
+                readable = []
+                for row, (key, caption, reason, fields) in zip(chunk, records, strict=True):
                     place = row - rows[0]
                     keys[place], captions[place], reasons[place] = key, caption, reason
                     if fields is not None:
-                        good.append((place, fields))
-                if good:
-                    places = [place for place, _ in good]
-                    batch = {name: np.stack([fields[name] for _, fields in good]) for name in good[0][1]}
-                    image[places], text[places] = encoder(batch)
+                        readable.append((place, fields))
+                if readable:
+                    places = [place for place, _ in readable]
+                    names = readable[0][1]
+                    image[places], text[places] = encoder(
+                        {name: np.stack([fields[name] for _, fields in readable]) for name in names}
+                    )
                 done += len(chunk)
-                if show is not None:
-                    show(done, total)
+                if progress is not None:
+                    progress(done, total)
             lost.update(reason for reason in reasons if reason)
-            parts.write(part, image.astype(dtype), text.astype(dtype), keys, captions, reasons)
+            parts.write(part, *(x.astype(plan["dtype"]) for x in (image, text)), keys, captions, reasons)
     return lost
 
 
+def _read_ahead(pool, dataset, rows: range, size: int) -> Iterator[tuple[range, list]]:
+    """Yields (`size` rows or fewer, their `_read`) while the pool reads the rows after them."""
+    chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+    waiting = [pool.submit(_read, dataset, row) for row in chunks[0]]
+    for chunk, following in zip(chunks, [*chunks[1:], ()], strict=True):
+        records = [future.result() for future in waiting]
+        waiting = [pool.submit(_read, dataset, row) for row in following]
+        yield chunk, records
+
+
 def _read(dataset, row: int) -> tuple[str, str, str, dict | None]:
-    """(key, caption, reason, fields) of a record; fields None where the reason says why."""
+    """(key, caption, reason, fields) of a record; fields are None for an unreadable one, with a reason."""
     try:
         key, caption, fields = dataset.record_fields(row)
         return key, caption, "", fields
@@ -124,14 +131,14 @@ def _read(dataset, row: int) -> tuple[str, str, str, dict | None]:
 
 
 class Lines:
-    """A line with progress and the time left, every few seconds."""
+    """Logs progress and the time left, every few seconds."""
 
     def __init__(self, what: str, every: float = 10.0):
         self._what, self._every, self._began = what, every, time.monotonic()
         self._last = self._began
 
     def __call__(self, done: int, total: int) -> None:
-        """Print progress, at most once in `every` seconds and at the end."""
+        """Log progress, at most once in `every` seconds and at the end."""
         now = time.monotonic()
         if now - self._last < self._every and done < total:
             return
@@ -153,8 +160,8 @@ def embed(
 ) -> dict[str, Counter]:
     """Embed `splits` of the data set of `config` (plain JSON types) with the CLIP at `clip` into `out`.
 
-    Returns what this worker could not read, by split and reason. Raises ValueError for settings that cannot
-    be, and where `out` holds the embeddings of another data set or CLIP.
+    Returns split -> unreadable records of this worker by reason. Raises ValueError for impossible settings,
+    and if `out` holds the embeddings of another data set or CLIP.
     """
     from dalle2_jax.data import pipeline, tokenizer
 
@@ -191,12 +198,10 @@ def embed(
             dataset,
             encoder,
             out / split,
-            plan=plan,
-            rows_per_shard=rows_per_shard,
-            dtype=dtype,
+            plan,
             worker=worker,
             threads=data.get("num_workers", 2),
-            show=Lines(split),
+            progress=Lines(split),
         )
     return lost
 
@@ -251,15 +256,15 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    define_config("Config file whose data is embedded; override with --config.data.path=... and the like.")
+    define_config("Config file with the data to embed; override with --config.data.path=... and the like.")
     commandline.DEFINE_path("clip", None, "Workdir or model directory of the trained CLIP.")
-    commandline.DEFINE_path("out", None, "Where the embeddings go; an interrupted pass goes on there.")
+    commandline.DEFINE_path("out", None, "Folder for the embeddings; an interrupted pass resumes there.")
     flags.DEFINE_list("splits", None, "Splits to embed; default: data.split and data.eval_split.")
     flags.DEFINE_integer("rows_per_shard", 10_000, "Records a file.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 64, "Records that this process embeds at once.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float16", DTYPES, "Type of the stored numbers.")
     flags.DEFINE_string("worker", None, "I/N: embed every N-th shard from I, without other processes.")
-    flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
+    flags.DEFINE_bool("debug", False, "Show the full traceback of an error in the settings.")
     flags.mark_flags_as_required(["config", "clip", "out"])
     logging.set_verbosity(logging.INFO)
     app.run(main)

@@ -12,7 +12,9 @@ import numpy as np
 
 from dalle2_jax.convert import inception_weights
 from dalle2_jax.data import scenes
-from dalle2_jax.evaluate import edits, evaluate, fidelity, picture_sets, prompts
+from dalle2_jax.evaluate import fidelity, picture_sets, prompts
+from dalle2_jax.evaluate.metrics import edits, retrieval, zero_shot
+from dalle2_jax.evaluate.networks import Networks
 from dalle2_jax.evaluate.scenes import check
 from dalle2_jax.generate import pipeline
 from dalle2_jax.runtime import partition, processes
@@ -80,9 +82,10 @@ def measure(model: pipeline.UnCLIP, weights: inception_weights.Weights, out: Pat
     for way, (images, _) in shown.items():
         found[f"edits/{way}"] = np.stack(images)
         found[f"rows/edits {way}"] = np.array([rows.taken(way)])
-    of_clip = dict(config=config, image_size=32, n=7)
-    found["retrieval"] = np.array(numbers(evaluate.evaluate_retrieval(model, **of_clip)))
-    found["zero_shot"] = np.array(numbers(evaluate.evaluate_zero_shot(model, **of_clip)))
+    unseen = retrieval.unseen_pictures(config, 32, n=7)
+    found["retrieval"] = np.array(numbers(retrieval.measure(model, unseen)))
+    unseen = zero_shot.unseen_pictures(config, 32, n=7)
+    found["zero_shot"] = np.array(numbers(zero_shot.measure(model, *unseen)))
     suite = [{"prompt": text} for text in CAPTIONS]
     prompts.draw(model, suite, out / "prompts", n=2, batch_size=2)
     images = picture_sets.scene_pictures(config, 32, 7, 1)
@@ -90,9 +93,7 @@ def measure(model: pipeline.UnCLIP, weights: inception_weights.Weights, out: Pat
         images,
         picture_sets.scene_pictures(config, 32, 6, 2),
         ["fid_small", "precision_recall", "clip_mmd", "clip_score"],
-        weights=weights,
-        model=model,
-        batch_size=2,
+        Networks(weights, clip=model, batch_size=2),
         stats_out=out / "stats.npz",
     )
     found["fidelity"] = np.array(numbers(entries))

@@ -12,16 +12,10 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from dalle2_jax.data import scenes
-from dalle2_jax.evaluate import (
-    captions_for,
-    comparison,
-    evaluate,
-    losses,
-    picture_sets,
-    retrieval,
-    scene_scores,
-    zero_shot,
-)
+from dalle2_jax.evaluate import comparison, drawing, metric, networks, picture_sets
+from dalle2_jax.evaluate.metric import Request
+from dalle2_jax.evaluate.metrics import loss, retrieval, zero_shot
+from dalle2_jax.evaluate.metrics import scenes as scenes_metric
 from dalle2_jax.generate import generate, pipeline
 from tests.tiny_model import make_class_model, make_model
 
@@ -50,18 +44,18 @@ def test_wilson_solves_its_own_equation():
     """At its ends the observed share is exactly z standard deviations away."""
     z = 1.959964
     for right, count in ((26, 32), (1, 10), (500, 1000)):
-        for end in scene_scores.wilson(right, count):
+        for end in metric.wilson(right, count):
             assert abs(right / count - end) == pytest.approx(z * math.sqrt(end * (1 - end) / count))
-    assert scene_scores.wilson(0, 10)[0] == 0 and scene_scores.wilson(10, 10)[1] == pytest.approx(1)
-    assert scene_scores.wilson(0, 0) == (0, 1)
+    assert metric.wilson(0, 10)[0] == 0 and metric.wilson(10, 10)[1] == pytest.approx(1)
+    assert metric.wilson(0, 0) == (0, 1)
     with pytest.raises(ValueError, match="11 of 10"):
-        scene_scores.wilson(11, 10)
+        metric.wilson(11, 10)
 
 
 def test_scores_are_counted_by_kind():
     single = [Verdict(), Verdict(colour=False), Verdict(shape=False, background=True), Verdict(count=False)]
     pair = [Verdict(relation=True), Verdict(relation=False)]
-    scores = scene_scores.score(single + pair, ["single"] * 4 + ["pair"] * 2)
+    scores = scenes_metric.score(single + pair, ["single"] * 4 + ["pair"] * 2)
     assert scores["single"]["n"] == 4
     assert [scores["single"][a] for a in ("colour", "shape", "named", "count", "correct")] == [
         0.75,
@@ -75,28 +69,28 @@ def test_scores_are_counted_by_kind():
     assert "relation" not in scores["single"]["interval"]
     low, high = scores["single"]["interval"]["named"]
     assert low < 0.5 < high
-    lines = scene_scores.table(scores).splitlines()
+    lines = scenes_metric.table(scores).splitlines()
     assert len(lines) == 3 and "-" in lines[1] and "0.500" in lines[2]
 
 
 def test_captions_are_split_over_the_kinds():
-    captions, kinds = scene_scores.draw_captions(CONFIG, 130, seed=3)
+    captions, kinds = scenes_metric.draw_captions(CONFIG, 130, seed=3)
     assert [kinds.count(kind) for kind in scenes.KINDS] == [33, 33, 32, 32]
-    assert captions == scene_scores.draw_captions(CONFIG, 130, seed=3)[0]
-    assert captions != scene_scores.draw_captions(CONFIG, 130, seed=4)[0]
+    assert captions == scenes_metric.draw_captions(CONFIG, 130, seed=3)[0]
+    assert captions != scenes_metric.draw_captions(CONFIG, 130, seed=4)[0]
 
 
 def test_scenes_of_captions_show_what_they_say():
     """The checker finds every caption right of each of its scenes, which are not all alike."""
     check = pytest.importorskip("dalle2_jax.evaluate.scenes", reason="the checker needs scipy").check
-    captions, _ = scene_scores.draw_captions(CONFIG, 24, seed=3)
-    drawn = scene_scores.draw_scenes(CONFIG, 24, 2, seed=3)
+    captions, _ = scenes_metric.draw_captions(CONFIG, 24, seed=3)
+    drawn = scenes_metric.draw_scenes(CONFIG, 24, 2, seed=3)
     pictures = [item.picture() for item in picture_sets.rendered("scenes", drawn, 64).items()]
     for i, caption in enumerate(captions):
         assert check(pictures[2 * i], caption).correct and check(pictures[2 * i + 1], caption).correct
         assert (pictures[2 * i] != pictures[2 * i + 1]).any()
     assert not check(pictures[0], captions[1]).correct
-    assert len(drawn) == 48 and drawn == scene_scores.draw_scenes(CONFIG, 24, 2, seed=3)
+    assert len(drawn) == 48 and drawn == scenes_metric.draw_scenes(CONFIG, 24, 2, seed=3)
 
 
 def test_retrieval_asks_for_different_facts():
@@ -151,7 +145,7 @@ def test_perfect_pictures_score_one(model, monkeypatch, tmp_path):
 
     monkeypatch.setattr(model, "text_to_image", draw)
     one_object = dataclasses.replace(CONFIG, count_weights=(1.0,), sizes=CONFIG.sizes[:1])
-    scores, _ = evaluate.evaluate_scenes(model, tmp_path, config=one_object, n=12)
+    scores, _ = scenes_metric.measure(model, tmp_path, config=one_object, n=12)
     assert {kind: entry["correct"] for kind, entry in scores.items()} == dict(
         single_seen=1.0, single_heldout=1.0
     )
@@ -162,23 +156,23 @@ def test_perfect_pictures_score_one(model, monkeypatch, tmp_path):
 
 def test_random_weights_draw_nothing_right(model, tmp_path):
     pytest.importorskip("scipy", reason="the checker needs scipy")
-    scores, drawn = evaluate.evaluate_scenes(
+    scores, drawn = scenes_metric.measure(
         model, tmp_path, config=CONFIG, n=8, settings=dict(guidance_scale=2.0)
     )
     assert drawn.count == 8 and len(drawn.captions()) == 8
     assert list(scores) == list(scenes.KINDS)
     assert all(entry["named"] == 0 and entry["n"] == 2 for entry in scores.values())
-    found = evaluate.evaluate_retrieval(model, config=CONFIG, image_size=64, n=20)
+    found = retrieval.measure(model, retrieval.unseen_pictures(CONFIG, 64, n=20))
     assert found["n"] == 20 and found["image_to_text"] < 0.5
 
 
 def test_the_scenes_of_a_model_are_known_or_asked_for(model):
     with pytest.raises(ValueError, match="trained on 'debug_64' of source 'scenes'.*--scenes=quickstart"):
-        evaluate.scenes_of(model)
-    config, side = evaluate.scenes_of(model, "full")
+        drawing.scenes_of(model)
+    config, side = drawing.scenes_of(model, "full")
     assert config.name == "full" and side == 64
     with pytest.raises(ValueError, match="did you mean 'quickstart'"):
-        evaluate.scenes_of(model, "quickstrat")
+        drawing.scenes_of(model, "quickstrat")
 
 
 # Zero-shot classification
@@ -210,7 +204,7 @@ def test_scenes_to_classify_have_one_object_and_cover_held_out_pairs():
 
 
 def test_the_bundled_clip_classifies_what_it_never_saw():
-    found = evaluate.evaluate_zero_shot(pipeline.UnCLIP.load(), config=CONFIG, image_size=64, n=60)
+    found = zero_shot.measure(pipeline.UnCLIP.load(), *zero_shot.unseen_pictures(CONFIG, 64, n=60))
     assert found["n"] == 60 and found["classes"] == 36 and found["top1"] > 0.8
 
 
@@ -228,13 +222,13 @@ def captioned(tmp_path_factory):
 def test_clip_is_measured_on_pictures_with_captions(captioned):
     pictures, names = captioned
     model = pipeline.UnCLIP.load()
-    found = evaluate.evaluate_retrieval(model, pictures=pictures, n=100)
+    found = retrieval.measure(model, pictures, n=100)
     assert found["n"] == len(set(pictures.texts)) < 35  # one of each caption
     assert found["image_to_text"] > 0.7
-    found = evaluate.evaluate_zero_shot(model, pictures=pictures, names=names, n=20)
+    found = zero_shot.measure(model, pictures, names, n=20)
     assert found["n"] == 20 and found["classes"] == 36 and found["top1"] > 0.7
     turned = names[1:] + names[:1]  # the same classes, otherwise numbered
-    assert evaluate.evaluate_zero_shot(model, pictures=pictures, names=turned, n=20)["top1"] == found["top1"]
+    assert zero_shot.measure(model, pictures, turned, n=20)["top1"] == found["top1"]
 
 
 def test_classes_and_templates_are_read_from_files(tmp_path):
@@ -258,23 +252,26 @@ def test_classes_and_templates_are_read_from_files(tmp_path):
 def test_a_model_without_a_clip_is_asked_for_none(tmp_path):
     """What needs one says so before anything is read; a loss and captions to draw do not."""
     alone = pipeline.UnCLIP.load(make_class_model(tmp_path / "model", ("red star", "blue ring")))
-    assert not captions_for.has_clip(alone) and not captions_for.reads_text(alone)
+    assert not networks.has_clip(alone) and not drawing.reads_text(alone)
     texts = ["a red star", "a blue ring"] * 8
     captioned = dataclasses.replace(picture_sets.scene_pictures(CONFIG, 32, 16), texts=tuple(texts))
-    assert captions_for.what_to_draw(alone, captioned, 4)[1] == [0, 1, 2, 3]
-    assert set(captions_for.what_to_draw(alone, captioned, 4)[0]) <= set(texts)
+    assert drawing.what_to_draw(alone, captioned, 4)[1] == [0, 1, 2, 3]
+    assert set(drawing.what_to_draw(alone, captioned, 4)[0]) <= set(texts)
     other = dataclasses.replace(captioned, texts=("a photograph",) * 16)
-    assert sorted(captions_for.what_to_draw(alone, other, 4)[0]) == ["blue ring"] * 2 + ["red star"] * 2
-    found = losses.measure(alone.cascade, captioned, n=16, batch_size=8)
+    assert sorted(drawing.what_to_draw(alone, other, 4)[0]) == ["blue ring"] * 2 + ["red star"] * 2
+    found = loss.measure(alone.cascade, captioned, n=16, batch_size=8)
     assert found.keys() == {"decoder"} and np.isfinite(found["decoder"]["value"])
     with flagsaver.flagsaver(), pytest.raises(ValueError, match="--compare needs a CLIP"):
         FLAGS(["evaluate"])
-        evaluate.compare(
-            [""], tmp_path, model_dir=os.fspath(tmp_path / "model"), n=4, pictures=2, name="quickstart"
-        )
+        compare([""], tmp_path, os.fspath(tmp_path / "model"), n=4)
 
 
 # Ways of drawing, compared
+
+
+def compare(ways, out, model_dir, judge=None, **request):
+    request = Request(scenes="quickstart", **request)
+    return comparison.compare(ways, request, out, model_dir=model_dir, pictures=2, judge=judge)
 
 
 def test_diversity_is_the_mean_over_pairs():
@@ -295,9 +292,7 @@ def test_ways_of_drawing_are_compared(model, tmp_path):
     ways = ["", "guidance_scale=3 upsampler_steps=2", "other: model=" + os.fspath(model.cascade.directory)]
     with flagsaver.flagsaver():
         FLAGS(["evaluate"])
-        rows = evaluate.compare(
-            ways, tmp_path, model_dir=os.fspath(model.cascade.directory), name="quickstart", n=4, pictures=2
-        )
+        rows = compare(ways, tmp_path, os.fspath(model.cascade.directory), n=4)
     assert [row.name for row in rows] == ["as it is", ways[1], "other"]
     assert all(row.pictures == 8 and row.named == 0 and row.seconds > 0 for row in rows)
     first, last = (dataclasses.replace(rows[i], name="", seconds=0, fidelity={}) for i in (0, 2))
@@ -323,17 +318,11 @@ def test_ways_are_compared_with_pictures_of_ones_own(model, tmp_path):
     config = scenes.preset("quickstart")
     texts = list(picture_sets.scene_pictures(config, 32, 8).texts)
     folder = tmp_path / "drawn"
-    picture_sets.drawn_pictures(model, texts, folder, settings=dict(upsampler_steps=[2]))
+    drawing.drawn_pictures(model, texts, folder, settings=dict(upsampler_steps=[2]))
     with flagsaver.flagsaver():
         FLAGS(["evaluate"])
-        rows = evaluate.compare(
-            ["same: upsampler_steps=2", "others: guidance_scale=5"],
-            tmp_path,
-            model_dir=directory,
-            n=8,
-            pictures=2,
-            reference=os.fspath(folder),
-        )
+        ways = ["same: upsampler_steps=2", "others: guidance_scale=5"]
+        rows = compare(ways, tmp_path, directory, n=8, reference=os.fspath(folder))
     assert all(row.named is None and row.pictures == 16 for row in rows)
     assert rows[0].neighbours("recall")["value"] == 1  # the first picture of each caption is the reference's
     table = comparison.table(rows)
@@ -391,17 +380,17 @@ def test_points_of_a_comparison_are_its_rows(tmp_path):
 def test_losses_are_those_of_the_stages(model):
     """Of each stage, at fixed times and noise: the same twice, other with other pictures, the stage's own."""
     pictures = picture_sets.scene_pictures(CONFIG, 32, 40)
-    found = losses.measure(model.cascade, pictures, n=40, batch_size=8)
+    found = loss.measure(model.cascade, pictures, n=40, batch_size=8)
     assert found.keys() == {"clip", "prior", "decoder", "upsampler32"}
-    assert found == losses.measure(model.cascade, pictures, n=40, batch_size=8)
-    other = losses.measure(
+    assert found == loss.measure(model.cascade, pictures, n=40, batch_size=8)
+    other = loss.measure(
         model.cascade, picture_sets.scene_pictures(CONFIG, 32, 40, seed=1), n=40, batch_size=8
     )
     for name, entry in found.items():
         assert entry["n"] == 40 and entry["standard_error"] > 0 and np.isfinite(entry["value"])
         assert entry["interval"][0] < entry["value"] < entry["interval"][1]
         assert entry["value"] == entry["scalars"]["loss"] != other[name]["value"]
-    assert len(losses.table(found).splitlines()) == 5
+    assert len(loss.table(found).splitlines()) == 5
     # CLIP's by hand: the whole set in its order, for nothing is drawn at random where all are taken.
     images = [item.picture() for item in pictures.items()]
     z, w = model.encode_image(images), model.encode_text(list(pictures.texts))[0][0]
@@ -413,9 +402,9 @@ def test_losses_are_those_of_the_stages(model):
         by_hand.append(-np.mean([np.diagonal(p).mean() for p in log_p]))
     assert found["clip"]["value"] == pytest.approx(np.mean(by_hand), rel=1e-3)
     with pytest.raises(ValueError, match="of 12 pictures is not 2 batches of 8"):
-        losses.measure(model.cascade, pictures, n=12, batch_size=8)
+        loss.measure(model.cascade, pictures, n=12, batch_size=8)
     with pytest.raises(ValueError, match="has a caption"):
-        losses.measure(model.cascade, dataclasses.replace(pictures, texts=()), n=40, batch_size=8)
+        loss.measure(model.cascade, dataclasses.replace(pictures, texts=()), n=40, batch_size=8)
 
 
 def test_losses_of_the_other_stages(tmp_path):
@@ -423,7 +412,7 @@ def test_losses_of_the_other_stages(tmp_path):
     extended = pipeline.UnCLIP.load(make_model(tmp_path, extended=True))
     texts = ["a red star", "a blue ring", "a yellow circle", "a green cross"] * 4
     pictures = dataclasses.replace(picture_sets.scene_pictures(CONFIG, 32, 16), texts=tuple(texts))
-    found = losses.measure(extended.cascade, pictures, n=16, batch_size=8)
+    found = loss.measure(extended.cascade, pictures, n=16, batch_size=8)
     assert {"prior", "noisy_clip", "classifier"} <= found.keys()
     assert all(np.isfinite(entry["value"]) for entry in found.values())
 
@@ -443,12 +432,5 @@ def test_a_way_that_cannot_be_drawn_is_refused_before_drawing(model, tmp_path, w
     pytest.importorskip("scipy", reason="the checker needs scipy")
     with flagsaver.flagsaver(), pytest.raises((ValueError, OSError), match=message):
         FLAGS(["evaluate"])
-        evaluate.compare(
-            ["", way],
-            tmp_path,
-            model_dir=os.fspath(model.cascade.directory),
-            name="quickstart",
-            n=4,
-            pictures=2,
-        )
+        compare(["", way], tmp_path, os.fspath(model.cascade.directory), n=4)
     assert not list(tmp_path.iterdir())

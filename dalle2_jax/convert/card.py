@@ -1,7 +1,7 @@
 """The model card: README.md of a model directory or of a folder for diffusers, written on export.
 
-It says for people what the files say for programs: the stages and their settings, what they were trained on
-and for how long, what weights of others they came from, with checksums, and under which licence they are.
+It lists the stages, their settings, training data and steps, the weights that they were converted from with
+checksums, and the licence.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 from dalle2_jax.runtime import modeldir
 
 UNKNOWN = "not stated: ask who made these weights"
-# What a card's reader can do with the files, by the library that they are for.
+# How to use the files, by library.
 USES = {
     "dalle2_jax": (
         "bash",
@@ -34,9 +34,9 @@ def model_card(index: Mapping[str, Any], stages: Mapping[str, tuple], library: s
     """The text of a card.
 
     Args:
-      index: what model_index.json says: name, dalle2_jax_version, trained_steps, made_from, licence.
+      index: values of model_index.json: name, dalle2_jax_version, trained_steps, made_from, licence.
       stages: folder -> (stored config, parameters, or anything with their shapes).
-      library: what the files are for, of USES.
+      library: the library that reads the files, one of USES.
     """
     licence, made_from = index.get("licence", ""), index.get("made_from")
     front = ["---", f"license: {_identifier(licence)}", f"library_name: {library}"]
@@ -53,9 +53,9 @@ def model_card(index: Mapping[str, Any], stages: Mapping[str, tuple], library: s
     for folder, (config, params) in stages.items():
         count = sum(math.prod(np.shape(leaf)) for leaf in modeldir.flatten(params).values())
         data = _data(config) or ("what its makers say" if made_from else "not recorded")
-        said = steps.get(folder)
+        trained = steps.get(folder)
         lines.append(
-            f"| `{folder}` | {config['stage']} | {count:,} | {'' if said is None else said} | {data} |"
+            f"| `{folder}` | {config['stage']} | {count:,} | {'' if trained is None else trained} | {data} |"
         )
     language, use = USES[library]
     lines += ["", f"```{language}", use, "```", "", "## Licence", "", licence or UNKNOWN, ""]
@@ -72,12 +72,12 @@ def model_card(index: Mapping[str, Any], stages: Mapping[str, tuple], library: s
 
 
 def _identifier(licence: str) -> str:
-    """The hub's name of a licence: one word as it is, a sentence as 'other'."""
+    """The hub's identifier of a licence: a single word as it is, a sentence as 'other'."""
     return licence.lower() if re.fullmatch(r"[\w.+-]+", licence) else "other" if licence else "unknown"
 
 
 def _data(config: Mapping[str, Any]) -> str:
-    """The data set of a config that training stored; '' for one that it did not."""
+    """The data set in a training config; '' for a config without."""
     data = config.get("data") or {}
     words = [str(data[name]) for name in ("source", "path") if data.get(name)]
     return ", ".join(words).replace("|", " ")

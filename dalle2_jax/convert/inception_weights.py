@@ -1,8 +1,8 @@
 """The weights of FID's Inception, converted and loaded.
 
-The weights are the user's: `python -m dalle2_jax.convert inception SRC.pth OUT.safetensors` turns the state
-dictionary that pytorch-fid and torch-fidelity share into safetensors, once, with batch norm folded in. The
-file is known by its checksum, and nothing is downloaded.
+`python -m dalle2_jax.convert inception SRC.pth OUT.safetensors` converts the state dictionary of pytorch-fid
+and torch-fidelity into safetensors, once, with batch norm folded into the convolutions. The user downloads
+the file; its checksum is compared.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from dalle2_jax.models.nets import inception
 from dalle2_jax.runtime import files, modeldir
 
 NETWORK = "inception-2015-12-05"
-# Of pt_inception-2015-12-05-6726825d.pth, whose name carries its beginning.
+# Of pt_inception-2015-12-05-6726825d.pth; the name of the file has its first digits.
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 @functools.cache
 def abstract_params() -> dict:
-    """The parameters' names and shapes."""
+    """Names and shapes of the parameters."""
     image = jax.ShapeDtypeStruct((1, inception.IMAGE_SIZE, inception.IMAGE_SIZE, 3), jnp.float32)
     return jax.eval_shape(inception.Inception().init, jax.random.key(0), image)["params"]
 
 
 def from_state_dict(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Our parameters under flat names, of the state dictionary of the released weights.
+    """Our parameters under flat names from the state dictionary of the released weights.
 
     Each convolution is followed by a batch norm with gain g, bias b, mean m and variance v; with
     s = g / sqrt(v + 1e-3) its kernel becomes s W, its bias b - s m, in float64.
@@ -75,11 +75,11 @@ def from_state_dict(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def convert(source: str | os.PathLike, out: str | os.PathLike, any_checksum: bool = False) -> str:
-    """Write the safetensors of a state dictionary that torch saved, new layout or old; its checksum.
+    """Write a state dictionary of torch (new layout or old) as safetensors; returns the source's sha256.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not the file whose sha256 is known (unless `any_checksum`), or not these weights.
+      ValueError: its sha256 is not SHA256 (unless `any_checksum`), or it holds other weights.
     """
     import safetensors.numpy
 
@@ -102,7 +102,7 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, any_checksum: boo
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """params: nested dicts. sha256: of the converted file; source_sha256: of what it was converted from."""
+    """params: nested dicts. sha256: of the converted file. source_sha256: of the original file."""
 
     params: dict
     sha256: str
@@ -110,7 +110,7 @@ class Weights:
 
 
 def load(path: str | os.PathLike) -> Weights:
-    """The weights that `convert` wrote. Raises FileNotFoundError or ValueError saying what to do."""
+    """The weights in a file that `convert` wrote. Raises FileNotFoundError or ValueError with advice."""
     import safetensors
 
     if not os.path.isfile(path):

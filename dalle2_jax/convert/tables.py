@@ -1,8 +1,8 @@
-"""The engine of the formats: a table says which of our parameters is which of their tensors, both ways.
+"""The engine of the formats: a table maps our parameters to their tensors, in both directions.
 
-A row is one of our leaves, the tensors that it is made of, and how they are laid out. `imported` reads along
-a table, `exported` against it; either is exact, because a layout only moves numbers. Nothing is read before
-the names and shapes of all tensors have been compared.
+A row is one of our leaves, the tensors that it consists of, and their layout. `imported` reads a table from
+theirs to ours, `exported` from ours to theirs; both are exact, since a layout only moves numbers. Names and
+shapes of all tensors are compared before anything is read.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ Arrays = list[np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a leaf of ours is laid out in `count` tensors of theirs: (leaf, count) -> them, and back."""
+    """How `count` tensors of theirs hold a leaf of ours. split: (leaf, count) -> theirs. join: inverse."""
 
     split: Callable[[np.ndarray, int], Arrays]
     join: Callable[[Arrays], np.ndarray]
@@ -28,16 +28,16 @@ class Layout:
 
 # The same array: biases, gains, tables, class tokens.
 SAME = Layout(lambda x, n: np.split(x, n, axis=-1) if x.ndim else [x], lambda xs: _concatenate(xs, -1))
-# Dense kernels [in, out] as weights [out, in]; of several weights the outputs stand side by side.
+# Dense kernels [in, out] as weights [out, in]; several weights are concatenated along the outputs.
 DENSE = Layout(lambda x, n: np.split(x.T, n, axis=0), lambda xs: _concatenate(xs, 0).T)
 # Convolutions [kh, kw, in, out] as [out, in, kh, kw].
 CONV = Layout(lambda x, n: [x.transpose(3, 2, 0, 1)], lambda xs: xs[0].transpose(2, 3, 1, 0))
-# The same array behind an axis of length 1.
+# The same array with a leading axis of length 1.
 LEADING = Layout(lambda x, n: [x[None]], lambda xs: xs[0][0])
 
 
 def entry_major(count: int) -> Layout:
-    """A Dense whose output is `count` vectors, as a weight whose output is read as [entries, count]."""
+    """A Dense with an output of [count, entries], as a weight with an output of [entries, count]."""
 
     def turned(x, rows):
         return np.swapaxes(x.reshape(rows, -1, *x.shape[1:]), 0, 1).reshape(x.shape)
@@ -45,13 +45,13 @@ def entry_major(count: int) -> Layout:
     return Layout(lambda x, n: [turned(x.T, count)], lambda xs: turned(xs[0], len(xs[0]) // count).T)
 
 
-# A convolution of width 1 over a sequence, [out, in, 1], in the place of a Dense.
+# A convolution of width 1 over a sequence, [out, in, 1], instead of a Dense.
 POINTWISE = Layout(lambda x, n: [x.T[..., None]], lambda xs: xs[0][..., 0].T)
 
 
 def per_head(parts: int, head_dim: int, pointwise: bool = False) -> tuple[Layout, Layout]:
-    """(kernel, bias) of a Dense whose output is `parts` blocks (q | k | v), as a weight whose rows are the
-    first head's parts, then the next one's (OpenAI's old order); `pointwise`: in a convolution of width 1."""
+    """(kernel, bias) layouts of a Dense with an output of `parts` blocks (q | k | v), as a weight with rows
+    ordered by head, then by part (OpenAI's old order). pointwise: the weight is a convolution of width 1."""
 
     def regrouped(x, before, after):
         """Rows [before, after, head_dim, ...] as [after, before, head_dim, ...]."""
@@ -105,8 +105,8 @@ def dense(
     bias_layout: Layout | None = None,
     bias: bool = True,
 ) -> list[Row]:
-    """A Dense of one layer of theirs, or of several side by side; layouts are DENSE and SAME unless given."""
-    # torch's fused attention has in_proj_weight and in_proj_bias, all else layer.weight and layer.bias
+    """A Dense of one layer of theirs, or of several concatenated; default layouts are DENSE and SAME."""
+    # torch's fused attention has in_proj_weight and in_proj_bias, other layers layer.weight and layer.bias
     named = [name if name.endswith("_") else f"{name}." for name in theirs]
     rows = [Row(f"{ours}/kernel", tuple(f"{name}weight" for name in named), layout or DENSE)]
     return rows + [Row(f"{ours}/bias", tuple(f"{name}bias" for name in named), bias_layout or SAME)] * bias
@@ -126,7 +126,7 @@ def under(prefix: str, rows: Iterable[Row]) -> list[Row]:
 
 @dataclasses.dataclass(frozen=True)
 class BlockNames:
-    """What a format calls the parts of a pre-LN transformer block."""
+    """A format's names for the parts of a pre-LN transformer block."""
 
     norm1: str
     norm2: str
@@ -138,9 +138,9 @@ class BlockNames:
     def rows(
         self, ours: str, theirs: str, depth: int, qkv: tuple[Layout | None, Layout | None] = (None, None)
     ) -> list[Row]:
-        """The rows of `depth` blocks; `theirs` has their number in the place of {}.
+        """The rows of `depth` blocks; `theirs` has {} in the place of the block's number.
 
-        qkv: the layouts of kernel and bias of queries, keys and values, which are in blocks unless given.
+        qkv: layouts of kernel and bias of queries, keys and values; default: three blocks.
         """
         rows = []
         for number in range(depth):
@@ -154,7 +154,7 @@ class BlockNames:
 
 
 class Lazy:
-    """An array that is made when numpy asks for it; its shape and type are known before."""
+    """An array with known shape and dtype, computed when numpy reads it."""
 
     def __init__(self, shape: tuple[int, ...], make: Callable[[], np.ndarray], dtype=np.float32):
         self.shape, self.dtype, self.ndim = tuple(shape), np.dtype(dtype), len(shape)
@@ -168,7 +168,7 @@ class Lazy:
 
 
 def expected_shapes(table: Iterable[Row], abstract: Any) -> dict[str, tuple[int, ...]]:
-    """Their tensors' names and shapes for parameters of ours with the shapes of `abstract`."""
+    """Names and shapes of their tensors for parameters of ours with the shapes of `abstract`."""
     shapes = {name: tuple(leaf.shape) for name, leaf in modeldir.flatten(abstract).items()}
     return {
         name: shape
@@ -178,7 +178,7 @@ def expected_shapes(table: Iterable[Row], abstract: Any) -> dict[str, tuple[int,
 
 
 def _theirs_shapes(row: Row, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes of a row's tensors, by laying out an array that takes no memory."""
+    """The shapes of a row's tensors, found by splitting an array without memory."""
     empty = np.broadcast_to(np.float32(0), shape)
     return [part.shape for part in row.layout.split(empty, len(row.theirs))]
 
@@ -191,17 +191,17 @@ def imported(
     given: Mapping[str, Any] | None = None,
     ignored: str = r"(?!)",
 ) -> dict:
-    """Parameters as `abstract` has them, whose leaves are read from `tensors` when they are needed.
+    """Parameters with the leaves of `abstract`; a leaf is read from `tensors` when it is used.
 
     Args:
-      table: rows for all leaves but the given ones.
+      table: rows for all leaves except those of `given`.
       tensors: theirs.
-      abstract: our parameters' shapes.
-      given: leaves that come from elsewhere.
-      ignored: pattern of whole names of tensors that are no parameters, such as counters.
+      abstract: shapes of our parameters.
+      given: leaves of another origin, by name.
+      ignored: pattern of full names of tensors that are not parameters, such as counters.
 
     Raises:
-      ValueError: names every tensor that is missing, surplus or misshapen, with the shape that is expected.
+      ValueError: lists missing, surplus and misshapen tensors with the expected shapes.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in modeldir.flatten(abstract).items()}
     given = dict(given or {})
@@ -213,7 +213,7 @@ def imported(
         )
     expected = expected_shapes(rows.values(), abstract)
     found = {name: shape for name, shape in tensors.shapes.items() if not re.fullmatch(ignored, name)}
-    # What is one number of ours may be a vector of one of theirs, as OpenCLIP's logit_scale is.
+    # A scalar of ours may be a vector of length 1, such as OpenCLIP's logit_scale.
     found |= {name: () for name, shape in expected.items() if shape == () and found.get(name) == (1,)}
     complaints = modeldir.differences(found, expected)
     if complaints:
@@ -236,9 +236,9 @@ def imported(
 
 
 def exported(table: Iterable[Row], params: Any, *, dropped: Iterable[str] = ()) -> dict[str, Lazy]:
-    """Their tensors of our parameters; inverse to `imported`, to the bit.
+    """Their tensors from our parameters; the exact inverse of `imported`.
 
-    dropped: names of our leaves that their layout has no place for. Raises ValueError if any other has none.
+    dropped: names of our leaves that their format does not hold. Raises ValueError for another such leaf.
     """
     flat = modeldir.flatten(params)
     rows = list(table)
@@ -255,21 +255,20 @@ def _exported(rows: list[Row], flat: Mapping[str, Any]) -> Iterator[tuple[str, L
         for number, (name, shape) in enumerate(zip(row.theirs, shapes, strict=True)):
 
             def make(row=row, ours=ours, number=number):
-                whole = np.asarray(ours, np.float32)
-                return row.layout.split(whole, len(row.theirs))[number]
+                return row.layout.split(np.asarray(ours, np.float32), len(row.theirs))[number]
 
             yield name, Lazy(shape, make)
 
 
 @dataclasses.dataclass
 class Imported:
-    """What a format has made of a source.
+    """The result of reading a source.
 
     Attributes:
       stages: role ('clip', 'prior', 'decoder', 'upsampler64') -> (config, parameters, some of them lazy).
-      tokenizer: of the source, None if it has none.
+      tokenizer: of the source, or None.
       tensors: the files that were read.
-      licence: the terms of the weights, where they are known; '' otherwise.
+      licence: the terms of the weights, '' if unknown.
     """
 
     stages: dict[str, tuple[dict, Any]]

@@ -13,8 +13,8 @@ from dalle2_jax.convert import torch_legacy, wrappers
 from dalle2_jax.convert.torch_archive import TorchArchive, is_archive
 from dalle2_jax.runtime import files, modeldir
 
-# What folders of transformers and diffusers call their weights, in the order in which they are looked for,
-# and what OpenCLIP calls them, which may lie in the same folder.
+# Names of weights in folders of transformers and diffusers, in the order of the search. Those of OpenCLIP may
+# lie in the same folder.
 WEIGHTS = (
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
@@ -28,10 +28,10 @@ _NARROW = (ml_dtypes.bfloat16, np.float16)
 
 
 class Tensors(Mapping):
-    """Name -> array; `shapes` are known without reading, an array is read when it is asked for.
+    """Name -> array. `shapes` are known without reading; an array is read when it is accessed.
 
-    Floating arrays come as float32 whatever they are stored in. One that is not finite is a ValueError.
-    `notes` are lines for people on how the tensors were found.
+    Floating arrays are converted to float32. An array that is not finite is a ValueError.
+    `notes`: lines for the user on how the tensors were found.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Tensors(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         array = self._read(name)
         if array.dtype in (*_NARROW, np.float64):
-            with np.errstate(over="ignore"):  # of float64, told below
+            with np.errstate(over="ignore"):  # of float64; reported below
                 array = array.astype(np.float32)
         if not modeldir.is_finite(array):
             count = np.count_nonzero(~np.isfinite(array))
@@ -66,24 +66,24 @@ class Tensors(Mapping):
         return len(self.shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor that has to be there; ValueError if it is not."""
+        """The shape of a tensor; ValueError if there is none of this name."""
         if name not in self.shapes:
-            held = [f"{head} ({count})" for head, count in wrappers.heads(self.shapes).items()]
-            more = f", and {len(held) - 10} more" if len(held) > 10 else ""
+            heads = [f"{head} ({count})" for head, count in wrappers.heads(self.shapes).items()]
+            more = f", and {len(heads) - 10} more" if len(heads) > 10 else ""
             raise ValueError(
                 f"{self.source} has no tensor {name}: it is not of this format. It holds "
-                + (", ".join(held[:10]) + more if held else "no tensors")
+                + (", ".join(heads[:10]) + more if heads else "no tensors")
             )
         return self.shapes[name]
 
     def renamed(self, names: Mapping[str, str], source: str = "", notes=()) -> "Tensors":
-        """The tensors of `names`: new name -> name here; `source` and `notes` say more about them."""
+        """The tensors of `names`: new name -> name here; `source` replaces the source, `notes` are added."""
         shapes = {new: self.shapes[old] for new, old in names.items()}
         read, notes = (lambda new: self._read(names[new])), (*self.notes, *notes)
         return Tensors(source or self.source, shapes, read, self.files, notes)
 
     def below(self, *prefixes: str) -> "Tensors":
-        """The tensors whose names begin with the first of `prefixes` that any has, without it."""
+        """The tensors below the first of `prefixes` that occurs, named without the prefix."""
         for prefix in prefixes:
             found = {name[len(prefix) :]: name for name in self.shapes if name.startswith(prefix)}
             if found:
@@ -92,28 +92,28 @@ class Tensors(Mapping):
 
 
 def parted(tensors: Tensors, parts: Mapping[str, tuple[str, int, slice | list[int]]]) -> Tensors:
-    """`tensors` with some cut up.
+    """`tensors` with some of them split.
 
-    parts: new name -> (the tensor, which is no longer there; an axis; the entries along it).
+    parts: new name -> (the split tensor, which is removed; an axis; the entries along it).
     """
     shapes = dict(tensors.shapes)
-    for name, (whole, axis, entries) in parts.items():
-        shape = list(tensors.shape(whole))
+    for name, (split, axis, entries) in parts.items():
+        shape = list(tensors.shape(split))
         shape[axis] = len(np.arange(shape[axis])[entries])
         shapes[name] = tuple(shape)
-        shapes.pop(whole, None)
+        shapes.pop(split, None)
 
     def read(name):
         if name not in parts:
             return tensors[name]
-        whole, axis, entries = parts[name]
-        return tensors[whole][(slice(None),) * axis + (entries,)]
+        split, axis, entries = parts[name]
+        return tensors[split][(slice(None),) * axis + (entries,)]
 
     return Tensors(tensors.source, shapes, read, tensors.files, tensors.notes)
 
 
 def joined(parts: Mapping[str, Tensors]) -> Tensors:
-    """Several sources as one, the names of each behind its key: {'decoder.': ..., 'text_proj.': ...}."""
+    """Several sources as one; the key of each prefixes its names: {'decoder.': ..., 'text_proj.': ...}."""
     where = {prefix + name: (prefix, name) for prefix, part in parts.items() for name in part.shapes}
     shapes = {full: parts[prefix].shapes[name] for full, (prefix, name) in where.items()}
     source = " and ".join(part.source for part in parts.values())
@@ -123,29 +123,29 @@ def joined(parts: Mapping[str, Tensors]) -> Tensors:
 
 
 def open_tensors(path: str | os.PathLike, names: tuple[str, ...] = WEIGHTS) -> Tensors:
-    """The tensors of a file, or of a folder as transformers and diffusers write them; nothing is executed.
+    """The tensors of a file, or of a folder of transformers or diffusers; nothing is executed.
 
-    Of a training checkpoint it is the model's, under the model's own names: see wrappers.py.
+    For a training checkpoint these are the model's tensors under the model's own names: see wrappers.py.
 
     Args:
       path: the file or folder.
-      names: what the weights in a folder may be called; the first that is there is read.
+      names: names of weights in a folder; the first that exists is read.
 
     Raises:
       FileNotFoundError: there is no such file, or no weights in the folder.
-      ValueError: the file is damaged or of another kind, or what is the model in it cannot be told.
+      ValueError: the file is damaged or of another kind, or the model in it is ambiguous.
     """
-    whole = _open(Path(path), names)
-    found = wrappers.unwrap(whole.shapes, whole.source)
+    tensors = _open(Path(path), names)
+    found = wrappers.unwrap(tensors.shapes, tensors.source)
     if list(found.names) == list(found.names.values()):
-        return whole
-    source = f"{whole.source} ({found.below}*)" if found.below else whole.source
-    said = ([f"read {found.below}*"] if found.below else []) + list(found.notes)
-    return whole.renamed(found.names, source, [f"{Path(whole.source).name}: {note}" for note in said])
+        return tensors
+    source = f"{tensors.source} ({found.below}*)" if found.below else tensors.source
+    notes = ([f"read {found.below}*"] if found.below else []) + list(found.notes)
+    return tensors.renamed(found.names, source, [f"{Path(tensors.source).name}: {note}" for note in notes])
 
 
 def _open(path: Path, names: tuple[str, ...] = WEIGHTS) -> Tensors:
-    """All tensors of a file or folder, by their names there."""
+    """All tensors of a file or folder under their names there."""
     if path.is_dir():
         for name in names:
             if (path / name).exists():
@@ -168,7 +168,7 @@ def _open(path: Path, names: tuple[str, ...] = WEIGHTS) -> Tensors:
 
 
 def _looks_like_safetensors(path: Path) -> bool:
-    """Whether the file begins as safetensors do, whatever it is called: a length, then a JSON object."""
+    """Whether the file starts as safetensors do: a length, then a JSON object."""
     with open(path, "rb") as file:
         return file.read(10)[8:] == b'{"'
 
@@ -192,7 +192,7 @@ def _open_safetensors(path: Path) -> Tensors:
 
 
 def _open_shards(path: Path) -> Tensors:
-    """The tensors of the shards that an index names, which must lie beside it."""
+    """The tensors of the shards in an index; the shards must lie beside it."""
     try:
         where = json.loads(path.read_text())["weight_map"]
         named = sorted(set(where.values()))

@@ -1,13 +1,13 @@
 """Torch's zip archives (torch.save, torch.jit.save), read as data: no torch, and nothing is executed.
 
 An archive holds `data.pkl` and one file of raw numbers for each storage. The pickle is a program for a stack
-machine; here its instructions are walked over and only those that build containers and describe tensors have
-an effect. What it calls or instantiates is a name, and stays one: an unknown call yields an `Opaque`.
+machine. Here only instructions that build containers and describe tensors have an effect: a function or class
+stays a name, and a call of an unknown one yields an `Opaque`.
 
-Nothing is larger in memory than in the file: torch does not compress, so a compressed archive is refused, and
-so is a tensor of more numbers than its storage has. A pickle may refer to one list many times over, and so be
-a tree without end: no more than _MAX_NODES of it are looked at. Of the pickle as many instructions are, each
-of which makes an object of some hundred bytes, or one as large as its text in the file.
+Nothing is larger in memory than in the file. Torch does not compress, so a compressed archive is refused, and
+so is a tensor with more numbers than its storage. A pickle may refer to one list many times and so describe
+an endless tree: at most _MAX_NODES nodes are visited. At most as many instructions run; each makes an object
+of some hundred bytes, or one of the size of its text in the file.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ _MARK = object()
 
 @dataclasses.dataclass
 class Opaque:
-    """What the pickle made by a call: the callee's name, its arguments, and the state that was set."""
+    """The result of a call in the pickle: name of the callee, arguments, and state set later."""
 
     name: str
     arguments: Any = ()
@@ -55,7 +55,7 @@ class _Symbol:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: the file of its storage, its type, and its place and strides in elements."""
+    """The place of a tensor: file of its storage, dtype, offset and strides in elements."""
 
     storage: str
     dtype: np.dtype
@@ -65,7 +65,7 @@ class StoredTensor:
 
 
 def is_archive(path) -> bool:
-    """Whether the file is a zip archive. Raises ValueError for one that is cut off."""
+    """Whether the file is a zip archive. Raises ValueError for a truncated archive."""
     if zipfile.is_zipfile(path):
         return True
     with open(path, "rb") as file:
@@ -79,9 +79,10 @@ def is_archive(path) -> bool:
 
 
 class TorchArchive:
-    """An open archive: `tensors` says where each is by its dotted name, `read` fetches one.
+    """An open archive. `tensors`: dotted name -> StoredTensor. `read` returns one.
 
-    A tuple's or list's tensors are named by their numbers. Raises ValueError for what is no archive of torch.
+    Tensors in tuples and lists are named by their numbers. Raises ValueError for a file that torch did not
+    write.
     """
 
     def __init__(self, path):
@@ -117,7 +118,7 @@ class TorchArchive:
             )
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor of this name, as it is stored. Raises ValueError where its storage is too short."""
+        """The tensor of this name, as it is stored. Raises ValueError for a storage that is too short."""
         tensor = self.tensors[name]
         size = tensor.dtype.itemsize
         if not np.prod(tensor.shape, dtype=np.int64):
@@ -143,7 +144,7 @@ class TorchArchive:
 
 
 def tensors_in(tree: Any) -> dict[str, StoredTensor]:
-    """{dotted name: tensor} of all in a tree of dicts, lists and objects. ValueError for one without end."""
+    """{dotted name: tensor} in a tree of dicts, lists and objects. ValueError for an endless tree."""
     found, seen = {}, 0
     waiting = [iter([((), tree)])]  # what is left at each depth
     while waiting:
@@ -197,100 +198,102 @@ def _build(target: Any, state: Any) -> Any:
     return target  # an OrderedDict's further attributes, such as a module's versions, do not matter
 
 
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
+_CONTAINERS = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+class _Machine:
+    """The stack machine of a pickle; an instruction is a method, called with the instruction's argument."""
+
+    def __init__(self):
+        self.stack: list = []
+        self.memo: dict[int, Any] = {}
+        self.methods = {
+            **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), self.put),
+            **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda key: self.stack.append(self.memo[key])),
+            "MEMOIZE": lambda _: self.put(len(self.memo)),
+            "GLOBAL": lambda name: self.stack.append(_Symbol(name.replace(" ", "."))),
+            "STACK_GLOBAL": self.stack_global,
+            **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda _: self.binary(_call)),
+            "BUILD": lambda _: self.binary(_build),
+            # a persistent id is ('storage', type, file, device, length), and stays on the stack as it is
+            **dict.fromkeys(("PROTO", "FRAME", "BINPERSID"), lambda _: None),
+            "TUPLE": lambda _: self.stack.append(tuple(self.pop_to_mark())),
+            **dict.fromkeys(("LIST", "FROZENSET"), lambda _: self.stack.append(self.pop_to_mark())),
+            "DICT": self.new_dict,
+            **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda _: self.extend(self.pop_to_mark())),
+            "APPEND": lambda _: self.extend([self.stack.pop()]),
+            "SETITEMS": lambda _: self.update(self.pop_to_mark()),
+            "SETITEM": lambda _: self.update([self.stack.pop(), self.stack.pop()][::-1]),
+            "POP": lambda _: self.stack.pop(),
+        }
+
+    def run(self, opcode, argument: Any) -> None:
+        """Carry out an instruction. Raises ValueError for one that weights do not need."""
+        name = opcode.name
+        if name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name])
+        elif name in _CONTAINERS:
+            self.stack.append(_CONTAINERS[name]())
+        elif name in _TUPLES:
+            items = self.stack[-_TUPLES[name] :]
+            del self.stack[-_TUPLES[name] :]
+            self.stack.append(tuple(items))
+        elif name in self.methods:
+            self.methods[name](argument)
+        elif opcode.stack_after and not opcode.stack_before and argument is not None:
+            self.stack.append(argument)  # numbers, texts, bytes
+        else:
+            raise ValueError(f"the archive's pickle has the instruction {name}, which weights do not need")
+
+    def put(self, key: int) -> None:
+        self.memo[key] = self.stack[-1]
+
+    def stack_global(self, _) -> None:
+        attribute, module = self.stack.pop(), self.stack.pop()
+        self.stack.append(_Symbol(f"{module}.{attribute}"))
+
+    def binary(self, function) -> None:
+        second, first = self.stack.pop(), self.stack.pop()
+        self.stack.append(function(first, second))
+
+    def pop_to_mark(self) -> list:
+        at = len(self.stack) - 1
+        while self.stack[at] is not _MARK:
+            at -= 1
+        items = self.stack[at + 1 :]
+        del self.stack[at:]
+        return items
+
+    def new_dict(self, _) -> None:
+        items = self.pop_to_mark()
+        self.stack.append({})
+        self.update(items)
+
+    def update(self, items: list) -> None:
+        if isinstance(self.stack[-1], dict):  # the items of an Opaque are not needed
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                if isinstance(key, str | int | float | tuple | bytes):
+                    self.stack[-1][key] = value
+
+    def extend(self, items: list) -> None:
+        if isinstance(self.stack[-1], list):
+            self.stack[-1].extend(items)
+
+
 def walk(program) -> Any:
-    """What a pickle describes: bytes, or an open file, which is read up to the pickle's end.
+    """The tree that a pickle describes. program: bytes, or an open file, read up to the pickle's end.
 
     Raises ValueError for an instruction that weights do not need.
     """
-    stack: list = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list:
-        at = len(stack) - 1
-        while stack[at] is not _MARK:
-            at -= 1
-        items = stack[at + 1 :]
-        del stack[at:]
-        return items
-
-    def update(items: list) -> None:
-        if isinstance(stack[-1], dict):  # an Opaque's items are of no interest
-            for key, value in zip(items[::2], items[1::2], strict=True):
-                if isinstance(key, str | int | float | tuple | bytes):
-                    stack[-1][key] = value
-
-    def extend(items: list) -> None:
-        if isinstance(stack[-1], list):
-            stack[-1].extend(items)
-
-    constants = {
-        "NONE": None,
-        "NEWTRUE": True,
-        "NEWFALSE": False,
-        "EMPTY_TUPLE": (),
-        "MARK": _MARK,
-    }
-    empty = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list}
-    tuples = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+    machine = _Machine()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
-        name = opcode.name
         if count > _MAX_NODES:
             raise ValueError(
                 f"the file's pickle has more than {_MAX_NODES} instructions: it holds no weights alone"
             )
-        if name in ("PROTO", "FRAME"):
-            continue
-        if name == "STOP":
-            return stack.pop()
-        if name in constants:
-            stack.append(constants[name])
-        elif name in empty:
-            stack.append(empty[name]())
-        elif name in tuples:
-            items = stack[-tuples[name] :]
-            del stack[-tuples[name] :]
-            stack.append(tuple(items))
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name == "GLOBAL":
-            stack.append(_Symbol(argument.replace(" ", ".")))
-        elif name == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            stack.append(_Symbol(f"{module}.{attribute}"))
-        elif name in ("REDUCE", "NEWOBJ"):
-            arguments, callee = stack.pop(), stack.pop()
-            stack.append(_call(callee, arguments))
-        elif name == "BUILD":
-            state, target = stack.pop(), stack.pop()
-            stack.append(_build(target, state))
-        elif name == "BINPERSID":
-            stack.append(stack.pop())  # ('storage', type, file, device, length)
-        elif name == "TUPLE":
-            stack.append(tuple(since_mark()))
-        elif name in ("LIST", "FROZENSET"):
-            stack.append(list(since_mark()))
-        elif name == "DICT":
-            items = since_mark()
-            stack.append({})
-            update(items)
-        elif name in ("APPENDS", "ADDITEMS"):
-            extend(since_mark())
-        elif name == "APPEND":
-            item = stack.pop()
-            extend([item])
-        elif name == "SETITEMS":
-            update(since_mark())
-        elif name == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            update([key, value])
-        elif name == "POP":
-            stack.pop()
-        elif opcode.stack_after and not opcode.stack_before and argument is not None:
-            stack.append(argument)  # numbers, texts, bytes
-        else:
-            raise ValueError(f"the archive's pickle has the instruction {name}, which weights do not need")
+        if opcode.name == "STOP":
+            return machine.stack.pop()
+        machine.run(opcode, argument)
     raise ValueError("the archive's pickle has no end")

@@ -1,8 +1,8 @@
 """Files that torch.save wrote before version 1.6, read as data: no torch, and nothing is executed.
 
-Such a file is five pickles, one after the other (a magic number, the version of the layout, sizes of types,
-the tree of tensors, the keys of the storages), and then, in the order of the keys, each storage as an int64
-count and its raw numbers. The weights of FID's Inception are spread in this form.
+Such a file is five pickles (a magic number, the version of the layout, sizes of types, the tree of tensors,
+the keys of the storages), followed by the storages in the order of the keys, each an int64 count and raw
+numbers. The weights of FID's Inception are published in this form.
 """
 
 import os
@@ -17,7 +17,7 @@ _BEGINNING = b"\x80\x02\x8a\n" + MAGIC.to_bytes(10, "little") + b"."
 
 
 def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """{dotted name: array} of a file's tensors. Raises ValueError for another, or a damaged file."""
+    """{dotted name: array} of a file's tensors. Raises ValueError for another format or a damaged file."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         begins = file.read(len(_BEGINNING)) == _BEGINNING[:size]

@@ -1,15 +1,14 @@
-"""A model's tensors inside what training wraps around them, found by their names.
+"""The tensors of the model in a training checkpoint, found by their names.
 
 Checkpoints hold a state dictionary under a key (`state_dict`, `model`, ...) beside the optimizer. DDP,
-torch.compile, Lightning and others put the name of their own attribute (`module.`, `_orig_mod.`, `model.`)
-before every name. In dotted names both look alike: both are a first word, which is taken off as often as
-there is one.
+torch.compile, Lightning and others prefix every name with an attribute of their own (`module.`, `_orig_mod.`,
+`model.`). In dotted names both are a first word, and such words are removed one after another.
 
-- A word of WEIGHTS or AVERAGES is taken off where all other tensors belong to training (TRAINING). Nobody
-  calls a part of a model `state_dict`, so beside such a word other tensors may have any name.
-- Of weights and averages of the same names, the averages are read. What averages lack, because they are kept
-  of trained parameters alone, is read from the weights.
-- What cannot be told is an error that names it: two models in a file, averages whose names are lost.
+- A word of WEIGHTS or AVERAGES is removed if all other tensors belong to training (TRAINING). No part of a
+  model is called `state_dict`, so beside such a word other tensors may have any name.
+- If weights and averages have the same names, the averages are read. Tensors that the averages lack (averages
+  may cover trained parameters alone) are read from the weights.
+- An ambiguous file is an error that names the cause: two models in a file, averages whose names are lost.
 """
 
 import dataclasses
@@ -44,14 +43,14 @@ AVERAGES = (
     "params_ema",
     "state_dict_ema",
 )
-# Names of tensors, or first words of them, that training keeps beside a model.
+# Names of tensors of the training state, or the first words of these names.
 TRAINING = re.compile(
     r"(.*_)?(optim(izers?|izer_states?|_state)?(_.*)?|scalers?|scaler_.*|amp|(lr_)?sched(ulers?)?(_.*)?)"
     r"|callbacks|loops|args|config|meta|hparams|hyper_parameters|.*rng_states?|random_states?"
     r"|((global|current|start|best)_)?(steps?|epochs?|iter(ation)?s?)|(best|train|val|valid|test)_.*"
     r"|n_averaged|initted|decay|num_updates|updates|.*loss(es)?"
 )
-# Words that wrappers put between others: torch.compile, FSDP, activation checkpointing, Lightning Fabric.
+# Words that wrappers insert: torch.compile, FSDP, activation checkpointing, Lightning Fabric.
 _BETWEEN = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 _COUNTERS = {"n_averaged", "initted", "step", "decay", "num_updates", "updates"}
 
@@ -62,8 +61,8 @@ class Unwrapped:
 
     Attributes:
       names: name in the model -> name in the file.
-      below: where they lie in the file, such as 'state_dict.module.'; '' for the file itself.
-      notes: lines that say what else was found and not read, or where some came from.
+      below: the removed prefix, such as 'state_dict.module.'; '' for none.
+      notes: lines about tensors that are not read, and about the origin of others.
     """
 
     names: dict[str, str]
@@ -72,7 +71,7 @@ class Unwrapped:
 
 
 def unwrap(names: Iterable[str], source: str) -> Unwrapped:
-    """The model's tensors among a file's dotted names; `source` is what errors call the file.
+    """The model's tensors among a file's dotted names; `source` names the file in errors.
 
     Raises:
       ValueError: there are several models, averages without names, or a pickled module.
@@ -94,7 +93,7 @@ def unwrap(names: Iterable[str], source: str) -> Unwrapped:
 
 
 def heads(names: Iterable[str]) -> dict[str, int]:
-    """{first word: how many names begin with it}, with '.*' behind the words of several."""
+    """{first word: number of names with it}; '.*' follows a word that other words follow."""
     counts: dict[str, int] = {}
     for name in names:
         head, dot, _ = name.partition(".")
@@ -139,7 +138,7 @@ def _full(head: str, part: Mapping[str, str]) -> list[str]:
 
 
 def _chosen(weights: Unwrapped | None, averages: Unwrapped | None, source: str) -> Unwrapped:
-    """The averages if there are any, filled up by the weights."""
+    """The averages if there are any, completed by the weights."""
     if averages is None:
         return weights
     names = {name: full for name, full in averages.names.items() if name not in _COUNTERS}

@@ -1,20 +1,63 @@
 """python -m dalle2_jax.evaluate [--model=DIR] [--metrics=scenes,retrieval,zero_shot --n=128 --out=DIR]"""
 
-from absl import app, flags, logging
+import contextlib
+import functools
+import os
+import tempfile
 
-from dalle2_jax.evaluate import evaluate, fidelity, presets
-from dalle2_jax.generate.generate import define_sampling_flags
-from dalle2_jax.runtime import commandline
+from absl import app, flags, logging
+from etils import epath
+
+from dalle2_jax.evaluate import comparison, evaluate, metrics, networks, presets, prompts
+from dalle2_jax.evaluate.metric import Request
+from dalle2_jax.generate import pipeline
+from dalle2_jax.generate.generate import StageLines, define_sampling_flags, sampling_settings
+from dalle2_jax.runtime import commandline, partition, processes
 
 __doc__ = evaluate.__doc__  # what --help prints
+FLAGS = flags.FLAGS
+
+
+def request() -> Request:
+    """The flags as a request."""
+    names = ("images", "reference", "inception", "preset", "aesthetic", "classes", "templates", "scenes")
+    names += ("n", "seed", "batch_size", "out", "npz_out", "stats_out")
+    values = {name: FLAGS[name].value for name in names}
+    return Request(metrics=tuple(FLAGS.metrics or ()), settings=sampling_settings(), **values)
+
+
+def main(argv):
+    """Run the command; `argv` without the flags."""
+    with processes.together(debug=FLAGS.debug), contextlib.ExitStack() as stack:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected arguments {argv[1:]}: captions are for dalle2_jax.generate")
+        partition.initialise()
+        processes.join()
+        out, asked = epath.Path(FLAGS.out), request()
+        if not processes.is_first():  # every process measures, one writes and prints
+            out = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        load = functools.partial(pipeline.UnCLIP.load, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
+        if FLAGS.prompts:
+            suite = prompts.read_prompts(FLAGS.prompts)
+            how = dict(n=FLAGS.pictures, seed=asked.seed, settings=asked.settings, progress=StageLines())
+            prompts.draw(load(FLAGS.model), suite, FLAGS.out, batch_size=asked.batch_size, **how)
+            print(f"{len(suite)} prompts, {FLAGS.pictures} pictures each: {FLAGS.out}")
+            return
+        model = None if FLAGS.compare else load(FLAGS.model)
+        judge = stack.enter_context(networks.open_judge(FLAGS.judge)) if FLAGS.judge else None
+        if FLAGS.compare:
+            how = dict(model_dir=FLAGS.model, pictures=FLAGS.pictures, load=load, judge=judge)
+            comparison.write_report(out, comparison.compare(FLAGS.compare, asked, out, **how), FLAGS.report)
+        else:
+            evaluate.write_report(out, *evaluate.evaluate(model, asked, out, judge), FLAGS.report)
+
 
 if __name__ == "__main__":
     define_sampling_flags()
     commandline.DEFINE_path("out", "evaluation", "Where the report and the grids go.")
     flags.DEFINE_list(
-        "metrics",
-        None,
-        f"Which of {', '.join((*evaluate.METRICS, *fidelity.METRICS))}; default: what is at hand.",
+        "metrics", None, f"Some of {', '.join(metrics.METRICS)}; default: those that the other flags permit."
     )
     commandline.DEFINE_path("images", None, "Pictures to measure: a folder, tar shards or an npz.")
     commandline.DEFINE_path(
@@ -25,11 +68,14 @@ if __name__ == "__main__":
     )
     commandline.DEFINE_path("reference", None, "Pictures to compare with, or an npz of mu and sigma.")
     commandline.DEFINE_path("inception", None, "Weights that `dalle2_jax.convert inception` wrote.")
+    commandline.DEFINE_path(
+        "judge", None, "Another CLIP for clip_*, aesthetic and --compare: a model directory, or its folder."
+    )
     commandline.DEFINE_path("aesthetic", None, "Weights of LAION's aesthetic head, for CLIP ViT-L/14.")
     flags.DEFINE_string("preset", "ttur", f"Protocol of FID, one of {', '.join(presets.PRESETS)}.")
     commandline.DEFINE_path("report", None, "Write one self-contained HTML page of numbers and pictures.")
     commandline.DEFINE_path("npz_out", None, "Write the images as an npz for guided-diffusion's evaluator.")
-    commandline.DEFINE_path("prompts", None, "Draw the prompts of this file for a tool that judges them.")
+    commandline.DEFINE_path("prompts", None, "Draw the prompts of this file for an external tool.")
     commandline.DEFINE_path("stats_out", None, "Write mean and covariance of the images' Inception features.")
     flags.DEFINE_integer("n", 128, "Captions to draw, in all.", lower_bound=4)
     flags.DEFINE_multi_string("compare", None, "A way of drawing, such as 'guidance_scale=2'; once for each.")
@@ -37,4 +83,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "Seed of captions and pictures.", lower_bound=0)
     flags.DEFINE_string("scenes", None, "Grammar of the captions; default: the one the model was trained on.")
     logging.set_verbosity(logging.WARNING)  # not every backend that JAX looks for in vain
-    app.run(evaluate.main)
+    app.run(main)

@@ -1,25 +1,36 @@
-"""Ways of drawing the same captions, side by side: how right, how varied, how real, how fast.
+"""Ways of drawing the same captions, side by side: share that is right, diversity, fidelity, speed.
 
-Of each caption several pictures are drawn. With z_i the unit CLIP embeddings of a caption's n pictures and y
+Several pictures are drawn of each caption. With z_i the unit CLIP embeddings of a caption's n pictures and y
 that of the caption,
 
     diversity = mean over captions of the mean of 1 - z_i . z_j over i != j
     clip      = mean of z_i . y
 
-Against pictures that are real, the entries of `fidelity.measure`: a Frechet distance, precision and recall.
+Fidelity to reference pictures: the entries of `fidelity.measure` for a Frechet distance, precision and
+recall.
 """
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from etils import epath
 
-from dalle2_jax.evaluate import fidelity, scene_scores
-from dalle2_jax.evaluate.picture_sets import PictureSet, of_images
+from dalle2_jax.evaluate import drawing, fidelity, page, picture_sets
+from dalle2_jax.evaluate.evaluate import GRID_PICTURES, open_networks
+from dalle2_jax.evaluate.metric import Request, wilson
+from dalle2_jax.evaluate.metrics import scenes as scenes_metric
+from dalle2_jax.evaluate.metrics.frechet import frechet_name
+from dalle2_jax.evaluate.networks import Networks, has_clip
+from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet, of_images
+from dalle2_jax.evaluate.reference import Stats, pictures_of
 from dalle2_jax.generate import pipeline
 from dalle2_jax.generate.editing import unit
+from dalle2_jax.generate.generate import StageLines, sampling_settings
+from dalle2_jax.runtime import metrics, processes
 
 FRECHET = {"fid": "FID", "fid_small": "FID of few pictures", "clip_frechet": "Frechet distance (CLIP)"}
 
@@ -29,12 +40,11 @@ class Row:
     """One way of drawing.
 
     Attributes:
-      name: what to call it.
-      pictures: how many were judged.
-      named, correct: shares in 0 .. 1, as `scene_scores` counts them. interval: Wilson's, of `named`. None
-        without a checker.
+      pictures: number of drawn pictures.
+      named, correct: shares in 0 .. 1, see `metrics.scenes`; interval: Wilson's, of `named`. None without a
+        checker.
       diversity, clip: see the module.
-      seconds: a picture, all stages, without compiling.
+      seconds: per picture, all stages, without compiling.
       fidelity: entries of `fidelity.measure`.
     """
 
@@ -49,7 +59,7 @@ class Row:
     fidelity: dict[str, dict] = dataclasses.field(default_factory=dict)
 
     def frechet(self) -> tuple[str, dict]:
-        """(name of the metric, its entry). Raises ValueError where none was measured."""
+        """(name of the metric, its entry). Raises ValueError if none was measured."""
         for name in FRECHET:
             if name in self.fidelity:
                 return name, self.fidelity[name]
@@ -66,81 +76,189 @@ def diversity(embeds: np.ndarray) -> float:
     if count < 2:
         raise ValueError("diversity needs 2 or more pictures a caption")
     # sum over i != j of z_i . z_j = |sum of z|^2 - n
-    together = (embeds.sum(axis=1) ** 2).sum(axis=-1) - count
-    return float(1 - np.mean(together) / (count * (count - 1)))
+    sums = (embeds.sum(axis=1) ** 2).sum(axis=-1) - count
+    return float(1 - np.mean(sums) / (count * (count - 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way of drawing: a model directory (None: the bundled model) and keywords of `text_to_image`."""
+
+    name: str
+    model_dir: str | None
+    settings: dict
+
+
+def parse_way(text: str, model_dir: str | None) -> Way:
+    """'NAME: guidance_scale=2 model=DIR' as a Way; name and settings may be absent. Raises ValueError."""
+    name, _, settings = text.rpartition(":")
+    parts = [part.partition("=") for part in settings.split()]
+    if any(not equals for _, equals, _ in parts):
+        raise ValueError(f"--compare={text!r} must be settings like 'guidance_scale=2 prior_steps=64'")
+    changes = {setting: value for setting, _, value in parts}
+    directory = changes.pop("model", model_dir)
+    return Way(name.strip() or text or "as it is", directory, sampling_settings(changes))
 
 
 def measure(
     name: str,
-    model: pipeline.UnCLIP,
-    captions: Sequence[str],
+    result: pipeline.Result,
+    clip: pipeline.UnCLIP,
     check: Callable | None,
-    *,
-    n: int = 4,
-    seed: int = 0,
-    settings: dict | None = None,
+    fidelity_of: Callable[[PictureSet], dict[str, dict]],
     batch_size: int | None = None,
-    progress=None,
-    fidelity_of: Callable[[PictureSet], dict[str, dict]] | None = None,
-) -> tuple[Row, pipeline.Result]:
-    """Draw `n` pictures of each caption with `settings` of `UnCLIP.text_to_image` and judge them.
+) -> Row:
+    """The row of drawn pictures, several of each caption side by side.
 
     Args:
-      check: (image, caption) -> verdict, `evals.scenes.check`; None: nobody says what is right.
-      fidelity_of: the pictures as a set -> entries of `fidelity.measure`.
+      clip: the model whose CLIP measures diversity and cosine.
+      check: (image, caption) -> verdict, `evaluate.scenes.check`; None: no checker reads these captions.
+      fidelity_of: a picture set -> entries of `fidelity.measure`.
     """
-    result = model.text_to_image(
-        captions, seed=seed, n=n, batch_size=batch_size, progress=progress, **(settings or {})
-    )
     count, judged = len(result.images), dict(named=None, interval=None, correct=None)
     if check is not None:
         verdicts = [
-            scene_scores.verdict_aspects(check(image, caption))
+            scenes_metric.verdict_aspects(check(image, caption))
             for image, caption in zip(result.images, result.captions, strict=True)
         ]
         named, correct = (sum(verdict[key] for verdict in verdicts) for key in ("named", "correct"))
-        judged = dict(
-            named=named / count, interval=scene_scores.wilson(named, count), correct=correct / count
-        )
-    images = unit(model.encode_image(result.images, batch_size)).reshape(len(captions), n, -1)
-    (texts, _), _ = model.encode_text(captions, batch_size)
+        judged = dict(named=named / count, interval=wilson(named, count), correct=correct / count)
+    n = max(result.numbers) + 1
+    captions = result.captions[::n]
+    images = unit(clip.encode_image(result.images, batch_size)).reshape(len(captions), n, -1)
+    (texts, _), _ = clip.encode_text(captions, batch_size)
     texts = unit(texts)
-    row = Row(
+    return Row(
         name=name,
         pictures=count,
         **judged,
         diversity=diversity(images),
         clip=float((images * texts[:, None]).sum(axis=-1).mean()),
         seconds=sum(timing.seconds for timing in result.timings.values()) / count,
-        fidelity=fidelity_of(of_images(name, result.images, result.captions)) if fidelity_of else {},
+        fidelity=fidelity_of(of_images(name, result.images, result.captions)),
     )
-    return row, result
 
 
-def against(
-    reference: PictureSet | fidelity.Stats, pictures: int, model: pipeline.UnCLIP, **options
+def compare_with(
+    reference: PictureSet | Stats, pictures: int, networks: Networks, seed: int
 ) -> Callable[[PictureSet], dict[str, dict]]:
     """`fidelity_of` for `measure`: Frechet distance, precision and recall of `pictures` against a reference.
 
-    model: whose CLIP reads them, for every way the same; options: of `fidelity.measure`, `weights` among them
-    for Inception in its place. The reference is read once. Of statistics there are no neighbours.
+    Inception reads them, or else CLIP; the reference is read once. Statistics have no neighbours.
 
     Raises ValueError for what cannot be measured, before anything is drawn.
     """
-    weights = options.get("weights")
-    names = [fidelity.frechet_name(weights is not None, pictures, reference.count)]
-    if fidelity.pictures_of(reference) is not None:
-        names.append("clip_precision_recall" if weights is None else "precision_recall")
+    with_inception = networks.inception is not None
+    names = [frechet_name(with_inception, pictures, reference.count)]
+    if pictures_of(reference) is not None:
+        names.append("precision_recall" if with_inception else "clip_precision_recall")
     planned = PictureSet("pictures", "drawn", pictures, lambda: iter(()))
-    preset = options.get("preset", "ttur")
-    fidelity.check(names, planned, reference, preset=preset, with_inception=weights is not None)
-    return functools.partial(
-        fidelity.measure, reference=reference, metrics=names, model=model, known={}, **options
-    )
+    fidelity.check(names, planned, reference, networks)
+    options = dict(reference=reference, names=names, networks=networks, seed=seed)
+    return functools.partial(fidelity.measure, reference_features={}, **options)
+
+
+def compare(
+    ways: Sequence[str],
+    request: Request,
+    out: str | os.PathLike,
+    *,
+    model_dir: str | None,
+    pictures: int,
+    load: Callable[[str | None], pipeline.UnCLIP] = pipeline.UnCLIP.load,
+    judge: pipeline.UnCLIP | None = None,
+) -> list[Row]:
+    """Draw `request.n` captions, `pictures` each, in every one of `ways`; writes tables, plot and grids.
+
+    Args:
+      ways: see `parse_way`.
+      model_dir: of the ways without a model. load: opens a model directory.
+      judge: its CLIP reads all pictures; None: each model's own measures diversity and cosine, that of
+        `model_dir` the fidelity.
+
+    Raises ValueError for an unknown setting, and for a model without CLIP and judge, before anything is
+    drawn.
+    """
+    if pictures < 2:
+        raise ValueError("--compare measures how pictures of a caption differ: give --pictures=2 or more")
+    parsed = [parse_way(way, model_dir) for way in ways]
+    models = {
+        directory: load(directory) for directory in dict.fromkeys([model_dir, *(w.model_dir for w in parsed)])
+    }
+    for model in models.values():
+        if judge is None and not has_clip(model):
+            raise ValueError(
+                f"--compare needs a CLIP for diversity and cosine, and model {model.name!r} has none: give "
+                "--judge=DIR with one"
+            )
+    settings = [models[way.model_dir].settings(**way.settings) for way in parsed]
+    networks = open_networks(models[model_dir], request, judge)
+    check, captions, reference = _captions(models[model_dir], request, pictures)
+    fidelity_of = compare_with(reference, len(captions) * pictures, networks, request.seed)
+    common = dict(seed=request.seed, batch_size=request.batch_size, progress=StageLines())
+    out = epath.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    report = {"seed": request.seed, "captions": len(captions), "reference": reference.summary()}
+    report |= {"judge": networks.judge_summary()} if judge else {}
+    rows, described = [], []
+    for way, used in zip(parsed, settings, strict=True):
+        print(f"{way.name}:", flush=True)
+        model = models[way.model_dir]
+        result = model.text_to_image(captions, n=pictures, **common, **way.settings)
+        row = measure(way.name, result, judge or model, check, fidelity_of, request.batch_size)
+        rows.append(row)
+        described.append(dataclasses.asdict(row) | {"model": model.name, "settings": used})
+        shown = slice(0, GRID_PICTURES // pictures * pictures)
+        grid = metrics.labelled_grid(result.images[shown], result.captions[shown], pictures)
+        metrics.save_png(out / f"comparison_{len(rows)}.png", grid, {"way": way.name})
+        # after every way, so that an interrupted comparison keeps its rows
+        text = json.dumps(report | {"rows": described}, indent=2) + "\n"
+        (out / "comparison.json").write_text(text)
+        (out / "comparison.md").write_text(table(rows) + "\n" + _judge_line(report.get("judge")))
+        plot(rows, out / "comparison.png")
+    return rows
+
+
+def _captions(
+    model: pipeline.UnCLIP, request: Request, pictures: int
+) -> tuple[Callable | None, list[str], PictureSet | Stats]:
+    """(checker, captions, reference): those of scenes, or without a checker those of `request.reference`."""
+    if request.reference is None:
+        check = scenes_metric.load_checker()
+        config, side = drawing.scenes_of(model, request.scenes)
+        captions, _ = scenes_metric.draw_captions(config, request.n, request.seed)
+        drawn = scenes_metric.draw_scenes(config, request.n, pictures, request.seed)
+        return check, captions, picture_sets.rendered("scenes of the captions", drawn, side)
+    reference = picture_sets.open_pictures(request.reference, PassLines("pictures checked"))
+    print(f"reference: {reference.describe()}", flush=True)
+    return None, drawing.some_captions(reference, request.n, request.seed), reference
+
+
+def _judge_line(judge: dict | None) -> str:
+    return f"\nCLIP of the judge {judge['name']}, sha256 {judge['weights_sha256']}\n" if judge else ""
+
+
+def write_report(out: epath.Path, rows: Sequence[Row], html: str | None = None) -> None:
+    """Print the table of `compare`, and write the page `html`; process 0 alone writes it."""
+    text = (out / "comparison.md").read_text().rstrip()
+    print(text)
+    print(f"wrote {out / 'comparison.json'}, comparison.md and comparison.png")
+    if html and processes.is_first():
+        pictures = sorted(out.glob("comparison*.png"))
+        shown = columns(rows)
+        numbers = page.table(list(shown), list(zip(*shown.values(), strict=True)))
+        page.write(
+            html,
+            "Ways of drawing",
+            numbers,
+            text,
+            pictures,
+            json.loads((out / "comparison.json").read_text()),
+        )
 
 
 def columns(rows: Sequence[Row]) -> dict[str, list]:
-    """Heading -> a value for each row, of what was measured of the first."""
+    """Heading -> a value for each row; the headings are those of the first row's numbers."""
     first = rows[0]
     found = {"": [row.name for row in rows], "pictures": [row.pictures for row in rows]}
     if first.named is not None:
@@ -170,8 +288,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: str | os.PathLike) -> None:
-    """Write a PNG with a point a row, joined in their order: right pictures against diversity where they were
-    judged; distance from the reference against CLIP cosine and recall, and precision against recall."""
+    """Write a PNG with a point a row, connected in their order: share of right pictures against diversity (if
+    checked); distance from the reference against CLIP cosine and recall; precision against recall."""
     from matplotlib.figure import Figure
 
     panels = []
@@ -181,7 +299,7 @@ def plot(rows: Sequence[Row], path: str | os.PathLike) -> None:
             ("diversity (1 - CLIP cosine of a caption's pictures)", "share with all that is named", shares)
         )
     if rows[0].fidelity:
-        label, recalls = FRECHET[rows[0].frechet()[0]], None
+        label = FRECHET[rows[0].frechet()[0]]
         entries = [row.frechet()[1] for row in rows]
         of = [(entry["value"], entry["interval"]) for entry in entries]
         panels.append(

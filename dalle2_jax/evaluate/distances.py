@@ -1,6 +1,6 @@
-"""How far two sets of feature vectors are apart: numpy in float64, whatever network the features come from.
+"""Distances of two sets of feature vectors, in numpy and float64, for features of any network.
 
-With x_1 .. x_N the features of generated pictures and y_1 .. y_M those of a reference, both of D entries,
+With features x_1 .. x_N of generated pictures and y_1 .. y_M of a reference, both of D entries,
 
     Frechet distance    |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2))            arXiv:1706.08500
     unbiased MMD^2      mean over i != j of k(x_i, x_j) + the same of y - 2 mean of k(x_i, y_j)
@@ -14,8 +14,8 @@ The covariances S are those of `numpy.cov` (divided by N - 1). The Frechet dista
 large by about c / N; `frechet_infinity` extrapolates to 1 / N = 0 (arXiv:1911.07023).
 
 Standard errors are first-order: the spread of each example's influence on the distance, over sqrt(N). They
-say how much the number would move with other pictures. They do not see the bias in N, and tend to 0 where the
-two distributions are equal.
+estimate the change with other pictures. They do not include the bias in N, and tend to 0 if the distributions
+are equal.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 CHUNK = 1024  # rows of a block of pairwise distances
-ERROR_ROWS = 4096  # rows that are enough to know how much one row's influence varies
+ERROR_ROWS = 4096  # enough rows to estimate the variance of one row's influence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Moments:
 
     @staticmethod
     def of(x: np.ndarray) -> "Moments":
-        """Those of the rows of x [N, D]. Raises ValueError for no rows, and for rows that are not finite."""
+        """The moments of the rows of x [N, D]. Raises ValueError for no rows and for non-finite rows."""
         x = as_features(x)
         mean = x.mean(axis=0)
         centred = x - mean
         return Moments(len(x), mean, centred.T @ centred)
 
     def merge(self, other: "Moments") -> "Moments":
-        """Those of both sets together: exact, so that it does not matter how a set was split (Chan 1979)."""
+        """The moments of the union of both sets, exact for any split of a set (Chan 1979)."""
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"features of {len(self.mean)} and of {len(other.mean)} entries do not mix")
         count = self.count + other.count
@@ -63,7 +63,7 @@ class Moments:
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
-    """The moments of all parts together."""
+    """The moments of the union of all parts."""
     return functools.reduce(Moments.merge, parts)
 
 
@@ -91,8 +91,8 @@ def frechet_distance(x: Moments, y: Moments) -> float:
     """The Frechet distance of two Gaussians with these moments; at least 0.
 
     tr (S_x S_y)^(1/2) is the sum of the square roots of the eigenvalues of R S_x R with R = S_y^(1/2): two
-    symmetric eigenproblems, whose rounding errors below zero are cut off. So singular covariances are no
-    trouble.
+    symmetric eigenproblems. Negative eigenvalues are rounding errors and are set to 0, so that covariances
+    may be singular.
 
     Raises ValueError for features of different lengths, or of fewer than two pictures.
     """
@@ -105,7 +105,7 @@ def frechet_with_error(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     With the optimal transport T = R^-1 (R S_y R)^(1/2) R^-1 from x to y, R = S_x^(1/2), the influence of a
     picture x_i with d = x_i - m_x is 2 (m_x - m_y) . d + d (1 - T) d up to a constant; that of a y_j is the
     same with the roles exchanged, T^-1 for T. Directions in which x does not vary are left out. The error is
-    fair for N and M of several D.
+    a good estimate for N and M of several D.
     """
     x, y = _pair(x, y)
     a, b = Moments.of(x), Moments.of(y)
@@ -136,8 +136,8 @@ def frechet_infinity(
 
     A line in 1 / n is fitted to the distances of `points` random subsets of x [N, D], of sizes n spaced
     evenly from `smallest` to N, from a fixed reference. By default `smallest` is min(5000, N / 10). It must
-    exceed D, for below that the distance is no line in 1 / n. The error is that of the line through these
-    subsets alone: what other pictures would change comes on top, see `frechet_with_error`.
+    exceed D, since the distance is not linear in 1 / n below. The error is that of the line through these
+    subsets alone; add the error for other pictures of `frechet_with_error`.
 
     Raises ValueError for too few rows.
     """
@@ -166,7 +166,7 @@ def _root(cov: np.ndarray) -> np.ndarray:
 
 
 def _frechet(x: Moments, y: Moments, root: np.ndarray) -> float:
-    """The Frechet distance; `root` is that of the covariance of y."""
+    """The Frechet distance; `root` is the square root of the covariance of y."""
     if x.mean.shape != y.mean.shape:
         raise ValueError(f"features of {len(x.mean)} and of {len(y.mean)} entries cannot be compared")
     shift, cov = x.mean - y.mean, x.cov
@@ -193,8 +193,8 @@ def gaussian_kernel(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> np.nda
 def mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool = False) -> tuple[float, float]:
     """(squared maximum mean discrepancy of x [N, D] and y [M, D], its standard error).
 
-    biased: count the pairs of a row with itself, which makes it at least 0 (the estimate of least variance);
-    otherwise the expectation is 0 for equal distributions, and the estimate may be negative.
+    biased: include the pairs of a row with itself. The biased estimate has less variance and is at least 0;
+    the unbiased one has the expectation 0 for equal distributions and may be negative.
 
     Raises ValueError for fewer than two rows.
     """
@@ -229,10 +229,10 @@ def kid(
     """(mean over subsets, their standard deviation, the mean's standard error): cubic kernel, unbiased MMD^2.
 
     Each subset has `subset_size` different rows of x [N, D] and as many of y [M, D], drawn in this order by
-    numpy's RandomState(seed), as torch-fidelity draws them. The standard error has two parts: other pictures,
-    by the influences of at most ERROR_ROWS of either side, and other subsets of these.
+    numpy's RandomState(seed), as in torch-fidelity. The standard error has two parts: for other pictures,
+    from the influences of at most ERROR_ROWS on either side, and for other subsets.
 
-    Raises ValueError where there are fewer rows than a subset has.
+    Raises ValueError for fewer rows than `subset_size`.
     """
     x, y = _pair(x, y)
     if min(len(x), len(y)) < subset_size:
@@ -273,9 +273,9 @@ def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0, scale: float = 1000.
 def neighbourhoods(x: np.ndarray, y: np.ndarray, k: int = 3) -> dict[str, float]:
     """precision, recall, density, density_error and coverage of generated x [N, D] and reference y [M, D].
 
-    The ball of a vector reaches to its k-th nearest neighbour in its own set, border included. Precision and
-    recall are usually given for k = 3, density and coverage for k = 5. density_error is the standard error
-    of density for other x and the same y.
+    The ball of a vector has the distance to its k-th nearest neighbour in its own set as its radius, border
+    included. Usual are k = 3 for precision and recall, k = 5 for density and coverage. density_error is the
+    standard error of density for other x and the same y.
 
     Raises ValueError unless both sets have more than k rows.
     """
@@ -285,7 +285,7 @@ def neighbourhoods(x: np.ndarray, y: np.ndarray, k: int = 3) -> dict[str, float]
     radius_x, radius_y = _radii(x, k), _radii(y, k)
     in_x = np.zeros(len(y), bool)  # whether a y lies in any ball of x
     hit_y = np.zeros(len(y), bool)  # whether the ball of a y holds any x
-    balls = []  # of y that hold an x
+    balls = []  # number of balls of y around each x
     for rows, radii in zip(_chunks(x), _chunks(radius_x), strict=True):
         distances = _squared_distances(rows, y)
         inside = distances <= radius_y
@@ -314,7 +314,7 @@ def _radii(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """[N, M] of the rows of two arrays."""
+    """Squared distances [N, M] between the rows of two arrays."""
     squares = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)
     return np.maximum(squares - 2 * x @ y.T, 0)
 
@@ -330,7 +330,8 @@ def _chunks(x: np.ndarray):
 def inception_score(logits: np.ndarray, splits: int = 10, seed: int | None = 2020) -> tuple[float, float]:
     """(mean, standard deviation over splits) of the inception score of logits [N, C].
 
-    seed: of the order in which the rows are split, numpy's RandomState as in torch-fidelity; None: as given.
+    seed: of the permutation before the split, by numpy's RandomState as in torch-fidelity; None: no
+      permutation.
 
     Raises ValueError for fewer rows than splits.
     """
@@ -345,6 +346,6 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int | None = 202
     for i in range(splits):
         part = log_p[i * count // splits : (i + 1) * count // splits]
         p = np.exp(part)
-        together = np.log(np.maximum(p.mean(axis=0), np.finfo(float).tiny))
-        found.append(np.exp((p * (part - together)).sum(axis=1).mean()))
+        log_marginal = np.log(np.maximum(p.mean(axis=0), np.finfo(float).tiny))
+        found.append(np.exp((p * (part - log_marginal)).sum(axis=1).mean()))
     return float(np.mean(found)), float(np.std(found))

@@ -1,8 +1,9 @@
-"""Features of sets of pictures: each is decoded once, whatever networks read it, on all devices.
+"""Features of sets of pictures, on all devices; each picture is decoded once for all networks.
 
-Of several processes each reads its share of the pictures; every one gets all features.
+Several processes share the pictures; every process gets all features.
 
-An extractor is (what a picture becomes on the host, features of a list of what became): numpy in, numpy out.
+An extractor is a pair of functions of numpy arrays: prepare(picture) on the host, and run(list of prepared
+pictures) -> features by name.
 """
 
 import concurrent.futures
@@ -30,7 +31,7 @@ Extractor = tuple[Callable[[np.ndarray], np.ndarray], Callable[[list], dict[str,
 def inception_extractor(
     weights: inception_weights.Weights, preset: str, batch_size: int, mesh=None
 ) -> Extractor:
-    """(what a picture becomes on the host, features of a list of these)."""
+    """The extractor of FID's Inception; `preset` is a name in PRESETS."""
     compiled = Batched(inception.features, weights.params, batch_size, mesh)
     chosen = PRESETS[preset]
 
@@ -41,18 +42,18 @@ def inception_extractor(
 
 
 def clip_extractor(model: pipeline.UnCLIP, batch_size: int) -> Extractor:
-    """The same of a model's CLIP, which has its own way with pictures, see `UnCLIP.encode_image`."""
+    """The extractor of a model's CLIP, which prepares pictures as `UnCLIP.encode_image` does."""
     size = model.cascade.stage("clip").image_size
 
     def run(prepared: list) -> dict[str, np.ndarray]:
-        whole = prepared + prepared[-1:] * (batch_size - len(prepared))  # one program for all batches
-        return {"clip": model.encode_image(np.stack(whole), batch_size)[: len(prepared)]}
+        padded = prepared + prepared[-1:] * (batch_size - len(prepared))  # one program for all batches
+        return {"clip": model.encode_image(np.stack(padded), batch_size)[: len(prepared)]}
 
     return lambda picture: square_picture(picture, size, halve=False), run
 
 
 def _batched(rows: Iterable, size: int):
-    """Lists of `size` rows; the last may be shorter."""
+    """Yields lists of `size` items; the last may be shorter."""
     rows = iter(rows)
     while batch := list(itertools.islice(rows, size)):
         yield batch
@@ -66,10 +67,9 @@ def extract(
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Features [N, D] float32 by name, those `wanted`, of all pictures, each decoded once.
+    """The `wanted` features [N, D] float32 of all pictures, by name.
 
-    Pictures are decoded and resized in threads while the devices compute. Raises ValueError for one that
-    cannot be read.
+    Threads decode and resize pictures while the devices compute. Raises ValueError for an unreadable picture.
     """
     wanted = set(wanted)
 
@@ -77,7 +77,7 @@ def extract(
         picture = item.picture()
         return [before(picture) for before, _ in extractors]
 
-    def own(rows: np.ndarray) -> dict[str, np.ndarray]:
+    def extract_share(rows: np.ndarray) -> dict[str, np.ndarray]:
         first, last = int(rows[0]), int(rows[-1]) + 1
         found: dict[str, list] = {}
         done = 0
@@ -98,4 +98,4 @@ def extract(
             raise ValueError(f"{pictures.name} gave {first + done} of {pictures.count} pictures")
         return {name: np.concatenate(parts)[rows - first] for name, parts in found.items()}
 
-    return processes.in_shares(own, pictures.count)
+    return processes.in_shares(extract_share, pictures.count)

@@ -1,356 +1,167 @@
-"""How near pictures are to a reference, and to their captions: one pass over the pictures, many numbers.
+"""Picture metrics: pictures against a reference or their captions, in one pass over the pictures.
 
-Features of Inception (FID, sFID, KID, inception score, precision and recall, FID extrapolated) need the
-user's weights; those of a model's own CLIP are always there, and what is measured with them is named so:
-`clip_frechet` is no FID, `clip_mmd` is CMMD only in its formula. Each number is an entry
+Inception's metrics (FID, sFID, KID, inception score, precision and recall, FID extrapolated) need the user's
+weights. CLIP's read the measured model's CLIP or a judge: `clip_frechet` is no FID, `clip_mmd` is CMMD only
+in its formula. Each number is an entry of `metric` with
 
-    {value, standard_error, interval, n, n_reference, features, dimensions, preset, resize, weights_sha256}
-
-with a 95 % interval: value +- 1.96 standard errors as `distances` has them, or Wilson's for a share.
+    {n, images, features, dimensions, preset, resize, weights_sha256, n_reference, reference, ...}
 """
 
-import dataclasses
 import functools
-import math
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dalle2_jax.convert import inception_weights
 from dalle2_jax.data import scenes
-from dalle2_jax.evaluate import aesthetic, clip_scores, distances, inception
-from dalle2_jax.evaluate.distances import Moments
-from dalle2_jax.evaluate.features import BATCH_SIZE, clip_extractor, extract, inception_extractor
-from dalle2_jax.evaluate.picture_sets import PictureSet, array_of_npz, open_pictures
+from dalle2_jax.evaluate.features import extract
+from dalle2_jax.evaluate.metric import Features
+from dalle2_jax.evaluate.metrics import OF_PICTURES, frechet
+from dalle2_jax.evaluate.networks import Networks, network_of
+from dalle2_jax.evaluate.picture_sets import PictureSet
 from dalle2_jax.evaluate.presets import PRESETS
-from dalle2_jax.evaluate.scene_scores import wilson
-from dalle2_jax.generate import pipeline
-from dalle2_jax.runtime import files, processes
+from dalle2_jax.evaluate.reference import Stats, pictures_of, write_stats
+from dalle2_jax.runtime import processes
 
-FID_PICTURES = 2048  # below, a covariance of 2048 features is singular
-KID_SUBSET = 1000
-SPLITS = 10  # of the inception score
-NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """features: what it reads. reference, captions: whether it needs them. what: in words."""
-
-    features: str
-    what: str
-    reference: bool = True
-    captions: bool = False
-
-
-METRICS = {
-    "fid": Metric("pool", "Frechet distance of Inception's features"),
-    "fid_small": Metric("pool", "the same of too few pictures to be called FID"),
-    "sfid": Metric("spatial", "Frechet distance of 17 x 17 x 7 positions of Inception's Mixed_6d"),
-    "kid": Metric("pool", "unbiased MMD^2 of Inception's features, cubic kernel, mean over subsets"),
-    "fid_infinity": Metric("pool", "FID extrapolated to infinitely many generated pictures"),
-    "precision_recall": Metric("pool", "neighbours of Inception's features; density and coverage too"),
-    "inception_score": Metric("logits_unbiased", "of Inception's labels, 10 splits", reference=False),
-    "clip_frechet": Metric("clip", "Frechet distance of the model's own CLIP embeddings"),
-    "clip_mmd": Metric("clip", "1000 times the biased MMD^2 of the model's own CLIP embeddings, sigma 10"),
-    "clip_precision_recall": Metric("clip", "neighbours of the model's own CLIP embeddings"),
-    "clip_score": Metric("clip", "cosine of CLIP embeddings of picture and caption", False, True),
-    "clip_r_precision": Metric("clip", "own caption the nearest of 100, by CLIP", False, True),
-    "aesthetic": Metric("clip", "LAION's head on CLIP's image embeddings, mean", False),
-}
-FRECHET = ("fid", "fid_small", "sfid", "fid_infinity")  # that mean and covariance of a reference suffice for
-DIMENSIONS = {"pool": 2048, "spatial": 17 * 17 * 7}
 WITH_INCEPTION = ("fid", "kid", "precision_recall")
 WITH_CLIP = ("clip_frechet", "clip_mmd", "clip_precision_recall")
 
 
-def frechet_name(with_inception: bool, *counts: int | None) -> str:
-    """The metric that is the Frechet distance of sets of so many pictures, by Inception or by CLIP."""
-    if not with_inception:
-        return "clip_frechet"
-    return "fid" if min(n for n in counts if n is not None) >= FID_PICTURES else "fid_small"
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """A reference of which means and covariances are known: features -> Moments; count None: unknown.
-
-    pictures: that the file also holds, as ADM's do; perhaps fewer than those of the statistics.
-    """
-
-    name: str
-    moments: dict[str, Moments]
-    count: int | None
-    preset: str | None = None
-    weights_sha256: str | None = None
-    pictures: PictureSet | None = None
-
-    def said(self) -> str:
-        """In a line, what there is."""
-        of = "" if self.count is None else f" of {self.count} pictures"
-        parts = [f"mean and covariance of {len(known.mean)} features{of}" for known in self.moments.values()]
-        return (
-            f"{self.name}: "
-            + ", ".join(parts)
-            + (f"; {self.pictures.count} pictures" if self.pictures else "; no pictures")
-        )
-
-    def summary(self) -> dict:
-        """The same as JSON values."""
-        return {
-            "name": self.name,
-            "kind": "statistics",
-            "pictures": self.pictures.count if self.pictures else 0,
-            "statistics": {name: len(known.mean) for name, known in self.moments.items()},
-            "statistics_of": self.count,
-            "preset": self.preset,
-            "weights_sha256": self.weights_sha256,
-        }
-
-    def rank(self, features: str) -> int:
-        """That of the covariance of these features; of fewer pictures than entries it is their number - 1."""
-        values = np.linalg.eigvalsh(self.moments[features].scatter)
-        return int((values > values[-1] * len(values) * np.finfo(np.float32).eps).sum())
-
-
-def open_reference(path: str | os.PathLike, progress=None) -> PictureSet | Stats:
-    """What is at `path` to compare with: statistics, pictures, or an npz of both; see `open_pictures`."""
-    return read_stats(path) or open_pictures(path, progress)
-
-
-def read_stats(path: str | os.PathLike) -> Stats | None:
-    """The statistics in an npz of pytorch-fid, clean-fid, guided-diffusion or `write_stats`; None for others.
-
-    They are mu, sigma of the pool features, and mu_s, sigma_s of the spatial ones. Pictures in `arr_0` come
-    with them. Raises ValueError for statistics of other features than these, or that are not finite.
-    """
-    path = files.expand(path)
-    if not (path.endswith(".npz") and os.path.isfile(path)):
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            if "mu" not in stored.files:
-                return None
-            count = int(stored["n"]) if "n" in stored.files else None
-            names = ("preset", "weights_sha256")
-            known = {name: str(stored[name]) for name in names if name in stored.files}
-            found = {}
-            for features, suffix in (("pool", ""), ("spatial", "_s")):
-                if f"mu{suffix}" in stored.files:
-                    found[features] = _moments(stored, features, suffix, count)
-            pictured = "arr_0" in stored.files
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} does not hold statistics that can be used: {error}") from None
-    pictures = open_pictures(path) if pictured else None
-    return Stats(os.path.basename(path), found, count, **known, pictures=pictures)
-
-
-def _moments(stored, features: str, suffix: str, count: int | None) -> Moments:
-    """Of the arrays mu and sigma with this suffix. Raises ValueError or KeyError for what they cannot be."""
-    entries = DIMENSIONS[features]
-    for name, shape in ((f"mu{suffix}", (entries,)), (f"sigma{suffix}", (entries, entries))):
-        with array_of_npz(stored.zip.filename, name) as (_, known, _, kind):  # by the header: nothing is read
-            if known != shape or kind.kind != "f":
-                raise ValueError(
-                    f"{name} is {kind} {list(known)}, that of Inception's {features} features is float "
-                    f"{list(shape)}"
-                )
-    mean = np.asarray(stored[f"mu{suffix}"], np.float64)
-    cov = np.asarray(stored[f"sigma{suffix}"], np.float64)
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise ValueError(f"mu{suffix} or sigma{suffix} holds numbers that are not finite")
-    if np.abs(cov - cov.T).max() > 1e-3 * np.abs(cov).max() or (np.diagonal(cov) < 0).any():
-        raise ValueError(f"sigma{suffix} is no covariance: not symmetric, or negative on its diagonal")
-    rows = count or 2  # where it is unknown, only mean and cov are used
-    return Moments(rows, mean, cov * (rows - 1))
-
-
 def by_statistics(name: str, reference: PictureSet | Stats | None) -> bool:
-    """Whether a metric is measured against the mean and covariance that come with the reference."""
-    return isinstance(reference, Stats) and name in FRECHET and METRICS[name].features in reference.moments
-
-
-def pictures_of(reference: PictureSet | Stats | None) -> PictureSet | None:
-    """The pictures of a reference, as far as there are any."""
-    return reference.pictures if isinstance(reference, Stats) else reference
-
-
-def write_stats(path: str | os.PathLike, features: dict[str, np.ndarray], preset: str, sha256: str) -> None:
-    """Write what `read_stats` and pytorch-fid read, of the features of a set."""
-    arrays = {"preset": np.array(preset), "weights_sha256": np.array(sha256)}
-    for name, suffix in (("pool", ""), ("spatial", "_s")):
-        if name in features:
-            moments = Moments.of(features[name])
-            arrays |= {
-                f"mu{suffix}": moments.mean,
-                f"sigma{suffix}": moments.cov,
-                "n": np.array(moments.count),
-            }
-    with open(path, "wb") as file:
-        np.savez(file, **arrays)
+    """Whether a metric uses the mean and covariance of the reference instead of its pictures."""
+    metric = OF_PICTURES[name]
+    return isinstance(reference, Stats) and metric.statistics and metric.features in reference.moments
 
 
 def check(
-    metrics: Sequence[str],
-    images: PictureSet,
-    reference: PictureSet | Stats | None,
-    *,
-    preset: str,
-    with_inception: bool,
-    with_head: bool = False,
-    with_clip: bool = True,
+    names: Sequence[str], images: PictureSet, reference: PictureSet | Stats | None, networks: Networks
 ) -> None:
-    """Raise ValueError, with one sentence, for what cannot be measured; nothing is read for that."""
-    scenes.check_choice(preset, tuple(PRESETS), "preset")
-    for name in metrics:
-        scenes.check_choice(name, tuple(METRICS), "metric of pictures")
-    of_clip = [name for name in metrics if METRICS[name].features == "clip"]
-    if of_clip and not with_clip:
+    """Raise ValueError for metrics that cannot be measured; no picture is read."""
+    scenes.check_choice(networks.preset, tuple(PRESETS), "preset")
+    for name in names:
+        scenes.check_choice(name, tuple(OF_PICTURES), "metric of pictures")
+    of_clip = [name for name in names if OF_PICTURES[name].features == "clip"]
+    if of_clip and networks.clip is None:
         raise ValueError(
-            f"{', '.join(of_clip)} need{'s' * (len(of_clip) == 1)} a CLIP, and the model has none: give a "
-            f"--model with one, or measure {', '.join(WITH_INCEPTION)} with --inception=FILE"
+            f"{', '.join(of_clip)} need{'s' * (len(of_clip) == 1)} a CLIP, and the model has none: give "
+            f"--judge=DIR with one, or measure {', '.join(WITH_INCEPTION)} with --inception=FILE"
         )
-    for name in metrics:
-        metric = METRICS[name]
-        if metric.features != "clip" and not with_inception:
-            other = f", or measure {', '.join(WITH_CLIP)} with the model's own CLIP" if with_clip else ""
-            raise ValueError(
-                f"{name} needs Inception's weights: give --inception=FILE (see docs/evaluation.md){other}"
-            )
-        if name == "aesthetic" and not with_head:
-            raise ValueError("aesthetic needs the weights of its head: give --aesthetic=FILE")
+    for name in names:
+        _check_networks(name, networks)
+        metric = OF_PICTURES[name]
         if metric.reference and reference is None:
             raise ValueError(f"{name} needs pictures to compare with: give --reference")
         if metric.captions:
             images.captions()
-        target = reference
-        if metric.reference and by_statistics(name, reference):
-            _check_statistics(name, reference, preset)
-        elif metric.reference and isinstance(reference, Stats):
-            target = reference.pictures
-            if target is None and name in FRECHET:
-                raise ValueError(f"{reference.name} has no mu_s and sigma_s, which {name} needs")
-            if target is None:
-                raise ValueError(
-                    f"{name} needs the pictures of the reference, {reference.name} has statistics alone"
-                )
-        counts = [images.count, target.count] if metric.reference else [images.count]
+        against = _compared(name, reference, networks.preset) if metric.reference else None
+        counts = (images.count, against.count) if metric.reference else (images.count,)
         fewest = min(count for count in counts if count is not None)
-        if name in ("fid", "sfid") and fewest < FID_PICTURES:
-            raise ValueError(
-                f"{name} of {fewest} pictures would not be FID: of fewer than {FID_PICTURES} the covariance "
-                "is singular and the number says how few they are; give more, or measure fid_small or kid"
-            )
-        if name == "kid" and fewest < KID_SUBSET:
-            raise ValueError(f"kid is a mean over subsets of {KID_SUBSET} pictures, there are {fewest}")
-        if name == "fid_infinity" and images.count // 10 < FID_PICTURES + 1:
-            raise ValueError(
-                f"fid_infinity needs more than {10 * FID_PICTURES} pictures, there are {images.count}"
-            )
-        if "precision_recall" in name and fewest <= DENSITY_NEIGHBOURS or fewest < 2:
-            raise ValueError(f"{name} needs more than {fewest} pictures")
+        reason = metric.refuse(name, fewest, images.count)
+        if reason or fewest < 2:
+            raise ValueError(reason or f"{name} needs more than {fewest} pictures")
+
+
+def _check_networks(name: str, networks: Networks) -> None:
+    """Raise ValueError for a metric of Inception without its weights, or of an absent aesthetic head."""
+    metric = OF_PICTURES[name]
+    if metric.features != "clip" and networks.inception is None:
+        other = f", or measure {', '.join(WITH_CLIP)} with a CLIP" if networks.clip is not None else ""
+        raise ValueError(
+            f"{name} needs Inception's weights: give --inception=FILE (see docs/evaluation.md){other}"
+        )
+    if metric.head and networks.head is None:
+        raise ValueError(f"{name} needs the weights of its head: give --aesthetic=FILE")
+
+
+def _compared(name: str, reference: PictureSet | Stats, preset: str) -> PictureSet | Stats:
+    """What a metric uses of the reference: its statistics or its pictures. Raises ValueError for neither."""
+    if by_statistics(name, reference):
+        _check_statistics(name, reference, preset)
+        return reference
+    pictures = pictures_of(reference)
+    if pictures is None and OF_PICTURES[name].statistics:
+        raise ValueError(f"{reference.name} has no mu_s and sigma_s, which {name} needs")
+    if pictures is None:
+        raise ValueError(f"{name} needs the pictures of the reference, {reference.name} has statistics alone")
+    return pictures
 
 
 def _check_statistics(name: str, reference: Stats, preset: str) -> None:
-    """Raise ValueError for statistics of another preset, and for those of too few pictures."""
+    """Raise ValueError for statistics of another preset or of too few pictures."""
     if reference.preset not in (None, preset):
         raise ValueError(f"{reference.name} is of preset {reference.preset!r}, not {preset!r}")
     if name in ("fid", "sfid") and reference.count is None:
-        features = METRICS[name].features
+        features = OF_PICTURES[name].features
         rank, full = reference.rank(features), len(reference.moments[features].mean)
-        if rank < min(full, FID_PICTURES - 1):
+        if rank < min(full, frechet.FID_PICTURES - 1):
             raise ValueError(
                 f"{reference.name} does not say how many pictures it is of, and its covariance of "
-                f"rank {rank} is that of {rank + 1}: {name} needs {FID_PICTURES}; measure fid_small"
+                f"rank {rank} is that of {rank + 1}: {name} needs {frechet.FID_PICTURES}; measure fid_small"
             )
 
 
 def measure(
     images: PictureSet,
     reference: PictureSet | Stats | None,
-    metrics: Sequence[str],
+    names: Sequence[str],
+    networks: Networks,
     *,
-    weights: inception_weights.Weights | None = None,
-    model: pipeline.UnCLIP | None = None,
-    preset: str = "ttur",
-    batch_size: int | None = None,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
     stats_out: str | os.PathLike | None = None,
-    aesthetic_head: tuple | None = None,
-    known: dict[str, np.ndarray] | None = None,
+    reference_features: dict[str, np.ndarray] | None = None,
 ) -> dict[str, dict]:
-    """Entries by name, as the module says, of `metrics` (names in METRICS).
+    """Entries by name of the picture metrics `names`.
 
     Args:
-      weights: of Inception, for metrics that read it. model: whose CLIP the others read.
-      preset: one of `presets.PRESETS`; CLIP's metrics have their own way with pictures.
-      seed: of the captions that R-precision looks among, and of the subsets of fid_infinity.
-      progress: called with the name of a set, pictures done, pictures in all.
-      aesthetic_head: what `aesthetic.load` gave, for 'aesthetic'.
-      known: features of the reference by name. What is there is not computed; what was computed is put in.
-      stats_out: an npz for the mean and covariance of the images' Inception features, written by process 0.
+      seed: of the captions that R-precision chooses from, and of the subsets of fid_infinity.
+      progress: called as progress(name of the set, pictures done, all pictures).
+      stats_out: npz file for mean and covariance of the images' Inception features; process 0 writes it.
+      reference_features: cache of the reference's features by name, read and filled.
 
-    Raises ValueError, before anything is read, for what cannot be measured.
+    Raises ValueError, before anything is read, for metrics that cannot be measured.
     """
-    given = dict(with_inception=weights is not None, with_head=aesthetic_head is not None)
-    given["with_clip"] = model is not None and "clip" in model.cascade.stages
-    check(metrics, images, reference, preset=preset, **given)
-    if any(by_statistics(name, reference) for name in metrics):
-        if reference.weights_sha256 not in (None, weights.sha256):
+    check(names, images, reference, networks)
+    if any(by_statistics(name, reference) for name in names):
+        if reference.weights_sha256 not in (None, networks.inception.sha256):
             raise ValueError(f"{reference.name} was made with other weights than those of --inception")
-    wanted = {METRICS[name].features for name in metrics}
+    needed = {OF_PICTURES[name].features for name in names}
     if stats_out:
-        if weights is None:
-            raise ValueError("statistics are of Inception's features: give --inception=FILE")
-        wanted |= {"pool", "spatial"}
-    size = batch_size or BATCH_SIZE
-    extractors = {}
-    if wanted - {"clip"}:
-        extractors["inception"] = inception_extractor(weights, preset, size)
-    if "clip" in wanted:
-        extractors["clip"] = clip_extractor(model, size)
+        if networks.inception is None:
+            raise ValueError("--stats_out is of Inception's features: give --inception=FILE")
+        needed |= {"pool", "spatial"}
+    extractors = {network: networks.extractor(network) for network in {network_of(name) for name in needed}}
 
-    def features_of(pictures: PictureSet, names: set[str]) -> dict[str, np.ndarray]:
-        needed = [extractors[family] for family in sorted({_family(name) for name in names})]
-        told = None if progress is None else functools.partial(progress, pictures.name)
-        return extract(pictures, needed, names, size, told)
+    def features_of(pictures: PictureSet, features: set[str]) -> dict[str, np.ndarray]:
+        chosen = [extractors[network] for network in sorted({network_of(name) for name in features})]
+        report = None if progress is None else functools.partial(progress, pictures.name)
+        return extract(pictures, chosen, features, networks.batch_size, report)
 
-    x = features_of(images, wanted)
-    y = {} if known is None else known
-    against = [name for name in metrics if METRICS[name].reference and not by_statistics(name, reference)]
-    missing = {METRICS[name].features for name in against} - y.keys()
+    x = features_of(images, needed)
+    y = {} if reference_features is None else reference_features
+    compared = [name for name in names if OF_PICTURES[name].reference and not by_statistics(name, reference)]
+    missing = {OF_PICTURES[name].features for name in compared} - y.keys()
     y |= features_of(pictures_of(reference), missing) if missing else {}
     if stats_out and processes.is_first():
-        write_stats(stats_out, x, preset, weights.sha256)
-    said = {"inception": weights and _said_of_inception(weights, preset)}
-    said["clip"] = _said_of_clip(model) if "clip" in wanted else None
+        write_stats(stats_out, x, networks.preset, networks.inception.sha256)
+    described = {network: networks.describe(network) for network in extractors}
     results = {}
-    for name in metrics:
-        features = METRICS[name].features
-        common = {"what": METRICS[name].what, "dimensions": x[features].shape[1], **said[_family(features)]}
-        target = y.get(features)
-        if METRICS[name].reference:
-            common |= _said_of_reference(name, reference)
-            target = reference.moments[features] if by_statistics(name, reference) else target
-        if images.refused:
-            common["images_refused"] = images.refused
-        for key, entry in _numbers(
-            name, x[features], target, images, model, aesthetic_head, seed, size
-        ).items():
-            results[key] = entry | {"n": images.count, "images": images.name} | common
+    for name in names:
+        metric = OF_PICTURES[name]
+        target = y.get(metric.features) if metric.reference else None
+        if by_statistics(name, reference):
+            target = reference.moments[metric.features]
+        common = {"n": images.count, "images": images.name, "what": metric.what}
+        common |= {"dimensions": x[metric.features].shape[1], **described[network_of(metric.features)]}
+        common |= _describe_reference(name, reference) if metric.reference else {}
+        common |= {"images_refused": images.refused} if images.refused else {}
+        features = Features(x[metric.features], target, images, networks, seed)
+        results |= {key: found | common for key, found in metric.measure(name, features).items()}
     return results
 
 
-def _family(features: str) -> str:
-    """Which network gives these features."""
-    return "clip" if features == "clip" else "inception"
-
-
-def _said_of_reference(name: str, reference: PictureSet | Stats) -> dict:
-    """Of what a metric's reference is, and what it is measured by: 'statistics' or 'pictures'."""
+def _describe_reference(name: str, reference: PictureSet | Stats) -> dict:
+    """The reference of a metric, and whether it uses its 'statistics' or its 'pictures'; JSON values."""
     if by_statistics(name, reference):
         return {
             "reference": reference.name,
@@ -360,92 +171,8 @@ def _said_of_reference(name: str, reference: PictureSet | Stats) -> dict:
             "reference_weights_sha256": reference.weights_sha256,
         }
     pictures = pictures_of(reference)
-    said = {"reference": pictures.name, "reference_by": "pictures", "n_reference": pictures.count}
-    return said | ({"reference_refused": pictures.refused} if pictures.refused else {})
-
-
-def _said_of_inception(weights: inception_weights.Weights, preset: str) -> dict:
-    chosen = PRESETS[preset]
-    return {
-        "features": inception_weights.NETWORK,
-        "preset": preset,
-        "resize": f"{chosen.what}; then {inception.RULES[chosen.rule].what} to 299 x 299",
-        "weights_sha256": weights.sha256,
-        "source_sha256": weights.source_sha256,
-    }
-
-
-def _said_of_clip(model: pipeline.UnCLIP) -> dict:
-    size = model.cascade.stage("clip").image_size
-    return {
-        "features": f"CLIP of the model {model.name}",
-        "resize": f"shorter side bicubic to {size}, central square",
-        "weights_sha256": model.cascade.weights_sha256("clip"),
-    }
-
-
-def _entry(value: float, error: float | None, at_least: float = -math.inf, **more) -> dict:
-    value, error = float(value), None if error is None else float(error)
-    interval = None if error is None else [max(at_least, value - 1.96 * error), value + 1.96 * error]
-    return {"value": value, "standard_error": error, "interval": interval} | more
-
-
-def _share(value: float, count: int, **more) -> dict:
-    interval = list(wilson(round(value * count), count))
-    return {"value": value, "standard_error": None, "interval": interval, "share": True} | more
-
-
-def _numbers(name, x, target, images, model, head, seed, batch_size) -> dict[str, dict]:
-    """The entries of one metric of features x, of the target's features or Moments."""
-    if name in ("fid", "fid_small", "sfid", "clip_frechet"):
-        if isinstance(target, Moments):
-            return {name: _entry(distances.frechet_distance(Moments.of(x), target), None)}
-        return {name: _entry(*distances.frechet_with_error(x, target), at_least=0.0)}
-    if name == "fid_infinity":
-        known = target if isinstance(target, Moments) else Moments.of(target)
-        value, error_of_fit = distances.frechet_infinity(x, known, seed=seed)
-        if isinstance(target, Moments):
-            return {name: _entry(value, None, error_of_fit=error_of_fit)}
-        error = math.hypot(error_of_fit, distances.frechet_with_error(x, target)[1])
-        return {name: _entry(value, error, error_of_fit=error_of_fit)}
-    if name == "kid":
-        value, spread, error = distances.kid(x, target, subset_size=KID_SUBSET)
-        return {name: _entry(value, error, spread_of_subsets=spread, subset_size=KID_SUBSET)}
-    if name == "clip_mmd":
-        return {name: _entry(*distances.cmmd(x, target), at_least=0.0)}
-    if name == "inception_score":
-        value, spread = distances.inception_score(x, SPLITS)
-        error = spread / math.sqrt(SPLITS - 1)  # of the mean; spread is divided by their number
-        return {name: _entry(value, error, at_least=1.0, spread_of_splits=spread)}
-    if name in ("precision_recall", "clip_precision_recall"):
-        prefix = name.removesuffix("precision_recall")
-        near = distances.neighbourhoods(x, target, NEIGHBOURS)
-        wide = distances.neighbourhoods(x, target, DENSITY_NEIGHBOURS)
-        return {
-            f"{prefix}precision": _share(near["precision"], len(x), neighbours=NEIGHBOURS),
-            f"{prefix}recall": _share(near["recall"], len(target), neighbours=NEIGHBOURS),
-            f"{prefix}density": _entry(
-                wide["density"], wide["density_error"], at_least=0.0, neighbours=DENSITY_NEIGHBOURS
-            ),
-            f"{prefix}coverage": _share(wide["coverage"], len(target), neighbours=DENSITY_NEIGHBOURS),
-        }
-    if name == "aesthetic":
-        scores = aesthetic.score(x, *head[:2])
-        return {name: _entry(scores.mean(), scores.std(ddof=1) / np.sqrt(len(x)), head_sha256=head[2])}
-    captions = images.captions()
-    (texts, _), _ = model.encode_text(captions, batch_size)
-    if name == "clip_r_precision":
-        candidates = min(100, len(set(captions)))
-        right, count = clip_scores.r_precision(x, texts, captions, candidates, seed)
-        return {name: _share(right / count, count, candidates=candidates)}
-    (prefixed, _), _ = model.encode_text([clip_scores.PREFIX + caption for caption in captions], batch_size)
-    found = {}
-    for convention in clip_scores.CONVENTIONS:
-        cosine = clip_scores.cosines(x, prefixed if convention == "hessel" else texts)
-        value, error = clip_scores.clip_score(cosine, convention)
-        least = -1.0 if convention == "raw" else 0.0
-        found[f"clip_score_{convention}"] = _entry(value, error, at_least=least, convention=convention)
-    return found
+    found = {"reference": pictures.name, "reference_by": "pictures", "n_reference": pictures.count}
+    return found | ({"reference_refused": pictures.refused} if pictures.refused else {})
 
 
 def table(results: dict[str, dict]) -> str:
@@ -465,7 +192,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def _notes(results: dict[str, dict]) -> list[str]:
-    """Lines that say which numbers are by the statistics of a reference, and which by its pictures."""
+    """Lines naming the numbers by a reference's statistics and by its pictures; none without statistics."""
     by = {"statistics": [], "pictures": []}
     for name, entry in results.items():
         if "reference_by" in entry:

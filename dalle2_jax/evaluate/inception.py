@@ -1,7 +1,7 @@
-"""What a picture becomes before FID's Inception reads it, and the features that it computes.
+"""How pictures are prepared for FID's Inception, and its features.
 
-A picture of any size becomes 299 x 299 by one of three rules, which do not agree: FID is comparable only
-between numbers of one rule (arXiv:2104.11222). `convert.inception_weights` has the weights.
+A picture of any size is resized to 299 x 299 by one of three different rules: FID is comparable only between
+numbers of one rule (arXiv:2104.11222). `convert.inception_weights` has the weights.
 """
 
 import dataclasses
@@ -13,14 +13,12 @@ from PIL import Image
 
 from dalle2_jax.models.nets import inception
 
-# What a picture becomes
-
 
 def bilinear(picture: np.ndarray, size: int, half_pixel: bool = False) -> np.ndarray:
     """Bilinear resizing without antialiasing, uint8 or float [H, W, C] -> float32 [size, size, C].
 
-    Output position i looks at i H / size, as TensorFlow 1 has it; with `half_pixel` at
-    (i + 1/2) H / size - 1/2, as torch has it.
+    Output position i reads input position i H / size, as in TensorFlow 1; with `half_pixel`
+    (i + 1/2) H / size - 1/2, as in torch.
     """
     picture = np.asarray(picture, np.float32)
     for axis in (1, 0):
@@ -56,7 +54,7 @@ def bicubic(picture: np.ndarray, size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What the network is given of levels 0 .. 255: resized by `resize`, then (x - centre) / centre."""
+    """Preparation of pixels 0 .. 255: `resize`, then (x - centre) / centre. what: the resizing in words."""
 
     what: str
     resize: object
@@ -75,12 +73,12 @@ RULES = {
 
 
 def prepare(picture: np.ndarray, rule: str = "tf1") -> np.ndarray:
-    """uint8 [H, W, 3] -> float32 [299, 299, 3] as the network reads it, by one of RULES."""
+    """uint8 [H, W, 3] -> the network's input float32 [299, 299, 3], by one of RULES."""
     chosen = RULES[rule]
     centre = np.float32(chosen.centre)
     return (chosen.resize(picture, inception.IMAGE_SIZE) - centre) / centre
 
 
 def features(params: dict, image: jax.Array) -> dict[str, jax.Array]:
-    """The features of `nets.inception.Inception` of prepared pictures [B, 299, 299, 3]; to be compiled."""
+    """Features by `nets.inception.Inception` of prepared pictures [B, 299, 299, 3]; a function to compile."""
     return inception.Inception().apply({"params": params}, image)

@@ -1,7 +1,7 @@
-"""One self-contained HTML page of what was measured: tables, intervals, the pictures behind the numbers.
+"""One self-contained HTML page of a report: tables, intervals, and the measured pictures.
 
-Pictures are inlined as PNG, plots are SVG, and there is no script: the page can be mailed and opened offline.
-Texts of strangers (captions, names) are escaped.
+Pictures are inlined as PNG, plots are SVG, and there is no script, so the page can be mailed and opened
+offline. Untrusted texts (captions, names) are escaped.
 """
 
 import base64
@@ -22,7 +22,7 @@ pre { background: #f5f5f5; padding: 1em; overflow-x: auto } summary { cursor: po
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """An HTML table; numbers are shown with four significant digits and to the right."""
+    """An HTML table; numbers have four significant digits and are right-aligned."""
 
     def cell(value) -> str:
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -37,12 +37,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
 def picture(png: bytes, caption: str = "") -> str:
     """A PNG, inlined."""
     data = base64.b64encode(png).decode("ascii")
-    said = html.escape(caption, quote=True)
-    return f'<figure><img alt="{said}" src="data:image/png;base64,{data}"></figure>\n'
+    text = html.escape(caption, quote=True)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"></figure>\n'
 
 
 def intervals(shares: Mapping[str, tuple[float, Sequence[float]]]) -> str:
-    """An SVG of shares in 0 .. 1, each a dot with its interval: name -> (value, (low, high))."""
+    """An SVG of shares in 0 .. 1, name -> (value, (low, high)): a dot and its interval for each."""
     left, width, row = 220, 420, 24
     height = row * len(shares) + 30
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 40}" height="{height}">']
@@ -61,15 +61,15 @@ def intervals(shares: Mapping[str, tuple[float, Sequence[float]]]) -> str:
 
 
 def entries(results: Mapping[str, Mapping]) -> str:
-    """The table of `fidelity.measure`'s entries, and the plot of those that are shares."""
+    """The table of entries of picture metrics, and the plot of the shares among them."""
     columns = ("", "value", "95 %", "N", "reference", "N", "features", "preset", "what")
     rows = []
     for name, entry in results.items():
         low_high = entry["interval"] and "{:.4g} .. {:.4g}".format(*entry["interval"])
         reference, by = entry.get("reference"), entry.get("reference_by")
         against = f"{reference} ({by})" if by else reference, entry.get("n_reference")
-        said = (entry["features"], entry.get("preset"), entry["what"])
-        rows.append((name, entry["value"], low_high, entry["n"], *against, *said))
+        described = (entry["features"], entry.get("preset"), entry["what"])
+        rows.append((name, entry["value"], low_high, entry["n"], *against, *described))
     shares = {
         name: (entry["value"], entry["interval"]) for name, entry in results.items() if entry.get("share")
     }
@@ -88,7 +88,7 @@ def write(
 
     Args:
       numbers: HTML of this module, such as a `table`; '' for none. text: the numbers as lines.
-      pictures: PNG files to show. report: JSON values, all of which are folded away at the end.
+      pictures: PNG files to show. report: JSON values, shown in a collapsed section at the end.
     """
     sections = [("Numbers", numbers)] if numbers else []
     sections.append(("As text", f"<pre>{html.escape(text)}</pre>\n"))

@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures, what is written about them there, and what is left out and why."""
+"""The picture files of a folder, their captions, and the reasons why others are left out."""
 
 import collections
 import dataclasses
@@ -18,7 +18,7 @@ EXTENSIONS = (*records.IMAGE_EXTENSIONS, *"bmp dib gif tif tiff ppm pgm pbm pnm 
 _OTHER_PICTURES = frozenset(
     "avif heic heif jxl jp2 j2k tga ico icns psd svg eps pdf exr hdr pfm dds pcx raw dng cr2 nef arw".split()
 )
-# These accompany pictures, and nobody takes them for one.
+# Files that accompany pictures; they are ignored without being counted.
 _TEXTS = frozenset("txt json jsonl csv tsv md html xml yaml yml log parquet".split())
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5\n", b"P6\n")
 
@@ -29,7 +29,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 class LeftOut:
-    """What is not measured: how often by reason, and the first example of each.
+    """Counts of pictures that are not measured, by reason, and the first example of each.
 
     The reasons are those of `records.BadRecord` and, in a folder, 'hidden', 'unreadable', 'other_format',
     'no_picture', 'shard' and 'not_listed'.
@@ -39,11 +39,11 @@ class LeftOut:
         self.counts, self.examples = collections.Counter(counts or {}), {}
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
-        """Count one, or several of which `example` is the first."""
+        """Add `count` pictures; `example` describes the first."""
         self.counts[reason] += count
         self.examples.setdefault(reason, example)
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """'2 undecodable (such as x.png: ...), 1 animated (such as y.gif: 2 frames)'."""
         parts = []
         for reason, count in self.counts.items():
@@ -55,7 +55,7 @@ class LeftOut:
 
 @dataclasses.dataclass
 class Folder:
-    """What lies in a folder and below, in the order of its names: what may be pictures, shards, the rest."""
+    """Files in a folder and below, ordered by name: possible pictures, shards, and what is left out."""
 
     files: list[Path] = dataclasses.field(default_factory=list)
     shards: list[Path] = dataclasses.field(default_factory=list)
@@ -63,17 +63,17 @@ class Folder:
 
 
 def look_through(root: Path) -> Folder:
-    """All files below a folder. Raises OSError for a folder that cannot be listed."""
-    found, seen = Folder(), set()
+    """Sort all files in a folder and below. Raises OSError for a folder that cannot be listed."""
+    found, visited = Folder(), set()
 
     def fail(error: OSError):
         raise error
 
     for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
-        if os.path.realpath(folder) in seen:  # links may lead in circles
+        if os.path.realpath(folder) in visited:  # links may form cycles
             folders.clear()
             continue
-        seen.add(os.path.realpath(folder))
+        visited.add(os.path.realpath(folder))
         folders.sort()
         for name in sorted(names):
             _sort_in(found, root, Path(folder) / name)
@@ -81,7 +81,7 @@ def look_through(root: Path) -> Folder:
 
 
 def _sort_in(found: Folder, root: Path, file: Path) -> None:
-    """Put a file below `root` where it belongs."""
+    """Add a file below `root` to the files, the shards or what is left out."""
     key = file.relative_to(root)
     extension = file.suffix[1:].lower()
     picture = extension in EXTENSIONS
@@ -103,8 +103,8 @@ def _sort_in(found: Folder, root: Path, file: Path) -> None:
 
 
 def _begins_as_picture(file: Path) -> bool:
-    """Whether a file whose name does not say so holds a picture, by its first bytes."""
-    if not file.is_file():  # opening a pipe would wait for ever
+    """Whether the first bytes of a file are those of a picture format."""
+    if not file.is_file():  # opening a pipe would block
         return False
     try:
         with file.open("rb") as opened:
@@ -114,7 +114,7 @@ def _begins_as_picture(file: Path) -> bool:
 
 
 def read_bytes(file: Path) -> bytes:
-    """What a file holds. Raises BadRecord for what is no file, may not be read, or is too large."""
+    """The bytes of a file. Raises BadRecord for a missing, unreadable or too large file."""
     try:
         if not file.is_file():
             raise records.BadRecord("unreadable", "it is no file")
@@ -126,9 +126,9 @@ def read_bytes(file: Path) -> bytes:
 
 
 def read_listed(path: Path) -> tuple[list[tuple[Path, str]], set[Path]]:
-    """((file, caption or '') of the pictures in generate.json, all files that it names).
+    """([(file, caption or '')] of the pictures in generate.json, all files that it names).
 
-    A name outside its folder is an error.
+    Raises ValueError for a name outside its folder.
     """
     try:
         stored = json.loads(files.read_text(path))
@@ -148,14 +148,14 @@ def read_listed(path: Path) -> tuple[list[tuple[Path, str]], set[Path]]:
 
 
 def caption_beside(file: Path) -> tuple[str, str]:
-    """(the first line of KEY.txt, or ''; why it cannot be read, or '')."""
+    """(first line of KEY.txt or '', why it cannot be read or '')."""
     text = file.with_suffix(".txt")
     if not text.is_file():
         return "", ""
     try:
         with text.open("rb") as opened:
             data = opened.read(MAX_CAPTION_BYTES + 1)
-        if len(data) > MAX_CAPTION_BYTES:  # the lines that are whole
+        if len(data) > MAX_CAPTION_BYTES:  # complete lines only
             data = data[: data.rfind(b"\n", 0, MAX_CAPTION_BYTES) + 1]
         lines = files.decode_text(data, text.name).splitlines()
     except (OSError, ValueError) as error:

@@ -1,46 +1,41 @@
-"""Sets of pictures to measure, streamed: a folder, tar shards, an npz, or drawn scenes; npz files out.
+"""Sets of pictures to measure, streamed from a folder, tar shards, an npz or rendered scenes.
 
-    FOLDER       PNG, JPEG, WebP, BMP, GIF, TIFF or PPM files, also in folders below, by name; a caption in
-                 KEY.txt beside KEY.png. Where generate.json lies, as `dalle2_jax.generate` writes it, the
-                 pictures that it lists
-    *.tar        img2dataset's shards (a file, a pattern, or a folder of them alone), see data/find.py
-    *.npz        `arr_0` uint8 [N, H, W, 3], as guided-diffusion's evaluator reads it; not loaded whole
+    FOLDER       PNG, JPEG, WebP, BMP, GIF, TIFF or PPM files in the folder and below it, by name; the
+                 caption of KEY.png is in KEY.txt. In a folder of `dalle2_jax.generate`: the pictures that
+                 generate.json lists
+    *.tar        img2dataset's shards (a file, a pattern, or a folder with tars alone), see data/find.py
+    *.npz        `arr_0` uint8 [N, H, W, 3], the format of guided-diffusion's evaluator
 
-Every picture is decoded once when its set is opened. What cannot be measured is left out then, counted by
-reason with an example, and `PictureSet.said` and `summary` say so: a number of fewer pictures is another one.
+Every picture is decoded once when its set is opened. Unusable pictures are then left out and counted by
+reason, with an example of each; `PictureSet.describe` and `summary` report them.
 """
 
-import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import itertools
-import json
 import os
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from dalle2_jax.data import damage, records, scenes, shards, transforms
-from dalle2_jax.evaluate import picture_files
+from dalle2_jax.data import damage, records, scenes, shards
+from dalle2_jax.evaluate import npz, picture_files
 from dalle2_jax.generate.pictures import square_picture
-from dalle2_jax.runtime import files, grid, processes
-
-DRAWN_AT_A_TIME = 64  # pictures, before they are written
+from dalle2_jax.runtime import files, processes
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One picture: its name, and the encoded file or uint8 [H, W, 3]."""
+    """One picture. key: its name. data: the encoded file, or uint8 [H, W, 3]."""
 
     key: str
     data: bytes | np.ndarray
 
     def picture(self) -> np.ndarray:
-        """uint8 [H, W, 3]: upright, transparency on white. Raises ValueError for what is no picture."""
+        """uint8 [H, W, 3]: upright, transparency on white. Raises ValueError for undecodable data."""
         if isinstance(self.data, np.ndarray):
             return self.data
         try:
@@ -51,12 +46,14 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class PictureSet:
-    """Pictures that can be gone through again and again.
+    """Pictures that can be iterated over several times.
 
-    name: the last part of where they come from. kind: 'folder', 'tar', 'npz', 'scenes' or 'memory'.
-    count: how many. items: goes through them. texts: the first caption of each, or nothing if any has none.
-    refused: what was left out of files, or of the samples of shards, by reason; examples: one of each.
-    uncaptioned: which pictures have no caption, in words, where others have one.
+    Attributes:
+      name: the last part of the path. kind: 'folder', 'tar', 'npz', 'scenes' or 'memory'.
+      count: number of pictures. items: returns an iterator over them.
+      texts: the first caption of each picture; empty if any picture lacks one.
+      refused: number of left out files or samples by reason. examples: one example by reason.
+      uncaptioned: a text that names pictures without caption, if only some lack one.
     """
 
     name: str
@@ -69,7 +66,7 @@ class PictureSet:
     uncaptioned: str = ""
 
     def captions(self) -> list[str]:
-        """The first caption of each. Raises ValueError where there are none."""
+        """The first caption of each picture. Raises ValueError unless all have one."""
         if not self.texts:
             raise ValueError(
                 f"not every picture of {self.name} has a caption"
@@ -78,8 +75,8 @@ class PictureSet:
             )
         return list(self.texts)
 
-    def said(self) -> str:
-        """In a line, how many pictures there are of how many files or samples, and what was left out."""
+    def describe(self) -> str:
+        """A line: the number of pictures, of files or samples, and what was left out."""
         what = {"folder": "file", "tar": "sample"}.get(self.kind)
         line = f"{self.name}: {_counted(self.count, 'picture')}"
         if what:
@@ -88,10 +85,10 @@ class PictureSet:
             return line
         left = picture_files.LeftOut(self.refused)
         left.examples = self.examples
-        return f"{line}; left out: {left.said()}"
+        return f"{line}; left out: {left.describe()}"
 
     def summary(self) -> dict:
-        """The same as JSON values."""
+        """`describe` as JSON values."""
         left_out = {
             reason: {"count": count} | ({"example": self.examples[reason]} if reason in self.examples else {})
             for reason, count in self.refused.items()
@@ -107,11 +104,24 @@ def _counted(count: int, what: str) -> str:
 Progress = Callable[[str, int, int], None]
 
 
-def open_pictures(path: str | os.PathLike, progress: Progress | None = None) -> PictureSet:
-    """The pictures at `path`; see the module. Of several processes all must call it: they share the decoding.
+class PassLines:
+    """Prints the progress of a pass over pictures, every few seconds."""
 
-    progress: called with the name of the set, pictures decoded, pictures in all. Raises ValueError or OSError
-    that says what is wrong.
+    def __init__(self, what: str = "pictures read", clock=time.monotonic, every: float = 10.0):
+        self._what, self._clock, self._every, self._last = what, clock, every, clock()
+
+    def __call__(self, name: str, done: int, count: int) -> None:
+        """Print progress unless less than `every` seconds have passed since the last line."""
+        if self._clock() - self._last >= self._every:
+            self._last = self._clock()
+            print(f"{name}: {done}/{count} {self._what}", flush=True)
+
+
+def open_pictures(path: str | os.PathLike, progress: Progress | None = None) -> PictureSet:
+    """The pictures at `path`; see the module. All processes must call it, since they share the decoding.
+
+    progress: called as progress(name of the set, pictures decoded, all pictures). Raises ValueError or
+      OSError.
     """
     path = files.expand(path)
     if path.endswith(".npz") and os.path.isfile(path):
@@ -138,15 +148,15 @@ def _open_tar(path: str, progress: Progress | None) -> PictureSet:
     for i in rows:
         try:
             of, fault = source.read(i, image=False).captions, ""
-        except records.BadRecord as error:  # of its caption; the picture is a good one
+        except records.BadRecord as error:  # the caption is bad, the picture is good
             of, fault = {}, f" ({error})"
         keys.append(f"sample {i}{fault}")
         texts.append((of.get("en") or next(iter(of.values()), ("",)))[0])
     return _set(path, "tar", rows, read, keys, texts, left)
 
 
-def _still(read: Callable[[int], Item], i: int) -> Item:
-    """read(i) of what could be read before. Raises ValueError where it no longer can."""
+def _read_again(read: Callable[[int], Item], i: int) -> Item:
+    """read(i) of a picture that was readable when the set was opened; ValueError if it no longer is."""
     try:
         return read(i)
     except records.BadRecord as error:
@@ -154,10 +164,10 @@ def _still(read: Callable[[int], Item], i: int) -> Item:
 
 
 def _set(path: str, kind: str, rows, read, keys: Sequence[str], texts: Sequence[str], left) -> PictureSet:
-    """The set of the pictures read(i) for i in `rows`, which have these keys and captions ('' for none)."""
+    """The set of the pictures read(i) for i in `rows`, with these keys and captions ('' for none)."""
 
     def items():
-        return (_still(read, i) for i in rows)
+        return (_read_again(read, i) for i in rows)
 
     without = [key for key, text in zip(keys, texts, strict=True) if not text]
     some = 0 < len(without) < len(keys)
@@ -185,9 +195,9 @@ def _readable(
     left: picture_files.LeftOut,
     progress: Progress | None,
 ) -> list[int]:
-    """Which of `count` pictures can be decoded; the others are added to `left`.
+    """Numbers of the decodable pictures among `count`; adds the others to `left`.
 
-    read: a picture by its number, or BadRecord. Raises ValueError where none can be.
+    read: returns a picture by its number, or raises BadRecord. Raises ValueError if none can be decoded.
     """
 
     def fault(i: int) -> records.BadRecord | None:
@@ -197,7 +207,7 @@ def _readable(
             return error
         return None
 
-    def own(numbers: np.ndarray) -> np.ndarray:
+    def decodable(numbers: np.ndarray) -> np.ndarray:
         good = np.zeros(len(numbers), bool)
         with concurrent.futures.ThreadPoolExecutor() as pool:
             for done, error in enumerate(pool.map(fault, numbers)):
@@ -206,24 +216,24 @@ def _readable(
                     progress(name, done + 1, len(numbers))
         return good
 
-    good = processes.in_shares(own, count)
+    good = processes.in_shares(decodable, count)
     for i in np.flatnonzero(~good).tolist():
-        error = fault(i)  # once more: the reasons of other processes are not known here
+        error = fault(i)  # again: this process does not know the reasons of the others
         if error is not None:
             left.add(error.reason, f"{key(i)}: {error.detail}" if error.detail else key(i))
         else:
             left.add("unreadable", key(i))
     if not good.any():
-        raise ValueError(f"{name} holds no picture that can be read; there are: {left.said()}")
+        raise ValueError(f"{name} holds no picture that can be read; there are: {left.describe()}")
     return np.flatnonzero(good).tolist()
 
 
 def _open_folder(path: str, found: picture_files.Folder, progress: Progress | None) -> PictureSet:
     root, listed, left = Path(path), Path(path) / "generate.json", found.left
     if listed.is_file():
-        entries, known = picture_files.read_listed(listed)
+        entries, names = picture_files.read_listed(listed)
         for file in found.files:
-            if file not in known:
+            if file not in names:
                 left.add("not_listed", f"{file.relative_to(root).as_posix()}: generate.json does not name it")
     else:
         entries = [(file, None) for file in found.files]
@@ -232,7 +242,7 @@ def _open_folder(path: str, found: picture_files.Folder, progress: Progress | No
     if not entries:
         raise ValueError(
             f"{path} holds no pictures ({', '.join(picture_files.EXTENSIONS)}) and no shards"
-            + (f"; there are: {left.said()}" if left.counts else "")
+            + (f"; there are: {left.describe()}" if left.counts else "")
         )
 
     def key(i: int) -> str:
@@ -254,11 +264,11 @@ def _open_folder(path: str, found: picture_files.Folder, progress: Progress | No
 
 
 def _open_npz(path: str) -> PictureSet:
-    with _pictures_of_npz(path) as (_, shape):
+    with npz.open_pictures(path) as (_, shape):
         count = shape[0]
 
     def items():
-        with _pictures_of_npz(path) as (file, (rows, *shape)):
+        with npz.open_pictures(path) as (file, (rows, *shape)):
             size = int(np.prod(shape))
             for i in range(rows):
                 data = file.read(size)
@@ -269,40 +279,8 @@ def _open_npz(path: str) -> PictureSet:
     return PictureSet(_last(path), "npz", count, items)
 
 
-@contextlib.contextmanager
-def array_of_npz(path: str, name: str):
-    """(open file that stands at the numbers, shape, whether by columns, type) of an array in an npz.
-
-    Raises ValueError for what is none. The header may lie: nothing is allocated by it.
-    """
-    try:
-        archive = zipfile.ZipFile(path)
-        file = archive.open(f"{name}.npy")
-        version = np.lib.format.read_magic(file)
-        reader = np.lib.format.read_array_header_1_0
-        reader = reader if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = reader(file)
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} has no array {name}: {error}") from None
-    with archive, file:
-        yield file, shape, fortran, dtype
-
-
-@contextlib.contextmanager
-def _pictures_of_npz(path: str):
-    """(open file that stands at the pixels, shape) of `arr_0` in an npz; objects are refused."""
-    with array_of_npz(path, "arr_0") as (file, shape, fortran, dtype):
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or 0 in shape:
-            raise ValueError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {dtype} {list(shape)}")
-        if shape[1] * shape[2] > transforms.MAX_PIXELS:  # said by the header alone, which may lie
-            raise ValueError(
-                f"the pictures of {path} are {shape[2]} x {shape[1]}, above {transforms.MAX_PIXELS}"
-            )
-        yield file, shape
-
-
 def of_images(name: str, images: Sequence[np.ndarray], captions: Sequence[str] = ()) -> PictureSet:
-    """Pictures uint8 [H, W, 3] that are in memory."""
+    """A set of pictures uint8 [H, W, 3] in memory."""
 
     def items():
         return (Item(f"{name} {i}", image) for i, image in enumerate(images))
@@ -311,7 +289,7 @@ def of_images(name: str, images: Sequence[np.ndarray], captions: Sequence[str] =
 
 
 def rendered(name: str, drawn: Sequence[scenes.Scene], image_size: int) -> PictureSet:
-    """These scenes as pictures, without captions."""
+    """A set of rendered scenes, without captions."""
 
     def items():
         for i, scene in enumerate(drawn):
@@ -321,7 +299,7 @@ def rendered(name: str, drawn: Sequence[scenes.Scene], image_size: int) -> Pictu
 
 
 def scene_pictures(config: scenes.SceneConfig, image_size: int, count: int, seed: int = 0) -> PictureSet:
-    """`count` scenes of the splits that training never shows, with captions in a random wording."""
+    """A set of `count` scenes from the splits outside training, with randomly worded captions."""
     splits = ("validation", "test_pairs", "test_relations")[: 2 if config.max_objects < 2 else 3]
 
     def scene(i: int) -> scenes.Scene:
@@ -337,7 +315,7 @@ def scene_pictures(config: scenes.SceneConfig, image_size: int, count: int, seed
 
 
 def samples(pictures: PictureSet, count: int, max_size: int = 256) -> tuple[np.ndarray, list[str]]:
-    """(squares uint8 [n, side, side, 3], captions or names) of the first pictures, at most `count`."""
+    """(squares uint8 [n, side, side, 3], captions or names) of the first n <= `count` pictures."""
     first = list(itertools.islice(pictures.items(), count))
     images = [item.picture() for item in first]
     side = min(max_size, max(min(image.shape[:2]) for image in images))
@@ -348,14 +326,14 @@ def samples(pictures: PictureSet, count: int, max_size: int = 256) -> tuple[np.n
 def chosen(
     pictures: PictureSet, rows: Sequence[int], count: int, seed: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """(pictures uint8 [H, W, 3], their rows, ascending): at most `count` of `rows`, drawn at random."""
+    """(pictures uint8 [H, W, 3], their ascending row numbers): at most `count` of `rows`, drawn at random."""
     picked = np.sort(np.random.default_rng(seed).permutation(np.asarray(rows))[:count])
     wanted = set(picked.tolist())
     return [item.picture() for row, item in enumerate(pictures.items()) if row in wanted], picked
 
 
 def write_npz(pictures: PictureSet, path: str | os.PathLike) -> None:
-    """Write `arr_0` uint8 [N, H, W, 3], picture by picture, for guided-diffusion's evaluator.
+    """Write `arr_0` uint8 [N, H, W, 3] for guided-diffusion's evaluator, one picture at a time.
 
     Raises ValueError unless all pictures have one size.
     """
@@ -381,84 +359,10 @@ def write_npz(pictures: PictureSet, path: str | os.PathLike) -> None:
 
 
 def mapped(pictures: PictureSet, change: Callable[[np.ndarray], np.ndarray]) -> PictureSet:
-    """The set with each picture changed, such as cut to a square."""
+    """The set with `change` applied to each picture, such as a crop."""
 
     def items():
         for item in pictures.items():
             yield dataclasses.replace(item, data=change(item.picture()))
 
     return dataclasses.replace(pictures, items=items)
-
-
-def keep_plan(path: Path, text: str) -> None:
-    """Write what is to be drawn into a folder, whole or not at all, or find the same there.
-
-    Raises ValueError where the file says something else.
-    """
-    if path.exists():
-        if files.read_text(path) != text:
-            raise ValueError(
-                f"{path.parent} holds pictures that were drawn otherwise: choose another folder, or remove it"
-            )
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, "utf-8")
-    partial.rename(path)
-
-
-def _occurrences(captions: Sequence[str]) -> list[int]:
-    """How often each caption came before."""
-    counted = collections.Counter()
-    numbers = []
-    for caption in captions:
-        numbers.append(counted[caption])
-        counted[caption] += 1
-    return numbers
-
-
-def drawn_pictures(
-    model,
-    captions: Sequence[str],
-    folder: str | os.PathLike,
-    *,
-    numbers: Sequence[int] | None = None,
-    seed: int = 0,
-    settings: dict | None = None,
-    batch_size: int | None = None,
-    progress=None,
-) -> PictureSet:
-    """One picture a caption, drawn by an `UnCLIP` as PNG files into `folder`; those that are there stay.
-
-    So drawing that was interrupted goes on: a picture depends on its caption, number, seed and settings
-    alone. Several processes draw together; the first writes, into a folder that all see.
-
-    numbers: of each picture, which makes those of one caption differ; by default how often its caption came
-      before. A model that reads no captions needs numbers of its own for all.
-
-    Raises ValueError where the folder holds pictures of other weights, seed, settings or captions.
-    """
-    folder, size = Path(folder), max(DRAWN_AT_A_TIME, batch_size or 0) * jax.process_count()
-    names = [f"{i:06d}.png" for i in range(len(captions))]
-    numbers = _occurrences(captions) if numbers is None else [int(number) for number in numbers]
-    listed = [
-        {"file": name, "caption": text} | ({"number": number} if number else {})
-        for name, text, number in zip(names, captions, numbers, strict=True)
-    ]
-    weights = {name: model.cascade.weights_sha256(name) for name in model.cascade.stages}
-    plan = {"pictures": listed, "model": model.name, "weights_sha256": weights, "seed": seed}
-    text = json.dumps(plan | {"settings": model.settings(**(settings or {}))}, indent=2, ensure_ascii=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    processes.one_then_others("plan", lambda: keep_plan(folder / "generate.json", text))
-    missing = np.array([not (folder / name).exists() for name in names])
-    missing = np.flatnonzero(processes.from_first(missing))  # the same for all
-    for start in sorted({int(i) // size * size for i in missing}):
-        part = slice(start, start + size)
-        how = dict(seed=seed, batch_size=batch_size, progress=progress) | (settings or {})
-        images = model.text_to_image(captions[part], numbers=numbers[part], **how).images
-        for name, image, caption in zip(names[part], images, captions[part], strict=True):
-            if processes.is_first():
-                partial = folder / f".{name}.partial"
-                grid.save_png(partial, image, {"caption": caption})
-                partial.rename(folder / name)
-    processes.sync("drawn")
-    return open_pictures(folder)

@@ -1,8 +1,8 @@
-"""Named protocols: what happens to a picture before Inception reads it. FID is a number of one of them.
+"""Named protocols of FID: how pictures are prepared for Inception. FIDs of two protocols are not comparable.
 
-`square` is what is done first, to pictures of either side; `rule` is one of `inception.RULES`, which makes
-299 x 299 of that. The protocols that papers use for zero-shot FID-30K on MS-COCO differ in these and in
-what they compare: the choice of captions and reference is the user's, `compares` says what theirs is.
+`square` is applied first, to images and reference alike; then `rule`, one of `inception.RULES`, resizes to
+299 x 299. Papers' protocols for zero-shot FID-30K on MS-COCO differ in both, and in the compared sets: the
+user chooses captions and reference, `compares` names the paper's choice.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ COCO_SIZE = 256
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """what: `square` in words. compares: what the protocol's numbers are of."""
+    """what: `square` in words. compares: the sets that the protocol compares."""
 
     square: Callable[[np.ndarray], np.ndarray]
     what: str
@@ -32,7 +32,7 @@ def _as_it_is(picture: np.ndarray) -> np.ndarray:
 
 
 def _central(picture: np.ndarray, size: int, filter_: Image.Resampling) -> np.ndarray:
-    """The central square, of the shorter side, resized in one go."""
+    """The central square of the shorter side, resized once."""
     height, width = picture.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

@@ -1,8 +1,8 @@
-"""Suites of prompts drawn for tools that judge them: GenEval, DrawBench, PartiPrompts, or any captions.
+"""Suites of prompts, drawn for external tools: GenEval, DrawBench, PartiPrompts, or any captions.
 
-The pictures of every suite lie as GenEval's evaluator wants them:
+The pictures of every suite have the layout of GenEval's evaluator:
 
-    OUT/prompts.jsonl                  a line a prompt: all that its file says of it
+    OUT/prompts.jsonl                  a line a prompt, with all fields of the suite's file
     OUT/00000/metadata.jsonl           that line
     OUT/00000/samples/0000.png, ...    the pictures
     OUT/00000/grid.png                 all of them
@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from dalle2_jax.data.shards import clean_caption, encodable
-from dalle2_jax.evaluate.picture_sets import keep_plan
+from dalle2_jax.evaluate.drawing import keep_plan
 from dalle2_jax.generate.pipeline import MAX_CAPTION, check_captions
 from dalle2_jax.runtime import files, grid, processes
 
@@ -33,10 +33,10 @@ AT_A_TIME = 64  # pictures, before they are written
 
 
 def read_prompts(path: str | os.PathLike) -> list[dict]:
-    """What a file says of each prompt, in its order, 'prompt' among it.
+    """The fields of each prompt in a file, in its order, with the text as 'prompt'.
 
     The file is UTF-8, or UTF-16 with a byte-order mark. Raises ValueError for another kind of file or
-    encoding, one without prompts, and for a prompt that cannot be drawn.
+    encoding, for a file without prompts, and for a prompt that cannot be drawn.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -70,15 +70,15 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
 
 
 def _key(names: Iterable[str]) -> str | None:
-    """That of `names` which is one of KEYS, by their order; None for none."""
-    known = {name.strip().lower(): name for name in names}
-    return next((known[key] for key in KEYS if key in known), None)
+    """The first of KEYS among `names`, in its spelling there, or None."""
+    spelled = {name.strip().lower(): name for name in names}
+    return next((spelled[key] for key in KEYS if key in spelled), None)
 
 
 def _table(path: Path, text: str, delimiter: str) -> list[dict]:
-    """The rows of a table that has a column of prompts, also where its cells are separated otherwise.
+    """The non-empty rows of a table with a column of prompts; other delimiters are tried, too.
 
-    Empty rows are left out. Raises ValueError with the columns that there are, and for a row with more cells.
+    Raises ValueError, with the column names, for no such column, and for a row with too many cells.
     """
     columns = []
     try:
@@ -107,7 +107,7 @@ def _table(path: Path, text: str, delimiter: str) -> list[dict]:
 
 
 def _json(path: Path, text: str, lines: bool) -> list[dict]:
-    """The objects of a JSON list, or of JSON lines; a text in the place of an object is a prompt."""
+    """The objects of a JSON list or of JSON lines; a text instead of an object is a prompt."""
     try:
         if lines:
             found = []
@@ -142,10 +142,10 @@ def draw(
     batch_size: int | None = None,
     progress=None,
 ) -> Path:
-    """`n` pictures of each of `prompts`, drawn by an `UnCLIP`, in the module's layout; those there are stay.
+    """Draw `n` pictures of each prompt with an `UnCLIP`, in the module's layout; existing pictures are kept.
 
-    So drawing that was interrupted goes on. Raises ValueError where the folder holds pictures of another
-    model, seed, settings or prompts.
+    So interrupted drawing resumes. Raises ValueError if the folder holds pictures of another model, seed,
+    settings or prompts.
     """
     out = Path(out)
     weights = {name: model.cascade.weights_sha256(name) for name in model.cascade.stages}
@@ -157,7 +157,7 @@ def draw(
         processes.one_then_others(name, functools.partial(keep_plan, out / name, text))
     folders = [out / f"{i:05d}" for i in range(len(prompts))]
     missing = np.array([not (folder / "grid.png").exists() for folder in folders])
-    missing = np.flatnonzero(processes.from_first(missing)).tolist()  # the same for all
+    missing = np.flatnonzero(processes.from_first(missing)).tolist()  # the same on all processes
     at_once = max(1, AT_A_TIME // n) * jax.process_count()
     for start in range(0, len(missing), at_once):
         part = missing[start : start + at_once]
@@ -168,12 +168,14 @@ def draw(
         for k, i in enumerate(part if processes.is_first() else ()):
             (folders[i] / "samples").mkdir(parents=True, exist_ok=True)
             (folders[i] / "metadata.jsonl").write_text(lines[i], "utf-8")
-            own = images[k * n : (k + 1) * n]
-            for number, image in enumerate(own):
+            of_prompt = images[k * n : (k + 1) * n]
+            for number, image in enumerate(of_prompt):
                 grid.save_png(folders[i] / "samples" / f"{number:04d}.png", image, {"caption": captions[k]})
-            # last, as it says that the rest is there
+            # last: it marks the folder as complete
             partial = folders[i] / ".grid.partial"
-            grid.save_png(partial, grid.labelled_grid(own, [captions[k]] * n, n), {"caption": captions[k]})
+            grid.save_png(
+                partial, grid.labelled_grid(of_prompt, [captions[k]] * n, n), {"caption": captions[k]}
+            )
             partial.rename(folders[i] / "grid.png")
     processes.sync("drawn")
     return out

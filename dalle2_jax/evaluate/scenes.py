@@ -1,4 +1,4 @@
-"""Is a picture of a scene what its caption says? A judge that sees pixels only.
+"""The checker: whether a picture of a scene shows what its caption says, from pixels alone.
 
 It shares no code and no table with the renderer: `scenes_parser` reads the caption, this file finds the
 objects, and `scenes_shapes` names their shapes. A picture is I = b + a (c - b) at every pixel, with
@@ -52,7 +52,7 @@ LEAST_MATCH, LEAST_MARGIN = 0.92, 0.015
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """An object in a picture: names (None where nothing fits), centroid, larger side of its box in [0, 1]."""
+    """An object in a picture: names (None: nothing fits), centroid, larger side of its box in [0, 1]."""
 
     colour: str | None
     shape: str | None
@@ -64,7 +64,7 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What is right about a picture; None where the caption does not say.
+    """The aspects of a picture that are right; None for an aspect that the caption does not name.
 
     Attributes:
       objects_found: every object of the picture.
@@ -88,7 +88,7 @@ class Verdict:
 
     @property
     def correct(self) -> bool:
-        """Whether every aspect that the caption names is right."""
+        """Whether every named aspect is right."""
         aspects = (self.colour, self.shape, self.relation, self.count, self.background, self.size, self.place)
         return all(aspect is not False for aspect in aspects)
 
@@ -293,10 +293,10 @@ def _size_name(thing: Found) -> str:
 
 
 def check(image: np.ndarray, caption: str) -> Verdict:
-    """Judges a picture uint8 [H, W, 3] of 16 to 1024 pixels by its English caption.
+    """Compare a picture uint8 [H, W, 3] of 16 to 1024 pixels with its English caption.
 
-    Named objects are given partners in the picture so that as much as possible is right. With an object
-    missing, `colour` and `shape` are false; with one too many, only `count` is.
+    Named objects are matched with objects of the picture so that as much as possible is right. With an object
+    missing, `colour` and `shape` are false; with one too many, `count` alone is.
 
     Raises:
       ValueError: the caption has a word or a form that `scenes_parser` does not know.

@@ -11,6 +11,7 @@ from PIL import Image
 from dalle2_jax.convert import convert
 from dalle2_jax.convert.torch_archive import TorchArchive
 from dalle2_jax.evaluate import fidelity, picture_sets
+from dalle2_jax.evaluate.networks import Networks, open_judge
 from dalle2_jax.generate import pipeline
 from dalle2_jax.models import models
 from dalle2_jax.models.stages import clip as clip_stage
@@ -386,8 +387,13 @@ def test_clip_score_of_pictures_is_what_transformers_finds(source, converted, tm
         out = source[1](pixel_values=pixels["pixel_values"], input_ids=texts["input_ids"])
     cosine = (out.image_embeds * out.text_embeds).sum(-1).numpy()
     assert cosine.std() > 0.01
-    found = fidelity.measure(
-        picture_sets.open_pictures(tmp_path), None, ["clip_score"], model=pipeline.UnCLIP.load(converted)
-    )
+    networks = Networks(clip=pipeline.UnCLIP.load(converted))
+    found = fidelity.measure(picture_sets.open_pictures(tmp_path), None, ["clip_score"], networks)
     assert found["clip_score_raw"]["value"] == pytest.approx(cosine.mean(), abs=1e-5)
+    with open_judge(str(source[0])) as judge:  # the folder of transformers, as it is
+        by_judge = fidelity.measure(
+            picture_sets.open_pictures(tmp_path), None, ["clip_score"], Networks(clip=judge, judge=True)
+        )
+    assert by_judge["clip_score_raw"]["value"] == found["clip_score_raw"]["value"]
+    assert by_judge["clip_score_raw"]["features"] == f"CLIP of the judge {source[0].name}"
     assert found["clip_score_torchmetrics"]["value"] == pytest.approx(max(100 * cosine.mean(), 0), abs=1e-3)

@@ -12,7 +12,7 @@ from dalle2_jax.convert import convert, tables
 from dalle2_jax.convert.formats import glide
 from dalle2_jax.convert.tensors import Tensors
 from dalle2_jax.data.tokenizer import load_tokenizer
-from dalle2_jax.evaluate import evaluate
+from dalle2_jax.evaluate import drawing
 from dalle2_jax.generate import editing, pipeline
 from dalle2_jax.models import models
 from dalle2_jax.models.diffusion import sampling
@@ -215,8 +215,8 @@ def test_it_draws_and_repaints_captions_without_clip_and_prior(repainting):
     with pytest.raises(ValueError, match="has no prior"):
         model.settings(prior_steps=2)
     with pytest.raises(ValueError, match="say which scenes to draw"):
-        evaluate.scenes_of(model)
-    assert evaluate.scenes_of(model, "quickstart")[1] == LARGE
+        drawing.scenes_of(model)
+    assert drawing.scenes_of(model, "quickstart")[1] == LARGE
 
 
 def test_latents_without_an_embedding_come_back(repainting, tmp_path):

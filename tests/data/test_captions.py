@@ -148,7 +148,8 @@ def test_pictures_of_captions_and_files_with_any_name_are_written(tmp_path):
 
 
 def test_lists_of_prompts_and_classes_are_clean(tmp_path):
-    from dalle2_jax.evaluate import picture_sets, prompts, zero_shot
+    from dalle2_jax.evaluate import picture_sets, prompts
+    from dalle2_jax.evaluate.metrics import zero_shot
 
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "\\ud83d a red star"}\n')
     assert prompts.read_prompts(tmp_path / "prompts.jsonl") == [{"prompt": "\ufffd a red star"}]

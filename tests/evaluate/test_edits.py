@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dalle2_jax.data import scenes
-from dalle2_jax.evaluate import edits
-from dalle2_jax.evaluate.scene_scores import verdict_aspects
+from dalle2_jax.evaluate.metrics import edits
+from dalle2_jax.evaluate.metrics.scenes import verdict_aspects
 from dalle2_jax.evaluate.scenes import check
 
 CONFIG = scenes.preset("quickstart")

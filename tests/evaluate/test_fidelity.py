@@ -7,20 +7,17 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from dalle2_jax.convert import inception_weights
-from dalle2_jax.evaluate import (
-    aesthetic,
-    clip_scores,
-    distances,
-    evaluate,
-    features,
-    fidelity,
-    page,
-)
+from dalle2_jax.evaluate import distances, evaluate, features, fidelity, networks, page, reference
 from dalle2_jax.evaluate.distances import Moments
-from dalle2_jax.evaluate.picture_sets import Item, PictureSet, drawn_pictures, open_pictures
+from dalle2_jax.evaluate.drawing import drawn_pictures
+from dalle2_jax.evaluate.metric import Inputs, Request
+from dalle2_jax.evaluate.metrics import OF_PICTURES, aesthetic, clip_r_precision, clip_score, frechet, kid
+from dalle2_jax.evaluate.networks import Networks
+from dalle2_jax.evaluate.picture_sets import Item, PictureSet, open_pictures
 from dalle2_jax.generate import pipeline
 from dalle2_jax.runtime import partition
 from dalle2_jax.runtime.batched import Batched
@@ -54,11 +51,20 @@ def small_inception(monkeypatch):
 
         return before, lambda rows: batches(np.stack(rows))
 
-    monkeypatch.setattr(fidelity, "inception_extractor", extractor)
-    monkeypatch.setattr(fidelity, "FID_PICTURES", 50)
-    monkeypatch.setattr(fidelity, "KID_SUBSET", 40)
-    monkeypatch.setattr(fidelity, "DIMENSIONS", {"pool": 9, "spatial": 9})
+    monkeypatch.setattr(networks, "inception_extractor", extractor)
+    monkeypatch.setattr(frechet, "FID_PICTURES", 50)
+    monkeypatch.setattr(kid, "SUBSET", 40)
+    monkeypatch.setattr(reference, "DIMENSIONS", {"pool": 9, "spatial": 9})
     return inception_weights.Weights({}, "aa", "bb")
+
+
+def measure_pictures(model, out, names, judge=None, **request):
+    """The entries of picture metrics by a request, as the command measures them."""
+    request = Request(**request, out=str(out))
+    inputs = Inputs(model, request, evaluate.open_networks(model, request, judge), epath.Path(out))
+    inputs.images = request.images and open_pictures(request.images)
+    inputs.reference = request.reference and reference.open_reference(request.reference)
+    return evaluate.measure_pictures(inputs, names)
 
 
 def test_every_picture_counts_on_any_number_of_devices():
@@ -91,7 +97,7 @@ def test_a_set_that_gives_fewer_pictures_than_it_says_is_an_error():
 def test_numbers_of_inception(small_inception):
     x, y = made_set(80, 0), made_set(60, 1)
     names = ["fid", "sfid", "kid", "precision_recall", "inception_score", "fid_small"]
-    found = fidelity.measure(x, y, names, weights=small_inception, preset="openai", batch_size=16)
+    found = fidelity.measure(x, y, names, Networks(small_inception, "openai", batch_size=16))
     expected = {
         "fid",
         "sfid",
@@ -113,10 +119,10 @@ def test_numbers_of_inception(small_inception):
     json.dumps(found)
     lost = dataclasses.replace(x, refused={"no_image": 2})
     assert (
-        fidelity.measure(lost, lost, ["fid"], weights=small_inception)["fid"]["images_refused"]
+        fidelity.measure(lost, lost, ["fid"], Networks(small_inception))["fid"]["images_refused"]
         == lost.refused
     )
-    assert fidelity.measure(x, x, ["fid"], weights=small_inception)["fid"]["value"] == pytest.approx(
+    assert fidelity.measure(x, x, ["fid"], Networks(small_inception))["fid"]["value"] == pytest.approx(
         0, abs=1e-5
     )
     assert len(fidelity.table(found).splitlines()) == 1 + len(found)
@@ -124,34 +130,36 @@ def test_numbers_of_inception(small_inception):
 
 def test_statistics_stand_for_pictures(small_inception, tmp_path):
     x, y = made_set(80, 0), made_set(60, 1)
-    fidelity.measure(y, None, ["inception_score"], weights=small_inception, stats_out=tmp_path / "y.npz")
-    stats = fidelity.read_stats(tmp_path / "y.npz")
+    fidelity.measure(y, None, ["inception_score"], Networks(small_inception), stats_out=tmp_path / "y.npz")
+    stats = reference.read_stats(tmp_path / "y.npz")
     assert stats.count == 60 and stats.preset == "ttur"
-    whole = fidelity.measure(x, y, ["fid", "sfid"], weights=small_inception)
-    found = fidelity.measure(x, stats, ["fid", "sfid"], weights=small_inception)
+    whole = fidelity.measure(x, y, ["fid", "sfid"], Networks(small_inception))
+    found = fidelity.measure(x, stats, ["fid", "sfid"], Networks(small_inception))
     for name in ("fid", "sfid"):
         assert found[name]["value"] == pytest.approx(whole[name]["value"], rel=1e-6)
         assert found[name]["interval"] is None and found[name]["n_reference"] == 60
     with np.load(tmp_path / "y.npz") as stored:
         np.savez(tmp_path / "theirs.npz", mu=stored["mu"], sigma=stored["sigma"])
-    theirs = fidelity.read_stats(tmp_path / "theirs.npz")
-    found = fidelity.measure(x, theirs, ["fid"], weights=small_inception)
+    theirs = reference.read_stats(tmp_path / "theirs.npz")
+    found = fidelity.measure(x, theirs, ["fid"], Networks(small_inception))
     assert found["fid"]["value"] == pytest.approx(whole["fid"]["value"], rel=1e-6)
     assert found["fid"]["n_reference"] is None and "unknown" in fidelity.table(found)
     for name, message in (("kid", "needs the pictures of the reference"), ("sfid", "has no mu_s")):
         with pytest.raises(ValueError, match=message):
-            fidelity.measure(x, theirs, [name], weights=small_inception)
+            fidelity.measure(x, theirs, [name], Networks(small_inception))
     with pytest.raises(ValueError, match="is of preset 'ttur', not 'clean'"):
-        fidelity.measure(x, stats, ["fid"], weights=small_inception, preset="clean")
+        fidelity.measure(x, stats, ["fid"], Networks(small_inception, "clean"))
     other = dataclasses.replace(small_inception, sha256="other")
     with pytest.raises(ValueError, match="made with other weights"):
-        fidelity.measure(x, stats, ["fid"], weights=other)
+        fidelity.measure(x, stats, ["fid"], Networks(other))
     few = np.random.default_rng(0).normal(size=(5, 9))
     known = dict(mu=few.mean(axis=0), sigma=np.cov(few, rowvar=False))
     for more in (dict(n=5), {}):  # how few is said, or seen from the covariance
         np.savez(tmp_path / "few.npz", **known, **more)
         with pytest.raises(ValueError, match="fid of 5 pictures|of rank 4 is that of 5"):
-            fidelity.measure(x, fidelity.read_stats(tmp_path / "few.npz"), ["fid"], weights=small_inception)
+            fidelity.measure(
+                x, reference.read_stats(tmp_path / "few.npz"), ["fid"], Networks(small_inception)
+            )
     for mu, sigma, message in (
         (
             np.zeros(3),
@@ -165,23 +173,25 @@ def test_statistics_stand_for_pictures(small_inception, tmp_path):
     ):
         np.savez(tmp_path / "bad.npz", mu=mu, sigma=sigma)
         with pytest.raises(ValueError, match="does not hold statistics.*" + message):
-            fidelity.read_stats(tmp_path / "bad.npz")
-    assert fidelity.read_stats(tmp_path / "no.npz") is None
+            reference.read_stats(tmp_path / "bad.npz")
+    assert reference.read_stats(tmp_path / "no.npz") is None
 
 
 def test_a_reference_of_pictures_and_statistics_serves_every_metric(small_inception, tmp_path):
     """As ADM's files: FID by mean and covariance, which are of other pictures, all else by the pictures."""
     x, y, other = made_set(80, 0), made_set(60, 1), made_set(70, 2)
-    fidelity.measure(other, None, ["inception_score"], weights=small_inception, stats_out=tmp_path / "s.npz")
+    fidelity.measure(
+        other, None, ["inception_score"], Networks(small_inception), stats_out=tmp_path / "s.npz"
+    )
     images = np.stack([item.picture() for item in y.items()])
     with np.load(tmp_path / "s.npz") as stored:
         np.savez(tmp_path / "both.npz", arr_0=images, mu=stored["mu"], sigma=stored["sigma"])
-    both = fidelity.open_reference(tmp_path / "both.npz")
-    assert both.said() == "both.npz: mean and covariance of 9 features; 60 pictures"
+    both = reference.open_reference(tmp_path / "both.npz")
+    assert both.describe() == "both.npz: mean and covariance of 9 features; 60 pictures"
     names = ["fid", "sfid", "kid", "precision_recall", "inception_score"]
-    found = fidelity.measure(x, both, names, weights=small_inception)
-    by_pictures = fidelity.measure(x, y, names, weights=small_inception)
-    by_statistics = fidelity.measure(x, other, ["fid"], weights=small_inception)
+    found = fidelity.measure(x, both, names, Networks(small_inception))
+    by_pictures = fidelity.measure(x, y, names, Networks(small_inception))
+    by_statistics = fidelity.measure(x, other, ["fid"], Networks(small_inception))
     for name, entry in found.items():
         same = by_statistics if name == "fid" else by_pictures
         assert entry["value"] == pytest.approx(same[name]["value"], rel=1e-6)
@@ -205,7 +215,7 @@ def test_a_header_that_lies_of_statistics_allocates_nothing(tmp_path):
                 )
                 file.write(bytes(2048 * 8))
     with pytest.raises(ValueError, match=r"sigma is float64 \[10000000, 10000000\]"):
-        fidelity.read_stats(tmp_path / "huge.npz")
+        reference.read_stats(tmp_path / "huge.npz")
 
 
 # Models without a CLIP
@@ -217,16 +227,14 @@ def test_fid_of_a_model_that_has_no_clip_and_reads_no_captions(small_inception, 
     model = pipeline.UnCLIP.load(make_class_model(tmp_path / "model", classes))
     target = made_set(60, 1, size=8)
     np.savez(tmp_path / "target.npz", np.stack([item.picture() for item in target.items()]))
-    options = dict(
-        images=None, reference=str(tmp_path / "target.npz"), inception_file=None, preset="ttur", n=9
-    )
+    target_file = tmp_path / "target.npz"
 
     def one(names, **changes):
-        return evaluate.measure_pictures(model, tmp_path, names=names, **options | changes)
+        return measure_pictures(model, tmp_path, names, reference=target_file, n=9, **changes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inception_weights, "load", lambda path: small_inception)
-        found = one(["fid_small"], inception_file="given")
+        found = one(["fid_small"], inception=__file__)
     assert found["fid_small"]["n"] == 9 and found["fid_small"]["features"] == inception_weights.NETWORK
     drawn = open_pictures(tmp_path / "pictures")
     assert len({item.picture().tobytes() for item in drawn.items()}) == 9
@@ -234,7 +242,7 @@ def test_fid_of_a_model_that_has_no_clip_and_reads_no_captions(small_inception, 
     if classes:
         assert sorted(drawn.captions()) == sorted(classes * 3)
     message = (
-        "clip_mmd, clip_score need a CLIP, and the model has none: give a --model with one, or measure fid"
+        "clip_mmd, clip_score need a CLIP, and the model has none: give --judge=DIR with one, or measure fid"
     )
     with pytest.raises(ValueError, match=message):
         one(["fid_small", "clip_mmd", "clip_score"])
@@ -263,10 +271,10 @@ def test_the_same_caption_is_drawn_as_another_picture_each_time(tmp_path):
         (["kid"], (999, 5000), {}, "subsets of 1000 pictures, there are 999"),
         (["precision_recall"], (5, 5), {}, "needs more than 5 pictures"),
         (["fid"], (5000, None), {}, "needs pictures to compare with: give --reference"),
-        (["fid"], (5000, 5000), {"with_inception": False}, "needs Inception's weights.*clip_frechet"),
+        (["fid"], (5000, 5000), {"inception": None}, "needs Inception's weights.*clip_frechet"),
         (["clip_score"], (50, 50), {}, "not every picture of set has a caption"),
         (["aesthetic"], (50, 50), {}, "needs the weights of its head"),
-        (["clip_mmd"], (50, 50), {"with_clip": False}, "clip_mmd needs a CLIP, and the model has none"),
+        (["clip_mmd"], (50, 50), {"clip": None}, "clip_mmd needs a CLIP, and the model has none"),
         (["fdi"], (50, 50), {}, "did you mean 'fid'"),
         (["fid"], (5000, 5000), {"preset": "imagn"}, "did you mean 'imagen'"),
     ],
@@ -276,8 +284,9 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_read(names, count
         raise AssertionError("it was read")
 
     sets = [None if n is None else PictureSet("set", "folder", n, fail) for n in counts]
+    weights = inception_weights.Weights({}, "aa", "bb")
     with pytest.raises(ValueError, match=message):
-        fidelity.check(names, *sets, **{"preset": "ttur", "with_inception": True} | options)
+        fidelity.check(names, *sets, Networks(**{"inception": weights, "clip": "a CLIP"} | options))
 
 
 # CLIP
@@ -285,21 +294,21 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_read(names, count
 
 def test_conventions_of_clip_score():
     cosine = np.array([0.5, -0.5, 0.3, -0.1])
-    assert clip_scores.clip_score(cosine, "raw")[0] == pytest.approx(0.05)
-    assert clip_scores.clip_score(cosine, "hessel")[0] == pytest.approx(2.5 * 0.2)  # cut pair by pair
-    assert clip_scores.clip_score(cosine, "torchmetrics")[0] == pytest.approx(5)  # cut after the mean
-    assert clip_scores.clip_score(-cosine, "torchmetrics")[0] == 0
-    assert clip_scores.clip_score(cosine, "raw")[1] == pytest.approx(cosine.std(ddof=1) / 2)
+    assert clip_score.clip_score(cosine, "raw")[0] == pytest.approx(0.05)
+    assert clip_score.clip_score(cosine, "hessel")[0] == pytest.approx(2.5 * 0.2)  # cut pair by pair
+    assert clip_score.clip_score(cosine, "torchmetrics")[0] == pytest.approx(5)  # cut after the mean
+    assert clip_score.clip_score(-cosine, "torchmetrics")[0] == 0
+    assert clip_score.clip_score(cosine, "raw")[1] == pytest.approx(cosine.std(ddof=1) / 2)
     with pytest.raises(ValueError, match="'cosine' is unknown; choose one of raw"):
-        clip_scores.clip_score(cosine, "cosine")
+        clip_score.clip_score(cosine, "cosine")
 
 
 def test_cosines_do_not_see_lengths():
     x, y = np.random.default_rng(0).normal(size=(2, 5, 7))
     expected = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(x, y, strict=True)]
-    np.testing.assert_allclose(clip_scores.cosines(3 * x, y / 5), expected)
+    np.testing.assert_allclose(clip_score.cosines(3 * x, y / 5), expected)
     with pytest.raises(ValueError, match=r"must both be \[N, E\]"):
-        clip_scores.cosines(x, y[:3])
+        clip_score.cosines(x, y[:3])
 
 
 def test_r_precision_counts_strict_wins():
@@ -308,18 +317,18 @@ def test_r_precision_counts_strict_wins():
     image = text.copy()
     image[0] = text[1]  # the wrong one
     image[1] = text[1] + text[2]  # a tie
-    assert clip_scores.r_precision(image, text, captions, 10) == (8, 10)
+    assert clip_r_precision.r_precision(image, text, captions, 10) == (8, 10)
     draw = np.random.default_rng(0)
     noise, words = draw.normal(size=(2, 2000, 64))
-    right, count = clip_scores.r_precision(noise, words, [str(i) for i in range(2000)], 20)
+    right, count = clip_r_precision.r_precision(noise, words, [str(i) for i in range(2000)], 20)
     assert abs(right / count - 1 / 20) < 4 * np.sqrt(0.05 * 0.95 / 2000)
     with pytest.raises(ValueError, match="as many different ones, not 10"):
-        clip_scores.r_precision(image, text, captions, 11)
+        clip_r_precision.r_precision(image, text, captions, 11)
 
 
 def test_the_same_caption_is_no_distractor():
     text = np.eye(3)[[0, 0, 1, 2]]
-    assert clip_scores.r_precision(text, text, ["a", "a", "b", "c"], 3) == (4, 4)
+    assert clip_r_precision.r_precision(text, text, ["a", "a", "b", "c"], 3) == (4, 4)
 
 
 def test_the_aesthetic_head_is_that_of_torch(tmp_path):
@@ -338,7 +347,7 @@ def test_the_aesthetic_head_is_that_of_torch(tmp_path):
             expected = head["layers"](unit)[:, 0].numpy()
         np.testing.assert_allclose(found, expected, atol=1e-6)
         assert len(checksum) == 64 and found.std() > 0.01
-    with pytest.raises(ValueError, match="of 12 entries, this model's have 5"):
+    with pytest.raises(ValueError, match="of 12 entries, the CLIP's have 5"):
         aesthetic.load(tmp_path / "head.pth", 5)
     torch.save({"layers.0.weight": torch.zeros(2, 3), "layers.0.bias": torch.zeros(2)}, tmp_path / "two.pth")
     with pytest.raises(ValueError, match="ends in 2 numbers"):
@@ -358,10 +367,10 @@ def test_numbers_of_a_models_own_clip(model):
         f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("star", "ring", "cross")
     ]
     x, y = made_set(9, 0, texts=texts), made_set(11, 1)
-    names = [name for name, metric in fidelity.METRICS.items() if metric.features == "clip"]
+    names = [name for name, metric in OF_PICTURES.items() if metric.features == "clip"]
     width = model.cascade.stage("clip").embed_dim
     weight = np.arange(width) / width
-    found = fidelity.measure(x, y, names, model=model, batch_size=8, aesthetic_head=(weight, 5.0, "cc"))
+    found = fidelity.measure(x, y, names, Networks(clip=model, batch_size=8, head=(weight, 5.0, "cc")))
     embeds = [model.encode_image([item.picture() for item in part.items()]) for part in (x, y)]
     assert found["clip_frechet"]["value"] == pytest.approx(
         distances.frechet_distance(*map(Moments.of, embeds)), rel=1e-3, abs=1e-6
@@ -383,10 +392,9 @@ def test_numbers_of_a_models_own_clip(model):
 def test_a_model_is_measured_against_the_captions_that_it_draws(model, tmp_path):
     settings = dict(guidance_scale=2.0)
 
-    def one(**changes):
-        options = dict(images=None, reference=None, names=["clip_mmd", "clip_score"], inception_file=None)
-        options |= dict(preset="ttur", scenes_name="quickstart", n=8, settings=settings, batch_size=8)
-        return evaluate.measure_pictures(model, tmp_path, **options | changes)
+    def one(names=("clip_mmd", "clip_score"), **changes):
+        common = dict(scenes="quickstart", n=8, settings=settings, batch_size=8)
+        return measure_pictures(model, tmp_path, names, **common | changes)
 
     found = one(npz_out=tmp_path / "x.npz")
     assert found["clip_mmd"]["n"] == found["clip_mmd"]["n_reference"] == 8
@@ -398,7 +406,7 @@ def test_a_model_is_measured_against_the_captions_that_it_draws(model, tmp_path)
     assert one() == found and drawn.read_bytes() == before  # drawn again, and as before
     with pytest.raises(ValueError, match="drawn otherwise"):
         one(seed=1)
-    again = one(images=str(tmp_path / "pictures"), reference=str(tmp_path / "x.npz"), names=None)
+    again = one(images=tmp_path / "pictures", reference=tmp_path / "x.npz", names=fidelity.WITH_CLIP)
     assert again["clip_frechet"]["value"] == pytest.approx(0, abs=1e-6) and again["clip_recall"]["value"] == 1
     with pytest.raises(ValueError, match="give --reference"):
-        one(images=str(tmp_path / "pictures"))
+        one(images=tmp_path / "pictures")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dalle2_jax.data import scenes
-from dalle2_jax.evaluate import picture_sets, presets
+from dalle2_jax.evaluate import drawing, picture_sets, presets
 from tests.data.shards_for_tests import colour_of, encode, flat_png, noise_picture, write_tar
 
 
@@ -47,7 +47,10 @@ def test_a_folder_of_generate(folder):
     (folder / "generate.json").write_text(json.dumps({"pictures": listed, "grid": "grid.png"}))
     found = picture_sets.open_pictures(folder)
     assert found.captions() == ["drawn 2", "drawn 0"] and colours(found) == [colour_of(2), colour_of(0)]
-    assert found.refused == {"hidden": 1, "not_listed": 3} and "1.png: generate.json does not" in found.said()
+    assert (
+        found.refused == {"hidden": 1, "not_listed": 3}
+        and "1.png: generate.json does not" in found.describe()
+    )
     for name, message in (("../x.png", "outside its folder"), ("7.png", "not there")):
         (folder / "generate.json").write_text(json.dumps({"pictures": [{"file": name}]}))
         with pytest.raises(ValueError, match=message):
@@ -132,7 +135,7 @@ def test_every_format_of_a_mixed_folder_is_measured(tmp_path):
     (tmp_path / f"{len(endings):02d}").write_bytes(flat_png(len(endings)))
     (tmp_path / "captions.csv").write_text("file,caption\n")
     found = picture_sets.open_pictures(tmp_path)
-    assert found.said() == f"{tmp_path.name}: 13 pictures of 13 files" and not found.refused
+    assert found.describe() == f"{tmp_path.name}: 13 pictures of 13 files" and not found.refused
     assert colours(found) == [colour_of(number) for number in range(13)]
     assert found.summary() == dict(name=tmp_path.name, kind="folder", pictures=13, of=13, left_out={})
 
@@ -153,7 +156,7 @@ def test_what_is_left_out_of_a_folder_is_counted_by_reason(folder):
     assert len(found.captions()) == 5  # those of the pictures that are measured
     left = dict(hidden=2, no_picture=1, other_format=1, undecodable=1, empty=1, unreadable=1, animated=1)
     assert found.refused == left and told[-1] == ("set", 9, 9)
-    said = found.said()
+    said = found.describe()
     assert said.startswith("set: 5 pictures of 13 files; left out: ")
     for part in (
         "1 animated (such as moving.gif: 2 frames)",
@@ -168,9 +171,9 @@ def test_pictures_beside_a_tar_are_measured_and_the_tar_is_named(folder):
     write_tar(folder / "old.tar", [("0.png", flat_png(7)), ("0.txt", b"old")])
     found = picture_sets.open_pictures(folder)
     assert found.count == 5 and found.refused == {"hidden": 1, "shard": 1}
-    assert "such as old.tar: give" in found.said()
+    assert "such as old.tar: give" in found.describe()
     shards = picture_sets.open_pictures(folder / "*.tar")
-    assert shards.said() == "*.tar: 1 picture of 1 sample" and shards.captions() == ["old"]
+    assert shards.describe() == "*.tar: 1 picture of 1 sample" and shards.captions() == ["old"]
 
 
 def test_bad_pictures_of_shards_are_left_out(tmp_path):
@@ -262,7 +265,7 @@ def test_protocols_differ_where_they_say():
 
 def test_drawing_that_was_stopped_goes_on(tmp_path, monkeypatch):
     """Stopped among the pictures of a batch: those that are there stay, the rest is drawn as it would be."""
-    monkeypatch.setattr(picture_sets, "DRAWN_AT_A_TIME", 3)
+    monkeypatch.setattr(drawing, "DRAWN_AT_A_TIME", 3)
     drawn = []
 
     class Model:
@@ -280,7 +283,7 @@ def test_drawing_that_was_stopped_goes_on(tmp_path, monkeypatch):
             )
 
     texts = ["a" * (i + 1) for i in range(8)]
-    save, left = picture_sets.grid.save_png, [4]
+    save, left = drawing.grid.save_png, [4]
 
     def save_few(path, image, extra):
         if not left[0]:
@@ -289,13 +292,13 @@ def test_drawing_that_was_stopped_goes_on(tmp_path, monkeypatch):
         left[0] -= 1
         save(path, image, extra)
 
-    monkeypatch.setattr(picture_sets.grid, "save_png", save_few)
+    monkeypatch.setattr(drawing.grid, "save_png", save_few)
     with pytest.raises(KeyboardInterrupt):
-        picture_sets.drawn_pictures(Model(), texts, tmp_path)
-    monkeypatch.setattr(picture_sets.grid, "save_png", save)
-    found = picture_sets.drawn_pictures(Model(), texts, tmp_path)
+        drawing.drawn_pictures(Model(), texts, tmp_path)
+    monkeypatch.setattr(drawing.grid, "save_png", save)
+    found = drawing.drawn_pictures(Model(), texts, tmp_path)
     assert [item.picture().max() for item in found.items()] == [len(text) for text in texts]
     assert drawn == [texts[:3], texts[3:6], texts[3:6], texts[6:]]  # the second batch, cut in two, twice
     assert not list(tmp_path.glob(".*partial"))
     with pytest.raises(ValueError, match="drawn otherwise"):
-        picture_sets.drawn_pictures(Model(), texts, tmp_path, seed=1)
+        drawing.drawn_pictures(Model(), texts, tmp_path, seed=1)

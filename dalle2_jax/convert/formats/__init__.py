@@ -1,1 +1,1 @@
-"""Weights of others, in and out: one file a format, each a table of names over one engine (tables.py)."""
+"""Weights in formats of other libraries, one file a format: tables of names for the engine in tables.py."""

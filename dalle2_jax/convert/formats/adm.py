@@ -1,8 +1,8 @@
-"""ADM's generators, upsamplers and classifiers: one .pt file, or a folder of those that go together.
+"""ADM's generators, upsamplers and classifiers: one .pt file, or a folder with the files of one model.
 
-What a file holds is read off its tensors: an upsampler sees six channels, a classifier ends in a pool. So are
-sizes; the side is found from the first level that attends, which is always that of 32 x 32. A class is told
-by its name, as the classifier's: see adm_classifier.py.
+The kind of a file follows from its tensors: an upsampler has six input channels, a classifier ends in a pool.
+So do all sizes; the first level with attention is always that of 32 x 32, which gives the side. Classes are
+conditioned on by their names, as for the classifier: see adm_classifier.py.
 """
 
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ from dalle2_jax.models import models
 
 HELP = "ADM's generator, upsampler or classifier, a .pt file, or a folder of those that go together"
 FIRST_ATTENTION = 32
-# What their command lines say and their tensors do not, by stage and side. Elsewhere heads have 64 entries,
-# the schedule is linear, and queries, keys and values stand head by head.
+# Settings in ADM's command lines, not in its tensors, by stage and side. Otherwise heads have 64 entries, the
+# schedule is linear, and queries, keys and values are ordered by head.
 RELEASED = {
     ("decoder", 64): dict(schedule="cosine", blocks=True),
     ("decoder", 128): dict(num_heads=4),

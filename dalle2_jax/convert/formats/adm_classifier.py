@@ -1,9 +1,9 @@
-"""ADM's classifier of noised pictures (64x64_classifier.pt and the like), which may steer a decoder.
+"""ADM's classifier of noised pictures (64x64_classifier.pt, ...), a guide for a decoder.
 
-Sizes are read off the tensors; heads have 64 entries. Its noise is the model's beside which ADM trained it:
-the cosine schedule at 64 x 64, the linear one above. What the classes are called is read from classes.txt
-beside the file, a name a line in the order of ImageNet's numbers; a caption steers where it holds a name.
-Without that file they are called 'class 0', 'class 1', ...
+Sizes follow from the tensors; heads have 64 entries. Its noise schedule is that of ADM's generator of the
+same side: cosine at 64 x 64, linear above. Names of classes are read from classes.txt beside the file, a name
+a line in the order of ImageNet's numbers; guidance uses the class that a caption names. Without that file the
+names are 'class 0', 'class 1', ...
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,8 @@
-"""GLIDE's own checkpoints: base.pt and perhaps upsample.pt, or the pair for repainting, in a folder.
+"""GLIDE's checkpoints: base.pt and optionally upsample.pt, or the pair for inpainting, in a folder.
 
-GLIDE draws captions without CLIP and without a prior: its decoder reads no image embedding, and both networks
-have a text transformer of their own. Sizes are read off the tensors; heads have 64 entries, and the sides are
-GLIDE's, 64 and 256. What is sampled with is what its authors show: 100 steps and guidance 3 at 64 x 64, 27
-chosen ones above.
+GLIDE has no CLIP and no prior: its decoder reads no image embedding, and each network has its own text
+transformer. Sizes follow from the tensors; heads have 64 entries, and the sides are GLIDE's, 64 and 256.
+Sampling settings are those of its notebooks: 100 steps and guidance 3 at 64 x 64, 27 selected steps above.
 """
 
 from collections.abc import Mapping
@@ -45,7 +44,7 @@ def rows(net: Mapping) -> list[Row]:
 
 
 def import_weights(source: Path, tokenizer=None) -> Imported:
-    """The cascade in the folder `source`; the tokenizer is GLIDE's, which these files come without."""
+    """The cascade in the folder `source`; the tokenizer is GLIDE's, which is not among these files."""
     if tokenizer is None or tokenizer.kind != "gpt2":
         found = "without a tokenizer" if tokenizer is None else "with another tokenizer than CLIP's"
         raise ValueError(f"{source} comes {found}: {TOKENIZER}")
@@ -103,7 +102,7 @@ def _stage(tensors: Tensors, stage: str) -> tuple[dict, dict]:
     config = {"stage": stage, "model": model}
     abstract = models.abstract_params(models.build_stage(config))
     check_groups(abstract["net"], 32, tensors.source)
-    # Theirs has one convolution, and one bias, for what it sees and for what is kept.
+    # Their network has one convolution and one bias for the noised picture and the kept pixels.
     bias = np.zeros(abstract["net"]["conv_in"]["bias"].shape, np.float32)
     given = {"net/conv_in_known/bias": bias} if inpaint else {}
     return config, tables.imported(rows(abstract), tensors, abstract, given=given)

@@ -1,7 +1,7 @@
 """Hugging Face's CLIPModel: a folder with config.json, model.safetensors and a tokenizer. Both ways.
 
-The towers may also come in folders of their own (CLIPTextModelWithProjection, CLIPVisionModelWithProjection),
-as pipelines of diffusers have them.
+The towers may also have separate folders (CLIPTextModelWithProjection, CLIPVisionModelWithProjection), as in
+pipelines of diffusers.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ BLOCKS = BlockNames(
     fc2="mlp.fc2",
 )
 IGNORED = r".*\.position_ids"
-# exp(logit_scale) of towers that come without one: what OpenAI's are trained to.
+# exp(logit_scale) for towers without one: the maximum of OpenAI's training.
 MAX_SCALE = 100.0
 
 
@@ -49,7 +49,7 @@ def vision_rows(depth: int) -> list[Row]:
         *leaf("vision/patch_embedding/kernel", "vision_model.embeddings.patch_embedding.weight", CONV),
         *leaf("vision/class_token/embedding", "vision_model.embeddings.class_embedding"),
         *leaf("vision/position/embedding", "vision_model.embeddings.position_embedding.weight"),
-        *norm("vision/norm_pre", "vision_model.pre_layrnorm"),  # so called
+        *norm("vision/norm_pre", "vision_model.pre_layrnorm"),  # their spelling
         *BLOCKS.rows("vision/transformer", "vision_model.encoder.layers.{}", depth),
         *norm("vision/norm_post", "vision_model.post_layernorm"),
         *dense("vision/proj", "visual_projection", bias=False),
@@ -63,7 +63,7 @@ def rows(model: dict) -> list[Row]:
 
 
 def read_json(path: Path) -> dict:
-    """A folder's JSON file; FileNotFoundError or ValueError says what is wrong with it."""
+    """The object in a JSON file. Raises FileNotFoundError or ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     try:
@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict:
 
 
 def _transformer(settings: dict, where: str) -> dict:
-    """width, depth, heads and perhaps mlp_width of a tower. Raises ValueError for what ours do not have."""
+    """width, depth, num_heads, mlp_width of a tower. Raises ValueError for values that ours do not have."""
     default_width, default_heads = (512, 8) if where == "text_config" else (768, 12)
     width = settings.get("hidden_size", default_width)
     mlp = settings.get("intermediate_size", 4 * default_width)

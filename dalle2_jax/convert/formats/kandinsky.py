@@ -1,8 +1,8 @@
 """Kandinsky 2.2's prior as diffusers' KandinskyV22PriorPipeline: CLIP and the prior.
 
-It is Karlo's prior on the embeddings of another CLIP (ViT-bigG/14). What it draws is for a decoder that was
-trained on that CLIP's embeddings: `configs/prior.py`'s place in a cascade of one's own, or a beginning for
-`init_from`. Kandinsky's own decoder draws the latents of a VQ-GAN and has no place here.
+It is Karlo's prior on the embeddings of another CLIP (ViT-bigG/14). Use it with a decoder that was trained on
+that CLIP's embeddings, or as `init_from` of a prior. Kandinsky's decoder draws the latents of a VQ-GAN and is
+not read.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ LICENCE = "Kandinsky 2.2's are Apache-2.0, its CLIP's MIT; of other weights in t
 
 
 def import_weights(source: Path, tokenizer=None) -> Imported:
-    """CLIP and prior in the folder `source`; without an image_encoder, a CLIP that reads captions alone."""
+    """CLIP and prior in the folder `source`; without an image_encoder, CLIP's text tower alone."""
     index = read_json(source / "model_index.json")
     if index.get("_class_name") != "KandinskyV22PriorPipeline":
         raise ValueError(f"{source} holds a {index.get('_class_name')!r}, not a KandinskyV22PriorPipeline")

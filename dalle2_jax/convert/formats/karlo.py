@@ -1,8 +1,8 @@
 """Karlo as diffusers' UnCLIPPipeline: a folder of prior, text_proj, decoder, super_res_first and _last.
 
-Karlo differs from what training makes here by its settings alone: embeddings keep the norm that CLIP gives
-them, prior and decoder read the states of CLIP's text tower, the null caption is "" (`null_tokens`), times
-are added in the upsampler's blocks (`scale_shift=False`), and a second network takes its last step.
+Karlo differs from the recipes here by settings alone: embeddings keep CLIP's norm, prior and decoder read the
+states of CLIP's text tower, the null caption is "" (`null_tokens`), time embeddings are added in the
+upsampler's blocks (`scale_shift=False`), and a second network takes the upsampler's last step.
 """
 
 import dataclasses
@@ -48,11 +48,12 @@ BLOCKS = BlockNames(
 )
 # [1, 1, D], which is a vector of ours
 QUERY = Layout(lambda x, n: [x[None, None]], lambda xs: xs[0][0, 0])
-# How Karlo draws, and how its decoder was trained, in its own checkpoints as in diffusers' folder.
+# Sampling settings of Karlo and training settings of its decoder, for its own checkpoints and diffusers'
+# folder.
 PRIOR_SAMPLING = dict(num_steps=25, guidance_scale=4.0)
 DECODER_SAMPLING = dict(text_drop=0.3, num_steps=25, guidance_scale=8.0)
 UPSAMPLER_SAMPLING = dict(num_steps=7, method="ddpm", last_step=True)
-# Types of blocks on the way down, and up: with attention, and without.
+# Types of down and up blocks, with attention and without.
 BLOCK_TYPES = {
     True: ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"),
     False: ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
@@ -78,7 +79,7 @@ def prior_rows(depth: int) -> list[Row]:
 
 
 def decoder_rows(net: Mapping, num_image_tokens: int) -> list[Row]:
-    """The table of a decoder: its U-Net's names are below decoder., those of its conditions text_proj."""
+    """The table of a decoder: U-Net below decoder., conditions below text_proj."""
     proj = "text_proj."
     return [
         *under("net", diffusers_rows(net["net"], "decoder.")),
@@ -115,7 +116,7 @@ def upsampler_rows(net: Mapping) -> list[Row]:
 
 
 def expect(config: Mapping, where: str, **values) -> None:
-    """Raise ValueError where `config` has another value than the one that we build, naming both."""
+    """Raise ValueError for a value in `config` that our networks do not have, with both values."""
     for name, value in values.items():
         if config.get(name, value) != value:
             raise ValueError(f"{where}: {name} is {config[name]!r}, only {value!r} is built")
@@ -196,14 +197,14 @@ def prior_stage(config: Mapping, scheduler: Mapping, where: str, null_tokens: in
 
 
 def null_leaves(null: Mapping[str, np.ndarray], embed: str, states: str) -> dict[str, np.ndarray]:
-    """What `null_caption` says under our names of these leaves."""
+    """`null_caption` under our names of these leaves."""
     return {embed: null["text_embed"], states: null["text_states"]}
 
 
 def read_prior(folder: Path, scheduler: Path, null: dict[str, np.ndarray]) -> tuple[dict, Any, Any]:
-    """(config, parameters, their source) of a PriorTransformer; `null` is what CLIP says of the null caption.
+    """(config, parameters, their source) of a PriorTransformer. null: the `null_caption` of its CLIP.
 
-    Sampling is what UnCLIPPipeline and Kandinsky's do: 25 steps, guidance 4.
+    Sampling settings are those of UnCLIPPipeline and Kandinsky's pipeline: 25 steps, guidance 4.
     """
     noise = _scheduler(scheduler, variance_type="fixed_small_log", prediction_type="sample")
     config = prior_stage(read_json(folder / "config.json"), noise, str(folder), len(null["text_states"]))
@@ -215,7 +216,7 @@ def read_prior(folder: Path, scheduler: Path, null: dict[str, np.ndarray]) -> tu
 
 
 def null_caption(clip: dict, params: Any, tokenizer) -> dict[str, np.ndarray]:
-    """What CLIP's text tower says of the caption "": text_embed [E], text_states [n, D] of its n tokens."""
+    """CLIP's outputs for the caption "": text_embed [E], text_states [n, D] of its n tokens."""
     stage = models.build_stage(clip)
     tokens, mask = models.crop_tokens(*map(jnp.asarray, tokenizer([""])), stage.context_length)
     own = {"text": jax.tree.map(np.asarray, params["text"])}

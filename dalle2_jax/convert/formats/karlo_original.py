@@ -1,7 +1,7 @@
 """Karlo's own checkpoints: a folder with prior-*.ckpt, decoder-*.ckpt, improved-sr-*.ckpt, ViT-L-14.pt and
 ViT-L-14_stats.th.
 
-The networks are karlo.py's with the names of OpenAI's code. Sizes are read off the tensors; heads have 64
+The networks are karlo.py's with the names of OpenAI's code. Sizes follow from the tensors; heads have 64
 entries, and the sides are Karlo's, 64 and 256.
 """
 
@@ -91,7 +91,7 @@ def upsampler_rows(net: Mapping) -> list[Row]:
 
 
 def import_weights(source: Path, tokenizer=None) -> Imported:
-    """The cascade in the folder `source`; the tokenizer is CLIP's, which these files come without."""
+    """The cascade in the folder `source`; the tokenizer is CLIP's, which is not among these files."""
     if tokenizer is None:
         raise ValueError(
             f"{source} comes without a tokenizer: give a folder with CLIP's vocab.json and merges.txt as "
@@ -132,7 +132,7 @@ def _prior(tensors: Tensors, null: dict) -> tuple[dict, dict]:
         embedding_dim=embed_dim,
         num_embeddings=tensors.shape("prior.positional_embedding")[1] - 4,
     )
-    noise = dict(num_train_timesteps=1000, clip_sample_range=10.0)  # what Karlo's own code clamps to
+    noise = dict(num_train_timesteps=1000, clip_sample_range=10.0)  # the clipping range of Karlo's code
     config = karlo.prior_stage(theirs, noise, tensors.source, len(null["text_states"]))
     abstract = models.abstract_params(models.build_stage(config))
     given = karlo.null_leaves(null, "net/null_text_embed/embedding", "net/null_text_states/embedding")

@@ -1,9 +1,9 @@
 """OpenCLIP's models that have CLIP's own architecture: OpenAI's layout, in safetensors or an archive.
 
-The source is a folder with open_clip_config.json, as the hub has them, or a file of weights, such as a
-checkpoint of training. In a folder, transformers' files of the same model may lie beside OpenCLIP's.
-Transformers have exact GELU unless open_clip_config.json says `quick_gelu`; a file without that config beside
-it is taken to have GELU. A folder's tokenizer is read where it is in CLIP's layout.
+The source is a folder of the hub with open_clip_config.json, or a file of weights such as a training
+checkpoint. In a folder, transformers' files of the same model may lie beside OpenCLIP's. Transformers have
+exact GELU unless open_clip_config.json has `quick_gelu`; without that config, GELU is assumed. A folder's
+tokenizer is read if it is in CLIP's layout.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ CONFIG = "open_clip_config.json"
 
 
 def import_weights(source: Path, tokenizer=None) -> Imported:
-    """The CLIP in a folder or a file. Raises ValueError for towers that CLIP does not have."""
+    """The CLIP in a folder or a file. Raises ValueError for towers of other architectures."""
     folder = source if source.is_dir() else source.parent
     settings = _settings(folder / CONFIG) if (folder / CONFIG).is_file() else {"activation": "gelu"}
     tensors = _opened(source)
@@ -52,11 +52,11 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _settings(path: Path) -> dict:
-    """What open_clip_config.json says and tensors do not; ValueError for towers that CLIP does not have."""
+    """The settings in open_clip_config.json that do not follow from tensors; ValueError for other towers."""
     config = read_json(path)
     described, preprocess = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
     vision, text = described.get("vision_cfg", {}), described.get("text_cfg", {})
-    # what a tower may say of itself, and the values that leave it CLIP's
+    # settings of a tower, and the values with which it has CLIP's architecture
     same = {
         "timm_model_name": (None, ""),
         "hf_model_name": (None, ""),

@@ -1,6 +1,6 @@
-"""OpenAI's CLIP archives (ViT-L-14.pt, RN50.pt, ...): TorchScript, of which the tensors alone are read.
+"""OpenAI's CLIP archives (ViT-L-14.pt, RN50.pt, ...): TorchScript, whose tensors alone are read.
 
-Sizes are read off the tensors; heads have 64 entries, and transformers QuickGELU.
+Sizes follow from the tensors; heads have 64 entries, and transformers have QuickGELU.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ BLOCKS = BlockNames(
     fc1="mlp.c_fc",
     fc2="mlp.c_proj",
 )
-# Scripted again, a CLIP has the attention mask in every block, and its sizes in both towers.
+# A CLIP that was scripted again has the attention mask in every block, and sizes in both towers.
 IGNORED = (
     r"(.*\.)?(input_resolution|image_size|patch_size|context_length|vocab_size|attn_mask|num_batches_tracked)"
 )
-# A parameter [in, out] that is applied from the right, as our kernels are.
+# A parameter [in, out], multiplied from the right as our kernels are.
 PLAIN = Layout(lambda x, n: [x], lambda xs: xs[0])
 
 
 def _blocks(tensors: Tensors, pattern: str) -> int:
-    """How many numbers the pattern's group has in the tensors' names."""
+    """The number of distinct matches of the pattern's group in the tensors' names."""
     found = (re.fullmatch(pattern, name) for name in tensors.shapes)
     return len({match[1] for match in found if match})
 

@@ -1,4 +1,4 @@
-"""Formats that are known and not read, and why: what their networks have that ours have not."""
+"""Known formats that are not read, and the reason: layers that our networks do not have."""
 
 REASONS = {
     "kandinsky-decoder": (

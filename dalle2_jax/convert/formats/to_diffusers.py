@@ -1,7 +1,7 @@
-"""Models of ours as folders of diffusers and transformers: a cascade as UnCLIPPipeline, a CLIP as CLIPModel.
+"""Our models as folders of diffusers and transformers: a cascade as UnCLIPPipeline, a CLIP as CLIPModel.
 
-The tables are those of the imports (karlo.py, hf_clip.py), read the other way. A cascade has to have Karlo's
-settings, as UnCLIPPipeline has no others; what it has no place for is an error that names it.
+The tables are those of the imports (karlo.py, hf_clip.py) in the other direction. UnCLIPPipeline supports
+Karlo's settings alone; a setting that it does not support is an error that names the setting.
 """
 
 import importlib
@@ -21,13 +21,13 @@ from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.models import models
 from dalle2_jax.runtime import modeldir
 
-# Where diffusers has kept this class since 0.34; Karlo's own index says "unclip", which it no longer finds.
+# The module of this class since diffusers 0.34; Karlo's index has "unclip", which is no longer found.
 _TEXT_PROJ = "diffusers.pipelines.deprecated.unclip.text_proj"
 _SCHEDULERS = {"prior": "fixed_small_log", "decoder": "learned_range", "super_res": "fixed_small_log"}
 
 
 def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Tokenizer) -> list[str]:
-    """Write the folder `out`; returns what a reader should know of it.
+    """Write the folder `out`; returns notes for the user.
 
     Args:
       out: made if absent; files of the same names are replaced.
@@ -35,7 +35,7 @@ def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Toke
       tokenizer: theirs.
 
     Raises:
-      ValueError: names what diffusers has no place for, before anything is written.
+      ValueError: names a setting that diffusers does not support, before anything is written.
     """
     settings = {role: _settings(config) for role, (config, _) in stages.items()}
     params = {role: params for role, (_, params) in stages.items()}
@@ -64,7 +64,7 @@ def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Toke
 
 
 def _settings(config: dict) -> dict:
-    """All settings of a stage's model, the defaults among them."""
+    """All settings of a stage's model, defaults included."""
     build = importlib.import_module(f"dalle2_jax.models.stages.{config['stage']}").build
     defaults = {
         name: parameter.default
@@ -87,7 +87,7 @@ def _check_clip(settings: Mapping) -> None:
 
 
 def _check_cascade(settings: Mapping[str, dict]) -> str:
-    """The name of the upsampler. Raises ValueError for what UnCLIPPipeline cannot be told."""
+    """The name of the upsampler. Raises ValueError for settings that UnCLIPPipeline does not have."""
     base = ("clip", "prior", "decoder")
     above = [role for role in settings if role not in base]
     if len(above) != 1 or not set(base) <= settings.keys() or not above[0].startswith("upsampler"):
@@ -177,7 +177,7 @@ def _pipeline(settings: Mapping, params: Mapping, files: dict, weights: dict) ->
     )
     both = tables.exported(karlo.upsampler_rows(params[above]), params[above])
     add("super_res_first", config, _below(both, "first."))
-    # an upsampler without a last-step network takes that step as it takes the others
+    # an upsampler without a last-step network uses the first one for all steps
     add("super_res_last", config, _below(both, "last.") or _below(both, "first."))
 
     for name, variance in _SCHEDULERS.items():
@@ -209,7 +209,7 @@ def _index(tokenizer: Tokenizer) -> dict:
 
 
 def _unet_config(name: str, settings: Mapping, attends: list[bool]) -> dict:
-    """What diffusers' two U-Nets have in common."""
+    """The settings that diffusers' two U-Nets share."""
     return dict(
         _class_name=name,
         sample_size=settings["image_size"],
@@ -229,7 +229,7 @@ def _below(tensors: Mapping, prefix: str) -> dict:
 
 
 def _null_differs(stages: Mapping, tokenizer: Tokenizer) -> list[str]:
-    """Notes on null captions that are not "", which is what diffusers puts in their place."""
+    """Notes on null captions other than "", the null caption of diffusers."""
     null = karlo.null_caption(*stages["clip"], tokenizer)
     notes = []
     for role in ("prior", "decoder"):

@@ -1,6 +1,6 @@
-"""The tables of the ADM U-Net, as OpenAI's code and as diffusers' name its parts.
+"""The tables of the ADM U-Net for the names of OpenAI's code and of diffusers.
 
-Both have the blocks that our network has; Karlo's and GLIDE's checkpoints have OpenAI's names.
+Both have the same blocks as our network; Karlo's and GLIDE's checkpoints have OpenAI's names.
 """
 
 import re
@@ -46,11 +46,11 @@ def adm_rows(
 ) -> list[Row]:
     """The table of guided-diffusion's UNetModel or EncoderUNetModel, without what comes after its last norm.
 
-    `net`: our shapes, `prefix`: before their names. Queries, keys and values stand head by head, of heads of
-    `head_dim` entries or of `num_heads` heads, or with `blocks` in three blocks (their "new" order). The
-    first convolution of a network for repainting is cut up: see `known_apart`.
+    `net`: our shapes, `prefix`: before their names. Queries, keys and values are ordered by head, with heads
+    of `head_dim` entries or `num_heads` heads, or with `blocks` in three blocks (their "new" order). The
+    first convolution of a network for inpainting is split: see `known_apart`.
     """
-    # In theirs a residual block begins a module of its own, which attention follows inside it; on the way up
+    # In theirs a residual block begins a module, which also holds the attention after it; on the way up
     # the block that doubles the side does as well.
     called = {"down": "input_blocks", "mid": "middle_block", "up": "output_blocks"}
     count, within, places = {"down": 0, "mid": -1, "up": -1}, 0, {}
@@ -91,8 +91,8 @@ def adm_rows(
 
 
 def known_apart(tensors: Tensors, low_res: bool) -> Tensors:
-    """`tensors` of a network for repainting, whose first convolution sees, in this order, the noised picture,
-    the four channels of what is kept and, with `low_res`, the small picture: those of what is kept apart."""
+    """`tensors` of a network for inpainting, with its first convolution split: the four channels of the kept
+    pixels apart from the noised picture and, with `low_res`, the low-resolution picture."""
     weight = "input_blocks.0.0.weight"
     seen = [0, 1, 2, *([7, 8, 9] if low_res else [])]
     known = {"seen": seen, "known": [3, 4, 5, 6]}
@@ -145,14 +145,14 @@ def adm_settings(tensors: Tensors, prefix: str = "") -> tuple[dict, list[int]]:
 
 
 def _turn(name: str) -> tuple:
-    """What sorts the names of our blocks into the order in which they run."""
+    """The key that sorts the names of our blocks in the order of their execution."""
     side, level, kind, number = _parts(name)
     place = ("down", "mid", "up").index(side)
     return place, level if side == "down" else -level, kind in ("down", "up"), number, kind == "attn"
 
 
 def _parts(name: str) -> tuple[str, int, str, int]:
-    """('down', 2, 'res', 1) of down_2_res_1: side, level, kind, number; what is not named is 0."""
+    """(side, level, kind, number) of a name: down_2_res_1 -> ('down', 2, 'res', 1); absent parts are 0."""
     side, level, kind, number = re.fullmatch(r"([a-z]+)(?:_(\d+))?_([a-z]+)(?:_(\d+))?", name).groups()
     return side, int(level or 0), kind, int(number or 0)
 

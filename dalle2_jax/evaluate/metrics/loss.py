@@ -1,9 +1,9 @@
-"""The loss of every stage of a model at fixed times with fixed noise, on pictures that training has not seen.
+"""The loss of every stage at fixed times with fixed noise, on unseen scenes or given pictures.
 
-The cheapest number by which two checkpoints of one recipe can be told apart: the same pictures, times, noise
-and windows every time, no sampling, and the parameters that the model directory holds (averages, where
-training made it). A batch's times are spread evenly over the schedule. Small pictures for an upsampler are
-not degraded. CLIP's contrastive loss depends on the size of the batch, which is reported.
+Pictures, times, noise and windows are the same in every run and nothing is sampled, so this is the cheapest
+number to compare two checkpoints of one recipe by. The parameters are those of the model directory (averages,
+if training made it). The times of a batch are spread evenly over the schedule. Low-resolution inputs of an
+upsampler are not degraded. CLIP's contrastive loss depends on the batch size, which is reported.
 """
 
 import functools
@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from dalle2_jax.data import pipeline, transforms
-from dalle2_jax.evaluate.picture_sets import PictureSet, chosen
+from dalle2_jax.evaluate.metric import Inputs, ModelMetric
+from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet, chosen, scene_pictures
 from dalle2_jax.generate import cascade
 from dalle2_jax.models import models
 from dalle2_jax.runtime import partition, processes
@@ -31,11 +32,11 @@ def measure(
 ) -> dict[str, dict]:
     """Stage -> {'value', 'standard_error', 'interval', 'n', 'batch_size', 'scalars'}.
 
-    Of at most `n` of the captioned `pictures`, drawn at random by `seed`, in whole batches, which several
-    processes share. The standard error and the 95 % interval are those over batches; `scalars` are the parts
-    of the loss.
+    Measured on at most `n` of the captioned `pictures`, drawn at random by `seed`, in full batches; several
+    processes share the batches. Standard error and 95 % interval are those over batches; `scalars` are the
+    parts of the loss.
 
-    Raises ValueError for fewer than two batches of pictures, and where there are no captions.
+    Raises ValueError for fewer than two batches of pictures and for pictures without captions.
     """
     captions = pictures.captions()
     mesh = partition.local_mesh()
@@ -48,17 +49,19 @@ def measure(
             "--n, or a smaller --batch_size"
         )
     if "clip" not in model.stages:
-        fed = [name for name, stage in model.stages.items() if _reads_clip(stage)]
-        if fed:
-            raise ValueError(f"the loss of {', '.join(fed)} needs a CLIP, and model {model.name!r} has none")
+        readers = [name for name, stage in model.stages.items() if _reads_clip(stage)]
+        if readers:
+            raise ValueError(
+                f"the loss of {', '.join(readers)} needs a CLIP, and model {model.name!r} has none"
+            )
     images, rows = chosen(pictures, np.arange(len(captions)), count, seed)
     texts = [captions[row] for row in rows]
     found = {}
     for name, stage in model.stages.items():
         if not hasattr(stage, "loss") or getattr(stage, "vision", True) is None:
-            continue  # such as the text half of a CLIP
+            continue  # no loss, such as the text tower of a CLIP
 
-        def own(numbers: np.ndarray, name: str = name) -> dict[str, np.ndarray]:
+        def batches(numbers: np.ndarray, name: str = name) -> dict[str, np.ndarray]:
             parts = []
             for scalars in _of_stage(model, name, images, texts, batch_size, numbers, seed, mesh):
                 parts.append({key: float(value) for key, value in scalars.items()})
@@ -66,7 +69,7 @@ def measure(
                     progress(name, len(parts) * batch_size, len(numbers) * batch_size)
             return {key: np.array([part[key] for part in parts]) for key in sorted(parts[0])}
 
-        scalars = processes.in_shares(own, count // batch_size)
+        scalars = processes.in_shares(batches, count // batch_size)
         values = scalars["loss"]
         value, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
         found[name] = {
@@ -86,7 +89,7 @@ def _reads_clip(stage) -> bool:
 
 
 def _of_stage(model: cascade.Cascade, name: str, images, captions, batch_size: int, numbers, seed: int, mesh):
-    """The scalars of a stage's loss, for one batch of these numbers after another."""
+    """Yields the scalars of a stage's loss for each batch of these numbers."""
     stage, needed = model.stage(name), set(model.stage(name).batch_spec(1))
     clip, frozen = None, {}
     if needed & set(models.CLIP_FIELDS):
@@ -133,3 +136,15 @@ def table(losses: dict[str, dict]) -> str:
         shown = f"{low:.4g} .. {high:.4g}"
         lines.append(f"{name:26}{entry['value']:>11.5f}   {shown:24}{entry['n']:>7}")
     return "\n".join(lines)
+
+
+def _measure(inputs: Inputs) -> tuple[dict, str]:
+    request = inputs.request
+    pictures = inputs.images or scene_pictures(*inputs.scenes, request.n, request.seed)
+    size = dict(batch_size=request.batch_size) if request.batch_size else {}
+    progress = PassLines("pictures through its loss")
+    found = measure(inputs.model.cascade, pictures, n=request.n, seed=request.seed, progress=progress, **size)
+    return found, table(found)
+
+
+METRICS = {"loss": ModelMetric("loss of each stage at fixed times with fixed noise", _measure)}

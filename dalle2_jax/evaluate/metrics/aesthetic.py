@@ -1,8 +1,7 @@
 """LAION's aesthetic score of a picture, by a small head on CLIP's image embedding: about 1 (ugly) to 10.
 
-The head of the second version (sac+logos+ava1-l14-linearMSE.pth) is five linear layers 768, 1024, 128, 64,
-16, 1 with nothing but dropout between them, on unit embeddings of OpenAI's ViT-L/14; of another CLIP it means
-nothing.
+The head of the second version (sac+logos+ava1-l14-linearMSE.pth) has five linear layers 768, 1024, 128, 64,
+16, 1 with dropout alone between them. It reads unit embeddings of OpenAI's ViT-L/14 and of no other CLIP.
 """
 
 import hashlib
@@ -12,12 +11,13 @@ import re
 import numpy as np
 
 from dalle2_jax.convert.tensors import open_tensors
+from dalle2_jax.evaluate.metric import Features, PictureMetric, entry
 
 
 def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """(weight [E], bias [], sha256) of the one affine map that the layers of a state dictionary are together.
+    """(weight [E], bias [], sha256): the layers of a state dictionary, composed into one affine map.
 
-    Raises FileNotFoundError, or ValueError for layers that do not fit together, or not `embed_dim`.
+    Raises FileNotFoundError, or ValueError for layers that do not fit each other or `embed_dim`.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path}")
@@ -39,7 +39,7 @@ def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarra
         raise ValueError(f"{path} ends in {weight.shape[0]} numbers, a score is one")
     if weight.shape[1] != embed_dim:
         raise ValueError(
-            f"{path} reads CLIP embeddings of {weight.shape[1]} entries, this model's have {embed_dim}: it "
+            f"{path} reads CLIP embeddings of {weight.shape[1]} entries, the CLIP's have {embed_dim}: it "
             "is for OpenAI's ViT-L/14"
         )
     with open(path, "rb") as file:
@@ -47,6 +47,19 @@ def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarra
 
 
 def score(embeds: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """The scores [N] of image embeddings [N, E], made of unit norm."""
+    """The scores [N] of image embeddings [N, E], which are normalised first."""
     embeds = np.asarray(embeds, np.float64)
     return embeds / np.linalg.norm(embeds, axis=1, keepdims=True) @ weight + bias
+
+
+def _aesthetic(name: str, x: Features) -> dict[str, dict]:
+    weight, bias, sha256 = x.networks.head
+    scores = score(x.images, weight, bias)
+    return {name: entry(scores.mean(), scores.std(ddof=1) / np.sqrt(len(scores)), head_sha256=sha256)}
+
+
+METRICS = {
+    "aesthetic": PictureMetric(
+        "LAION's head on CLIP's image embeddings, mean", _aesthetic, reference=False, head=True
+    )
+}

@@ -1,0 +1,170 @@
+"""What a model draws to be measured: which captions, of which scenes, and the folder of drawn pictures."""
+
+import collections
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dalle2_jax.data import scenes
+from dalle2_jax.data.pipeline import label_of
+from dalle2_jax.evaluate.picture_sets import PictureSet, open_pictures
+from dalle2_jax.evaluate.reference import Stats, pictures_of
+from dalle2_jax.generate import pipeline
+from dalle2_jax.generate.cascade import GUIDES
+from dalle2_jax.runtime import files, grid, processes
+
+DRAWN_AT_A_TIME = 64  # pictures, before they are written
+
+
+def scenes_of(model: pipeline.UnCLIP, name: str | None = None) -> tuple[scenes.SceneConfig, int]:
+    """(grammar, side of the pictures) of the scenes that a model was trained on, or of the grammar `name`.
+
+    Raises ValueError for a model that was not trained on scenes, unless a name is given.
+    """
+    configs = model.cascade.configs
+    stored_data = (configs.get("clip") or configs.get("decoder") or {}).get("data") or {}
+    data = {"path": "", "source": ""} | stored_data  # converted weights have no data settings
+    stored, _, side = data["path"].partition("_")
+    if name is None and (data["source"] != "scenes" or stored not in scenes.PRESETS):
+        raise ValueError(
+            f"model {model.name!r} was trained on {data['path']!r} of source {data['source']!r}: say which "
+            f"scenes to draw with --scenes={'|'.join(scenes.PRESETS)}, or give --reference=SRC"
+        )
+    return scenes.preset(name or stored), int(side) if side.isdigit() else model.image_size
+
+
+def some_captions(pictures: PictureSet, n: int, seed: int) -> list[str]:
+    """Captions of at most `n` pictures, drawn at random, in the order of the pictures."""
+    texts = pictures.captions()
+    if n < len(texts):
+        rows = np.sort(np.random.default_rng(seed).choice(len(texts), n, replace=False))
+        texts = [texts[row] for row in rows]
+    return texts
+
+
+def reads_text(model: pipeline.UnCLIP) -> bool:
+    """Whether the model is conditioned on whole captions, not on class labels alone."""
+    stages = model.cascade.stages.items()
+    return any(getattr(stage, "context_length", None) for name, stage in stages if name not in GUIDES)
+
+
+def what_to_draw(
+    model: pipeline.UnCLIP, reference: PictureSet | Stats | None, n: int, seed: int = 0
+) -> tuple[list[str], list[int] | None]:
+    """(at most `n` captions to draw, numbers of their pictures) for a comparison with `reference`.
+
+    A model that reads text draws captions of the reference; its numbers are None. A class-conditional model
+    draws the names of its classes in turn, unless every caption of the reference names a class. An
+    unconditional model draws `n` pictures.
+
+    Raises ValueError for a model that reads text and a reference without captions.
+    """
+    stages, pictures = model.cascade.stages, pictures_of(reference)
+    if reads_text(model):
+        if pictures is None:
+            raise ValueError("statistics have no captions: give --images, or pictures with captions")
+        return some_captions(pictures, n, seed), None
+    texts = some_captions(pictures, n, seed) if pictures is not None and pictures.texts else []
+    labelled = [
+        name for name, stage in stages.items() if getattr(stage, "num_classes", 0) and name not in GUIDES
+    ]
+    if labelled:
+        classes = model.cascade.configs[labelled[0]]["data"]["classes"]
+        if min((label_of(text, classes) for text in texts), default=-1) < 0:
+            texts = _class_captions(labelled[0], classes, n, seed)
+    texts = texts or ["a picture"] * n
+    return texts, list(range(len(texts)))
+
+
+def _class_captions(stage: str, names: Sequence[str], n: int, seed: int) -> list[str]:
+    """`n` names of a stage's classes; the counts of two classes differ by one at most."""
+    usable = [name for i, name in enumerate(names) if label_of(name, names) == i]
+    if not usable:
+        raise ValueError(f"no class of the {stage} can be drawn by its name, such as {names[0]!r}")
+    if len(usable) < len(names):
+        lost = next(name for i, name in enumerate(names) if label_of(name, names) != i)
+        print(
+            f"note: {len(names) - len(usable)} classes have the name of another, such as {lost!r}", flush=True
+        )
+    draw = np.random.default_rng(seed)
+    turns = np.concatenate([draw.permutation(len(usable)) for _ in range(-(-n // len(usable)))])
+    print(f"drawing {n} pictures of the {len(usable)} classes of the {stage}, in turn", flush=True)
+    return [usable[i] for i in turns[:n]]
+
+
+def keep_plan(path: Path, text: str) -> None:
+    """Write the plan of a folder of drawn pictures atomically, or compare it with the plan that is there.
+
+    Raises ValueError for a folder with another plan.
+    """
+    if path.exists():
+        if files.read_text(path) != text:
+            raise ValueError(
+                f"{path.parent} holds pictures that were drawn otherwise: choose another folder, or remove it"
+            )
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, "utf-8")
+    partial.rename(path)
+
+
+def _occurrences(captions: Sequence[str]) -> list[int]:
+    """For each caption the number of equal captions before it."""
+    counted = collections.Counter()
+    numbers = []
+    for caption in captions:
+        numbers.append(counted[caption])
+        counted[caption] += 1
+    return numbers
+
+
+def drawn_pictures(
+    model,
+    captions: Sequence[str],
+    folder: str | os.PathLike,
+    *,
+    numbers: Sequence[int] | None = None,
+    seed: int = 0,
+    settings: dict | None = None,
+    batch_size: int | None = None,
+    progress=None,
+) -> PictureSet:
+    """One picture a caption, drawn by an `UnCLIP` as PNG files into `folder`; existing files are kept.
+
+    So interrupted drawing resumes: a picture depends on its caption, number, seed and settings alone. Several
+    processes share the drawing; the first writes, into a folder that all see.
+
+    numbers: number of each picture, which makes pictures of one caption differ; by default the number of
+      equal captions before it. A model that reads no captions needs distinct numbers.
+
+    Raises ValueError if the folder holds pictures of other weights, seed, settings or captions.
+    """
+    folder, size = Path(folder), max(DRAWN_AT_A_TIME, batch_size or 0) * jax.process_count()
+    names = [f"{i:06d}.png" for i in range(len(captions))]
+    numbers = _occurrences(captions) if numbers is None else [int(number) for number in numbers]
+    listed = [
+        {"file": name, "caption": text} | ({"number": number} if number else {})
+        for name, text, number in zip(names, captions, numbers, strict=True)
+    ]
+    weights = {name: model.cascade.weights_sha256(name) for name in model.cascade.stages}
+    plan = {"pictures": listed, "model": model.name, "weights_sha256": weights, "seed": seed}
+    text = json.dumps(plan | {"settings": model.settings(**(settings or {}))}, indent=2, ensure_ascii=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    processes.one_then_others("plan", lambda: keep_plan(folder / "generate.json", text))
+    missing = np.array([not (folder / name).exists() for name in names])
+    missing = np.flatnonzero(processes.from_first(missing))  # the same on all processes
+    for start in sorted({int(i) // size * size for i in missing}):
+        part = slice(start, start + size)
+        how = dict(seed=seed, batch_size=batch_size, progress=progress) | (settings or {})
+        images = model.text_to_image(captions[part], numbers=numbers[part], **how).images
+        for name, image, caption in zip(names[part], images, captions[part], strict=True):
+            if processes.is_first():
+                partial = folder / f".{name}.partial"
+                grid.save_png(partial, image, {"caption": caption})
+                partial.rename(folder / name)
+    processes.sync("drawn")
+    return open_pictures(folder)

@@ -1,0 +1,184 @@
+"""What a metric is: what it needs, the function that computes it, and how its numbers are written.
+
+A picture metric compares features of pictures with those of a reference or of captions. Its function returns
+entries by name,
+
+    {value, standard_error, interval, ...}
+
+with a 95 % interval: value +- 1.96 standard errors, or Wilson's for a share (Wilson 1927). For a share
+p = k / n of independent pictures that is the range of q with p within z standard deviations
+sqrt(q (1 - q) / n) of q,
+
+    (p + z^2 / 2n  +-  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),      z = 1.96 for 95 %
+
+A model metric measures a model, or its CLIP, on scenes or on captioned pictures.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+from etils import epath
+
+from dalle2_jax.data import scenes
+from dalle2_jax.evaluate import drawing
+from dalle2_jax.evaluate.distances import Moments
+from dalle2_jax.evaluate.networks import Networks
+from dalle2_jax.evaluate.picture_sets import PictureSet
+from dalle2_jax.evaluate.reference import Stats
+from dalle2_jax.generate import pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to measure, and with which files: the flags of the command.
+
+    Attributes:
+      metrics: names in `metrics.METRICS`; empty: those that the other attributes permit.
+      images, reference: pictures, see `picture_sets.open_pictures` and `reference.open_reference`.
+      inception, preset, aesthetic: see `Networks`.
+      classes, templates: files for zero_shot, see `metrics.zero_shot`.
+      scenes: grammar of the captions; None: the one that the model was trained on.
+      n: captions to draw. seed: of captions and pictures. batch_size: pictures at a time.
+      settings: keywords of `UnCLIP.text_to_image`.
+      out: folder that all processes see, for drawn pictures.
+      npz_out: npz file for the images after the preset's square crop.
+      stats_out: npz file for mean and covariance of the images' Inception features.
+    """
+
+    metrics: tuple[str, ...] = ()
+    images: str | None = None
+    reference: str | None = None
+    inception: str | None = None
+    preset: str = "ttur"
+    aesthetic: str | None = None
+    classes: str | None = None
+    templates: str | None = None
+    scenes: str | None = None
+    n: int = 128
+    seed: int = 0
+    batch_size: int | None = None
+    settings: dict = dataclasses.field(default_factory=dict)
+    out: str = "evaluation"
+    npz_out: str | None = None
+    stats_out: str | None = None
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What metrics read.
+
+    Attributes:
+      model: the measured model. networks: what reads pictures.
+      out: folder for the grids of this process.
+      images, reference: the opened `request.images` and `request.reference`.
+      drawn: the pictures that a model metric drew.
+    """
+
+    model: pipeline.UnCLIP
+    request: Request
+    networks: Networks
+    out: epath.Path
+    images: PictureSet | None = None
+    reference: PictureSet | Stats | None = None
+    drawn: PictureSet | None = None
+
+    @functools.cached_property
+    def scenes(self) -> tuple[scenes.SceneConfig, int]:
+        """(grammar, side of the pictures) of the scenes to measure on; see `drawing.scenes_of`."""
+        return drawing.scenes_of(self.model, self.request.scenes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What a picture metric reads.
+
+    Attributes:
+      images: features [N, D] of the pictures.
+      reference: features [M, D] of the reference, or their moments, or None.
+      pictures: the pictures, for their captions. networks: its CLIP embeds them.
+      seed: of what the metric draws at random.
+    """
+
+    images: np.ndarray
+    reference: np.ndarray | Moments | None
+    pictures: PictureSet
+    networks: Networks
+    seed: int = 0
+
+
+def _no_reason(name: str, fewest: int, images: int) -> str:
+    return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureMetric:
+    """A metric of pictures.
+
+    Attributes:
+      what: a line for reports.
+      measure: (name of the metric, Features) -> entries by name.
+      features: 'pool', 'spatial' or 'logits_unbiased' of Inception, or 'clip'.
+      reference, captions: whether it needs pictures to compare with, a caption of every picture.
+      statistics: whether mean and covariance of the reference suffice.
+      head: whether it needs the aesthetic head.
+      refuse: (name, fewest pictures on either side, number of images) -> why they are too few, or ''.
+    """
+
+    what: str
+    measure: Callable[[str, Features], dict[str, dict]]
+    features: str = "clip"
+    reference: bool = True
+    captions: bool = False
+    statistics: bool = False
+    head: bool = False
+    refuse: Callable[[str, int, int], str] = _no_reason
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelMetric:
+    """A metric of a model.
+
+    Attributes:
+      what: a line for reports.
+      measure: Inputs -> (JSON values, lines of text).
+      needs_clip: whether it reads the model's CLIP; a judge does not replace it.
+      draws: whether it draws or edits scenes, so that given pictures cannot replace them.
+      compare_with: Inputs -> (the captions that it draws, reference pictures for picture metrics); None:
+        picture metrics do not measure what it draws.
+      refuse: Request -> why it cannot be measured, or ''.
+    """
+
+    what: str
+    measure: Callable[[Inputs], tuple[dict, str]]
+    needs_clip: bool = False
+    draws: bool = False
+    compare_with: Callable[[Inputs], tuple[list[str], PictureSet]] | None = None
+    refuse: Callable[[Request], str] = lambda request: ""
+
+
+def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval of a share of `right` in `count`; (0, 1) for a count of 0."""
+    if not 0 <= right <= count:
+        raise ValueError(f"{right} of {count} cannot be right")
+    if count == 0:
+        return 0.0, 1.0
+    p, spread = right / count, z * z / count
+    middle = p + spread / 2
+    half = z * math.sqrt(p * (1 - p) / count + spread / (4 * count))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+
+
+def entry(value: float, error: float | None, at_least: float = -math.inf, **more) -> dict:
+    """The entry of a number with this standard error (None: unknown) that cannot be below `at_least`."""
+    value, error = float(value), None if error is None else float(error)
+    interval = None if error is None else [max(at_least, value - 1.96 * error), value + 1.96 * error]
+    return {"value": value, "standard_error": error, "interval": interval} | more
+
+
+def share_entry(value: float, count: int, **more) -> dict:
+    """The entry of a share in 0 .. 1 of `count` pictures."""
+    interval = list(wilson(round(value * count), count))
+    return {"value": value, "standard_error": None, "interval": interval, "share": True} | more

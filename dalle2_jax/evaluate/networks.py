@@ -1,0 +1,99 @@
+"""The networks that read pictures: FID's Inception, a CLIP, and LAION's aesthetic head on that CLIP.
+
+The CLIP is the measured model's, or a judge: any other CLIP, so that a model is not judged by the network
+that guided it, and a model without CLIP can be judged at all.
+"""
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dalle2_jax.convert import convert, inception_weights
+from dalle2_jax.evaluate import inception
+from dalle2_jax.evaluate.features import BATCH_SIZE, Extractor, clip_extractor, inception_extractor
+from dalle2_jax.evaluate.presets import PRESETS
+from dalle2_jax.generate import pipeline
+from dalle2_jax.runtime import hub, modeldir
+
+# The file that shows a folder's format of CLIP weights, and that format's name in `convert`.
+CLIP_FOLDERS = {"open_clip_config.json": "open-clip", "config.json": "hf-clip"}
+
+
+def has_clip(model: pipeline.UnCLIP) -> bool:
+    """Whether the model directory holds a CLIP."""
+    return "clip" in model.cascade.stages
+
+
+@contextlib.contextmanager
+def open_judge(path: str) -> Iterator[pipeline.UnCLIP]:
+    """Open the CLIP at `path`: a model directory (also hf://OWNER/NAME@COMMIT) with a CLIP, or a folder that
+    OpenCLIP or transformers wrote. Such a folder is converted into a temporary model directory.
+
+    Raises FileNotFoundError or ValueError for anything else.
+    """
+    folder = Path(hub.local(path))
+    found = next((name for file, name in CLIP_FOLDERS.items() if (folder / file).is_file()), None)
+    with tempfile.TemporaryDirectory() as converted:
+        if found and not (folder / modeldir.INDEX_FILE).is_file():
+            convert.convert_weights(found, folder, converted, dtype="float32", name=folder.name)
+            folder = Path(converted)
+        judge = pipeline.UnCLIP.load(folder)
+        if not has_clip(judge):
+            raise ValueError(f"--judge={path} holds no CLIP: it has {', '.join(judge.cascade.stages)}")
+        yield judge
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """What reads pictures; a metric that needs an absent network is refused.
+
+    Attributes:
+      inception: weights of FID's Inception. preset: name in PRESETS, how pictures are prepared for it.
+      clip: a model whose CLIP embeds pictures and captions. judge: whether `clip` is not the measured model.
+      head: what `metrics.aesthetic.load` returns.
+      batch_size: pictures at a time.
+    """
+
+    inception: inception_weights.Weights | None = None
+    preset: str = "ttur"
+    clip: pipeline.UnCLIP | None = None
+    judge: bool = False
+    head: tuple | None = None
+    batch_size: int = BATCH_SIZE
+
+    def extractor(self, network: str) -> Extractor:
+        """The functions that compute features by 'inception' or 'clip'."""
+        if network == "clip":
+            return clip_extractor(self.clip, self.batch_size)
+        return inception_extractor(self.inception, self.preset, self.batch_size)
+
+    def describe(self, network: str) -> dict:
+        """JSON values that identify 'inception' or 'clip' and how it reads pictures."""
+        if network == "clip":
+            size = self.clip.cascade.stage("clip").image_size
+            return {
+                "features": f"CLIP of the {'judge' if self.judge else 'model'} {self.clip.name}",
+                "resize": f"shorter side bicubic to {size}, central square",
+                "weights_sha256": self.clip.cascade.weights_sha256("clip"),
+            }
+        preset = PRESETS[self.preset]
+        return {
+            "features": inception_weights.NETWORK,
+            "preset": self.preset,
+            "resize": f"{preset.what}; then {inception.RULES[preset.rule].what} to 299 x 299",
+            "weights_sha256": self.inception.sha256,
+            "source_sha256": self.inception.source_sha256,
+        }
+
+    def judge_summary(self) -> dict | None:
+        """Name and sha256 of the judge as JSON values, or None without a judge."""
+        if not self.judge:
+            return None
+        return {"name": self.clip.name, "weights_sha256": self.clip.cascade.weights_sha256("clip")}
+
+
+def network_of(features: str) -> str:
+    """The network that computes these features: 'inception' or 'clip'."""
+    return "clip" if features == "clip" else "inception"
