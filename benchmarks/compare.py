@@ -610,14 +610,14 @@ def inception_features(m: Models) -> Case:
     """The same network written in torch, random weights."""
     import torch
 
-    from dalle2_jax.convert import convert
+    from dalle2_jax.convert import convert, inception_weights
     from dalle2_jax.evaluate import inception
     from tests.evaluate.torch_inception import random_inception
 
     theirs, old, out = random_inception(), m.folder / "old.pth", m.folder / "inception.safetensors"
     torch.save(theirs.state_dict(), old, _use_new_zipfile_serialization=False)
     convert.main(["inception", str(old), str(out), "--any_checksum"])
-    params = inception.load(out).params
+    params = inception_weights.load(out).params
     pictures = normal(BATCH, 299, 299, 3)
     rows, whole = partition.batch_sharding(m.mesh), partition.replicated(m.mesh)
     arithmetic = flops.count(inception.features, params, pictures)
