@@ -188,25 +188,25 @@ def imported(
     tensors: Tensors,
     abstract: Any,
     *,
-    given: Mapping[str, Any] | None = None,
+    leaves: Mapping[str, Any] | None = None,
     ignored: str = r"(?!)",
 ) -> dict:
     """Parameters with the leaves of `abstract`; a leaf is read from `tensors` when it is used.
 
     Args:
-      table: rows for all leaves except those of `given`.
+      table: rows for all leaves except those of `leaves`.
       tensors: theirs.
       abstract: shapes of our parameters.
-      given: leaves of another origin, by name.
+      leaves: leaves of another origin, by name.
       ignored: pattern of full names of tensors that are not parameters, such as counters.
 
     Raises:
       ValueError: lists missing, surplus and misshapen tensors with the expected shapes.
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in modeldir.flatten(abstract).items()}
-    given = dict(given or {})
+    leaves = dict(leaves or {})
     rows = {row.ours: row for row in table}
-    unknown = sorted(shapes.keys() ^ (rows.keys() | given.keys()))
+    unknown = sorted(shapes.keys() ^ (rows.keys() | leaves.keys()))
     if unknown:
         raise ValueError(
             f"the table and the model differ in {', '.join(unknown[:10])}: a mistake in the format"
@@ -230,9 +230,7 @@ def imported(
 
         return Lazy(shape, make)
 
-    return modeldir.unflatten(
-        {name: given.get(name, None) if name in given else lazy(rows[name]) for name in shapes}
-    )
+    return modeldir.unflatten({name: leaves[name] if name in leaves else lazy(rows[name]) for name in shapes})
 
 
 def exported(table: Iterable[Row], params: Any, *, dropped: Iterable[str] = ()) -> dict[str, Lazy]:

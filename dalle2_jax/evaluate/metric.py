@@ -109,10 +109,6 @@ class Features:
     seed: int = 0
 
 
-def _no_reason(name: str, fewest: int, images: int) -> str:
-    return ""
-
-
 @dataclasses.dataclass(frozen=True)
 class PictureMetric:
     """A metric of pictures.
@@ -134,7 +130,7 @@ class PictureMetric:
     captions: bool = False
     statistics: bool = False
     head: bool = False
-    refuse: Callable[[str, int, int], str] = _no_reason
+    refuse: Callable[[str, int, int], str] = lambda name, fewest, images: ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +138,6 @@ class ModelMetric:
     """A metric of a model.
 
     Attributes:
-      what: a line for reports.
       measure: Inputs -> (JSON values, lines of text).
       needs_clip: whether it reads the model's CLIP; a judge does not replace it.
       draws: whether it draws or edits scenes, so that given pictures cannot replace them.
@@ -151,7 +146,6 @@ class ModelMetric:
       refuse: Request -> why it cannot be measured, or ''.
     """
 
-    what: str
     measure: Callable[[Inputs], tuple[dict, str]]
     needs_clip: bool = False
     draws: bool = False

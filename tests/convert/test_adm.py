@@ -184,7 +184,7 @@ def test_files_that_do_not_go_together_are_refused(small, tmp_path, capsys):
     state["input_blocks.0.0.weight"] = torch.zeros(128, 4, 3, 3)
     torch.save(state, tmp_path / "one.pt")
     assert convert.main(["adm", str(tmp_path / "one.pt"), str(tmp_path / "out")]) == 2
-    assert "sees 4 channels: a generator sees 3, an upsampler 6" in capsys.readouterr().err
+    assert "has 4 input channels: a generator has 3, an upsampler 6" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -297,5 +297,7 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
     assert "holds base_a.pt and base_b.pt: give a folder with the pair" in capsys.readouterr().err
     (tmp_path / "base_a.pt").unlink()
     assert convert.main(arguments) == 2
-    assert "sees 6 channels: a network of this role sees 3, or 7 for repainting" in capsys.readouterr().err
+    assert (
+        "has 6 input channels: a network of this role has 3, or 7 for repainting" in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from dalle2_jax.convert.tables import Imported, Row, dense, leaf, under
 from dalle2_jax.convert.tensors import Tensors, open_tensors
 from dalle2_jax.models import models
 
-HELP = "ADM's generator, upsampler or classifier, a .pt file, or a folder of those that go together"
+HELP = "ADM's generator, upsampler or classifier, a .pt file, or a folder with the files of one model"
 FIRST_ATTENTION = 32
 # Settings in ADM's command lines, not in its tensors, by stage and side. Otherwise heads have 64 entries, the
 # schedule is linear, and queries, keys and values are ordered by head.
@@ -57,16 +57,16 @@ def _stage(tensors: Tensors, folder: Path) -> tuple[str, tuple[dict, dict]]:
     """(name of the stage, (config, parameters))."""
     if "out.2.c_proj.weight" in tensors.shapes:
         return "classifier", adm_classifier.read(tensors, folder)
-    seen = tensors.shape("input_blocks.0.0.weight")[1]
-    if seen not in (3, 6):
-        raise ValueError(f"{tensors.source} sees {seen} channels: a generator sees 3, an upsampler 6")
-    stage = "decoder" if seen == 3 else "upsampler"
+    channels = tensors.shape("input_blocks.0.0.weight")[1]
+    if channels not in (3, 6):
+        raise ValueError(f"{tensors.source} has {channels} input channels: a generator has 3, an upsampler 6")
+    stage = "decoder" if channels == 3 else "upsampler"
     settings, attending = adm_settings(tensors)
     if not attending:
         raise ValueError(f"{tensors.source} has no attention, by which its side is found: it is not of ADM's")
     side = FIRST_ATTENTION * 2 ** attending[0]
-    known = dict(RELEASED.get((stage, side), {}))
-    blocks, num_heads = known.pop("blocks", False), known.get("num_heads", 0)
+    released = dict(RELEASED.get((stage, side), {}))
+    blocks, num_heads = released.pop("blocks", False), released.get("num_heads", 0)
     num_classes = tensors.shapes.get("label_emb.weight", (0,))[0]
     model = settings | dict(
         image_size=side,
@@ -83,7 +83,7 @@ def _stage(tensors: Tensors, folder: Path) -> tuple[str, tuple[dict, dict]]:
     else:
         model |= dict(low_res_size=side // 4, resize="linear")
     classes = class_names(folder, num_classes)
-    config = {"stage": stage, "model": model | known, "data": {"classes": classes}}
+    config = {"stage": stage, "model": model | released, "data": {"classes": classes}}
     abstract = models.abstract_params(models.build_stage(config))
     check_groups(abstract["net"], 32, tensors.source)
     params = tables.imported(rows(abstract, num_heads, blocks), tensors, abstract)

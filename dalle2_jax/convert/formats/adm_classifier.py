@@ -37,7 +37,7 @@ def rows(net: Mapping) -> list[Row]:
 
 
 def split_qkv(tensors: Tensors) -> Tensors:
-    """`tensors` with the pool's one projection as two: its query is asked of the first position alone."""
+    """`tensors` with the pool's projection split in two: only the first position has a query."""
     third = tensors.shape("out.2.qkv_proj.bias")[0] // 3
     rows = {"q_proj": slice(0, third), "kv_proj": slice(third, None)}
     return parted(

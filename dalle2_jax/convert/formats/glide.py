@@ -17,7 +17,7 @@ from dalle2_jax.convert.tables import Imported, Row, dense, leaf, norm, per_head
 from dalle2_jax.convert.tensors import Tensors, open_tensors
 from dalle2_jax.models import models
 
-HELP = "GLIDE's own checkpoints, a folder with base*.pt and perhaps upsample*.pt; needs --tokenizer"
+HELP = "GLIDE's checkpoints, a folder with base*.pt and optionally upsample*.pt; needs --tokenizer"
 LICENCE = "OpenAI's are MIT; of other weights in this layout ask their makers"
 HEAD_DIM = 64
 SIDES = (64, 256)
@@ -67,14 +67,14 @@ def _only(source: Path, role: str) -> Path | None:
 
 
 def _stage(tensors: Tensors, stage: str) -> tuple[dict, dict]:
-    low_res, seen = stage == "upsampler", tensors.shape("input_blocks.0.0.weight")[1]
+    low_res, channels = stage == "upsampler", tensors.shape("input_blocks.0.0.weight")[1]
     plain = 6 if low_res else 3
-    if seen not in (plain, plain + 4):
+    if channels not in (plain, plain + 4):
         raise ValueError(
-            f"{tensors.source} sees {seen} channels: a network of this role sees {plain}, or {plain + 4} for "
-            "repainting"
+            f"{tensors.source} has {channels} input channels: a network of this role has {plain}, or "
+            f"{plain + 4} for repainting"
         )
-    inpaint = seen == plain + 4
+    inpaint = channels == plain + 4
     if inpaint:
         tensors = known_apart(tensors, low_res)
     settings, attending = adm_settings(tensors)
@@ -104,5 +104,5 @@ def _stage(tensors: Tensors, stage: str) -> tuple[dict, dict]:
     check_groups(abstract["net"], 32, tensors.source)
     # Their network has one convolution and one bias for the noised picture and the kept pixels.
     bias = np.zeros(abstract["net"]["conv_in"]["bias"].shape, np.float32)
-    given = {"net/conv_in_known/bias": bias} if inpaint else {}
-    return config, tables.imported(rows(abstract), tensors, abstract, given=given)
+    leaves = {"net/conv_in_known/bias": bias} if inpaint else {}
+    return config, tables.imported(rows(abstract), tensors, abstract, leaves=leaves)

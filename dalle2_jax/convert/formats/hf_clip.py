@@ -88,8 +88,8 @@ def _transformer(settings: dict, where: str) -> dict:
     if not math.isclose(epsilon, 1e-5):
         raise ValueError(f"{where}.layer_norm_eps is {epsilon}: only 1e-5 is built")
     depth, heads = settings.get("num_hidden_layers", 12), settings.get("num_attention_heads", default_heads)
-    own = {} if mlp == 4 * width else {"mlp_width": mlp}
-    return dict(width=width, depth=depth, num_heads=heads) | own
+    wider = {} if mlp == 4 * width else {"mlp_width": mlp}
+    return dict(width=width, depth=depth, num_heads=heads) | wider
 
 
 def text_model(settings: dict) -> dict:
@@ -150,7 +150,7 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
 
 
 def import_towers(text: Path, vision: Path | None, **model) -> tuple[dict, Any, Tensors]:
-    """(config, parameters, their source) of a CLIP whose towers lie in folders of their own.
+    """(config, parameters, their source) of a CLIP with a folder for each tower.
 
     vision: may be None. model: further settings.
     """
@@ -164,17 +164,17 @@ def import_towers(text: Path, vision: Path | None, **model) -> tuple[dict, Any, 
     model["activation"] = _activation(*configs)
     both = joined(files)
     abstract = models.abstract_params(models.build_stage(stage(model)))
-    given = {"logit_scale": np.float32(math.log(MAX_SCALE))}
+    leaves = {"logit_scale": np.float32(math.log(MAX_SCALE))}
     ignored = r"(text|vision)\." + IGNORED
     return (
         stage(model),
-        tables.imported(tower_rows(model), both, abstract, given=given, ignored=ignored),
+        tables.imported(tower_rows(model), both, abstract, leaves=leaves, ignored=ignored),
         both,
     )
 
 
 def tower_rows(model: dict) -> list[Row]:
-    """The table of towers in folders of their own: what is in the text's is called text.*."""
+    """The table of towers in separate folders; names of the text tower begin with text."""
     towers = {"text.": text_rows(model["text"]["depth"])}
     if model["vision"]:
         towers["vision."] = vision_rows(model["vision"]["depth"])

@@ -140,9 +140,9 @@ def _levels(config: Mapping, where: str, attends: bool) -> dict:
     )
     attending = [kind == BLOCK_TYPES[True][0] for kind in config["down_block_types"]]
     built = [[BLOCK_TYPES[yes][0] for yes in attending], [BLOCK_TYPES[yes][1] for yes in reversed(attending)]]
-    given = [list(config["down_block_types"]), list(config["up_block_types"])]
-    if given != built or (any(attending) and not attends):
-        raise ValueError(f"{where}: blocks of types {given[0]} and {given[1]} are not built")
+    types = [list(config["down_block_types"]), list(config["up_block_types"])]
+    if types != built or (any(attending) and not attends):
+        raise ValueError(f"{where}: blocks of types {types[0]} and {types[1]} are not built")
     sides = [config["sample_size"] // 2**level for level, yes in enumerate(attending) if yes]
     return dict(
         channels=widths[0],
@@ -210,17 +210,17 @@ def read_prior(folder: Path, scheduler: Path, null: dict[str, np.ndarray]) -> tu
     config = prior_stage(read_json(folder / "config.json"), noise, str(folder), len(null["text_states"]))
     tensors = open_tensors(folder)
     abstract = models.abstract_params(models.build_stage(config))
-    given = null_leaves(null, "net/null_text_embed/embedding", "net/null_text_states/embedding")
+    leaves = null_leaves(null, "net/null_text_embed/embedding", "net/null_text_states/embedding")
     rows = prior_rows(config["model"]["text"]["depth"])
-    return config, tables.imported(rows, tensors, abstract, given=given), tensors
+    return config, tables.imported(rows, tensors, abstract, leaves=leaves), tensors
 
 
 def null_caption(clip: dict, params: Any, tokenizer) -> dict[str, np.ndarray]:
     """CLIP's outputs for the caption "": text_embed [E], text_states [n, D] of its n tokens."""
     stage = models.build_stage(clip)
     tokens, mask = models.crop_tokens(*map(jnp.asarray, tokenizer([""])), stage.context_length)
-    own = {"text": jax.tree.map(np.asarray, params["text"])}
-    embed, states = jax.jit(stage.encode_text)(own, tokens, mask)
+    text_params = {"text": jax.tree.map(np.asarray, params["text"])}
+    embed, states = jax.jit(stage.encode_text)(text_params, tokens, mask)
     return {"text_embed": np.asarray(embed[0]), "text_states": np.asarray(states[0, : int(mask.sum())])}
 
 
@@ -288,9 +288,9 @@ def _decoder(source: Path, clip: dict, null: dict[str, np.ndarray]) -> tuple[dic
     tensors = joined({f"{name}.": open_tensors(source / name) for name in ("decoder", "text_proj")})
     abstract = models.abstract_params(models.build_stage(stage))
     check_groups(abstract["net"], config["norm_num_groups"], where)
-    given = null_leaves(null, "null_text_embed", "null_text_states/embedding")
+    leaves = null_leaves(null, "null_text_embed", "null_text_states/embedding")
     rows = decoder_rows(abstract, model["num_image_tokens"])
-    return stage, tables.imported(rows, tensors, abstract, given=given), tensors
+    return stage, tables.imported(rows, tensors, abstract, leaves=leaves), tensors
 
 
 def _upsampler(source: Path, low_res_size: int) -> tuple[dict, Any, Any]:

@@ -26,7 +26,7 @@ from dalle2_jax.convert.tables import (
 from dalle2_jax.convert.tensors import Tensors, joined, open_tensors
 from dalle2_jax.models import models
 
-HELP = "Karlo's own checkpoints, a folder; needs --tokenizer"
+HELP = "Karlo's checkpoints, a folder; needs --tokenizer"
 HEAD_DIM = 64
 SIDES = (64, 256)
 NUM_IMAGE_TOKENS = 4
@@ -135,8 +135,8 @@ def _prior(tensors: Tensors, null: dict) -> tuple[dict, dict]:
     noise = dict(num_train_timesteps=1000, clip_sample_range=10.0)  # the clipping range of Karlo's code
     config = karlo.prior_stage(theirs, noise, tensors.source, len(null["text_states"]))
     abstract = models.abstract_params(models.build_stage(config))
-    given = karlo.null_leaves(null, "net/null_text_embed/embedding", "net/null_text_states/embedding")
-    params = tables.imported(prior_rows(depth), tensors, abstract, given=given, ignored=r"prior\..*mask")
+    leaves = karlo.null_leaves(null, "net/null_text_embed/embedding", "net/null_text_states/embedding")
+    params = tables.imported(prior_rows(depth), tensors, abstract, leaves=leaves, ignored=r"prior\..*mask")
     return config, params
 
 
@@ -162,8 +162,8 @@ def _decoder(tensors: Tensors, null: dict, context_length: int) -> tuple[dict, d
     config = {"stage": "decoder", "model": model}
     abstract = models.abstract_params(models.build_stage(config))
     check_groups(abstract["net"], 32, tensors.source)
-    given = karlo.null_leaves(null, "null_text_embed", "null_text_states/embedding")
-    return config, tables.imported(decoder_rows(abstract), tensors, abstract, given=given)
+    leaves = karlo.null_leaves(null, "null_text_embed", "null_text_states/embedding")
+    return config, tables.imported(decoder_rows(abstract), tensors, abstract, leaves=leaves)
 
 
 def _upsampler(tensors: Tensors) -> tuple[dict, dict]:

@@ -106,11 +106,11 @@ def _check_cascade(settings: Mapping[str, dict]) -> str:
     _demand(above[0], settings[above[0]], low_res_noise=0.0, resize="cubic", text=None, num_classes=0)
     _demand(above[0], settings[above[0]], attention_resolutions=[], inpaint=False)
     for role in ("prior", "decoder"):
-        own, text = settings[role], settings[role]["text"] or {}
-        if text.get("states_width") != own["embed_dim"]:
+        embed_dim, text = settings[role]["embed_dim"], settings[role]["text"] or {}
+        if text.get("states_width") != embed_dim:
             raise ValueError(
                 f"{role}: model.text.states_width is {text.get('states_width')!r}, diffusers needs "
-                f"embed_dim, {own['embed_dim']}"
+                f"embed_dim, {embed_dim}"
             )
     return above[0]
 

@@ -62,9 +62,9 @@ def adm_rows(
         places[name] = f"{called[side]}.{count[side]}" + (f".{within}" if side != "mid" else "")
     rows = norm("norm_out", f"{prefix}out.0")
     if "conv_in_known" in net:
-        rows += conv("conv_in", f"{prefix}input_blocks.0.0.seen", bias=False)
+        rows += conv("conv_in", f"{prefix}input_blocks.0.0.noised", bias=False)
         rows += leaf("conv_in/bias", f"{prefix}input_blocks.0.0.bias")
-        rows += conv("conv_in_known", f"{prefix}input_blocks.0.0.known", bias=False)
+        rows += conv("conv_in_known", f"{prefix}input_blocks.0.0.kept", bias=False)
     else:
         rows += conv("conv_in", f"{prefix}input_blocks.0.0")
     rows += conv("conv_out", f"{prefix}out.2") if "conv_out" in net else []
@@ -94,10 +94,10 @@ def known_apart(tensors: Tensors, low_res: bool) -> Tensors:
     """`tensors` of a network for inpainting, with its first convolution split: the four channels of the kept
     pixels apart from the noised picture and, with `low_res`, the low-resolution picture."""
     weight = "input_blocks.0.0.weight"
-    seen = [0, 1, 2, *([7, 8, 9] if low_res else [])]
-    known = {"seen": seen, "known": [3, 4, 5, 6]}
+    noised = [0, 1, 2, *([7, 8, 9] if low_res else [])]
+    parts = {"noised": noised, "kept": [3, 4, 5, 6]}
     return parted(
-        tensors, {f"input_blocks.0.0.{name}.weight": (weight, 1, entries) for name, entries in known.items()}
+        tensors, {f"input_blocks.0.0.{name}.weight": (weight, 1, entries) for name, entries in parts.items()}
     )
 
 

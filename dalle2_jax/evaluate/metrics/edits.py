@@ -257,6 +257,4 @@ def _measure(inputs: Inputs) -> tuple[dict, str]:
     return found, table(found)
 
 
-METRICS = {
-    "edits": ModelMetric("share of edited scenes that are right", _measure, needs_clip=True, draws=True)
-}
+METRICS = {"edits": ModelMetric(_measure, needs_clip=True, draws=True)}

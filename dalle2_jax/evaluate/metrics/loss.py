@@ -147,4 +147,4 @@ def _measure(inputs: Inputs) -> tuple[dict, str]:
     return found, table(found)
 
 
-METRICS = {"loss": ModelMetric("loss of each stage at fixed times with fixed noise", _measure)}
+METRICS = {"loss": ModelMetric(_measure)}

@@ -93,8 +93,4 @@ def _measure(inputs: Inputs) -> tuple[dict, str]:
     )
 
 
-METRICS = {
-    "retrieval": ModelMetric(
-        "share of pictures whose caption CLIP finds, and back", _measure, needs_clip=True
-    )
-}
+METRICS = {"retrieval": ModelMetric(_measure, needs_clip=True)}

@@ -160,8 +160,4 @@ def _compared(inputs: Inputs) -> tuple[list[str], picture_sets.PictureSet]:
     return captions, picture_sets.rendered("scenes of the captions", scenes_, side)
 
 
-METRICS = {
-    "scenes": ModelMetric(
-        "share of drawn scenes that are right", _measure, draws=True, compare_with=_compared
-    )
-}
+METRICS = {"scenes": ModelMetric(_measure, draws=True, compare_with=_compared)}

@@ -142,8 +142,4 @@ def _refuse(request: Request) -> str:
     return ""
 
 
-METRICS = {
-    "zero_shot": ModelMetric(
-        "share of pictures whose class CLIP finds", _measure, needs_clip=True, refuse=_refuse
-    )
-}
+METRICS = {"zero_shot": ModelMetric(_measure, needs_clip=True, refuse=_refuse)}
