@@ -235,7 +235,7 @@ class DiffusionStage:
         if tile is not None and self.check_tile(tile) >= max(shape[:2]):
             tile = None
 
-        last_time = diffusion.timesteps()[-1]
+        last_time = diffusion.timesteps()[-1] if self.last_step else None
         conditionings = self._conditionings(params, batch, len(keys))
         network, guidance = self._network(params, conditionings, inputs, last_time, tile), None
         if is_guided(scale):
@@ -259,8 +259,7 @@ class DiffusionStage:
         returns to about `image` (section 3 of the paper). Reads what `loss` reads."""
         diffusion = self.diffusion.with_settings(num_steps)
         conditionings = self._conditionings(params, batch, len(batch["image"]))
-        network = self._network(params, conditionings, {}, diffusion.timesteps()[-1])
-        return diffusion.invert(network, batch["image"])
+        return diffusion.invert(self._network(params, conditionings, {}), batch["image"])
 
     def _networks(self, params: dict) -> list[dict]:
         """Parameters of the network, and of the one that takes the last step, if it is another."""
@@ -288,10 +287,11 @@ class DiffusionStage:
         params: dict,
         conditionings: list[Conditioning],
         inputs: dict[str, jax.Array],
-        last_time: int,
+        last_time: int | None = None,
         tile: int | None = None,
     ) -> process.Network:
-        """The network of a sampler; inputs: keywords of `DenoiserNet.denoise`."""
+        """The network of a sampler; inputs: keywords of `DenoiserNet.denoise`. last_time: when the second
+        network, if there is one, takes over; None: never."""
 
         def network(x_t, t, inputs):
             def apply(own, conditioning):
@@ -301,7 +301,7 @@ class DiffusionStage:
                 lambda own=own, conditioning=conditioning: apply(own, conditioning)
                 for own, conditioning in zip(self._networks(params), conditionings, strict=True)
             )
-            return jax.lax.cond(t[0] == last_time, *last, first) if last else first()
+            return first() if last_time is None else jax.lax.cond(t[0] == last_time, *last, first)
 
         if tile is None:
             return lambda x_t, t: network(x_t, t, inputs)
