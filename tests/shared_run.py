@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import inception_weights
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import edits, evaluate, fidelity, picture_sets, prompts
 from dalle2_jax.evaluate.scenes import check
-from dalle2_jax.generate import pipeline
 from dalle2_jax.runtime import partition, processes
 from tests.tiny_model import CAPTIONS
 

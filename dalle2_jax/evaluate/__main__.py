@@ -3,7 +3,7 @@
 from absl import app, flags, logging
 
 from dalle2_jax.evaluate import evaluate, fidelity, presets
-from dalle2_jax.generate.generate import define_sampling_flags
+from dalle2_jax.generate.flags import define_sampling_flags
 from dalle2_jax.runtime import commandline
 
 __doc__ = evaluate.__doc__  # what --help prints

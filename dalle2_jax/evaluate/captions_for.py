@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dalle2_jax import pipeline
 from dalle2_jax.data.pipeline import label_of
 from dalle2_jax.evaluate.fidelity import Stats, pictures_of
 from dalle2_jax.evaluate.picture_sets import PictureSet
-from dalle2_jax.generate import pipeline
-from dalle2_jax.generate.cascade import GUIDES
+from dalle2_jax.systems.cascade import GUIDES
 
 
 def some_captions(pictures: PictureSet, n: int, seed: int) -> list[str]:
@@ -22,12 +22,12 @@ def some_captions(pictures: PictureSet, n: int, seed: int) -> list[str]:
 
 def has_clip(model: pipeline.UnCLIP) -> bool:
     """Whether the model directory holds a CLIP."""
-    return "clip" in model.cascade.stages
+    return "clip" in model.engine.stages
 
 
 def reads_text(model: pipeline.UnCLIP) -> bool:
     """Whether the model draws what a caption says, and not only the class that it names."""
-    stages = model.cascade.stages.items()
+    stages = model.engine.stages.items()
     return any(getattr(stage, "context_length", None) for name, stage in stages if name not in GUIDES)
 
 
@@ -41,7 +41,7 @@ def what_to_draw(
 
     Raises ValueError for a model that reads text where the target has no captions.
     """
-    stages, pictures = model.cascade.stages, pictures_of(target)
+    stages, pictures = model.engine.stages, pictures_of(target)
     if reads_text(model):
         if pictures is None:
             raise ValueError("statistics have no captions: give --images, or pictures with captions")
@@ -49,7 +49,7 @@ def what_to_draw(
     texts = some_captions(pictures, n, seed) if pictures is not None and pictures.texts else []
     told = [name for name, stage in stages.items() if getattr(stage, "num_classes", 0) and name not in GUIDES]
     if told:
-        classes = model.cascade.configs[told[0]]["data"]["classes"]
+        classes = model.engine.configs[told[0]]["data"]["classes"]
         if min((label_of(text, classes) for text in texts), default=-1) < 0:
             texts = _class_captions(told[0], classes, n, seed)
     texts = texts or ["a picture"] * n

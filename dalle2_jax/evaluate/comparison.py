@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dalle2_jax import pipeline
+from dalle2_jax.edit.latents import unit
 from dalle2_jax.evaluate import fidelity, scene_scores
 from dalle2_jax.evaluate.picture_sets import PictureSet, of_images
-from dalle2_jax.generate import pipeline
-from dalle2_jax.generate.editing import unit
 
 FRECHET = {"fid": "FID", "fid_small": "FID of few pictures", "clip_frechet": "Frechet distance (CLIP)"}
 

@@ -46,6 +46,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import inception_weights
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import (
@@ -63,8 +64,8 @@ from dalle2_jax.evaluate import (
     scene_scores,
     zero_shot,
 )
-from dalle2_jax.generate import pipeline
-from dalle2_jax.generate.generate import StageLines, sampling_settings
+from dalle2_jax.generate.flags import sampling_settings
+from dalle2_jax.generate.output import StageLines
 from dalle2_jax.runtime import metrics, partition, processes
 
 DEFAULT_METRICS = ("scenes", "retrieval", "zero_shot")
@@ -78,7 +79,7 @@ def scenes_of(model: pipeline.UnCLIP, name: str | None = None) -> tuple[scenes.S
 
     Raises ValueError for a model that was not trained on scenes, unless a name is given.
     """
-    configs = model.cascade.configs
+    configs = model.engine.configs
     stored_data = (configs.get("clip") or configs.get("decoder") or {}).get("data") or {}
     data = {"path": "", "source": ""} | stored_data  # weights of others do not say
     stored, _, side = data["path"].partition("_")
@@ -341,7 +342,7 @@ def measure_pictures(
     weights = inception_weights.load(inception_file) if inception_file else None
     head = None
     if aesthetic_file:
-        head = aesthetic.load(aesthetic_file, model.cascade.stage("clip").embed_dim)
+        head = aesthetic.load(aesthetic_file, model.engine.stage("clip").embed_dim)
     given = dict(preset=preset, with_inception=weights is not None, with_head=head is not None)
     given["with_clip"] = captions_for.has_clip(model)
     if stats_out and weights is None:
@@ -458,7 +459,7 @@ def metrics_asked(model: pipeline.UnCLIP) -> tuple[list[str], list[str]]:
     of_clip = [name for name in asked if name in OF_CLIP]
     if of_clip and not captions_for.has_clip(model) and FLAGS.metrics:
         needs = f"{', '.join(of_clip)} need{'s' * (len(of_clip) == 1)} a CLIP"
-        there = ", ".join(model.cascade.stages)
+        there = ", ".join(model.engine.stages)
         raise ValueError(f"{needs}, and model {model.name!r} has none: it has {there}")
     if of_clip and not captions_for.has_clip(model):
         print(f"note: model {model.name!r} has no CLIP, so {', '.join(of_clip)} are left out", flush=True)
@@ -585,7 +586,7 @@ def _measure_model(model, out, names, captioned, config, image_size, measured: d
         size = dict(batch_size=FLAGS.batch_size) if FLAGS.batch_size else {}
         told = PassLines("pictures through its loss")
         measured["loss"] = losses.measure(
-            model.cascade, unseen, n=FLAGS.n, seed=FLAGS.seed, progress=told, **size
+            model.engine, unseen, n=FLAGS.n, seed=FLAGS.seed, progress=told, **size
         )
         lines.append(losses.table(measured["loss"]))
     if "edits" in names:

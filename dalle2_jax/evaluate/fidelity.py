@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import inception_weights
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import aesthetic, clip_scores, distances, inception
@@ -26,7 +27,6 @@ from dalle2_jax.evaluate.features import BATCH_SIZE, clip_extractor, extract, in
 from dalle2_jax.evaluate.picture_sets import PictureSet, array_of_npz, open_pictures
 from dalle2_jax.evaluate.presets import PRESETS
 from dalle2_jax.evaluate.scene_scores import wilson
-from dalle2_jax.generate import pipeline
 from dalle2_jax.runtime import files, processes
 
 FID_PICTURES = 2048  # below, a covariance of 2048 features is singular
@@ -296,7 +296,7 @@ def measure(
     Raises ValueError, before anything is read, for what cannot be measured.
     """
     given = dict(with_inception=weights is not None, with_head=aesthetic_head is not None)
-    given["with_clip"] = model is not None and "clip" in model.cascade.stages
+    given["with_clip"] = model is not None and "clip" in model.engine.stages
     check(metrics, images, reference, preset=preset, **given)
     if any(by_statistics(name, reference) for name in metrics):
         if reference.weights_sha256 not in (None, weights.sha256):
@@ -376,11 +376,11 @@ def _said_of_inception(weights: inception_weights.Weights, preset: str) -> dict:
 
 
 def _said_of_clip(model: pipeline.UnCLIP) -> dict:
-    size = model.cascade.stage("clip").image_size
+    size = model.engine.stage("clip").image_size
     return {
         "features": f"CLIP of the model {model.name}",
         "resize": f"shorter side bicubic to {size}, central square",
-        "weights_sha256": model.cascade.weights_sha256("clip"),
+        "weights_sha256": model.engine.weights_sha256("clip"),
     }
 
 

@@ -444,7 +444,7 @@ def drawn_pictures(
         {"file": name, "caption": text} | ({"number": number} if number else {})
         for name, text, number in zip(names, captions, numbers, strict=True)
     ]
-    weights = {name: model.cascade.weights_sha256(name) for name in model.cascade.stages}
+    weights = {name: model.engine.weights_sha256(name) for name in model.engine.stages}
     plan = {"pictures": listed, "model": model.name, "weights_sha256": weights, "seed": seed}
     text = json.dumps(plan | {"settings": model.settings(**(settings or {}))}, indent=2, ensure_ascii=False)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import inception_weights
 from dalle2_jax.evaluate import (
     aesthetic,
@@ -21,7 +22,6 @@ from dalle2_jax.evaluate import (
 )
 from dalle2_jax.evaluate.distances import Moments
 from dalle2_jax.evaluate.picture_sets import Item, PictureSet, drawn_pictures, open_pictures
-from dalle2_jax.generate import pipeline
 from dalle2_jax.runtime import partition
 from tests.tiny_model import make_class_model, make_model
 
@@ -358,7 +358,7 @@ def test_numbers_of_a_models_own_clip(model):
     ]
     x, y = made_set(9, 0, texts=texts), made_set(11, 1)
     names = [name for name, metric in fidelity.METRICS.items() if metric.features == "clip"]
-    width = model.cascade.stage("clip").embed_dim
+    width = model.engine.stage("clip").embed_dim
     weight = np.arange(width) / width
     found = fidelity.measure(x, y, names, model=model, batch_size=8, aesthetic_head=(weight, 5.0, "cc"))
     embeds = [model.encode_image([item.picture() for item in part.items()]) for part in (x, y)]

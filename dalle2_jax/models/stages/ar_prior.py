@@ -29,6 +29,20 @@ from dalle2_jax.models.diffusion.gaussian import is_guided
 from dalle2_jax.models.nets.latents import LatentTransformer
 from dalle2_jax.models.stages import candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
+from dalle2_jax.models.stages.settings import CANDIDATES, GUIDANCE, Setting
+
+SETTINGS = (
+    GUIDANCE,
+    CANDIDATES,
+    Setting("temperature", float, "Temperature of an autoregressive prior.", 1e-6),
+    Setting(
+        "dot_quantile",
+        float,
+        "An autoregressive prior draws the dot product from above this share.",
+        0,
+        1 - 1e-6,
+    ),
+)
 
 # The dot product folds a number into a sample's key that no code reaches.
 _DOT_FOLD = 2**31 - 1

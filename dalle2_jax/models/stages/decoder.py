@@ -18,6 +18,9 @@ import jax.numpy as jnp
 from dalle2_jax.models.diffusion import gaussian, process, schedules
 from dalle2_jax.models.nets.unet import DecoderNet
 from dalle2_jax.models.stages import check_settings
+from dalle2_jax.models.stages.settings import ETA, GUIDANCE, METHOD, SPACING, STEPS, THRESHOLD
+
+SETTINGS = (GUIDANCE, STEPS, METHOD, ETA, SPACING, THRESHOLD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,16 @@ class Decoder:
         if spacing in (None, self.diffusion.spacing):
             changed.pop("num_steps", None)  # the model's own spacing gives way to another number of steps
         return dataclasses.replace(self.diffusion, **changed)
+
+    def check(self, settings: dict) -> None:
+        """Raises ValueError for settings of `sample` that this stage cannot take."""
+        scale, num_steps = settings["guidance_scale"], settings["num_steps"]
+        if scale != 1 and not self.guidable:
+            raise ValueError(
+                f"guidance_scale {scale} has no meaning for a stage that was never trained without its "
+                "condition: leave it out, or steer with a classifier"
+            )
+        self.sampler(num_steps, settings["spacing"], settings["threshold"]).timesteps(num_steps)
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without `image`."""

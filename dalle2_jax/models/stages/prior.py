@@ -29,10 +29,12 @@ from dalle2_jax.models.diffusion import gaussian, schedules
 from dalle2_jax.models.nets.transformer import PriorTransformer
 from dalle2_jax.models.stages import candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
+from dalle2_jax.models.stages.settings import CANDIDATES, ETA, GUIDANCE, METHOD, STEPS
 
 SCALE_MODES = ("paper", "l2", "meanstd")
 # 17.2 was chosen for unit vectors of 1024 entries; what it fixes is an entry's standard deviation, 17.2 / 32.
 PAPER_STD = 17.2 / 32.0
+SETTINGS = (GUIDANCE, STEPS, METHOD, ETA, CANDIDATES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,10 @@ class Prior:
             method=own.method,
             eta=own.eta,
         )
+
+    def check(self, settings: dict) -> None:
+        """Raises ValueError for settings of `sample` that this stage cannot take."""
+        self.diffusion.timesteps(settings["num_steps"])
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without `image_embed`."""

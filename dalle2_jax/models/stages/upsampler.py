@@ -27,6 +27,9 @@ from dalle2_jax.models.diffusion import gaussian, process, schedules
 from dalle2_jax.models.nets.unet import UpsamplerNet
 from dalle2_jax.models.stages import check_settings
 from dalle2_jax.models.stages.decoder import random_repaint, seen_of
+from dalle2_jax.models.stages.settings import ETA, METHOD, STEPS, TILE
+
+SETTINGS = (STEPS, METHOD, ETA, TILE)
 
 # The small picture's noise folds a number into a sample's key that is no time and not the first noise's.
 _LOW_RES_FOLD = 2**31 - 2
@@ -65,6 +68,12 @@ class Upsampler:
         if tile < halvings or tile % halvings:
             raise ValueError(f"tile {tile} must be a multiple of {halvings} (the halvings of channel_mult)")
         return tile
+
+    def check(self, settings: dict) -> None:
+        """Raises ValueError for settings of `sample` that this stage cannot take."""
+        self.diffusion.timesteps(settings["num_steps"])
+        if settings["tile"] is not None:
+            self.check_tile(settings["tile"])
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads them without `image` and `crop_yx`."""
