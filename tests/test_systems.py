@@ -1,15 +1,19 @@
 """What a model can do follows from its stages; settings of sampling follow from what the stages declare."""
 
 import math
+import types
 
 import numpy as np
 import pytest
 
 from dalle2_jax import pipeline, systems
+from dalle2_jax.generate import pipeline as generate_pipeline
+from dalle2_jax.generate.settings import resolve
 from dalle2_jax.models import models
 from dalle2_jax.models.stages.settings import Setting
 from dalle2_jax.runtime import modeldir
 from dalle2_jax.systems import cascade
+from dalle2_jax.systems.step import Step
 from tests import tiny_model
 
 EDITS = ["variations", "interpolate", "textdiff"]
@@ -117,6 +121,31 @@ def test_an_unknown_system_is_refused(tmp_path):
     modeldir.write_index(tmp_path, {"a": "a"}, system="video")
     with pytest.raises(ValueError, match="system 'video' is unknown: there is unclip"):
         pipeline.UnCLIP.load(tmp_path)
+
+
+def test_two_actions_of_one_stage_by_a_system_of_its_own(tmp_path, monkeypatch):
+    """A stage stands in two steps, the second of which starts from the picture of the first."""
+    first = Step("first", "decoder", "sample", ("image",), fold=1, role="decoder")
+    again = dict(bind={"init": "first.image"}, optional=("init",), fixed={"strength": 0.5})
+    second = Step("second", "decoder", "sample", ("image",), fold=5, role="decoder", **again)
+    acts = {"draw": (first,), "redraw": (first, second)}
+    toy = types.SimpleNamespace(
+        actions=lambda stages: acts,
+        steps=lambda action, stages: acts[action],
+        check=lambda *_: None,
+        GUIDES={},
+    )
+    monkeypatch.setattr(systems, "load", lambda name: {"toy": toy}[name])
+    tiny_model.make_class_model(tmp_path)
+    modeldir.write_index(tmp_path, {"decoder": "decoder"}, system="toy")
+    model = generate_pipeline.Pipeline.load(tmp_path)
+    drawn = model.text_to_image(n=2, seed=4)
+    settings = resolve(model.engine, acts["redraw"])
+    assert list(settings) == ["first", "second"]
+    made, timings = model.run(acts["redraw"], {"number": [0, 1]}, settings, generate_pipeline.Running(seed=4))
+    np.testing.assert_array_equal(made["first.image"], drawn.images)
+    assert made["second.image"].shape == drawn.images.shape and list(timings) == ["first", "second"]
+    assert (made["second.image"] != drawn.images).any()
 
 
 # Settings

@@ -198,7 +198,7 @@ class Pipeline:
         """
         batch, timings = dict(batch), {}
         for step in steps:
-            own = settings.get(step.name, {})
+            own = settings.get(step.name, {}) | dict(step.fixed)
             examples = self._examples(step, batch, own, how)
             specs = tasks.specs(self.engine, step, own, examples)
             task = tasks.make_task(self.engine, step, own, specs, how.seed)
@@ -213,20 +213,18 @@ class Pipeline:
     def _examples(self, step: Step, batch: dict, settings: dict, how: Running) -> dict[str, np.ndarray]:
         """Arrays [N, ...] of all that a step reads: of the batch, or made from the captions."""
         stage, captions, found, missing = self.engine.stage(step.stage), batch.get("caption"), {}, []
-        for field in step.specs(stage):
+        needed = step.specs(stage)
+        for field in (*needed, *step.optional):
             sources = [name for name in (f"{step.name}.{field}", step.bind.get(field)) if name in batch]
             if sources:
                 found[field] = np.asarray(batch[sources[0]])
-            else:
+            elif field in needed:
                 missing.append(field)
         counted = batch.get("number", captions)
         count = len(next(iter(found.values())) if counted is None else counted)
         found |= self.conditioning(step, missing, captions, count, how)
         if step.fold is not None:
             found["number"] = np.asarray(batch["number"])
-        for field in step.optional:
-            if f"{step.name}.{field}" in batch:
-                found[field] = np.asarray(batch[f"{step.name}.{field}"])
         if "known" in step.optional and batch.get("known") is not None:
             picture, repaint = batch["known"]
             at_size = square_picture(picture, stage.image_size), shrink_mask(repaint, stage.image_size)
@@ -237,7 +235,7 @@ class Pipeline:
                 raise ValueError(
                     f"a negative caption needs a {step.name} that reads captions, and guidance above 1"
                 )
-            fields = [field for field in step.specs(stage) if field in texts.FIELDS]
+            fields = [field for field in needed if field in texts.FIELDS]
             negative = self.conditioning(step, fields, [batch["negative"]] * count, count, how)
             found |= {f"negative_{field}": value for field, value in negative.items()}
         return found | self._guide_examples(step, settings, captions, how)
@@ -375,6 +373,6 @@ class Pipeline:
     def _prepare(self, steps: Sequence[Step], settings: dict, count: int, how: Running) -> None:
         # All stages are compiled at once, the later ones while the earlier ones run.
         for step in steps:
-            own = settings.get(step.name, {})
+            own = settings.get(step.name, {}) | dict(step.fixed)
             task = tasks.make_task(self.engine, step, own, tasks.specs(self.engine, step, own), how.seed)
             self.engine.prepare(task, count, how.batch_size)

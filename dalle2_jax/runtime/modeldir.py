@@ -318,7 +318,7 @@ def read_index(directory: str | os.PathLike) -> dict:
                 raise FileNotFoundError(
                     f"model directory {directory} is incomplete: stage {name!r} lacks {path}"
                 )
-        tokenizer = entry["tokenizer"]
+    for tokenizer in (entry["tokenizer"] for entry in index["stages"].values()):
         if tokenizer and not _inside(directory, tokenizer).exists():
             raise FileNotFoundError(
                 f"model directory {directory} is incomplete: it lacks {directory / tokenizer}"

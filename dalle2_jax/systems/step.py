@@ -25,7 +25,8 @@ class Step:
         batch, with all that `batch_spec` names but `writes`.
       fold: the number that is folded into the keys of a random operation; None: it is not random.
       bind: field -> 'STEP.FIELD', where it comes from; other fields come from the captions.
-      optional: further fields that may be given.
+      optional: further fields that may be given, or bound.
+      fixed: settings of the operation that the system fixes, such as strength=0.5.
       role: whose settings it takes, such as 'upsampler'; '' for none.
       guides: stages that may steer it by their `log_p`.
     """
@@ -38,6 +39,7 @@ class Step:
     fold: int | None = None
     bind: Mapping[str, str] = dataclasses.field(default_factory=dict)
     optional: tuple[str, ...] = ()
+    fixed: Mapping[str, object] = dataclasses.field(default_factory=dict)
     role: str = ""
     guides: tuple[str, ...] = ()
 
