@@ -17,7 +17,7 @@ GUIDANCE = dict(prior=4.0, decoder=8.0)
 
 def ours(folder: Path) -> Callable[[], None]:
     """Opens the model directory FOLDER/ours; what it returns draws BATCH pictures."""
-    from dalle2_jax.generate import pipeline
+    from dalle2_jax import pipeline
     from dalle2_jax.runtime import partition
 
     partition.initialise()

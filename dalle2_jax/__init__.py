@@ -26,7 +26,7 @@ def load(
       FileNotFoundError: no such directory, or a part of it is missing.
       ValueError: a part is damaged, or the stages do not fit together.
     """
-    from dalle2_jax.generate.pipeline import UnCLIP
+    from dalle2_jax.pipeline import UnCLIP
     from dalle2_jax.runtime import partition
 
     partition.initialise()

@@ -10,13 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import inception_weights
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import fidelity, picture_sets, prompts
 from dalle2_jax.evaluate.metrics import edits, retrieval, zero_shot
 from dalle2_jax.evaluate.networks import Networks
 from dalle2_jax.evaluate.scenes import check
-from dalle2_jax.generate import pipeline
 from dalle2_jax.runtime import partition, processes
 from tests.tiny_model import CAPTIONS
 

@@ -46,7 +46,7 @@ FLOORS = (
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 BESIDE = {"", "__main__", "pipeline"}
-COMMANDS_WITHOUT_TENSORFLOW = ("generate.generate", "pipeline", "models.models", "convert.convert")
+COMMANDS_WITHOUT_TENSORFLOW = ("generate.__main__", "pipeline", "models.models", "convert.convert")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import convert
-from dalle2_jax.generate import pipeline
 from dalle2_jax.models import models
 from dalle2_jax.runtime import checkpoint, modeldir
 from tests import tiny_model
@@ -71,12 +71,11 @@ def test_bfloat16_weights_are_the_averages_rounded(workdirs, tmp_path):
 
 def test_the_index_says_what_there_is(converted):
     index = modeldir.read_index(converted)
-    assert index["stages"] == {
-        "clip": "clip",
-        "prior": "prior",
-        "decoder": "decoder",
-        "upsamplers": ["upsampler32"],
-    }
+    uses = {"clip": {}, "prior": {"clip": "clip"}, "decoder": {"clip": "clip"}, "upsampler32": {}}
+    read = {"clip": "tokenizer", "prior": "tokenizer", "decoder": "tokenizer", "upsampler32": ""}
+    assert index["system"] == "unclip" and list(index["stages"]) == list(uses)
+    for name, entry in index["stages"].items():
+        assert entry == {"folder": name, "uses": uses[name], "tokenizer": read[name]}
     assert index["name"] == "mine"
     assert index["trained_steps"] == dict.fromkeys(tiny_model.RECIPES, 2)
 
@@ -136,7 +135,7 @@ def test_what_is_written_can_be_opened_and_written_again(converted, tmp_path):
     for name in ("clip/model.safetensors", "decoder/config.json", "tokenizer/tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (converted / name).read_bytes()
     index = modeldir.read_index(tmp_path / "again")
-    assert index["trained_steps"]["decoder"] == 2 and index["stages"]["upsamplers"] == []
+    assert index["trained_steps"]["decoder"] == 2 and list(index["stages"]) == ["clip", "prior", "decoder"]
 
 
 def test_stages_that_do_not_fit_are_refused(workdirs, tmp_path):

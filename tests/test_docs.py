@@ -298,7 +298,7 @@ def test_the_pages_have_commands():
         ("dalle2_jax.generate 'a star' --method=plms", "none of"),
         ("dalle2_jax.generate 'a star' --metrics=scenes", "no flag --metrics"),
         ("dalle2_jax.evaluate 'a star'", "takes no"),
-        ("dalle2_jax.convert workdirs --clip=a --prior=b --out=c", "--decoder is missing"),
+        ("dalle2_jax.convert workdirs --clip=a --prior=b --decoder=c", "--out is missing"),
         ("dalle2_jax.convert hf-clip a b --dtyp=float32", "no flag --dtyp"),
         ("dalle2_jax.convert openai --clip=a --prior=b --decoder=c --out=d", "no subcommand"),
         ("dalle2_jax.train --config=configs/clip.py", "--workdir is missing"),

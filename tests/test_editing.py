@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.edit import edit
-from dalle2_jax.generate import editing, pictures, pipeline
+from dalle2_jax.edit.latents import Latents, slerp, unit
+from dalle2_jax.generate import pictures
 from tests.tiny_model import make_model
 
 CAPTION = "a red star above a blue ring"
@@ -38,8 +40,8 @@ def picture():
 
 def test_slerp_walks_the_great_circle_at_even_angles():
     """Trap 13: straight lines between unit vectors leave the sphere."""
-    a, b = (editing.unit(np.random.default_rng(i).normal(size=16)) for i in (0, 1))
-    walk = np.stack([editing.slerp(a, b, theta) for theta in np.linspace(0, 1, 9)])
+    a, b = (unit(np.random.default_rng(i).normal(size=16)) for i in (0, 1))
+    walk = np.stack([slerp(a, b, theta) for theta in np.linspace(0, 1, 9)])
     np.testing.assert_allclose(walk[0], a, atol=1e-6)
     np.testing.assert_allclose(walk[-1], b, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(walk, axis=-1), 1, atol=1e-6)
@@ -50,13 +52,13 @@ def test_slerp_walks_the_great_circle_at_even_angles():
 def test_slerp_of_noise_keeps_its_length():
     draw = np.random.default_rng(0)
     a, b = draw.normal(size=(2, 8, 8, 3))
-    middle = editing.slerp(a, b, 0.5)
+    middle = slerp(a, b, 0.5)
     assert middle.std() == pytest.approx(1.0, abs=0.15) and ((a + b) / 2).std() < 0.85
-    np.testing.assert_allclose(editing.slerp(a, a, 0.3), a, atol=1e-6)
+    np.testing.assert_allclose(slerp(a, a, 0.3), a, atol=1e-6)
     with pytest.raises(ValueError, match="opposite"):
-        editing.slerp(a, -a, 0.5)
+        slerp(a, -a, 0.5)
     with pytest.raises(ValueError, match="shape"):
-        editing.slerp(a, b[0], 0.5)
+        slerp(a, b[0], 0.5)
 
 
 # Pictures and masks
@@ -272,14 +274,14 @@ def test_more_steps_find_latents_that_lead_closer_back():
 def test_latents_are_kept_in_a_file(model, picture, tmp_path):
     latents = model.invert([picture], captions=[CAPTION], num_steps=4)
     latents.save(tmp_path / "latents.npz")
-    again = editing.Latents.load(tmp_path / "latents.npz")
+    again = Latents.load(tmp_path / "latents.npz")
     np.testing.assert_array_equal(again.x_T, latents.x_T)
     assert (again.num_steps, again.captions) == (4, (CAPTION,))
     for name in ("image_embeds", "x_T"):
         np.testing.assert_array_equal(getattr(again, name), getattr(latents, name))
     (tmp_path / "other.npz").write_bytes(b"no archive")
     with pytest.raises(ValueError, match="holds no latents"):
-        editing.Latents.load(tmp_path / "other.npz")
+        Latents.load(tmp_path / "other.npz")
 
 
 # Paths
@@ -303,7 +305,7 @@ def test_textdiff_begins_with_the_picture_and_turns_by_theta(model, picture):
     start = model.from_latents(model.invert([picture], num_steps=6))
     assert np.abs(path.base[0].astype(int) - start.base[0]).max() <= 1
     z, target = path.image_embeds, model.encode_text(["a blue ring", "a red star"])[0][0]
-    direction = editing.unit(target[0] - target[1])
+    direction = unit(target[0] - target[1])
     whole = np.arccos(z[0] @ direction)
     assert np.arccos(np.clip(z[0] @ z[2], -1, 1)) == pytest.approx(0.4 * whole, rel=1e-3)
     with pytest.raises(ValueError, match="are the same to this model's CLIP"):
@@ -439,7 +441,7 @@ def test_the_command_writes_pictures_a_path_and_what_made_them(model, picture, t
     for name, image in (("a", picture), ("b", picture[::-1])):
         Image.fromarray(image).save(tmp_path / f"{name}.png")
     command = [sys.executable, "-m", "dalle2_jax.edit", "interpolate", "a.png", "b.png", "--out=path"]
-    command += [f"--model={model.cascade.directory}", "--frames=3", "--steps=2"]
+    command += [f"--model={model.engine.directory}", "--frames=3", "--steps=2"]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

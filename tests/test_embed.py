@@ -12,10 +12,9 @@ import pytest
 parquet = pytest.importorskip("pyarrow.parquet", reason="metadata of embeddings need pyarrow")
 
 from configs import decoder64, prior  # noqa: E402
-from dalle2_jax import embed  # noqa: E402
+from dalle2_jax import embed, pipeline  # noqa: E402
 from dalle2_jax.data import embeddings  # noqa: E402
 from dalle2_jax.data import pipeline as data_pipeline  # noqa: E402
-from dalle2_jax.generate import pipeline  # noqa: E402
 from dalle2_jax.models import models  # noqa: E402
 from dalle2_jax.train import checks, inputs, loop  # noqa: E402
 from tests.data import shards_for_tests as made  # noqa: E402

@@ -11,18 +11,19 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
+from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import comparison, drawing, metric, networks, picture_sets
 from dalle2_jax.evaluate.metric import Request
 from dalle2_jax.evaluate.metrics import loss, retrieval, zero_shot
 from dalle2_jax.evaluate.metrics import scenes as scenes_metric
-from dalle2_jax.generate import generate, pipeline
+from dalle2_jax.generate.flags import define_sampling_flags
 from tests.tiny_model import make_class_model, make_model
 
 CONFIG = scenes.preset("quickstart")
 FLAGS = flags.FLAGS
 if "guidance_scale" not in FLAGS:
-    generate.define_sampling_flags()
+    define_sampling_flags()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +260,7 @@ def test_a_model_without_a_clip_is_asked_for_none(tmp_path):
     assert set(drawing.what_to_draw(alone, captioned, 4)[0]) <= set(texts)
     other = dataclasses.replace(captioned, texts=("a photograph",) * 16)
     assert sorted(drawing.what_to_draw(alone, other, 4)[0]) == ["blue ring"] * 2 + ["red star"] * 2
-    found = loss.measure(alone.cascade, captioned, n=16, batch_size=8)
+    found = loss.measure(alone.engine, captioned, n=16, batch_size=8)
     assert found.keys() == {"decoder"} and np.isfinite(found["decoder"]["value"])
     with flagsaver.flagsaver(), pytest.raises(ValueError, match="--compare needs a CLIP"):
         FLAGS(["evaluate"])
@@ -289,10 +290,10 @@ def test_ways_of_drawing_are_compared(model, tmp_path):
     """On a model of random weights: what is written, and that the settings of each way are used."""
     pytest.importorskip("scipy", reason="the checker needs scipy")
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
-    ways = ["", "guidance_scale=3 upsampler_steps=2", "other: model=" + os.fspath(model.cascade.directory)]
+    ways = ["", "guidance_scale=3 upsampler_steps=2", "other: model=" + os.fspath(model.engine.directory)]
     with flagsaver.flagsaver():
         FLAGS(["evaluate"])
-        rows = compare(ways, tmp_path, os.fspath(model.cascade.directory), n=4)
+        rows = compare(ways, tmp_path, os.fspath(model.engine.directory), n=4)
     assert [row.name for row in rows] == ["as it is", ways[1], "other"]
     assert all(row.pictures == 8 and row.named == 0 and row.seconds > 0 for row in rows)
     first, last = (dataclasses.replace(rows[i], name="", seconds=0, fidelity={}) for i in (0, 2))
@@ -314,7 +315,7 @@ def test_ways_of_drawing_are_compared(model, tmp_path):
 def test_ways_are_compared_with_pictures_of_ones_own(model, tmp_path):
     """Without a checker; the set that is compared with itself is at no distance."""
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
-    directory = os.fspath(model.cascade.directory)
+    directory = os.fspath(model.engine.directory)
     config = scenes.preset("quickstart")
     texts = list(picture_sets.scene_pictures(config, 32, 8).texts)
     folder = tmp_path / "drawn"
@@ -380,11 +381,11 @@ def test_points_of_a_comparison_are_its_rows(tmp_path):
 def test_losses_are_those_of_the_stages(model):
     """Of each stage, at fixed times and noise: the same twice, other with other pictures, the stage's own."""
     pictures = picture_sets.scene_pictures(CONFIG, 32, 40)
-    found = loss.measure(model.cascade, pictures, n=40, batch_size=8)
+    found = loss.measure(model.engine, pictures, n=40, batch_size=8)
     assert found.keys() == {"clip", "prior", "decoder", "upsampler32"}
-    assert found == loss.measure(model.cascade, pictures, n=40, batch_size=8)
+    assert found == loss.measure(model.engine, pictures, n=40, batch_size=8)
     other = loss.measure(
-        model.cascade, picture_sets.scene_pictures(CONFIG, 32, 40, seed=1), n=40, batch_size=8
+        model.engine, picture_sets.scene_pictures(CONFIG, 32, 40, seed=1), n=40, batch_size=8
     )
     for name, entry in found.items():
         assert entry["n"] == 40 and entry["standard_error"] > 0 and np.isfinite(entry["value"])
@@ -394,7 +395,7 @@ def test_losses_are_those_of_the_stages(model):
     # CLIP's by hand: the whole set in its order, for nothing is drawn at random where all are taken.
     images = [item.picture() for item in pictures.items()]
     z, w = model.encode_image(images), model.encode_text(list(pictures.texts))[0][0]
-    scale = np.exp(float(model.cascade.params("clip")["logit_scale"]))
+    scale = np.exp(float(model.engine.params("clip")["logit_scale"]))
     by_hand = []
     for start in range(0, 40, 8):
         logits = scale * z[start : start + 8] @ w[start : start + 8].T
@@ -402,9 +403,9 @@ def test_losses_are_those_of_the_stages(model):
         by_hand.append(-np.mean([np.diagonal(p).mean() for p in log_p]))
     assert found["clip"]["value"] == pytest.approx(np.mean(by_hand), rel=1e-3)
     with pytest.raises(ValueError, match="of 12 pictures is not 2 batches of 8"):
-        loss.measure(model.cascade, pictures, n=12, batch_size=8)
+        loss.measure(model.engine, pictures, n=12, batch_size=8)
     with pytest.raises(ValueError, match="has a caption"):
-        loss.measure(model.cascade, dataclasses.replace(pictures, texts=()), n=40, batch_size=8)
+        loss.measure(model.engine, dataclasses.replace(pictures, texts=()), n=40, batch_size=8)
 
 
 def test_losses_of_the_other_stages(tmp_path):
@@ -412,7 +413,7 @@ def test_losses_of_the_other_stages(tmp_path):
     extended = pipeline.UnCLIP.load(make_model(tmp_path, extended=True))
     texts = ["a red star", "a blue ring", "a yellow circle", "a green cross"] * 4
     pictures = dataclasses.replace(picture_sets.scene_pictures(CONFIG, 32, 16), texts=tuple(texts))
-    found = loss.measure(extended.cascade, pictures, n=16, batch_size=8)
+    found = loss.measure(extended.engine, pictures, n=16, batch_size=8)
     assert {"prior", "noisy_clip", "classifier"} <= found.keys()
     assert all(np.isfinite(entry["value"]) for entry in found.values())
 
@@ -432,5 +433,5 @@ def test_a_way_that_cannot_be_drawn_is_refused_before_drawing(model, tmp_path, w
     pytest.importorskip("scipy", reason="the checker needs scipy")
     with flagsaver.flagsaver(), pytest.raises((ValueError, OSError), match=message):
         FLAGS(["evaluate"])
-        compare(["", way], tmp_path, os.fspath(model.cascade.directory), n=4)
+        compare(["", way], tmp_path, os.fspath(model.engine.directory), n=4)
     assert not list(tmp_path.iterdir())

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle2_jax.generate import generate, pipeline
-from dalle2_jax.generate.cascade import Timing
-from tests.tiny_model import CAPTIONS, make_model
+from dalle2_jax import pipeline
+from dalle2_jax.generate import output
+from dalle2_jax.generate.engine import Timing
+from tests.tiny_model import CAPTIONS, make_class_model, make_model
 
 ROOT = Path(__file__).parent.parent
 # A name that is None in sys.modules cannot be imported.
@@ -83,6 +84,14 @@ def test_the_command_draws_without_tensorflow(directory, tmp_path):
     assert "4 pictures of 32 x 32" in done.stdout and "s a picture" in done.stdout
 
 
+def test_a_model_without_captions_draws_without(tmp_path):
+    make_class_model(tmp_path / "model")
+    done = command("--model=model", "--n=8", "--out=drawn", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "drawn" / "generate.json").read_text())
+    assert [picture["file"] for picture in report["pictures"]] == [f"{i:04d}_picture.png" for i in range(8)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,14 +121,14 @@ def result(captions, n=1) -> pipeline.Result:
 
 def test_pictures_are_stored_exactly(tmp_path):
     drawn = result(["a/../b", "a/../b"])
-    paths = generate.write_pictures(tmp_path, drawn, "model")
+    paths = output.write_pictures(tmp_path, drawn, "model")
     assert [path.name for path in paths] == ["0000_a-b.png", "0001_a-b.png"]
     for path, image in zip(paths, drawn.images, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(path)), image)
 
 
 def test_seconds_are_counted_without_compiling():
-    report = generate.report(result(["a", "b"]), "model")
+    report = output.report(result(["a", "b"]), "model")
     assert report["timings"]["decoder"]["seconds_per_row"] == 3.0
     assert report["timings"]["decoder"]["compile_seconds"] == 4.0
     assert report["seconds_per_picture"] == pytest.approx((0.5 + 6.0) / 2)
@@ -137,14 +146,14 @@ def test_seconds_are_counted_without_compiling():
     ],
 )
 def test_slug(caption, name):
-    assert generate.slug(caption) == name
+    assert output.slug(caption) == name
     assert len(f"0000_{name}.png".encode()) < 255  # what file systems allow
 
 
 def test_a_long_stage_prints_now_and_then():
     times = iter([0.0, 1.0, 6.0, 7.0])
     file = io.StringIO()
-    lines = generate.StageLines(file, clock=lambda: next(times), every=5.0)
+    lines = output.StageLines(file, clock=lambda: next(times), every=5.0)
     for done in (1, 2, 3, 4):
         lines("decoder", done, 4, 2.0 * done)
     assert [line.split()[1] for line in file.getvalue().splitlines()] == ["1/4", "3/4", "4/4"]

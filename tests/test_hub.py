@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import convert
-from dalle2_jax.generate import pipeline
 from dalle2_jax.models import models
 from dalle2_jax.runtime import hub, modeldir
 from dalle2_jax.train import inputs
@@ -76,7 +76,7 @@ def test_what_is_published_is_what_is_loaded(fake, model, capsys):
     assert address in capsys.readouterr().out
     loaded = pipeline.UnCLIP.load(address)
     assert fake.asked == [("somebody/tiny", "private"), ("somebody/tiny", COMMIT)]
-    theirs, ours = (modeldir.load_stage(place / "prior")[1] for place in (loaded.cascade.directory, model))
+    theirs, ours = (modeldir.load_stage(place / "prior")[1] for place in (loaded.engine.directory, model))
     np.testing.assert_array_equal(theirs["net"]["out_proj"]["kernel"], ours["net"]["out_proj"]["kernel"])
     assert not list(fake.root.rglob("*.pkl"))
 

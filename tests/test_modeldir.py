@@ -150,7 +150,7 @@ class TestCheckParams:
 
 
 class TestIndex:
-    stages = {"clip": "clip", "upsamplers": ["up64", "up256"]}
+    stages = {"clip": {"folder": "clip", "tokenizer": "tokenizer"}, "up64": "up64", "up256": "up256"}
 
     def write(self, path):
         for folder in ("clip", "up64", "up256"):
@@ -161,9 +161,27 @@ class TestIndex:
     def test_round_trip(self, tmp_path):
         self.write(tmp_path)
         index = modeldir.read_index(tmp_path)
-        assert index["stages"] == self.stages
-        assert index["tokenizer"] == "tokenizer" and index["description"] == "红"
-        assert index["_class_name"] == "UnCLIP" and index["format_version"] == 1
+        tokenizers = {"clip": "tokenizer", "up64": "", "up256": ""}
+        assert list(index["stages"]) == list(tokenizers)
+        for name, entry in index["stages"].items():
+            assert entry == {"folder": name, "uses": {}, "tokenizer": tokenizers[name]}
+        assert index["system"] == "unclip" and index["description"] == "红"
+        assert index["_class_name"] == "UnCLIP" and index["format_version"] == 2
+
+    @pytest.mark.parametrize(
+        "stages",
+        [{"clip": "clip", "upsamplers": ["up64", "up256"]}, {"upsamplers": ["up64"]}, {"clip": "clip"}],
+        ids=["all", "upsamplers alone", "CLIP alone"],
+    )
+    def test_version_1_is_read_as_version_2(self, tmp_path, stages):
+        self.write(tmp_path)
+        old = {"_class_name": "UnCLIP", "format_version": 1, "stages": stages, "tokenizer": "tokenizer"}
+        modeldir.write_json(tmp_path / "model_index.json", old | {"name": "old"})
+        index = modeldir.read_index(tmp_path)
+        names = ["clip"] * ("clip" in stages) + stages.get("upsamplers", [])
+        assert index["system"] == "unclip" and index["name"] == "old" and list(index["stages"]) == names
+        for name, entry in index["stages"].items():
+            assert entry == {"folder": name, "uses": {}, "tokenizer": "tokenizer"}
 
     def test_what_is_missing_is_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no model directory"):
@@ -177,7 +195,7 @@ class TestIndex:
         with pytest.raises(FileNotFoundError, match="lacks .*tokenizer"):
             modeldir.read_index(tmp_path)
         (tmp_path / "up64" / "model.safetensors").unlink()
-        with pytest.raises(FileNotFoundError, match="stage 'upsamplers' lacks .*up64/model.safetensors"):
+        with pytest.raises(FileNotFoundError, match="stage 'up64' lacks .*up64/model.safetensors"):
             modeldir.read_index(tmp_path)
         workdir = tmp_path / "run"
         (workdir / "checkpoints").mkdir(parents=True)
@@ -187,7 +205,7 @@ class TestIndex:
     @pytest.mark.parametrize("folder", ["../other", "/etc", "a/../../b", "gs://bucket/x", "", 3])
     def test_folders_outside_are_refused(self, tmp_path, folder):
         self.write(tmp_path)
-        modeldir.write_index(tmp_path, {"clip": [folder]})
+        modeldir.write_index(tmp_path, {"clip": folder})
         with pytest.raises(ValueError, match="inside the model directory"):
             modeldir.read_index(tmp_path)
 
@@ -198,8 +216,8 @@ class TestIndex:
         path.write_text(json.dumps(good | {"_class_name": "UnCLIPPipeline"}))
         with pytest.raises(ValueError, match="not the index of an UnCLIP model"):
             modeldir.read_index(tmp_path)
-        path.write_text(json.dumps(good | {"format_version": 2}))
-        with pytest.raises(ValueError, match="format version 2.*update dalle2_jax"):
+        path.write_text(json.dumps(good | {"format_version": 3}))
+        with pytest.raises(ValueError, match="format version 3.*update dalle2_jax"):
             modeldir.read_index(tmp_path)
         path.write_text("[]")
         with pytest.raises(ValueError, match="JSON object"):

@@ -99,7 +99,7 @@ def model_dir(tmp_path_factory):
     abstract = models.abstract_params(models.build_stage(UPSAMPLER))
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), abstract)
     modeldir.save_stage(directory / "upsampler16", UPSAMPLER, params, "float32")
-    modeldir.write_index(directory, {"upsamplers": ["upsampler16"], "decoder": "upsampler16"}, tokenizer="")
+    modeldir.write_index(directory, {"decoder": "upsampler16", "upsampler16": "upsampler16"})
     return directory, params
 
 
@@ -128,7 +128,7 @@ def test_one_of_several_upsamplers_has_to_be_chosen(model_dir, tmp_path):
     _, params = model_dir
     for folder in ("upsampler16", "upsampler64"):
         modeldir.save_stage(tmp_path / folder, UPSAMPLER, params, "float32")
-    modeldir.write_index(tmp_path, {"upsamplers": ["upsampler16", "upsampler64"]}, tokenizer="")
+    modeldir.write_index(tmp_path, {name: name for name in ("upsampler16", "upsampler64")})
     with pytest.raises(ValueError, match="holds 2 upsamplers: give one of .*/upsampler16, .*/upsampler64"):
         models.load_stage(tmp_path, "upsampler")
     assert models.load_stage(tmp_path, "upsampler64")[1] == UPSAMPLER
@@ -137,7 +137,7 @@ def test_one_of_several_upsamplers_has_to_be_chosen(model_dir, tmp_path):
 def test_weights_of_another_size_are_refused(model_dir, tmp_path):
     _, params = model_dir
     modeldir.save_stage(tmp_path / "up", changed(channels=16), params, "float32")
-    modeldir.write_index(tmp_path, {"upsampler": "up"}, tokenizer="")
+    modeldir.write_index(tmp_path, {"upsampler": "up"})
     with pytest.raises(ValueError, match="conv_in/kernel"):
         models.load_stage(tmp_path, "upsampler")
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import dalle2_jax
-from dalle2_jax.generate import pipeline
-from dalle2_jax.generate.cascade import Task, Timing, check_cascade
+from dalle2_jax import pipeline
+from dalle2_jax.generate.engine import Task, Timing
 from dalle2_jax.models import models
 from dalle2_jax.models.diffusion import gaussian, schedules
 from dalle2_jax.models.stages import diffusion
 from dalle2_jax.runtime import partition
+from dalle2_jax.systems import cascade
 from tests.tiny_model import CAPTIONS, make_model
 
 
@@ -95,7 +96,7 @@ def test_little_memory_holds_one_stage_as_it_is_stored_and_draws_the_same(drawn,
         base, _ = model.decode(drawn.image_embeds[:2], CAPTIONS[:1] * 2, seed=5)
         pictures.append(model.upsample(base, seed=5)[0])
     assert levels(*pictures) <= 1
-    held = [{name: jax.tree.leaves(p) for name, p in m.cascade._params.items()} for m in (plenty, little)]
+    held = [{name: jax.tree.leaves(p) for name, p in m.engine._params.items()} for m in (plenty, little)]
     assert set(held[0]) == {"decoder", "upsampler32"} and set(held[1]) == {"upsampler32"}
     assert {str(leaf.dtype) for leaf in held[0]["upsampler32"]} == {"float32"}
     assert {str(leaf.dtype) for leaf in held[1]["upsampler32"]} == {"bfloat16"}
@@ -148,12 +149,12 @@ def test_numbers_are_one_for_each_of_what_is_drawn(model, drawn, numbers):
 
 def test_the_pipeline_runs_what_the_stages_define(model, drawn):
     """The prior's sample of one caption by hand: tokens, CLIP, key, and the stage's own defaults."""
-    clip, prior = model.cascade.stage("clip"), model.cascade.stage("prior")
-    tokens, mask = model.cascade.tokenizer(32)(CAPTIONS[2:])
-    text_embed, _ = jax.jit(clip.encode_text)(model.cascade.params("clip"), tokens, mask)
+    clip, prior = model.engine.stage("clip"), model.engine.stage("prior")
+    tokens, mask = model.engine.tokenizer("prior")(CAPTIONS[2:])
+    text_embed, _ = jax.jit(clip.encode_text)(model.engine.params("clip"), tokens, mask)
     batch = {"text_embed": text_embed, "tokens": tokens, "token_mask": mask}
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 1), 0)
-    embed = jax.jit(prior.sample)(model.cascade.params("prior"), key[None], batch)
+    embed = jax.jit(prior.sample)(model.engine.params("prior"), key[None], batch)
     np.testing.assert_allclose(embed[0], drawn.image_embeds[5], atol=1e-4)
 
 
@@ -164,10 +165,10 @@ def test_pictures_reach_clip_as_in_training(model):
     array, picture = model.encode_image([wide]), model.encode_image([Image.fromarray(wide)])
     np.testing.assert_array_equal(array, picture)
     np.testing.assert_allclose(np.linalg.norm(array, axis=1), 1, atol=1e-5)
-    clip = model.cascade.stage("clip")
+    clip = model.engine.stage("clip")
     small = Image.fromarray(wide).resize((56, 32), Image.Resampling.BICUBIC).crop((12, 0, 44, 32))
     pixels = np.asarray(small)[None] / np.float32(127.5) - 1
-    by_hand = jax.jit(clip.encode_image)(model.cascade.params("clip"), pixels)
+    by_hand = jax.jit(clip.encode_image)(model.engine.params("clip"), pixels)
     np.testing.assert_allclose(array, by_hand, atol=1e-5)
 
 
@@ -204,16 +205,16 @@ def test_progress_counts_pictures(model):
         (["a"], dict(n=0), "n 0"),
         (["a"], dict(guidance_scale=-1.0), "decoder: guidance_scale -1.0"),
         (["a"], dict(prior_guidance_scale=float("nan")), "prior: guidance_scale nan"),
-        (["a"], dict(prior_steps=0), "prior: 0 steps"),
-        (["a"], dict(decoder_steps=1001), "decoder: 1001 steps"),
+        (["a"], dict(prior_steps=0), "prior: num_steps 0"),
+        (["a"], dict(decoder_steps=1001), "decoder: num_steps must be between 1 and .* 1000, got 1001"),
         (["a"], dict(upsampler_steps=[3, 3]), "has 1 upsampler"),
-        (["a"], dict(upsampler_steps=[0]), "upsampler32: 0 steps"),
+        (["a"], dict(upsampler_steps=[0]), "upsampler32: num_steps 0"),
         (["a"], dict(method="dpm"), "method 'dpm'"),
         (["a"], dict(eta=0.5), "eta 0.5 has no meaning"),
         (["a"], dict(method="ddim", eta=2.0), "eta 2.0"),
         (["a"], dict(batch_size=0), "batch_size 0"),
         (["a"], dict(prior_method="euler"), "method 'euler'"),
-        (["a"], dict(prior_candidates=0), "prior: 0 candidates"),
+        (["a"], dict(prior_candidates=0), "prior: num_candidates 0"),
         (["a"], dict(noisy_clip=1.0), "has no noisy_clip: it has clip, prior, decoder"),
         (["a"], dict(method="analytic"), "decoder: method 'analytic' needs statistics"),
         (["a"], dict(prior_eta=0.5), "prior: eta 0.5 has no meaning"),
@@ -270,20 +271,23 @@ def test_bad_directories_are_named(directory, tmp_path):
 
 
 def test_stages_that_do_not_fit_are_named(model):
-    cascade = model.cascade
+    engine = model.engine
+
+    def check(configs, stages, vocab_size):
+        cascade.check(configs, stages, dict.fromkeys(stages, vocab_size), {})
 
     def changed(name, **changes):
-        config = json.loads(json.dumps(cascade.configs[name]))
+        config = json.loads(json.dumps(engine.configs[name]))
         config["model"] |= changes
-        return cascade.configs | {name: config}, cascade.stages | {name: models.build_stage(config)}
+        return engine.configs | {name: config}, engine.stages | {name: models.build_stage(config)}
 
-    check_cascade(cascade.configs, cascade.stages, 512)
+    check(engine.configs, engine.stages, 512)
     with pytest.raises(ValueError, match="the decoder has embeddings of 16 entries, CLIP of 32"):
-        check_cascade(*changed("decoder", embed_dim=16), 512)
+        check(*changed("decoder", embed_dim=16), 512)
     with pytest.raises(ValueError, match="side 4, the decoder draws side 8"):
-        check_cascade(*changed("upsampler32", low_res_size=4), 512)
+        check(*changed("upsampler32", low_res_size=4), 512)
     with pytest.raises(ValueError, match="513 tokens, the clip knows 512"):
-        check_cascade(cascade.configs, cascade.stages, 513)
+        check(engine.configs, engine.stages, 513)
 
 
 def test_a_stage_that_is_missing_is_named(directory, tmp_path):
@@ -300,19 +304,20 @@ def test_steps_reach_the_schedule(model, monkeypatch):
     asked = []
 
     def trace(task, rows, **_):
-        """`Cascade.run` without compiling and running."""
-        output = jax.eval_shape(task.function, model.cascade.params(task.name), rows, task.scalars)
+        """`Engine.run` without compiling and running."""
+        output = jax.eval_shape(task.function, model.engine.params(task.name), rows, task.scalars)
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), output), Timing(1, task.steps, 0.0, 0.0)
 
-    monkeypatch.setattr(model.cascade, "run", trace)
-    monkeypatch.setattr(model.cascade, "prepare", lambda *_: None)
+    monkeypatch.setattr(model.engine, "run", trace)
+    monkeypatch.setattr(model.engine, "prepare", lambda *_: None)
     original = schedules.space_timesteps
     monkeypatch.setattr(schedules, "space_timesteps", lambda n, *rest: asked.append(n) or original(n, *rest))
     result = model.text_to_image(["a"], prior_steps=2, decoder_steps=3, upsampler_steps=[5])
-    assert asked == [2, 3, 5] == [result.settings[name]["num_steps"] for name in result.settings]
+    assert asked == 2 * [2, 3, 5]  # by the check of the settings, and by the programs
+    assert [result.settings[name]["num_steps"] for name in result.settings] == [2, 3, 5]
     asked.clear()
     result = model.text_to_image(["a"], upsample=False)
-    assert asked == [4, 4] and list(result.settings) == ["prior", "decoder"]
+    assert asked == [4, 4, 4, *[4, 4]] and list(result.settings) == ["prior", "decoder"]
     np.testing.assert_array_equal(result.images, result.base)
 
 
@@ -320,8 +325,8 @@ def test_samplers_and_windows_reach_the_stages(model, monkeypatch):
     used = []
 
     def trace(task, rows, **_):
-        """`Cascade.run` without compiling and running."""
-        output = jax.eval_shape(task.function, model.cascade.params(task.name), rows, task.scalars)
+        """`Engine.run` without compiling and running."""
+        output = jax.eval_shape(task.function, model.engine.params(task.name), rows, task.scalars)
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), output), Timing(1, task.steps, 0.0, 0.0)
 
     def sample(process, denoise, keys, shape, **_):
@@ -331,8 +336,8 @@ def test_samplers_and_windows_reach_the_stages(model, monkeypatch):
         return noise
 
     windows, thresholds = [], []
-    monkeypatch.setattr(model.cascade, "run", trace)
-    monkeypatch.setattr(model.cascade, "prepare", lambda *_: None)
+    monkeypatch.setattr(model.engine, "run", trace)
+    monkeypatch.setattr(model.engine, "prepare", lambda *_: None)
     monkeypatch.setattr(gaussian.GaussianDiffusion, "sample", sample)
     in_tiles, bounded = diffusion.in_tiles, gaussian.dynamic_threshold
     monkeypatch.setattr(
@@ -368,8 +373,8 @@ def test_a_program_that_failed_is_tried_again(model):
     rows = {"x": jax.ShapeDtypeStruct((), np.float32)}
     task = Task("clip", function, ("test",), rows, {"add": np.float32(2)})
     with pytest.raises(RuntimeError, match="out of memory"):
-        model.cascade.run(task, {"x": np.arange(3)})
-    output, timing = model.cascade.run(task, {"x": np.arange(3)})
+        model.engine.run(task, {"x": np.arange(3)})
+    output, timing = model.engine.run(task, {"x": np.arange(3)})
     np.testing.assert_array_equal(output, [2, 3, 4])
     assert len(tries) == 2 and timing.rows == 3
 
@@ -416,12 +421,12 @@ def test_guides_steer_the_decoder_to_the_caption(extended, guide):
     none, _ = extended.decode(embeds, captions, seed=1, **{guide: 0.0})
     np.testing.assert_array_equal(none, plain)
     # what it says of the finished pictures has risen
-    stage, params = extended.cascade.stage(guide), extended.cascade.params(guide)
+    stage, params = extended.engine.stage(guide), extended.engine.params(guide)
     if guide == "classifier":
         target = extended.labels(captions)
         assert target.tolist() == [0, 2]
     else:
-        tokens, mask = extended.cascade.tokenizer(32)(captions)
+        tokens, mask = extended.engine.tokenizer(guide)(captions)
         target = jax.jit(stage.encode_text)(params, tokens, mask)[0]
     t, log_p = np.zeros(2, np.int32), jax.jit(stage.log_p)
     before, after = (log_p(params, x / np.float32(127.5) - 1, t, target) for x in (plain, steered))
@@ -435,11 +440,10 @@ def test_guides_that_cannot_steer_say_why(extended):
         extended.settings(classifier=-1.0)
     with pytest.raises(ValueError, match="steer to captions"):
         extended.decode(np.zeros((1, 32), np.float32), classifier=1.0)
-    cascade = extended.cascade
-    stages = dict(cascade.stages)
+    configs, stages = extended.engine.configs, extended.engine.stages
     for name, stage, message in (
         ("noisy_clip", stages["clip"], "noisy_clip was not trained on noised pictures"),
         ("classifier", dataclasses.replace(stages["classifier"], image_size=16), "classifier reads pictures"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_cascade(cascade.configs, stages | {name: stage}, 512)
+            cascade.check(configs, stages | {name: stage}, {}, {})

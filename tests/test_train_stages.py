@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import convert
-from dalle2_jax.generate import pipeline
 from dalle2_jax.models import models
 from dalle2_jax.runtime import checkpoint, modeldir, partition
 from dalle2_jax.train import loop, statistics
@@ -162,7 +162,7 @@ def test_what_was_trained_draws_a_picture_and_what_was_not_measured_is_refused(r
     model = pipeline.UnCLIP.load(tmp_path / "model")
     drawn = model.text_to_image(["a red star"])
     assert drawn.images.shape == (1, 8, 8, 3) and drawn.settings["prior"]["method"] == "analytic"
-    model.cascade.params("prior")["stats"]["eps_sq"] = jnp.full(1000, jnp.nan)
+    model.engine.params("prior")["stats"]["eps_sq"] = jnp.full(1000, jnp.nan)
     with pytest.raises(ValueError, match="prior: method 'analytic' needs statistics"):
         model.settings()
     assert model.settings(prior_method="ddim")["prior"]["method"] == "ddim"

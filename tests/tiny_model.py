@@ -83,8 +83,8 @@ def make_model(directory: Path, dtype: str = "float32", extended: bool = False) 
         stage = models.build_stage(config)
         modeldir.save_stage(directory / folder, config, random_params(stage, seed), dtype)
     tokenizer().save(directory / "tokenizer")
-    stages = {name: name for name in made if name != "upsampler32"} | {"upsamplers": ["upsampler32"]}
-    modeldir.write_index(directory, stages, extra={"name": "tiny"})
+    stages = {name: name for name in made}
+    modeldir.write_index(directory, stages, tokenizer="tokenizer", extra={"name": "tiny"})
     return directory
 
 
@@ -96,5 +96,5 @@ def make_class_model(directory: Path, classes: tuple[str, ...] = ()) -> Path:
     )
     config["data"] = {"classes": list(classes)}
     modeldir.save_stage(directory / "decoder", config, random_params(models.build_stage(config), 0))
-    modeldir.write_index(directory, {"decoder": "decoder"}, extra={"name": "classes", "tokenizer": ""})
+    modeldir.write_index(directory, {"decoder": "decoder"}, extra={"name": "classes"})
     return directory

@@ -133,7 +133,7 @@ TRAPS = (
         13,
         "the angle between two vectors is taken entry by entry",
         "tests/test_editing.py::test_slerp_walks_the_great_circle_at_even_angles",
-        "dalle2_jax/generate/editing.py",
+        "dalle2_jax/edit/latents.py",
         "cosine = np.vdot(a, b) / max(",
         "cosine = (a * b) / max(",
     ),

@@ -8,8 +8,8 @@
 
 The first takes the averaged parameters of training workdirs, the second weights of others: the name of a
 FORMAT is a module of `formats` (hf-clip is hf_clip.py), which says what SRC is. The third makes folders of
-diffusers and transformers. push publishes on the Hugging Face Hub; SRC and MODEL may be hf://OWNER/NAME@COMMIT.
-The last turns the released weights of FID's Inception into what
+diffusers and transformers. push publishes on the Hugging Face Hub; SRC and MODEL may be
+hf://OWNER/NAME@COMMIT. The last turns the released weights of FID's Inception into what
 `dalle2_jax.evaluate --inception` reads. A model directory holds, for each stage, weights and the config that
 rebuilds it, and the tokenizer (see modeldir.py); nothing of the machine that trained it.
 """
@@ -31,9 +31,10 @@ from dalle2_jax.convert import card
 from dalle2_jax.convert.formats import refused, to_diffusers
 from dalle2_jax.convert.tensors import sha256
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dalle2_jax.generate.cascade import check_cascade
 from dalle2_jax.models import models
 from dalle2_jax.runtime import files, hub, modeldir
+from dalle2_jax.systems import cascade
+from dalle2_jax.systems.cascade import ROLES
 
 DTYPES = tuple(modeldir.DTYPES)
 FORMATS = (
@@ -47,6 +48,14 @@ FORMATS = (
     "adm",
     "adm-classifier",
 )
+_NEEDED = "workdir of the {}; a decoder of image embeddings needs it"
+_ROLE_HELP = {
+    "clip": _NEEDED.format("CLIP"),
+    "prior": _NEEDED.format("prior"),
+    "decoder": "workdir of the decoder",
+    "noisy_clip": "workdir of a CLIP of noised pictures, which may steer the decoder",
+    "classifier": "workdir of a classifier, which may steer the decoder",
+}
 
 
 def without_paths(value):
@@ -63,36 +72,32 @@ def without_paths(value):
 def convert_workdirs(
     out: str | os.PathLike,
     *,
-    decoder: str,
-    clip: str = "",
-    prior: str = "",
-    noisy_clip: str = "",
-    classifier: str = "",
-    upsamplers: tuple[str, ...] = (),
     dtype: str = "bfloat16",
     name: str = "",
     licence: str = "",
+    **sources: str | tuple[str, ...],
 ) -> None:
     """Write a model directory from training workdirs.
 
     Args:
       out: the directory; made if absent. Files of the same names are replaced.
-      decoder, clip, prior: workdirs, or model directories that hold the stage, or their hf:// addresses; a
-        decoder that reads no image embeddings needs neither CLIP nor prior.
-      noisy_clip, classifier: the same for what is to guide the decoder; empty for none.
-      upsamplers: workdirs, in the order in which they run.
       dtype: 'bfloat16' (half the size) or 'float32' (exact).
       name: of the model; by default the last name of `out`.
       licence: of the weights, for the model card; by default those of the models that stages began from.
+      sources: a name of `ROLES` -> a workdir, or a model directory that holds the stage, or its hf://
+        address; 'upsamplers' -> several of them, in the order in which they run. '' is none; a decoder of
+        image embeddings needs CLIP and prior.
 
     Raises:
       FileNotFoundError, ValueError: a workdir lacks something, or the stages do not fit together.
     """
     out = _check_out(out, dtype)
-    named = dict(clip=clip, prior=prior, decoder=decoder, noisy_clip=noisy_clip, classifier=classifier)
-    wanted = [(role, source) for role, source in named.items() if source]
-    wanted += [("upsampler", source) for source in upsamplers]
-    configs, stages, weights, steps, reading = {}, {}, {}, {}, []
+    models.check_names(sources, (*ROLES, "upsamplers"), "sources")
+    wanted = [(role, sources[role]) for role in ROLES if sources.get(role)]
+    wanted += [("upsampler", source) for source in sources.get("upsamplers") or ()]
+    if not wanted:
+        raise ValueError(f"give at least one workdir: {', '.join(f'--{role}' for role in ROLES)}")
+    parts, stages, tokenizers, steps = {}, {}, {}, {}
     local = {source: hub.local(source) for _, source in wanted}
     for role, source in wanted:
         stage, config, params = models.load_stage(source, role)
@@ -101,16 +106,15 @@ def convert_workdirs(
             raise ValueError(
                 f"two upsamplers draw {stage.image_size} x {stage.image_size}: {source} is one too many"
             )
-        configs[folder], stages[folder], weights[folder] = config, stage, params
+        stages[folder], parts[folder] = stage, (without_paths(config) | {"wandb": ""}, params)
         steps[folder] = _trained_steps(local[source], folder)
-        reading += [local[source]] if getattr(stage, "context_length", None) else []
+        if getattr(stage, "context_length", None):
+            tokenizers[folder] = epath.Path(local[source]) / "tokenizer"
         print(f"read {folder} from {source}", flush=True)
-    if stages["decoder"].embed_dim and not (clip and prior):
+    if cascade.reads_embeds(stages) and not {"clip", "prior"} <= stages.keys():
         raise ValueError("this decoder draws image embeddings: give a clip and a prior, too")
-    tokenizer = _shared_tokenizer(reading) if reading else None
-    check_cascade(configs, stages, tokenizer.vocab_size if tokenizer else 0)
-    configs = {folder: without_paths(config) | {"wandb": ""} for folder, config in configs.items()}
-    parts = {folder: (config, weights[folder]) for folder, config in configs.items()}
+    tokenizer = _shared_tokenizer(list(tokenizers.values())) if tokenizers else None
+    _check_stages(parts, stages, tokenizer)
     inherited = sorted({found for _, source in wanted if (found := _licence(local[source]))})
     extra = {"trained_steps": steps, "licence": licence or "; ".join(inherited)}
     _write_model(out, parts, tokenizer, dtype, name, extra)
@@ -148,8 +152,7 @@ def convert_weights(
         raise FileNotFoundError(f"there is no tokenizer folder {tokenizer}")
     words = load_tokenizer(tokenizer) if tokenizer else None
     read = module.import_weights(Path(source), words)
-    configs = {folder: config for folder, (config, _) in read.stages.items()}
-    stages = {folder: models.build_stage(config) for folder, config in configs.items()}
+    stages = {folder: models.build_stage(config) for folder, (config, _) in read.stages.items()}
     reads = any(getattr(stage, "context_length", None) for stage in stages.values())
     words = (words or read.tokenizer) if reads else None
     if reads and words is None:
@@ -157,7 +160,7 @@ def convert_weights(
             f"{source} comes without a tokenizer: give a folder with CLIP's vocab.json and merges.txt, or a "
             "model directory's tokenizer, as --tokenizer=FOLDER"
         )
-    check_cascade(configs, stages, words.vocab_size if words else 0)
+    _check_stages(read.stages, stages, words)
     for note in dict.fromkeys(note for tensors in read.tensors for note in tensors.notes):
         print(f"note: {note}", flush=True)
     for _, params in read.stages.values():  # all are read once before anything is written: some may be spoilt
@@ -181,12 +184,11 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
     """
     model = hub.local(model)
     index = modeldir.read_index(model)
-    named = index["stages"]
-    roles = [role for role in named if role != "upsamplers"] + list(named.get("upsamplers", []))
-    stages = {role: models.load_stage(model, role)[1:] for role in roles}
+    stages = {name: models.load_stage(model, name)[1:] for name in index["stages"]}
     out = _check_out(out, "float32")
     context_length = stages["clip"][0]["model"]["text"]["context_length"] if "clip" in stages else None
-    tokenizer = load_tokenizer(epath.Path(model) / index["tokenizer"], context_length)
+    folder = next((each["tokenizer"] for each in index["stages"].values() if each["tokenizer"]), "tokenizer")
+    tokenizer = load_tokenizer(epath.Path(model) / folder, context_length)
     notes = to_diffusers.export_model(Path(out), stages, tokenizer)
     library = "transformers" if set(stages) == {"clip"} else "diffusers"
     (out / modeldir.CARD_FILE).write_text(card.model_card(index, stages, library))
@@ -203,6 +205,15 @@ def _check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
     return out
 
 
+def _check_stages(parts: dict[str, tuple], stages: dict, tokenizer: Tokenizer | None) -> None:
+    """Raise ValueError unless stages fit together and to the tokenizer."""
+    configs = {folder: config for folder, (config, _) in parts.items()}
+    vocab_sizes = dict.fromkeys(stages, tokenizer.vocab_size) if tokenizer else {}
+    cascade.check(
+        configs, stages, vocab_sizes, {folder: cascade.uses(stage) for folder, stage in stages.items()}
+    )
+
+
 def _write_model(
     out: epath.Path, parts: dict[str, tuple], tokenizer: Tokenizer | None, dtype: str, name: str, extra: dict
 ) -> None:
@@ -212,10 +223,17 @@ def _write_model(
     if tokenizer is not None:
         (out / "tokenizer").mkdir(parents=True, exist_ok=True)
         tokenizer.save(out / "tokenizer")
-    layout = {folder: folder for folder, (config, _) in parts.items() if config["stage"] != "upsampler"}
-    layout["upsamplers"] = [folder for folder in parts if folder not in layout]
+    stages = {folder: models.build_stage(config) for folder, (config, _) in parts.items()}
+    entries = {
+        folder: {
+            "folder": folder,
+            "uses": cascade.uses(stage),
+            "tokenizer": "tokenizer" if getattr(stage, "context_length", None) else "",
+        }
+        for folder, stage in stages.items()
+    }
     extra = {"name": name or out.name, "dalle2_jax_version": dalle2_jax.__version__} | extra
-    modeldir.write_index(out, layout, "tokenizer" if tokenizer is not None else "", extra)
+    modeldir.write_index(out, entries, extra=extra)
     (out / modeldir.CARD_FILE).write_text(card.model_card(extra, parts))
 
 
@@ -233,15 +251,14 @@ def _licence(source: str) -> str:
     return ""
 
 
-def _shared_tokenizer(sources: list[str]):
+def _shared_tokenizer(folders: list[epath.Path]) -> Tokenizer:
     """The one tokenizer of the stages that read captions, at the longest of their contexts."""
-    folders = [epath.Path(source) / "tokenizer" for source in sources]
     loaded = [load_tokenizer(folder) for folder in folders]
-    for source, folder in zip(sources[1:], folders[1:], strict=True):
+    for folder in folders[1:]:
         if (folder / "tokenizer.json").read_bytes() != (folders[0] / "tokenizer.json").read_bytes():
             raise ValueError(
-                f"{source} was trained with another tokenizer than {sources[0]}: train all stages with one "
-                "CLIP (--config.clip), which hands its tokenizer on"
+                f"{folder.parent} was trained with another tokenizer than {folders[0].parent}: train all "
+                "stages with one CLIP (--config.clip), which hands its tokenizer on"
             )
     return max(loaded, key=lambda tokenizer: tokenizer.context_length)
 
@@ -266,12 +283,8 @@ def make_parser() -> argparse.ArgumentParser:
     workdirs = commands.add_parser(
         "workdirs", aliases=["export"], help="averaged weights of training workdirs"
     )
-    workdirs.add_argument(
-        "--decoder", type=files.expand, required=True, metavar="W", help="workdir of the decoder"
-    )
-    for role in ("clip", "prior"):
-        help_text = f"workdir of the {role}; needed unless the decoder reads captions or classes alone"
-        workdirs.add_argument(f"--{role}", type=files.expand, default="", metavar="W", help=help_text)
+    for role in ROLES:
+        workdirs.add_argument(f"--{role}", type=files.expand, default="", metavar="W", help=_ROLE_HELP[role])
     workdirs.add_argument(
         "--upsamplers",
         type=_paths,
@@ -279,9 +292,6 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="W1,W2",
         help="workdirs of the upsamplers, in their order",
     )
-    for guide in ("noisy_clip", "classifier"):
-        help_text = f"workdir of a {guide} that may steer the decoder"
-        workdirs.add_argument(f"--{guide}", type=files.expand, default="", metavar="W", help=help_text)
     workdirs.add_argument(
         "--out", type=files.expand, required=True, metavar="MODEL", help="model directory to write"
     )
@@ -332,18 +342,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _run_workdirs(options: argparse.Namespace) -> None:
-    convert_workdirs(
-        options.out,
-        clip=options.clip,
-        prior=options.prior,
-        decoder=options.decoder,
-        noisy_clip=options.noisy_clip,
-        classifier=options.classifier,
-        upsamplers=options.upsamplers,
-        dtype=options.dtype,
-        name=options.name,
-        licence=options.licence,
-    )
+    names = (*ROLES, "upsamplers", "dtype", "name", "licence")
+    convert_workdirs(options.out, **{name: getattr(options, name) for name in names})
     _print_size(options.out)
     print(f'draw with it: python -m dalle2_jax.generate --model={options.out} "a red star above a blue ring"')
 

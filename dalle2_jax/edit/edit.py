@@ -29,8 +29,11 @@ from absl import flags
 from etils import epath
 
 from dalle2_jax.data import shards
-from dalle2_jax.generate import editing, pictures, pipeline
-from dalle2_jax.generate.generate import StageLines, write_pictures
+from dalle2_jax.edit import actions
+from dalle2_jax.edit.latents import Latents
+from dalle2_jax.generate import pictures
+from dalle2_jax.generate.output import StageLines, write_pictures
+from dalle2_jax.generate.pipeline import Pipeline, Result
 from dalle2_jax.runtime import files, metrics, partition, processes
 
 FLAGS = flags.FLAGS
@@ -92,7 +95,7 @@ def read_given(action: str, given: list[str]) -> list:
     Raises ValueError for a file that cannot be used, FileNotFoundError for one that is not there.
     """
     if action == "redraw":
-        return [editing.Latents.load(given[0])]
+        return [Latents.load(given[0])]
     if action == "interpolate":
         return [picture_or_caption(text) for text in given]
     if action == "invert":
@@ -104,7 +107,7 @@ def read_given(action: str, given: list[str]) -> list:
     return [image, *given[1:]]
 
 
-def edit(model: pipeline.UnCLIP, action: str, given: list, out: epath.Path) -> pipeline.Result:
+def edit(model: Pipeline, action: str, given: list, out: epath.Path) -> Result:
     """The `Result` of an action with the flags' settings; 'invert' also writes latents.npz to `out`.
 
     given: what `read_given` read.
@@ -113,19 +116,23 @@ def edit(model: pipeline.UnCLIP, action: str, given: list, out: epath.Path) -> p
     drawing = common | dict(num_steps=FLAGS.steps, guidance_scale=FLAGS.guidance_scale, fit=FLAGS.fit)
     if action == "redraw":
         own = dict(num_steps=FLAGS.steps, guidance_scale=FLAGS.guidance_scale)
-        return model.from_latents(given[0], eta=FLAGS.eta or 0.0, **own, **common)
+        return actions.from_latents(model, given[0], eta=FLAGS.eta or 0.0, **own, **common)
     if action == "interpolate":
-        return model.interpolate(*given, frames=FLAGS.frames, same_noise=FLAGS.same_noise, **drawing)
+        return actions.interpolate(model, *given, frames=FLAGS.frames, same_noise=FLAGS.same_noise, **drawing)
     if action == "invert":
-        latents = model.invert(
+        latents = actions.invert(
+            model,
             given,
-            num_steps=FLAGS.steps or editing.INVERSION_STEPS,
+            num_steps=FLAGS.steps or actions.INVERSION_STEPS,
             fit=FLAGS.fit,
             batch_size=FLAGS.batch_size,
             progress=common["progress"],
         )
-        result = model.from_latents(latents, **common)
-        error = np.abs(result.base.astype(np.float32) - model.base_pictures(given, FLAGS.fit)).mean() / 255
+        result = actions.from_latents(model, latents, **common)
+        error = (
+            np.abs(result.base.astype(np.float32) - actions.base_pictures(model, given, FLAGS.fit)).mean()
+            / 255
+        )
         if processes.is_first():
             latents.save(out / "latents.npz")
             print(f"base pictures come back with a mean absolute error of {error:.4f} (black to white is 1)")
@@ -134,21 +141,21 @@ def edit(model: pipeline.UnCLIP, action: str, given: list, out: epath.Path) -> p
     if action == "variations":
         eta = 1.0 if FLAGS.eta is None else FLAGS.eta
         strength = FLAGS.strength or 1.0
-        return model.variations(
-            image, n=FLAGS.n, eta=eta, strength=strength, caption=FLAGS.caption, **drawing
+        return actions.variations(
+            model, image, n=FLAGS.n, eta=eta, strength=strength, caption=FLAGS.caption, **drawing
         )
     if action == "textdiff":
         settings = dict(theta=FLAGS.theta, frames=FLAGS.frames)
-        return model.textdiff(image, FLAGS.source, given[1], **settings, **drawing)
+        return actions.textdiff(model, image, FLAGS.source, given[1], **settings, **drawing)
     if action == "reconstruct":
         counts = [int(text) if text.strip().isdigit() else 0 for text in FLAGS.components]
-        return model.reconstruct(image, counts, **drawing)
+        return actions.reconstruct(model, image, counts, **drawing)
     drawing |= dict(n=FLAGS.n, negative=FLAGS.negative)
     if action == "image_to_image":
-        return model.image_to_image(image, given[1], strength=FLAGS.strength or 0.7, **drawing)
+        return actions.image_to_image(model, image, given[1], strength=FLAGS.strength or 0.7, **drawing)
     if action == "outpaint":
-        return model.outpaint(image, given[1], scale=FLAGS.scale, resample=FLAGS.resample, **drawing)
-    return model.inpaint(image, *given[1:], resample=FLAGS.resample, **drawing)
+        return actions.outpaint(model, image, given[1], scale=FLAGS.scale, resample=FLAGS.resample, **drawing)
+    return actions.inpaint(model, image, *given[1:], resample=FLAGS.resample, **drawing)
 
 
 def write_animation(path: epath.Path, images: np.ndarray, seconds: float = 0.25) -> None:
@@ -171,9 +178,9 @@ def write_animation(path: epath.Path, images: np.ndarray, seconds: float = 0.25)
     path.write_bytes(buffer.getvalue())
 
 
-def kept(model: pipeline.UnCLIP, result: pipeline.Result, caption: str, keep: int) -> pipeline.Result:
+def kept(model: Pipeline, result: Result, caption: str, keep: int) -> Result:
     """The `keep` pictures of a result that CLIP finds closest to `caption`, the closest first."""
-    order = model.rank(result.images, caption)[:keep]
+    order = actions.rank(model, result.images, caption)[:keep]
     return dataclasses.replace(
         result,
         captions=tuple(result.captions[i] for i in order),
@@ -182,9 +189,10 @@ def kept(model: pipeline.UnCLIP, result: pipeline.Result, caption: str, keep: in
     )
 
 
-def upscale(model: pipeline.UnCLIP, image, out: epath.Path, said: dict) -> str:
+def upscale(model: Pipeline, image, out: epath.Path, said: dict) -> str:
     """Draw and write upscaled.png, with what is `said` inside; what was written, in words."""
-    image = model.upscale(
+    image = actions.upscale(
+        model,
         image,
         seed=FLAGS.seed,
         num_steps=FLAGS.steps,
@@ -213,7 +221,8 @@ def main(argv):
         read = read_given(action, given)
         if action == "inpaint" and pictures.keeps_nothing(read[1], FLAGS.fit) and processes.is_first():
             print(f"note: {pictures.ALL_WHITE}", flush=True)
-        model = pipeline.UnCLIP.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
+        model = Pipeline.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
+        model.steps(action)  # what the model cannot do is said before any file is written
         for line in model.cut_captions(given[-1:]) if captioned and processes.is_first() else ():
             print(f"note: {line}", flush=True)
         out.mkdir(parents=True, exist_ok=True)

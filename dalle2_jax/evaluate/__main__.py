@@ -8,10 +8,11 @@ import tempfile
 from absl import app, flags, logging
 from etils import epath
 
+from dalle2_jax import pipeline
 from dalle2_jax.evaluate import comparison, evaluate, metrics, networks, presets, prompts
 from dalle2_jax.evaluate.metric import Request
-from dalle2_jax.generate import pipeline
-from dalle2_jax.generate.generate import StageLines, define_sampling_flags, sampling_settings
+from dalle2_jax.generate.flags import define_sampling_flags, sampling_settings
+from dalle2_jax.generate.output import StageLines
 from dalle2_jax.runtime import commandline, partition, processes
 
 __doc__ = evaluate.__doc__  # what --help prints

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from etils import epath
 
+from dalle2_jax import pipeline
+from dalle2_jax.edit.latents import unit
 from dalle2_jax.evaluate import drawing, fidelity, page, picture_sets
 from dalle2_jax.evaluate.evaluate import GRID_PICTURES, open_networks
 from dalle2_jax.evaluate.metric import Request, wilson
@@ -27,9 +29,8 @@ from dalle2_jax.evaluate.metrics.frechet import frechet_name
 from dalle2_jax.evaluate.networks import Networks, has_clip
 from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet, of_images
 from dalle2_jax.evaluate.reference import Stats, pictures_of
-from dalle2_jax.generate import pipeline
-from dalle2_jax.generate.editing import unit
-from dalle2_jax.generate.generate import StageLines, sampling_settings
+from dalle2_jax.generate.flags import sampling_settings
+from dalle2_jax.generate.output import StageLines
 from dalle2_jax.runtime import metrics, processes
 
 FRECHET = {"fid": "FID", "fid_small": "FID of few pictures", "clip_frechet": "Frechet distance (CLIP)"}

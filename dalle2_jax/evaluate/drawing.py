@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.data.pipeline import label_of
 from dalle2_jax.evaluate.picture_sets import PictureSet, open_pictures
 from dalle2_jax.evaluate.reference import Stats, pictures_of
-from dalle2_jax.generate import pipeline
-from dalle2_jax.generate.cascade import GUIDES
 from dalle2_jax.runtime import files, grid, processes
+from dalle2_jax.systems.cascade import GUIDES
 
 DRAWN_AT_A_TIME = 64  # pictures, before they are written
 
@@ -25,7 +25,7 @@ def scenes_of(model: pipeline.UnCLIP, name: str | None = None) -> tuple[scenes.S
 
     Raises ValueError for a model that was not trained on scenes, unless a name is given.
     """
-    configs = model.cascade.configs
+    configs = model.engine.configs
     stored_data = (configs.get("clip") or configs.get("decoder") or {}).get("data") or {}
     data = {"path": "", "source": ""} | stored_data  # converted weights have no data settings
     stored, _, side = data["path"].partition("_")
@@ -48,7 +48,7 @@ def some_captions(pictures: PictureSet, n: int, seed: int) -> list[str]:
 
 def reads_text(model: pipeline.UnCLIP) -> bool:
     """Whether the model is conditioned on whole captions, not on class labels alone."""
-    stages = model.cascade.stages.items()
+    stages = model.engine.stages.items()
     return any(getattr(stage, "context_length", None) for name, stage in stages if name not in GUIDES)
 
 
@@ -63,7 +63,7 @@ def what_to_draw(
 
     Raises ValueError for a model that reads text and a reference without captions.
     """
-    stages, pictures = model.cascade.stages, pictures_of(reference)
+    stages, pictures = model.engine.stages, pictures_of(reference)
     if reads_text(model):
         if pictures is None:
             raise ValueError("statistics have no captions: give --images, or pictures with captions")
@@ -73,7 +73,7 @@ def what_to_draw(
         name for name, stage in stages.items() if getattr(stage, "num_classes", 0) and name not in GUIDES
     ]
     if labelled:
-        classes = model.cascade.configs[labelled[0]]["data"]["classes"]
+        classes = model.engine.configs[labelled[0]]["data"]["classes"]
         if min((label_of(text, classes) for text in texts), default=-1) < 0:
             texts = _class_captions(labelled[0], classes, n, seed)
     texts = texts or ["a picture"] * n
@@ -150,7 +150,7 @@ def drawn_pictures(
         {"file": name, "caption": text} | ({"number": number} if number else {})
         for name, text, number in zip(names, captions, numbers, strict=True)
     ]
-    weights = {name: model.cascade.weights_sha256(name) for name in model.cascade.stages}
+    weights = {name: model.engine.weights_sha256(name) for name in model.engine.stages}
     plan = {"pictures": listed, "model": model.name, "weights_sha256": weights, "seed": seed}
     text = json.dumps(plan | {"settings": model.settings(**(settings or {}))}, indent=2, ensure_ascii=False)
     folder.mkdir(parents=True, exist_ok=True)

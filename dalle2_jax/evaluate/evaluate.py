@@ -42,6 +42,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import inception_weights
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import drawing, fidelity, page, picture_sets, presets
@@ -51,8 +52,7 @@ from dalle2_jax.evaluate.metrics import METRICS, OF_MODELS, OF_PICTURES, aesthet
 from dalle2_jax.evaluate.networks import Networks, has_clip
 from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet
 from dalle2_jax.evaluate.reference import open_reference, pictures_of
-from dalle2_jax.generate import pipeline
-from dalle2_jax.generate.generate import StageLines
+from dalle2_jax.generate.output import StageLines
 from dalle2_jax.runtime import metrics, processes
 
 DEFAULT_METRICS = ("scenes", "retrieval", "zero_shot")
@@ -72,7 +72,7 @@ def open_networks(model: pipeline.UnCLIP, request: Request, judge: pipeline.UnCL
     clip = judge or (model if has_clip(model) else None)
     if request.aesthetic and clip is None:
         raise ValueError("--aesthetic reads a CLIP, and the model has none: give --judge=DIR with one")
-    head = request.aesthetic and aesthetic.load(request.aesthetic, clip.cascade.stage("clip").embed_dim)
+    head = request.aesthetic and aesthetic.load(request.aesthetic, clip.engine.stage("clip").embed_dim)
     return Networks(
         inception=inception_weights.load(request.inception) if request.inception else None,
         preset=request.preset,
@@ -103,7 +103,7 @@ def choose_metrics(
     if of_clip and not has_clip(model):
         if request.metrics:
             needs = f"{', '.join(of_clip)} need{'s' * (len(of_clip) == 1)} a CLIP"
-            stages = ", ".join(model.cascade.stages)
+            stages = ", ".join(model.engine.stages)
             raise ValueError(f"{needs}, and model {model.name!r} has none: it has {stages}")
         print(f"note: model {model.name!r} has no CLIP, so {', '.join(of_clip)} are left out", flush=True)
         names = [name for name in names if name not in of_clip]

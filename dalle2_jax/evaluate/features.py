@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import inception_weights
 from dalle2_jax.evaluate import inception
 from dalle2_jax.evaluate.picture_sets import Item, PictureSet
 from dalle2_jax.evaluate.presets import PRESETS
-from dalle2_jax.generate import pipeline
 from dalle2_jax.generate.pictures import square_picture
 from dalle2_jax.runtime import processes
 from dalle2_jax.runtime.batched import Batched
@@ -43,7 +43,7 @@ def inception_extractor(
 
 def clip_extractor(model: pipeline.UnCLIP, batch_size: int) -> Extractor:
     """The extractor of a model's CLIP, which prepares pictures as `UnCLIP.encode_image` does."""
-    size = model.cascade.stage("clip").image_size
+    size = model.engine.stage("clip").image_size
 
     def run(prepared: list) -> dict[str, np.ndarray]:
         padded = prepared + prepared[-1:] * (batch_size - len(prepared))  # one program for all batches

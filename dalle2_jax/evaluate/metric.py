@@ -22,13 +22,13 @@ from collections.abc import Callable
 import numpy as np
 from etils import epath
 
+from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import drawing
 from dalle2_jax.evaluate.distances import Moments
 from dalle2_jax.evaluate.networks import Networks
 from dalle2_jax.evaluate.picture_sets import PictureSet
 from dalle2_jax.evaluate.reference import Stats
-from dalle2_jax.generate import pipeline
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import convert, inception_weights
 from dalle2_jax.evaluate import inception
 from dalle2_jax.evaluate.features import BATCH_SIZE, Extractor, clip_extractor, inception_extractor
 from dalle2_jax.evaluate.presets import PRESETS
-from dalle2_jax.generate import pipeline
 from dalle2_jax.runtime import hub, modeldir
 
 # The file that shows a folder's format of CLIP weights, and that format's name in `convert`.
@@ -23,7 +23,7 @@ CLIP_FOLDERS = {"open_clip_config.json": "open-clip", "config.json": "hf-clip"}
 
 def has_clip(model: pipeline.UnCLIP) -> bool:
     """Whether the model directory holds a CLIP."""
-    return "clip" in model.cascade.stages
+    return "clip" in model.engine.stages
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def open_judge(path: str) -> Iterator[pipeline.UnCLIP]:
             folder = Path(converted)
         judge = pipeline.UnCLIP.load(folder)
         if not has_clip(judge):
-            raise ValueError(f"--judge={path} holds no CLIP: it has {', '.join(judge.cascade.stages)}")
+            raise ValueError(f"--judge={path} holds no CLIP: it has {', '.join(judge.engine.stages)}")
         yield judge
 
 
@@ -72,11 +72,11 @@ class Networks:
     def describe(self, network: str) -> dict:
         """JSON values that identify 'inception' or 'clip' and how it reads pictures."""
         if network == "clip":
-            size = self.clip.cascade.stage("clip").image_size
+            size = self.clip.engine.stage("clip").image_size
             return {
                 "features": f"CLIP of the {'judge' if self.judge else 'model'} {self.clip.name}",
                 "resize": f"shorter side bicubic to {size}, central square",
-                "weights_sha256": self.clip.cascade.weights_sha256("clip"),
+                "weights_sha256": self.clip.engine.weights_sha256("clip"),
             }
         preset = PRESETS[self.preset]
         return {
@@ -91,7 +91,7 @@ class Networks:
         """Name and sha256 of the judge as JSON values, or None without a judge."""
         if not self.judge:
             return None
-        return {"name": self.clip.name, "weights_sha256": self.clip.cascade.weights_sha256("clip")}
+        return {"name": self.clip.name, "weights_sha256": self.clip.engine.weights_sha256("clip")}
 
 
 def network_of(features: str) -> str:

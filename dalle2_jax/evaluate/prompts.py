@@ -24,7 +24,7 @@ import numpy as np
 
 from dalle2_jax.data.shards import clean_caption, encodable
 from dalle2_jax.evaluate.drawing import keep_plan
-from dalle2_jax.generate.pipeline import MAX_CAPTION, check_captions
+from dalle2_jax.generate.captions import MAX_CAPTION, check_captions
 from dalle2_jax.runtime import files, grid, processes
 
 KEYS = ("prompt", "prompts", "caption", "captions")  # in upper or lower case
@@ -148,7 +148,7 @@ def draw(
     settings or prompts.
     """
     out = Path(out)
-    weights = {name: model.cascade.weights_sha256(name) for name in model.cascade.stages}
+    weights = {name: model.engine.weights_sha256(name) for name in model.engine.stages}
     plan = {"model": model.name, "weights_sha256": weights, "n": n, "seed": seed}
     plan = json.dumps(plan | {"settings": model.settings(**(settings or {}))}, indent=2) + "\n"
     lines = [encodable(json.dumps(row, ensure_ascii=False)) + "\n" for row in prompts]

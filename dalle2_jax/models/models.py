@@ -100,23 +100,17 @@ def _stage_folder(path: epath.Path, name: str) -> epath.Path:
     """The folder of stage `name` in the model directory `path`, or `path` if it is such a folder itself."""
     if (path / modeldir.WEIGHTS_FILE).exists():
         return path
-    folders, upsamplers = {}, []
-    for role, value in modeldir.read_index(path)["stages"].items():
-        if isinstance(value, str):
-            folders[role] = value
-        else:
-            folders |= {folder: folder for folder in value}
-            upsamplers += value
-    if name == "upsampler" and name not in folders and len(upsamplers) > 1:
+    folders = {stage: entry["folder"] for stage, entry in modeldir.read_index(path)["stages"].items()}
+    alike = [stage for stage in folders if stage.rstrip("0123456789") == name] if name not in folders else []
+    if len(alike) > 1:
         raise ValueError(
-            f"{path} holds {len(upsamplers)} upsamplers: give one of "
-            f"{', '.join(str(path / folder) for folder in upsamplers)}"
+            f"{path} holds {len(alike)} {name}s: give one of "
+            f"{', '.join(str(path / folders[stage]) for stage in alike)}"
         )
-    if name == "upsampler" and upsamplers:
-        return path / folders.get(name, upsamplers[0])
-    if name not in folders:
-        raise ValueError(f"{path} holds no stage {name!r}; it has {sorted(folders)}")
-    return path / folders[name]
+    for stage in (name, *alike):
+        if stage in folders:
+            return path / folders[stage]
+    raise ValueError(f"{path} holds no stage {name!r}; it has {sorted(folders)}")
 
 
 def load_stage(path, name: str):

@@ -27,7 +27,7 @@ from etils import epath
 from dalle2_jax.runtime import files, partition
 from dalle2_jax.runtime.names import nearest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CARD_FILE = "README.md"  # the model card
 INDEX_FILE, CONFIG_FILE, WEIGHTS_FILE = "model_index.json", "config.json", "model.safetensors"
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -243,33 +243,39 @@ def is_finite(array: np.ndarray) -> bool:
 
 def write_index(
     directory: str | os.PathLike,
-    stages: Mapping[str, Any],
-    tokenizer: str = "tokenizer",
+    stages: Mapping[str, Mapping[str, Any] | str],
+    *,
+    system: str = "unclip",
+    tokenizer: str = "",
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes MODEL/model_index.json.
 
     Args:
       directory: the model directory.
-      stages: role -> folder (or list of folders, in the order in which they run), relative to the directory:
-        {"clip": "clip", "decoder": "decoder", "upsamplers": ["upsampler64", "upsampler256"]}.
-      tokenizer: the tokenizer's folder, relative.
-      extra: more JSON values, such as default sampling settings or a description.
+      stages: name -> entry, in the order in which they run. An entry has 'folder', relative to the directory;
+        'uses', the frozen stages that compute its inputs, such as {"clip": "clip"}; 'tokenizer', the folder
+        of its tokenizer, "" for none. A text is the entry's folder alone.
+      system: what the stages are together, a name in `systems.SYSTEMS`.
+      tokenizer: the tokenizer of the stages whose entry is a text.
+      extra: more JSON values, such as the model's name or a description.
     """
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    index = {
-        "_class_name": "UnCLIP",
-        "format_version": FORMAT_VERSION,
-        "stages": dict(stages),
-        "tokenizer": tokenizer,
+    entries = {
+        name: dict(entry) if isinstance(entry, Mapping) else {"folder": entry, "tokenizer": tokenizer}
+        for name, entry in stages.items()
     }
-    index |= dict(extra or {})
-    write_json(directory / INDEX_FILE, index)
+    # The class name is the same for every system: by it and the version, older programs say "update".
+    index = {"_class_name": "UnCLIP", "format_version": FORMAT_VERSION, "system": system, "stages": entries}
+    write_json(directory / INDEX_FILE, index | dict(extra or {}))
 
 
 def read_index(directory: str | os.PathLike) -> dict:
     """Returns the contents of MODEL/model_index.json after checking that all that it names is there.
+
+    An index of version 1 is returned as version 2: 'system', and 'stages' as `write_index` has them, with all
+    keys.
 
     Raises:
       FileNotFoundError: not a model directory, or a stage's or the tokenizer's folder or file is missing.
@@ -300,20 +306,36 @@ def read_index(directory: str | os.PathLike) -> dict:
             f"{directory} has format version {version}, this program reads up to {FORMAT_VERSION}: "
             "update dalle2_jax"
         )
-    for role, folders in index["stages"].items():
-        for folder in [folders] if isinstance(folders, str) else folders:
-            for name in (CONFIG_FILE, WEIGHTS_FILE):
-                path = _inside(directory, folder) / name
-                if not path.exists():
-                    raise FileNotFoundError(
-                        f"model directory {directory} is incomplete: stage {role!r} lacks {path}"
-                    )
-    tokenizer = index.get("tokenizer")
-    if tokenizer and not _inside(directory, tokenizer).exists():
-        raise FileNotFoundError(
-            f"model directory {directory} is incomplete: it lacks {directory / tokenizer}"
-        )
+    if version == 1:
+        index = _from_version_1(index)
+    if not all(isinstance(entry, dict) for entry in index["stages"].values()):
+        raise ValueError(f"{directory / INDEX_FILE} is damaged: a stage's entry is no JSON object")
+    index["stages"] = {name: {"uses": {}, "tokenizer": ""} | entry for name, entry in index["stages"].items()}
+    for name, entry in index["stages"].items():
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            path = _inside(directory, entry.get("folder")) / file
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"model directory {directory} is incomplete: stage {name!r} lacks {path}"
+                )
+    for tokenizer in (entry["tokenizer"] for entry in index["stages"].values()):
+        if tokenizer and not _inside(directory, tokenizer).exists():
+            raise FileNotFoundError(
+                f"model directory {directory} is incomplete: it lacks {directory / tokenizer}"
+            )
     return index
+
+
+def _from_version_1(index: dict) -> dict:
+    """An index of version 1, role -> folder and a list of upsamplers, as version 2."""
+    roles, folders = dict(index["stages"]), index["stages"].get("upsamplers", [])
+    folders = {folder: folder for folder in folders} if isinstance(folders, list) else {"upsamplers": folders}
+    roles.pop("upsamplers", None)
+    order = ("clip", "prior", "decoder", "noisy_clip", "classifier", *roles)
+    named = {role: roles[role] for role in dict.fromkeys(order) if role in roles} | folders
+    tokenizer = index.get("tokenizer", "tokenizer") or ""
+    stages = {name: {"folder": folder, "tokenizer": tokenizer} for name, folder in named.items()}
+    return {"system": "unclip"} | index | {"stages": stages}
 
 
 def _inside(directory: epath.Path, folder: Any) -> epath.Path:

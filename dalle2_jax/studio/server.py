@@ -8,7 +8,8 @@ import numpy as np
 
 from dalle2_jax.runtime.grid import png_bytes
 from dalle2_jax.studio import page
-from dalle2_jax.studio.work import ACTIONS, MAX_UPLOAD, Full, Refused, Studio
+from dalle2_jax.studio.requests import ACTIONS, MAX_UPLOAD, Refused
+from dalle2_jax.studio.work import Full, Studio
 
 MAX_BODY = 3 * MAX_UPLOAD  # two pictures as base64
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

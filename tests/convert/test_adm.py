@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import convert, tables
 from dalle2_jax.convert.formats import adm, refused
 from dalle2_jax.convert.tensors import Tensors
-from dalle2_jax.generate import pipeline
 from dalle2_jax.models import models
 from dalle2_jax.runtime import modeldir
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import convert
 from dalle2_jax.convert.torch_archive import TorchArchive
 from dalle2_jax.evaluate import fidelity, picture_sets
 from dalle2_jax.evaluate.networks import Networks, open_judge
-from dalle2_jax.generate import pipeline
 from dalle2_jax.models import models
 from dalle2_jax.models.stages import clip as clip_stage
 from dalle2_jax.runtime import modeldir
@@ -107,7 +107,8 @@ def assert_equal_to_transformers(directory, model):
 def test_a_clip_of_transformers_is_the_same_here(source, converted):
     assert_equal_to_transformers(converted, source[1])
     index = modeldir.read_index(converted)
-    assert index["stages"] == {"clip": "clip", "upsamplers": []}
+    entry = {"folder": "clip", "uses": {}, "tokenizer": "tokenizer"}
+    assert index["system"] == "unclip" and index["stages"] == {"clip": entry}
     assert index["made_from"]["format"] == "hf-clip" and len(index["made_from"]["sha256"]) == 1
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import convert
-from dalle2_jax.generate import pipeline
 from dalle2_jax.models import models
 from dalle2_jax.models.diffusion import sampling
 from dalle2_jax.runtime import modeldir

@@ -158,7 +158,7 @@ def test_both_networks_of_the_upsampler_are_the_same(made, network):
 def test_the_index_names_every_file(made):
     index = modeldir.read_index(made[1])
     assert len(index["made_from"]["sha256"]) == 5 and "OpenRAIL" in index["licence"]
-    assert index["stages"]["upsamplers"] == [f"upsampler{LARGE}"]
+    assert list(index["stages"])[-1] == f"upsampler{LARGE}"
 
 
 def test_checkpoints_of_training_are_the_same_model(made, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from dalle2_jax.data import shards
 from dalle2_jax.data.records import BadRecord
 from dalle2_jax.data.shards import clean_caption, encodable
 from dalle2_jax.data.tokenizer import train_bpe
-from dalle2_jax.generate import generate
+from dalle2_jax.generate import output
+from dalle2_jax.generate.pipeline import Result
 from dalle2_jax.runtime import grid
 from tests.data import shards_for_tests as made
 
@@ -137,12 +138,10 @@ def test_text_that_is_no_utf8_is_a_bad_record(tmp_path):
 
 def test_pictures_of_captions_and_files_with_any_name_are_written(tmp_path):
     """Captions and file names of a command line may hold bytes that are no UTF-8."""
-    from dalle2_jax.generate.pipeline import UnCLIP
-
     images = np.zeros((1, 8, 8, 3), np.uint8)
-    result = UnCLIP._result(None, ["a \ud83d star"], (0,), 0, images[:, 0, 0, :1], images, images, {}, {})
+    result = Result(("a \ud83d star",), (0,), 0, images[:, 0, 0, :1], images, images, {}, {})
     assert result.captions == ("a \ufffd star",)
-    (path,) = generate.write_pictures(tmp_path, result, "model", command="edit", given=["pi\udce9.png"])
+    (path,) = output.write_pictures(tmp_path, result, "model", command="edit", given=["pi\udce9.png"])
     assert path.exists() and (tmp_path / "grid.png").exists()
     assert json.loads((tmp_path / "edit.json").read_text("utf-8"))["pictures"][0]["given"] == ["pi\ufffd.png"]
 

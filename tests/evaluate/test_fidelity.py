@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import inception_weights
 from dalle2_jax.evaluate import distances, evaluate, features, fidelity, networks, page, reference
 from dalle2_jax.evaluate.distances import Moments
@@ -18,7 +19,6 @@ from dalle2_jax.evaluate.metric import Inputs, Request
 from dalle2_jax.evaluate.metrics import OF_PICTURES, aesthetic, clip_r_precision, clip_score, frechet, kid
 from dalle2_jax.evaluate.networks import Networks
 from dalle2_jax.evaluate.picture_sets import Item, PictureSet, open_pictures
-from dalle2_jax.generate import pipeline
 from dalle2_jax.runtime import partition
 from dalle2_jax.runtime.batched import Batched
 from tests.tiny_model import make_class_model, make_model
@@ -368,7 +368,7 @@ def test_numbers_of_a_models_own_clip(model):
     ]
     x, y = made_set(9, 0, texts=texts), made_set(11, 1)
     names = [name for name, metric in OF_PICTURES.items() if metric.features == "clip"]
-    width = model.cascade.stage("clip").embed_dim
+    width = model.engine.stage("clip").embed_dim
     weight = np.arange(width) / width
     found = fidelity.measure(x, y, names, Networks(clip=model, batch_size=8, head=(weight, 5.0, "cc")))
     embeds = [model.encode_image([item.picture() for item in part.items()]) for part in (x, y)]

@@ -8,16 +8,17 @@ from absl import flags
 from absl.testing import flagsaver
 from etils import epath
 
+from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import comparison, drawing, evaluate, fidelity, networks, picture_sets
 from dalle2_jax.evaluate.metric import Request
-from dalle2_jax.generate import generate, pipeline
+from dalle2_jax.generate.flags import define_sampling_flags
 from tests.tiny_model import make_class_model, make_model
 
 CLASSES = ("red star", "blue ring", "yellow circle")
 FLAGS = flags.FLAGS
 if "guidance_scale" not in FLAGS:
-    generate.define_sampling_flags()
+    define_sampling_flags()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_a_model_without_clip_is_measured_by_a_judge(model, judge_folder, images
         own = networks.Networks(clip=judge, batch_size=8)
         drawn = picture_sets.open_pictures(tmp_path / "pictures")
         expected = fidelity.measure(drawn, picture_sets.open_pictures(images), names, own)
-        sha256 = judge.cascade.weights_sha256("clip")
+        sha256 = judge.engine.weights_sha256("clip")
     assert drawn.count == 6 and report["clip_mmd"]["value"] == expected["clip_mmd"]["value"] > 0
     assert report["clip_recall"]["value"] == expected["clip_recall"]["value"]
     assert report["judge"] == {"name": "tiny", "weights_sha256": sha256}
@@ -83,14 +84,14 @@ def test_captions_are_scored_by_a_judge_without_a_choice_of_metrics(model, judge
 
 def test_ways_of_models_without_clip_are_compared_by_a_judge(model, judge_folder, images, tmp_path):
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
-    directory = str(model.cascade.directory)
+    directory = str(model.engine.directory)
     request = Request(reference=str(images), n=4, batch_size=8)
     with networks.open_judge(str(judge_folder)) as judge, flagsaver.flagsaver():
         FLAGS(["evaluate"])
         options = dict(model_dir=directory, pictures=2)
         (row,) = comparison.compare([""], request, tmp_path, judge=judge, **options)
         comparison.write_report(epath.Path(tmp_path), [row], str(tmp_path / "page.html"))
-        sha256 = judge.cascade.weights_sha256("clip")
+        sha256 = judge.engine.weights_sha256("clip")
     assert np.isfinite([row.diversity, row.clip]).all()
     assert row.fidelity["clip_frechet"]["features"] == "CLIP of the judge tiny"
     assert json.loads((tmp_path / "comparison.json").read_text())["judge"]["weights_sha256"] == sha256
@@ -100,7 +101,7 @@ def test_ways_of_models_without_clip_are_compared_by_a_judge(model, judge_folder
 
 def test_a_judge_that_cannot_judge_is_refused_before_anything_is_drawn(model, judge_folder, images, tmp_path):
     with pytest.raises(ValueError, match="holds no CLIP: it has decoder"):
-        networks.open_judge(str(model.cascade.directory)).__enter__()
+        networks.open_judge(str(model.engine.directory)).__enter__()
     with pytest.raises(FileNotFoundError, match="no model_index.json"):
         networks.open_judge(str(images)).__enter__()
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')

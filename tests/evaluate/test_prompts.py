@@ -82,7 +82,7 @@ class Model:
     def __init__(self):
         self.drawn = []
         stages = {"clip": None}
-        self.cascade = types.SimpleNamespace(stages=stages, weights_sha256=lambda name: "ab")
+        self.engine = types.SimpleNamespace(stages=stages, weights_sha256=lambda name: "ab")
 
     def settings(self, **asked):
         return asked

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle2_jax.studio import work
+from dalle2_jax.studio import requests, work
 
 
 def png(mode="RGB", size=(8, 6)) -> str:
@@ -41,8 +41,8 @@ def bomb(width=60000, height=60000) -> str:
 
 
 def test_defaults_are_filled_in_and_the_models_own_left_out():
-    assert work.check("create", {"caption": " a  ring "}) == {"caption": "a ring", "seed": 0, "n": 4}
-    made = work.check("create", {"caption": "a", "upsampler_steps": "4, 2", "guidance_scale": 3})
+    assert requests.check("create", {"caption": " a  ring "}) == {"caption": "a ring", "seed": 0, "n": 4}
+    made = requests.check("create", {"caption": "a", "upsampler_steps": "4, 2", "guidance_scale": 3})
     assert made["upsampler_steps"] == [4, 2] and made["guidance_scale"] == 3.0
 
 
@@ -71,7 +71,7 @@ def test_defaults_are_filled_in_and_the_models_own_left_out():
         ("variations", {"picture": bomb(5000, 5000)}, r"too many pixels \(5000 x 5000\): at most 16 million"),
         ("variations", {"picture": bomb(3000, 100)}, r"too long and narrow \(3000 x 100\)"),
         ("variations", {"picture": moving()}, r"animated \(2 frames\): save one frame"),
-        ("variations", {"picture": bytes(work.MAX_UPLOAD + 1)}, "file of 8.1 MiB: at most 8 MiB"),
+        ("variations", {"picture": bytes(requests.MAX_UPLOAD + 1)}, "file of 8.1 MiB: at most 8 MiB"),
         ("variations", {"picture": png()[:60]}, "cut off or damaged"),
         ("variations", {"picture": {"path": "/etc/passwd"}}, "must be a PNG"),
         ("interpolate", {"first": png(), "second": moving()}, "the second picture is animated"),
@@ -81,13 +81,13 @@ def test_defaults_are_filled_in_and_the_models_own_left_out():
     ],
 )
 def test_what_is_not_allowed_is_refused_with_the_reason(action, request_, why):
-    with pytest.raises(work.Refused, match=why):
-        work.check(action, request_)
+    with pytest.raises(requests.Refused, match=why):
+        requests.check(action, request_)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "I;16"])
 def test_pictures_of_odd_modes_are_read(mode):
-    assert work.check("variations", {"picture": png(mode)})["picture"].shape == (6, 8, 3)
+    assert requests.check("variations", {"picture": png(mode)})["picture"].shape == (6, 8, 3)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_base64_as_programs_write_it_is_read(wrap):
     noise = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
     Image.fromarray(noise).save(buffer, "PNG")
     text = wrap(buffer.getvalue())
-    np.testing.assert_array_equal(work.check("variations", {"picture": text})["picture"], noise)
+    np.testing.assert_array_equal(requests.check("variations", {"picture": text})["picture"], noise)
 
 
 def test_a_mask_of_strokes_on_a_transparent_layer_is_what_they_cover():
@@ -115,7 +115,7 @@ def test_a_mask_of_strokes_on_a_transparent_layer_is_what_they_cover():
     strokes.paste("white", (4, 0, 8, 6))
     strokes.save(buffer, "PNG")
     request = {"picture": png(), "mask": base64.b64encode(buffer.getvalue()).decode(), "caption": "a"}
-    mask = work.check("inpaint", request)["mask"]
+    mask = requests.check("inpaint", request)["mask"]
     assert mask.dtype == bool and mask[:, 4:].all() and not mask[:, :4].any()
 
 
@@ -125,8 +125,8 @@ def test_nonsense_is_refused_and_never_breaks():
     values = [None, "", "a", "九", "\0", "../x", -1, 0, 1, 4, 1e30, float("nan"), [], {}, True, b"\0", [[]]]
     accepted = 0
     for _ in range(3000):
-        action = draw.choice([*work.ACTIONS, "x", None, 3])
-        names = list(work.ACTIONS.get(action, {"caption": 0})) if isinstance(action, str) else ["a"]
+        action = draw.choice([*requests.ACTIONS, "x", None, 3])
+        names = list(requests.ACTIONS.get(action, {"caption": 0})) if isinstance(action, str) else ["a"]
         request = {name: draw.choice(values) for name in names if draw.random() < 0.6}
         if draw.random() < 0.5:
             broken = bytearray(whole)
@@ -135,17 +135,17 @@ def test_nonsense_is_refused_and_never_breaks():
             for name in {"picture", "mask", "first", "second"} & set(names):
                 request[name] = bytes(broken)
         try:
-            made = work.check(action, request)
-        except work.Refused as error:
+            made = requests.check(action, request)
+        except requests.Refused as error:
             assert str(error)
             continue
         accepted += 1
         for name, value in made.items():
-            field = work.ACTIONS[action][name]
+            field = requests.ACTIONS[action][name]
             if field.kind in ("int", "float"):
                 assert field.low <= value <= field.high
             if field.kind == "text":
-                assert 0 < len(value) <= work.MAX_CAPTION
+                assert 0 < len(value) <= requests.MAX_CAPTION
     assert accepted > 20
 
 
@@ -199,7 +199,7 @@ def test_the_command_line_is_safe_to_paste():
     studio = work.Studio([])
     studio.folders["a"] = None
     line = studio.command(
-        "a", "create", work.check("create", {"caption": "a'; rm -rf $HOME", "n": 2, "seed": 3})
+        "a", "create", requests.check("create", {"caption": "a'; rm -rf $HOME", "n": 2, "seed": 3})
     )
     assert shlex.split(line)[-1] == "a'; rm -rf $HOME" and "--seed=3" in shlex.split(line)
     given = {"picture": np.zeros((2, 2, 3)), "caption": "--debug", "n": 1, "seed": 0, "num_steps": 5}

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate.metric import Inputs, ModelMetric, wilson
 from dalle2_jax.evaluate.metrics.scenes import load_checker, verdict_aspects
 from dalle2_jax.evaluate.picture_sets import PassLines
-from dalle2_jax.generate import pipeline
 from dalle2_jax.runtime import metrics, processes
 
 MARGIN = 0.06  # of a mask around the object's box, as a fraction of the side

@@ -16,13 +16,13 @@ from PIL import Image
 from dalle2_jax.data import pipeline, transforms
 from dalle2_jax.evaluate.metric import Inputs, ModelMetric
 from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet, chosen, scene_pictures
-from dalle2_jax.generate import cascade
+from dalle2_jax.generate.engine import Engine
 from dalle2_jax.models import models
 from dalle2_jax.runtime import partition, processes
 
 
 def measure(
-    model: cascade.Cascade,
+    model: Engine,
     pictures: PictureSet,
     *,
     n: int = 128,
@@ -88,15 +88,15 @@ def _reads_clip(stage) -> bool:
     return hasattr(stage, "loss") and bool(set(stage.batch_spec(1)) & set(models.CLIP_FIELDS))
 
 
-def _of_stage(model: cascade.Cascade, name: str, images, captions, batch_size: int, numbers, seed: int, mesh):
+def _of_stage(model: Engine, name: str, images, captions, batch_size: int, numbers, seed: int, mesh):
     """Yields the scalars of a stage's loss for each batch of these numbers."""
     stage, needed = model.stage(name), set(model.stage(name).batch_spec(1))
     clip, frozen = None, {}
     if needed & set(models.CLIP_FIELDS):
         clip, frozen = models.FrozenClip(model.stage("clip")), model.params("clip")
     reads = needed - set(models.CLIP_FIELDS) | (clip.fields(needed) if clip else set())
-    length = getattr(stage, "context_length", None) or (clip and clip.stage.context_length)
-    tokenizer = model.tokenizer(length) if "tokens" in reads else None
+    own_length = getattr(stage, "context_length", None)
+    tokenizer = model.tokenizer(name if own_length else "clip") if "tokens" in reads else None
     classes = model.configs[name]["data"].get("classes", ()) if "label" in reads else ()
     views = transforms.Views(
         image_size=stage.image_size if "image" in reads else None,
@@ -143,7 +143,7 @@ def _measure(inputs: Inputs) -> tuple[dict, str]:
     pictures = inputs.images or scene_pictures(*inputs.scenes, request.n, request.seed)
     size = dict(batch_size=request.batch_size) if request.batch_size else {}
     progress = PassLines("pictures through its loss")
-    found = measure(inputs.model.cascade, pictures, n=request.n, seed=request.seed, progress=progress, **size)
+    found = measure(inputs.model.engine, pictures, n=request.n, seed=request.seed, progress=progress, **size)
     return found, table(found)
 
 

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 
+from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import picture_sets
 from dalle2_jax.evaluate.metric import Inputs, ModelMetric
-from dalle2_jax.generate import pipeline
 from dalle2_jax.models.stages import clip
 
 SPLITS = ("validation", "test_pairs", "test_relations")

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
+from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import picture_sets
 from dalle2_jax.evaluate.metric import Inputs, ModelMetric, wilson
-from dalle2_jax.generate import pipeline
-from dalle2_jax.generate.generate import StageLines
+from dalle2_jax.generate.output import StageLines
 from dalle2_jax.runtime import metrics
 
 GRID_PICTURES = 64

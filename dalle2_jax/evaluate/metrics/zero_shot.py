@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import picture_sets
 from dalle2_jax.evaluate.metric import Inputs, ModelMetric, Request
-from dalle2_jax.generate import pipeline
 from dalle2_jax.runtime import files
 
 TEMPLATES = ("{}", "a {}", "one {}")

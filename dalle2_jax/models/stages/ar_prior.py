@@ -29,7 +29,21 @@ from dalle2_jax.models.diffusion.guidance import is_guided
 from dalle2_jax.models.nets.latents import LatentTransformer
 from dalle2_jax.models.stages import Loss, candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
+from dalle2_jax.models.stages.settings import CANDIDATES, GUIDANCE, Setting
 from dalle2_jax.models.tokens.decode import Options, decode
+
+SETTINGS = (
+    GUIDANCE,
+    CANDIDATES,
+    Setting("temperature", float, "Temperature of an autoregressive prior.", 1e-6),
+    Setting(
+        "dot_quantile",
+        float,
+        "An autoregressive prior draws the dot product from above this share.",
+        0,
+        1 - 1e-6,
+    ),
+)
 
 # The dot product folds a number into a sample's key that no code reaches.
 _DOT_FOLD = 2**31 - 1

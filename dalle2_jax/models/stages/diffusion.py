@@ -26,6 +26,7 @@ from dalle2_jax.models.stages.conditions import (
     known_pixels,
     random_mask,
 )
+from dalle2_jax.models.stages.settings import check_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,20 @@ class DiffusionStage:
             return {name: own[name] for name in ("num_steps", "method", "eta")} | {"tile": self.tile}
         own = dict(num_steps=0, guidance_scale=self.guidance_scale) | own
         return own | dict(guidance_interval=None)
+
+    def check(self, settings: dict) -> None:
+        """Raise ValueError for settings of `sample` that this stage cannot take."""
+        scale = settings.get("guidance_scale", 1)
+        if scale != 1 and not self.guidable:
+            raise ValueError(
+                f"guidance_scale {scale} has no meaning for a stage that was never trained without its "
+                "condition: leave it out, or steer with a classifier"
+            )
+        check_interval(settings, self.diffusion.schedule)
+        names = ("num_steps", "spacing", "threshold")
+        self.diffusion.with_settings(**{name: settings.get(name) for name in names}).timesteps()
+        if settings.get("tile") is not None:
+            self.check_tile(settings["tile"])
 
     def check_tile(self, tile: int) -> int:
         """`tile`, the side of windows to draw in; ValueError for one that the network cannot halve."""

@@ -30,10 +30,20 @@ from dalle2_jax.models.diffusion.guidance import Guidance, is_guided
 from dalle2_jax.models.nets.transformer import PriorTransformer
 from dalle2_jax.models.stages import Loss, candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
+from dalle2_jax.models.stages.settings import (
+    CANDIDATES,
+    ETA,
+    GUIDANCE,
+    INTERVAL,
+    METHOD,
+    STEPS,
+    check_interval,
+)
 
 SCALE_MODES = ("paper", "l2", "meanstd")
 # 17.2 was chosen for unit vectors of 1024 entries; what it fixes is an entry's standard deviation, 17.2 / 32.
 PAPER_STD = 17.2 / 32.0
+SETTINGS = (GUIDANCE, INTERVAL, STEPS, METHOD, ETA, CANDIDATES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +117,11 @@ class Prior:
             eta=own.eta,
             guidance_interval=None,
         )
+
+    def check(self, settings: dict) -> None:
+        """Raises ValueError for settings of `sample` that this stage cannot take."""
+        check_interval(settings, self.diffusion.schedule)
+        self.diffusion.with_settings(settings["num_steps"]).timesteps()
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without `image_embed`."""

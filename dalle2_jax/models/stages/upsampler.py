@@ -23,6 +23,9 @@ from dalle2_jax.models.nets.denoiser import DenoiserNet
 from dalle2_jax.models.stages import check_settings
 from dalle2_jax.models.stages.conditions import TOKEN_TEXT, Caption, Label, LowRes
 from dalle2_jax.models.stages.diffusion import DiffusionStage, unet_and_process
+from dalle2_jax.models.stages.settings import ETA, METHOD, STEPS, TILE
+
+SETTINGS = (STEPS, METHOD, ETA, TILE)
 
 
 def build(

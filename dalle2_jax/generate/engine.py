@@ -1,0 +1,286 @@
+"""A model directory, opened: its stages, their weights on the devices, functions compiled for micro-batches.
+
+Examples (captions, pictures) are split over the processes there are, and run in micro-batches of a fixed size
+that are split over a process's devices. A compiled function is kept for every (stage, settings, shapes).
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+
+from dalle2_jax import systems
+from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dalle2_jax.models import models
+from dalle2_jax.models.nets import layers
+from dalle2_jax.runtime import files, hub, modeldir, partition, processes
+
+BUNDLED = Path(__file__).parents[1] / "bundled"
+BATCH_SIZE = 8
+# progress(step, examples done, examples in all, seconds in this step without compiling)
+Progress = Callable[[str, int, int, float], None]
+# seen(step, uint8 [N, h, w, 3]): the pictures of a step that has finished
+Seen = Callable[[str, np.ndarray], None]
+MAX_PROGRAMS = 64  # kept by an engine; of more, those that were used least lately are compiled anew
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A function to be compiled, and what it reads.
+
+    Attributes:
+      name: the stage whose parameters `function` gets.
+      function: (params, batch, scalars) -> arrays with one entry for each example of the batch.
+      settings: hashable, all that `function` closes over: with name, specs and scalars it names the program.
+      specs: field -> shape and type of one example.
+      scalars: numpy numbers that are traced, so that no value needs a new program.
+      steps: network steps an example. label: the name for timing and progress; the stage's name if empty.
+      others: further stages whose parameters `function` needs; it then gets {stage name: parameters}.
+    """
+
+    name: str
+    function: Callable
+    settings: tuple
+    specs: dict[str, jax.ShapeDtypeStruct]
+    scalars: dict[str, np.generic] = dataclasses.field(default_factory=dict)
+    steps: int = 1
+    label: str = ""
+    others: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple:
+        """The name of the program."""
+        specs = tuple((name, spec.shape, str(spec.dtype)) for name, spec in sorted(self.specs.items()))
+        return self.name, self.others, self.settings, specs, tuple(sorted(self.scalars))
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What `rows` examples of `steps` network steps each took, in seconds, without and for compiling.
+
+    Compiling counts as long as it was waited for.
+    """
+
+    rows: int
+    steps: int
+    seconds: float
+    compile_seconds: float
+
+
+def _read_stages(directory: epath.Path, index: dict, dtype: str | None) -> tuple[dict, dict]:
+    """(configs, stages) by stage name, in the index's order."""
+    configs, stages = {}, {}
+    for name, entry in index["stages"].items():
+        path = directory / entry["folder"] / modeldir.CONFIG_FILE
+        try:
+            config = json.loads(files.read_text(path))
+            if dtype is not None:
+                config["model"]["dtype"] = dtype
+            stages[name] = models.build_stage(config)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error!r}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        configs[name] = config
+    return configs, stages
+
+
+class Engine:
+    """The stages of a model directory. Make one with `Engine.open`.
+
+    Attributes:
+      name: the model's name. system: the module of `systems` that says what its stages can do together.
+      entries: stage name -> its entry in the index: folder, uses, tokenizer.
+      configs, stages: stage name -> stored config, built stage, in the index's order.
+      mesh: the devices that share a batch.
+      low_memory: whether weights keep the type that they are stored in, and only those of the stage at work
+        are on the devices.
+    """
+
+    def __init__(self, directory: epath.Path, index: dict, dtype: str | None, mesh, low_memory: bool):
+        self.directory, self.name = directory, index.get("name") or directory.name
+        self.system, self.entries = systems.load(index["system"]), index["stages"]
+        self.configs, self.stages = _read_stages(directory, index, dtype)
+        self.mesh, self.low_memory = mesh, low_memory
+        self._params: dict = {}
+        self._programs: dict = {}
+        self._tokenizers: dict = {}
+        self._lock, self._param_locks = threading.Lock(), {name: threading.Lock() for name in self.stages}
+        self._workers = concurrent.futures.ThreadPoolExecutor(2, "compile")
+
+    @staticmethod
+    def open(
+        model_dir: str | os.PathLike | None, dtype: str | None = None, mesh=None, low_memory: bool = False
+    ) -> "Engine":
+        """Open a model directory; see `Pipeline.load`."""
+        if model_dir is None:
+            if not (BUNDLED / modeldir.INDEX_FILE).exists():
+                raise FileNotFoundError(
+                    "this installation came without the bundled model (the package's folder 'bundled'): give "
+                    "a model directory, such as `python -m dalle2_jax.convert workdirs` writes"
+                )
+            model_dir = BUNDLED
+        directory = epath.Path(hub.local(model_dir))
+        index = modeldir.read_index(directory)
+        mesh = partition.local_mesh() if mesh is None else mesh
+        engine = Engine(directory, index, dtype, mesh, low_memory)
+        reading = {name for name, entry in engine.entries.items() if entry["tokenizer"]}
+        vocab_sizes = {name: engine.tokenizer(name, 3).vocab_size for name in reading}
+        uses = {name: entry["uses"] for name, entry in engine.entries.items()}
+        engine.system.check(engine.configs, engine.stages, vocab_sizes, uses)
+        return engine
+
+    def stage(self, name: str):
+        """The stage called `name`; ValueError if the model lacks it."""
+        if name not in self.stages:
+            raise ValueError(f"model {self.name!r} has no {name}: it has {', '.join(self.stages)}")
+        return self.stages[name]
+
+    def _file(self, name: str, file: str) -> epath.Path:
+        self.stage(name)
+        return self.directory / self.entries[name]["folder"] / file
+
+    def params(self, name: str) -> dict:
+        """A stage's parameters, replicated on every device; read at first use."""
+        path = self._file(name, "")
+        with self._param_locks[name]:
+            if name not in self._params:
+                replicated = partition.replicated(self.mesh)
+                _, params = modeldir.load_stage(
+                    path, keep_dtype=self.low_memory, place=lambda leaf: jax.device_put(leaf, replicated)
+                )
+                modeldir.check_params(params, models.abstract_params(self.stages[name]), os.fspath(path))
+                self._params[name] = params
+        return self._params[name]
+
+    def weights_sha256(self, name: str) -> str:
+        """The checksum of a stage's file of weights, in hexadecimal."""
+        return hashlib.sha256(self._file(name, modeldir.WEIGHTS_FILE).read_bytes()).hexdigest()
+
+    def _task_params(self, task: Task) -> dict:
+        if self.low_memory:
+            for name in set(self._params) - {task.name, *task.others}:
+                self._params.pop(name, None)
+        if not task.others:
+            return self.params(task.name)
+        return {name: self.params(name) for name in (task.name, *task.others)}
+
+    def tokenizer(self, name: str, context_length: int | None = None) -> Tokenizer:
+        """The tokenizer of a stage, at its own context length or another."""
+        length = context_length or self.stage(name).context_length
+        key = self.entries[name]["tokenizer"], length
+        if key not in self._tokenizers:
+            self._tokenizers[key] = load_tokenizer(self.directory / key[0], length)
+        return self._tokenizers[key]
+
+    def _micro_batch(self, count: int, batch_size: int | None) -> int:
+        """Examples of a micro-batch: a multiple of the mesh's batch shards, no more than `count` needs."""
+        shards = partition.batch_shards(self.mesh)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be 1 or more")
+        wanted = min(batch_size or max(BATCH_SIZE, shards), count)
+        return -(-wanted // shards) * shards
+
+    def _compile(self, task: Task, size: int):
+        """The compiled function of a task for micro-batches of `size` examples."""
+        split, replicated = partition.batch_sharding(self.mesh), partition.replicated(self.mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((size, *spec.shape), spec.dtype, sharding=split)
+            for name, spec in task.specs.items()
+        }
+        scalars = {
+            name: jax.ShapeDtypeStruct((), value.dtype, sharding=replicated)
+            for name, value in task.scalars.items()
+        }
+        params = self._task_params(task)
+        with partition.use_mesh(self.mesh), layers.shapes_only(True):
+            jitted = jax.jit(
+                task.function, out_shardings=split, compiler_options=partition.compiler_options()
+            )
+            return jitted.lower(params, batch, scalars).compile()
+
+    def prepare(self, task: Task, count: int, batch_size: int | None = None) -> None:
+        """Start reading a stage's weights and compiling a task for `count` examples, beside other work.
+
+        With little memory nothing is started: `run` does it when the stage's turn has come.
+        """
+        if not self.low_memory:
+            self._submit(task, count, batch_size)
+
+    def _submit(self, task: Task, count: int, batch_size: int | None) -> concurrent.futures.Future:
+        key = task.key, self._micro_batch(count, batch_size)
+        with self._lock:
+            program = self._programs.pop(key, None)
+            if program is None:
+                program = self._workers.submit(self._compile, task, key[1])
+            self._programs[key] = program  # the last is the one used last
+            for old in [old for old, made in self._programs.items() if made.done()]:
+                if len(self._programs) > MAX_PROGRAMS and old != key:
+                    del self._programs[old]
+        return program
+
+    def run(
+        self,
+        task: Task,
+        examples: dict[str, np.ndarray],
+        *,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ):
+        """(task.function of all examples as numpy, Timing).
+
+        Args:
+          task: the function.
+          examples: arrays [N, ...] as task.specs says. The last micro-batch is filled up with copies of the
+          last example. batch_size: examples at a time, rounded up to a multiple of the devices; None: 8, or
+          one a device.
+          progress: called after every micro-batch.
+
+        Of several processes each runs its share of the examples, and every one gets all results; timing and
+        progress are of its own.
+        """
+        timings = []
+
+        def own(mine: np.ndarray):
+            made, timing = self._run(task, examples, mine, batch_size, progress)
+            timings.append(timing)
+            return made
+
+        return processes.in_shares(own, len(next(iter(examples.values())))), timings[0]
+
+    def _run(self, task: Task, examples: dict, mine: np.ndarray, batch_size, progress):
+        """`run` of the examples with the numbers `mine` alone."""
+        count = len(mine)
+        size = self._micro_batch(count, batch_size)
+        began = time.monotonic()
+        submitted = self._submit(task, count, batch_size)
+        try:
+            program = submitted.result()
+        except BaseException:  # programs that wait to be compiled would hold up the end of this one
+            with self._lock:
+                self._programs = {key: made for key, made in self._programs.items() if not made.cancel()}
+                self._programs.pop((task.key, size), None)
+            raise
+        compile_seconds = time.monotonic() - began
+        params = self._task_params(task)
+        scalars = jax.device_put(task.scalars, partition.replicated(self.mesh))
+        outputs, seconds = [], 0.0
+        for start in range(0, count, size):
+            began = time.monotonic()
+            chosen = mine[np.minimum(np.arange(start, start + size), count - 1)]
+            batch = {name: value[chosen].astype(task.specs[name].dtype) for name, value in examples.items()}
+            outputs.append(partition.to_host(program(params, partition.to_global(batch, self.mesh), scalars)))
+            seconds += time.monotonic() - began
+            if progress is not None:
+                progress(task.label or task.name, min(start + size, count), count, seconds)
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
+        return joined, Timing(count, task.steps, seconds, compile_seconds)
