@@ -45,9 +45,11 @@ class Setting:
             return [int(number) for number in numbers]
         if self.kind == "pair":
             numbers = text.split(",") if isinstance(text, str) else text
-            if len(numbers) != 2:
-                raise ValueError(f"{text!r} must be two numbers, such as 0.3,5")
-            return tuple(float(number) for number in numbers)
+            try:
+                low, high = (float(number) for number in numbers)
+            except ValueError:
+                raise ValueError(f"{text!r} must be two numbers LO,HI, such as 0.2,3") from None
+            return low, high
         return self.kind(text)
 
     def check(self, value):
