@@ -346,6 +346,8 @@ def test_slow_input_is_told(data, workdir, monkeypatch, caplog):
 class Drawing(tiny_run.Tiny):
     """`Tiny`, which also draws."""
 
+    draws = "image"
+
     def sample(self, params, keys, batch):
         return batch["image"] * 0.5
 

@@ -22,7 +22,7 @@ class Validation:
 
     def __init__(self, plan: Plan, dataset):
         config, mesh, stage = plan.config, plan.mesh, plan.stage
-        self._stage = stage
+        self._stage, self._draws = stage, stage.draws if hasattr(stage, "sample") else None
         batches = dataset.batches(config["batch_size"], **partition.host_slice(mesh))
         raw = [next(batches) for _ in range(config["eval_batches"])]
         self._batches = [partition.on_devices(batch, mesh) for batch in raw]
@@ -55,7 +55,7 @@ class Validation:
 
         Raises what the sampler raises, and OSError where the grid cannot be written (a full disk).
         """
-        name = getattr(self._stage, "draws", None)
+        name = self._draws
         if name is None or not self._count:
             return
         drawn, filled = partition.to_host(self._sample(params, frozen, self._batches[0]))
