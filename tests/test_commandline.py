@@ -30,7 +30,7 @@ COMMANDS = sorted(
 NO_PATHS = {
     *("caption", "source", "negative", "compare"),  # texts
     *("spacing", "preset", "scenes", "metrics", "splits", "topology", "allow_changed", "host"),  # names
-    *("upsampler_steps", "components", "worker"),  # numbers
+    *("components", "worker"),  # numbers
 }
 NO_PATHS_OF_CONVERT = {"name", "licence", "repository"}
 NO_PATH_SETTINGS = {
