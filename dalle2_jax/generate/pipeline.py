@@ -130,7 +130,7 @@ class Pipeline:
             return self.engine.system.steps(action, self.engine.stages)
         except ValueError as error:
             can = ", ".join(self.actions) or "nothing"
-            raise ValueError(f"model {self.name!r} cannot {action}: {error}; it can {can}") from None
+            raise ValueError(f"model {self.name!r} cannot do {action}: {error}; it can do {can}") from None
 
     @property
     def image_size(self) -> int:

@@ -51,7 +51,7 @@ def test_the_classifier_is_the_same(made, tmp_path):
     assert theirs.std() > 1e-2
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
     index = modeldir.read_index(tmp_path / "out")
-    assert not index["tokenizer"] and "MIT" in index["licence"]
+    assert not index["stages"]["classifier"]["tokenizer"] and "MIT" in index["licence"]
 
 
 def test_what_does_not_fit_is_refused(made, tmp_path, capsys):

@@ -270,7 +270,7 @@ def test_drawing_that_was_stopped_goes_on(tmp_path, monkeypatch):
 
     class Model:
         name = "letters"
-        cascade = types.SimpleNamespace(stages={"clip": None}, weights_sha256=lambda name: "ab")
+        engine = types.SimpleNamespace(stages={"clip": None}, weights_sha256=lambda name: "ab")
 
         def settings(self, **asked):
             return asked
