@@ -89,9 +89,11 @@ def of_step(engine: Engine, step: Step, **asked) -> dict:
     settings |= asked
     declared = {setting.name: setting for setting in systems.declared(kind)}
     try:
-        for name, value in settings.items():
+        for name, value in list(settings.items()):
             if value is not None and name in declared:
                 settings[name] = declared[name].check(value)
+            elif name in declared and declared[name].kind == "pair":
+                del settings[name]  # reports name a pair only where it is used
         _check_method(engine, step, settings, asked)
         if hasattr(stage, "check"):
             stage.check(settings)
