@@ -99,8 +99,6 @@ def of_step(engine: Engine, step: Step, **asked) -> dict:
             stage.check(settings)
     except ValueError as error:
         raise ValueError(f"{step.name}: {error}") from None
-    if settings.get("guidance_interval") is None:
-        settings.pop("guidance_interval", None)  # reports and plans of drawing name it only where it is used
     return settings | guides
 
 
