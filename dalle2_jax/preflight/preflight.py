@@ -34,7 +34,7 @@ def _placed(tree, sharding):
 def _with_clip(plan: Plan, path: str) -> Plan:
     """The plan with the frozen CLIP that the config file `path` describes."""
     clip = models.build_stage(models.to_plain(runpy.run_path(path)["get_config"]()))
-    wanted = getattr(plan.stage, "embed_dim", clip.embed_dim)
+    wanted = getattr(plan.stage, "embed_dim", 0) or clip.embed_dim  # 0: it reads no embedding
     if wanted != clip.embed_dim:
         raise ValueError(f"{path} has embeddings of {clip.embed_dim} entries, the stage reads {wanted}")
     return dataclasses.replace(plan, clip=models.FrozenClip(clip))
