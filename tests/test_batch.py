@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from dalle2_jax import benchmark
-from dalle2_jax.models.stages import ar_prior, diffusion, prior
+from dalle2_jax.models.stages import Loss, ar_prior, diffusion, prior
 from dalle2_jax.runtime import batch, partition
 from dalle2_jax.train import validation
+from dalle2_jax.train.plan import Plan
 
 
 def test_a_field_is_known_by_the_last_part_of_its_name():
@@ -60,8 +61,8 @@ def test_a_synthetic_batch_has_the_values_of_its_kinds():
         "text_states": shape((8, 5, 6), jnp.float32),
     }
     stage = types.SimpleNamespace(batch_spec=lambda size: spec)
-    mesh = partition.make_mesh()
-    made = benchmark.synthetic_batch({"model": {"text": {"vocab_size": 9}}}, stage, 8, mesh)
+    plan = Plan({"model": {"text": {"vocab_size": 9}}}, stage, partition.make_mesh())
+    made = benchmark.synthetic_batch(plan, 8)
     assert {name: (x.shape, x.dtype) for name, x in made.items()} == {
         name: (x.shape, x.dtype) for name, x in spec.items()
     }
@@ -88,14 +89,14 @@ def samples(draws: str, value: np.ndarray) -> tuple[list, list, list]:
     host = {draws: value, "index": np.arange(8)}
     stage = types.SimpleNamespace(
         draws=draws,
-        loss=lambda params, key, batch, **_: (0.0, {}),
+        loss=lambda params, key, batch, **_: Loss(0.0),
         sample=lambda params, keys, batch: batch[draws],
     )
     dataset = types.SimpleNamespace(
         batches=lambda size, **_: iter([host]), labels=lambda indices: [f"caption {i}" for i in indices]
     )
     config = dict(batch_size=8, eval_batches=1, num_samples=3, seed=0)
-    run = validation.Validation(config, stage, lambda _, batch: batch, dataset, partition.make_mesh())
+    run = validation.Validation(Plan(config, stage, partition.make_mesh()), dataset)
     shown, label = [], run._labelled
     run._labelled = lambda images: shown.append(images) or label(images)
     writer = Writer()

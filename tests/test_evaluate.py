@@ -426,7 +426,7 @@ def test_losses_of_the_other_stages(tmp_path):
         ("guidance_scale=much", "much"),
         ("prior_method=heun", "heun"),
         ("model=/nowhere", "/nowhere"),
-        ("decoder_steps=100000", "steps are not possible"),
+        ("decoder_steps=100000", "num_steps must be between 1 and num_timesteps = 1000"),
     ],
 )
 def test_a_way_that_cannot_be_drawn_is_refused_before_drawing(model, tmp_path, way, message):
