@@ -331,3 +331,31 @@ def test_what_a_module_loads_is_followed_through_the_package():
     loaded = loaded_by("dalle2_jax.embed", modules)
     assert set(loaded) == set(modules) - {"dalle2_jax.train"}
     assert [entry.module for entry in loaded["dalle2_jax.data.pipeline"]] == ["tensorflow"]
+
+
+MOST_LINES, MOST_LINES_OF_FUNCTION, MOST_PARAMETERS = 400, 80, 8
+
+
+def too_large(source: str) -> list[str]:
+    """What of a file is above the limits. A stage's `build` takes a config, and may have more keywords."""
+    found = ["the file"] if source.count("\n") > MOST_LINES else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = len([argument for argument in given if argument.arg not in ("self", "cls")])
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MOST_LINES_OF_FUNCTION or (count > MOST_PARAMETERS and node.name != "build"):
+                found.append(f"{node.name}: {lines} lines, {count} parameters")
+    return found
+
+
+def test_files_and_functions_are_short():
+    files = {path: too_large(path.read_text("utf-8")) for path in (ROOT / PACKAGE).rglob("*.py")}
+    assert len(files) > 100 and not {str(path): found for path, found in files.items() if found}
+
+
+@pytest.mark.parametrize(
+    "source", ["\n" * 401, "def f():\n" + " 0\n" * 80, "def f(a, b, c, d, *, e, f, g, h, i): 0"]
+)
+def test_what_is_too_large_is_found(source):
+    assert too_large(source)

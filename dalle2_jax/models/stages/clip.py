@@ -295,6 +295,30 @@ class CLIP:
         return self._scaled(embed, normalize), states
 
 
+def _image_tower(
+    vision: dict, image_size: int, activation: str, scan: bool, **common
+) -> ViT | ModifiedResNet:
+    """The image tower of `build`'s `vision`; ValueError for settings that do not go together."""
+    check_settings(vision, ("kind",), set(vision) - {"kind"}, "vision")
+    options = {name: value for name, value in vision.items() if name != "kind"}
+    if vision["kind"] == "vit":
+        check_settings(options, ("patch_size", "width", "depth", "num_heads"), ("mlp_width",), "vision")
+        if image_size % vision["patch_size"]:
+            raise ValueError(
+                f"image_size {image_size} is not a multiple of vision.patch_size {vision['patch_size']}"
+            )
+        return ViT(**options, **common, activation=activation, scan=scan)
+    if vision["kind"] != "resnet":
+        raise ValueError(f"vision.kind {vision['kind']!r} is unknown; choose 'vit' or 'resnet'")
+    check_settings(options, ("width", "depths", "num_heads"), ("norm",), "vision")
+    factor = 2 ** (len(vision["depths"]) + 1)
+    if image_size % factor:
+        raise ValueError(
+            f"image_size {image_size} is not a multiple of {factor}, as {len(vision['depths'])} stages need"
+        )
+    return ModifiedResNet(**options | {"depths": tuple(vision["depths"])}, **common)
+
+
 def build(
     *,
     embed_dim: int,
@@ -347,29 +371,7 @@ def build(
     if noise is not None:
         check_settings(noise, ("schedule",), ("num_timesteps",), "noise")
     common = dict(embed_dim=embed_dim, remat=remat, dtype=jnp.dtype(dtype))
-    if vision is not None:
-        check_settings(vision, ("kind",), set(vision) - {"kind"}, "vision")
-        options = {name: value for name, value in vision.items() if name != "kind"}
-    if vision is None:
-        tower = None
-    elif vision["kind"] == "vit":
-        check_settings(options, ("patch_size", "width", "depth", "num_heads"), ("mlp_width",), "vision")
-        if image_size % vision["patch_size"]:
-            raise ValueError(
-                f"image_size {image_size} is not a multiple of vision.patch_size {vision['patch_size']}"
-            )
-        tower = ViT(**options, **common, activation=activation, scan=scan_blocks)
-    elif vision["kind"] == "resnet":
-        check_settings(options, ("width", "depths", "num_heads"), ("norm",), "vision")
-        factor = 2 ** (len(vision["depths"]) + 1)
-        if image_size % factor:
-            raise ValueError(
-                f"image_size {image_size} is not a multiple of {factor}, as "
-                f"{len(vision['depths'])} stages need"
-            )
-        tower = ModifiedResNet(**options | {"depths": tuple(vision["depths"])}, **common)
-    else:
-        raise ValueError(f"vision.kind {vision['kind']!r} is unknown; choose 'vit' or 'resnet'")
+    tower = None if vision is None else _image_tower(vision, image_size, activation, scan_blocks, **common)
     check_settings(text, ("vocab_size", "context_length", "width", "depth", "num_heads"), (), "text")
     return CLIP(
         vision=tower,
