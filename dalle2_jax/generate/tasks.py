@@ -40,9 +40,8 @@ def _guides(engine: Engine, step: Step, settings: Mapping) -> tuple[str, ...]:
 def specs(engine: Engine, step: Step, settings: Mapping, examples: Mapping | None = None) -> dict:
     """Shape and type of one example of all that a step reads, its guides' fields among them.
 
-    examples: field -> array [N, ...]; these fields, optional ones too, with the sizes of the arrays. None:
-      the
-    fields that the step needs, with the sizes that the stage declares.
+    examples: field -> array [N, ...]; the result has these fields, with the sizes of the arrays. None: the
+      fields that the step needs, with the sizes that the stage declares.
     """
     found = step.specs(engine.stage(step.stage))
     optional = {f"negative_{name}": spec for name, spec in found.items()}
