@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from dalle2_jax.convert import torch_legacy, wrappers
 from dalle2_jax.convert.torch_archive import TorchArchive, is_archive
@@ -39,12 +40,11 @@ class Tensors(Mapping):
         source: str,
         shapes: Mapping[str, tuple[int, ...]],
         read: Callable[[str], np.ndarray],
-        files=(),
-        notes=(),
+        files: Iterable[Path] = (),
+        notes: Iterable[str] = (),
     ):
-        self.source, self.shapes, self.files = source, dict(shapes), tuple(files)
-        self.notes = tuple(notes)
-        self._read = read
+        self.source, self.shapes, self._read = source, dict(shapes), read
+        self.files, self.notes = tuple(files), tuple(notes)
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = self._read(name)
@@ -79,8 +79,8 @@ class Tensors(Mapping):
     def renamed(self, names: Mapping[str, str], source: str = "", notes=()) -> "Tensors":
         """The tensors of `names`: new name -> name here; `source` replaces the source, `notes` are added."""
         shapes = {new: self.shapes[old] for new, old in names.items()}
-        read, notes = (lambda new: self._read(names[new])), (*self.notes, *notes)
-        return Tensors(source or self.source, shapes, read, self.files, notes)
+        notes = (*self.notes, *notes)
+        return Tensors(source or self.source, shapes, lambda new: self._read(names[new]), self.files, notes)
 
     def below(self, *prefixes: str) -> "Tensors":
         """The tensors below the first of `prefixes` that occurs, named without the prefix."""
@@ -174,8 +174,6 @@ def _looks_like_safetensors(path: Path) -> bool:
 
 
 def _open_safetensors(path: Path) -> Tensors:
-    import safetensors
-
     try:
         file = safetensors.safe_open(path, framework="np")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

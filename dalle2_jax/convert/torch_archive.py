@@ -14,7 +14,7 @@ import dataclasses
 import os
 import pickletools
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -121,39 +121,50 @@ class TorchArchive:
         """The tensor of this name, as it is stored. Raises ValueError for a storage that is too short."""
         tensor = self.tensors[name]
         size = tensor.dtype.itemsize
-        if not np.prod(tensor.shape, dtype=np.int64):
-            return np.zeros(tensor.shape, tensor.dtype)
-        ends = [(length - 1) * stride for length, stride in zip(tensor.shape, tensor.strides, strict=True)]
-        if min((tensor.offset, *tensor.strides)) < 0:
-            raise ValueError(f"tensor {name} lies outside its storage: the archive is damaged")
-        count = sum(ends) + 1
-        if np.prod(tensor.shape, dtype=np.float64) > count:
-            raise ValueError(f"tensor {name} has more numbers than its storage, which is not read")
-        entry = f"{self._root}/data/{tensor.storage}"
-        try:
-            with self._zip.open(entry) as file:
-                file.seek(tensor.offset * size)
+
+        def stored(first: int, count: int) -> np.ndarray:
+            with self._zip.open(f"{self._root}/data/{tensor.storage}") as file:
+                file.seek(first * size)
                 data = file.read(count * size)
+            return np.frombuffer(data[: len(data) // size * size], tensor.dtype)
+
+        try:
+            return build(name, tensor, stored)
         except (KeyError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
             raise ValueError(f"the numbers of tensor {name} are missing or damaged: {error}") from error
-        if len(data) != count * size:
-            raise ValueError(f"tensor {name} lies outside its storage: the archive is damaged")
-        flat = np.frombuffer(data, tensor.dtype)
-        strides = [stride * size for stride in tensor.strides]
-        return np.array(np.lib.stride_tricks.as_strided(flat, tensor.shape, strides), order="C")
+
+
+def build(name: str, tensor: StoredTensor, read: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """The array of a tensor; read: (first, count) -> numbers of its storage, fewer at the storage's end.
+
+    Raises ValueError for a tensor outside its storage or with more numbers than it.
+    """
+    outside = f"tensor {name} lies outside its storage: the file is damaged"
+    if min((tensor.offset, *tensor.strides, *tensor.shape)) < 0:
+        raise ValueError(outside)
+    if 0 in tensor.shape:
+        return np.zeros(tensor.shape, tensor.dtype)
+    count = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.strides, strict=True))
+    if np.prod(tensor.shape, dtype=np.float64) > count:
+        raise ValueError(f"tensor {name} has more numbers than its storage, which is not read")
+    flat = read(tensor.offset, count)
+    if len(flat) != count:
+        raise ValueError(outside)
+    strides = [step * tensor.dtype.itemsize for step in tensor.strides]
+    return np.array(np.lib.stride_tricks.as_strided(flat, tensor.shape, strides), order="C")
 
 
 def tensors_in(tree: Any) -> dict[str, StoredTensor]:
     """{dotted name: tensor} in a tree of dicts, lists and objects. ValueError for an endless tree."""
-    found, seen = {}, 0
-    waiting = [iter([((), tree)])]  # what is left at each depth
+    found, visited = {}, 0
+    waiting: list[Iterator[tuple[tuple[str, ...], Any]]] = [iter([((), tree)])]  # the rest at each depth
     while waiting:
         path, node = next(waiting[-1], (None, None))
         if path is None:
             waiting.pop()
             continue
-        seen += 1
-        if seen > _MAX_NODES:
+        visited += 1
+        if visited > _MAX_NODES:
             raise ValueError(f"the file's tree has more than {_MAX_NODES} nodes: it holds no weights alone")
         if len(path) > _MAX_DEPTH:
             raise ValueError(f"the file is nested more than {_MAX_DEPTH} deep")
@@ -206,7 +217,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 class _Machine:
     """The stack machine of a pickle; an instruction is a method, called with the instruction's argument."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stack: list = []
         self.memo: dict[int, Any] = {}
         self.methods = {
@@ -237,9 +248,7 @@ class _Machine:
         elif name in _CONTAINERS:
             self.stack.append(_CONTAINERS[name]())
         elif name in _TUPLES:
-            items = self.stack[-_TUPLES[name] :]
-            del self.stack[-_TUPLES[name] :]
-            self.stack.append(tuple(items))
+            self.stack[-_TUPLES[name] :] = [tuple(self.stack[-_TUPLES[name] :])]
         elif name in self.methods:
             self.methods[name](argument)
         elif opcode.stack_after and not opcode.stack_before and argument is not None:

@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from dalle2_jax.convert.torch_archive import StoredTensor, tensors_in, walk
+from dalle2_jax.convert.torch_archive import build, tensors_in, walk
 
 MAGIC, LAYOUT = 0x1950A86A20F9469CFC6C, 1001
 # How every such file begins: the magic number as a pickle of protocol 2.
@@ -52,21 +52,9 @@ def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
                     "Download or copy it again"
                 )
             storages[key] = np.frombuffer(file.read(count * types[key].itemsize), types[key])
-    return {name: _view(name, tensor, storages) for name, tensor in found.items()}
-
-
-def _view(name: str, tensor: StoredTensor, storages: dict[str, np.ndarray]) -> np.ndarray:
-    storage = storages.get(tensor.storage)
-    reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.strides, strict=True))
-    empty = 0 in tensor.shape
-    if (
-        storage is None
-        or min((tensor.offset, *tensor.strides, *tensor.shape)) < 0
-        or (not empty and tensor.offset + reach >= len(storage))
-        or np.prod(tensor.shape, dtype=np.float64) > len(storage)
-    ):
-        raise ValueError(f"tensor {name} lies outside its storage: the file is damaged")
-    if empty:
-        return np.zeros(tensor.shape, tensor.dtype)
-    strides = [stride * tensor.dtype.itemsize for stride in tensor.strides]
-    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides).copy()
+        if lost := sorted(types.keys() - storages.keys()):
+            raise ValueError(f"{path} is damaged: it lists no storage {lost[0]!r}")
+    return {
+        name: build(name, tensor, lambda first, count, of=storages[tensor.storage]: of[first : first + count])
+        for name, tensor in found.items()
+    }

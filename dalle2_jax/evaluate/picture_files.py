@@ -35,22 +35,21 @@ class LeftOut:
     'no_picture', 'shard' and 'not_listed'.
     """
 
-    def __init__(self, counts: Mapping[str, int] | None = None):
-        self.counts, self.examples = collections.Counter(counts or {}), {}
+    def __init__(self, counts: Mapping[str, int] | None = None, examples: Mapping[str, str] | None = None):
+        self.counts, self.examples = collections.Counter(counts or {}), dict(examples or {})
 
-    def add(self, reason: str, example: str, count: int = 1) -> None:
-        """Add `count` pictures; `example` describes the first."""
-        self.counts[reason] += count
+    def add(self, reason: str, example: str) -> None:
+        """Count a picture, which `example` describes."""
+        self.counts[reason] += 1
         self.examples.setdefault(reason, example)
 
     def describe(self) -> str:
         """'2 undecodable (such as x.png: ...), 1 animated (such as y.gif: 2 frames)'."""
-        parts = []
-        for reason, count in self.counts.items():
-            example = self.examples.get(reason)
-            words = reason.replace("_", " ")
-            parts.append(f"{count} {words}" + (f" (such as {example})" if example else ""))
-        return ", ".join(parts)
+        such = {reason: f" (such as {example})" for reason, example in self.examples.items()}
+        counts = self.counts.items()
+        return ", ".join(
+            f"{count} {reason.replace('_', ' ')}{such.get(reason, '')}" for reason, count in counts
+        )
 
 
 @dataclasses.dataclass
@@ -92,14 +91,13 @@ def _sort_in(found: Folder, root: Path, file: Path) -> None:
         found.shards.append(file)
     elif picture:
         found.files.append(file)
-    elif extension in _TEXTS:
-        pass
     elif extension in _OTHER_PICTURES:
         found.left.add("other_format", f"{key.as_posix()}: save it as PNG or JPEG")
-    elif _begins_as_picture(file):
-        found.files.append(file)
-    else:
-        found.left.add("no_picture", key.as_posix())
+    elif extension not in _TEXTS:
+        if _begins_as_picture(file):
+            found.files.append(file)
+        else:
+            found.left.add("no_picture", key.as_posix())
 
 
 def _begins_as_picture(file: Path) -> bool:
@@ -122,7 +120,7 @@ def read_bytes(file: Path) -> bytes:
             raise records.BadRecord("too_large", f"{file.stat().st_size} bytes")
         return file.read_bytes()
     except (FileNotFoundError, PermissionError) as error:
-        raise records.BadRecord("unreadable", error.strerror) from None
+        raise records.BadRecord("unreadable", error.strerror or "") from None
 
 
 def read_listed(path: Path) -> tuple[list[tuple[Path, str]], set[Path]]:

@@ -7,7 +7,6 @@ Karlo's settings alone; a setting that it does not support is an error that name
 import importlib
 import inspect
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -144,9 +143,9 @@ def _pipeline(settings: Mapping, params: Mapping, files: dict, weights: dict) ->
         additional_embeddings=4,
         dropout=0.0,
     )
-    rows = karlo.prior_rows(text["depth"])
-    nulls = ["net/null_text_embed/embedding", "net/null_text_states/embedding", "stats/eps_sq"]
-    add("prior", config, tables.exported(rows, params["prior"], dropped=nulls))
+    dropped = [*karlo.NULL_LEAVES["prior"], "stats/eps_sq"]
+    rows = karlo.diffusers_prior_rows(text["depth"])
+    add("prior", config, tables.exported(rows, params["prior"], dropped=dropped))
 
     side, levels = decoder["image_size"], range(len(decoder["channel_mult"]))
     attends = [side // 2**level in decoder["attention_resolutions"] for level in levels]
@@ -159,9 +158,8 @@ def _pipeline(settings: Mapping, params: Mapping, files: dict, weights: dict) ->
         attention_head_dim=decoder["head_dim"],
         class_embed_type="identity",
     )
-    rows = karlo.decoder_rows(params["decoder"], decoder["num_image_tokens"])
-    nulls = ["null_text_embed", "null_text_states/embedding"]
-    both = tables.exported(rows, params["decoder"], dropped=nulls)
+    rows = karlo.diffusers_decoder_rows(params["decoder"], decoder["num_image_tokens"])
+    both = tables.exported(rows, params["decoder"], dropped=karlo.NULL_LEAVES["decoder"])
     add("decoder", config, _below(both, "decoder."))
     config = dict(
         _class_name="UnCLIPTextProjModel",
@@ -232,12 +230,11 @@ def _null_differs(stages: Mapping, tokenizer: Tokenizer) -> list[str]:
     """Notes on null captions other than "", the null caption of diffusers."""
     null = karlo.null_caption(*stages["clip"], tokenizer)
     notes = []
-    for role in ("prior", "decoder"):
-        flat = {re.sub("/embedding$", "", name): x for name, x in modeldir.flatten(stages[role][1]).items()}
-        prefix = "net/" if role == "prior" else ""
-        for name, value in null.items():
-            own = np.asarray(flat.get(f"{prefix}null_{name}", np.zeros(0)), np.float32)
-            if own.shape != value.shape or not np.allclose(own, value, rtol=1e-2, atol=1e-2):
+    for role, leaves in karlo.NULL_LEAVES.items():
+        flat = modeldir.flatten(stages[role][1])
+        for name, leaf, value in zip(("text_embed", "text_states"), leaves, null, strict=True):
+            ours = np.asarray(flat.get(leaf, np.zeros(0)), np.float32)
+            if ours.shape != value.shape or not np.allclose(ours, value, rtol=1e-2, atol=1e-2):
                 notes.append(f"the {role}'s null {name} is not that of the caption '', which diffusers has")
     return notes
 

@@ -4,13 +4,12 @@ The head of the second version (sac+logos+ava1-l14-linearMSE.pth) has five linea
 16, 1 with dropout alone between them. It reads unit embeddings of OpenAI's ViT-L/14 and of no other CLIP.
 """
 
-import hashlib
 import os
 import re
 
 import numpy as np
 
-from dalle2_jax.convert.tensors import open_tensors
+from dalle2_jax.convert.tensors import open_tensors, sha256
 from dalle2_jax.evaluate.metric import Features, PictureMetric, entry
 
 
@@ -42,8 +41,7 @@ def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarra
             f"{path} reads CLIP embeddings of {weight.shape[1]} entries, the CLIP's have {embed_dim}: it "
             "is for OpenAI's ViT-L/14"
         )
-    with open(path, "rb") as file:
-        return weight[0], bias[0], hashlib.file_digest(file, "sha256").hexdigest()
+    return weight[0], bias[0], sha256(path)
 
 
 def score(embeds: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -53,9 +51,9 @@ def score(embeds: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarra
 
 
 def _aesthetic(name: str, x: Features) -> dict[str, dict]:
-    weight, bias, sha256 = x.networks.head
+    weight, bias, head_sha256 = x.networks.head
     scores = score(x.images, weight, bias)
-    return {name: entry(scores.mean(), scores.std(ddof=1) / np.sqrt(len(scores)), head_sha256=sha256)}
+    return {name: entry(scores.mean(), scores.std(ddof=1) / np.sqrt(len(scores)), head_sha256=head_sha256)}
 
 
 METRICS = {

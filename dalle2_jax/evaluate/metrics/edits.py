@@ -17,7 +17,7 @@ from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate.metric import Inputs, ModelMetric, wilson
 from dalle2_jax.evaluate.metrics.scenes import load_checker, verdict_aspects
-from dalle2_jax.evaluate.picture_sets import PassLines
+from dalle2_jax.evaluate.picture_sets import PassLines, unseen_scenes
 from dalle2_jax.runtime import metrics, processes
 
 MARGIN = 0.06  # of a mask around the object's box, as a fraction of the side
@@ -42,14 +42,10 @@ class Case:
 
 
 def _unseen(config: scenes.SceneConfig, count: int, seed: int, objects: int) -> list[scenes.Scene]:
-    found = []
-    for i in range(100 * count):
-        scene = scenes.sample_scene(config, "validation", i, seed)
-        if len(scene.objects) == objects:
-            found.append(scene)
-        if len(found) == count:
-            return found
-    raise ValueError(f"scenes of {config.name!r} do not hold {count} of {objects} object(s)")
+    found = unseen_scenes(config, count, seed, ("validation",), lambda scene: len(scene.objects) == objects)
+    if len(found) < count:
+        raise ValueError(f"scenes of {config.name!r} do not hold {count} of {objects} object(s)")
+    return found
 
 
 def _plain(scene: scenes.Scene) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
+from dalle2_jax.data.pipeline import label_of
 from dalle2_jax.evaluate import picture_sets
 from dalle2_jax.evaluate.metric import Inputs, ModelMetric, Request
 from dalle2_jax.runtime import files
@@ -48,8 +49,6 @@ def labels(captions: Sequence[str], names: Sequence[str]) -> np.ndarray:
 
     Raises ValueError if no caption names exactly one class.
     """
-    from dalle2_jax.data.pipeline import label_of
-
     found = np.array([label_of(caption, names) for caption in captions])
     if not (found >= 0).any():
         raise ValueError(f"no caption names exactly one of the {len(names)} classes, such as {names[0]!r}")
@@ -87,22 +86,16 @@ def single_objects(
 ) -> tuple[list[scenes.Scene], list[str], list[int]]:
     """(`count` unseen scenes of one object, all class names 'COLOUR SHAPE', the scenes' class numbers)."""
     names = [f"{colour} {shape}" for colour in config.colours for shape in config.shapes]
-    splits, chosen = ("validation", "test_pairs"), []
-    for i in range(100 * count):
-        scene = scenes.sample_scene(config, splits[i % 2], i // 2, seed)
-        if len(scene.objects) == 1:
-            chosen.append(scene)
-        if len(chosen) == count:
-            break
-    labels = [names.index(f"{s.objects[0].colour} {s.objects[0].shape}") for s in chosen]
-    return chosen, names, labels
+    splits = ("validation", "test_pairs")
+    found = picture_sets.unseen_scenes(config, count, seed, splits, lambda scene: len(scene.objects) == 1)
+    return found, names, [names.index(f"{s.objects[0].colour} {s.objects[0].shape}") for s in found]
 
 
 def unseen_pictures(config: scenes.SceneConfig, image_size: int, n: int = SCENES, seed: int = 0):
     """(`single_objects` rendered, with their classes as captions, the names of all classes)."""
     found, names, numbers = single_objects(config, n, seed)
-    images = [scenes.render(scene, image_size) for scene in found]
-    return picture_sets.of_images("unseen scenes", images, [names[number] for number in numbers]), names
+    texts = [names[number] for number in numbers]
+    return picture_sets.rendered("unseen scenes", found, image_size, texts), names
 
 
 def measure(
