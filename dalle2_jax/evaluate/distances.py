@@ -20,7 +20,8 @@ are equal.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -198,8 +199,8 @@ def mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool = False) -> t
 
     Raises ValueError for fewer than two rows.
     """
-    value, *spreads = _mmd(x, y, kernel, biased)
-    return value, float(np.sqrt(spreads[0] / len(x) + spreads[1] / len(y)))
+    value, spread_x, spread_y = _mmd(x, y, kernel, biased)
+    return value, float(np.sqrt(spread_x / len(x) + spread_y / len(y)))
 
 
 def _mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool) -> tuple[float, float, float]:
@@ -207,20 +208,22 @@ def _mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool) -> tuple[fl
     x, y = _pair(x, y)
     if min(len(x), len(y)) < 2:
         raise ValueError("a discrepancy needs 2 or more pictures on either side")
-    means = {"xy": [], "yx": np.zeros(len(y))}  # of the kernel between a row and all rows of a set
+
+    def within(rows: np.ndarray) -> np.ndarray:
+        """Means of the kernel between a row and the rows of its own set."""
+        means = _by_chunks(rows, lambda part: kernel(part, rows).mean(axis=1))
+        if biased:
+            return means
+        return (means * len(rows) - _by_chunks(rows, lambda x: kernel(x, x).diagonal())) / (len(rows) - 1)
+
+    parts, yx = [], np.zeros(len(y))  # means of the kernel between a row and all rows of the other set
     for rows in _chunks(x):
         gram = kernel(rows, y)
-        means["xy"].append(gram.mean(axis=1))
-        means["yx"] += gram.sum(axis=0) / len(x)
-    means["xy"] = np.concatenate(means["xy"])
-    for name, rows in (("xx", x), ("yy", y)):
-        means[name] = np.concatenate([kernel(part, rows).mean(axis=1) for part in _chunks(rows)])
-        if not biased:
-            own = np.concatenate([kernel(part, part).diagonal() for part in _chunks(rows)])
-            means[name] = (means[name] * len(rows) - own) / (len(rows) - 1)
-    value = means["xx"].mean() + means["yy"].mean() - 2 * means["xy"].mean()
-    influence = 2 * (means["xx"] - means["xy"]), 2 * (means["yy"] - means["yx"])
-    return float(value), *(float(each.var(ddof=1)) for each in influence)
+        parts.append(gram.mean(axis=1))
+        yx += gram.sum(axis=0) / len(x)
+    xx, yy, xy = within(x), within(y), np.concatenate(parts)
+    spread_x, spread_y = (float((2 * influence).var(ddof=1)) for influence in (xx - xy, yy - yx))
+    return float(xx.mean() + yy.mean() - 2 * xy.mean()), spread_x, spread_y
 
 
 def kid(
@@ -252,9 +255,9 @@ def kid(
             sum((gram.sum() - np.trace(gram)) / pairs for gram in within) - 2 * cubic_kernel(a, b).mean()
         )
     part = np.random.RandomState(seed)
-    few = [rows[part.permutation(len(rows))[:ERROR_ROWS]] for rows in (x, y)]
-    _, *spreads = _mmd(*few, cubic_kernel, biased=False)
-    error = spreads[0] / len(x) + spreads[1] / len(y) + np.var(found) / subsets
+    some_x, some_y = (rows[part.permutation(len(rows))[:ERROR_ROWS]] for rows in (x, y))
+    _, spread_x, spread_y = _mmd(some_x, some_y, cubic_kernel, biased=False)
+    error = spread_x / len(x) + spread_y / len(y) + np.var(found) / subsets
     return float(np.mean(found)), float(np.std(found)), float(np.sqrt(error))
 
 
@@ -285,14 +288,14 @@ def neighbourhoods(x: np.ndarray, y: np.ndarray, k: int = 3) -> dict[str, float]
     radius_x, radius_y = _radii(x, k), _radii(y, k)
     in_x = np.zeros(len(y), bool)  # whether a y lies in any ball of x
     hit_y = np.zeros(len(y), bool)  # whether the ball of a y holds any x
-    balls = []  # number of balls of y around each x
+    counts = []  # number of balls of y around each x
     for rows, radii in zip(_chunks(x), _chunks(radius_x), strict=True):
         distances = _squared_distances(rows, y)
         inside = distances <= radius_y
-        balls.append(inside.sum(axis=1))
+        counts.append(inside.sum(axis=1))
         hit_y |= inside.any(axis=0)
         in_x |= (distances <= radii[:, None]).any(axis=0)
-    balls = np.concatenate(balls)
+    balls = np.concatenate(counts)
     return {
         "precision": float((balls > 0).mean()),
         "recall": float(in_x.mean()),
@@ -304,13 +307,8 @@ def neighbourhoods(x: np.ndarray, y: np.ndarray, k: int = 3) -> dict[str, float]
 
 def _radii(x: np.ndarray, k: int) -> np.ndarray:
     """Squared distance of each row to its k-th nearest other row."""
-    found, start = [], 0
-    for rows in _chunks(x):
-        distances = _squared_distances(rows, x)
-        distances[np.arange(len(rows)), start + np.arange(len(rows))] = np.inf
-        found.append(np.partition(distances, k - 1, axis=1)[:, k - 1])
-        start += len(rows)
-    return np.concatenate(found)
+    # the k + 1 nearest rows include the row itself, at a distance of 0 but for rounding
+    return _by_chunks(x, lambda rows: np.partition(_squared_distances(rows, x), k, axis=1)[:, k])
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -319,9 +317,13 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.maximum(squares - 2 * x @ y.T, 0)
 
 
-def _chunks(x: np.ndarray):
+def _chunks(x: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(x), CHUNK):
         yield x[start : start + CHUNK]
+
+
+def _by_chunks(x: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return np.concatenate([function(rows) for rows in _chunks(x)])
 
 
 # Inception score
@@ -342,9 +344,8 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int | None = 202
         logits = logits[np.random.RandomState(seed).permutation(len(logits))]
     log_p = logits - logits.max(axis=1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
-    found, count = [], len(logits)
-    for i in range(splits):
-        part = log_p[i * count // splits : (i + 1) * count // splits]
+    found, ends = [], np.arange(splits + 1) * len(logits) // splits
+    for part in (log_p[start:end] for start, end in itertools.pairwise(ends)):
         p = np.exp(part)
         log_marginal = np.log(np.maximum(p.mean(axis=0), np.finfo(float).tiny))
         found.append(np.exp((p * (part - log_marginal)).sum(axis=1).mean()))

@@ -165,12 +165,8 @@ def drawn_pictures(
         {"file": name, "caption": text} | ({"number": number} if number else {})
         for name, text, number in zip(names, captions, numbers, strict=True)
     ]
-    plan = {
-        "pictures": listed,
-        **plan_of(model),
-        "seed": seed,
-        "settings": model.settings(**(settings or {})),
-    }
+    settings = settings or {}
+    plan = {"pictures": listed, **plan_of(model), "seed": seed, "settings": model.settings(**settings)}
     text = json.dumps(plan, indent=2, ensure_ascii=False)
     missing = open_drawn_folder(folder, {"generate.json": text}, names)
     for start in sorted({int(i) // size * size for i in missing}):

@@ -6,6 +6,7 @@ numbers of one rule (arXiv:2104.11222). `convert.inception_weights` has the weig
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -43,13 +44,9 @@ def bicubic(picture: np.ndarray, size: int) -> np.ndarray:
     """Antialiased bicubic resizing of float channels, unrounded, in 0 .. 255; [size, size, C] float32."""
     if picture.shape[:2] == (size, size):
         return np.asarray(picture, np.float32)
-    channels = [
-        Image.fromarray(np.asarray(picture[..., c], np.float32)).resize(
-            (size, size), Image.Resampling.BICUBIC
-        )
-        for c in range(picture.shape[-1])
-    ]
-    return np.clip(np.stack([np.asarray(channel) for channel in channels], axis=-1), 0, 255)
+    channels = [Image.fromarray(channel) for channel in np.moveaxis(np.asarray(picture, np.float32), -1, 0)]
+    resized = [np.asarray(channel.resize((size, size), Image.Resampling.BICUBIC)) for channel in channels]
+    return np.clip(np.stack(resized, axis=-1), 0, 255)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Rule:
     """Preparation of pixels 0 .. 255: `resize`, then (x - centre) / centre. what: the resizing in words."""
 
     what: str
-    resize: object
+    resize: Callable[[np.ndarray, int], np.ndarray]
     centre: float
 
 

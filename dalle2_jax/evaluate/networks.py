@@ -34,10 +34,10 @@ def open_judge(path: str) -> Iterator[pipeline.UnCLIP]:
     Raises FileNotFoundError or ValueError for anything else.
     """
     folder = Path(hub.local(path))
-    found = next((name for file, name in CLIP_FOLDERS.items() if (folder / file).is_file()), None)
+    kind = next((name for file, name in CLIP_FOLDERS.items() if (folder / file).is_file()), None)
     with tempfile.TemporaryDirectory() as converted:
-        if found and not (folder / modeldir.INDEX_FILE).is_file():
-            convert.convert_weights(found, folder, converted, dtype="float32", name=folder.name)
+        if kind and not (folder / modeldir.INDEX_FILE).is_file():
+            convert.convert_weights(kind, folder, converted, dtype="float32", name=folder.name)
             folder = Path(converted)
         judge = pipeline.UnCLIP.load(folder)
         if not has_clip(judge):

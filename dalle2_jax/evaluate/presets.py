@@ -27,8 +27,9 @@ class Preset:
     compares: str = ""
 
 
-def _as_it_is(picture: np.ndarray) -> np.ndarray:
-    return picture
+def _resized(picture: np.ndarray, size: int, filter_: Image.Resampling) -> np.ndarray:
+    same = picture.shape[:2] == (size, size)
+    return picture if same else np.asarray(Image.fromarray(picture).resize((size, size), filter_))
 
 
 def _central(picture: np.ndarray, size: int, filter_: Image.Resampling) -> np.ndarray:
@@ -36,29 +37,14 @@ def _central(picture: np.ndarray, size: int, filter_: Image.Resampling) -> np.nd
     height, width = picture.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    cut = Image.fromarray(picture[top : top + side, left : left + side])
-    return np.asarray(cut if side == size else cut.resize((size, size), filter_))
-
-
-def _openai(picture: np.ndarray) -> np.ndarray:
-    return np.asarray(transforms.square(Image.fromarray(picture), COCO_SIZE, round_twice=True))
-
-
-def _karlo(picture: np.ndarray) -> np.ndarray:
-    return square_picture(picture, COCO_SIZE, halve=False)
-
-
-def _squash(picture: np.ndarray, size: int = 512) -> np.ndarray:
-    same = picture.shape[:2] == (size, size)
-    image = Image.fromarray(picture)
-    return np.asarray(image if same else image.resize((size, size), Image.Resampling.BICUBIC))
+    return _resized(picture[top : top + side, left : left + side], size, filter_)
 
 
 _30K = "30,000 captions of val2014"
 PRESETS = {
-    "ttur": Preset(_as_it_is, "as it is", "tf1"),
-    "clean": Preset(_as_it_is, "as it is", "clean"),
-    "pytorch_fid": Preset(_as_it_is, "as it is", "torch"),
+    "ttur": Preset(lambda picture: picture, "as it is", "tf1"),
+    "clean": Preset(lambda picture: picture, "as it is", "clean"),
+    "pytorch_fid": Preset(lambda picture: picture, "as it is", "torch"),
     "imagen": Preset(
         lambda picture: _central(picture, COCO_SIZE, Image.Resampling.BICUBIC),
         "central square, bicubic to 256",
@@ -66,13 +52,16 @@ PRESETS = {
         f"{_30K}, drawn at random, with all pictures of val2014",
     ),
     "openai": Preset(
-        _openai,
+        lambda picture: np.asarray(transforms.square(Image.fromarray(picture), COCO_SIZE, round_twice=True)),
         "halved with a box filter, bicubic to 256, central square",
         "tf1",
         f"{_30K} with pictures of val2014; the paper does not say which",
     ),
     "karlo": Preset(
-        _karlo, "shorter side bicubic to 256, central square", "tf1", f"{_30K} with their 30,000 pictures"
+        lambda picture: square_picture(picture, COCO_SIZE, halve=False),
+        "shorter side bicubic to 256, central square",
+        "tf1",
+        f"{_30K} with their 30,000 pictures",
     ),
     "gigagan": Preset(
         lambda picture: _central(picture, COCO_SIZE, Image.Resampling.LANCZOS),
@@ -87,7 +76,7 @@ PRESETS = {
         "one caption a picture of a fixed list, with stored statistics",
     ),
     "mlperf": Preset(
-        _squash,
+        lambda picture: _resized(picture, 512, Image.Resampling.BICUBIC),
         "squashed to 512 x 512, bicubic",
         "torch",
         f"{_30K}, one a picture, with their 30,000 pictures",
