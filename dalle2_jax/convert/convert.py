@@ -21,6 +21,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,12 +93,12 @@ def convert_workdirs(
     """
     out = _check_out(out, dtype)
     models.check_names(sources, (*ROLES, "upsamplers"), "sources")
-    wanted = [(role, sources[role]) for role in ROLES if sources.get(role)]
+    wanted = [(role, str(sources[role])) for role in ROLES if sources.get(role)]
     wanted += [("upsampler", source) for source in sources.get("upsamplers") or ()]
     if not wanted:
         raise ValueError(f"give at least one workdir: {', '.join(f'--{role}' for role in ROLES)}")
     parts, stages, tokenizers, steps = {}, {}, {}, {}
-    local = {source: hub.local(source) for _, source in wanted}
+    local = {source: os.fspath(hub.local(source)) for _, source in wanted}
     for role, source in wanted:
         stage, config, params = models.load_stage(source, role)
         folder = f"upsampler{stage.image_size}" if role == "upsampler" else role
@@ -181,27 +182,26 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
 
     Returns notes on it; see formats/to_diffusers.py. Raises FileNotFoundError or ValueError.
     """
-    model = hub.local(model)
-    index = modeldir.read_index(model)
-    stages = {name: models.load_stage(model, name)[1:] for name in index["stages"]}
-    out = _check_out(out, "float32")
+    source, folder = epath.Path(hub.local(model)), _check_out(out, "float32")
+    index = modeldir.read_index(source)
+    stages = {name: models.load_stage(source, name)[1:] for name in index["stages"]}
     context_length = stages["clip"][0]["model"]["text"]["context_length"] if "clip" in stages else None
-    folder = next((each["tokenizer"] for each in index["stages"].values() if each["tokenizer"]), "tokenizer")
-    tokenizer = load_tokenizer(epath.Path(model) / folder, context_length)
-    notes = to_diffusers.export_model(Path(out), stages, tokenizer)
+    words = next((each["tokenizer"] for each in index["stages"].values() if each["tokenizer"]), "tokenizer")
+    tokenizer = load_tokenizer(source / words, context_length)
+    notes = to_diffusers.export_model(Path(folder), stages, tokenizer)
     library = "transformers" if set(stages) == {"clip"} else "diffusers"
-    (out / modeldir.CARD_FILE).write_text(card.model_card(index, stages, library))
+    (folder / modeldir.CARD_FILE).write_text(card.model_card(index, stages, library))
     return notes
 
 
 def _check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
-    """`out` as a path, once it and `dtype` are found to be possible."""
+    """`out` as a path. Raises ValueError for an unknown dtype, and for a training workdir."""
     if dtype not in modeldir.DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(modeldir.DTYPES)}")
-    out = epath.Path(files.expand(out))
-    if models.is_workdir(out):
-        raise ValueError(f"{out} is a training workdir: write the model directory elsewhere")
-    return out
+    folder = epath.Path(files.expand(out))
+    if models.is_workdir(folder):
+        raise ValueError(f"{folder} is a training workdir: write the model directory elsewhere")
+    return folder
 
 
 def _check_stages(parts: dict[str, tuple], stages: dict, tokenizer: Tokenizer | None) -> None:
@@ -230,7 +230,7 @@ def _write_model(
     (out / modeldir.CARD_FILE).write_text(card.model_card(extra, parts))
 
 
-def _licence(source: str) -> str:
+def _licence(source: str | os.PathLike) -> str:
     """The licence of a model directory, or of the one that a workdir's parameters began as; '' if unknown."""
     folder = epath.Path(source)
     if models.is_workdir(folder):
@@ -271,9 +271,10 @@ def _paths(text: str) -> tuple[str, ...]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; one subcommand a source of weights."""
-    parser = argparse.ArgumentParser(prog="python -m dalle2_jax.convert", description=__doc__.split("\n")[0])
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m dalle2_jax.convert", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
-    path = dict(type=files.expand, default="")
+    path: dict[str, Any] = dict(type=files.expand, default="")
     workdirs = commands.add_parser(
         "workdirs", aliases=["export"], help="averaged weights of training workdirs"
     )
@@ -286,7 +287,9 @@ def make_parser() -> argparse.ArgumentParser:
     writers = [workdirs]
     for name in FORMATS:
         module = importlib.import_module(f"dalle2_jax.convert.formats.{name.replace('-', '_')}")
-        weights = commands.add_parser(f"{name}", help=module.HELP, description=module.__doc__.split("\n")[0])
+        weights = commands.add_parser(
+            f"{name}", help=module.HELP, description=(module.__doc__ or "").split("\n")[0]
+        )
         weights.add_argument("source", **path, metavar="SRC", help=module.HELP)
         weights.add_argument("out", **path, metavar="OUT", help="model directory to write")
         weights.add_argument("--tokenizer", **path, metavar="FOLDER", help="for a SRC without a tokenizer")

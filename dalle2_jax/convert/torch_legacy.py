@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from dalle2_jax.convert.torch_archive import build, tensors_in, walk
+from dalle2_jax.convert.torch_archive import StoredTensor, build, tensors_in, walk
 
 MAGIC, LAYOUT = 0x1950A86A20F9469CFC6C, 1001
 # How every such file begins: the magic number as a pickle of protocol 2.
@@ -54,7 +54,9 @@ def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
             storages[key] = np.frombuffer(file.read(count * types[key].itemsize), types[key])
         if lost := sorted(types.keys() - storages.keys()):
             raise ValueError(f"{path} is damaged: it lists no storage {lost[0]!r}")
-    return {
-        name: build(name, tensor, lambda first, count, of=storages[tensor.storage]: of[first : first + count])
-        for name, tensor in found.items()
-    }
+
+    def build_one(name: str, tensor: StoredTensor) -> np.ndarray:
+        storage = storages[tensor.storage]
+        return build(name, tensor, lambda first, count: storage[first : first + count])
+
+    return {name: build_one(name, tensor) for name, tensor in found.items()}

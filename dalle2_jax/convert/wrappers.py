@@ -11,38 +11,19 @@ torch.compile, Lightning and others prefix every name with an attribute of their
 - An ambiguous file is an error that names the cause: two models in a file, averages whose names are lost.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
 WEIGHTS = (
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "module",
-    "net",
-    "network",
-    "params",
-    "weights",
-    "clip",
-    "clip_model",
-    "online_model",
-    "shadow",
-)
+    "state_dict model_state_dict model_state model module net network params weights clip clip_model "
+    "online_model shadow"
+).split()
 AVERAGES = (
-    "model_ema",
-    "model_ema_state_dict",
-    "ema",
-    "ema_model",
-    "ema_params",
-    "ema_state_dict",
-    "ema_weights",
-    "averaged_model",
-    "swa_model",
-    "params_ema",
-    "state_dict_ema",
-)
+    "model_ema model_ema_state_dict ema ema_model ema_params ema_state_dict ema_weights averaged_model "
+    "swa_model params_ema state_dict_ema"
+).split()
 # Names of tensors of the training state, or the first words of these names.
 TRAINING = re.compile(
     r"(.*_)?(optim(izers?|izer_states?|_state)?(_.*)?|scalers?|scaler_.*|amp|(lr_)?sched(ulers?)?(_.*)?)"
@@ -94,11 +75,8 @@ def unwrap(names: Iterable[str], source: str) -> Unwrapped:
 
 def heads(names: Iterable[str]) -> dict[str, int]:
     """{first word: number of names with it}; '.*' follows a word that other words follow."""
-    counts: dict[str, int] = {}
-    for name in names:
-        head, dot, _ = name.partition(".")
-        counts[head + ".*" * bool(dot)] = counts.get(head + ".*" * bool(dot), 0) + 1
-    return counts
+    parts = (name.partition(".") for name in names)
+    return collections.Counter(head + ".*" * bool(dot) for head, dot, _ in parts)
 
 
 def _unwrapped(names: Mapping[str, str], below: str, source: str) -> Unwrapped:
@@ -127,20 +105,17 @@ def _unwrapped(names: Mapping[str, str], below: str, source: str) -> Unwrapped:
                 f"{source} holds several models ({listed}): save the state dictionary of the one you want"
             )
     inner = {head: _unwrapped(parts[head], f"{below}{head}.", source) for head in weights + averages}
-    found = _chosen(inner[weights[0]] if weights else None, inner[averages[0]] if averages else None, source)
-    beside = [f"{below}{name}" for name in heads(n for h in others for n in _full(h, parts[h]))]
+    found = inner[(averages or weights)[0]]
+    if averages:
+        found = _averages(found, inner[weights[0]] if weights else None, source)
+    named = (f"{head}.{rest}" if rest else head for head in others for rest in parts[head])
+    beside = [f"{below}{name}" for name in heads(named)]
     note = (f"not read: {', '.join(beside)}",) if beside else ()
     return dataclasses.replace(found, notes=found.notes + note)
 
 
-def _full(head: str, part: Mapping[str, str]) -> list[str]:
-    return [f"{head}.{rest}" if rest else head for rest in part]
-
-
-def _chosen(weights: Unwrapped | None, averages: Unwrapped | None, source: str) -> Unwrapped:
-    """The averages if there are any, completed by the weights."""
-    if averages is None:
-        return weights
+def _averages(averages: Unwrapped, weights: Unwrapped | None, source: str) -> Unwrapped:
+    """The averages without their counters, completed by the weights."""
     names = {name: full for name, full in averages.names.items() if name not in _COUNTERS}
     averages = dataclasses.replace(averages, names=names)
     if weights is None:

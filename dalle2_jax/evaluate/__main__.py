@@ -1,9 +1,11 @@
 """python -m dalle2_jax.evaluate [--model=DIR] [--metrics=scenes,retrieval,zero_shot --n=128 --out=DIR]"""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import tempfile
+from typing import Any
 
 from absl import app, flags, logging
 from etils import epath
@@ -21,9 +23,8 @@ FLAGS = flags.FLAGS
 
 def request() -> Request:
     """The flags as a request."""
-    names = ("images", "reference", "inception", "preset", "aesthetic", "classes", "templates", "scenes")
-    names += ("n", "seed", "batch_size", "out", "npz_out", "stats_out")
-    values = {name: FLAGS[name].value for name in names}
+    names = {field.name for field in dataclasses.fields(Request)} - {"metrics", "settings"}
+    values: dict[str, Any] = {name: FLAGS[name].value for name in names}
     return Request(metrics=tuple(FLAGS.metrics or ()), settings=sampling_settings(), **values)
 
 

@@ -22,7 +22,7 @@ from dalle2_jax.systems.cascade import GUIDES
 DRAWN_AT_A_TIME = 64  # pictures, before they are written
 
 
-def scenes_of(model: pipeline.UnCLIP, name: str | None = None) -> tuple[scenes.SceneConfig, int]:
+def scenes_of(model: pipeline.Pipeline, name: str | None = None) -> tuple[scenes.SceneConfig, int]:
     """(grammar, side of the pictures) of the scenes that a model was trained on, or of the grammar `name`.
 
     Raises ValueError for a model that was not trained on scenes, unless a name is given.
@@ -48,14 +48,14 @@ def some_captions(pictures: PictureSet, n: int, seed: int) -> list[str]:
     return texts
 
 
-def reads_text(model: pipeline.UnCLIP) -> bool:
+def reads_text(model: pipeline.Pipeline) -> bool:
     """Whether the model is conditioned on whole captions, not on class labels alone."""
     stages = model.engine.stages.items()
     return any(getattr(stage, "context_length", None) for name, stage in stages if name not in GUIDES)
 
 
 def what_to_draw(
-    model: pipeline.UnCLIP, reference: PictureSet | Stats | None, n: int, seed: int = 0
+    model: pipeline.Pipeline, reference: PictureSet | Stats | None, n: int, seed: int = 0
 ) -> tuple[list[str], list[int] | None]:
     """(at most `n` captions to draw, numbers of their pictures) for a comparison with `reference`.
 

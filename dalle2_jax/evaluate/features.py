@@ -35,7 +35,7 @@ def inception_extractor(
     return lambda picture: inception.prepare(square(picture), rule), lambda batch: compiled(np.stack(batch))
 
 
-def clip_extractor(model: pipeline.UnCLIP, batch_size: int) -> Extractor:
+def clip_extractor(model: pipeline.Pipeline, batch_size: int) -> Extractor:
     """The extractor of a model's CLIP, which prepares pictures as `UnCLIP.encode_image` does."""
     size = model.engine.stage("clip").image_size
 
@@ -65,7 +65,8 @@ def extract(
 
     def extract_share(rows: np.ndarray) -> dict[str, np.ndarray]:
         first, last = int(rows[0]), int(rows[-1]) + 1
-        items, found, done = itertools.islice(pictures.items(), first, last), {}, 0
+        items, done = itertools.islice(pictures.items(), first, last), 0
+        found: dict[str, list[np.ndarray]] = {}
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
 
             def submit_batch() -> list[concurrent.futures.Future]:

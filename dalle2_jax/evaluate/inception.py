@@ -7,6 +7,7 @@ numbers of one rule (arXiv:2104.11222). `convert.inception_weights` has the weig
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,6 +77,6 @@ def prepare(picture: np.ndarray, rule: str = "tf1") -> np.ndarray:
     return (chosen.resize(picture, inception.IMAGE_SIZE) - centre) / centre
 
 
-def features(params: dict, image: jax.Array) -> dict[str, jax.Array]:
-    """Features by `nets.inception.Inception` of prepared pictures [B, 299, 299, 3]; a function to compile."""
+def features(params: dict, image: jax.Array) -> Any:
+    """Features by name of prepared pictures [B, 299, 299, 3]; a function to compile."""
     return inception.Inception().apply({"params": params}, image)

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -25,7 +26,6 @@ from etils import epath
 from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import drawing
-from dalle2_jax.evaluate.distances import Moments
 from dalle2_jax.evaluate.networks import Networks
 from dalle2_jax.evaluate.picture_sets import PictureSet
 from dalle2_jax.evaluate.reference import Stats
@@ -77,7 +77,7 @@ class Inputs:
       drawn: the pictures that a model metric drew.
     """
 
-    model: pipeline.UnCLIP
+    model: pipeline.Pipeline
     request: Request
     networks: Networks
     out: epath.Path
@@ -97,13 +97,13 @@ class Features:
 
     Attributes:
       images: features [N, D] of the pictures.
-      reference: features [M, D] of the reference, or their moments, or None.
+      reference: features [M, D] of the reference, or their `Moments`, or None.
       pictures: the pictures, for their captions. networks: its CLIP embeds them.
       seed: of what the metric draws at random.
     """
 
     images: np.ndarray
-    reference: np.ndarray | Moments | None
+    reference: Any
     pictures: PictureSet
     networks: Networks
     seed: int = 0

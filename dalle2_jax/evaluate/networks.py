@@ -9,6 +9,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dalle2_jax import pipeline
 from dalle2_jax.convert import convert, inception_weights
@@ -21,13 +22,13 @@ from dalle2_jax.runtime import hub, modeldir
 CLIP_FOLDERS = {"open_clip_config.json": "open-clip", "config.json": "hf-clip"}
 
 
-def has_clip(model: pipeline.UnCLIP) -> bool:
+def has_clip(model: pipeline.Pipeline) -> bool:
     """Whether the model directory holds a CLIP."""
     return "clip" in model.engine.stages
 
 
 @contextlib.contextmanager
-def open_judge(path: str) -> Iterator[pipeline.UnCLIP]:
+def open_judge(path: str) -> Iterator[pipeline.Pipeline]:
     """Open the CLIP at `path`: a model directory (also hf://OWNER/NAME@COMMIT) with a CLIP, or a folder that
     OpenCLIP or transformers wrote. Such a folder is converted into a temporary model directory.
 
@@ -50,17 +51,19 @@ class Networks:
     """What reads pictures; a metric that needs an absent network is refused.
 
     Attributes:
-      inception: weights of FID's Inception. preset: name in PRESETS, how pictures are prepared for it.
-      clip: a model whose CLIP embeds pictures and captions. judge: whether `clip` is not the measured model.
+      inception: `inception_weights.Weights` or None.
+      preset: name in PRESETS, how pictures are prepared for Inception.
+      clip: a `Pipeline` whose CLIP embeds pictures and captions, or None.
+      judge: whether `clip` is another model than the measured one.
       head: what `metrics.aesthetic.load` returns.
       batch_size: pictures at a time.
     """
 
-    inception: inception_weights.Weights | None = None
+    inception: Any = None
     preset: str = "ttur"
-    clip: pipeline.UnCLIP | None = None
+    clip: Any = None
     judge: bool = False
-    head: tuple | None = None
+    head: Any = None
     batch_size: int = BATCH_SIZE
 
     def extractor(self, network: str) -> Extractor:

@@ -18,6 +18,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -138,6 +139,7 @@ def _open_tar(path: str, progress: Progress | None) -> PictureSet:
 
     def read(i: int) -> Item:
         record = source.read(i, captions=False)
+        assert record.image is not None  # `read` raises BadRecord for a record without a picture
         return Item(record.key, record.image)
 
     rows = _readable(read, len(source), lambda i: f"sample {i}", _last(path), left, progress)
@@ -195,7 +197,7 @@ def _readable(
 
     def fault(i: int) -> records.BadRecord | None:
         try:
-            picture_files.decode(read(int(i)).data)
+            picture_files.decode(bytes(read(int(i)).data))
         except records.BadRecord as error:
             return error
         return None
@@ -267,8 +269,8 @@ def _open_npz(path: str) -> PictureSet:
     return PictureSet(_last(path), "npz", count, items)
 
 
-def of_images(name: str, images: Sequence[np.ndarray], captions: Sequence[str] = ()) -> PictureSet:
-    """A set of pictures uint8 [H, W, 3] in memory."""
+def of_images(name: str, images: Any, captions: Sequence[str] = ()) -> PictureSet:
+    """A set of pictures in memory: a sequence of uint8 [H, W, 3], or an array of them."""
 
     def items() -> Iterator[Item]:
         return (Item(f"{name} {i}", image) for i, image in enumerate(images))
@@ -319,7 +321,7 @@ def samples(pictures: PictureSet, count: int, max_size: int = 256) -> tuple[np.n
 
 
 def chosen(
-    pictures: PictureSet, rows: Sequence[int], count: int, seed: int
+    pictures: PictureSet, rows: Sequence[int] | np.ndarray, count: int, seed: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """(pictures uint8 [H, W, 3], their ascending row numbers): at most `count` of `rows`, drawn at random."""
     picked = np.sort(np.random.default_rng(seed).permutation(np.asarray(rows))[:count])

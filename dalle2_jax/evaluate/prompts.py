@@ -78,7 +78,7 @@ def _table(path: Path, text: str, delimiter: str) -> list[dict]:
 
     Raises ValueError, with the column names, for no such column, and for a row with too many cells.
     """
-    columns = []
+    columns: list[str] = []
     try:
         for separator in (delimiter, ",", ";", "\t"):  # spreadsheets of many countries write semicolons
             reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restval="")

@@ -7,6 +7,7 @@ and mu_s, sigma_s of the spatial features. ADM's files also hold pictures in `ar
 import dataclasses
 import os
 import zipfile
+from typing import Any
 
 import numpy as np
 
@@ -121,7 +122,7 @@ def _moments(stored, features: str, count: int | None) -> Moments:
 
 def write_stats(path: str | os.PathLike, features: dict[str, np.ndarray], preset: str, sha256: str) -> None:
     """Write an npz for `read_stats` and pytorch-fid from features [N, D] of a set."""
-    arrays = {"preset": np.array(preset), "weights_sha256": np.array(sha256)}
+    arrays: dict[str, Any] = {"preset": np.array(preset), "weights_sha256": np.array(sha256)}
     for name, suffix in SUFFIXES.items():
         if name in features:
             moments = Moments.of(features[name])

@@ -142,7 +142,7 @@ def _working_picture(image: np.ndarray) -> np.ndarray:
             f"image must be uint8 [H, W, 3] of at least 8 x 8 pixels, got {image.dtype} {image.shape}"
         )
     if image.shape[:2] != (SIDE, SIDE):
-        image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.BICUBIC))
+        image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     picture = image.astype(np.float32)
     if _roughness(picture) > 2:
         picture = ndimage.gaussian_filter(picture, (1.2, 1.2, 0))

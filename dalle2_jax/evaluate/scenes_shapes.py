@@ -25,7 +25,7 @@ def _polygon(points) -> np.ndarray:
     scale, centre = 0.4 * _CANVAS * 4, _CANVAS * 2
     canvas = Image.new("L", (_CANVAS * 4, _CANVAS * 4))
     ImageDraw.Draw(canvas).polygon([(centre + scale * x, centre + scale * y) for x, y in points], fill=255)
-    return np.asarray(canvas.resize((_CANVAS, _CANVAS), Image.BOX), np.float32) / 255
+    return np.asarray(canvas.resize((_CANVAS, _CANVAS), Image.Resampling.BOX), np.float32) / 255
 
 
 def _box(width: float, height: float) -> np.ndarray:
@@ -111,8 +111,10 @@ def _templates() -> tuple[tuple[str, ...], np.ndarray]:
         cy, cx = (mask * y).sum() / total, (mask * x).sum() / total
         radius = math.sqrt((mask * ((y - cy) ** 2 + (x - cx) ** 2)).sum() / total)
         for blur in BLURS:
+            row = standardise(ndimage.gaussian_filter(mask, blur * radius))
+            assert row is not None  # no template is empty
             names.append(name)
-            rows.append(standardise(ndimage.gaussian_filter(mask, blur * radius)))
+            rows.append(row)
     return tuple(names), np.stack(rows)
 
 

@@ -18,7 +18,7 @@ HELP = "ADM's generator, upsampler or classifier, a .pt file, or a folder with t
 FIRST_ATTENTION = 32
 # Settings in ADM's command lines, not in its tensors, by stage and side. Otherwise heads have 64 entries, the
 # schedule is linear, and queries, keys and values are ordered by head.
-RELEASED = {
+RELEASED: dict[tuple[str, int], dict] = {
     ("decoder", 64): dict(schedule="cosine", blocks=True),
     ("decoder", 128): dict(num_heads=4),
     ("upsampler", 256): dict(num_heads=4),

@@ -11,13 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dalle2_jax.convert.formats.karlo_original import BLOCKS
-from dalle2_jax.convert.formats.unet import (
-    HEAD_DIM,
-    adm_rows,
-    adm_settings,
-    read_stage,
-    split_inpaint_input,
-)
+from dalle2_jax.convert.formats.unet import HEAD_DIM, adm_rows, adm_settings, read_stage, split_inpaint_input
 from dalle2_jax.convert.tables import OPENAI_LICENCE, Imported, Row, dense, leaf, norm, regrouped, under
 from dalle2_jax.convert.tensors import Tensors, open_tensors
 

@@ -191,7 +191,8 @@ def null_leaves(null: tuple[np.ndarray, np.ndarray], role: str) -> dict[str, np.
 def null_caption(clip: dict, params: Any, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """CLIP's outputs for the caption "": (text embedding [E], text states [n, D] of its n tokens)."""
     stage = models.build_stage(clip)
-    tokens, mask = models.crop_tokens(*map(jnp.asarray, tokenizer([""])), stage.context_length)
+    tokens, mask = tokenizer([""])
+    tokens, mask = models.crop_tokens(jnp.asarray(tokens), jnp.asarray(mask), stage.context_length)
     text_params = {"text": jax.tree.map(np.asarray, params["text"])}
     embed, states = jax.jit(stage.encode_text)(text_params, tokens, mask)
     return np.asarray(embed[0]), np.asarray(states[0, : int(mask.sum())])
@@ -232,8 +233,8 @@ def _decoder(source: Path, clip: dict, null: tuple) -> tuple[tuple[dict, dict], 
     """((config, parameters), the files that they are read from)."""
     config, where = read_json(source / "decoder" / "config.json"), str(source / "decoder")
     fixed = dict(class_embed_type="identity", mid_block_type="UNetMidBlock2DSimpleCrossAttn")
-    fixed |= dict(encoder_hid_dim=None, addition_embed_type=None)
-    expect(config, where, in_channels=3, out_channels=6, **fixed)
+    absent = dict.fromkeys(("encoder_hid_dim", "addition_embed_type"))
+    expect(config, where, in_channels=3, out_channels=6, **fixed, **absent)
     proj = read_json(source / "text_proj" / "config.json")
     expect(proj, str(source / "text_proj"), time_embed_dim=4 * config["block_out_channels"][0])
     scheduler = _scheduler(source / "decoder_scheduler", variance_type="learned_range", **EPSILON_NOISE)

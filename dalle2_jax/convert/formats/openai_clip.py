@@ -25,12 +25,7 @@ from dalle2_jax.convert.tensors import Tensors, open_tensors
 HELP = "OpenAI's CLIP: a .pt archive with a ViT or a ResNet"
 HEAD_DIM = 64
 BLOCKS = BlockNames(
-    norm1="ln_1",
-    norm2="ln_2",
-    qkv=("attn.in_proj_",),
-    out="attn.out_proj",
-    fc1="mlp.c_fc",
-    fc2="mlp.c_proj",
+    norm1="ln_1", norm2="ln_2", qkv=("attn.in_proj_",), out="attn.out_proj", fc1="mlp.c_fc", fc2="mlp.c_proj"
 )
 # A CLIP that was scripted again has the attention mask in every block, and sizes in both towers.
 IGNORED = (

@@ -228,7 +228,8 @@ def _below(tensors: Mapping, prefix: str) -> dict:
 
 def _null_differs(stages: Mapping, tokenizer: Tokenizer) -> list[str]:
     """Notes on null captions other than "", the null caption of diffusers."""
-    null = karlo.null_caption(*stages["clip"], tokenizer)
+    clip, clip_params = stages["clip"]
+    null = karlo.null_caption(clip, clip_params, tokenizer)
     notes = []
     for role, leaves in karlo.NULL_LEAVES.items():
         flat = modeldir.flatten(stages[role][1])

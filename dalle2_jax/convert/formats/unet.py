@@ -110,8 +110,8 @@ def _adm_depth(names: list[str], source: str) -> tuple[int, int]:
         # A block that doubles the side is a second residual block in its module, at every level but one.
         second = r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight"
         levels = 1 + sum(re.fullmatch(second, name) is not None for name in names)
-        modules = {name.split(".")[1] for name in names if name.startswith("output_blocks.")}
-        return levels, len(modules) // levels - 1
+        above = {name.split(".")[1] for name in names if name.startswith("output_blocks.")}
+        return levels, len(above) // levels - 1
     # The modules behind the last one without attention, which halves the side, are the last level.
     modules = {int(name.split(".")[1]) for name in names if name.startswith("input_blocks.")}
     plain = [number for number in modules if f"input_blocks.{number}.1.qkv.weight" not in names]

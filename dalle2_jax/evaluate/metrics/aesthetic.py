@@ -28,12 +28,14 @@ def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarra
         raise ValueError(
             f"{path} is no head of an aesthetic score: it must hold layers.N.weight and .bias alone"
         )
-    weight = bias = None
+    weight, bias = np.zeros((0, 0)), np.zeros(0)
     for number in numbers:
         w, b = (state[f"layers.{number}.{part}"].astype(np.float64) for part in ("weight", "bias"))
-        if w.ndim != 2 or b.shape != w.shape[:1] or (weight is not None and w.shape[1] != len(bias)):
+        if number == numbers[0] and w.ndim == 2:  # the identity before the first layer
+            weight, bias = np.eye(w.shape[1]), np.zeros(w.shape[1])
+        if w.ndim != 2 or b.shape != w.shape[:1] or w.shape[1] != len(bias):
             raise ValueError(f"{path}: layer {number}, {list(w.shape)}, does not fit behind the one before")
-        weight, bias = (w, b) if weight is None else (w @ weight, w @ bias + b)
+        weight, bias = w @ weight, w @ bias + b
     if weight.shape[0] != 1:
         raise ValueError(f"{path} ends in {weight.shape[0]} numbers, a score is one")
     if weight.shape[1] != embed_dim:

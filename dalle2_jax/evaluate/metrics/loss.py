@@ -8,6 +8,7 @@ upsampler are not degraded. CLIP's contrastive loss depends on the batch size, w
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -91,7 +92,8 @@ def _reads_clip(stage) -> bool:
 def _of_stage(model: Engine, name: str, images, captions, batch_size: int, numbers, seed: int, mesh):
     """Yields the scalars of a stage's loss for each batch of these numbers."""
     stage, needed = model.stage(name), set(model.stage(name).batch_spec(1))
-    clip, frozen = None, {}
+    clip: Any = None
+    frozen: Any = {}
     if needed & set(models.CLIP_FIELDS):
         clip, frozen = models.FrozenClip(model.stage("clip")), model.params("clip")
     reads = needed - set(models.CLIP_FIELDS) | (clip.fields(needed) if clip else set())
@@ -121,7 +123,7 @@ def _of_stage(model: Engine, name: str, images, captions, batch_size: int, numbe
         if tokenizer is not None:
             batch["tokens"], batch["token_mask"] = tokenizer(captions[part])
         if classes:
-            batch["label"] = np.int32([pipeline.label_of(text, classes) for text in captions[part]])
+            batch["label"] = np.array([pipeline.label_of(text, classes) for text in captions[part]], np.int32)
         batch = {field: value for field, value in batch.items() if field in reads}
         with partition.use_mesh(mesh):
             number = np.uint32(start // batch_size)

@@ -62,7 +62,7 @@ def unseen_pictures(config: scenes.SceneConfig, image_size: int, n: int = SCENES
 
 
 def measure(
-    model: pipeline.UnCLIP,
+    model: pipeline.Pipeline,
     pictures: picture_sets.PictureSet,
     *,
     n: int = SCENES,

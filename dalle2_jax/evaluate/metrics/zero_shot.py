@@ -7,6 +7,7 @@ captions name classes.
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +23,7 @@ SCENES = 200
 
 
 def class_embeddings(
-    encode_text: Callable[[list[str]], np.ndarray],
-    names: Sequence[str],
-    templates: Sequence[str] = TEMPLATES,
+    encode_text: Callable[[list[str]], np.ndarray], names: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> np.ndarray:
     """[C, E] unit vectors of the classes `names`; encode_text gives [N, E] of N texts."""
     embeds = np.asarray(encode_text([t.format(name) for name in names for t in templates]), np.float64)
@@ -99,7 +98,7 @@ def unseen_pictures(config: scenes.SceneConfig, image_size: int, n: int = SCENES
 
 
 def measure(
-    model: pipeline.UnCLIP,
+    model: pipeline.Pipeline,
     pictures: picture_sets.PictureSet,
     names: Sequence[str],
     templates: Sequence[str] = TEMPLATES,
@@ -122,8 +121,8 @@ def _measure(inputs: Inputs) -> tuple[dict, str]:
     if pictures is None:
         (pictures, names), n = unseen_pictures(*inputs.scenes, seed=request.seed), SCENES
     else:
-        names = read_names(request.classes)
-    common = dict(n=n, seed=request.seed, batch_size=request.batch_size)
+        names = read_names(request.classes or "")
+    common: dict[str, Any] = dict(n=n, seed=request.seed, batch_size=request.batch_size)
     found = measure(inputs.model, pictures, names, templates, **common)
     tops = ", ".join(f"top {key[3:]} {share:.3f}" for key, share in found.items() if key.startswith("top"))
     return found, f"zero-shot among {found['classes']} classes: {tops} of {found['n']}"
