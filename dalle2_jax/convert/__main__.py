@@ -9,5 +9,5 @@ __doc__ = convert.__doc__  # what --help prints
 
 if __name__ == "__main__":
     partition.initialise()
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant to be so
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of intended settings
     raise SystemExit(convert.main())

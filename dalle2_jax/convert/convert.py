@@ -7,7 +7,7 @@
     python -m dalle2_jax.convert inception SRC.pth OUT.safetensors
 
 The first takes the averaged parameters of training workdirs, the second weights of others: the name of a
-FORMAT is a module of `formats` (hf-clip is hf_clip.py), which says what SRC is. The third makes folders of
+FORMAT is a module of `formats` (hf-clip is hf_clip.py), which describes SRC. The third makes folders of
 diffusers and transformers. push publishes on the Hugging Face Hub; SRC and MODEL may be
 hf://OWNER/NAME@COMMIT. The last turns the released weights of FID's Inception into what
 `dalle2_jax.evaluate --inception` reads. A model directory holds, for each stage, weights and the config that
@@ -89,7 +89,7 @@ def convert_workdirs(
         image embeddings needs CLIP and prior.
 
     Raises:
-      FileNotFoundError, ValueError: a workdir lacks something, or the stages do not fit together.
+      FileNotFoundError, ValueError: an incomplete workdir, or stages that do not match.
     """
     out = _check_out(out, dtype)
     models.check_names(sources, (*ROLES, "upsamplers"), "sources")
@@ -134,22 +134,22 @@ def convert_weights(
 
     Args:
       format_name: one of FORMATS.
-      source: what the format's module says: a file or a folder.
+      source: a file or a folder, see the format's module.
       out: the directory; made if absent. Files of the same names are replaced.
       tokenizer: a folder that `load_tokenizer` reads, for a source that comes without.
       dtype, name: as above.
-      licence: of the weights, for the model card; by default what is known of the format's.
+      licence: of the weights, for the model card; by default those of the format.
 
     Raises:
-      FileNotFoundError, ValueError: the source is not what the format is, and where it differs.
+      FileNotFoundError, ValueError: the source does not have this format; names the differences.
     """
     out = _check_out(out, dtype)
     module = importlib.import_module(f"dalle2_jax.convert.formats.{format_name.replace('-', '_')}")
     source, tokenizer = hub.local(source), files.expand(tokenizer)
     if not Path(source).exists():
-        raise FileNotFoundError(f"there is no {source}")
+        raise FileNotFoundError(f"{source} does not exist")
     if tokenizer and not os.path.isdir(tokenizer):
-        raise FileNotFoundError(f"there is no tokenizer folder {tokenizer}")
+        raise FileNotFoundError(f"tokenizer folder {tokenizer} does not exist")
     words = load_tokenizer(tokenizer) if tokenizer else None
     read = module.import_weights(Path(source), words)
     stages = {folder: models.build_stage(config) for folder, (config, _) in read.stages.items()}
@@ -205,7 +205,7 @@ def _check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
 
 
 def _check_stages(parts: dict[str, tuple], stages: dict, tokenizer: Tokenizer | None) -> None:
-    """Raise ValueError unless stages fit together and to the tokenizer."""
+    """Raise ValueError unless the stages match each other and the tokenizer."""
     configs = {folder: config for folder, (config, _) in parts.items()}
     vocab_sizes = dict.fromkeys(stages, tokenizer.vocab_size) if tokenizer else {}
     uses = {folder: cascade.uses(stage) for folder, stage in stages.items()}
@@ -257,7 +257,7 @@ def _shared_tokenizer(folders: list[epath.Path]) -> Tokenizer:
 
 
 def _trained_steps(source: str, folder: str) -> int | None:
-    """The step whose average `models.load_stage` read; for a model directory what its index says."""
+    """The step whose average `models.load_stage` read; for a model directory the step in its index."""
     if models.is_workdir(source):
         names = [path.name for path in (epath.Path(source) / "checkpoints").iterdir()]
         return max(int(name) for name in names if name.isdigit())
@@ -300,7 +300,7 @@ def make_parser() -> argparse.ArgumentParser:
         writer.add_argument("--name", default="", help="of the model; by default the folder's")
         writer.add_argument("--licence", default="", help="of the weights; by default that of their source")
     for name, reason in refused.REASONS.items():
-        other = commands.add_parser(name, help="not read; says why", description=reason)
+        other = commands.add_parser(name, help="not read; prints the reason", description=reason)
         other.add_argument("source", metavar="SRC", nargs="?")
         other.add_argument("out", metavar="OUT", nargs="?")
         other.set_defaults(run=lambda options: refused.refuse(options.command))

@@ -71,16 +71,16 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, any_checksum: boo
     """Write a state dictionary of torch (new layout or old) as safetensors; returns the source's sha256.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: no such file.
       ValueError: its sha256 is not SHA256 (unless `any_checksum`), or it holds other weights.
     """
     if not os.path.isfile(source):
-        raise FileNotFoundError(f"there is no file {source}")
+        raise FileNotFoundError(f"{source} does not exist")
     checksum = sha256(source)
     if checksum != SHA256 and not any_checksum:
         raise ValueError(
             f"{source} has the sha256 {checksum}, not {SHA256}: it is another file, or damaged; with "
-            "--any_checksum it is taken all the same, and FID of it is no one else's FID"
+            "--any_checksum it is converted, and its FID is comparable with no other"
         )
     params = from_state_dict(open_tensors(source))
     metadata = {"format": "np", "network": NETWORK, "source_sha256": checksum}
@@ -101,7 +101,7 @@ class Weights:
 def load(path: str | os.PathLike) -> Weights:
     """The weights in a file that `convert` wrote. Raises FileNotFoundError or ValueError with advice."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}

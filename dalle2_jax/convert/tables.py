@@ -229,7 +229,7 @@ def exported(table: Iterable[Row], params: Any, *, dropped: Iterable[str] = ()) 
     flat, rows = modeldir.flatten(params), list(table)
     homeless = sorted(flat.keys() - {row.ours for row in rows} - set(dropped))
     if homeless:
-        raise ValueError(f"there is no place in this format for {', '.join(homeless[:10])}")
+        raise ValueError(f"this format has no tensor for {', '.join(homeless[:10])}")
 
     def part(row: Row, number: int) -> np.ndarray:
         return row.layout.split(np.asarray(flat[row.ours], np.float32), len(row.theirs))[number]

@@ -29,7 +29,7 @@ _NARROW = (ml_dtypes.bfloat16, np.float16)
 
 
 class Tensors(Mapping):
-    """Name -> array. `shapes` are known without reading; an array is read when it is accessed.
+    """Name -> array. `shapes` are found without reading; an array is read when it is accessed.
 
     Floating arrays are converted to float32. An array that is not finite is a ValueError.
     `notes`: lines for the user on how the tensors were found.
@@ -66,7 +66,7 @@ class Tensors(Mapping):
         return len(self.shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; ValueError if there is none of this name."""
+        """The shape of a tensor; ValueError for an unknown name."""
         if name not in self.shapes:
             heads = [f"{head} ({count})" for head, count in wrappers.heads(self.shapes).items()]
             more = f", and {len(heads) - 10} more" if len(heads) > 10 else ""
@@ -125,14 +125,14 @@ def joined(parts: Mapping[str, Tensors]) -> Tensors:
 def open_tensors(path: str | os.PathLike, names: tuple[str, ...] = WEIGHTS) -> Tensors:
     """The tensors of a file, or of a folder of transformers or diffusers; nothing is executed.
 
-    For a training checkpoint these are the model's tensors under the model's own names: see wrappers.py.
+    For a training checkpoint these are the model's tensors under the names of the model: see wrappers.py.
 
     Args:
       path: the file or folder.
       names: names of weights in a folder; the first that exists is read.
 
     Raises:
-      FileNotFoundError: there is no such file, or no weights in the folder.
+      FileNotFoundError: no such file, or no weights in the folder.
       ValueError: the file is damaged or of another kind, or the model in it is ambiguous.
     """
     tensors = _open(Path(path), names)
@@ -154,7 +154,7 @@ def _open(path: Path, names: tuple[str, ...] = WEIGHTS) -> Tensors:
                 return _open_shards(path / f"{name}.index.json")
         raise FileNotFoundError(f"{path} holds no weights: expected one of {', '.join(names)}")
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(f"{path} does not exist")
     if damage := files.damage(path):
         raise ValueError(f"{path} {damage}")
     if is_archive(path):

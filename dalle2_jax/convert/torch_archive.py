@@ -72,8 +72,8 @@ def is_archive(path) -> bool:
         head = file.read(4)
     if head == b"PK\x03\x04":
         raise ValueError(
-            f"{path} is truncated: it begins as an archive of torch, and its last part, the list of what it "
-            f"holds, is missing behind {os.path.getsize(path):,} bytes. Download or copy it again"
+            f"{path} is truncated: it begins as an archive of torch, and the list of its files, which ends "
+            f"an archive, is missing after {os.path.getsize(path):,} bytes. Download or copy it again"
         )
     return False
 
@@ -136,7 +136,6 @@ class TorchArchive:
 
 def build(name: str, tensor: StoredTensor, read: Callable[[int, int], np.ndarray]) -> np.ndarray:
     """The array of a tensor; read: (first, count) -> numbers of its storage, fewer at the storage's end.
-
     Raises ValueError for a tensor outside its storage or with more numbers than it.
     """
     outside = f"tensor {name} lies outside its storage: the file is damaged"
@@ -210,8 +209,7 @@ def _build(target: Any, state: Any) -> Any:
 
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
-_CONTAINERS = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_CONTAINERS: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list}
 
 
 class _Machine:
@@ -220,23 +218,24 @@ class _Machine:
     def __init__(self) -> None:
         self.stack: list = []
         self.memo: dict[int, Any] = {}
-        self.methods = {
+        self.methods: dict[str, Callable[[Any], Any]] = {
             **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), self.put),
             **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda key: self.stack.append(self.memo[key])),
             "MEMOIZE": lambda _: self.put(len(self.memo)),
             "GLOBAL": lambda name: self.stack.append(_Symbol(name.replace(" ", "."))),
-            "STACK_GLOBAL": self.stack_global,
+            "STACK_GLOBAL": lambda _: self.binary(lambda module, name: _Symbol(f"{module}.{name}")),
             **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda _: self.binary(_call)),
             "BUILD": lambda _: self.binary(_build),
             # a persistent id is ('storage', type, file, device, length), and stays on the stack as it is
             **dict.fromkeys(("PROTO", "FRAME", "BINPERSID"), lambda _: None),
             "TUPLE": lambda _: self.stack.append(tuple(self.pop_to_mark())),
+            **{f"TUPLE{n}": lambda _, n=n: self.stack.append(tuple(self.pop(n))) for n in (1, 2, 3)},
             **dict.fromkeys(("LIST", "FROZENSET"), lambda _: self.stack.append(self.pop_to_mark())),
-            "DICT": self.new_dict,
+            "DICT": lambda _: self.update(self.pop_to_mark(), {}),
             **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda _: self.extend(self.pop_to_mark())),
-            "APPEND": lambda _: self.extend([self.stack.pop()]),
+            "APPEND": lambda _: self.extend(self.pop(1)),
             "SETITEMS": lambda _: self.update(self.pop_to_mark()),
-            "SETITEM": lambda _: self.update([self.stack.pop(), self.stack.pop()][::-1]),
+            "SETITEM": lambda _: self.update(self.pop(2)),
             "POP": lambda _: self.stack.pop(),
         }
 
@@ -247,8 +246,6 @@ class _Machine:
             self.stack.append(_CONSTANTS[name])
         elif name in _CONTAINERS:
             self.stack.append(_CONTAINERS[name]())
-        elif name in _TUPLES:
-            self.stack[-_TUPLES[name] :] = [tuple(self.stack[-_TUPLES[name] :])]
         elif name in self.methods:
             self.methods[name](argument)
         elif opcode.stack_after and not opcode.stack_before and argument is not None:
@@ -259,28 +256,22 @@ class _Machine:
     def put(self, key: int) -> None:
         self.memo[key] = self.stack[-1]
 
-    def stack_global(self, _) -> None:
-        attribute, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(_Symbol(f"{module}.{attribute}"))
+    def pop(self, count: int) -> list:
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        return items
 
-    def binary(self, function) -> None:
-        second, first = self.stack.pop(), self.stack.pop()
-        self.stack.append(function(first, second))
+    def binary(self, function: Callable[[Any, Any], Any]) -> None:
+        self.stack.append(function(*self.pop(2)))
 
     def pop_to_mark(self) -> list:
         at = len(self.stack) - 1
         while self.stack[at] is not _MARK:
             at -= 1
-        items = self.stack[at + 1 :]
-        del self.stack[at:]
-        return items
+        return self.pop(len(self.stack) - at)[1:]
 
-    def new_dict(self, _) -> None:
-        items = self.pop_to_mark()
-        self.stack.append({})
-        self.update(items)
-
-    def update(self, items: list) -> None:
+    def update(self, items: list, new: dict | None = None) -> None:
+        self.stack += [] if new is None else [new]
         if isinstance(self.stack[-1], dict):  # the items of an Opaque are not needed
             for key, value in zip(items[::2], items[1::2], strict=True):
                 if isinstance(key, str | int | float | tuple | bytes):
@@ -292,9 +283,8 @@ class _Machine:
 
 
 def walk(program) -> Any:
-    """The tree that a pickle describes. program: bytes, or an open file, read up to the pickle's end.
-
-    Raises ValueError for an instruction that weights do not need.
+    """The tree that a pickle describes. program: bytes, or an open file, read up to the pickle's end. Raises
+    ValueError for an instruction that weights do not need.
     """
     machine = _Machine()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):

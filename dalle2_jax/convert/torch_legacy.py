@@ -40,7 +40,7 @@ def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
         storages = {}
         for key in keys:
             if key not in types:
-                raise ValueError(f"{path}: storage {key!r} belongs to no tensor, so its size is not known")
+                raise ValueError(f"{path}: storage {key!r} belongs to no tensor, so its size is unknown")
             head = file.read(8)
             count = int.from_bytes(head, "little", signed=True)
             end = file.tell() + count * types[key].itemsize

@@ -1,7 +1,7 @@
 """The tensors of the model in a training checkpoint, found by their names.
 
 Checkpoints hold a state dictionary under a key (`state_dict`, `model`, ...) beside the optimizer. DDP,
-torch.compile, Lightning and others prefix every name with an attribute of their own (`module.`, `_orig_mod.`,
+torch.compile, Lightning and others prefix every name with an attribute (`module.`, `_orig_mod.`,
 `model.`). In dotted names both are a first word, and such words are removed one after another.
 
 - A word of WEIGHTS or AVERAGES is removed if all other tensors belong to training (TRAINING). No part of a
@@ -55,7 +55,7 @@ def unwrap(names: Iterable[str], source: str) -> Unwrapped:
     """The model's tensors among a file's dotted names; `source` names the file in errors.
 
     Raises:
-      ValueError: there are several models, averages without names, or a pickled module.
+      ValueError: several models, averages without names, or a pickled module.
     """
     plain: dict[str, str] = {}
     for name in names:
@@ -67,7 +67,7 @@ def unwrap(names: Iterable[str], source: str) -> Unwrapped:
     modules = [name for name in found.names if {"_parameters", "_buffers"} & set(name.split("."))]
     if modules:
         raise ValueError(
-            f"{source} holds a whole pickled module ({modules[0]}), which only its own code can read: save "
+            f"{source} holds a pickled module ({modules[0]}), which only its code can read: save "
             "its state dictionary, torch.save(model.state_dict(), FILE)"
         )
     return found
@@ -126,7 +126,7 @@ def _averages(averages: Unwrapped, weights: Unwrapped | None, source: str) -> Un
         raise ValueError(
             f"{source} holds averages, {averages.below}*, whose names are not those of its weights, "
             f"{weights.below}*: {averages.below}{alien[0]} is no {lacking[0]}. Save the ones that you want "
-            "as a state dictionary of their own"
+            "as a separate state dictionary"
         )
     notes = [f"the averages {averages.below}* are read, not the weights {weights.below}*"]
     if lacking:

@@ -21,7 +21,7 @@ __doc__ = evaluate.__doc__  # what --help prints
 FLAGS = flags.FLAGS
 
 
-def request() -> Request:
+def read_request() -> Request:
     """The flags as a request."""
     names = {field.name for field in dataclasses.fields(Request)} - {"metrics", "settings"}
     values: dict[str, Any] = {name: FLAGS[name].value for name in names}
@@ -35,24 +35,24 @@ def main(argv):
             raise ValueError(f"unexpected arguments {argv[1:]}: captions are for dalle2_jax.generate")
         partition.initialise()
         processes.join()
-        out, asked = epath.Path(FLAGS.out), request()
+        out, request = epath.Path(FLAGS.out), read_request()
         if not processes.is_first():  # every process measures, one writes and prints
             out = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         load = functools.partial(pipeline.UnCLIP.load, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
         if FLAGS.prompts:
             suite = prompts.read_prompts(FLAGS.prompts)
-            how = dict(n=FLAGS.pictures, seed=asked.seed, settings=asked.settings, progress=StageLines())
-            prompts.draw(load(FLAGS.model), suite, FLAGS.out, batch_size=asked.batch_size, **how)
+            how = dict(n=FLAGS.pictures, seed=request.seed, settings=request.settings, progress=StageLines())
+            prompts.draw(load(FLAGS.model), suite, FLAGS.out, batch_size=request.batch_size, **how)
             print(f"{len(suite)} prompts, {FLAGS.pictures} pictures each: {FLAGS.out}")
             return
         model = None if FLAGS.compare else load(FLAGS.model)
         judge = stack.enter_context(networks.open_judge(FLAGS.judge)) if FLAGS.judge else None
         if FLAGS.compare:
             how = dict(model_dir=FLAGS.model, pictures=FLAGS.pictures, load=load, judge=judge)
-            comparison.write_report(out, comparison.compare(FLAGS.compare, asked, out, **how), FLAGS.report)
+            comparison.write_report(out, comparison.compare(FLAGS.compare, request, out, **how), FLAGS.report)
         else:
-            evaluate.write_report(out, *evaluate.evaluate(model, asked, out, judge), FLAGS.report)
+            evaluate.write_report(out, *evaluate.evaluate(model, request, out, judge), FLAGS.report)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def compare(
     Args:
       ways: see `parse_way`.
       model_dir: of the ways without a model. load: opens a model directory.
-      judge: its CLIP reads all pictures; None: each model's own measures diversity and cosine, that of
+      judge: its CLIP reads all pictures. None: each model's CLIP measures diversity and cosine, that of
         `model_dir` the fidelity.
 
     Raises ValueError for an unknown setting, and for a model without CLIP and judge, before anything is

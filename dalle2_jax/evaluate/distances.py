@@ -130,34 +130,29 @@ def frechet_with_error(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return max(0.0, float(distance)), float(np.sqrt(error))
 
 
-def frechet_infinity(
-    x: np.ndarray, y: Moments, points: int = 15, smallest: int | None = None, seed: int = 0
-) -> tuple[float, float]:
+def frechet_infinity(x: np.ndarray, y: Moments, points: int = 15, seed: int = 0) -> tuple[float, float]:
     """(the Frechet distance extrapolated to infinitely many generated pictures, the line's standard error).
 
     A line in 1 / n is fitted to the distances of `points` random subsets of x [N, D], of sizes n spaced
-    evenly from `smallest` to N, from a fixed reference. By default `smallest` is min(5000, N / 10). It must
-    exceed D, since the distance is not linear in 1 / n below. The error is that of the line through these
-    subsets alone; add the error for other pictures of `frechet_with_error`.
+    evenly from min(5000, N / 10) to N, from a fixed reference. The smallest must exceed D: below, the
+    distance is not linear in 1 / n. The error is that of the line through these subsets alone; add the error
+    for other pictures of `frechet_with_error`.
 
     Raises ValueError for too few rows.
     """
     x = as_features(x)
     count, dim = x.shape
-    smallest = min(5000, count // 10) if smallest is None else smallest
-    if not dim < smallest < count or points < 3:
+    smallest = min(5000, count // 10)
+    if smallest <= dim:
         raise ValueError(
-            f"extrapolating features of {dim} entries needs 3 or more subsets of more than {dim} pictures: "
-            f"{count} pictures give subsets from {smallest}; give more than {10 * dim}"
+            f"extrapolating features of {dim} entries needs subsets of more than {dim} pictures: {count} "
+            f"pictures give subsets from {smallest}; give more than {10 * dim}"
         )
     draw, root = np.random.RandomState(seed), _root(y.cov)
     sizes = np.linspace(smallest, count, points).astype(int)
     found = [_frechet(Moments.of(x[draw.choice(count, n, replace=False)]), y, root) for n in sizes]
-    design = np.stack([np.ones(points), 1 / sizes], axis=1)
-    solution, *_ = np.linalg.lstsq(design, np.array(found), rcond=None)
-    residual = np.array(found) - design @ solution
-    spread = np.linalg.inv(design.T @ design)[0, 0] * (residual @ residual) / (points - 2)
-    return float(solution[0]), float(np.sqrt(spread))
+    (_, at_zero), covariance = np.polyfit(1 / sizes, found, 1, cov=True)
+    return float(at_zero), float(np.sqrt(covariance[1, 1]))
 
 
 def _root(cov: np.ndarray) -> np.ndarray:
@@ -186,9 +181,9 @@ def cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def gaussian_kernel(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> np.ndarray:
-    """CMMD's exp(-|x - y|^2 / 2 sigma^2), [N, M]."""
-    return np.exp(-_squared_distances(x, y) / (2 * sigma**2))
+def gaussian_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """CMMD's exp(-|x - y|^2 / 2 sigma^2) with sigma 10, [N, M]."""
+    return np.exp(-_squared_distances(x, y) / (2 * 10.0**2))
 
 
 def mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool = False) -> tuple[float, float]:
@@ -210,7 +205,7 @@ def _mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool) -> tuple[fl
         raise ValueError("a discrepancy needs 2 or more pictures on either side")
 
     def within(rows: np.ndarray) -> np.ndarray:
-        """Means of the kernel between a row and the rows of its own set."""
+        """Means of the kernel between a row and the rows of its set."""
         means = _by_chunks(rows, lambda part: kernel(part, rows).mean(axis=1))
         if biased:
             return means
@@ -240,8 +235,8 @@ def kid(
     x, y = _pair(x, y)
     if min(len(x), len(y)) < subset_size:
         raise ValueError(
-            f"KID of subsets of {subset_size} needs as many pictures, there are {len(x)} and {len(y)}: give "
-            "more, or smaller subsets"
+            f"KID of subsets of {subset_size} needs as many pictures: {len(x)} and {len(y)} are too few; "
+            "give more, or smaller subsets"
         )
     if subset_size < 2:
         raise ValueError("subsets must have 2 or more pictures")
@@ -261,13 +256,13 @@ def kid(
     return float(np.mean(found)), float(np.std(found)), float(np.sqrt(error))
 
 
-def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0, scale: float = 1000.0) -> tuple[float, float]:
-    """(biased MMD^2 with a Gaussian kernel, times `scale`; its standard error), as CMMD is defined.
+def cmmd(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """(1000 times the biased MMD^2 with a Gaussian kernel, its standard error), as CMMD is defined.
 
     x [N, D] and y [M, D] are CLIP's image embeddings, of unit norm.
     """
-    value, error = mmd(x, y, functools.partial(gaussian_kernel, sigma=sigma), biased=True)
-    return scale * value, scale * error
+    value, error = mmd(x, y, gaussian_kernel, biased=True)
+    return 1000 * value, 1000 * error
 
 
 # Neighbours
@@ -276,7 +271,7 @@ def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0, scale: float = 1000.
 def neighbourhoods(x: np.ndarray, y: np.ndarray, k: int = 3) -> dict[str, float]:
     """precision, recall, density, density_error and coverage of generated x [N, D] and reference y [M, D].
 
-    The ball of a vector has the distance to its k-th nearest neighbour in its own set as its radius, border
+    The ball of a vector has the distance to its k-th nearest neighbour in its set as its radius, border
     included. Usual are k = 3 for precision and recall, k = 5 for density and coverage. density_error is the
     standard error of density for other x and the same y.
 

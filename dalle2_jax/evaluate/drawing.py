@@ -24,8 +24,7 @@ DRAWN_AT_A_TIME = 64  # pictures, before they are written
 
 def scenes_of(model: pipeline.Pipeline, name: str | None = None) -> tuple[scenes.SceneConfig, int]:
     """(grammar, side of the pictures) of the scenes that a model was trained on, or of the grammar `name`.
-
-    Raises ValueError for a model that was not trained on scenes, unless a name is given.
+    Raises ValueError for a model that was not trained on scenes, unless `name` names a grammar.
     """
     configs = model.engine.configs
     stored_data = (configs.get("clip") or configs.get("decoder") or {}).get("data") or {}
@@ -33,8 +32,8 @@ def scenes_of(model: pipeline.Pipeline, name: str | None = None) -> tuple[scenes
     stored, _, side = data["path"].partition("_")
     if name is None and (data["source"] != "scenes" or stored not in scenes.PRESETS):
         raise ValueError(
-            f"model {model.name!r} was trained on {data['path']!r} of source {data['source']!r}: say which "
-            f"scenes to draw with --scenes={'|'.join(scenes.PRESETS)}, or give --reference=SRC"
+            f"model {model.name!r} was trained on {data['path']!r} of source {data['source']!r}: choose "
+            f"the scenes to draw with --scenes={'|'.join(scenes.PRESETS)}, or give --reference=SRC"
         )
     return scenes.preset(name or stored), int(side) if side.isdigit() else model.image_size
 
@@ -49,7 +48,7 @@ def some_captions(pictures: PictureSet, n: int, seed: int) -> list[str]:
 
 
 def reads_text(model: pipeline.Pipeline) -> bool:
-    """Whether the model is conditioned on whole captions, not on class labels alone."""
+    """Whether the model is conditioned on captions, not on class labels alone."""
     stages = model.engine.stages.items()
     return any(getattr(stage, "context_length", None) for name, stage in stages if name not in GUIDES)
 
@@ -109,9 +108,7 @@ def open_drawn_folder(folder: Path, plans: Mapping[str, str], drawn: Sequence[st
             with files.whole(path) as partial:
                 partial.write_text(text, "utf-8")
         elif files.read_text(path) != text:
-            raise ValueError(
-                f"{folder} holds pictures that were drawn otherwise: choose another folder, or remove it"
-            )
+            raise ValueError(f"{folder} holds pictures of another plan: choose another folder, or remove it")
 
     for name, text in plans.items():
         processes.one_then_others(name, functools.partial(keep, folder / name, text))

@@ -19,7 +19,7 @@ Measures pictures of any origin against a reference (docs/evaluation.md):
 A SRC is a folder of pictures, tar shards or an npz. The output counts what was left out, by reason. Without
 --images the model draws the captions of the reference, n of them; without --reference these are unseen
 scenes. A model that reads no captions draws n pictures of its classes in turn. Without --inception the
-features are those of the model's own CLIP (clip_frechet, clip_mmd, ...), or with --judge=DIR those of another
+features are those of the model's CLIP (clip_frechet, clip_mmd, ...), or with --judge=DIR those of another
 CLIP: a model directory with a CLIP, or a folder of OpenCLIP or transformers.
 
 Draws a suite of prompts for an external tool, --pictures of each, in GenEval's layout, and measures nothing:
@@ -30,7 +30,7 @@ Draws a suite of prompts for an external tool, --pictures of each, in GenEval's 
 With --compare, once for each way of drawing, it draws n captions in each way, and writes comparison.json,
 comparison.md and comparison.png instead. The captions are those of `scenes`, which the checker reads, or of
 --reference=SRC; pictures are compared with scenes of the same captions or with that reference, by
---inception, --judge or the model's own CLIP:
+--inception, --judge or the model's CLIP:
 
   --compare="guidance_scale=1" --compare="fine: guidance_scale=3 decoder_steps=50" --compare="model=OTHER"
 """
@@ -62,13 +62,12 @@ GRID_PICTURES = 64
 
 
 def open_networks(model: Pipeline, request: Request, judge: Pipeline | None = None) -> Networks:
-    """The networks of a request; the CLIP is that of `judge`, or else the model's own, if it has one.
-
-    Raises FileNotFoundError or ValueError for weights that cannot be used.
+    """The networks of a request; the CLIP is that of `judge`, or else of the model if it has one. Raises
+    FileNotFoundError or ValueError for weights that cannot be used.
     """
     scenes.check_choice(request.preset, tuple(presets.PRESETS), "preset")
     if request.inception and not os.path.isfile(request.inception):
-        raise FileNotFoundError(f"there is no file {request.inception}")
+        raise FileNotFoundError(f"{request.inception} does not exist")
     if request.stats_out and not request.inception:
         raise ValueError("--stats_out is of Inception's features: give --inception=FILE")
     clip = judge or (model if has_clip(model) else None)
@@ -83,9 +82,8 @@ def open_networks(model: Pipeline, request: Request, judge: Pipeline | None = No
 
 
 def choose_metrics(model: Pipeline, request: Request, networks: Networks) -> tuple[list[str], list[str]]:
-    """(metrics of models, metrics of pictures) that a request names or, if it names none, permits.
-
-    Raises ValueError for a metric that model, networks or request do not permit, before pictures are read.
+    """(metrics of models, metrics of pictures) that a request names or, if it names none, permits. Raises
+    ValueError for a metric that model, networks or request do not permit, before pictures are read.
     """
     if request.metrics:
         names = list(request.metrics)
@@ -185,7 +183,7 @@ def evaluate(
     shared = drawing_first and of_pictures and inputs.images is None and inputs.reference is None
     for name in drawing_first:
         compare_with = OF_MODELS[name].compare_with
-        if shared and compare_with:  # picture metrics measure what it draws
+        if shared and compare_with:  # picture metrics measure the pictures that it draws
             captions, inputs.reference = compare_with(inputs)
             planned = _planned(len(captions), captions)
             fidelity.check(of_pictures, planned, inputs.reference, inputs.networks)

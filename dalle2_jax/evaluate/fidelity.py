@@ -88,7 +88,7 @@ def _check_reference(name: str, reference: PictureSet | Stats | None, preset: st
         rank, full = used.rank(features), len(used.moments[features].mean)
         if rank < min(full, frechet.FID_PICTURES - 1):
             raise ValueError(
-                f"{used.name} does not say how many pictures it is of, and its covariance of rank {rank} is "
+                f"{used.name} does not record its number of pictures, and its covariance of rank {rank} is "
                 f"that of {rank + 1}: {name} needs {frechet.FID_PICTURES}; measure fid_small"
             )
     return used.count
@@ -188,6 +188,6 @@ def _notes(results: dict[str, dict]) -> list[str]:
     entry = results[by_statistics[0]]
     line = f"{', '.join(by_statistics)}: by the mean and covariance that {entry['reference']} holds"
     if entry["reference_weights_sha256"] is None:
-        line += "; it does not say with which Inception and preset they were made"
+        line += "; their Inception and preset are not recorded"
     pictures = f"{', '.join(by_pictures)}: by the pictures of {entry['reference']}"
     return [line, pictures] if by_pictures else [line]

@@ -1,4 +1,4 @@
-"""What a metric is: what it needs, the function that computes it, and how its numbers are written.
+"""The types of metrics: their needs, the function that computes them, the form of their numbers.
 
 A picture metric compares features of pictures with those of a reference or of captions. Its function returns
 entries by name,
@@ -33,7 +33,7 @@ from dalle2_jax.evaluate.reference import Stats
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to measure, and with which files: the flags of the command.
+    """A request: the flags of the command.
 
     Attributes:
       metrics: names in `metrics.METRICS`; empty: those that the other attributes permit.
@@ -99,7 +99,7 @@ class Features:
       images: features [N, D] of the pictures.
       reference: features [M, D] of the reference, or their `Moments`, or None.
       pictures: the pictures, for their captions. networks: its CLIP embeds them.
-      seed: of what the metric draws at random.
+      seed: of random choices of the metric.
     """
 
     images: np.ndarray
@@ -140,9 +140,9 @@ class ModelMetric:
     Attributes:
       measure: Inputs -> (JSON values, lines of text).
       needs_clip: whether it reads the model's CLIP; a judge does not replace it.
-      draws: whether it draws or edits scenes, so that given pictures cannot replace them.
+      draws: whether it draws or edits scenes, so that --images cannot replace them.
       compare_with: Inputs -> (the captions that it draws, reference pictures for picture metrics); None:
-        picture metrics do not measure what it draws.
+        picture metrics do not measure its pictures.
       refuse: Request -> why it cannot be measured, or ''.
     """
 

@@ -1,4 +1,4 @@
-"""The picture files of a folder, their captions, and the reasons why others are left out."""
+"""The picture files of a folder, their captions, and the files that are left out, by reason."""
 
 import collections
 import dataclasses
@@ -54,7 +54,7 @@ class LeftOut:
 
 @dataclasses.dataclass
 class Folder:
-    """Files in a folder and below, ordered by name: possible pictures, shards, and what is left out."""
+    """Files in a folder and below, ordered by name: possible pictures, shards, left out files."""
 
     files: list[Path] = dataclasses.field(default_factory=list)
     shards: list[Path] = dataclasses.field(default_factory=list)
@@ -80,7 +80,7 @@ def look_through(root: Path) -> Folder:
 
 
 def _sort_in(found: Folder, root: Path, file: Path) -> None:
-    """Add a file below `root` to the files, the shards or what is left out."""
+    """Add a file below `root` to the pictures, the shards or the left out files."""
     key = file.relative_to(root)
     extension = file.suffix[1:].lower()
     picture = extension in EXTENSIONS
@@ -124,9 +124,8 @@ def read_bytes(file: Path) -> bytes:
 
 
 def read_listed(path: Path) -> tuple[list[tuple[Path, str]], set[Path]]:
-    """([(file, caption or '')] of the pictures in generate.json, all files that it names).
-
-    Raises ValueError for a name outside its folder.
+    """([(file, caption or '')] of the pictures in generate.json, all files that it names). Raises ValueError
+    for a name outside its folder.
     """
     try:
         stored = json.loads(files.read_text(path))

@@ -217,7 +217,7 @@ def _readable(
         error = fault(i) or records.BadRecord("unreadable", "")
         left.add(error.reason, f"{key(i)}: {error.detail}" if error.detail else key(i))
     if not good.any():
-        raise ValueError(f"{name} holds no picture that can be read; there are: {left.describe()}")
+        raise ValueError(f"{name} holds no readable picture; left out: {left.describe()}")
     return np.flatnonzero(good).tolist()
 
 
@@ -233,7 +233,7 @@ def _open_folder(path: str, found: picture_files.Folder, progress: Progress | No
     for file in found.shards:
         left.add("shard", f"{file.name}: give '{root / '*.tar'}' to measure shards instead of pictures")
     if not entries:
-        others = f"; there are: {left.describe()}" if left.counts else ""
+        others = f"; left out: {left.describe()}" if left.counts else ""
         kinds = ", ".join(picture_files.EXTENSIONS)
         raise ValueError(f"{path} holds no pictures ({kinds}) and no shards{others}")
 
@@ -330,9 +330,8 @@ def chosen(
 
 
 def write_npz(pictures: PictureSet, path: str | os.PathLike) -> None:
-    """Write `arr_0` uint8 [N, H, W, 3] for guided-diffusion's evaluator, one picture at a time.
-
-    Raises ValueError unless all pictures have one size.
+    """Write `arr_0` uint8 [N, H, W, 3] for guided-diffusion's evaluator, one picture at a time. Raises
+    ValueError unless all pictures have one size.
     """
     shape = None
     with (

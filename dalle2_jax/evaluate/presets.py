@@ -55,7 +55,7 @@ PRESETS = {
         lambda picture: np.asarray(transforms.square(Image.fromarray(picture), COCO_SIZE, round_twice=True)),
         "halved with a box filter, bicubic to 256, central square",
         "tf1",
-        f"{_30K} with pictures of val2014; the paper does not say which",
+        f"{_30K} with pictures of val2014; the paper does not name them",
     ),
     "karlo": Preset(
         lambda picture: square_picture(picture, COCO_SIZE, halve=False),

@@ -1,4 +1,4 @@
-"""What pictures are compared with: other pictures, or mean and covariance of Inception features in an npz.
+"""References: pictures to compare with, or mean and covariance of their Inception features in an npz.
 
 The npz is that of pytorch-fid, clean-fid, guided-diffusion or `write_stats`: mu, sigma of the pool features
 and mu_s, sigma_s of the spatial features. ADM's files also hold pictures in `arr_0`.
@@ -22,7 +22,7 @@ SUFFIXES = {"pool": "", "spatial": "_s"}
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """A reference with known mean and covariance.
+    """Mean and covariance of a reference.
 
     Attributes:
       moments: features -> Moments.
@@ -74,9 +74,8 @@ def open_reference(path: str | os.PathLike, progress=None) -> PictureSet | Stats
 
 
 def read_stats(path: str | os.PathLike) -> Stats | None:
-    """The statistics in an npz, or None for another file.
-
-    Raises ValueError for statistics of other features than Inception's, and for numbers that are not finite.
+    """The statistics in an npz, or None for another file. Raises ValueError for statistics of other features
+    than Inception's, and for numbers that are not finite.
     """
     path = files.expand(path)
     if not (path.endswith(".npz") and os.path.isfile(path)):

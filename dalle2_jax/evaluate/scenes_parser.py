@@ -1,14 +1,14 @@
-"""What a caption of a scene says: a parser for English, written apart from the code that writes the captions.
+"""A parser of English captions of scenes, independent of the code that writes these captions.
 
 It reads the wordings of the data set ("a red star above a blue ring", "red star over blue ring on white",
 "a picture of a red star with a blue ring below it", ...) and what people type in that manner, with a few
-synonyms (gray, disc, plus, big, underneath, ...). A word it does not know is an error, so that nothing is
-judged by half of its caption.
+synonyms (gray, disc, plus, big, underneath, ...). An unknown word is an error, so that no picture is judged
+by half of its caption.
 
 A caption becomes a row of items: objects, relations, "it" relations ("below it", "to its left"), "and",
 backgrounds and places. A relation holds between the object before it and the object after it; after "and" its
 subject is that of the relation before ("a star above a ring and left of a cross"). "A with B below it" and "A
-and below it B" both say that B is below A.
+and below it B" both mean that B is below A.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ _SIDES = ("left", "right", "top", "bottom", "centre")
 _VOCABULARY = {*COLOURS, *SHAPES, *BACKGROUNDS, *SIZES, *_SIDES, *_FILLERS, *_SYNONYMS}
 _VOCABULARY |= {"above", "below", "and", "background"}
 _COLOUR, _SHAPE, _BACKGROUND = ("|".join(names) for names in (COLOURS, SHAPES, BACKGROUNDS))
-# The items of a caption, between words that say nothing. `stray`: a colour without an object.
+# The items of a caption, with fillers between them. `stray`: a colour without an object.
 _ITEM = re.compile(
     rf"""(?<!\S)(?:
         (?P<size>{"|".join(SIZES)})
@@ -68,7 +68,7 @@ _ITEM = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-    """An object as a caption names it; None where it does not say."""
+    """An object of a caption; None for an aspect that the caption does not name."""
 
     colour: str | None
     shape: str
@@ -78,7 +78,7 @@ class Named:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a caption says: its objects, (i, relation, j) between them, and the background if it is named."""
+    """The facts of a caption: objects, relations (i, relation, j) between them, background or None."""
 
     objects: tuple[Named, ...]
     relations: tuple[tuple[int, str, int], ...]

@@ -168,7 +168,7 @@ def test_kid_of_all_pictures_is_the_unbiased_mmd():
     whole = distances.mmd(x, y, distances.cubic_kernel)
     assert (value, error) == pytest.approx(whole, rel=1e-9)
     assert spread == pytest.approx(0, abs=1e-12)
-    with pytest.raises(ValueError, match="subsets of 1000 needs as many pictures, there are 40 and 40"):
+    with pytest.raises(ValueError, match="subsets of 1000 needs as many pictures: 40 and 40 are too few"):
         distances.kid(x, y)
 
 

@@ -1,6 +1,6 @@
 """GLIDE's checkpoints: base.pt and optionally upsample.pt, or the pair for inpainting, in a folder.
 
-GLIDE has no CLIP and no prior: its decoder reads no image embedding, and each network has its own text
+GLIDE has no CLIP and no prior: its decoder reads no image embedding, and each network has a text
 transformer. Sizes follow from the tensors; heads have 64 entries, and the sides are GLIDE's, 64 and 256.
 Sampling settings are those of its notebooks: 100 steps and guidance 3 at 64 x 64, 27 selected steps above.
 """
@@ -41,7 +41,7 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
     files = {role: _only(source, role) for role in ("base", "upsample")}
     opened = {role: open_tensors(path) for role, path in files.items() if path}
     if "base" not in opened:
-        raise FileNotFoundError(f"{source} is to be a folder with one file base*.pt, which it does not hold")
+        raise FileNotFoundError(f"{source} must be a folder with one file base*.pt")
     stages = {"decoder": _stage(opened["base"], "decoder")}
     if "upsample" in opened:
         stages[f"upsampler{SIDES[1]}"] = _stage(opened["upsample"], "upsampler")

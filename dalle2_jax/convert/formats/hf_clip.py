@@ -69,17 +69,14 @@ def read_json(path: Path) -> dict:
 
 def _transformer(settings: dict, where: str) -> dict:
     """width, depth, num_heads, mlp_width of a tower. Raises ValueError for values that ours do not have."""
-    default_width, default_heads = (512, 8) if where == "text_config" else (768, 12)
-    width = settings.get("hidden_size", default_width)
-    mlp = settings.get("intermediate_size", 4 * default_width)
+    usual_width, usual_heads = (512, 8) if where == "text_config" else (768, 12)
+    width = settings.get("hidden_size", usual_width)
+    mlp, epsilon = settings.get("intermediate_size", 4 * usual_width), settings.get("layer_norm_eps", 1e-5)
     if mlp != 4 * width and where == "text_config":
-        raise ValueError(
-            f"{where}.intermediate_size is {mlp}: only four times hidden_size ({width}) is built"
-        )
-    epsilon = settings.get("layer_norm_eps", 1e-5)
+        raise ValueError(f"{where}.intermediate_size is {mlp}: only 4 * hidden_size ({4 * width}) is built")
     if not math.isclose(epsilon, 1e-5):
         raise ValueError(f"{where}.layer_norm_eps is {epsilon}: only 1e-5 is built")
-    depth, heads = settings.get("num_hidden_layers", 12), settings.get("num_attention_heads", default_heads)
+    depth, heads = settings.get("num_hidden_layers", 12), settings.get("num_attention_heads", usual_heads)
     wider = {} if mlp == 4 * width else {"mlp_width": mlp}
     return dict(width=width, depth=depth, num_heads=heads) | wider
 

@@ -62,8 +62,7 @@ NULL_LEAVES = {
 }
 # [1, 1, D], which is a vector of ours
 QUERY = Layout(lambda x, n: [x[None, None]], lambda xs: xs[0][0, 0])
-# Sampling settings of Karlo and training settings of its decoder, for its own checkpoints and diffusers'
-# folder.
+# Sampling settings of Karlo and training settings of its decoder, for both of its formats.
 PRIOR_SAMPLING = dict(num_steps=25, guidance_scale=4.0)
 DECODER_SAMPLING = dict(text_drop=0.3, num_steps=25, guidance_scale=8.0)
 UPSAMPLER_SAMPLING = dict(num_steps=7, method="ddpm", last_step=True)

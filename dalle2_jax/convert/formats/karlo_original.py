@@ -1,5 +1,5 @@
-"""Karlo's own checkpoints: a folder with prior-*.ckpt, decoder-*.ckpt, improved-sr-*.ckpt, ViT-L-14.pt and
-ViT-L-14_stats.th.
+"""Karlo's original checkpoints: a folder with prior-*.ckpt, decoder-*.ckpt, improved-sr-*.ckpt, ViT-L-14.pt
+and ViT-L-14_stats.th.
 
 The networks are karlo.py's with the names of OpenAI's code. Sizes follow from the tensors; heads have 64
 entries, and the sides are Karlo's, 64 and 256.
@@ -79,7 +79,7 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
 def _only(source: Path, pattern: str) -> Path:
     found = sorted(source.glob(pattern)) if source.is_dir() else []
     if len(found) != 1:
-        raise FileNotFoundError(f"{source} is to hold one file {pattern}, it holds {len(found)}")
+        raise FileNotFoundError(f"{source} must hold one file {pattern}, it holds {len(found)}")
     return found[0]
 
 

@@ -38,39 +38,34 @@ def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Toke
     """
     settings = {role: _settings(config) for role, (config, _) in stages.items()}
     params = {role: params for role, (_, params) in stages.items()}
-    files: dict[str, dict] = {}
-    weights: dict[str, dict] = {}
-    notes: list[str] = []
-    if set(stages) == {"clip"}:
+    files: dict[str, dict] = {}  # file -> JSON value
+    weights: dict[str, dict] = {}  # file -> tensors
+    is_clip = set(stages) == {"clip"}
+    if is_clip:
         _check_clip(settings["clip"])
         files |= hf_clip.settings_files(settings["clip"])
         weights["model.safetensors"] = tables.exported(hf_clip.rows(settings["clip"]), params["clip"])
-        words = out
     else:
         files["model_index.json"] = _index(tokenizer)
         _pipeline(settings, params, files, weights)
-        notes = _null_differs(stages, tokenizer)
-        words = out / "tokenizer"
-    for name, tensors in weights.items():
+    notes = [] if is_clip else _null_differs(stages, tokenizer)
+    for name in (*weights, *files):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, tensors in weights.items():
         types = dict.fromkeys(tensors, np.dtype(np.float32))
         modeldir.write_tensors(out / name, tensors, types, kind="pt")
     for name, value in files.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
         modeldir.write_json(out / name, value)
-    save_tokenizer(tokenizer, words)
+    save_tokenizer(tokenizer, out if is_clip else out / "tokenizer")
     return notes
 
 
 def _settings(config: dict) -> dict:
     """All settings of a stage's model, defaults included."""
     build = importlib.import_module(f"dalle2_jax.models.stages.{config['stage']}").build
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(build).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
-    return json.loads(json.dumps(models.to_plain(defaults | config["model"])))
+    bound = inspect.signature(build).bind_partial(**config["model"])
+    bound.apply_defaults()
+    return json.loads(json.dumps(models.to_plain(dict(bound.arguments))))
 
 
 def _demand(role: str, settings: Mapping, **values) -> None:
@@ -81,7 +76,7 @@ def _demand(role: str, settings: Mapping, **values) -> None:
 
 def _check_clip(settings: Mapping) -> None:
     _demand("clip", settings, noise=None, loss="softmax")
-    if (settings["vision"] or {"kind": "vit"})["kind"] != "vit":
+    if settings["vision"] and settings["vision"]["kind"] != "vit":
         raise ValueError("transformers' CLIPModel has a vision transformer, this CLIP has a ResNet")
 
 
@@ -99,11 +94,11 @@ def _check_cascade(settings: Mapping[str, dict]) -> str:
     if "embed_scale" not in settings["prior"]:
         raise ValueError("the prior is an autoregressive one, diffusers has the diffusion prior alone")
     _demand("prior", settings["prior"], embed_scale={"mode": "meanstd"}, **noise)
-    _demand("decoder", settings["decoder"], embed_scale=1.0, objective="eps", learned_variance=True, **noise)
-    _demand("decoder", settings["decoder"], inpaint=False, num_heads=0, num_classes=0)
-    _demand(above[0], settings[above[0]], objective="eps", learned_variance=False, **noise)
-    _demand(above[0], settings[above[0]], low_res_noise=0.0, resize="cubic", text=None, num_classes=0)
-    _demand(above[0], settings[above[0]], attention_resolutions=[], inpaint=False)
+    decoder = dict(objective="eps", learned_variance=True, inpaint=False, num_heads=0, num_classes=0)
+    _demand("decoder", settings["decoder"], embed_scale=1.0, **decoder, **noise)
+    upsampler = dict(low_res_noise=0.0, resize="cubic", text=None, num_classes=0, inpaint=False)
+    upsampler |= dict(objective="eps", learned_variance=False, attention_resolutions=[], **noise)
+    _demand(above[0], settings[above[0]], **upsampler)
     for role in ("prior", "decoder"):
         embed_dim, text = settings[role]["embed_dim"], settings[role]["text"] or {}
         if text.get("states_width") != embed_dim:
@@ -179,12 +174,12 @@ def _pipeline(settings: Mapping, params: Mapping, files: dict, weights: dict) ->
     add("super_res_last", config, _below(both, "last.") or _below(both, "first."))
 
     for name, variance in _SCHEDULERS.items():
-        limit = prior["clip_range"] if name == "prior" else 1.0
+        limit, kind = (prior["clip_range"], "sample") if name == "prior" else (1.0, "epsilon")
         files[f"{name}_scheduler/scheduler_config.json"] = dict(
             _class_name="UnCLIPScheduler",
             num_train_timesteps=1000,
             variance_type=variance,
-            prediction_type="sample" if name == "prior" else "epsilon",
+            prediction_type=kind,
             clip_sample=limit is not None,
             clip_sample_range=limit or 1.0,
         )
@@ -192,18 +187,14 @@ def _pipeline(settings: Mapping, params: Mapping, files: dict, weights: dict) ->
 
 def _index(tokenizer: Tokenizer) -> dict:
     """UnCLIPPipeline's model_index.json."""
-    own = {name: ["diffusers", "UnCLIPScheduler"] for name in (f"{part}_scheduler" for part in _SCHEDULERS)}
-    return own | dict(
-        _class_name="UnCLIPPipeline",
-        _diffusers_version="0.35.0",
-        prior=["diffusers", "PriorTransformer"],
-        decoder=["diffusers", "UNet2DConditionModel"],
-        super_res_first=["diffusers", "UNet2DModel"],
-        super_res_last=["diffusers", "UNet2DModel"],
-        text_encoder=["transformers", "CLIPTextModelWithProjection"],
-        text_proj=[_TEXT_PROJ, "UnCLIPTextProjModel"],
-        tokenizer=["transformers", _tokenizer_class(tokenizer)],
-    )
+    classes = {f"{part}_scheduler": "UnCLIPScheduler" for part in _SCHEDULERS}
+    classes |= dict(prior="PriorTransformer", decoder="UNet2DConditionModel")
+    classes |= dict(super_res_first="UNet2DModel", super_res_last="UNet2DModel")
+    parts = {name: ["diffusers", kind] for name, kind in classes.items()}
+    parts["text_encoder"] = ["transformers", "CLIPTextModelWithProjection"]
+    parts["text_proj"] = [_TEXT_PROJ, "UnCLIPTextProjModel"]
+    parts["tokenizer"] = ["transformers", _tokenizer_class(tokenizer)]
+    return dict(_class_name="UnCLIPPipeline", _diffusers_version="0.35.0") | parts
 
 
 def _unet_config(name: str, settings: Mapping, attends: list[bool]) -> dict:
@@ -256,31 +247,22 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     settings = dict(
         tokenizer_class=_tokenizer_class(tokenizer),
         model_max_length=tokenizer.context_length,
-        bos_token=sot,
-        eos_token=eot,
-        unk_token=eot,
-        pad_token=pad,
-    )
+    ) | dict(bos_token=sot, eos_token=eot, unk_token=eot, pad_token=pad)
     if tokenizer.kind == "clip":
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
         modeldir.write_json(folder / "vocab.json", vocab | {sot: tokenizer.sot, eot: tokenizer.eot})
         (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     else:
         special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        own = ((tokenizer.sot, sot), (tokenizer.eot, eot))
-        state["added_tokens"] = [dict(id=number, content=word, **special) for number, word in own]
+        marks = ((tokenizer.sot, sot), (tokenizer.eot, eot))
+        state["added_tokens"] = [dict(id=number, content=word, **special) for number, word in marks]
         spaces = dict(type="Replace", pattern={"Regex": "\\s+"}, content=" ")
         strip = dict(type="Strip", strip_left=True, strip_right=True)
         state["normalizer"] = dict(type="Sequence", normalizers=[spaces, strip, {"type": "Lowercase"}])
-        state["post_processor"] = dict(
-            type="TemplateProcessing",
-            single=[_special(sot), {"Sequence": {"id": "A", "type_id": 0}}, _special(eot)],
-            pair=[_special(sot), {"Sequence": {"id": "A", "type_id": 0}}, _special(eot)],
-            special_tokens={word: dict(id=word, ids=[number], tokens=[word]) for number, word in own},
-        )
+        first, last = ({"SpecialToken": {"id": word, "type_id": 0}} for word in (sot, eot))
+        template = [first, {"Sequence": {"id": "A", "type_id": 0}}, last]
+        tokens = {word: dict(id=word, ids=[number], tokens=[word]) for number, word in marks}
+        processor = dict(type="TemplateProcessing", single=template, pair=template, special_tokens=tokens)
+        state["post_processor"] = processor
         modeldir.write_json(folder / "tokenizer.json", state)
     modeldir.write_json(folder / "tokenizer_config.json", settings)
-
-
-def _special(word: str) -> dict:
-    return {"SpecialToken": {"id": word, "type_id": 0}}

@@ -44,6 +44,6 @@ def _r_precision(name: str, x: Features) -> dict[str, dict]:
 
 METRICS = {
     "clip_r_precision": PictureMetric(
-        f"own caption the nearest of {CANDIDATES}, by CLIP", _r_precision, reference=False, captions=True
+        f"its caption the nearest of {CANDIDATES}, by CLIP", _r_precision, reference=False, captions=True
     )
 }

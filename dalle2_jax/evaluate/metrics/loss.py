@@ -1,4 +1,4 @@
-"""The loss of every stage at fixed times with fixed noise, on unseen scenes or given pictures.
+"""The loss of every stage at fixed times with fixed noise, on unseen scenes or --images.
 
 Pictures, times, noise and windows are the same in every run and nothing is sampled, so this is the cheapest
 number to compare two checkpoints of one recipe by. The parameters are those of the model directory (averages,

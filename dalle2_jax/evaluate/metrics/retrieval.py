@@ -1,4 +1,4 @@
-"""Retrieval: whether CLIP finds a picture's caption among all, for 100 unseen scenes or given pictures."""
+"""Retrieval: whether CLIP finds a picture's caption among all, for 100 unseen scenes or --images."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,9 +25,8 @@ def facts(scene: scenes.Scene) -> tuple:
 def unseen_scenes(
     config: scenes.SceneConfig, count: int, seed: int = 0
 ) -> tuple[list[scenes.Scene], list[str]]:
-    """(`count` scenes with different facts, their randomly worded captions), from the splits in turn.
-
-    Raises ValueError if `config` has fewer facts.
+    """(`count` scenes with different facts, their randomly worded captions), from the splits in turn. Raises
+    ValueError if `config` has fewer facts.
     """
     used: set[tuple] = set()
 

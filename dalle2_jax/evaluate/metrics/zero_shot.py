@@ -1,8 +1,8 @@
 """Zero-shot classification by CLIP: the class nearest to a picture (arXiv:2103.00020, section 3.1).
 
 A class is the normalised mean of the unit text embeddings of its name in several templates. The pictures are
-200 unseen scenes of one object, with a class for each pair of colour and shape, or given pictures whose
-captions name classes.
+200 unseen scenes of one object, with a class for each pair of colour and shape, or pictures whose captions
+name classes.
 """
 
 import os
@@ -44,9 +44,8 @@ def accuracy(
 
 
 def labels(captions: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """Class numbers [N] of captions, -1 for a caption that names no class or several; see `label_of`.
-
-    Raises ValueError if no caption names exactly one class.
+    """Class numbers [N] of captions, -1 for a caption that names no class or several; see `label_of`. Raises
+    ValueError if no caption names exactly one class.
     """
     found = np.array([label_of(caption, names) for caption in captions])
     if not (found >= 0).any():
