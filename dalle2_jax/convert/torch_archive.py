@@ -136,6 +136,7 @@ class TorchArchive:
 
 def build(name: str, tensor: StoredTensor, read: Callable[[int, int], np.ndarray]) -> np.ndarray:
     """The array of a tensor; read: (first, count) -> numbers of its storage, fewer at the storage's end.
+
     Raises ValueError for a tensor outside its storage or with more numbers than it.
     """
     outside = f"tensor {name} lies outside its storage: the file is damaged"
@@ -283,8 +284,9 @@ class _Machine:
 
 
 def walk(program) -> Any:
-    """The tree that a pickle describes. program: bytes, or an open file, read up to the pickle's end. Raises
-    ValueError for an instruction that weights do not need.
+    """The tree that a pickle describes. program: bytes, or an open file, read up to the pickle's end.
+
+    Raises ValueError for an instruction that weights do not need.
     """
     machine = _Machine()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):

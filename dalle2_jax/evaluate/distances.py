@@ -19,9 +19,8 @@ are equal.
 """
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -31,41 +30,19 @@ ERROR_ROWS = 4096  # enough rows to estimate the variance of one row's influence
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Count, mean [D] and scatter [D, D] (the sum of outer products of deviations) of a set of vectors."""
+    """Mean [D] and unbiased covariance [D, D] of a set of vectors."""
 
-    count: int
     mean: np.ndarray
-    scatter: np.ndarray
+    cov: np.ndarray
 
     @staticmethod
     def of(x: np.ndarray) -> "Moments":
-        """The moments of the rows of x [N, D]. Raises ValueError for no rows and for non-finite rows."""
+        """The moments of the rows of x [N, D]. Raises ValueError for N < 2 and for non-finite rows."""
         x = as_features(x)
+        if len(x) < 2:
+            raise ValueError(f"a covariance needs 2 or more vectors, not {len(x)}")
         mean = x.mean(axis=0)
-        centred = x - mean
-        return Moments(len(x), mean, centred.T @ centred)
-
-    def merge(self, other: "Moments") -> "Moments":
-        """The moments of the union of both sets, exact for any split of a set (Chan 1979)."""
-        if self.mean.shape != other.mean.shape:
-            raise ValueError(f"features of {len(self.mean)} and of {len(other.mean)} entries do not mix")
-        count = self.count + other.count
-        step = other.mean - self.mean
-        mean = self.mean + step * (other.count / count)
-        between = np.outer(step, step) * (self.count * other.count / count)
-        return Moments(count, mean, self.scatter + other.scatter + between)
-
-    @property
-    def cov(self) -> np.ndarray:
-        """The unbiased covariance [D, D]. Raises ValueError for fewer than two vectors."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs 2 or more vectors, not {self.count}")
-        return self.scatter / (self.count - 1)
-
-
-def merge(parts: Iterable[Moments]) -> Moments:
-    """The moments of the union of all parts."""
-    return functools.reduce(Moments.merge, parts)
+        return Moments(mean, (x - mean).T @ (x - mean) / (len(x) - 1))
 
 
 def as_features(x: np.ndarray, name: str = "features") -> np.ndarray:

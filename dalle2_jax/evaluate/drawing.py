@@ -24,6 +24,7 @@ DRAWN_AT_A_TIME = 64  # pictures, before they are written
 
 def scenes_of(model: pipeline.Pipeline, name: str | None = None) -> tuple[scenes.SceneConfig, int]:
     """(grammar, side of the pictures) of the scenes that a model was trained on, or of the grammar `name`.
+
     Raises ValueError for a model that was not trained on scenes, unless `name` names a grammar.
     """
     configs = model.engine.configs

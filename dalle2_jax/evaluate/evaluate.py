@@ -62,8 +62,9 @@ GRID_PICTURES = 64
 
 
 def open_networks(model: Pipeline, request: Request, judge: Pipeline | None = None) -> Networks:
-    """The networks of a request; the CLIP is that of `judge`, or else of the model if it has one. Raises
-    FileNotFoundError or ValueError for weights that cannot be used.
+    """The networks of a request; the CLIP is that of `judge`, or else of the model if it has one.
+
+    Raises FileNotFoundError or ValueError for weights that cannot be used.
     """
     scenes.check_choice(request.preset, tuple(presets.PRESETS), "preset")
     if request.inception and not os.path.isfile(request.inception):
@@ -82,8 +83,9 @@ def open_networks(model: Pipeline, request: Request, judge: Pipeline | None = No
 
 
 def choose_metrics(model: Pipeline, request: Request, networks: Networks) -> tuple[list[str], list[str]]:
-    """(metrics of models, metrics of pictures) that a request names or, if it names none, permits. Raises
-    ValueError for a metric that model, networks or request do not permit, before pictures are read.
+    """(metrics of models, metrics of pictures) that a request names or, if it names none, permits.
+
+    Raises ValueError for a metric that model, networks or request do not permit, before pictures are read.
     """
     if request.metrics:
         names = list(request.metrics)

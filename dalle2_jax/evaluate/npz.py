@@ -10,8 +10,9 @@ from dalle2_jax.data import transforms
 
 @contextlib.contextmanager
 def open_array(path: str, name: str):
-    """(open file at the numbers, shape, whether in Fortran order, dtype) of an array in an npz. Raises
-    ValueError for a file without this array.
+    """(open file at the numbers, shape, whether in Fortran order, dtype) of an array in an npz.
+
+    Raises ValueError for a file without this array.
     """
     try:
         archive = zipfile.ZipFile(path)

@@ -124,8 +124,9 @@ def read_bytes(file: Path) -> bytes:
 
 
 def read_listed(path: Path) -> tuple[list[tuple[Path, str]], set[Path]]:
-    """([(file, caption or '')] of the pictures in generate.json, all files that it names). Raises ValueError
-    for a name outside its folder.
+    """([(file, caption or '')] of the pictures in generate.json, all files that it names).
+
+    Raises ValueError for a name outside its folder.
     """
     try:
         stored = json.loads(files.read_text(path))

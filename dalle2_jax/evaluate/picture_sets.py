@@ -330,8 +330,9 @@ def chosen(
 
 
 def write_npz(pictures: PictureSet, path: str | os.PathLike) -> None:
-    """Write `arr_0` uint8 [N, H, W, 3] for guided-diffusion's evaluator, one picture at a time. Raises
-    ValueError unless all pictures have one size.
+    """Write `arr_0` uint8 [N, H, W, 3] for guided-diffusion's evaluator, one picture at a time.
+
+    Raises ValueError unless all pictures have one size.
     """
     shape = None
     with (

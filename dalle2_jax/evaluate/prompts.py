@@ -74,8 +74,9 @@ def _key(names: Iterable[str]) -> str | None:
 
 
 def _table(path: Path, text: str, delimiter: str) -> list[dict]:
-    """The non-empty rows of a table with a column of prompts; other delimiters are tried, too. Raises
-    ValueError, with the column names, for no such column, and for a row with too many cells.
+    """The non-empty rows of a table with a column of prompts; other delimiters are tried, too.
+
+    Raises ValueError, with the column names, for no such column, and for a row with too many cells.
     """
     columns: list[str] = []
     try:

@@ -59,7 +59,7 @@ class Stats:
 
     def rank(self, features: str) -> int:
         """Rank of a covariance; for fewer pictures than features it is the number of pictures - 1."""
-        values = np.linalg.eigvalsh(self.moments[features].scatter)
+        values = np.linalg.eigvalsh(self.moments[features].cov)
         return int((values > values[-1] * len(values) * np.finfo(np.float32).eps).sum())
 
 
@@ -74,8 +74,9 @@ def open_reference(path: str | os.PathLike, progress=None) -> PictureSet | Stats
 
 
 def read_stats(path: str | os.PathLike) -> Stats | None:
-    """The statistics in an npz, or None for another file. Raises ValueError for statistics of other features
-    than Inception's, and for numbers that are not finite.
+    """The statistics in an npz, or None for another file.
+
+    Raises ValueError for statistics of other features than Inception's, and for numbers that are not finite.
     """
     path = files.expand(path)
     if not (path.endswith(".npz") and os.path.isfile(path)):
@@ -88,7 +89,7 @@ def read_stats(path: str | os.PathLike) -> Stats | None:
             names = ("preset", "weights_sha256")
             made_with = {name: str(stored[name]) for name in names if name in stored.files}
             moments = {
-                features: _moments(stored, features, count)
+                features: _moments(stored, features)
                 for features, suffix in SUFFIXES.items()
                 if f"mu{suffix}" in stored.files
             }
@@ -99,7 +100,7 @@ def read_stats(path: str | os.PathLike) -> Stats | None:
     return Stats(os.path.basename(path), moments, count, **made_with, pictures=pictures)
 
 
-def _moments(stored, features: str, count: int | None) -> Moments:
+def _moments(stored, features: str) -> Moments:
     """The moments in mu and sigma of these features. Raises ValueError or KeyError for impossible arrays."""
     entries, suffix = DIMENSIONS[features], SUFFIXES[features]
     for name, expected in ((f"mu{suffix}", (entries,)), (f"sigma{suffix}", (entries, entries))):
@@ -115,8 +116,7 @@ def _moments(stored, features: str, count: int | None) -> Moments:
         raise ValueError(f"mu{suffix} or sigma{suffix} holds numbers that are not finite")
     if np.abs(cov - cov.T).max() > 1e-3 * np.abs(cov).max() or (np.diagonal(cov) < 0).any():
         raise ValueError(f"sigma{suffix} is no covariance: not symmetric, or negative on its diagonal")
-    rows = count or 2  # with an unknown count only mean and cov are used
-    return Moments(rows, mean, cov * (rows - 1))
+    return Moments(mean, cov)
 
 
 def write_stats(path: str | os.PathLike, features: dict[str, np.ndarray], preset: str, sha256: str) -> None:
@@ -124,11 +124,7 @@ def write_stats(path: str | os.PathLike, features: dict[str, np.ndarray], preset
     arrays: dict[str, Any] = {"preset": np.array(preset), "weights_sha256": np.array(sha256)}
     for name, suffix in SUFFIXES.items():
         if name in features:
-            moments = Moments.of(features[name])
-            arrays |= {
-                f"mu{suffix}": moments.mean,
-                f"sigma{suffix}": moments.cov,
-                "n": np.array(moments.count),
-            }
+            moments, count = Moments.of(features[name]), len(features[name])
+            arrays |= {f"mu{suffix}": moments.mean, f"sigma{suffix}": moments.cov, "n": np.array(count)}
     with open(path, "wb") as file:
         np.savez(file, **arrays)

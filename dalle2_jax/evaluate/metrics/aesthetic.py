@@ -14,8 +14,9 @@ from dalle2_jax.evaluate.metric import Features, PictureMetric, entry
 
 
 def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """(weight [E], bias [], sha256): the layers of a state dictionary, composed into one affine map. Raises
-    FileNotFoundError, or ValueError for layers that do not fit each other or `embed_dim`.
+    """(weight [E], bias [], sha256): the layers of a state dictionary, composed into one affine map.
+
+    Raises FileNotFoundError, or ValueError for layers that do not fit each other or `embed_dim`.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} does not exist")

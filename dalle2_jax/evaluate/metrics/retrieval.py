@@ -25,8 +25,9 @@ def facts(scene: scenes.Scene) -> tuple:
 def unseen_scenes(
     config: scenes.SceneConfig, count: int, seed: int = 0
 ) -> tuple[list[scenes.Scene], list[str]]:
-    """(`count` scenes with different facts, their randomly worded captions), from the splits in turn. Raises
-    ValueError if `config` has fewer facts.
+    """(`count` scenes with different facts, their randomly worded captions), from the splits in turn.
+
+    Raises ValueError if `config` has fewer facts.
     """
     used: set[tuple] = set()
 

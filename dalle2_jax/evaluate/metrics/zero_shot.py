@@ -44,8 +44,9 @@ def accuracy(
 
 
 def labels(captions: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """Class numbers [N] of captions, -1 for a caption that names no class or several; see `label_of`. Raises
-    ValueError if no caption names exactly one class.
+    """Class numbers [N] of captions, -1 for a caption that names no class or several; see `label_of`.
+
+    Raises ValueError if no caption names exactly one class.
     """
     found = np.array([label_of(caption, names) for caption in captions])
     if not (found >= 0).any():
