@@ -103,9 +103,8 @@ def convert_workdirs(
         stage, config, params = models.load_stage(source, role)
         folder = f"upsampler{stage.image_size}" if role == "upsampler" else role
         if folder in stages:
-            raise ValueError(
-                f"two upsamplers draw {stage.image_size} x {stage.image_size}: {source} is one too many"
-            )
+            side = stage.image_size
+            raise ValueError(f"two upsamplers draw {side} x {side}: {source} is one too many")
         stages[folder], parts[folder] = stage, (without_paths(config) | {"wandb": ""}, params)
         steps[folder] = _trained_steps(local[source], folder)
         if getattr(stage, "context_length", None):

@@ -47,11 +47,9 @@ def from_state_dict(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     found = {name for name in tensors if not name.endswith("num_batches_tracked")}
     missing, surplus = sorted(expected - found), sorted(found - expected)
     if missing or surplus:
-        raise ValueError(
-            f"this is not the state dictionary of {NETWORK}: it "
-            + (f"lacks {len(missing)} tensors" if missing else f"has {len(surplus)} tensors too many")
-            + f", among them {', '.join((missing or surplus)[:5])}"
-        )
+        why = f"lacks {len(missing)} tensors" if missing else f"has {len(surplus)} tensors too many"
+        some = ", ".join((missing or surplus)[:5])
+        raise ValueError(f"this is not the state dictionary of {NETWORK}: it {why}, among them {some}")
     params = {}
     for layer, wanted in names.items():
         kernel, *rest = (np.asarray(tensors[name], np.float64) for name in wanted)
@@ -107,9 +105,7 @@ def load(path: str | os.PathLike) -> Weights:
             metadata = file.metadata() or {}
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is no safetensors file: convert the released weights once, with python -m "
-            "dalle2_jax.convert inception SRC.pth OUT.safetensors"
-        ) from error
+        command = "python -m dalle2_jax.convert inception SRC.pth OUT.safetensors"
+        raise ValueError(f"{path} is invalid: convert the released weights once, with {command}") from error
     modeldir.check_params(flat, modeldir.flatten(abstract_params()), os.fspath(path))
     return Weights(modeldir.unflatten(flat), sha256(path), metadata.get("source_sha256", "unknown"))

@@ -190,18 +190,15 @@ def imported(
     rows = {row.ours: row for row in table}
     unknown = sorted(shapes.keys() ^ (rows.keys() | leaves.keys()))
     if unknown:
-        raise ValueError(
-            f"the table and the model differ in {', '.join(unknown[:10])}: a mistake in the format"
-        )
+        raise ValueError(f"a mistake in the format: table and model differ in {', '.join(unknown[:10])}")
     expected = expected_shapes(rows.values(), abstract)
     found = {name: shape for name, shape in tensors.shapes.items() if not re.fullmatch(ignored, name)}
     # A scalar of ours may be a vector of length 1, such as OpenCLIP's logit_scale.
     found |= {name: () for name, shape in expected.items() if shape == () and found.get(name) == (1,)}
     complaints = modeldir.differences(found, expected)
     if complaints:
-        raise ValueError(
-            f"{tensors.source} does not have the tensors that its settings promise:\n" + "\n".join(complaints)
-        )
+        differing = f"{tensors.source} does not have the tensors that its settings promise:"
+        raise ValueError("\n".join([differing, *complaints]))
 
     def lazy(row: Row) -> Lazy:
         def make() -> np.ndarray:

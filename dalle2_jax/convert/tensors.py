@@ -70,10 +70,8 @@ class Tensors(Mapping):
         if name not in self.shapes:
             heads = [f"{head} ({count})" for head, count in wrappers.heads(self.shapes).items()]
             more = f", and {len(heads) - 10} more" if len(heads) > 10 else ""
-            raise ValueError(
-                f"{self.source} has no tensor {name}: it is not of this format. It holds "
-                + (", ".join(heads[:10]) + more if heads else "no tensors")
-            )
+            held = ", ".join(heads[:10]) + more if heads else "no tensors"
+            raise ValueError(f"{self.source} has no tensor {name}: it is not of this format. It holds {held}")
         return self.shapes[name]
 
     def renamed(self, names: Mapping[str, str], source: str = "", notes=()) -> "Tensors":
@@ -201,9 +199,8 @@ def _open_shards(path: Path) -> Tensors:
             raise ValueError(f"{path} names the file {name!r}: it must lie in the same folder")
     missing = [name for name in named if not (path.parent / name).exists()]
     if missing:
-        raise FileNotFoundError(
-            f"{path} names {len(named)} files, {len(missing)} are not there: {', '.join(missing[:5])}"
-        )
+        absent = f"{len(missing)} are not there: {', '.join(missing[:5])}"
+        raise FileNotFoundError(f"{path} names {len(named)} files, {absent}")
     shards = {name: _open(path.parent / name) for name in named}
     missing = sorted(name for name, shard in where.items() if name not in shards[shard].shapes)
     if missing:

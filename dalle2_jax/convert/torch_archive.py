@@ -230,7 +230,9 @@ class _Machine:
             # a persistent id is ('storage', type, file, device, length), and stays on the stack as it is
             **dict.fromkeys(("PROTO", "FRAME", "BINPERSID"), lambda _: None),
             "TUPLE": lambda _: self.stack.append(tuple(self.pop_to_mark())),
-            **{f"TUPLE{n}": lambda _, n=n: self.stack.append(tuple(self.pop(n))) for n in (1, 2, 3)},
+            "TUPLE1": lambda _: self.stack.append(tuple(self.pop(1))),
+            "TUPLE2": lambda _: self.stack.append(tuple(self.pop(2))),
+            "TUPLE3": lambda _: self.stack.append(tuple(self.pop(3))),
             **dict.fromkeys(("LIST", "FROZENSET"), lambda _: self.stack.append(self.pop_to_mark())),
             "DICT": lambda _: self.update(self.pop_to_mark(), {}),
             **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda _: self.extend(self.pop_to_mark())),
@@ -291,9 +293,7 @@ def walk(program) -> Any:
     machine = _Machine()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
         if count > _MAX_NODES:
-            raise ValueError(
-                f"the file's pickle has more than {_MAX_NODES} instructions: it holds no weights alone"
-            )
+            raise ValueError(f"the pickle has more than {_MAX_NODES} instructions: it holds no weights alone")
         if opcode.name == "STOP":
             return machine.stack.pop()
         machine.run(opcode, argument)

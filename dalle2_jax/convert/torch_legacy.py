@@ -26,10 +26,8 @@ def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
             magic, layout, sizes, tree, keys = (walk(file) for _ in range(5))
         except (IndexError, KeyError, TypeError, AttributeError, ValueError) as error:
             if begins and file.tell() == size:
-                raise ValueError(
-                    f"{path} is truncated: it ends after {size:,} bytes, amid its description of the "
-                    "tensors. Download or copy it again"
-                ) from error
+                where = f"after {size:,} bytes, amid its description of the tensors"
+                raise ValueError(f"{path} is truncated {where}. Download or copy it again") from error
             raise ValueError(f"{path} is no file of weights that torch wrote: {error}") from error
         if magic != MAGIC or layout != LAYOUT or not isinstance(sizes, dict):
             raise ValueError(f"{path} is no file of weights that torch wrote")
@@ -47,10 +45,8 @@ def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
             if count < 0:
                 raise ValueError(f"{path} is damaged: storage {key!r} has {count} numbers")
             if len(head) < 8 or end > size:
-                raise ValueError(
-                    f"{path} is truncated: {size:,} bytes are there of at least {end + 8 - len(head):,}. "
-                    "Download or copy it again"
-                )
+                sizes = f"{size:,} bytes of at least {end + 8 - len(head):,}"
+                raise ValueError(f"{path} is truncated: {sizes}. Download or copy it again")
             storages[key] = np.frombuffer(file.read(count * types[key].itemsize), types[key])
         if lost := sorted(types.keys() - storages.keys()):
             raise ValueError(f"{path} is damaged: it lists no storage {lost[0]!r}")

@@ -101,9 +101,7 @@ def _unwrapped(names: Mapping[str, str], below: str, source: str) -> Unwrapped:
     for several in (weights, averages):
         if len(several) > 1:
             listed = ", ".join(f"{below}{head}.*" for head in several)
-            raise ValueError(
-                f"{source} holds several models ({listed}): save the state dictionary of the one you want"
-            )
+            raise ValueError(f"{source} holds several models ({listed}): save the state dictionary of one")
     inner = {head: _unwrapped(parts[head], f"{below}{head}.", source) for head in weights + averages}
     found = inner[(averages or weights)[0]]
     if averages:

@@ -58,21 +58,14 @@ def main(argv):
 if __name__ == "__main__":
     define_sampling_flags()
     commandline.DEFINE_path("out", "evaluation", "Where the report and the grids go.")
-    flags.DEFINE_list(
-        "metrics", None, f"Some of {', '.join(metrics.METRICS)}; default: those that the other flags permit."
-    )
+    some = f"Some of {', '.join(metrics.METRICS)}; default: those that the other flags permit."
+    flags.DEFINE_list("metrics", None, some)
     commandline.DEFINE_path("images", None, "Pictures to measure: a folder, tar shards or an npz.")
-    commandline.DEFINE_path(
-        "classes", None, "zero_shot of --images: a file with the name of a class on each line."
-    )
-    commandline.DEFINE_path(
-        "templates", None, "zero_shot: a file with a template such as 'a photo of a {}' a line."
-    )
+    commandline.DEFINE_path("classes", None, "zero_shot of --images: a file with a class on each line.")
+    commandline.DEFINE_path("templates", None, "zero_shot: a file with a line like 'a photo of a {}' each.")
     commandline.DEFINE_path("reference", None, "Pictures to compare with, or an npz of mu and sigma.")
     commandline.DEFINE_path("inception", None, "Weights that `dalle2_jax.convert inception` wrote.")
-    commandline.DEFINE_path(
-        "judge", None, "Another CLIP for clip_*, aesthetic and --compare: a model directory, or its folder."
-    )
+    commandline.DEFINE_path("judge", None, "Another CLIP for clip_*, aesthetic and --compare; a folder.")
     commandline.DEFINE_path("aesthetic", None, "Weights of LAION's aesthetic head, for CLIP ViT-L/14.")
     flags.DEFINE_string("preset", "ttur", f"Protocol of FID, one of {', '.join(presets.PRESETS)}.")
     commandline.DEFINE_path("report", None, "Write one self-contained HTML page of numbers and pictures.")

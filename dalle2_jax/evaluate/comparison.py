@@ -180,10 +180,7 @@ def compare(
     models = {directory: load(directory) for directory in directories}
     for model in models.values():
         if judge is None and not has_clip(model):
-            raise ValueError(
-                f"--compare needs a CLIP for diversity and cosine, and model {model.name!r} has none: give "
-                "--judge=DIR with one"
-            )
+            raise ValueError(f"--compare needs a CLIP, and model {model.name!r} has none: give --judge=DIR")
     settings = [models[directory].settings(**changes) for _, directory, changes in parsed]
     networks = open_networks(models[model_dir], request, judge)
     check, captions, reference = _captions(models[model_dir], request, pictures)

@@ -121,10 +121,7 @@ def frechet_infinity(x: np.ndarray, y: Moments, points: int = 15, seed: int = 0)
     count, dim = x.shape
     smallest = min(5000, count // 10)
     if smallest <= dim:
-        raise ValueError(
-            f"extrapolating features of {dim} entries needs subsets of more than {dim} pictures: {count} "
-            f"pictures give subsets from {smallest}; give more than {10 * dim}"
-        )
+        raise ValueError(f"extrapolating {dim} features needs more than {10 * dim} pictures, not {count}")
     draw, root = np.random.RandomState(seed), _root(y.cov)
     sizes = np.linspace(smallest, count, points).astype(int)
     found = [_frechet(Moments.of(x[draw.choice(count, n, replace=False)]), y, root) for n in sizes]
@@ -211,10 +208,8 @@ def kid(
     """
     x, y = _pair(x, y)
     if min(len(x), len(y)) < subset_size:
-        raise ValueError(
-            f"KID of subsets of {subset_size} needs as many pictures: {len(x)} and {len(y)} are too few; "
-            "give more, or smaller subsets"
-        )
+        few = f"{len(x)} and {len(y)} are too few"
+        raise ValueError(f"KID of subsets of {subset_size} needs as many pictures: {few}")
     if subset_size < 2:
         raise ValueError("subsets must have 2 or more pictures")
     draw, found = np.random.RandomState(seed), []
@@ -223,9 +218,8 @@ def kid(
         a = x[draw.choice(len(x), subset_size, replace=False)]
         b = y[draw.choice(len(y), subset_size, replace=False)]
         within = [cubic_kernel(rows, rows) for rows in (a, b)]
-        found.append(
-            sum((gram.sum() - np.trace(gram)) / pairs for gram in within) - 2 * cubic_kernel(a, b).mean()
-        )
+        same = sum((gram.sum() - np.trace(gram)) / pairs for gram in within)
+        found.append(same - 2 * cubic_kernel(a, b).mean())
     part = np.random.RandomState(seed)
     some_x, some_y = (rows[part.permutation(len(rows))[:ERROR_ROWS]] for rows in (x, y))
     _, spread_x, spread_y = _mmd(some_x, some_y, cubic_kernel, biased=False)

@@ -72,10 +72,8 @@ class PictureSet:
         """The first caption of each picture. Raises ValueError unless all have one."""
         if not self.texts:
             some = f" ({self.uncaptioned})" if self.uncaptioned else ""
-            raise ValueError(
-                f"not every picture of {self.name} has a caption{some}: put KEY.txt beside each KEY.png, or "
-                "give img2dataset's shards"
-            )
+            advice = "put KEY.txt beside each KEY.png, or give img2dataset's shards"
+            raise ValueError(f"not every picture of {self.name} has a caption{some}: {advice}")
         return list(self.texts)
 
     def describe(self) -> str:

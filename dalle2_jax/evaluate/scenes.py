@@ -142,9 +142,7 @@ def _working_picture(image: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] to float32 [SIDE, SIDE, 3], noise smoothed away."""
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 8:
-        raise ValueError(
-            f"image must be uint8 [H, W, 3] of at least 8 x 8 pixels, got {image.dtype} {image.shape}"
-        )
+        raise ValueError(f"image must be uint8 [H, W, 3], 8 x 8 or more, not {image.dtype} {image.shape}")
     if image.shape[:2] != (SIDE, SIDE):
         image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     picture = image.astype(np.float32)

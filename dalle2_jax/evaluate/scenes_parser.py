@@ -94,9 +94,7 @@ def _words(caption: str) -> list[str]:
         if word not in _VOCABULARY:
             near = nearest(word, sorted(_VOCABULARY))
             hint = f"; did you mean {near}?" if near else ""
-            raise ValueError(
-                f"caption {caption!r}: the checker of scenes does not know the word {word!r}{hint}"
-            )
+            raise ValueError(f"caption {caption!r}: the checker does not know the word {word!r}{hint}")
         out.append(_SYNONYMS.get(word, word))
     return out
 

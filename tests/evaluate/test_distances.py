@@ -90,7 +90,7 @@ def test_extrapolation_removes_the_bias_of_few_pictures():
     found, error = distances.frechet_infinity(x, reference)
     assert plain > 0.15 and abs(found) < plain / 4 and error < plain / 4
     assert distances.frechet_infinity(x, reference) == (found, error)
-    with pytest.raises(ValueError, match="give more than 200"):
+    with pytest.raises(ValueError, match="needs more than 200"):
         distances.frechet_infinity(x[:200], reference)
 
 

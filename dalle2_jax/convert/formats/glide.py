@@ -60,10 +60,8 @@ def _stage(tensors: Tensors, stage: str) -> tuple[dict, dict]:
     low_res, channels = stage == "upsampler", tensors.shape("input_blocks.0.0.weight")[1]
     plain = 6 if low_res else 3
     if channels not in (plain, plain + 4):
-        raise ValueError(
-            f"{tensors.source} has {channels} input channels: a network of this role has {plain}, or "
-            f"{plain + 4} for repainting"
-        )
+        expected = f"a network of this role has {plain}, or {plain + 4} for repainting"
+        raise ValueError(f"{tensors.source} has {channels} input channels: {expected}")
     inpaint = channels == plain + 4
     if inpaint:
         tensors = split_inpaint_input(tensors, low_res)

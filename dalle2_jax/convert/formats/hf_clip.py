@@ -115,9 +115,8 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
     """The CLIP in the folder `source`."""
     config = read_json(source / "config.json")
     if config.get("model_type") != "clip" or "vision_config" not in config:
-        raise ValueError(
-            f"{source} holds a {config.get('model_type')!r} of {config.get('architectures')}, not a CLIPModel"
-        )
+        kind = f"a {config.get('model_type')!r} of {config.get('architectures')}"
+        raise ValueError(f"{source} holds {kind}, not a CLIPModel")
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     model = dict(
         embed_dim=config.get("projection_dim", 512),

@@ -85,9 +85,8 @@ def _check_cascade(settings: Mapping[str, dict]) -> str:
     base = ("clip", "prior", "decoder")
     above = [role for role in settings if role not in base]
     if len(above) != 1 or not set(base) <= settings.keys() or not above[0].startswith("upsampler"):
-        raise ValueError(
-            f"UnCLIPPipeline is a CLIP, a prior, a decoder and one upsampler; this is {', '.join(settings)}"
-        )
+        parts = "a CLIP, a prior, a decoder and one upsampler"
+        raise ValueError(f"UnCLIPPipeline is {parts}; this is {', '.join(settings)}")
     noise = dict(schedule="cosine", num_timesteps=1000)
     _check_clip(settings["clip"])
     _demand("clip", settings["clip"], unit_embeds=False)
@@ -101,11 +100,9 @@ def _check_cascade(settings: Mapping[str, dict]) -> str:
     _demand(above[0], settings[above[0]], **upsampler)
     for role in ("prior", "decoder"):
         embed_dim, text = settings[role]["embed_dim"], settings[role]["text"] or {}
-        if text.get("states_width") != embed_dim:
-            raise ValueError(
-                f"{role}: model.text.states_width is {text.get('states_width')!r}, diffusers needs "
-                f"embed_dim, {embed_dim}"
-            )
+        if (width := text.get("states_width")) != embed_dim:
+            needed = f"diffusers needs embed_dim, {embed_dim}"
+            raise ValueError(f"{role}: model.text.states_width is {width!r}, {needed}")
     return above[0]
 
 

@@ -131,9 +131,7 @@ def adm_settings(tensors: Tensors, prefix: str = "") -> tuple[dict, list[int]]:
     widths = [tensors.shape(f"{prefix}input_blocks.{number}.0.out_layers.3.weight")[0] for number in first]
     added = tensors.shape(f"{prefix}input_blocks.1.0.emb_layers.1.weight")[0]
     if any(2 * width % channels for width in widths):
-        raise ValueError(
-            f"{tensors.source}: widths {widths} are no multiples of half of {channels}, which is not built"
-        )
+        raise ValueError(f"{tensors.source}: only multiples of half of {channels} are built, not {widths}")
     settings = dict(
         channels=channels,
         channel_mult=[width / channels if width % channels else width // channels for width in widths],

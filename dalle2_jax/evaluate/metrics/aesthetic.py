@@ -25,9 +25,7 @@ def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarra
         {int(m[1]) for m in (re.fullmatch(r"layers\.(\d+)\.weight", name) for name in state) if m}
     )
     if not numbers or len(state) != 2 * len(numbers) or f"layers.{numbers[-1]}.bias" not in state:
-        raise ValueError(
-            f"{path} is no head of an aesthetic score: it must hold layers.N.weight and .bias alone"
-        )
+        raise ValueError(f"{path} is no head of an aesthetic score: only layers.N.weight and .bias are read")
     weight, bias = np.zeros((0, 0)), np.zeros(0)
     for number in numbers:
         w, b = (state[f"layers.{number}.{part}"].astype(np.float64) for part in ("weight", "bias"))
@@ -39,10 +37,8 @@ def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarra
     if weight.shape[0] != 1:
         raise ValueError(f"{path} ends in {weight.shape[0]} numbers, a score is one")
     if weight.shape[1] != embed_dim:
-        raise ValueError(
-            f"{path} reads CLIP embeddings of {weight.shape[1]} entries, the CLIP's have {embed_dim}: it "
-            "is for OpenAI's ViT-L/14"
-        )
+        sizes = f"CLIP embeddings of {weight.shape[1]} entries, the CLIP's have {embed_dim}"
+        raise ValueError(f"{path} reads {sizes}: it is for OpenAI's ViT-L/14")
     return weight[0], bias[0], sha256(path)
 
 

@@ -45,10 +45,8 @@ def measure(
     batch_size = -(-batch_size // shards) * shards
     count = min(n, len(captions)) // batch_size * batch_size
     if count < 2 * batch_size:
-        raise ValueError(
-            f"the loss of {min(n, len(captions))} pictures is not 2 batches of {batch_size}: give more with "
-            "--n, or a smaller --batch_size"
-        )
+        few = f"the loss of {min(n, len(captions))} pictures is not 2 batches of {batch_size}"
+        raise ValueError(f"{few}: give a larger --n or a smaller --batch_size")
     readers = [name for name, stage in model.stages.items() if _reads_clip(stage)]
     if readers and "clip" not in model.stages:
         raise ValueError(f"the loss of {', '.join(readers)} needs a CLIP, and model {model.name!r} has none")
@@ -71,8 +69,8 @@ def measure(
         values = scalars["loss"]
         value, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
         means = {key: float(column.mean()) for key, column in scalars.items()}
-        more = dict(batch_size=batch_size, scalars=means, pictures=pictures.name)
-        found[name] = entry(value, error, n=count, **more)
+        found[name] = entry(value, error, n=count, batch_size=batch_size, scalars=means)
+        found[name]["pictures"] = pictures.name
     return found
 
 

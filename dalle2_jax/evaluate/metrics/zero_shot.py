@@ -72,9 +72,7 @@ def read_templates(path: str | os.PathLike) -> list[str]:
     found = _lines(path)
     for template in found:
         if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
-            raise ValueError(
-                f"template {template!r} of {path} must hold {{}} once, as in 'a photo of a {{}}'"
-            )
+            raise ValueError(f"{path}: {template!r} must hold {{}} once, as 'a photo of a {{}}' does")
     if not found:
         raise ValueError(f"{path} holds no template, such as 'a photo of a {{}}'")
     return found
