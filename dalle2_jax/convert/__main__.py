@@ -5,7 +5,7 @@ from absl import logging
 from dalle2_jax.convert import convert
 from dalle2_jax.runtime import partition
 
-__doc__ = convert.__doc__  # what --help prints
+__doc__ = convert.__doc__  # --help prints it
 
 if __name__ == "__main__":
     partition.initialise()

@@ -17,7 +17,7 @@ from dalle2_jax.generate.flags import define_sampling_flags, sampling_settings
 from dalle2_jax.generate.output import StageLines
 from dalle2_jax.runtime import commandline, partition, processes
 
-__doc__ = evaluate.__doc__  # what --help prints
+__doc__ = evaluate.__doc__  # --help prints it
 FLAGS = flags.FLAGS
 
 

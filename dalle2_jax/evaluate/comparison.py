@@ -140,7 +140,7 @@ def compare_with(
 
     Inception reads them, or else CLIP; the reference is read once. Statistics have no neighbours.
 
-    Raises ValueError for what cannot be measured, before anything is drawn.
+    Raises ValueError for metrics that cannot be measured, before anything is drawn.
     """
     with_inception = networks.inception is not None
     names = [frechet_name(with_inception, pictures, reference.count)]

@@ -16,7 +16,7 @@ Measures pictures of any origin against a reference (docs/evaluation.md):
 
   --images=SRC --reference=SRC [--inception=FILE] [--metrics=fid,kid,precision_recall] [--preset=openai]
 
-A SRC is a folder of pictures, tar shards or an npz. The output counts what was left out, by reason. Without
+A SRC is a folder of pictures, tar shards or an npz. The output counts left out files by reason. Without
 --images the model draws the captions of the reference, n of them; without --reference these are unseen
 scenes. A model that reads no captions draws n pictures of its classes in turn. Without --inception the
 features are those of the model's CLIP (clip_frechet, clip_mmd, ...), or with --judge=DIR those of another

@@ -68,10 +68,10 @@ class Request:
 
 @dataclasses.dataclass
 class Inputs:
-    """What metrics read.
+    """The inputs of a model metric.
 
     Attributes:
-      model: the measured model. networks: what reads pictures.
+      model: the measured model. networks: they read pictures.
       out: folder for the grids of this process.
       images, reference: the opened `request.images` and `request.reference`.
       drawn: the pictures that a model metric drew.
@@ -93,7 +93,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What a picture metric reads.
+    """The inputs of a picture metric.
 
     Attributes:
       images: features [N, D] of the pictures.

@@ -48,14 +48,14 @@ def open_judge(path: str) -> Iterator[pipeline.Pipeline]:
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """What reads pictures; a metric that needs an absent network is refused.
+    """The networks that read pictures; a metric without its network is refused.
 
     Attributes:
       inception: `inception_weights.Weights` or None.
       preset: name in PRESETS, how pictures are prepared for Inception.
       clip: a `Pipeline` whose CLIP embeds pictures and captions, or None.
       judge: whether `clip` is another model than the measured one.
-      head: what `metrics.aesthetic.load` returns.
+      head: result of `metrics.aesthetic.load`, or None.
       batch_size: pictures at a time.
     """
 

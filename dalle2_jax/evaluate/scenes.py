@@ -1,4 +1,4 @@
-"""The checker: whether a picture of a scene shows what its caption says, from pixels alone.
+"""The checker: whether a picture of a scene matches its caption, from pixels alone.
 
 It shares no code and no table with the renderer: `scenes_parser` reads the caption, this file finds the
 objects, and `scenes_shapes` names their shapes. A picture is I = b + a (c - b) at every pixel, with
@@ -50,7 +50,7 @@ LARGEST_COLOUR_ERROR = 40.0  # in CIELAB; a colour farther from every prototype 
 # other shape: a wobbly cross is a cross, something between a star and a disc is neither.
 ALMOST_EXACT = 0.985
 LEAST_MATCH, LEAST_MARGIN = 0.92, 0.015
-# What an aspect counts when named objects are matched with those of the picture.
+# Weights of the aspects when named objects are matched with those of the picture.
 WEIGHTS = {"colour": 1, "shape": 1, "relation": 0.5, "size": 0.1, "place": 0.1}
 
 

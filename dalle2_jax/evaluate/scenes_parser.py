@@ -1,7 +1,7 @@
 """A parser of English captions of scenes, independent of the code that writes these captions.
 
 It reads the wordings of the data set ("a red star above a blue ring", "red star over blue ring on white",
-"a picture of a red star with a blue ring below it", ...) and what people type in that manner, with a few
+"a picture of a red star with a blue ring below it", ...) and similar captions that people type, with a few
 synonyms (gray, disc, plus, big, underneath, ...). An unknown word is an error, so that no picture is judged
 by half of its caption.
 

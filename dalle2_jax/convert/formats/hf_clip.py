@@ -206,7 +206,7 @@ def settings_files(model: dict) -> dict[str, dict]:
 
 
 def preprocessor(model: dict) -> dict:
-    """transformers' settings of what pictures become before the image tower reads them."""
+    """transformers' settings of the preparation of pictures for the image tower."""
     side = model["image_size"]
     return dict(
         image_processor_type="CLIPImageProcessor",

@@ -119,7 +119,7 @@ def share(right: Sequence[bool]) -> dict:
 
 
 Shown = tuple[list[np.ndarray], list[str]]  # pictures before and after an edit, in turn, and their labels
-# Of one edited case: right or wrong by name of a share; what to show.
+# Of one edited case: (right or wrong by name of a share, pictures and labels).
 Judged = tuple[dict[str, list[bool]], Shown]
 
 
