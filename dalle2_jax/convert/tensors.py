@@ -80,14 +80,6 @@ class Tensors(Mapping):
         notes = (*self.notes, *notes)
         return Tensors(source or self.source, shapes, lambda new: self._read(names[new]), self.files, notes)
 
-    def below(self, *prefixes: str) -> "Tensors":
-        """The tensors below the first of `prefixes` that occurs, named without the prefix."""
-        for prefix in prefixes:
-            found = {name[len(prefix) :]: name for name in self.shapes if name.startswith(prefix)}
-            if found:
-                return self.renamed(found)
-        raise ValueError(f"{self.source} has no tensors called {' or '.join(p + '*' for p in prefixes)}")
-
 
 def parted(tensors: Tensors, parts: Mapping[str, tuple[str, int, slice | list[int]]]) -> Tensors:
     """`tensors` with some of them split.

@@ -20,7 +20,6 @@ COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
 BACKGROUNDS = ("white", "black", "grey", "brown")
 SIZES = ("small", "medium", "large")
-CONVERSE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
 # Word -> its synonyms.
 _SAME = {
