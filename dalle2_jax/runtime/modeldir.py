@@ -289,15 +289,15 @@ def read_index(directory: AnyPath) -> dict:
     if not all(isinstance(entry, dict) for entry in index["stages"].values()):
         raise ValueError(f"{directory / INDEX_FILE} is damaged: a stage's entry is no JSON object")
     index["stages"] = {name: {"uses": {}, "tokenizer": ""} | entry for name, entry in index["stages"].items()}
-    for name, entry in index["stages"].items():
-        folder, tokenizer = _inside(directory, entry.get("folder")), entry["tokenizer"]
-        needed = [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
-        needed += [_inside(directory, tokenizer)] if tokenizer else []
-        for path in needed:
-            if not path.exists():
-                raise FileNotFoundError(
-                    f"model directory {directory} is incomplete: stage {name!r} lacks {path}"
-                )
+    needed = [
+        (f"stage {name!r}", _inside(directory, entry.get("folder")) / file)
+        for name, entry in index["stages"].items()
+        for file in (CONFIG_FILE, WEIGHTS_FILE)
+    ]
+    tokenizers = [entry["tokenizer"] for entry in index["stages"].values() if entry["tokenizer"]]
+    for owner, path in needed + [("it", _inside(directory, tokenizer)) for tokenizer in tokenizers]:
+        if not path.exists():
+            raise FileNotFoundError(f"model directory {directory} is incomplete: {owner} lacks {path}")
     return index
 
 
