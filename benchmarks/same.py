@@ -61,10 +61,7 @@ TRAININGS = {
     "muon": ("upsampler256.py:debug", ("optim.muon_learning_rate=0.02",)),
     "vlb": ("decoder64.py:debug", ("model.loss=vlb",)),
     "inpaint": ("decoder64.py:debug", ("model.inpaint=True",)),
-    "labels": (
-        "upsampler256.py:debug",
-        ("model.num_classes=3", "data.classes=('circle', 'square', 'star')"),
-    ),
+    "labels": ("upsampler256.py:debug", ("model.num_classes=3", "data.classes=('circle', 'square', 'star')")),
     "low_res_noise": ("upsampler256.py:debug", ("model.low_res_noise=0.5",)),
     "last_step": ("upsampler256.py:debug", ("model.last_step=True",)),
     "grad_accum": ("decoder64.py:debug", ("grad_accum=2",)),

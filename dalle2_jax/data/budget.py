@@ -2,6 +2,7 @@
 
 import collections
 import threading
+from collections.abc import Mapping
 from typing import NoReturn
 
 from absl import logging
@@ -27,9 +28,9 @@ class Budget:
         self,
         num_records: int,
         max_fraction: float,
-        refused: dict[str, int],
-        passed: dict[str, int] | None = None,
-        examples: dict[str, str] | None = None,
+        refused: Mapping[str, int],
+        passed: Mapping[str, int] | None = None,
+        examples: Mapping[str, str] | None = None,
     ):
         """refused, passed, examples: of `records.RecordSource`."""
         self._lock = threading.Lock()

@@ -271,7 +271,7 @@ def finish(folder: epath.Path) -> dict[str, int]:
     return dict(counted)
 
 
-class EmbeddingSource:
+class EmbeddingSource(records.RecordSource):
     """Precomputed CLIP embeddings with their captions, in clip-retrieval's layout, without images."""
 
     has_images = False
@@ -279,9 +279,6 @@ class EmbeddingSource:
     def __init__(self, path: str):
         self.clip_sha256, self._table = clip_sha256(read_plan(path)), Embeddings(path)
         self._captions, self._fields = metadata.read_columns(self._table.metadata, language_of)
-        self.refused: dict[str, int] = {}
-        self.passed: dict[str, int] = {}
-        self.examples: dict[str, str] = {}
         self.embed_dims = self._table.dims
         self.files, self.fingerprint = self._table.entries, records.fingerprint(self._table.entries)
 

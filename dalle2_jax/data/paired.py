@@ -22,7 +22,7 @@ _AGAIN = "they belong to another dataset, or some records are lost; embed this o
 _NUMBERED = re.compile(r"(?:row|.*\.tfrecord[^:]*):[0-9]+")  # the key of a record without a name
 
 
-class Paired:
+class Paired(records.RecordSource):
     """Records of a source with the rows of an embedding folder, in the same order.
 
     With embeddings of captions and their texts, a record's captions are the embedded ones of its row. If the

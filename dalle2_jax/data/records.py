@@ -17,8 +17,7 @@ import struct
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
 
 import google_crc32c
 import numpy as np
@@ -57,23 +56,27 @@ class Record:
     fields: tuple[str, ...] = ()
 
 
-class RecordSource(Protocol):
-    """The interface of a dataset's source."""
+class RecordSource:
+    """A dataset's records, by number. The attributes have the values of a source without losses or
+    embeddings."""
 
-    files: list[tuple[str, int, int]]  # (relative path, size in bytes, number of records) of each
-    fingerprint: str  # of the files
-    refused: dict[str, int]  # {reason: records or members lost while indexing}
-    passed: dict[str, int]  # {reason: files and members left out without loss, or with an allowed loss}
-    examples: dict[str, str]  # {reason: the name of one of them}
-    embed_dims: dict[str, int]  # {'image_embed': E, ...}; empty without embeddings
-    clip_sha256: str  # of the parameters of the embeddings' CLIP; '' if it is unknown
-    has_images: bool
+    files: list[tuple[str, int, int]] = []  # (relative path, size in bytes, number of records) of each
+    fingerprint: str = ""  # of the files
+    refused: Mapping[str, int] = {}  # {reason: records or members lost while indexing}
+    passed: Mapping[
+        str, int
+    ] = {}  # {reason: files and members left out without loss, or with an allowed loss}
+    examples: Mapping[str, str] = {}  # {reason: the name of one of them}
+    embed_dims: Mapping[str, int] = {}  # {'image_embed': E, ...}
+    clip_sha256: str = ""  # of the parameters of the embeddings' CLIP, if it is known
+    has_images: bool = True
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         """Record `index`, with or without its image and captions. Raises BadRecord."""
-        ...
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

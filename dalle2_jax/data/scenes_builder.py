@@ -1,10 +1,9 @@
-"""The dataset `scenes` as TFRecord files: drawn on this machine, nothing is downloaded.
+"""The dataset `scenes` as TFRecord files, drawn on this machine.
 
 A config is a preset of the grammar at one picture size, such as 'quickstart_64'; example i of a split is
-`scenes.sample_scene(preset, split, i)`, in that order, so pictures of one scene at different sizes agree.
-`caption` and `caption_zh` are the plain wordings, `captions` and `captions_zh` all of them, `scene` is
-`Scene.to_json()`. The files are those that tensorflow-datasets would write, and it can read them: their
-names, sizes and records are the same, and so is what describes them.
+`scenes.sample_scene(preset, split, i)`, so pictures of one scene at different sizes agree. `caption` and
+`caption_zh` are the plain wordings, `captions` and `captions_zh` all of them, `scene` is `Scene.to_json()`.
+Files and descriptions are the ones that tensorflow-datasets would write, which can read them.
 """
 
 import dataclasses
@@ -19,8 +18,7 @@ from PIL import Image
 from dalle2_jax.data import examples, scenes
 
 VERSION = "4.1.0"  # changes when a preset or the renderer does
-# Examples in each of validation, test_pairs and test_relations, where a config says nothing else.
-HELD_OUT_EXAMPLES = 512
+HELD_OUT_EXAMPLES = 512  # in each of validation, test_pairs and test_relations, by default
 _MIN_SHARD_BYTES = 64 << 20  # tensorflow-datasets' rule; no split comes near its largest shard, 1 GiB
 _OVERHEAD_BYTES = 16  # of a record in a TFRecord file: its length and two checksums
 _FEATURES = "tensorflow_datasets.core.features"
@@ -28,7 +26,8 @@ _FEATURES = "tensorflow_datasets.core.features"
 
 @dataclasses.dataclass(frozen=True)
 class ScenesConfig:
-    """`preset` of `scenes` at `image_size`, `num_examples` to train on, `num_held_out` in each split else."""
+    """A preset of `scenes` at `image_size`, with `num_examples` in train and `num_held_out` in other
+    splits."""
 
     preset: str
     image_size: int
@@ -81,7 +80,7 @@ def write(name: str, folder: str) -> None:
 
 
 def _features(size: int) -> dict:
-    """What tensorflow-datasets writes of the features: their types."""
+    """The features' types, in tensorflow-datasets' format."""
     text = {"pythonClassName": f"{_FEATURES}.text_feature.Text", "text": {}}
     texts = {
         "pythonClassName": f"{_FEATURES}.sequence_feature.Sequence",
@@ -101,19 +100,19 @@ def _features(size: int) -> dict:
 
 def _write_split(config: ScenesConfig, split: str, folder: str) -> tuple[list[int], int]:
     """Write the shards of a split. Returns (their numbers of records, the bytes of all records)."""
-    ends, whole = [0], os.path.join(folder, f"{split}.partial")
-    with open(whole, "wb") as file:  # the number of shards, which is in their names, follows from its size
+    ends, partial = [0], os.path.join(folder, f"{split}.partial")
+    with open(partial, "wb") as file:  # the number of shards, in their names, follows from its size
         for example in examples_of(config, split):
             ends.append(ends[-1] + file.write(examples.tfrecord(examples.serialize(example))))
     count = len(ends) - 1
     num_shards = _num_shards(ends[-1], count)
     firsts = [round(count * shard / num_shards) for shard in range(num_shards + 1)]
-    with open(whole, "rb") as file:
+    with open(partial, "rb") as file:
         for shard, (first, last) in enumerate(zip(firsts, firsts[1:], strict=False)):
             name = f"scenes-{split}.tfrecord-{shard:05d}-of-{num_shards:05d}"
             with open(os.path.join(folder, name), "wb") as out:
                 _copy(file, out, ends[last] - ends[first])
-    os.remove(whole)
+    os.remove(partial)
     lengths = [last - first for first, last in zip(firsts, firsts[1:], strict=False)]
     return lengths, ends[-1] - count * _OVERHEAD_BYTES
 
@@ -128,15 +127,13 @@ def _copy(file, out, size: int) -> None:
 
 
 def _num_shards(num_bytes: int, count: int) -> int:
-    """How many shards tensorflow-datasets makes: a power of two, each of at least 64 MiB."""
-    for num_shards in (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2):
-        if num_shards <= num_bytes // _MIN_SHARD_BYTES and num_shards <= count:
-            return num_shards
-    return 1
+    """tensorflow-datasets' number of shards: a power of two up to 1024, each of at least 64 MiB."""
+    most = max(1, min(num_bytes // _MIN_SHARD_BYTES, count))
+    return min(1024, 1 << most.bit_length() - 1)
 
 
 def examples_of(config: ScenesConfig, split: str) -> Iterator[dict[str, list[bytes]]]:
-    """Yield {field: values} of the examples of a split, in their order."""
+    """Yield {field: values} of the examples of a split."""
     preset = scenes.preset(config.preset)
     for index in range(config.num_examples if split == "train" else config.num_held_out):
         scene = scenes.sample_scene(preset, split, index)
@@ -154,7 +151,7 @@ def examples_of(config: ScenesConfig, split: str) -> Iterator[dict[str, list[byt
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """A picture uint8 [H, W, 3] as a PNG, packed for speed rather than size."""
+    """A picture uint8 [H, W, 3] as a PNG, compressed fast."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "png", compress_level=1)
     return file.getvalue()

@@ -1,9 +1,4 @@
-"""The grammar of `scenes`: colours, shapes, relations, presets, and which combinations training never sees.
-
-A colour-shape pair is held out if it is in `HELD_OUT_PAIRS`. A triple (shape, relation, shape) is held out
-by the rule in `is_held_out_triple`. Everything here is data and plain functions of it; drawing and sampling
-are in `scenes`.
-"""
+"""The grammar of `scenes`: colours, shapes, relations, presets, and the combinations held out of training."""
 
 import dataclasses
 import functools
@@ -45,14 +40,14 @@ HELD_OUT_PAIRS = (
 
 
 def canonical_triple(shape_a: str, relation: str, shape_b: str) -> tuple[str, str, str]:
-    """The same fact said with `above` or `left of`: (a, below, b) is (b, above, a)."""
+    """The same fact with `above` or `left of`: (a, below, b) is (b, above, a)."""
     if relation in ("below", "right of"):
         return shape_b, CONVERSE[relation], shape_a
     return shape_a, relation, shape_b
 
 
 def is_held_out_triple(shape_a: str, relation: str, shape_b: str) -> bool:
-    """Whether a relation between two shapes never occurs in training.
+    """Whether a relation between two shapes is held out of training.
 
     With i and j the places of the two shapes in `SHAPES` and r = 0 for above, 1 for left of (after
     `canonical_triple`), a triple is held out when 3 i + 7 j + 5 r = 4 (mod 10).
@@ -82,22 +77,21 @@ class SizeRange:
 
 @dataclasses.dataclass(frozen=True)
 class SceneConfig:
-    """What scenes may contain.
+    """The contents of scenes.
 
     Attributes:
-      name: name of the preset; part of the data set's identity.
+      name: of the preset; part of the dataset's identity.
       count_weights: probability of 1, 2, 3 objects; its length is the largest number of objects.
       colours, shapes, backgrounds: names from `COLOURS`, `SHAPES`, `BACKGROUNDS`.
       sizes: for 1, 2, 3 objects the ranges a diameter is drawn from (one of them at random, then uniformly).
-      details: which of `DETAILS` captions may name besides objects and relations.
+      details: the `DETAILS` that captions may name besides objects and relations.
       margin: least distance of an object's box from the picture's edge, fraction of the side.
       gap: least distance between two objects' boxes along the axis of their relation, fraction of the side.
       lean: largest offset across a relation's axis, as a fraction of the offset along it.
       spread: largest distance of the objects' common box from the middle of the picture along an axis,
         fraction of the side.
-      twins: whether every second scene of `train` is, where it can be, the one before it with its two objects
-        exchanged or one colour or shape changed: a hard negative, without which a contrastive model hardly
-        learns which object is which.
+      twins: whether every second scene of `train` is, if possible, a `twin` of the one before it: a hard
+        negative, without which a contrastive model hardly learns the order of objects.
     """
 
     name: str
@@ -152,7 +146,7 @@ class SceneObject:
 class Scene:
     """A drawing: `relations[k]` says how `objects[k]` stands to `objects[k + 1]`.
 
-    `details` are the entries of `DETAILS` that captions of this scene may name.
+    `details` are the `DETAILS` that its captions may name.
     """
 
     objects: tuple[SceneObject, ...]
@@ -176,8 +170,8 @@ class Scene:
         )
 
 
-# Objects are large and near the middle because the base picture of the smallest cascade has 16 x 16 pixels (a
-# ring of diameter 0.4 there has a hole of three) and is learned in minutes.
+# Objects are large and central, because the smallest cascade's base picture has 16 x 16 pixels (a ring of
+# diameter 0.4 has a hole of three) and is learned in minutes.
 _QUICKSTART = SceneConfig(
     name="quickstart",
     count_weights=(0.35, 0.65),
@@ -214,14 +208,14 @@ def preset(name: str) -> SceneConfig:
 
 @functools.cache
 def pairs(config: SceneConfig, held_out: bool) -> tuple[tuple[str, str], ...]:
-    """The (colour, shape) pairs of `config` that are held out, or those that are not."""
+    """The (colour, shape) pairs of `config` that are held out, or the others."""
     every = [(colour, shape) for colour in config.colours for shape in config.shapes]
     return tuple(pair for pair in every if (pair in HELD_OUT_PAIRS) == held_out)
 
 
 @functools.cache
 def triples(config: SceneConfig, held_out: bool) -> tuple[tuple[str, str, str], ...]:
-    """The canonical (shape, relation, shape) triples of `config` that are held out, or those that are not."""
+    """The canonical (shape, relation, shape) triples of `config` that are held out, or the others."""
     every = [
         (a, relation, b) for a in config.shapes for relation in ("above", "left of") for b in config.shapes
     ]

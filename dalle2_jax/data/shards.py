@@ -126,28 +126,25 @@ def _root(paths: Sequence[str]) -> str:
     return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
 
 
-class _Indexed:
+class _Indexed(records.RecordSource):
     """The base of tar and TFRecord sources: the index rows of all files, and the file of each."""
-
-    has_images, clip_sha256 = True, ""
 
     def __init__(self, paths: list[str], indexes: list[records.Index]):
         self._files = records.Files(paths)
         root, counts = _root(paths), [len(index.rows) for index in indexes]
         self._file_of = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
         self._first = np.concatenate([[0], np.cumsum(counts)])
-        self.refused: dict[str, int] = collections.Counter()
-        self.passed: dict[str, int] = collections.Counter()
-        self.examples: dict[str, str] = {}
-        self.embed_dims: dict[str, int] = {}
-        self.files: list[tuple[str, int, int]] = []
+        refused: collections.Counter[str] = collections.Counter()
+        passed: collections.Counter[str] = collections.Counter()
+        examples: dict[str, str] = {}
+        self.files, self.refused, self.passed, self.examples = [], refused, passed, examples
         for path, index in zip(paths, indexes, strict=True):
             name = os.path.relpath(os.path.abspath(path), root)
-            self.refused.update(index.refused)
-            self.passed.update(index.passed)
+            refused.update(index.refused)
+            passed.update(index.passed)
             for reason in {**index.refused, **index.passed}:
                 example = f": {index.examples[reason]}" if reason in index.examples else ""
-                self.examples.setdefault(reason, damage.printable(os.fsencode(name)) + example)
+                examples.setdefault(reason, damage.printable(os.fsencode(name)) + example)
             size = os.path.getsize(path) if os.path.exists(path) else 0
             self.files.append((name, size, len(index.rows)))
         _log_losses(root, self, indexes)

@@ -46,8 +46,7 @@ class Checkpointer:
       workdir: checkpoints go to workdir/checkpoints.
       max_to_keep: the number of newest checkpoints to keep; None or 0: all.
       before_save: called before each save; raises if nothing may be written any more.
-      zero_at_first: names of leaves or subtrees that an older checkpoint may lack; they are restored as
-      zeros.
+      zero_at_first: names of leaves or subtrees that an older checkpoint may lack: restored as zeros.
     """
 
     def __init__(
@@ -117,8 +116,7 @@ class Checkpointer:
 
         Raises:
           FileNotFoundError: no such checkpoint. ReadFailed: this process cannot read it at present.
-          ValueError: the checkpoint is damaged, or its leaves, shapes or dtypes differ; the message names
-          them.
+          ValueError: the checkpoint is damaged, or its leaves, shapes or dtypes (named) differ.
         """
         step = self._manager.latest_step() if step is None else step
         if step is None or step not in self._manager.all_steps():

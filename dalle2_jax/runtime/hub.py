@@ -69,10 +69,7 @@ def push(model: str | os.PathLike, name: str, private: bool = False) -> str:
     try:
         api.create_repo(name, private=private, exist_ok=True)
         made = api.upload_folder(
-            repo_id=name,
-            folder_path=os.fspath(model),
-            allow_patterns=list(PATTERNS),
-            commit_message=message,
+            repo_id=name, folder_path=os.fspath(model), allow_patterns=list(PATTERNS), commit_message=message
         )
     except library.errors.HfHubHTTPError as error:
         raise ValueError(f"{name} cannot be published: {str(error).strip().splitlines()[0]}") from error

@@ -101,8 +101,7 @@ class Writer:
     def grid(self, step: int, name: str, grid: np.ndarray, captions: Sequence[str] | None = None) -> None:
         """Writes a grid, uint8 [height, width, 3], to samples/NAME_STEP.png and to TensorBoard.
 
-        captions: stored in the PNG as a JSON list, its text entry 'captions'. Raises OSError that names the
-        file.
+        captions: a JSON list in the PNG's text entry 'captions'. Raises OSError that names the file.
         """
         if not self._active:
             return

@@ -111,8 +111,7 @@ def save_stage(directory: AnyPath, config: Mapping[str, Any], params: Any, dtype
       directory: made if absent; its files are replaced.
       config: JSON values from which the stage can be rebuilt.
       params: nested dict of arrays, or of objects that numpy converts to arrays, one at a time. Floating
-      leaves
-        are stored as `dtype`; other leaves and statistics (below 'stats') keep their types.
+        leaves are stored as `dtype`; other leaves and statistics (below 'stats') keep their types.
       dtype: 'bfloat16' (half the size, 8 bits of precision) or 'float32' (exact).
 
     Raises:
@@ -176,9 +175,7 @@ def write_json(path: AnyPath, value: Any) -> None:
 
 
 def load_stage(
-    directory: AnyPath,
-    keep_dtype: bool = False,
-    place: Callable[[np.ndarray], Any] = lambda leaf: leaf,
+    directory: AnyPath, keep_dtype: bool = False, place: Callable[[np.ndarray], Any] = lambda leaf: leaf
 ) -> tuple[dict, dict]:
     """(config, params) of a stage's directory: JSON values, and nested dicts of numpy arrays.
 
@@ -238,9 +235,8 @@ def write_index(
     Args:
       directory: the model directory.
       stages: name -> entry, in the order of sampling. An entry has 'folder', relative to the directory;
-      'uses',
-        the frozen stages that compute its inputs, such as {"clip": "clip"}; 'tokenizer', a folder, "" for
-        none. A string means {'folder': it, 'tokenizer': `tokenizer`}.
+        'uses', the frozen stages that compute its inputs, such as {"clip": "clip"}; 'tokenizer', a folder, ""
+        for none. A string means {'folder': it, 'tokenizer': `tokenizer`}.
       system: a name in `systems.SYSTEMS`.
       tokenizer: see `stages`.
       extra: more JSON values, such as the model's name.
