@@ -150,10 +150,6 @@ class Dataset:
     def _needs_caption(self) -> bool:
         return self.settings.has(*TEXT, "label")
 
-    @functools.cached_property
-    def _needs_image(self) -> bool:
-        return self.settings.has(*SIDES)
-
     def key(self, index: int) -> str:
         """The name of a record, or its number where it cannot be read."""
         try:
@@ -162,7 +158,8 @@ class Dataset:
             return f"record {index}"
 
     def _read(self, index: int) -> Record:
-        return self.source.read(index, self._needs_image, captions=self._needs_caption or self._views.flip)
+        captions = self._needs_caption or self._views.flip
+        return self.source.read(index, self.settings.has(*SIDES), captions)
 
     def record_fields(self, index: int) -> tuple[str, str, dict[str, np.ndarray]]:
         """(key, caption, fields) of record `index`, centred and with its first caption. Raises BadRecord."""

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
 
 from absl import logging
 
@@ -28,9 +29,10 @@ _SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 @contextlib.contextmanager
-def locked(path: str):
-    """Hold an exclusive lock on the file `path`, which ends with the process."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+def _locked(data_dir: str, name: str) -> Iterator[None]:
+    """Hold an exclusive lock on a name in `data_dir`, which ends with the process."""
+    os.makedirs(data_dir, exist_ok=True)
+    path = os.path.join(data_dir, f".{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.lock")
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,10 +40,6 @@ def locked(path: str):
             logging.info("waiting for another process to finish with %s", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _lock_of(data_dir: str, name: str):
-    return locked(os.path.join(data_dir, f".{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.lock"))
 
 
 def _is_prepared(folder: str) -> bool:
@@ -195,7 +193,7 @@ def _prepare_scenes(config: str, data_dir: str) -> str:
     folder = os.path.join(above, scenes_builder.VERSION)
     if _is_prepared(folder):
         return folder
-    with _lock_of(data_dir, f"scenes-{config}"):
+    with _locked(data_dir, f"scenes-{config}"):
         if _is_prepared(folder):  # by another process, meanwhile
             return folder
         logging.info("preparing scenes/%s in %s (once)", config, folder)
@@ -233,9 +231,9 @@ def _find_prepared(path: str, data_dir: str) -> str | None:
     folder = os.path.join(folder, config or "")
     names = os.listdir(folder) if os.path.isdir(folder) else []
     versions = [name for name in names if _VERSION.fullmatch(name) and match["version"] in (None, name)]
-    versions.sort(key=lambda name: [int(number) for number in name.split(".")], reverse=True)
-    folders = [os.path.join(folder, version) for version in versions]
-    return next((found for found in folders if _is_prepared(found)), None)
+    versions = [name for name in versions if _is_prepared(os.path.join(folder, name))]
+    newest = max(versions, key=lambda name: [int(number) for number in name.split(".")], default=None)
+    return newest and os.path.join(folder, newest)
 
 
 def _prepare_tfds(tfds, path: str, data_dir: str) -> str:
@@ -249,7 +247,7 @@ def _prepare_tfds(tfds, path: str, data_dir: str) -> str:
 
     builder = make_builder()
     if not builder.is_prepared():
-        with _lock_of(data_dir, path):
+        with _locked(data_dir, path):
             builder = make_builder()  # another process may have prepared it meanwhile
             if not builder.is_prepared():
                 logging.info("preparing %s in %s (once)", path, builder.data_dir)

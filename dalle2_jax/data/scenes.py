@@ -179,8 +179,7 @@ def twin(config: SceneConfig, scene: Scene, stream: Stream) -> Scene | None:
         if way == "exchange":
             changed = names[::-1]
         elif way == "shapes":
-            (colour_a, shape_a), (colour_b, shape_b) = names
-            changed = [(colour_a, shape_b), (colour_b, shape_a)]
+            changed = [(names[0][0], names[1][1]), (names[1][0], names[0][1])]
         elif way == "shape":
             changed[k] = (names[k][0], stream.choice(config.shapes))
         else:

@@ -8,6 +8,7 @@ Files and descriptions are the ones that tensorflow-datasets would write, which 
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ VERSION = "4.1.0"  # changes when a preset or the renderer does
 HELD_OUT_EXAMPLES = 512  # in each of validation, test_pairs and test_relations, by default
 _MIN_SHARD_BYTES = 64 << 20  # tensorflow-datasets' rule; no split comes near its largest shard, 1 GiB
 _OVERHEAD_BYTES = 16  # of a record in a TFRecord file: its length and two checksums
-_FEATURES = "tensorflow_datasets.core.features"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +55,8 @@ def write(name: str, folder: str) -> None:
     splits = []
     for split in scenes.SPLITS:
         lengths, num_bytes = _write_split(CONFIGS[name], split, folder)
-        splits.append(
-            {
-                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-                "name": split,
-                "numBytes": str(num_bytes),
-                "shardLengths": [str(length) for length in lengths],
-            }
-        )
+        entry = {"filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "name": split}
+        splits.append(entry | {"numBytes": str(num_bytes), "shardLengths": list(map(str, lengths))})
     size = CONFIGS[name].image_size
     info = {
         "configDescription": f"preset {CONFIGS[name].preset!r} at {size} x {size}",
@@ -81,21 +75,17 @@ def write(name: str, folder: str) -> None:
 
 def _features(size: int) -> dict:
     """The features' types, in tensorflow-datasets' format."""
-    text = {"pythonClassName": f"{_FEATURES}.text_feature.Text", "text": {}}
-    texts = {
-        "pythonClassName": f"{_FEATURES}.sequence_feature.Sequence",
-        "sequence": {"feature": text, "length": "-1"},
-    }
+
+    def feature(name: str, key: str, content: dict) -> dict:
+        return {"pythonClassName": f"tensorflow_datasets.core.features.{name}", key: content}
+
+    text = feature("text_feature.Text", "text", {})
+    texts = feature("sequence_feature.Sequence", "sequence", {"feature": text, "length": "-1"})
     shape = {"dimensions": [str(size), str(size), "3"]}
-    image = {
-        "image": {"dtype": "uint8", "encodingFormat": "png", "shape": shape},
-        "pythonClassName": f"{_FEATURES}.image_feature.Image",
-    }
-    features = {"caption": text, "caption_zh": text, "captions": texts, "captions_zh": texts}
-    return {
-        "featuresDict": {"features": {**features, "image": image, "scene": text}},
-        "pythonClassName": f"{_FEATURES}.features_dict.FeaturesDict",
-    }
+    image = {"dtype": "uint8", "encodingFormat": "png", "shape": shape}
+    features = {"caption": text, "caption_zh": text, "captions": texts, "captions_zh": texts, "scene": text}
+    features["image"] = feature("image_feature.Image", "image", image)
+    return feature("features_dict.FeaturesDict", "featuresDict", {"features": features})
 
 
 def _write_split(config: ScenesConfig, split: str, folder: str) -> tuple[list[int], int]:
@@ -108,12 +98,12 @@ def _write_split(config: ScenesConfig, split: str, folder: str) -> tuple[list[in
     num_shards = _num_shards(ends[-1], count)
     firsts = [round(count * shard / num_shards) for shard in range(num_shards + 1)]
     with open(partial, "rb") as file:
-        for shard, (first, last) in enumerate(zip(firsts, firsts[1:], strict=False)):
+        for shard, (first, last) in enumerate(itertools.pairwise(firsts)):
             name = f"scenes-{split}.tfrecord-{shard:05d}-of-{num_shards:05d}"
             with open(os.path.join(folder, name), "wb") as out:
                 _copy(file, out, ends[last] - ends[first])
     os.remove(partial)
-    lengths = [last - first for first, last in zip(firsts, firsts[1:], strict=False)]
+    lengths = [last - first for first, last in itertools.pairwise(firsts)]
     return lengths, ends[-1] - count * _OVERHEAD_BYTES
 
 

@@ -5,34 +5,13 @@ those with the background (about a third). Every wording names every object and 
 three, A r B s C, the relations are r between A and B, s between B and C.
 """
 
-from dalle2_jax.data.scenes_grammar import CONVERSE
+from dalle2_jax.data.scenes_grammar import BACKGROUNDS, COLOURS, CONVERSE, SHAPES
 
 LANGUAGES = ("en", "zh")
 
-_COLOURS_ZH = {
-    "red": "红色",
-    "orange": "橙色",
-    "yellow": "黄色",
-    "green": "绿色",
-    "cyan": "青色",
-    "blue": "蓝色",
-    "purple": "紫色",
-    "pink": "粉色",
-    "white": "白色",
-    "black": "黑色",
-    "grey": "灰色",
-    "brown": "棕色",
-}
-_SHAPES_ZH = {
-    "circle": "圆形",
-    "square": "正方形",
-    "triangle": "三角形",
-    "star": "五角星",
-    "ring": "圆环",
-    "cross": "十字",
-    "heart": "心形",
-    "diamond": "菱形",
-}
+_COLOURS_ZH = dict(zip(COLOURS, "红色 橙色 黄色 绿色 青色 蓝色 紫色 粉色".split(), strict=True))
+_COLOURS_ZH |= dict(zip(BACKGROUNDS, "白色 黑色 灰色 棕色".split(), strict=True))
+_SHAPES_ZH = dict(zip(SHAPES, "圆形 正方形 三角形 五角星 圆环 十字 心形 菱形".split(), strict=True))
 _SIZES_ZH = {"small": "小的", "medium": "中等大小的", "large": "大的"}
 # Where B is, seen from A, if A <relation> B.
 _ITS_SIDE = {"above": "below it", "below": "above it", "left of": "to its right", "right of": "to its left"}

@@ -27,16 +27,8 @@ SPLITS = ("train", "validation", "test_pairs", "test_relations")
 
 # One pair for each colour and one for each shape, an eighth of all 64; five of them are among the 36 of the
 # preset 'quickstart'.
-HELD_OUT_PAIRS = (
-    ("red", "ring"),
-    ("orange", "heart"),
-    ("yellow", "star"),
-    ("green", "square"),
-    ("cyan", "circle"),
-    ("blue", "triangle"),
-    ("purple", "cross"),
-    ("pink", "diamond"),
-)
+_HELD_OUT_SHAPES = ("ring", "heart", "star", "square", "circle", "triangle", "cross", "diamond")
+HELD_OUT_PAIRS = tuple(zip(COLOURS, _HELD_OUT_SHAPES, strict=True))
 
 
 def canonical_triple(shape_a: str, relation: str, shape_b: str) -> tuple[str, str, str]:
@@ -108,21 +100,15 @@ class SceneConfig:
     twins: bool = False
 
     def __post_init__(self):
-        for field, choices in (
-            ("colours", COLOURS),
-            ("shapes", SHAPES),
-            ("backgrounds", BACKGROUNDS),
-            ("details", DETAILS),
-        ):
+        fields = dict(colours=COLOURS, shapes=SHAPES, backgrounds=BACKGROUNDS, details=DETAILS)
+        for field, choices in fields.items():
             for value in getattr(self, field):
                 check_choice(value, choices, f"{field} entry")
-        if not 1 <= len(self.count_weights) <= 3:
-            raise ValueError(f"count_weights must have 1 to 3 entries, got {len(self.count_weights)}")
-        if len(self.sizes) != len(self.count_weights):
-            raise ValueError(
-                f"sizes must have one entry for each entry of count_weights ({len(self.count_weights)}), "
-                f"got {len(self.sizes)}"
-            )
+        count = len(self.count_weights)
+        if not 1 <= count <= 3:
+            raise ValueError(f"count_weights must have 1 to 3 entries, got {count}")
+        if len(self.sizes) != count:
+            raise ValueError(f"sizes must have one entry for each of {count} weights, got {len(self.sizes)}")
 
     @property
     def max_objects(self) -> int:
@@ -162,12 +148,8 @@ class Scene:
     def from_json(text: str) -> "Scene":
         """The scene that `to_json` wrote."""
         fields = json.loads(text)
-        return Scene(
-            objects=tuple(SceneObject(**entry) for entry in fields["objects"]),
-            relations=tuple(fields["relations"]),
-            background=fields["background"],
-            details=tuple(fields["details"]),
-        )
+        objects = tuple(SceneObject(**entry) for entry in fields["objects"])
+        return Scene(objects, tuple(fields["relations"]), fields["background"], tuple(fields["details"]))
 
 
 # Objects are large and central, because the smallest cascade's base picture has 16 x 16 pixels (a ring of
@@ -183,11 +165,7 @@ _QUICKSTART = SceneConfig(
     spread=0.05,
     twins=True,
 )
-_FULL_SIZES = (
-    SizeRange("small", 0.14, 0.18),
-    SizeRange("medium", 0.22, 0.27),
-    SizeRange("large", 0.32, 0.38),
-)
+_FULL_SIZES = SizeRange("small", 0.14, 0.18), SizeRange("medium", 0.22, 0.27), SizeRange("large", 0.32, 0.38)
 _FULL = SceneConfig(
     name="full",
     count_weights=(0.3, 0.4, 0.3),

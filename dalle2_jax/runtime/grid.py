@@ -10,7 +10,7 @@ import functools
 import glob
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,19 +123,15 @@ def _font_for(text: str, size: int) -> Any:
     """The first font that draws all characters of a text, else the one that draws the most."""
     letters = set(text) - {" "}
     best, best_count = None, -1
-    for font in _fonts(size):
-        count = sum(_has_glyph(font, c) for c in letters)
-        if count > best_count:
-            best, best_count = font, count
-        if count == len(letters):
-            break
-    return best
-
-
-def _fonts(size: int) -> Iterator[Any]:
     for path in (None, *_system_fonts()):
         with contextlib.suppress(OSError):
-            yield _open_font(path, size)
+            font = _open_font(path, size)
+            count = sum(_has_glyph(font, c) for c in letters)
+            if count > best_count:
+                best, best_count = font, count
+        if best_count == len(letters):
+            break
+    return best
 
 
 @functools.cache

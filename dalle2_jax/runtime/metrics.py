@@ -49,13 +49,12 @@ def show_duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "?"
     total = max(0, round(seconds))
-    if total < 60:
-        return f"{total}s"
-    if total < 3600:
-        return f"{total // 60}m{total % 60:02d}s"
-    if total < 48 * 3600:
-        return f"{total // 3600}h{total // 60 % 60:02d}m"
-    return f"{total // 86400}d{total // 3600 % 24:02d}h"
+    minutes, hours, days = total // 60, total // 3600, total // 86400
+    if hours >= 48:
+        return f"{days}d{hours % 24:02d}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{minutes}m{total % 60:02d}s" if minutes else f"{total}s"
 
 
 class Writer:
