@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 0  # global, in examples
     config.num_steps = 0
     config.grad_accum = 1
-    config.spike_sigma = 0.0  # skip steps whose loss or norm is so many deviations above the mean; often 6; 0: none
+    config.spike_sigma = 0.0  # skip steps so many deviations above the mean loss or norm; 0: none
     config.ema_decay = 0.9999
     config.seed = 0
     config.clip = ""  # workdir or model directory of the frozen CLIP that computes embeddings
