@@ -41,7 +41,7 @@ class Budget:
         self._noted, self._examples = collections.Counter(passed or {}), examples or {}
         self._read = 0
         self._stopped = ""  # why, once the run has to stop
-        self.kept: list[dict] = []
+        self.kept: list[dict] = []  # the first bad records: index, key, reason, detail
         lost = sum(refused.values())
         if lost > self._slack + max_fraction * (num_records + lost):
             self._stop(lost, num_records + lost, "of the dataset's files")

@@ -57,10 +57,6 @@ class Dataset:
         """{reason: count} of losses so far, in indexing and in reading."""
         return self._bad.counts()
 
-    def bad_record_list(self) -> list[dict]:
-        """The first 100 bad records: index, key, reason, detail."""
-        return list(self._bad.kept)
-
     def batches(
         self,
         batch_size: int,

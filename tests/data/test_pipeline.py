@@ -187,7 +187,7 @@ def test_corrupt_pictures_are_replaced_by_the_next_and_counted(tmp_path):
         for batch in batches:
             np.testing.assert_array_equal(batch["tokens"][:, 0], batch["index"])
         assert data.bad_records() == {"undecodable": 3, "empty": 1, "too_long": 1}
-        kept = {item["index"]: item for item in data.bad_record_list()}
+        kept = {item["index"]: item for item in data._bad.kept}
         assert kept.keys() == bad.keys() and kept[5]["key"] == "00000.tar:000000005"
     late = take(dataset(tmp_path).batches(10, start_step=5), 2)
     assert_same(late, take(dataset(tmp_path).batches(10), 7)[5:])
