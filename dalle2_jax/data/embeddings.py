@@ -207,7 +207,7 @@ def keep_plan(folder: epath.Path, plan: dict) -> None:
 
 
 def _write_plan(path: epath.Path, plan: dict) -> None:
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         partial.write_text(json.dumps(plan, indent=2))
 
 
@@ -239,12 +239,12 @@ class Parts:
         for path in (image_path, text_path, metadata_path):
             path.parent.mkdir(parents=True, exist_ok=True)
         for path, array in ((image_path, image), (text_path, text)):
-            with files.whole(path) as partial, partial.open("wb") as file:
+            with files.atomic_write(path) as partial, partial.open("wb") as file:
                 np.save(file, array, allow_pickle=False)
         language = _stored_plan(self._folder)["data"]["language"]
         column = "caption" if language in ("en", "any") else f"caption_{language}"
         table = pyarrow.table({"key": keys, column: captions, "left_out": reasons})
-        with files.whole(metadata_path) as partial, partial.open("wb") as file:
+        with files.atomic_write(metadata_path) as partial, partial.open("wb") as file:
             pyarrow.parquet.write_table(table, file)
 
 

@@ -1,7 +1,7 @@
 """Datasets of batches: records read, checked, cut to size and tokenized.
 
 `stream` has the order of records. The augmentation of a record is a function of (seed, epoch, record). A bad
-record is counted (`budget`) and replaced by the next usable one, the same on every run.
+record is counted (`bad_records`) and replaced by the next usable one, the same on every run.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from absl import logging
 
 from dalle2_jax.data import captions as captions_module
 from dalle2_jax.data import sources, stream, transforms
-from dalle2_jax.data.budget import Budget, TooManyBadRecords
+from dalle2_jax.data.bad_records import BadRecords, TooManyBadRecords
 from dalle2_jax.data.order import Order
 from dalle2_jax.data.records import BadRecord, Record, RecordSource
 from dalle2_jax.data.settings import SIDES, TEXT, DataSettings
@@ -31,7 +31,7 @@ class Dataset:
 
     settings: DataSettings
     source: RecordSource
-    _bad: Budget
+    _bad: BadRecords
 
     @property
     def num_records(self) -> int:
@@ -267,5 +267,5 @@ def make_dataset(**settings) -> Dataset:
     config.check_source(opened)
     if config.has(*TEXT):
         captions_module.check(opened, config.path, config.language)
-    bad = Budget(len(opened), config.max_bad_fraction, opened.refused, opened.passed, opened.examples)
+    bad = BadRecords(len(opened), config.max_bad_fraction, opened.refused, opened.passed, opened.examples)
     return Dataset(config, opened, bad)

@@ -244,7 +244,7 @@ def _cached_index(path: str, index_file: Callable[[str], Index]) -> Index:
     about = {name: value for name, value in vars(index).items() if name != "rows"}
     try:
         os.makedirs(os.path.dirname(cached), exist_ok=True)
-        with files.whole(cached) as partial, partial.open("wb") as file:
+        with files.atomic_write(cached) as partial, partial.open("wb") as file:
             np.savez(file, rows=index.rows, about=np.array(json.dumps(about)))
     except OSError as error:
         logging.log_first_n(logging.WARNING, "indexes are not cached: %s", 1, error)

@@ -216,7 +216,7 @@ def _readable(
                     progress(name, done + 1, len(numbers))
         return good
 
-    good = processes.in_shares(decodable, count)
+    good = processes.split_over_processes(decodable, count)
     for i in np.flatnonzero(~good).tolist():
         error = fault(i)  # again: this process does not know the reasons of the others
         if error is not None:
@@ -339,7 +339,7 @@ def write_npz(pictures: PictureSet, path: str | os.PathLike) -> None:
     """
     shape = None
     with (
-        files.whole(path) as partial,
+        files.atomic_write(path) as partial,
         zipfile.ZipFile(partial, "w") as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):

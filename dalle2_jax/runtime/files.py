@@ -27,7 +27,7 @@ def expand(path: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def whole(path: AnyPath) -> Iterator[epath.Path]:
+def atomic_write(path: AnyPath) -> Iterator[epath.Path]:
     """Yields a temporary path that is renamed to `path` at the end of the `with`, or removed after an error.
 
     Its name is random, so processes on several machines may write the same file: the last one wins.

@@ -157,7 +157,7 @@ def write_tensors(
         header[name] = dict(dtype=_SAFETENSORS[types[name].name], shape=shape, data_offsets=[begin, end])
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with files.whole(path) as partial, partial.open("wb") as file:
+    with files.atomic_write(path) as partial, partial.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             array = np.asarray(partition.to_host(tensors[name]), types[name])
@@ -170,7 +170,7 @@ def write_tensors(
 
 def write_json(path: AnyPath, value: Any) -> None:
     """Writes indented JSON atomically."""
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         partial.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 

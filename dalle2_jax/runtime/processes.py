@@ -106,7 +106,7 @@ def join() -> None:
     )
 
 
-_ALONE = contextvars.ContextVar("alone", default=False)  # within `in_shares`
+_ALONE = contextvars.ContextVar("alone", default=False)  # within `split_over_processes`
 
 
 def _count() -> int:
@@ -157,7 +157,7 @@ def gather(rows: np.ndarray, count: int) -> np.ndarray:
     return np.ascontiguousarray(gathered).view(rows.dtype).reshape(count, *rows.shape[1:])
 
 
-def in_shares(function: Callable, count: int):
+def split_over_processes(function: Callable, count: int):
     """Splits examples over processes and gathers the results on all of them; all must call it.
 
     function: example numbers int64 [n] -> a tree of arrays [n, ...]. Nested calls do not split again. Returns
@@ -205,7 +205,7 @@ def end_together(error: BaseException, status: int) -> None:
 
 
 @contextlib.contextmanager
-def together(
+def fail_together(
     refused: tuple[type[Exception], ...] = (ValueError, OSError),
     *,
     status: int = 2,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.data import captions, pipeline
-from dalle2_jax.data.budget import Budget, TooManyBadRecords
+from dalle2_jax.data.bad_records import BadRecords, TooManyBadRecords
 from dalle2_jax.data.records import BadRecord
 from tests.data import shards_for_tests as made
 
@@ -235,7 +235,7 @@ def test_bad_budget_exceeded(tmp_path):
 
 
 def test_the_first_stop_is_what_every_thread_is_told():
-    budget = Budget(20, 0, {})
+    budget = BadRecords(20, 0, {})
     told = []
     for index in (3, 7, 3):  # as threads that read on while the first of them stops
         budget.count_read()

@@ -150,7 +150,7 @@ class Editor:
                     self.progress(name, len(after), len(rows))
             return np.stack(before), np.stack(after)
 
-        return zip(cases, *processes.in_shares(apply_share, len(cases)), strict=True)
+        return zip(cases, *processes.split_over_processes(apply_share, len(cases)), strict=True)
 
 
 def measure_textdiff(editor: Editor, cases: Sequence[Case]) -> tuple[dict[str, dict], Shown]:

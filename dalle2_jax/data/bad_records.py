@@ -17,7 +17,7 @@ class TooManyBadRecords(RuntimeError):
     """The share of unusable records is above data.max_bad_fraction."""
 
 
-class Budget:
+class BadRecords:
     """Counts unusable records by reason and raises TooManyBadRecords; thread-safe.
 
     The run stops when more than BAD_SLACK + max_fraction * (records read) are bad, or one if max_fraction is
