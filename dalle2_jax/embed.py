@@ -219,10 +219,10 @@ FLAGS = flags.FLAGS
 
 def main(argv):
     """Run the command; `argv` without the flags."""
-    from dalle2_jax.data import budget
+    from dalle2_jax.data import bad_records
 
-    refused = (ValueError, OSError, budget.TooManyBadRecords)
-    with processes.together(refused, status=checks.FAILED, say=logging.error, debug=FLAGS.debug):
+    refused = (ValueError, OSError, bad_records.TooManyBadRecords)
+    with processes.fail_together(refused, status=checks.FAILED, say=logging.error, debug=FLAGS.debug):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}")
         partition.initialise()

@@ -208,7 +208,7 @@ def upscale(model: Pipeline, image, out: epath.Path, said: dict) -> str:
 
 def main(argv):
     """Run the command; `argv` without the flags."""
-    with processes.together(debug=FLAGS.debug):
+    with processes.fail_together(debug=FLAGS.debug):
         action, given = check_arguments(argv[1:])
         captioned = ARGUMENTS[action][-1] == "CAPTION"
         if captioned:  # the others are files, whose names stay as they are

@@ -23,7 +23,7 @@ FLAGS = flags.FLAGS
 def main(argv):
     """Run the command; `argv` without the flags."""
     captions = [shards.clean_caption(text) for text in argv[1:]]
-    with processes.together(debug=FLAGS.debug):
+    with processes.fail_together(debug=FLAGS.debug):
         if captions:
             check_captions(captions)
         settings = sampling_settings()

@@ -255,7 +255,7 @@ class Engine:
             timings.append(timing)
             return made
 
-        return processes.in_shares(own, len(next(iter(examples.values())))), timings[0]
+        return processes.split_over_processes(own, len(next(iter(examples.values())))), timings[0]
 
     def _run(self, task: Task, examples: dict, mine: np.ndarray, batch_size, progress):
         """`run` of the examples with the numbers `mine` alone."""

@@ -355,7 +355,7 @@ class Pipeline:
             no_embeds = np.zeros((len(chosen), 0), np.float32)
             return made.get("prior.image_embed", no_embeds), images[0], images[-1]
 
-        drawn = processes.in_shares(draw, len(numbers))
+        drawn = processes.split_over_processes(draw, len(numbers))
         used = {name: values for name, values in settings.items() if name in timings}
         labels = [""] * len(numbers) if captions is None else captions
         return Result(tuple(labels), tuple(numbers), seed, *drawn, used, timings)

@@ -65,7 +65,7 @@ def measure(
                     progress(name, len(parts) * batch_size, len(numbers) * batch_size)
             return {key: np.array([part[key] for part in parts]) for key in sorted(parts[0])}
 
-        scalars = processes.in_shares(batches, count // batch_size)
+        scalars = processes.split_over_processes(batches, count // batch_size)
         values = scalars["loss"]
         value, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
         means = {key: float(column.mean()) for key, column in scalars.items()}
