@@ -450,12 +450,16 @@ def tree(text: str) -> list[str]:
 
 
 def test_the_tree_of_the_design_is_the_repositorys():
-    """Every path exists and every folder of the package is there."""
+    """Every path of the tree and of the text exists, and every folder of the package is in the tree."""
     text = (ROOT / "docs/design.md").read_text("utf-8")
     paths = tree(re.search(r"^```\n(dalle2_jax/\n.*?)^```", text, re.M | re.S)[1])
     assert len(paths) > 60 and not [path for path in paths if not (ROOT / path).exists()]
     folders = {path.parent.relative_to(ROOT).as_posix() + "/" for path in (ROOT / "dalle2_jax").rglob("*.py")}
     assert len(folders) > 15 and not folders - set(paths)
+    named = [name for name in re.findall(r"`((?:\w+/)+\w+\.py)`", text) if "foo" not in name]
+    assert len(named) > 20
+    tops = ("", "dalle2_jax", "dalle2_jax/models")
+    assert not [name for name in named if not any((ROOT / top / name).exists() for top in tops)]
 
 
 def test_every_module_says_what_it_is_for():
