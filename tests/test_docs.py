@@ -7,6 +7,7 @@ import ast
 import functools
 import importlib
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -410,6 +411,22 @@ def test_flags_of_generate_are_documented():
     rows = re.findall(r"^\| ((?:`--\w+`(?:, )?)+) \|", text, re.M)
     documented = {name for row in rows for name in re.findall(r"--(\w+)", row)}
     assert documented == flags_of("dalle2_jax.generate")["flags"].keys()
+
+
+def test_the_bundled_model_is_documented():
+    text = (ROOT / "docs/models.md").read_text("utf-8")
+    section = text.partition("## The bundled model\n")[2].partition("\n## ")[0]
+    folder = ROOT / "dalle2_jax/bundled"
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    assert json.dumps(index["trained_steps"]) in text
+    model = {s: json.loads((folder / s / "config.json").read_text())["model"] for s in index["trained_steps"]}
+    said = ["{num_steps} steps, {num_candidates} candidates".format(**model["prior"])]
+    said += ["{num_steps} DDIM steps, guidance {guidance_scale:g}".format(**model["decoder"])]
+    for upsampler in ("upsampler64", "upsampler256"):
+        said += ["{low_res_size} to {image_size}, {num_steps} DDIM steps".format(**model[upsampler])]
+    size = sum(path.stat().st_size for path in folder.glob("*/model.safetensors"))
+    said += [f"{size / 2e6:.1f} million parameters, {size / 1e6:.1f} MB"]
+    assert not [words for words in said if words not in section.replace("\n", " ")]
 
 
 def test_settings_that_may_differ_on_resume_are_documented():
