@@ -47,7 +47,7 @@ def test_what_comes_out(drawn):
     assert drawn.base.shape == (6, 8, 8, 3) and drawn.base.dtype == np.uint8
     assert drawn.images.shape == (6, 32, 32, 3) and drawn.images.dtype == np.uint8
     assert list(drawn.timings) == ["text", "prior", "decoder", "upsampler32"]
-    assert [timing.rows for timing in drawn.timings.values()] == [6, 6, 6, 6]
+    assert [timing.examples for timing in drawn.timings.values()] == [6, 6, 6, 6]
     json.dumps(drawn.settings)
 
 
@@ -376,7 +376,7 @@ def test_a_program_that_failed_is_tried_again(model):
         model.engine.run(task, {"x": np.arange(3)})
     output, timing = model.engine.run(task, {"x": np.arange(3)})
     np.testing.assert_array_equal(output, [2, 3, 4])
-    assert len(tries) == 2 and timing.rows == 3
+    assert len(tries) == 2 and timing.examples == 3
 
 
 # An autoregressive prior and guides
@@ -398,7 +398,7 @@ def test_every_sampler_of_the_prior_draws(model):
 
 def test_an_autoregressive_prior_takes_the_place_of_the_other(extended):
     embeds, timings = extended.sample_prior(CAPTIONS, seed=5, n=2)
-    assert embeds.shape == (6, 32) and np.isfinite(embeds).all() and timings["prior"].rows == 6
+    assert embeds.shape == (6, 32) and np.isfinite(embeds).all() and timings["prior"].examples == 6
     alone, _ = extended.sample_prior(CAPTIONS[1:2], seed=5, n=2)
     np.testing.assert_allclose(alone, embeds[2:4], atol=1e-5)
     assert set(extended.settings()["prior"]) == {
