@@ -21,7 +21,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -273,30 +272,28 @@ def _compiled(jitted, *arguments):
 
 def training_step(plan: Plan, batch: dict):
     """(function that runs a step, its program, seconds of compiling, FLOPs)."""
-    state = plan.init()
-    program, seconds = _compiled(plan.jit_step(), state, batch, {})
+    held = [plan.init()]
+    program, seconds = _compiled(plan.jit_step(), held[0], batch, {})
 
     def step():
-        nonlocal state
-        state, scalars = program(state, batch, {})
-        return state, scalars
+        held[0], scalars = program(held[0], batch, {})
+        return held[0], scalars
 
     return step, program, seconds, flops.of_step(plan.stage, batch)
 
 
 def drawing(plan: Plan, batch: dict, count: int):
     """As `training_step`, of drawing `count` examples; the devices hold parameters, no train state."""
-    stage: Any = plan.stage
-    mesh = plan.mesh
+    stage, mesh = plan.stage, plan.mesh
     init = jax.jit(
         lambda: stage.init(jax.random.key(0), models.zeros(stage.batch_spec(1))),
         out_shardings=partition.replicated(mesh),
         compiler_options=partition.compiler_options(once=True),
     )
-    params, rows = init(), partition.batch_sharding(mesh)
-    keys = jax.device_put(jax.random.split(jax.random.key(0), count), rows)
+    params, split = init(), partition.batch_sharding(mesh)
+    keys = jax.device_put(jax.random.split(jax.random.key(0), count), split)
     options = partition.compiler_options()
-    jitted = jax.jit(lambda p, k, b: stage.sample(p, k, b), out_shardings=rows, compiler_options=options)
+    jitted = jax.jit(lambda p, k, b: stage.sample(p, k, b), out_shardings=split, compiler_options=options)
     program, seconds = _compiled(jitted, params, keys, batch)
     arithmetic = flops.count(stage.sample, params, keys, batch)
     return lambda: program(params, keys, batch), program, seconds, arithmetic

@@ -429,9 +429,9 @@ def test_inputs_are_read_and_refused_before_the_model_is(tmp_path, picture):
 
 def test_a_caption_is_no_forgotten_file(tmp_path, picture):
     assert command_line.picture_or_caption(CAPTION) == CAPTION
-    with pytest.raises(FileNotFoundError, match="there is no picture"):
+    with pytest.raises(FileNotFoundError, match="no picture file"):
         command_line.picture_or_caption(str(tmp_path / "none.png"))
-    with pytest.raises(FileNotFoundError, match="there is no picture"):
+    with pytest.raises(FileNotFoundError, match="no picture file"):
         command_line.picture_or_caption(str(tmp_path / "none.HEIC"))
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match="cannot be read as a picture"):

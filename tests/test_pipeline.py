@@ -11,6 +11,7 @@ import pytest
 
 import dalle2_jax
 from dalle2_jax import pipeline
+from dalle2_jax.generate.captions import labels
 from dalle2_jax.generate.engine import Task, Timing
 from dalle2_jax.models import models
 from dalle2_jax.models.diffusion import gaussian, schedules
@@ -423,7 +424,7 @@ def test_guides_steer_the_decoder_to_the_caption(extended, guide):
     # what it says of the finished pictures has risen
     stage, params = extended.engine.stage(guide), extended.engine.params(guide)
     if guide == "classifier":
-        target = extended.labels(captions)
+        target = labels(extended.engine, captions, guide)
         assert target.tolist() == [0, 2]
     else:
         tokens, mask = extended.engine.tokenizer(guide)(captions)

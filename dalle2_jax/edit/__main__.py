@@ -24,6 +24,8 @@ import io
 import json
 import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
@@ -50,7 +52,6 @@ FLAGS_OF = {
     "outpaint": ("n", "negative", "resample", "scale"),
     "redraw": ("eta",),
     "reconstruct": ("components",),
-    "upscale": ("tile", "caption"),
 }
 # The text of an input with such an ending is no caption.
 PICTURE_ENDINGS = {f".{kind}" for kind in "png jpg jpeg webp gif bmp tif tiff heic avif svg".split()}
@@ -73,7 +74,7 @@ def picture_or_caption(text: str):
     if epath.Path(files.expand(text)).exists():
         return pictures.read_picture(text)
     if os.path.splitext(text)[1].lower() in PICTURE_ENDINGS:
-        raise FileNotFoundError(f"there is no picture {text}")
+        raise FileNotFoundError(f"no picture file {text}")
     return shards.clean_caption(text)
 
 
@@ -84,9 +85,9 @@ def read_inputs(action: str, texts: list[str]) -> dict:
     """
     if action == "invert":
         return {"pictures": [pictures.read_picture(path) for path in texts]}
-    readers = {"picture": pictures.read_picture, "latents": Latents.load}
-    readers |= dict.fromkeys(("first", "second"), picture_or_caption)
-    inputs = dict(zip(INPUTS[action], texts, strict=True))
+    ends = dict.fromkeys(("first", "second"), picture_or_caption)
+    readers: dict[str, Callable] = {"picture": pictures.read_picture, "latents": Latents.load} | ends
+    inputs: dict[str, Any] = dict(zip(INPUTS[action], texts, strict=True))
     inputs |= {name: readers[name](text) for name, text in inputs.items() if name in readers}
     if "mask" in inputs:
         size = inputs["picture"].size
@@ -99,12 +100,12 @@ def edit(model: Pipeline, action: str, inputs: dict, out: epath.Path) -> Result:
     running = dict(seed=FLAGS.seed, batch_size=FLAGS.batch_size, progress=StageLines())
     if action == "invert":
         return invert(model, inputs["pictures"], out, running)
-    settings = {name: FLAGS[name].value for name in FLAGS_OF[action] if FLAGS[name].value is not None}
-    if "components" in settings:
-        settings["components"] = [int(k) if k.strip().isdigit() else 0 for k in settings["components"]]
-    settings |= dict(num_steps=FLAGS.steps, guidance_scale=FLAGS.guidance_scale, fit=FLAGS.fit)
-    function = actions.from_latents if action == "redraw" else getattr(actions, action)
-    return function(model, **inputs, **settings, **running)
+    options = {name: FLAGS[name].value for name in FLAGS_OF[action] if FLAGS[name].value is not None}
+    if action == "reconstruct":
+        options["components"] = [int(k) if k.strip().isdigit() else 0 for k in FLAGS.components]
+    options |= dict(num_steps=FLAGS.steps, guidance_scale=FLAGS.guidance_scale, fit=FLAGS.fit)
+    function = getattr(actions, "from_latents" if action == "redraw" else action)
+    return function(model, **inputs, **options, **running)
 
 
 def invert(model: Pipeline, images: list, out: epath.Path, running: dict) -> Result:

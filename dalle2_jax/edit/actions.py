@@ -5,7 +5,7 @@ conditioned on z, draws it. Inversion finds x_T: DDIM upwards, without guidance,
 
     variations     draw z again with other noise (DDIM with eta > 0 from x_T)
     interpolate    between two pictures or captions: slerp(z_1, z_2, theta), slerp(x_T1, x_T2, theta)
-    textdiff       slerp(z, norm(y_to - y_from), theta) with y the text embeddings, from the picture's own x_T
+    textdiff       slerp(z, norm(y_to - y_from), theta) with y the text embeddings, from the picture's x_T
     inpaint        draw a caption where a mask is white, and keep the rest
     reconstruct    z from its first principal components alone
     upscale        the last upsampler alone, on a picture of any size
@@ -74,14 +74,8 @@ class Drawing(Running):
     @property
     def faithful(self) -> dict[str, Any]:
         """Keywords of `decode` that draw inverted pictures as they were."""
-        scale = 1.0 if self.guidance_scale is None else self.guidance_scale
-        return dict(self.deterministic, num_steps=self.num_steps or INVERSION_STEPS, guidance_scale=scale)
-
-    @property
-    def deterministic(self) -> dict[str, Any]:
-        """Keywords of `decode` by DDIM without noise."""
-        steps, scale = self.num_steps, self.guidance_scale
-        return dict(num_steps=steps, method="ddim", eta=0.0, guidance_scale=scale)
+        steps, scale = self.num_steps or INVERSION_STEPS, self.guidance_scale
+        return dict(num_steps=steps, method="ddim", eta=0.0, guidance_scale=1.0 if scale is None else scale)
 
 
 def base_pictures(pipe: Pipeline, images, fit: str = "crop") -> np.ndarray:
@@ -109,7 +103,7 @@ def invert(
     *encode, step = pipe.steps("invert")
     how = Running(**running)
     squares = [square_picture(image, pipe.image_size, fit) for image in images]
-    batch = {"caption": captions, f"{step.name}.image": base_pictures(pipe, squares)}
+    batch: dict[str, Any] = {"caption": captions, f"{step.name}.image": base_pictures(pipe, squares)}
     embeds = pipe.encode_image(squares, how.batch_size) if encode else np.zeros((len(squares), 0), np.float32)
     batch |= {"image.image_embed": embeds} if encode else {}
     made, _ = pipe.run([step], batch, {step.name: {"num_steps": num_steps}}, how)
@@ -171,11 +165,7 @@ def interpolate(
     pipe.steps("interpolate")
     how = Drawing(**drawing)
     (z_1, x_1), (z_2, x_2) = (_end(pipe, thing, i, how) for i, thing in enumerate((first, second)))
-    thetas = np.linspace(0, 1, frames)
-    x_T = [x_1 if same_noise else slerp(x_1, x_2, theta) for theta in thetas]
-    embeds = np.stack([slerp(z_1, z_2, theta) for theta in thetas])
-    labels = [f"theta {theta:.2f}" for theta in thetas]
-    return _draw(pipe, embeds, labels, how, how.faithful | dict(x_T=np.stack(x_T)))
+    return _path(pipe, np.linspace(0, 1, frames), (z_1, z_2), (x_1, x_1 if same_noise else x_2), how)
 
 
 def _end(pipe: Pipeline, thing, i: int, how: Drawing) -> tuple[np.ndarray, np.ndarray]:
@@ -215,10 +205,8 @@ def textdiff(
     direction = unit(embeds[0] if source is None else embeds[0] - embeds[1])
     latents = invert(pipe, [picture], **how.inverting)
     direction = direction * np.linalg.norm(latents.image_embeds[0])  # 1, unless CLIP's are of any norm
-    thetas = np.linspace(0, theta, frames)
-    embeds = np.stack([slerp(latents.image_embeds[0], direction, at) for at in thetas])
-    options = how.faithful | dict(x_T=np.repeat(latents.x_T, frames, axis=0))
-    return _draw(pipe, embeds, [f"theta {at:.2f}" for at in thetas], how, options)
+    ends, x_T = (latents.image_embeds[0], direction), latents.x_T[0]
+    return _path(pipe, np.linspace(0, theta, frames), ends, (x_T, x_T), how)
 
 
 def image_to_image(
@@ -302,7 +290,8 @@ def reconstruct(pipe: Pipeline, picture, components: Sequence[int], **drawing) -
     bases = [stats["components"][:k] for k in components]
     embeds = np.stack([stats["mean"] + base.T @ (base @ z) for base in bases]).astype(np.float32)
     labels = [f"{k} components" for k in components]
-    return _draw(pipe, embeds, labels, how, how.deterministic | dict(numbers=[0] * len(embeds)))
+    options = how.faithful | dict(num_steps=how.num_steps, guidance_scale=how.guidance_scale)
+    return _draw(pipe, embeds, labels, how, options | dict(numbers=[0] * len(embeds)))
 
 
 def upscale(
@@ -326,8 +315,8 @@ def upscale(
     settings = of_step(pipe.engine, step, num_steps=num_steps, tile=tile)
     if max(low_res.shape) > stage.low_res_size:
         settings["tile"] = settings["tile"] or stage.crop_size
-    batch = {"caption": None if caption is None else [caption], "number": [0]}
-    batch |= {f"{step.name}.low_res": low_res[None]}
+    captions = None if caption is None else [caption]
+    batch = {"caption": captions, "number": [0], f"{step.name}.low_res": low_res[None]}
     made, _ = pipe.run([step], batch, {step.name: settings}, Running(seed, 1, progress))
     return made[f"{step.name}.image"][0]
 
@@ -360,6 +349,17 @@ def _draw(
         timings |= more
     used = {name: value for name, value in options.items() if isinstance(value, int | float | str)}
     return Result(tuple(labels), numbers, how.seed, embeds, base, images, {"decoder": used}, timings)
+
+
+Ends = tuple[np.ndarray, np.ndarray]
+
+
+def _path(pipe: Pipeline, thetas: np.ndarray, z: Ends, x_T: Ends, how: Drawing) -> Result:
+    """The `Result` of points on the great circles between two z and between two x_T."""
+    embeds = np.stack([slerp(*z, theta) for theta in thetas])
+    noise = np.stack([x_T[0] if x_T[0] is x_T[1] else slerp(*x_T, theta) for theta in thetas])
+    labels = [f"theta {theta:.2f}" for theta in thetas]
+    return _draw(pipe, embeds, labels, how, how.faithful | dict(x_T=noise))
 
 
 def _check_strength(strength: float) -> None:

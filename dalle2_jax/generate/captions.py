@@ -47,7 +47,7 @@ def cut_captions(engine: Engine, names: Sequence[str], captions: Sequence[str]) 
     return lines
 
 
-def labels(engine: Engine, captions: Sequence[str], name: str = "classifier") -> np.ndarray:
+def labels(engine: Engine, captions: Sequence[str], name: str) -> np.ndarray:
     """The class int32 [N] of stage `name` that each caption names.
 
     -1 where a caption does not name exactly one: the null label of a stage trained with `label_drop`.
@@ -58,7 +58,7 @@ def labels(engine: Engine, captions: Sequence[str], name: str = "classifier") ->
     classes = engine.configs[name]["data"]["classes"]
     found = [label_of(caption, classes) for caption in captions]
     for caption, label in zip(captions, found, strict=True):
-        if label < 0 and not getattr(engine.stage(name), "label_drop", 0):
+        if label < 0 and not getattr(engine.stage(name), "label_drop", False):
             leave = ", or leave classifier out" if name == "classifier" else ""
             raise ValueError(
                 f"caption {caption!r} does not name exactly one class of the {name}, such as "

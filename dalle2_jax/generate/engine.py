@@ -66,8 +66,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds that a number of examples took, `steps` network steps each; and seconds of waiting for
-    the compiler, which `seconds` leaves out."""
+    """Seconds of `examples`, `steps` network steps each, without the seconds of waiting for the compiler."""
 
     examples: int
     steps: int
@@ -94,7 +93,7 @@ def _read_stages(directory: epath.Path, index: dict, dtype: str | None) -> tuple
 
 
 class Engine:
-    """The stages of a model directory. Make one with `Engine.open`.
+    """The stages of a model directory.
 
     Attributes:
       name: the model's name. system: the module of `systems` with the actions of its stages.
@@ -104,36 +103,28 @@ class Engine:
       low_memory: weights keep their stored type, and the devices hold those of one stage at a time.
     """
 
-    def __init__(self, directory: epath.Path, index: dict, dtype: str | None, mesh, low_memory: bool):
-        self.directory, self.name = directory, index.get("name") or directory.name
-        self.system, self.entries = systems.load(index["system"]), index["stages"]
-        self.configs, self.stages = _read_stages(directory, index, dtype)
-        self.mesh, self.low_memory = mesh, low_memory
-        self._params: dict = {}
-        self._programs: dict = {}
-        self._tokenizers: dict = {}
-        self._lock, self._param_locks = threading.Lock(), {name: threading.Lock() for name in self.stages}
-        self._workers = concurrent.futures.ThreadPoolExecutor(2, "compile")
-
-    @staticmethod
-    def open(
-        model_dir: str | os.PathLike | None, dtype: str | None = None, mesh=None, low_memory: bool = False
-    ) -> "Engine":
+    def __init__(self, model_dir: str | os.PathLike | None, dtype: str | None, mesh, low_memory: bool):
         """Open a model directory; see `Pipeline.load`."""
         if model_dir is None and not (BUNDLED / modeldir.INDEX_FILE).exists():
             raise FileNotFoundError(
                 "this installation came without the bundled model (the package's folder 'bundled'): give "
                 "a model directory, such as `python -m dalle2_jax.convert workdirs` writes"
             )
-        directory = epath.Path(hub.local(BUNDLED if model_dir is None else model_dir))
-        index = modeldir.read_index(directory)
-        mesh = partition.local_mesh() if mesh is None else mesh
-        engine = Engine(directory, index, dtype, mesh, low_memory)
-        entries = engine.entries.items()
-        vocab_sizes = {n: engine.tokenizer(n, 3).vocab_size for n, entry in entries if entry["tokenizer"]}
+        self.directory = epath.Path(hub.local(BUNDLED if model_dir is None else model_dir))
+        index = modeldir.read_index(self.directory)
+        self.name = index.get("name") or self.directory.name
+        self.system, self.entries = systems.load(index["system"]), index["stages"]
+        self.configs, self.stages = _read_stages(self.directory, index, dtype)
+        self.mesh, self.low_memory = partition.local_mesh() if mesh is None else mesh, low_memory
+        self._params: dict = {}
+        self._programs: dict = {}
+        self._tokenizers: dict = {}
+        self._lock, self._param_locks = threading.Lock(), {name: threading.Lock() for name in self.stages}
+        self._workers = concurrent.futures.ThreadPoolExecutor(2, "compile")
+        entries = self.entries.items()
+        vocab_sizes = {n: self.tokenizer(n, 3).vocab_size for n, entry in entries if entry["tokenizer"]}
         uses = {name: entry["uses"] for name, entry in entries}
-        engine.system.check(engine.configs, engine.stages, vocab_sizes, uses)
-        return engine
+        self.system.check(self.configs, self.stages, vocab_sizes, uses)
 
     def stage(self, name: str) -> Any:
         """The stage called `name`; ValueError if the model lacks it."""
@@ -141,16 +132,15 @@ class Engine:
             raise ValueError(f"model {self.name!r} has no {name}: it has {', '.join(self.stages)}")
         return self.stages[name]
 
-    def _file(self, name: str, file: str) -> epath.Path:
+    def _folder(self, name: str) -> epath.Path:
         self.stage(name)
-        return self.directory / self.entries[name]["folder"] / file
+        return self.directory / self.entries[name]["folder"]
 
     def params(self, name: str) -> dict:
         """A stage's parameters, replicated on every device; the first use reads them."""
-        path = self._file(name, "")
+        path, replicated = self._folder(name), partition.replicated(self.mesh)
         with self._param_locks[name]:
             if name not in self._params:
-                replicated = partition.replicated(self.mesh)
                 _, params = modeldir.load_stage(
                     path, keep_dtype=self.low_memory, place=lambda leaf: jax.device_put(leaf, replicated)
                 )
@@ -160,7 +150,7 @@ class Engine:
 
     def weights_sha256(self, name: str) -> str:
         """The checksum of a stage's file of weights, in hexadecimal."""
-        return hashlib.sha256(self._file(name, modeldir.WEIGHTS_FILE).read_bytes()).hexdigest()
+        return hashlib.sha256((self._folder(name) / modeldir.WEIGHTS_FILE).read_bytes()).hexdigest()
 
     def _task_params(self, task: Task) -> dict:
         if self.low_memory:
@@ -171,7 +161,7 @@ class Engine:
         return {name: self.params(name) for name in (task.name, *task.others)}
 
     def tokenizer(self, name: str, context_length: int | None = None) -> Tokenizer:
-        """The tokenizer of a stage, at its own context length or another."""
+        """The tokenizer of a stage, at its context length or another."""
         length = context_length or self.stage(name).context_length
         key = self.entries[name]["tokenizer"], length
         if key not in self._tokenizers:

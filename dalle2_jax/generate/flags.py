@@ -7,7 +7,7 @@ from dalle2_jax.models.stages.settings import Setting
 from dalle2_jax.runtime import commandline
 
 FLAGS = flags.FLAGS
-flags.disclaim_key_flags()  # --help lists what is defined here as the command's own
+flags.disclaim_key_flags()  # --help lists these flags as the command's
 
 
 class _Parser(flags.ArgumentParser):

@@ -7,7 +7,7 @@ give the same picture whatever else is drawn with it. Nothing here needs TensorF
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -91,11 +91,12 @@ class Pipeline:
 
     Attributes:
       engine: the opened model directory: stages, configs, weights.
+      name: the model's name.
       actions: action -> its steps, of all actions that the stages can do.
     """
 
     def __init__(self, engine: Engine):
-        self.engine = engine
+        self.engine, self.name = engine, engine.name
         self.actions = engine.system.actions(engine.stages)
 
     @classmethod
@@ -105,7 +106,7 @@ class Pipeline:
         dtype: str | None = None,
         mesh=None,
         low_memory: bool = False,
-    ) -> "Pipeline":
+    ) -> Self:
         """Open a model directory; the first use of a stage reads its weights.
 
         Args:
@@ -119,16 +120,11 @@ class Pipeline:
           FileNotFoundError: no such directory, or a part of it is missing.
           ValueError: a part is damaged, or the stages do not fit together.
         """
-        return cls(Engine.open(model_dir, dtype, mesh, low_memory))
+        return cls(Engine(model_dir, dtype, mesh, low_memory))
 
     def __call__(self, captions: Sequence[str] = (), **options) -> Result:
         """`text_to_image`."""
         return self.text_to_image(captions, **options)
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.engine.name
 
     def steps(self, action: str) -> tuple[Step, ...]:
         """The steps of an action. ValueError names what the model lacks for it, and its actions."""
@@ -141,7 +137,8 @@ class Pipeline:
     @property
     def image_size(self) -> int:
         """Side of the finished picture."""
-        return self.engine.stage(self.steps("redraw")[-1].stage).image_size
+        action = "redraw" if "redraw" in self.actions else "draw"
+        return self.engine.stage(self.steps(action)[-1].stage).image_size
 
     @property
     def reads_captions(self) -> bool:
@@ -256,13 +253,15 @@ class Pipeline:
             if field not in texts.FIELDS:
                 raise ValueError(f"{step.name} needs the input {field}")
         found = {field: np.zeros((count, *specs[field].shape), specs[field].dtype) for field in fields}
-        if "label" in found:
-            if captions is None and not getattr(stage, "label_drop", 0):
+        if "label" in found and captions is not None:
+            found["label"] = texts.labels(self.engine, captions, name)
+        elif "label" in found:
+            if not getattr(stage, "label_drop", False):
                 raise ValueError(f"the {name} draws classes: give a caption that names one")
-            found["label"] = np.full(count, -1) if captions is None else self.labels(captions, name)
-        if captions is None and getattr(stage, "null_tokens", 0):
+            found["label"] -= 1  # the null label
+        if captions is None and getattr(stage, "null_tokens", False):
             captions = [""] * count  # the null caption of stages that have tokens of one
-        if captions is not None and "token_mask" in found:
+        if captions is not None and found.keys() & {"tokens", "token_mask"}:
             tokens = self.engine.tokenizer(name)(list(captions))
             made = dict(zip(("tokens", "token_mask"), tokens, strict=True))
             if "text_states" in found:
@@ -279,24 +278,20 @@ class Pipeline:
             raise ValueError(f"{' and '.join(targets)} steer to captions: give them, or leave the guide out")
         for guide, field in targets.items():
             if field.endswith(".label"):
-                found[field] = self.labels(captions, guide)
+                found[field] = texts.labels(self.engine, captions, guide)
             else:
                 encode = self.engine.system.encode_text(guide)
                 (found[field], _), _ = self._encode_text(encode, captions, Running(batch_size=how.batch_size))
         return found
 
-    def labels(self, captions: Sequence[str], name: str = "classifier") -> np.ndarray:
-        """The class int32 [N] of stage `name` that each caption names; see `captions.labels`."""
-        return texts.labels(self.engine, captions, name)
-
     def _check_classes(self, steps: Sequence[Step], settings: dict, captions) -> None:
         """Raise ValueError for a caption that names no class where a stage or a guide needs one."""
         for step in steps:
             if "label" in step.specs(self.engine.stage(step.stage)):
-                self.labels(captions, step.stage)
+                texts.labels(self.engine, captions, step.stage)
             for guide, field in tasks.guide_fields(self.engine, step, settings.get(step.name, {})).items():
                 if field.endswith(".label"):
-                    self.labels(captions, guide)
+                    texts.labels(self.engine, captions, guide)
 
     def text_to_image(
         self,

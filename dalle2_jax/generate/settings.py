@@ -34,7 +34,8 @@ def resolve(engine: Engine, steps: Sequence[Step], **keywords) -> dict[str, dict
 
     Raises ValueError for an unknown keyword, and for a value that the model cannot take.
     """
-    roles, found = by_role(keywords), {}
+    roles = by_role(keywords)
+    found: dict[str, dict] = {}
     for role in dict.fromkeys([*(step.role for step in steps if step.role), *roles]):
         found |= of_role(engine, steps, role, **roles.get(role, {}))
     return found

@@ -60,7 +60,7 @@ def make_task(engine: Engine, step: Step, settings: Mapping, specs: dict, seed: 
       engine: the opened model.
       step: of one of its actions.
       settings: keywords of the operation, and scales of guides. All but scales are part of the program. A
-        guidance scale of 1 has a program of its own, without the unconditional half.
+        guidance scale of 1 has another program, without the unconditional half.
       specs: see `specs`; free axes have the sizes of the examples.
       seed: of all pictures.
     """
@@ -79,13 +79,10 @@ def make_task(engine: Engine, step: Step, settings: Mapping, specs: dict, seed: 
         if guides:
             keywords["log_p"] = log_p_of(params, batch, scalars)
             params = params[step.stage]
-        if step.reads:
-            made = operation(params, *(batch[name] for name in step.reads))
-        elif step.fold is None:
-            made = operation(params, batch, **keywords)
-        else:
-            keys = picture_keys(scalars["seed"], batch["number"], step.fold)
-            made = operation(params, keys, batch, **keywords)
+        arguments = [batch] if step.reads is None else [batch[name] for name in step.reads]
+        if step.fold is not None:
+            arguments.insert(0, picture_keys(scalars["seed"], batch["number"], step.fold))
+        made = operation(params, *arguments, **keywords)
         made = dict(zip(step.writes, made if isinstance(made, tuple) else (made,), strict=True))
         return {name: to_uint8(x) if name in PICTURES else x for name, x in made.items()}
 

@@ -86,7 +86,8 @@ def _lines(program: str) -> Iterator[tuple[str, str]]:
 
 def _trip_counts(program: str) -> dict[str, int]:
     """Name of a computation -> how often it runs, of those in loops of known length and of their callees."""
-    calls, bounds = collections.defaultdict(list), collections.defaultdict(list)
+    calls: collections.defaultdict[str, list[tuple]] = collections.defaultdict(list)
+    bounds: collections.defaultdict[str, list[int]] = collections.defaultdict(list)
     for computation, line in _lines(program):
         bound = re.search(r" = [su]32\[\]\S* constant\((\d+)\)", line)
         if bound:

@@ -15,15 +15,8 @@ from dalle2_jax.preflight.report import Report, compiled_report, refused_report
 from dalle2_jax.runtime import metrics, partition
 from dalle2_jax.train.plan import Plan
 
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A lowered program, the model's FLOPs in it, its number of parameters, bytes a chip of its arguments."""
-
-    lowered: jax.stages.Lowered
-    flops: int
-    parameters: int
-    arguments: int
+# a lowered program, the model's FLOPs in it, its arguments as ShapeDtypeStructs
+Program = tuple[jax.stages.Lowered, int, tuple]
 
 
 def _placed(tree, sharding):
@@ -55,25 +48,19 @@ def lower_step(plan: Plan) -> Program:
     arguments = plan.abstract, _placed(spec, partition.batch_sharding(plan.mesh)), frozen
     with partition.use_mesh(plan.mesh):
         lowered = plan.jit_step().lower(*arguments)
-    return _program(lowered, arithmetic, plan.abstract.params, arguments)
+    return lowered, arithmetic, arguments
 
 
 def lower_sampler(plan: Plan, count: int) -> Program:
     """Drawing `count` examples; every chip has all parameters, as in `generate`."""
-    stage, rows = plan.stage, partition.batch_sharding(plan.mesh)
+    stage, split = plan.stage, partition.batch_sharding(plan.mesh)
     params = _placed(models.abstract_params(stage), partition.replicated(plan.mesh))
-    keys = _placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count)), rows)
-    batch = _placed(stage.batch_spec(count), rows)
+    keys = _placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count)), split)
+    batch = _placed(stage.batch_spec(count), split)
     with partition.use_mesh(plan.mesh):
-        lowered = jax.jit(stage.sample, out_shardings=rows).lower(params, keys, batch)
+        lowered = jax.jit(stage.sample, out_shardings=split).lower(params, keys, batch)
     arithmetic = flops.count(stage.sample, params, keys, batch)
-    return _program(lowered, arithmetic, params, (params, keys, batch))
-
-
-def _program(lowered: jax.stages.Lowered, arithmetic: int, params, arguments: tuple) -> Program:
-    leaves = jax.tree.leaves(arguments)
-    size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-    return Program(lowered, arithmetic, sum(math.prod(x.shape) for x in jax.tree.leaves(params)), size)
+    return lowered, arithmetic, (params, keys, batch)
 
 
 def inspect(
@@ -94,9 +81,10 @@ def inspect(
     setup = Setup(config, topology, sample)
     plan = setup.plan()
     if sample is not None:
-        program = lower_sampler(plan, sample)
+        lowered, arithmetic, arguments = lower_sampler(plan, sample)
     else:
-        program = lower_step(_with_clip(plan, clip_config) if clip_config else plan)
+        lowered, arithmetic, arguments = lower_step(_with_clip(plan, clip_config) if clip_config else plan)
+    leaves = jax.tree.leaves(arguments)
     devices = list(plan.mesh.devices.flat)
     report = Report(
         program=f"{config['stage']}, {'a training step' if sample is None else 'drawing'}",
@@ -104,23 +92,25 @@ def inspect(
         device=devices[0].device_kind,
         mesh=dict(plan.mesh.shape),
         batch_size=config["batch_size"] if sample is None else sample,
-        parameters=program.parameters,
-        arguments=program.arguments,
+        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(models.abstract_params(plan.stage))),
+        arguments=sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves),
         memory=chips.memory_of(devices[0]),
-        model_flops=program.flops,
+        model_flops=arithmetic,
         peak=metrics.peak_flops(devices[0].device_kind),
     )
     began = time.monotonic()
     try:
-        compiled = program.lowered.compile(partition.compiler_options(mesh=plan.mesh))
+        compiled, refusal = lowered.compile(partition.compiler_options(mesh=plan.mesh)), ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        report = refused_report(report, str(error))
+        compiled, refusal = None, str(error)
+    report = dataclasses.replace(report, compile_seconds=time.monotonic() - began)
+    if compiled is None:
+        report = refused_report(report, refusal)
     else:
         text = compiled.as_text() or ""
         if hlo_path:
             epath.Path(hlo_path).write_text(text)
         report = compiled_report(report, compiled, text, chips.chip_of(devices[0]))
-    report = dataclasses.replace(report, compile_seconds=time.monotonic() - began)
     return dataclasses.replace(report, advice=advise(report, setup, partition.num_slices(devices)))

@@ -11,6 +11,7 @@ from dalle2_jax.runtime.grid import png_bytes
 from dalle2_jax.studio.requests import MAX_UPLOAD
 from dalle2_jax.studio.work import Picture, as_url
 
+Visit = dict[str, Picture]  # id -> picture, in the order in which they were made
 CSS = """
 .gradio-container {max-width: 1240px !important; width: 100%; margin: auto}
 .cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px}
@@ -102,15 +103,20 @@ def img(image: Picture | np.ndarray, more: str = "") -> str:
     return f"<img src='{as_url(png_bytes(image))}' {more}>"
 
 
-def cards(visit: list[tuple[str, Picture]], chosen: str = "", small: bool = False) -> str:
+def cards(visit: Visit, chosen: str = "", small: bool = False) -> str:
     """Pictures to click on, each with its download."""
     made = "".join(
         f"<div class='card{' chosen' * (id == chosen)}' data-id={id} title='{escape(each.caption)}'>"
         + img(each, f"onclick=\"studio.choose('{id}')\"")
         + f"<a href='{as_url(each.png)}' download='picture-{id}.png'>download</a></div>"
-        for id, each in visit
+        for id, each in visit.items()
     )
     return f"<div class='cards{' small' * small}'>{made}</div>"
+
+
+def history(visit: Visit, chosen: str = "") -> str:
+    """The pictures of a visit, the last first."""
+    return cards(dict(reversed(visit.items())), chosen, small=True)
 
 
 def way(frames: list[Picture]) -> str:
@@ -162,17 +168,18 @@ def explained(made: dict) -> str:
     )
 
 
-def archive(visit: list[tuple[str, Picture]]) -> str:
-    """All pictures of a visit as one zip file, as a data URL."""
-    buffer = io.BytesIO()
+def archive(visit: Visit) -> str:
+    """A link to a zip file of a visit: its pictures, and the commands that make them."""
+    buffer, commands = io.BytesIO(), [each.command for each in visit.values() if each.command]
     with zipfile.ZipFile(buffer, "w") as file:
-        for id, each in visit:
+        for id, each in visit.items():
             file.writestr(f"picture-{id}.png", each.png)
-        file.writestr("commands.txt", "".join(f"{each.command}\n" for _, each in visit if each.command))
-    return "data:application/zip;base64," + base64.b64encode(buffer.getvalue()).decode()
+        file.writestr("commands.txt", "".join(f"{command}\n" for command in commands))
+    url = "data:application/zip;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return f"<a class=link id=zip_link href='{url}' download='pictures.zip'>pictures.zip</a>"
 
 
-def details(visit: dict[str, Picture], chosen: str) -> tuple[str, str]:
+def details(visit: Visit, chosen: str) -> tuple[str, str]:
     """(the chosen picture under the brush, its settings and its command)."""
     if chosen not in visit:
         return note("Draw or upload a picture, then click on it to change it."), ""

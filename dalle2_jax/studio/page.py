@@ -7,19 +7,45 @@ import time
 
 from dalle2_jax.edit.actions import PATHS
 from dalle2_jax.generate.pictures import square_picture
+from dalle2_jax.generate.pipeline import Pipeline
 from dalle2_jax.generate.settings import defaults
 from dalle2_jax.runtime.grid import png_bytes
 from dalle2_jax.studio import html
-from dalle2_jax.studio.html import cards, details, note
+from dalle2_jax.studio.html import Visit, cards, details, history, note
 from dalle2_jax.studio.requests import ACTIONS, MAX_PICTURES, SAMPLING, Refused, read_upload, too_large
 from dalle2_jax.studio.work import Picture, Stopped, Studio
 
 MAX_HISTORY = 48  # pictures that a visit keeps
+MIX_FRAMES = 5
 NAMES = {
     "text": "reading",
     "prior": "imagining",
     "decoder": "sketching",
     "inversion": "looking at the picture",
+}
+# tab -> (action, text and id of its button)
+TABS = {
+    "More like it": ("variations", "Vary", "vary"),
+    "Brush": ("inpaint", "Draw it anew", "inpaint"),
+    "Extend": ("outpaint", "Draw around it", "outpaint"),
+    "Change by text": ("textdiff", "Change", "textdiff"),
+    "Mix": ("interpolate", "Mix with the chosen one", "mix"),
+    "Start from it": ("image_to_image", "Draw", "start"),
+    "Enlarge": ("upscale", "Enlarge", "upscale"),
+}
+HINTS = {
+    "inpaint": "Paint over what shall be drawn anew, and say what the whole picture shows.",
+    "interpolate": "Choose one picture, keep it as the first, then choose another.",
+}
+LABELS = {
+    "caption": "The whole picture shows",
+    "source": "From",
+    "target": "To",
+    "eta": "How much is left to chance",
+    "strength": "How far from the picture (1: all is new)",
+    "scale": "Share of the side that the picture takes",
+    "theta": "How far",
+    "frames": "Pictures on the way",
 }
 
 
@@ -71,15 +97,27 @@ def progress_of(studio: Studio, name: str, step: str, done: int, total: int, spe
     return f", about {left:.0f} s left", share
 
 
-def add(visit: list, pictures: list[Picture]) -> tuple[list, list]:
-    """(visit with new pictures, these) as (id, picture); a visit keeps MAX_HISTORY."""
-    first = int(visit[-1][0]) + 1 if visit else 1
-    new = [(f"{first + i}", picture) for i, picture in enumerate(pictures)]
-    return [*visit, *new][-MAX_HISTORY:], new
+def add(visit: Visit, pictures: list[Picture]) -> tuple[Visit, Visit]:
+    """(visit with new pictures, these); a visit keeps MAX_HISTORY."""
+    first = max(map(int, visit), default=0) + 1
+    new = {f"{first + i}": picture for i, picture in enumerate(pictures)}
+    return dict([*visit.items(), *new.items()][-MAX_HISTORY:]), new
 
 
-def draw(studio: Studio, action: str, visit: list, request: dict):
-    """Yields dicts of changed outputs as an action goes on: status, shown, history, visit."""
+def answer(studio: Studio, action: str, fields, visit: Visit, *values):
+    """Yields dicts of changed outputs as an action goes on: status, shown, history, visit.
+
+    fields, values: of a click's components; chosen pictures are ids of the visit.
+    """
+    request = dict(zip(fields, values, strict=True))
+    ids = {name: request[name] for name in ("picture", "first", "second") if name in request}
+    if not all(id in visit for id in ids.values()):
+        yield {"status": note("first choose a picture: click on one", bad=True)}
+        return
+    if request.get("mask") == "":
+        yield {"status": note("first paint over what shall be drawn anew", bad=True)}
+        return
+    request |= {name: visit[id].png for name, id in ids.items()}
     began, notes = time.monotonic(), ""
     yield {"status": note("starting")}
     for kind, *event in _events(studio, action, request):
@@ -104,34 +142,20 @@ def draw(studio: Studio, action: str, visit: list, request: dict):
             visit, new = add(visit, event[0])
             shown = (html.way(event[0]) if action in PATHS else "") + cards(new)
             done = f"done in {seconds:.1f} s: click on a picture to change it{notes}"
-            history = cards(visit[::-1], small=True)
-            yield {"status": note(done), "shown": shown, "history": history, "visit": visit}
+            yield {"status": note(done), "shown": shown, "history": history(visit), "visit": visit}
 
 
-def answer(studio: Studio, action: str, fields, visit: list, *values):
-    """`draw` with the values of a click's components, in which chosen pictures are ids of the visit."""
-    request, by_id = dict(zip(fields, values, strict=True)), dict(visit)
-    ids = [name for name in ("picture", "first", "second") if name in request]
-    if not all(request[name] in by_id for name in ids):
-        yield {"status": note("first choose a picture: click on one", bad=True)}
-    elif request.get("mask") == "":
-        yield {"status": note("first paint over what shall be drawn anew", bad=True)}
-    else:
-        request |= {name: by_id[request[name]].png for name in ids}
-        yield from draw(studio, action, visit, request)
-
-
-def _settings(gr, studio: Studio) -> dict:
+def _settings(gr, model: Pipeline) -> dict:
     """Fields of `create` besides the caption -> components."""
-    model = next(iter(studio.models.values()))
     made = {"n": gr.Slider(1, MAX_PICTURES, 4, step=1, label="How many pictures", elem_id="n")}
     made["seed"] = gr.Number(0, label="Seed: the same one gives the same pictures", precision=0)
     values = defaults(model.engine, model.steps("draw"))
     scale = values.pop("guidance_scale", 1)
     label = "Guidance: how closely to follow the words"
     made["guidance_scale"] = gr.Slider(0, 20, scale, step=0.5, label=label)
-    for name in [name for name in values if name in SAMPLING]:
-        field = SAMPLING[name]
+    for name, field in SAMPLING.items():
+        if name not in values:
+            continue
         label = f"{field.help.removesuffix('.')} (empty: the model's)"
         if field.kind == "choice":
             made[name] = gr.Dropdown([("the model's", ""), *field.choices], value="", label=label)
@@ -149,7 +173,7 @@ def _create(gr, studio: Studio) -> tuple[dict, dict]:
     label = "Model (and its kind of prior)"
     fields["model"] = gr.Dropdown(names, value=names[0], label=label, visible=len(names) > 1)
     with gr.Accordion("Settings", open=False):
-        fields |= _settings(gr, studio)
+        fields |= _settings(gr, studio.models[names[0]])
     buttons["explain"] = gr.Button("Explain how it is drawn", elem_id="explain")
     gr.HTML(
         "<label class=link>Upload a picture of your own"
@@ -161,59 +185,39 @@ def _create(gr, studio: Studio) -> tuple[dict, dict]:
 
 def _edits(gr, chosen, second, painted) -> tuple[dict[str, tuple], tuple]:
     """(action -> (button, field -> component) of the tabs that change a picture, (keep, its picture))."""
-
-    def button(text, id):
-        return gr.Button(text, variant="primary", elem_id=id)
-
-    def whole(id):
-        return {"caption": gr.Textbox(label="The whole picture shows", elem_id=id)}
-
-    def slider(low, high, value, label, step=0.05):
-        return gr.Slider(low, high, value, step=step, label=label)
-
-    made, picture = {}, {"picture": chosen}
-    with gr.Tab("More like it"):
-        fields = {"eta": slider(0, 1, 1, "How much is left to chance")}
-        fields["strength"] = slider(0.05, 1, 1, "How far from the picture (1: all is new)")
-        made["variations"] = button("Vary", "vary"), picture | fields
-    with gr.Tab("Brush"):
-        gr.Markdown("Paint over what shall be drawn anew, and say what the whole picture shows.")
-        fields = picture | whole("brush_text") | {"mask": painted}
-        made["inpaint"] = button("Draw it anew", "inpaint"), fields
-    with gr.Tab("Extend"):
-        fields = picture | whole("out_text")
-        fields["scale"] = slider(0.2, 0.9, 0.5, "Share of the side that the picture takes")
-        made["outpaint"] = button("Draw around it", "outpaint"), fields
-    with gr.Tab("Change by text"):
-        fields = {"source": gr.Textbox(label="From", elem_id="source")}
-        fields["target"] = gr.Textbox(label="To", elem_id="target")
-        fields["theta"] = slider(0.05, 1, 0.5, "How far")
-        made["textdiff"] = button("Change", "textdiff"), picture | fields
-    with gr.Tab("Mix"):
-        gr.Markdown("Choose one picture, keep it as the first, then choose another.")
-        keep = gr.Button("Keep the chosen one as the first", elem_id="keep")
-        kept_one = gr.HTML("", elem_id="kept")
-        frames = slider(2, MAX_PICTURES + 1, 5, "Pictures on the way", step=1)
-        fields = {"first": second, "second": chosen, "frames": frames}
-        made["interpolate"] = button("Mix with the chosen one", "mix"), fields
-    with gr.Tab("Start from it"):
-        fields = {"caption": gr.Textbox(label="What shall be drawn", elem_id="start_text")}
-        fields["strength"] = slider(0.05, 1, 0.7, "How far from the picture")
-        made["image_to_image"] = button("Draw", "start"), picture | fields
-    with gr.Tab("Enlarge"):
-        made["upscale"] = button("Enlarge", "upscale"), picture
-    return made, (keep, kept_one)
+    made, states = {}, {"picture": chosen, "first": second, "second": chosen}
+    keep: tuple = ()
+    for tab, (action, text, id) in TABS.items():
+        with gr.Tab(tab):
+            if action in HINTS:
+                gr.Markdown(HINTS[action])
+            if action == "interpolate":
+                button = gr.Button("Keep the chosen one as the first", elem_id="keep")
+                keep = button, gr.HTML("", elem_id="kept")
+            fields = {name: state for name, state in states.items() if name in ACTIONS[action]}
+            for name, label in LABELS.items():
+                field = ACTIONS[action].get(name)
+                if field is None:
+                    continue
+                if field.kind == "text":
+                    fields[name] = gr.Textbox(label=label, elem_id=f"{id}_{name}")
+                else:
+                    value = MIX_FRAMES if action == "interpolate" else field.default
+                    step = 1 if field.kind == "int" else 0.05
+                    fields[name] = gr.Slider(field.low, field.high, value, step=step, label=label)
+            fields |= {"mask": painted} if action == "inpaint" else {}  # the last: see `build`
+            made[action] = gr.Button(text, variant="primary", elem_id=id), fields
+    return made, keep
 
 
-def choose_one(visit: list, id):
+def choose_one(visit: Visit, id):
     """Yields the outputs of a click on the picture `id`."""
-    by_id = dict(visit)
-    id = id if isinstance(id, str) and id in by_id else ""
-    brush, about = details(by_id, id)
-    yield {"chosen": id, "brush": brush, "about": about, "history": cards(visit[::-1], id, small=True)}
+    id = id if isinstance(id, str) and id in visit else ""
+    brush, about = details(visit, id)
+    yield {"chosen": id, "brush": brush, "about": about, "history": history(visit, id)}
 
 
-def take_one(size: int, visit: list, data):
+def take_one(size: int, visit: Visit, data):
     """Yields the outputs of an upload, made square of a side."""
     try:
         if data == "unreadable":
@@ -226,25 +230,22 @@ def take_one(size: int, visit: list, data):
         yield {"status": note(str(error), bad=True)}
         return
     visit, new = add(visit, [Picture(png_bytes(square), "uploaded", {}, "")])
-    id = new[0][0]
-    status = note("uploaded and chosen: change it below")
-    for made in choose_one(visit, id):
-        yield made | {"status": status, "shown": cards(new, id), "visit": visit}
+    status, id = note("uploaded and chosen: change it below"), next(iter(new))
+    yield {"status": status, "shown": cards(new, id), "visit": visit}
+    yield from choose_one(visit, id)
 
 
-def keep_one(visit: list, id):
+def keep_one(visit: Visit, id):
     """Yields the outputs when a picture is kept as the first of a mix."""
-    by_id = dict(visit)
-    if id in by_id:
-        yield {"second": id, "kept": html.img(by_id[id], "width=96")}
+    if id in visit:
+        yield {"second": id, "kept": html.img(visit[id], "width=96")}
     else:
         yield {"second": "", "kept": note("first choose a picture: click on one", bad=True)}
 
 
-def zip_all(visit: list):
+def zip_all(visit: Visit):
     """Yields a link to the archive of a visit."""
-    url = html.archive(visit)
-    yield {"link": f"<a class=link id=zip_link href='{url}' download='pictures.zip'>pictures.zip</a>"}
+    yield {"link": html.archive(visit)}
 
 
 def build(studio: Studio):
@@ -253,7 +254,7 @@ def build(studio: Studio):
 
     name, model = next(iter(studio.models.items()))
     with gr.Blocks(title="dalle2_jax studio", analytics_enabled=False, fill_width=True) as blocks:
-        visit, chosen, second = gr.State([]), gr.State(""), gr.State("")
+        visit, chosen, second = gr.State({}), gr.State(""), gr.State("")
         gr.Markdown(f"# Studio\nSay what to draw, then change what you get. Model: **{name}**")
         with gr.Row():
             with gr.Column(scale=2):
@@ -271,12 +272,12 @@ def build(studio: Studio):
                 edits, (keep, kept_one) = _edits(gr, chosen, second, passed)
         gr.Markdown("## This visit")
         zipped = gr.Button("All pictures as one archive", elem_id="zip", size="sm")
-        link, history = gr.HTML("", elem_id="archive"), gr.HTML("", elem_id="history")
+        link, past = gr.HTML("", elem_id="archive"), gr.HTML("", elem_id="history")
         with gr.Row(elem_classes="hidden", visible="hidden"):
             choose = gr.Button(elem_id="choose", visible="hidden")
             take = gr.Button(elem_id="take", visible="hidden")
 
-        outputs = dict(status=status, shown=shown, history=history, visit=visit, chosen=chosen, link=link)
+        outputs = dict(status=status, shown=shown, history=past, visit=visit, chosen=chosen, link=link)
         outputs |= dict(brush=brush, about=about, second=second, kept=kept_one)
 
         def on(button, function, inputs, changes: str, js=None):
@@ -303,11 +304,10 @@ def build(studio: Studio):
             js = "(...all) => { all[all.length - 1] = window.studio.mask(); return all; }"
             taken |= {"model": fields["model"]} | of_tab
             on_action(button, action, taken, js if "mask" in of_tab else None)
-        selected, upload = ("(v, p) => [v, studio.chosen]", "(v, p) => [v, studio.upload]")
-        on(choose, choose_one, [visit, passed], "chosen brush about history", selected)
-        taken_one = functools.partial(take_one, model.image_size)
-        changes = "status shown history visit chosen brush about"
-        on(take, taken_one, [visit, passed], changes, upload)
+        js = "(v, p) => [v, studio.chosen]"
+        on(choose, choose_one, [visit, passed], "chosen brush about history", js)
+        changes, js = "status shown history visit chosen brush about", "(v, p) => [v, studio.upload]"
+        on(take, functools.partial(take_one, model.image_size), [visit, passed], changes, js)
         on(keep, keep_one, [visit, chosen], "second kept")
         on(zipped, zip_all, [visit], "link")
     blocks.queue(default_concurrency_limit=None, max_size=64)
