@@ -143,9 +143,12 @@ def flags_of(module: str) -> dict:
     found = defined_flags(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dalle2_jax."):
-            for name in (alias.name for alias in node.names if alias.name.startswith("define_")):
-                functions = tree_of(module_path(node.module)).body
-                taken = defined_flags(next(f for f in functions if getattr(f, "name", "") == name))
+            names = [alias.name for alias in node.names if alias.name.startswith("define_")]
+            for name in names:  # grows by those that these call
+                functions = {getattr(f, "name", ""): f for f in tree_of(module_path(node.module)).body}
+                calls = (call.func for call in ast.walk(functions[name]) if isinstance(call, ast.Call))
+                names += [n for n in (getattr(f, "id", "") for f in calls) if n.startswith("define_")]
+                taken = defined_flags(functions[name])
                 found["flags"] |= taken["flags"]
                 found["choices"] |= taken["choices"]
     return found

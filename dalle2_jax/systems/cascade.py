@@ -97,7 +97,7 @@ _DECODER = Step(
     ("image",),
     fold=_DECODER_FOLD,
     bind={"image_embed": "prior.image_embed", **_TEXT},
-    optional=("x_T", "init", "known", "negative"),
+    optional=("x_T", "init", "inpaint_image", "negative"),
     role="decoder",
     guides=tuple(GUIDES),
 )
@@ -108,10 +108,8 @@ def _enlarge(stages: Mapping) -> tuple[Step, ...]:
     found, before = [], "decoder"
     for k, name in enumerate(upsamplers(stages)):
         bind = {"low_res": f"{before}.image"}
-        fold = _UPSAMPLER_FOLD + k
-        found.append(
-            Step(name, name, "sample", ("image",), None, fold, bind, optional=("known",), role="upsampler")
-        )
+        common = dict(fold=_UPSAMPLER_FOLD + k, bind=bind, role="upsampler")
+        found.append(Step(name, name, "sample", ("image",), optional=("inpaint_image",), **common))
         before = name
     return tuple(found)
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 # Fields that are pictures: uint8 between steps, float32 in [-1, 1] inside a stage.
-PICTURES = ("image", "low_res", "init", "known")
+PICTURES = ("image", "low_res", "init", "inpaint_image")
 # Fields of `batch_spec` that training alone reads.
 _TRAINING_ONLY = ("crop_yx",)
 
