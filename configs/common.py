@@ -50,7 +50,9 @@ def get_config() -> ConfigDict:
     config.spike_sigma = 0.0  # skip steps so many deviations above the mean loss or norm; 6 is usual, 0: none
     config.ema_decay = 0.9999
     config.seed = 0
-    config.clip = ""  # workdir or model directory of the trained CLIP that fills embeddings into the batch
+    config.clip = ""  # workdir or model directory of the trained CLIP that computes embeddings
+    config.frozen = ConfigDict()  # other trained stages that compute fields: tokenizer="PATH"; clip is one
+    config.trainable = ()  # patterns of the parameters that are trained; (): all
     config.init_from = ""  # workdir or model directory whose parameters training starts from
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: what is left
 

@@ -33,7 +33,7 @@ COMMAND = "python -m dalle2_jax."
 FILLED_IN = {
     "fields",
     "image_size",
-    "clip_image_size",
+    "image_sizes",
     "low_res_size",
     "crop_size",
     "tokenizer",

@@ -218,7 +218,7 @@ def test_a_dataset_that_changed_is_gone_on_with_by_permission(data, whole, tmp_p
 def test_another_frozen_clip_at_the_same_place_is_refused(data, tmp_path, monkeypatch, caplog):
     params = {"text": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
     clip_stage = types.SimpleNamespace(image_size=8)
-    monkeypatch.setattr(models, "load_stage", lambda path, name: (clip_stage, {}, params))
+    monkeypatch.setattr(models, "load_stage", lambda path, name, **_: (clip_stage, {}, params))
     workdir, settings = tmp_path / "run", dict(clip="runs/clip")
     assert status(config(data, 2, **settings), workdir, monkeypatch) == 0
     params["text"]["kernel"] = params["text"]["kernel"].copy()
@@ -229,7 +229,7 @@ def test_another_frozen_clip_at_the_same_place_is_refused(data, tmp_path, monkey
     shutil.copytree(workdir, older)
     path = older / "checkpoints" / "2" / "meta" / "metadata"
     contents = json.loads(path.read_text())
-    assert len(contents["meta"].pop("clip_sha256")) == 64
+    assert len(contents["meta"].pop("frozen")["clip"]) == 64
     del contents["sha256"], contents["layout"]  # which checkpoints of then had not either
     path.write_text(json.dumps(contents))
     assert status(config(data, 3, **settings), older, monkeypatch) == 0  # it does not say which it was

@@ -18,7 +18,7 @@ from dalle2_jax.data import sources, stream, transforms
 from dalle2_jax.data.budget import Budget, TooManyBadRecords
 from dalle2_jax.data.order import Order
 from dalle2_jax.data.records import BadRecord, Record, RecordSource
-from dalle2_jax.data.settings import SIDES, TEXT, DataSettings
+from dalle2_jax.data.settings import TEXT, DataSettings
 from dalle2_jax.data.transforms import Views
 
 # Records a call: enough to amortize the call, few enough to spread a batch over the workers, and to bound
@@ -94,7 +94,7 @@ class Dataset:
         order = Order(
             self.num_records, settings.seed, batch_size, tuple(parts), num_parts, shuffle, settings.group
         )
-        side = max(self._views.image_size or 1, self._views.clip_image_size or 1)
+        side = max(self._views.image_size or 1, *self._views.image_sizes.values(), 1)
         return stream.batches(
             self._load,
             self._shapes,
@@ -153,7 +153,7 @@ class Dataset:
 
     @functools.cached_property
     def _needs_image(self) -> bool:
-        return self.settings.has(*SIDES)
+        return bool(self.settings.pictures)
 
     def key(self, index: int) -> str:
         """The name of a record, or its number where it cannot be read."""

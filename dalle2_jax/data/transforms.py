@@ -15,6 +15,7 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -204,14 +205,15 @@ def names_sides(captions: dict[str, tuple[str, ...]]) -> bool:
 class Views:
     """Which pictures to make of one: None leaves a picture out.
 
-    image_size: side of the full picture. crop_size: `image` is a window of this side, at `crop_yx` of the
+    image_size: side of the full picture. image_sizes: field, such as clip.image -> side of the picture that a
+    frozen stage reads. crop_size: `image` is a window of this side, at `crop_yx` of the
     full picture. low_res_size: side of `low_res`. low_res_blur: probability that it is blurred, with
     `low_res_blur_sigma` pixels. low_res_bsr: 'full' or 'light' degrades it by BSR instead. random_crop:
     whether the square lies anywhere in the picture, or in its centre. flip: mirror half of the pictures.
     """
 
     image_size: int | None = None
-    clip_image_size: int | None = None
+    image_sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     low_res_size: int | None = None
     crop_size: int | None = None
     low_res_blur: float = 0.0
@@ -222,9 +224,9 @@ class Views:
 
     @property
     def enough(self) -> int | None:
-        """The shorter side with which these pictures can be made by halving alone (`decode`); None where
-        CLIP's is among them, which is made of the whole picture."""
-        return None if self.clip_image_size else self.image_size
+        """The shorter side with which these pictures can be made by halving alone (`decode`); None where a
+        frozen stage's is among them, which is made of the whole picture."""
+        return None if self.image_sizes else self.image_size
 
     @property
     def degrades(self) -> bool:
@@ -238,15 +240,15 @@ class Views:
             picture: RGB. draws: [8] from `uniforms`. may_flip: False where a caption names sides.
 
         Returns:
-            image uint8 [H, W, 3], clip_image uint8, low_res uint8 (float32 in [-1, 1] where it is
+            image uint8 [H, W, 3], clip.image uint8, low_res uint8 (float32 in [-1, 1] where it is
             degraded), crop_yx int32 [2]: those that were asked for.
         """
         place = (draws[PLACE_X], draws[PLACE_Y]) if self.random_crop else None
         if self.flip and may_flip and draws[FLIP] < 0.5:
             picture = ImageOps.mirror(picture)
         made = {}
-        if self.clip_image_size:
-            made["clip_image"] = np.asarray(square(picture, self.clip_image_size, place, halve=False))
+        for name, side in self.image_sizes.items():
+            made[name] = np.asarray(square(picture, side, place, halve=False))
         if not self.image_size:
             return made
         full = square(picture, self.image_size, place)

@@ -12,17 +12,19 @@ A system is a module with
 
 import importlib
 
+from dalle2_jax.models import models
+
 # The name in a model directory's index -> the module.
-SYSTEMS = {"unclip": "cascade"}
+SYSTEMS = {"unclip": "dalle2_jax.systems.cascade"}
 
 
 def load(name: str):
     """The module of a system; ValueError for an unknown one."""
     if name not in SYSTEMS:
         raise ValueError(f"system {name!r} is unknown: there is {', '.join(SYSTEMS)}; update dalle2_jax")
-    return importlib.import_module(f"dalle2_jax.systems.{SYSTEMS[name]}")
+    return importlib.import_module(SYSTEMS[name])
 
 
 def declared(kind: str) -> tuple:
     """The settings of sampling that stages of a kind declare."""
-    return importlib.import_module(f"dalle2_jax.models.stages.{kind}").SETTINGS
+    return models.stage_module(kind).SETTINGS

@@ -17,7 +17,7 @@ import numpy as np
 from dalle2_jax.models.diffusion import gaussian, process, schedules
 from dalle2_jax.models.diffusion.guidance import Guidance, interleave, is_guided
 from dalle2_jax.models.nets.denoiser import Conditioning, DenoiserNet
-from dalle2_jax.models.stages import Loss
+from dalle2_jax.models.stages import Loss, Op
 from dalle2_jax.models.stages.conditions import (
     Caption,
     ClipImage,
@@ -42,7 +42,7 @@ class DiffusionStage:
         authors trained theirs against a discriminator; training here leaves it as it is.
     """
 
-    draws = "image"  # the field that `sample` makes
+    ops = {"sample": Op(("image",)), "invert": Op(("x_T",))}
     net: DenoiserNet
     diffusion: gaussian.GaussianDiffusion
     image_size: int

@@ -28,7 +28,7 @@ import numpy as np
 from dalle2_jax.models.diffusion import gaussian, schedules
 from dalle2_jax.models.diffusion.guidance import Guidance, is_guided
 from dalle2_jax.models.nets.transformer import PriorTransformer
-from dalle2_jax.models.stages import Loss, candidates, check_settings
+from dalle2_jax.models.stages import Loss, Op, candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
 from dalle2_jax.models.stages.settings import (
     CANDIDATES,
@@ -94,7 +94,7 @@ class Prior:
     'analytic' also 'stats': {'eps_sq' [T]}; statistics have no gradient.
     """
 
-    draws = "image_embed"  # the field that `sample` makes
+    ops = {"sample": Op(("image_embed",))}
     net: PriorTransformer
     diffusion: gaussian.GaussianDiffusion
     embed_scale: EmbedScale
