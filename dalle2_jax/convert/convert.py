@@ -16,9 +16,7 @@ rebuilds it, and the tokenizer (see modeldir.py); nothing of the machine that tr
 
 import argparse
 import importlib
-import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -26,17 +24,16 @@ import jax
 import numpy as np
 from etils import epath
 
-import dalle2_jax
-from dalle2_jax.convert import card
+from dalle2_jax.convert import card, inception_weights
 from dalle2_jax.convert.formats import refused, to_diffusers
 from dalle2_jax.convert.tensors import sha256
-from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dalle2_jax.convert.workdirs import check_out, check_stages, convert_workdirs, write_model
+from dalle2_jax.data.tokenizer import load_tokenizer
 from dalle2_jax.models import models
 from dalle2_jax.runtime import files, hub, modeldir
 from dalle2_jax.systems import cascade
 from dalle2_jax.systems.cascade import ROLES
 
-DTYPES = tuple(modeldir.DTYPES)
 FORMATS = (
     "hf-clip",
     "openai-clip",
@@ -56,68 +53,6 @@ _ROLE_HELP = {
     "noisy_clip": "workdir of a CLIP of noised pictures, which may steer the decoder",
     "classifier": "workdir of a classifier, which may steer the decoder",
 }
-
-
-def without_paths(value):
-    """A config whose texts that look like paths are reduced to their last name; no model depends on them."""
-    if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_paths(item) for item in value]
-    if isinstance(value, str) and re.search(r"[/\\~]", value):
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1].lstrip("~")
-    return value
-
-
-def convert_workdirs(
-    out: str | os.PathLike,
-    *,
-    dtype: str = "bfloat16",
-    name: str = "",
-    licence: str = "",
-    **sources: str | tuple[str, ...],
-) -> None:
-    """Write a model directory from training workdirs.
-
-    Args:
-      out: the directory; made if absent. Files of the same names are replaced.
-      dtype: 'bfloat16' (half the size) or 'float32' (exact).
-      name: of the model; by default the last name of `out`.
-      licence: of the weights, for the model card; by default those of the models that stages began from.
-      sources: a name of `ROLES` -> a workdir, or a model directory that holds the stage, or its hf://
-        address; 'upsamplers' -> several of them, in the order in which they run. '' is none; a decoder of
-        image embeddings needs CLIP and prior.
-
-    Raises:
-      FileNotFoundError, ValueError: a workdir lacks something, or the stages do not fit together.
-    """
-    out = _check_out(out, dtype)
-    models.check_names(sources, (*ROLES, "upsamplers"), "sources")
-    wanted = [(role, sources[role]) for role in ROLES if sources.get(role)]
-    wanted += [("upsampler", source) for source in sources.get("upsamplers") or ()]
-    if not wanted:
-        raise ValueError(f"give at least one workdir: {', '.join(f'--{role}' for role in ROLES)}")
-    parts, stages, tokenizers, steps = {}, {}, {}, {}
-    local = {source: hub.local(source) for _, source in wanted}
-    for role, source in wanted:
-        stage, config, params = models.load_stage(source, role)
-        folder = f"upsampler{stage.image_size}" if role == "upsampler" else role
-        if folder in stages:
-            raise ValueError(
-                f"two upsamplers draw {stage.image_size} x {stage.image_size}: {source} is one too many"
-            )
-        stages[folder], parts[folder] = stage, (without_paths(config) | {"wandb": ""}, params)
-        steps[folder] = _trained_steps(local[source], folder)
-        if getattr(stage, "context_length", None):
-            tokenizers[folder] = epath.Path(local[source]) / "tokenizer"
-        print(f"read {folder} from {source}", flush=True)
-    if cascade.reads_embeds(stages) and not {"clip", "prior"} <= stages.keys():
-        raise ValueError("this decoder draws image embeddings: give a clip and a prior, too")
-    tokenizer = _shared_tokenizer(list(tokenizers.values())) if tokenizers else None
-    _check_stages(parts, stages, tokenizer)
-    inherited = sorted({found for _, source in wanted if (found := _licence(local[source]))})
-    extra = {"trained_steps": steps, "licence": licence or "; ".join(inherited)}
-    _write_model(out, parts, tokenizer, dtype, name, extra)
 
 
 def convert_weights(
@@ -143,7 +78,7 @@ def convert_weights(
     Raises:
       FileNotFoundError, ValueError: the source is not what the format is, and where it differs.
     """
-    out = _check_out(out, dtype)
+    out = check_out(out, dtype)
     module = importlib.import_module(f"dalle2_jax.convert.formats.{format_name.replace('-', '_')}")
     source, tokenizer = hub.local(source), files.expand(tokenizer)
     if not Path(source).exists():
@@ -160,21 +95,21 @@ def convert_weights(
             f"{source} comes without a tokenizer: give a folder with CLIP's vocab.json and merges.txt, or a "
             "model directory's tokenizer, as --tokenizer=FOLDER"
         )
-    _check_stages(read.stages, stages, words)
+    check_stages(read.stages, stages, words, cascade)
     for note in dict.fromkeys(note for tensors in read.tensors for note in tensors.notes):
         print(f"note: {note}", flush=True)
-    for _, params in read.stages.values():  # all are read once before anything is written: some may be spoilt
-        for leaf in jax.tree.leaves(params):
-            np.asarray(leaf)
+    for leaf in jax.tree.leaves([params for _, params in read.stages.values()]):
+        np.asarray(leaf)  # every tensor is read before anything is written: some may not be finite
     found = [path for tensors in read.tensors for path in tensors.files]
-    inside = [path.relative_to(source) if path != Path(source) else path.name for path in found]
-    sums = {str(name): sha256(path) for name, path in zip(inside, found, strict=True)}
+    sums = {
+        path.name if path == Path(source) else str(path.relative_to(source)): sha256(path) for path in found
+    }
     for file, checksum in sums.items():
         print(f"read {file}, sha256 {checksum}", flush=True)
     licence = licence or read.licence
     print(f"licence of these weights: {licence or card.UNKNOWN}", flush=True)
-    made_from = {"format": format_name, "sha256": sums}
-    _write_model(out, read.stages, words, dtype, name, {"made_from": made_from, "licence": licence})
+    extra = {"name": name, "made_from": {"format": format_name, "sha256": sums}, "licence": licence}
+    write_model(out, read.stages, stages, words, dtype, extra)
 
 
 def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[str]:
@@ -185,7 +120,7 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
     model = hub.local(model)
     index = modeldir.read_index(model)
     stages = {name: models.load_stage(model, name)[1:] for name in index["stages"]}
-    out = _check_out(out, "float32")
+    out = check_out(out, "float32")
     context_length = stages["clip"][0]["model"]["text"]["context_length"] if "clip" in stages else None
     folder = next((each["tokenizer"] for each in index["stages"].values() if each["tokenizer"]), "tokenizer")
     tokenizer = load_tokenizer(epath.Path(model) / folder, context_length)
@@ -195,169 +130,85 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
     return notes
 
 
-def _check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
-    """`out` as a path, once it and `dtype` are found to be possible."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    out = epath.Path(files.expand(out))
-    if models.is_workdir(out):
-        raise ValueError(f"{out} is a training workdir: write the model directory elsewhere")
-    return out
-
-
-def _check_stages(parts: dict[str, tuple], stages: dict, tokenizer: Tokenizer | None) -> None:
-    """Raise ValueError unless stages fit together and to the tokenizer."""
-    configs = {folder: config for folder, (config, _) in parts.items()}
-    vocab_sizes = dict.fromkeys(stages, tokenizer.vocab_size) if tokenizer else {}
-    cascade.check(
-        configs, stages, vocab_sizes, {folder: cascade.uses(stage) for folder, stage in stages.items()}
-    )
-
-
-def _write_model(
-    out: epath.Path, parts: dict[str, tuple], tokenizer: Tokenizer | None, dtype: str, name: str, extra: dict
-) -> None:
-    """A model directory of folder -> (config, parameters), the upsamplers in their order."""
-    for folder, (config, params) in parts.items():
-        modeldir.save_stage(out / folder, config, params, dtype)
-    if tokenizer is not None:
-        (out / "tokenizer").mkdir(parents=True, exist_ok=True)
-        tokenizer.save(out / "tokenizer")
-    stages = {folder: models.build_stage(config) for folder, (config, _) in parts.items()}
-    entries = {
-        folder: {
-            "folder": folder,
-            "uses": cascade.uses(stage),
-            "tokenizer": "tokenizer" if getattr(stage, "context_length", None) else "",
-        }
-        for folder, stage in stages.items()
-    }
-    extra = {"name": name or out.name, "dalle2_jax_version": dalle2_jax.__version__} | extra
-    modeldir.write_index(out, entries, extra=extra)
-    (out / modeldir.CARD_FILE).write_text(card.model_card(extra, parts))
-
-
-def _licence(source: str) -> str:
-    """The licence of a model directory, or of the one that a workdir's parameters began as; '' if unknown."""
-    folder = epath.Path(source)
-    if models.is_workdir(folder):
-        began = hub.local(json.loads((folder / "config.json").read_text()).get("init_from", ""))
-        if not began or models.is_workdir(began):
-            return _licence(began) if began else ""
-        folder = epath.Path(began)
-    for place in (folder, folder.parent):  # a stage's folder lies in the model's
-        if (place / modeldir.INDEX_FILE).exists():
-            return modeldir.read_index(place).get("licence", "")
-    return ""
-
-
-def _shared_tokenizer(folders: list[epath.Path]) -> Tokenizer:
-    """The one tokenizer of the stages that read captions, at the longest of their contexts."""
-    loaded = [load_tokenizer(folder) for folder in folders]
-    for folder in folders[1:]:
-        if (folder / "tokenizer.json").read_bytes() != (folders[0] / "tokenizer.json").read_bytes():
-            raise ValueError(
-                f"{folder.parent} was trained with another tokenizer than {folders[0].parent}: train all "
-                "stages with one CLIP (--config.clip), which hands its tokenizer on"
-            )
-    return max(loaded, key=lambda tokenizer: tokenizer.context_length)
-
-
-def _trained_steps(source: str, folder: str) -> int | None:
-    """The step whose average `models.load_stage` read; for a model directory what its index says."""
-    if models.is_workdir(source):
-        names = [path.name for path in (epath.Path(source) / "checkpoints").iterdir()]
-        return max(int(name) for name in names if name.isdigit())
-    return modeldir.read_index(source).get("trained_steps", {}).get(folder)
-
-
 def _paths(text: str) -> tuple[str, ...]:
     """The paths of a list with commas."""
     return tuple(files.expand(part) for part in text.split(",") if part)
+
+
+def _stage(text: str) -> tuple[str, str]:
+    """(name, path) of NAME=PATH."""
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=WORKDIR")
+    return name, files.expand(path)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; one subcommand a source of weights."""
     parser = argparse.ArgumentParser(prog="python -m dalle2_jax.convert", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    path = dict(type=files.expand, default="")
     workdirs = commands.add_parser(
         "workdirs", aliases=["export"], help="averaged weights of training workdirs"
     )
+    several = "workdir of a stage of another system than unclip; may be given several times"
+    workdirs.add_argument("--system", default="unclip", help="what the stages are together")
+    workdirs.add_argument("--stage", type=_stage, action="append", default=[], metavar="NAME=W", help=several)
     for role in ROLES:
-        workdirs.add_argument(f"--{role}", type=files.expand, default="", metavar="W", help=_ROLE_HELP[role])
-    workdirs.add_argument(
-        "--upsamplers",
-        type=_paths,
-        default="",
-        metavar="W1,W2",
-        help="workdirs of the upsamplers, in their order",
-    )
-    workdirs.add_argument(
-        "--out", type=files.expand, required=True, metavar="MODEL", help="model directory to write"
-    )
-    workdirs.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
-    workdirs.add_argument("--name", default="", help="name of the model; by default the last name of --out")
-    workdirs.add_argument("--licence", default="", help="of the weights, for the model card")
+        workdirs.add_argument(f"--{role}", **path, metavar="W", help=_ROLE_HELP[role])
+    in_order = "workdirs of the upsamplers, in their order"
+    workdirs.add_argument("--upsamplers", type=_paths, default="", metavar="W1,W2", help=in_order)
+    workdirs.add_argument("--out", **path, required=True, metavar="MODEL", help="model directory to write")
     workdirs.set_defaults(run=_run_workdirs)
+    writers = [workdirs]
     for name in FORMATS:
         module = importlib.import_module(f"dalle2_jax.convert.formats.{name.replace('-', '_')}")
         weights = commands.add_parser(f"{name}", help=module.HELP, description=module.__doc__.split("\n")[0])
-        weights.add_argument("source", type=files.expand, metavar="SRC", help=module.HELP)
-        weights.add_argument("out", type=files.expand, metavar="OUT", help="model directory to write")
-        weights.add_argument(
-            "--tokenizer",
-            type=files.expand,
-            default="",
-            metavar="FOLDER",
-            help="for a SRC without a tokenizer",
-        )
-        weights.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
-        weights.add_argument("--name", default="", help="name of the model; by default the last name of OUT")
-        weights.add_argument("--licence", default="", help="of the weights, if another than is known")
+        weights.add_argument("source", **path, metavar="SRC", help=module.HELP)
+        weights.add_argument("out", **path, metavar="OUT", help="model directory to write")
+        weights.add_argument("--tokenizer", **path, metavar="FOLDER", help="for a SRC without a tokenizer")
         weights.set_defaults(run=_run_weights)
+        writers.append(weights)
+    for writer in writers:
+        writer.add_argument("--dtype", default="bfloat16", choices=[*modeldir.DTYPES], help="of the weights")
+        writer.add_argument("--name", default="", help="of the model; by default the folder's")
+        writer.add_argument("--licence", default="", help="of the weights; by default that of their source")
     for name, reason in refused.REASONS.items():
         other = commands.add_parser(name, help="not read; says why", description=reason)
         other.add_argument("source", metavar="SRC", nargs="?")
         other.add_argument("out", metavar="OUT", nargs="?")
         other.set_defaults(run=lambda options: refused.refuse(options.command))
     diffusers = commands.add_parser("to-diffusers", help="a folder of diffusers or transformers")
-    diffusers.add_argument("model", type=files.expand, metavar="MODEL", help="model directory")
-    diffusers.add_argument("out", type=files.expand, metavar="OUT", help="folder to write")
+    diffusers.add_argument("model", **path, metavar="MODEL", help="model directory")
+    diffusers.add_argument("out", **path, metavar="OUT", help="folder to write")
     diffusers.set_defaults(run=_run_diffusers)
     push = commands.add_parser("push", help="a model directory to the Hugging Face Hub")
-    push.add_argument("model", type=files.expand, metavar="MODEL", help="model directory")
+    push.add_argument("model", **path, metavar="MODEL", help="model directory")
     push.add_argument("repository", metavar="OWNER/NAME", help="made if absent")
     push.add_argument("--private", action="store_true", help="make a repository that others do not see")
     push.set_defaults(run=_run_push)
     inception = commands.add_parser("inception", help="the weights that FID is measured with, converted once")
-    inception.add_argument(
-        "source", type=files.expand, metavar="SRC", help="pt_inception-2015-12-05-6726825d.pth"
-    )
-    inception.add_argument("out", type=files.expand, metavar="OUT", help="safetensors file to write")
-    inception.add_argument(
-        "--any_checksum", action="store_true", help="also take a file whose checksum is not the known one"
-    )
+    inception.add_argument("source", **path, metavar="SRC", help="pt_inception-2015-12-05-6726825d.pth")
+    inception.add_argument("out", **path, metavar="OUT", help="safetensors file to write")
+    any_checksum = "also convert a file whose checksum is not the released one's"
+    inception.add_argument("--any_checksum", action="store_true", help=any_checksum)
     inception.set_defaults(run=_run_inception)
     return parser
 
 
 def _run_workdirs(options: argparse.Namespace) -> None:
-    names = (*ROLES, "upsamplers", "dtype", "name", "licence")
-    convert_workdirs(options.out, **{name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in (*ROLES, "upsamplers")}
+    sources = {name: source for name, source in given.items() if source} | dict(options.stage)
+    names = ("system", "dtype", "name", "licence")
+    convert_workdirs(options.out, **{name: getattr(options, name) for name in names}, **sources)
     _print_size(options.out)
     print(f'draw with it: python -m dalle2_jax.generate --model={options.out} "a red star above a blue ring"')
 
 
 def _run_weights(options: argparse.Namespace) -> None:
-    convert_weights(
-        options.command,
-        options.source,
-        options.out,
-        tokenizer=options.tokenizer,
-        dtype=options.dtype,
-        name=options.name,
-        licence=options.licence,
-    )
+    names = ("tokenizer", "dtype", "name", "licence")
+    more = {name: getattr(options, name) for name in names}
+    convert_weights(options.command, options.source, options.out, **more)
     _print_size(options.out)
 
 
@@ -373,8 +224,6 @@ def _run_push(options: argparse.Namespace) -> None:
 
 
 def _run_inception(options: argparse.Namespace) -> None:
-    from dalle2_jax.convert import inception_weights
-
     checksum = inception_weights.convert(options.source, options.out, options.any_checksum)
     print(f"wrote {options.out}, from weights with the sha256 {checksum}")
 
@@ -385,7 +234,7 @@ def _print_size(out: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; 0, or 2 after an error in what was asked for."""
+    """Run a subcommand; returns 0, or 2 after an error."""
     options = make_parser().parse_args(arguments)
     try:
         options.run(options)

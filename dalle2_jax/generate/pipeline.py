@@ -135,7 +135,8 @@ class Pipeline:
     @property
     def image_size(self) -> int:
         """Side of the finished picture."""
-        return self.engine.stage(self.steps("redraw")[-1].stage).image_size
+        action = "redraw" if "redraw" in self.actions else "draw"
+        return self.engine.stage(self.steps(action)[-1].stage).image_size
 
     @property
     def reads_captions(self) -> bool:
@@ -256,7 +257,7 @@ class Pipeline:
             found["label"] = np.full(count, -1) if captions is None else self.labels(captions, name)
         if captions is None and getattr(stage, "null_tokens", 0):
             captions = [""] * count  # the null caption of stages that have tokens of one
-        if captions is not None and "token_mask" in found:
+        if captions is not None and found.keys() & {"tokens", "token_mask"}:
             tokens = self.engine.tokenizer(name)(list(captions))
             made = dict(zip(("tokens", "token_mask"), tokens, strict=True))
             if "text_states" in found:

@@ -85,13 +85,10 @@ def make_task(engine: Engine, step: Step, settings: Mapping, specs: dict, seed: 
             given["guidance_scale"] = scalars.get("guidance_scale", 1)
         if guides:
             given["log_p"] = log_p_of(params, batch, scalars)
-        if step.reads:
-            made = operation(own, *(batch[name] for name in step.reads))
-        elif step.fold is None:
-            made = operation(own, batch, **given)
-        else:
-            keys = picture_keys(scalars["seed"], batch["number"], step.fold)
-            made = operation(own, keys, batch, **given)
+        arguments = [batch] if step.reads is None else [batch[name] for name in step.reads]
+        if step.fold is not None:
+            arguments.insert(0, picture_keys(scalars["seed"], batch["number"], step.fold))
+        made = operation(own, *arguments, **given)
         made = dict(zip(step.writes, made if isinstance(made, tuple) else (made,), strict=True))
         return {name: to_uint8(x) if name in PICTURES else x for name, x in made.items()}
 

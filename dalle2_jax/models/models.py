@@ -152,7 +152,7 @@ def load_stage(path, name: str, keep_dtype: bool = False):
     else:
         params = checkpoint.restore_ema_params(folder)
         if config.get("trainable"):
-            base = trainable.load_base(folder, checksums.read_meta(folder)["frozen"][trainable.BASE])
+            base = trainable.load_base(folder, checksums.read_meta(folder)[1]["frozen"][trainable.BASE])
             params = trainable.merge(params, base)
     modeldir.check_params(params, abstract_params(stage), str(path))
     return stage, config, params
@@ -177,6 +177,17 @@ def abstract_params(stage) -> dict:
     """Shapes and types of a stage's parameters, without computing anything."""
     with layers.shapes_only(True):
         return jax.eval_shape(stage.init, jax.random.key(0), stage.batch_spec(1))
+
+
+def encoded_specs(stage) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of the fields that a stage's encoders write, of one example."""
+    spec, found = stage.batch_spec(1), {}
+    for do, op in stage.ops.items():
+        if do.startswith("encode"):
+            reads = [spec[name] for name in op.reads]
+            made = jax.eval_shape(getattr(stage, do), abstract_params(stage), *reads)
+            found |= dict(zip(op.writes, made if isinstance(made, tuple) else (made,), strict=True))
+    return found
 
 
 def zeros(spec: dict) -> dict:

@@ -100,8 +100,8 @@ def check_contents(path: epath.Path, contents: Mapping[str, Any], stored: Mappin
         raise DamagedCheckpoint(damaged % "names, shapes or types of its leaves are")
 
 
-def read_meta(workdir: str | os.PathLike) -> dict[str, Any]:
-    """Returns the `meta` of the newest checkpoint of a run. Raises FileNotFoundError, DamagedCheckpoint."""
+def read_meta(workdir: str | os.PathLike) -> tuple[int, dict[str, Any]]:
+    """Returns (step, `meta`) of a run's newest checkpoint. Raises FileNotFoundError, DamagedCheckpoint."""
     folder = epath.Path(files.expand(workdir)) / "checkpoints"
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
     if not steps:
@@ -110,7 +110,7 @@ def read_meta(workdir: str | os.PathLike) -> dict[str, Any]:
     contents = json.loads((path / "meta" / "metadata").read_text())
     if contents.get("sha256") not in (None, sealed(contents)["sha256"]):
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: meta is not what was saved")
-    return contents["meta"]
+    return max(steps), contents["meta"]
 
 
 def check_sums(path: epath.Path, flat: Mapping[str, Any], sums: Mapping[str, int]) -> None:

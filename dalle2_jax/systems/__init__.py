@@ -4,8 +4,11 @@ A system is a module with
 
     actions(stages) -> {action: steps}         what these stages can do together
     steps(action, stages) -> steps             the same of one action; ValueError says what it lacks
-    check(configs, stages, uses, vocab_sizes)  ValueError unless the stages fit together
-    ROLES, SETTINGS, GUIDES                    which stages it takes, and the settings of sampling, by keyword
+    check(configs, stages, vocab_sizes, uses)  ValueError unless the stages fit together
+    complete(stages)                           ValueError unless a model of trained stages has all it needs
+    uses(stage)                                frozen stages that compute what a stage reads: name -> stage
+    ROLES, LISTS                               the names of its stages; a list of stages -> the role of each
+    SETTINGS, GUIDES                           settings of sampling by keyword; stages that steer others
 
 `generate` runs steps and knows nothing else of a system. A model directory's index names its system.
 """
@@ -14,7 +17,7 @@ import importlib
 
 from dalle2_jax.models import models
 
-# The name in a model directory's index -> the module.
+# The name in a model directory's index -> the module. To add a system, write such a module and name it here.
 SYSTEMS = {"unclip": "dalle2_jax.systems.cascade"}
 
 

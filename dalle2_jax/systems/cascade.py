@@ -21,6 +21,7 @@ from dalle2_jax.systems.step import Step
 
 # The stages that there is one of at most; upsamplers come after them.
 ROLES = ("clip", "prior", "decoder", "noisy_clip", "classifier")
+LISTS = {"upsamplers": "upsampler"}
 # What may steer the decoder -> the field that it steers to.
 GUIDES = {"noisy_clip": "text_embed", "classifier": "label"}
 _GUIDE_HELP = {
@@ -219,6 +220,12 @@ def actions(stages: Mapping) -> dict[str, tuple[Step, ...]]:
 def uses(stage) -> dict[str, str]:
     """The frozen stages that compute what a stage reads: what it calls each -> its name in the model."""
     return {"clip": "clip"} if Frozen(stage, {"clip": CLIP}).encoders else {}
+
+
+def complete(stages: Mapping) -> None:
+    """Raise ValueError unless a model of trained stages has all that its decoder needs."""
+    if reads_embeds(stages) and not {"clip", "prior"} <= stages.keys():
+        raise ValueError("this decoder draws image embeddings: give a clip and a prior, too")
 
 
 def check(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from dalle2_jax.models import models
 from dalle2_jax.models.stages import Op
 
 # Fields that are pictures: uint8 between steps, float32 in [-1, 1] inside a stage.
@@ -54,10 +55,12 @@ class Step:
 
     def specs(self, stage) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and type of one example of each field that the step reads; pictures are uint8."""
-        found = {}
-        for name, spec in stage.batch_spec(1).items():
-            read = name in self.reads if self.reads else name not in (*self.writes, *_TRAINING_ONLY)
-            if read:
+        found, specs = {}, stage.batch_spec(1)
+        if set(self.reads or ()) - specs.keys():  # codes, which the stage itself encodes
+            specs = specs | models.encoded_specs(stage)
+        for name, spec in specs.items():
+            of_batch = name not in (*self.writes, *_TRAINING_ONLY)
+            if of_batch if self.reads is None else name in self.reads:
                 dtype = np.uint8 if name in PICTURES else spec.dtype
                 found[name] = jax.ShapeDtypeStruct(spec.shape[1:], dtype)
         return found
