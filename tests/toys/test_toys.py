@@ -31,7 +31,7 @@ from tests.toys.tokens import CODES
 
 WORDS = ("red", "green", "blue", "yellow")
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], np.uint8)
-BATCH, NUM_CODES, TOKENIZER_STEPS, TOKEN_STEPS = 16, 8, 60, 120
+BATCH, NUM_CODES, TOKENIZER_STEPS, TOKEN_STEPS = 16, 8, 160, 40
 TEXT = dict(vocab_size=280, context_length=6)
 MESH = dict(data=2, fsdp=2, tensor=2)
 
@@ -173,7 +173,7 @@ def test_two_actions_of_a_code_book(place, tokenizer, monkeypatch, tmp_path):
 def test_it_learns_the_codes_of_the_frozen_tokenizer(tokens):
     losses = tiny_run.logged(tokens, "train/loss")
     assert losses[1] > 1.5 and np.mean([losses[step] for step in range(TOKEN_STEPS - 9, TOKEN_STEPS)]) < 0.2
-    assert tiny_run.logged(tokens, "eval/distance").keys() == {TOKEN_STEPS}
+    assert tiny_run.logged(tokens, "eval/distance").keys() == {TOKEN_STEPS // 2, TOKEN_STEPS}
 
 
 def test_the_token_model_and_its_tokenizer_are_split(place, tokens):

@@ -29,11 +29,11 @@ from dalle2_jax.models.diffusion.guidance import is_guided
 from dalle2_jax.models.nets.latents import LatentTransformer
 from dalle2_jax.models.stages import Loss, Op, candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
-from dalle2_jax.models.stages.settings import CANDIDATES, GUIDANCE, Setting
+from dalle2_jax.models.stages.settings import CANDIDATES, SCALE, Setting
 from dalle2_jax.models.tokens.decode import Options, decode
 
 SETTINGS = (
-    GUIDANCE,
+    SCALE,
     CANDIDATES,
     Setting("temperature", float, "Temperature of an autoregressive prior.", 1e-6),
     Setting(
