@@ -145,15 +145,18 @@ def test_files_that_differ_are_listed(workdir):
         resume.Resumption(workdir, stored(), ["data"]).compare(then, then)
 
 
-@pytest.mark.parametrize("name", ["data", "clip"])
+@pytest.mark.parametrize("name", ["data", "clip", "frozen.tokenizer"])
 def test_what_was_allowed_to_a_run_that_was_killed_before_it_saved_needs_no_flag(workdir, name):
     """It lies in changes.json: the very change, from the same step on."""
-    old = dataset({"a.tar": (10, 1)}) | dict(clip_sha256="1" * 64)
-    new, third = (
-        dataset({"a.tar": (size, 1)} if name == "data" else {"a.tar": (10, 1)})
-        | dict(clip_sha256=str(size) * 64 if name == "clip" else "1" * 64)
-        for size in (2, 3)
-    )
+
+    def described(size):
+        """`clip_sha256` is how older runs named their CLIP."""
+        files = {"a.tar": (size if name == "data" else 10, 1)}
+        sha256 = str(size) * 64 if name != "data" else "1" * 64
+        frozen = {"frozen": {"tokenizer": sha256}} if name == "frozen.tokenizer" else {"clip_sha256": sha256}
+        return dataset(files) | frozen
+
+    old, new, third = described(1), described(2), described(3)
     meta = old | dict(step=5)
     allowed = resume.Resumption(workdir, stored(), [name])
     allowed.compare(meta, new)
