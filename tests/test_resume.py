@@ -148,6 +148,8 @@ def test_files_that_differ_are_listed(workdir):
 @pytest.mark.parametrize("name", ["data", "clip", "frozen.tokenizer"])
 def test_what_was_allowed_to_a_run_that_was_killed_before_it_saved_needs_no_flag(workdir, name):
     """It lies in changes.json: the very change, from the same step on."""
+    settings = stored() | dict(frozen=dict(tokenizer="runs/tokenizer"))
+    (workdir / "config.json").write_text(json.dumps(settings))
 
     def described(size):
         """`clip_sha256` is how older runs named their CLIP."""
@@ -158,17 +160,17 @@ def test_what_was_allowed_to_a_run_that_was_killed_before_it_saved_needs_no_flag
 
     old, new, third = described(1), described(2), described(3)
     meta = old | dict(step=5)
-    allowed = resume.Resumption(workdir, stored(), [name])
+    allowed = resume.Resumption(workdir, settings, [name])
     allowed.compare(meta, new)
     allowed.note(5)
     before = (workdir / "changes.json").read_text()
-    again = resume.Resumption(workdir, stored())
+    again = resume.Resumption(workdir, settings)
     again.compare(meta, new)
     again.note(5)
     assert (workdir / "changes.json").read_text() == before
     for then, now in ((meta, third), (meta | dict(step=6), new), (new | dict(step=6), old)):
         with pytest.raises(ValueError, match=f"--allow_changed={name}"):
-            resume.Resumption(workdir, stored()).compare(then, now)
+            resume.Resumption(workdir, settings).compare(then, now)
 
 
 def test_a_long_list_of_files_is_cut_and_a_very_long_one_is_not_kept(workdir, monkeypatch):
