@@ -51,6 +51,8 @@ def get_config() -> ConfigDict:
     config.ema_decay = 0.9999
     config.seed = 0
     config.clip = ""  # workdir or model directory of the frozen CLIP that computes embeddings
+    config.frozen = ConfigDict()  # further frozen stages that compute fields: tokenizer="PATH"
+    config.trainable = ()  # patterns of the parameters that are trained; (): all
     config.init_from = ""  # workdir or model directory of the initial parameters
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the remaining devices
 

@@ -272,14 +272,15 @@ def _compiled(jitted, *arguments):
 
 def training_step(plan: Plan, batch: dict):
     """(function that runs a step, its program, seconds of compiling, FLOPs)."""
-    held = [plan.init()]
-    program, seconds = _compiled(plan.jit_step(), held[0], batch, {})
+    held, frozen = [plan.init()], plan.abstract_frozen
+    frozen = jax.device_put(models.zeros(frozen), jax.tree.map(lambda x: x.sharding, frozen))
+    program, seconds = _compiled(plan.jit_step(), held[0], batch, frozen)
 
     def step():
-        held[0], scalars = program(held[0], batch, {})
+        held[0], scalars = program(held[0], batch, frozen)
         return held[0], scalars
 
-    return step, program, seconds, flops.of_step(plan.stage, batch)
+    return step, program, seconds, flops.of_step(plan.stage, batch, plan.frozen)
 
 
 def drawing(plan: Plan, batch: dict, count: int):

@@ -22,7 +22,7 @@ PAGE = ROOT / "docs/training.md"
 FILLED_IN = {
     "fields",
     "image_size",
-    "clip_image_size",
+    "image_sizes",
     "low_res_size",
     "crop_size",
     "tokenizer",

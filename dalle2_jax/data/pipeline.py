@@ -18,7 +18,7 @@ from dalle2_jax.data import sources, stream, transforms
 from dalle2_jax.data.bad_records import BadRecords, TooManyBadRecords
 from dalle2_jax.data.order import Order
 from dalle2_jax.data.records import BadRecord, Record, RecordSource
-from dalle2_jax.data.settings import SIDES, TEXT, DataSettings
+from dalle2_jax.data.settings import TEXT, DataSettings
 from dalle2_jax.data.transforms import Views
 
 # Records a call: enough to amortize it, few enough to split a batch over the workers and to bound memory.
@@ -89,7 +89,7 @@ class Dataset:
         order = Order(
             self.num_records, settings.seed, batch_size, tuple(parts), num_parts, shuffle, settings.group
         )
-        side = max(self._views.image_size or 1, self._views.clip_image_size or 1)
+        side = max(self._views.image_size or 1, *self._views.image_sizes.values(), 1)
         return stream.batches(
             self._load,
             self._shapes,
@@ -155,7 +155,7 @@ class Dataset:
 
     def _read(self, index: int) -> Record:
         captions = self._needs_caption or self._views.flip
-        return self.source.read(index, self.settings.has(*SIDES), captions)
+        return self.source.read(index, bool(self.settings.pictures), captions)
 
     def record_fields(self, index: int) -> tuple[str, str, dict[str, np.ndarray]]:
         """(key, caption, fields) of record `index`, centred and with its first caption. Raises BadRecord."""

@@ -14,7 +14,6 @@ from dalle2_jax.runtime import batch
 # The fields of `batch.FIELDS` that a dataset has; frozen networks compute others.
 FIELDS = (
     "image",
-    "clip_image",
     "low_res",
     "crop_yx",
     "tokens",
@@ -24,15 +23,15 @@ FIELDS = (
     "label",
 )
 TEXT = ("tokens", "token_mask")
-# A field that is cut from a picture -> the setting with its side.
-SIDES = dict(image="image_size", clip_image="clip_image_size", low_res="low_res_size", crop_yx="crop_size")
+# A field that is cut from a picture -> the setting with its side; `image_sizes` has those of OWNER.image.
+SIDES = dict(image="image_size", low_res="low_res_size", crop_yx="crop_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings(SourceSettings, Views):
     """The records (`SourceSettings`) and the batches to make of them.
 
-    fields: the fields of batches, of `FIELDS`.
+    fields: the fields of batches, of `FIELDS`; OWNER.image is a picture for the frozen stage OWNER.
     image_size ... flip: see `transforms.Views`. A record whose captions name sides is never mirrored.
     language: of captions: 'en', 'zh', ..., or 'any' for all, mixed.
     tokenizer: for tokens and token_mask.
@@ -57,12 +56,17 @@ class DataSettings(SourceSettings, Views):
         return bool(set(names) & set(self.fields))
 
     @property
+    def pictures(self) -> tuple[str, ...]:
+        """The fields that are cut from a picture."""
+        return tuple(name for name in self.fields if name in SIDES or name.endswith(".image"))
+
+    @property
     def views(self) -> Views:
         """The pictures to make of each record."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(Views)}
         sides = dict(
             image_size=self.image_size if self.has("image", "low_res", "crop_yx") else None,
-            clip_image_size=self.clip_image_size if self.has("clip_image") else None,
+            image_sizes={name: side for name, side in self.image_sizes.items() if self.has(name)},
             low_res_size=self.low_res_size if self.has("low_res") else None,
         )
         return Views(**settings | sides)
@@ -74,11 +78,11 @@ class DataSettings(SourceSettings, Views):
         if self.has("label") and len(set(self.classes)) < 2:
             raise ValueError("field label needs data.classes, two or more names that captions hold")
         for field in self.fields:
-            if field not in FIELDS:
+            if field not in FIELDS and not field.endswith(".image"):
                 raise ValueError(f"field {field!r} is unknown" + did_you_mean(field, FIELDS))
-        for field, side in SIDES.items():
-            if self.has(field) and not getattr(self, side):
-                raise ValueError(f"field {field!r} needs {side}")
+            side = getattr(self, SIDES[field]) if field in SIDES else self.image_sizes.get(field)
+            if field in self.pictures and not side:
+                raise ValueError(f"field {field!r} needs {SIDES.get(field, f'image_sizes[{field!r}]')}")
         if self.has("low_res", "crop_yx") and not self.image_size:
             raise ValueError("low_res and crop_yx need image_size, the side of the full picture")
         if self.image_size and max(self.low_res_size or 0, self.crop_size or 0) > self.image_size:
@@ -112,9 +116,9 @@ class DataSettings(SourceSettings, Views):
                     f"field {field!r} is not in the dataset (there is {sorted(embeddings) or 'none'}); "
                     "set data.embeddings to a folder of embeddings, or compute it with a CLIP"
                 )
-        cut = sorted(SIDES.keys() & set(self.fields))
+        cut = sorted(self.pictures)
         if cut and not source.has_images:
-            raise ValueError(f"source {self.source!r} holds no images, but {cut} are asked for")
+            raise ValueError(f"source {self.source!r} holds no images, but {cut} are needed")
 
     def shapes(self, source: RecordSource) -> dict[str, tuple[str, tuple[int, ...]]]:
         """{field: (dtype, shape of one record)} of batches, `index` last."""
@@ -122,7 +126,6 @@ class DataSettings(SourceSettings, Views):
         length = self.tokenizer.context_length if self.tokenizer else None
         shapes: dict[str, tuple[Any, ...]] = {
             "image": ((views.crop_size or views.image_size,) * 2 + (3,)),
-            "clip_image": ((views.clip_image_size,) * 2 + (3,)),
             "low_res": ((views.low_res_size,) * 2 + (3,)),
             "crop_yx": (2,),
             "tokens": (length,),
@@ -131,7 +134,7 @@ class DataSettings(SourceSettings, Views):
             "text_embed": (source.embed_dims.get("text_embed"),),
             "label": (),
             "index": (),
-        }
+        } | {name: (side, side, 3) for name, side in views.image_sizes.items()}
         types = {name: batch.field(name).dtype for name in shapes}
         if views.degrades:
             types["low_res"] = "float32"

@@ -13,6 +13,7 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -183,14 +184,15 @@ def names_sides(captions: dict[str, tuple[str, ...]]) -> bool:
 class Views:
     """The pictures to make of a record's picture; a size of None: no such picture.
 
-    image_size: side of the full picture. crop_size: `image` is a window of this side, at `crop_yx` of the
-    full picture. low_res_size: side of `low_res`. low_res_blur: the probability of its blur, with
-    `low_res_blur_sigma` pixels. low_res_bsr: 'full' or 'light' degrades it by BSR instead. random_crop: the
-    square's place is random, not the centre. flip: mirror half of the pictures.
+    image_size: side of the full picture. image_sizes: OWNER.image -> side of the picture for the frozen stage
+    OWNER. crop_size: `image` is a window of this side, at `crop_yx` of the full picture. low_res_size: side
+    of `low_res`. low_res_blur: the probability of its blur, with `low_res_blur_sigma` pixels. low_res_bsr:
+    'full' or 'light' degrades it by BSR instead. random_crop: the square's place is random, not the centre.
+    flip: mirror half of the pictures.
     """
 
     image_size: int | None = None
-    clip_image_size: int | None = None
+    image_sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     low_res_size: int | None = None
     crop_size: int | None = None
     low_res_blur: float = 0.0
@@ -201,8 +203,8 @@ class Views:
 
     @property
     def enough(self) -> int | None:
-        """The shorter side that suffices for `decode`; None: CLIP's picture is made from the full size."""
-        return None if self.clip_image_size else self.image_size
+        """The shorter side that suffices for `decode`; None: frozen stages' pictures need the full size."""
+        return None if self.image_sizes else self.image_size
 
     @property
     def degrades(self) -> bool:
@@ -213,14 +215,14 @@ class Views:
         """The pictures of one record, of those with a size.
 
         picture: RGB. draws: [8] from `uniforms`. may_flip: False if a caption names sides. Returns image
-        uint8 [H, W, 3], clip_image uint8, low_res uint8 (degraded: float32 in [-1, 1]), crop_yx int32 [2].
+        uint8 [H, W, 3], OWNER.image uint8, low_res uint8 (degraded: float32 in [-1, 1]), crop_yx int32 [2].
         """
         place = (draws[PLACE_X], draws[PLACE_Y]) if self.random_crop else None
         if self.flip and may_flip and draws[FLIP] < 0.5:
             picture = ImageOps.mirror(picture)
         made = {}
-        if self.clip_image_size:
-            made["clip_image"] = np.asarray(square(picture, self.clip_image_size, place, halve=False))
+        for name, side in self.image_sizes.items():
+            made[name] = np.asarray(square(picture, side, place, halve=False))
         if not self.image_size:
             return made
         full = square(picture, self.image_size, place)

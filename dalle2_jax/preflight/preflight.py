@@ -30,21 +30,15 @@ def _with_clip(plan: Plan, path: str) -> Plan:
     width = getattr(plan.stage, "embed_dim", 0) or clip.embed_dim  # 0: it reads no embedding
     if width != clip.embed_dim:
         raise ValueError(f"{path} has embeddings of {clip.embed_dim} entries, the stage reads {width}")
-    return dataclasses.replace(plan, clip=models.FrozenClip(clip))
+    return dataclasses.replace(plan, frozen_stages={**plan.frozen_stages, "clip": clip})
 
 
 def lower_step(plan: Plan) -> Program:
-    """The training step of a plan; every chip has all of the CLIP's parameters."""
-    stage, clip, size = plan.stage, plan.clip, plan.config["batch_size"]
-    spec, frozen = dict(stage.batch_spec(size)), {}
-    arithmetic = flops.of_step(stage, spec)
-    if clip is not None:
-        frozen = _placed(models.abstract_params(clip.stage), partition.replicated(plan.mesh))
-        reads = clip.fields(set(spec))
-        of_clip = {("clip_image" if n == "image" else n): x for n, x in clip.stage.batch_spec(size).items()}
-        spec = {n: x for n, x in spec.items() if n not in models.CLIP_FIELDS}
-        spec |= {n: x for n, x in of_clip.items() if n in reads and n not in spec}
-        arithmetic += flops.count(plan.fill, frozen, spec)
+    """The training step of a plan, with the parameters of its frozen stages as arguments."""
+    size, frozen = plan.config["batch_size"], plan.abstract_frozen
+    spec = plan.frozen.dataset_spec(size)
+    arithmetic = flops.of_step(plan.stage, plan.stage.batch_spec(size), plan.frozen)
+    arithmetic += flops.count(plan.frozen.encode_batch, frozen, spec)
     arguments = plan.abstract, _placed(spec, partition.batch_sharding(plan.mesh)), frozen
     with partition.use_mesh(plan.mesh):
         lowered = plan.jit_step().lower(*arguments)

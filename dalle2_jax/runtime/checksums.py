@@ -7,6 +7,7 @@ theirs.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from dalle2_jax.runtime import files
 from dalle2_jax.runtime.orbax_errors import DamagedCheckpoint
 
 FORMAT = 1  # of `meta`; raised when older code could misread it
@@ -94,6 +96,19 @@ def check_contents(path: epath.Path, contents: Mapping[str, Any], stored: Mappin
         )
     if contents.get("layout") not in (None, layout(stored)):
         raise DamagedCheckpoint(damaged % "names, shapes or types of its leaves are")
+
+
+def read_meta(workdir: str | os.PathLike) -> tuple[int, dict[str, Any]]:
+    """Returns (step, `meta`) of a run's newest checkpoint. Raises FileNotFoundError, DamagedCheckpoint."""
+    folder = epath.Path(files.expand(workdir)) / "checkpoints"
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+    if not steps:
+        raise FileNotFoundError(f"no committed checkpoint in {folder}")
+    path = folder / str(max(steps))
+    contents = json.loads((path / "meta" / "metadata").read_text())
+    if contents.get("sha256") not in (None, sealed(contents)["sha256"]):
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: meta is not what was saved")
+    return max(steps), contents["meta"]
 
 
 def check_sums(path: epath.Path, flat: Mapping[str, Any], sums: Mapping[str, int]) -> None:

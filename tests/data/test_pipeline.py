@@ -405,7 +405,7 @@ def reopened(data):
 def test_settings_that_cannot_be_stop_at_once(shards):
     for message, settings in {
         "did you mean 'image'": dict(fields=("imag",)),
-        "needs clip_image_size": dict(fields=("clip_image",)),
+        r"needs image_sizes\['clip.image'\]": dict(fields=("clip.image",)),
         "needs crop_size": dict(fields=("crop_yx",)),
         "need a tokenizer": dict(tokenizer=None),
         "must not exceed image_size 8": dict(fields=("image", "crop_yx"), crop_size=9),
