@@ -7,37 +7,16 @@ entry in the code book is far from the right one.
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.causal import causal_mask, empty_cache
-from dalle2_jax.models.nets.transformer import Embedding, TokenEmbedding, TransformerStack
+from dalle2_jax.models.nets.transformer import TokenTransformer
 from dalle2_jax.models.stages import Loss, Op
 from dalle2_jax.models.tokens.decode import Options, decode
 from dalle2_jax.models.tokens.layout import Layout, Part
 
 CODES = "tokenizer.codes"
-
-
-class TokenTransformer(nn.Module):
-    """Ids [B, n] from position `start` on -> logits [B, n, V] of the next ids, and the caches."""
-
-    layout: Layout
-    width: int = 32
-    depth: int = 2
-    num_heads: int = 2
-
-    @nn.compact
-    def __call__(self, ids, mask, caches=None, start=0):
-        x = TokenEmbedding(self.layout.vocab_size, self.width, name="token_embedding")(ids)
-        position = Embedding((self.layout.length, self.width), name="position")()
-        x = x + jax.lax.dynamic_slice_in_dim(position, start, ids.shape[1])
-        stack = TransformerStack(self.depth, self.num_heads, name="transformer")
-        x, caches = stack(x, mask, caches, start) if caches else (stack(x, mask), None)
-        x = layers.LayerNorm(name="norm_out")(x)
-        return layers.Dense(self.layout.vocab_size, name="logits")(x), caches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,4 +83,6 @@ def build(*, text: dict, num_codes: int, length: int = 4) -> TokenModel:
     """Of a config; text: vocab_size and context_length."""
     words = Part("tokens", text["context_length"], text["vocab_size"])
     layout = Layout((words, Part(CODES, length, num_codes)))
-    return TokenModel(TokenTransformer(layout), layout)
+    return TokenModel(
+        TokenTransformer(layout.vocab_size, layout.length, width=32, depth=2, num_heads=2), layout
+    )
