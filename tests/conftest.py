@@ -13,7 +13,10 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1"  # also of the pr
 # Hundreds of programs are compiled in each process: what that leaves behind goes back to the system.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.perturb=0")  # glibc's default; see partition.make_mesh
 
-from dalle2_jax.runtime import partition  # noqa: E402 (after the platform is chosen)
+import jax  # noqa: E402 (after the platform is chosen)
+import pytest  # noqa: E402
+
+from dalle2_jax.runtime import partition  # noqa: E402
 
 partition.initialise(cpu_devices=8)
 
@@ -27,3 +30,20 @@ def _of_few_steps(once=False, mesh=None):
 
 
 partition.compiler_options = _of_few_steps  # in this process; those that tests start have the product's own
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """A mesh of all devices is one of the first alone, in modules whose subject is not the mesh.
+
+    Programs then compile in two thirds of the time, and a checkpoint has no shards to cut.
+    """
+    make_mesh, all_devices = partition.make_mesh, jax.devices()
+
+    def of_one(*sizes, devices=None, **axes):
+        devices = all_devices if devices is None else devices
+        return make_mesh(*sizes, **axes, devices=devices[:1] if devices == all_devices else devices)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(partition, "make_mesh", of_one)
+        yield

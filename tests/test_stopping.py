@@ -12,6 +12,8 @@ from dalle2_jax.train.plan import Plan
 from tests import tiny_run
 from tests.tiny_run import assert_same, config, status, steps_of, stored_state
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

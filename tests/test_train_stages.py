@@ -43,7 +43,7 @@ def recipe(name: str, **changes) -> dict:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(one_device, tmp_path_factory):
     """Workdirs of two steps each: clip, prior, ar_prior, decoder64."""
     root = tmp_path_factory.mktemp("stages")
     clip = str(root / "clip")
@@ -54,7 +54,7 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
+def classifier(one_device, tmp_path_factory):
     """A workdir of two steps."""
     root = tmp_path_factory.mktemp("classifiers")
     config = recipe("decoder64", stage="classifier", model=CLASSIFIER)
@@ -124,16 +124,10 @@ def test_a_prior_measures_its_average_over_training_data(root):
         opt_state=(),
         bad_steps=jnp.int32(0),
     )
-    measure = statistics.make_measure(Plan(config, stage, mesh), Dataset(), {})
-    found = measure(given)
+    found = statistics.make_measure(Plan(config, stage, mesh), Dataset(), {})(given)
+    measure, key = jax.jit(stage.measure), jax.random.key(config["seed"])
     of_average, of_last = (
-        np.mean(
-            [
-                stage.measure(tree, jax.random.fold_in(jax.random.key(config["seed"]), i), batch)["eps_sq"]
-                for i in range(4)
-            ],
-            axis=0,
-        )
+        np.mean([measure(tree, jax.random.fold_in(key, i), batch)["eps_sq"] for i in range(4)], axis=0)
         for tree in (given.ema_params, params)
     )
     for tree in (found.params, found.ema_params):
