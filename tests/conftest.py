@@ -40,6 +40,7 @@ def one_device():
     """
     make_mesh, all_devices = partition.make_mesh, jax.devices()
 
+    @functools.wraps(make_mesh)
     def of_one(*sizes, devices=None, **axes):
         devices = all_devices if devices is None else devices
         return make_mesh(*sizes, **axes, devices=devices[:1] if devices == all_devices else devices)

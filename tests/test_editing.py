@@ -20,8 +20,6 @@ from dalle2_jax.edit.latents import Latents, slerp, unit
 from dalle2_jax.generate import pictures
 from tests.tiny_model import make_model
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
 CAPTION = "a red star above a blue ring"
 
 

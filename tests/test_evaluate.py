@@ -20,8 +20,6 @@ from dalle2_jax.evaluate.metrics import scenes as scenes_metric
 from dalle2_jax.generate.flags import define_sampling_flags
 from tests.tiny_model import make_class_model, make_model
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
 CONFIG = scenes.preset("quickstart")
 FLAGS = flags.FLAGS
 if "guidance_scale" not in FLAGS:
