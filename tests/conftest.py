@@ -6,6 +6,7 @@ passes are as ever.
 """
 
 import functools
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the tests' numbers are those of a CPU
@@ -30,6 +31,12 @@ def _of_few_steps(once=False, mesh=None):
 
 
 partition.compiler_options = _of_few_steps  # in this process; those that tests start have the product's own
+
+
+def pytest_collection_finish():
+    """What has been imported stays, and is not looked through for garbage again; nor is it often."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="module")

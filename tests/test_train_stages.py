@@ -18,16 +18,8 @@ from dalle2_jax.runtime import checkpoint, modeldir, partition
 from dalle2_jax.train import loop, statistics
 from dalle2_jax.train.plan import Plan
 from dalle2_jax.train.step import TrainState
+from tests import tiny_model
 
-CLASSIFIER = dict(
-    num_classes=3,
-    image_size=16,
-    channels=8,
-    channel_mult=[1],
-    num_res_blocks=1,
-    attention_resolutions=[],
-    head_dim=8,
-)
 # Less than the presets have, so that a step compiles in seconds. SAM is in tests/models/stages/test_clip.py.
 SMALLER = {
     "clip": dict(sam_rho=0.0),
@@ -57,7 +49,7 @@ def root(one_device, tmp_path_factory):
 def classifier(one_device, tmp_path_factory):
     """A workdir of two steps."""
     root = tmp_path_factory.mktemp("classifiers")
-    config = recipe("decoder64", stage="classifier", model=CLASSIFIER)
+    config = recipe("decoder64", stage="classifier", model=tiny_model.CLASSIFIER)
     config["data"]["classes"] = ["circle", "square", "star"]
     loop.train(config, str(root / "classifier"))
     return root

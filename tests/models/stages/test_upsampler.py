@@ -334,7 +334,7 @@ def test_drawing_in_tiles_needs_memory_for_a_tile_and_three_pictures():
 
     @functools.cache
     def planned(side, tile):
-        stage = build(image_size=side, low_res_size=side // 4, channels=32, num_steps=2)
+        stage = build(image_size=side, low_res_size=side // 4, channels=32, channel_mult=(1, 2), num_steps=2)
         params = models.abstract_params(stage)
         low_res = {"low_res": jax.ShapeDtypeStruct((1, side // 4, side // 4, 3), jnp.float32)}
         sample = jax.jit(lambda params, low_res: stage.sample(params, KEY[None], low_res, tile=tile))
