@@ -1,7 +1,9 @@
 """The loop: exact resume, the same on other device counts, clear refusals, and an interruption that loses
 nothing."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +73,25 @@ def test_another_config_on_resume_is_refused_with_the_differences(four_steps):
     with pytest.raises(ValueError, match=r"model.channels: 16 in the workdir, 32 now") as error:
         loop.train(changed, str(four_steps))
     assert "optim.learning_rate" in str(error.value)
+
+
+@pytest.mark.slow  # test_faults.py has the setting, test_unet.py the gradients
+def test_remat_is_free_and_changes_rounding_alone(four_steps, tmp_path):
+    """Two steps with 'products', as if the config were one of version 0.1 with True, and two without."""
+    shutil.copytree(four_steps, tmp_path, dirs_exist_ok=True)
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    changed = recipe(4)
+    assert changed["model"]["remat"] == "products"
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["model"]["remat"] = True
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    changed["model"]["remat"] = "none"
+    loop.train(changed, str(tmp_path))
+    expected, found = stored_state(four_steps, 4), stored_state(tmp_path, 4)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_misspelt_settings_are_named_with_the_nearest(tmp_path):

@@ -49,7 +49,9 @@ def root(one_device, tmp_path_factory):
 def classifier(one_device, tmp_path_factory):
     """A workdir of two steps."""
     root = tmp_path_factory.mktemp("classifiers")
-    config = recipe("decoder64", stage="classifier", model=tiny_model.CLASSIFIER)
+    config = recipe(
+        "decoder64", stage="classifier", model=tiny_model.CLASSIFIER | dict(attention_resolutions=[])
+    )
     config["data"]["classes"] = ["circle", "square", "star"]
     loop.train(config, str(root / "classifier"))
     return root
