@@ -10,6 +10,8 @@ from dalle2_jax.runtime import checkpoint
 from tests import tiny_run
 from tests.tiny_run import config, logged, status, stored_state
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

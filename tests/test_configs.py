@@ -120,6 +120,18 @@ def test_every_parameter_of_a_recipe_has_a_place_on_a_mesh(recipe):
     assert count(params) > 1000 and len(jax.tree.leaves(placed)) == len(jax.tree.leaves(params))
 
 
+@pytest.mark.parametrize("name", ["clip", "prior", "ar_prior", "decoder64", "upsampler256"])
+def test_each_device_holds_its_part_of_the_papers_stages(name):
+    """Every leaf has a rule, and each of 8 devices holds about an eighth."""
+    _, params = abstract(config_of(f"configs.{name}"))
+    placed = jax.tree.leaves(partition.shardings(params, partition.make_mesh(1, 4, 2)))
+    held = sum(
+        math.prod(sharding.shard_shape(leaf.shape))
+        for leaf, sharding in zip(jax.tree.leaves(params), placed, strict=True)
+    )
+    assert count(params) / 8 <= held < 1.02 * count(params) / 8
+
+
 def test_every_sharding_rule_is_one_that_a_recipe_uses(monkeypatch):
     trees = [abstract(config_of(recipe))[1] for recipe in RECIPES]
     partition.check_rules(trees)

@@ -20,8 +20,8 @@ from dalle2_jax.train import checks, inputs, loop  # noqa: E402
 from dalle2_jax.train.plan import Plan  # noqa: E402
 from tests.data import shards_for_tests as made  # noqa: E402
 from tests.test_processes import run_processes  # noqa: E402
-from tests.test_train import stored_state  # noqa: E402
 from tests.tiny_model import make_model  # noqa: E402
+from tests.tiny_run import stored_state  # noqa: E402
 
 COUNT, BAD = 21, 9
 WORDS = ("a red star", "a blue ring", "a yellow circle", "a green cross", "a purple square")
@@ -213,7 +213,7 @@ def test_embeddings_of_other_records_are_refused(whole, damaged, tmp_path):
         made.open_source("tar", os.fspath(other), "train", embeddings=folder)
 
 
-def test_training_from_embeddings_is_training_with_clip(shards, model, tmp_path):
+def test_training_from_embeddings_is_training_with_clip(one_device, shards, model, tmp_path):
     """Two steps of the prior, with the frozen CLIP and from float32 rows: the same parameters to rounding.
 
     From rows alone and from rows beside the records to the bit.

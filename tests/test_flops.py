@@ -38,7 +38,10 @@ def test_loops_choices_and_what_is_called():
     assert flops.count(jnp.matmul, *[jax.ShapeDtypeStruct((4, 4), jnp.bfloat16)] * 2) == one
 
 
-@pytest.mark.parametrize(("recipe", "tera"), [(decoder64, 4.51), (upsampler256, 1.60), (upsampler1024, 3.72)])
+@pytest.mark.parametrize(
+    ("recipe", "tera"),
+    [pytest.param(decoder64, 4.51, marks=pytest.mark.slow), (upsampler256, 1.60), (upsampler1024, 3.72)],
+)
 def test_the_papers_networks_have_the_flops_of_adms(recipe, tera):
     """Three times a forward pass of ADM's U-Nets of these sizes, counted in torch. The decoder's text network
     (1.2B parameters, 256 positions: 6 FLOPs a parameter and position) comes on top."""

@@ -269,9 +269,11 @@ case "$*" in
 """
 
 
-def slices(tmp_path: Path, trains: str, *settings: str, **environment):
+def slices(tmp_path: Path, trains: str, *settings: str, archive: bool = False, **environment):
     """(how tpu.sh ended, calls) with a stand-in for gcloud whose training is `trains`; nobody waits, and
-    who would for ever is ended."""
+    who would for ever is ended. archive: git really packs the repository, which takes a second."""
+    if not archive:
+        stand_in(tmp_path, "git", '[[ "$*" == *" archive "*" HEAD" ]]')
     stand_in(tmp_path, "sleep", f"""[ "$(grep -c '^sleep' "{tmp_path}/calls.txt")" -lt 60 ] || kill $PPID""")
     stand_in(tmp_path, "gcloud", f"{GCLOUD}\n{trains}\n;;\nesac")
     arguments = [*NEEDED["tpu.sh"], *settings, "--", *TRAINING]
@@ -310,7 +312,7 @@ if [ "$attempt" = 1 ]; then
   kill -TERM $!
 fi
 wait $!"""
-    said, calls = slices(tmp_path, trains, NOTES=str(tmp_path / "notes"), **environment)
+    said, calls = slices(tmp_path, trains, archive=True, NOTES=str(tmp_path / "notes"), **environment)
     assert said.returncode == 0, said.stderr
     assert (tmp_path / "notes").read_text() == "ready\nsaved\n"
     assert calls.count("create n") == 2 and calls.count("host.sh") == 2

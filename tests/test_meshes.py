@@ -14,6 +14,7 @@ from dalle2_jax.models import models
 from dalle2_jax.runtime import modeldir, partition
 from dalle2_jax.train import checks
 from dalle2_jax.train.plan import Plan
+from tests import tiny_model
 
 BATCH = 16
 MESHES = {"8x1": (8, 1, 1), "1x8": (1, 8, 1), "2x4": (2, 4, 1), "2x2x2": (2, 2, 2)}
@@ -22,19 +23,7 @@ MESHES = {"8x1": (8, 1, 1), "1x8": (1, 8, 1), "2x4": (2, 4, 1), "2x2x2": (2, 2, 
 VIT = dict(kind="vit", patch_size=8, width=32, depth=2, num_heads=2)
 CHANGES = {"clip": dict(sam_batch_size=2, vision=VIT)}
 CHANGES["clip scanned"] = CHANGES["clip"] | dict(scan_blocks=True)
-CLASSIFIER = dict(
-    num_classes=3,
-    image_size=16,
-    channels=16,
-    channel_mult=[1],
-    num_res_blocks=1,
-    attention_resolutions=[],
-    head_dim=16,
-)
-QUICK = {
-    ("prior", "2x2x2"),
-    ("classifier", "2x4"),
-}  # SAM's replicas on a mesh: tests/models/stages/test_clip.py
+QUICK = {("classifier", "2x2x2")}  # transformers on a mesh in every run: tests/models/stages/test_clip.py
 # Devices add in another order, which float32 rounds by some 1e-7 of the largest number that is added; a
 # gradient goes through tens of such sums one after the other. Measured: up to 4e-6.
 ROUNDING = 1e-5
@@ -49,7 +38,9 @@ def settings(kind: str) -> dict:
     recipe = {"upsampler": "upsampler256", "classifier": "decoder64"}.get(kind, kind.split()[0])
     config = models.to_plain(importlib.import_module(f"configs.{recipe}").get_config("debug"))
     if kind == "classifier":
-        config |= dict(stage="classifier", model=CLASSIFIER)
+        config |= dict(
+            stage="classifier", model=tiny_model.CLASSIFIER | dict(image_size=16, attention_resolutions=[])
+        )
         config["data"]["classes"] = ["circle", "square", "star"]
     config["batch_size"] = BATCH
     config["model"] |= CHANGES.get(kind, {}) | dict(dtype="float32")

@@ -16,10 +16,10 @@ import pytest
 from dalle2_jax.runtime import checkpoint, partition, processes
 from dalle2_jax.train import loop
 from tests.shared_run import numbers
-from tests.test_train import ROOT, logged, recipe, stored_state
+from tests.test_train import recipe
 from tests.test_train_stages import recipe as stage_recipe
 from tests.tiny_model import make_model
-from tests.tiny_run import free_port
+from tests.tiny_run import ROOT, free_port, logged, stored_state
 
 # What a process says whose run has lost another: ours, or JAX's if it is first.
 CAUSES = ("another process of the run was lost", "another task died")

@@ -16,6 +16,8 @@ from tests import tiny_run
 from tests.data import shards_for_tests as made
 from tests.tiny_run import assert_same, config, logged, status, steps_of, stored_state
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

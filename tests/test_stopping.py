@@ -12,6 +12,8 @@ from dalle2_jax.train.plan import Plan
 from tests import tiny_run
 from tests.tiny_run import assert_same, config, status, steps_of, stored_state
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -39,8 +41,11 @@ def test_signals_are_told_where_a_run_may_stop_and_handlers_come_back():
     assert [signal.getsignal(number) for number in stopping.Interrupted.SIGNALS] == before
 
 
-@pytest.mark.parametrize("where", ["make_datasets", "make_plan", "jit_step", "the compiler"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [(where, signal.SIGTERM) for where in ("make_datasets", "make_plan", "jit_step", "the compiler")]
+    + [("the compiler", signal.SIGINT)],
+)
 def test_a_run_that_is_told_before_its_first_step_stops_without_it(
     data, whole, tmp_path, monkeypatch, caplog, where, number
 ):

@@ -10,17 +10,17 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from configs import upsampler256
 from dalle2_jax.models import models
-from dalle2_jax.runtime import checkpoint
 from dalle2_jax.train import checks, lock, loop
 from dalle2_jax.train.run import started_from
+from tests import tiny_run
+from tests.tiny_run import ROOT, assert_same, logged, stored_state
 
-ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def recipe(num_steps: int, **changes) -> dict:
@@ -35,18 +35,9 @@ def recipe(num_steps: int, **changes) -> dict:
     return models.to_plain(config)
 
 
-def stored_state(workdir, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint, by path."""
-    names = ("params", "ema_params", "opt_state")
-    trees = {name: checkpoint.restore_subtree(workdir, name, step) for name in names}
-    flat, _ = jax.tree_util.tree_flatten_with_path(trees)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
-
-
-def logged(workdir, name: str) -> dict[int, float]:
-    """{step: value} of a scalar in metrics.jsonl."""
-    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[name] for line in lines if name in line}
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_run.shards(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +51,9 @@ def test_four_steps_equal_two_a_stop_and_two(four_steps, tmp_path):
     loop.train(recipe(2), str(tmp_path))
     between = stored_state(tmp_path, 2)
     loop.train(recipe(4), str(tmp_path))
-    whole, resumed = stored_state(four_steps, 4), stored_state(tmp_path, 4)
-    assert whole.keys() == resumed.keys() and len(whole) > 100
-    for name in whole:
-        np.testing.assert_array_equal(whole[name], resumed[name], err_msg=name)
+    whole = stored_state(four_steps, 4)
+    assert len(whole) > 100
+    assert_same(whole, stored_state(tmp_path, 4))
     assert any((between[name] != whole[name]).any() for name in whole if "params" in name)
     # The loss of the third step is that of the third batch: the data went on where it was, not from the
     # start.
@@ -85,6 +75,7 @@ def test_another_config_on_resume_is_refused_with_the_differences(four_steps):
     assert "optim.learning_rate" in str(error.value)
 
 
+@pytest.mark.slow  # test_faults.py has the setting, test_unet.py the gradients
 def test_remat_is_free_and_changes_rounding_alone(four_steps, tmp_path):
     """Two steps with 'products', as if the config were one of version 0.1 with True, and two without."""
     shutil.copytree(four_steps, tmp_path, dirs_exist_ok=True)
@@ -147,27 +138,36 @@ def run_command(workdir, *overrides: str, devices: int = 1) -> subprocess.Popen:
 
 @pytest.mark.slow  # test_meshes.py compares stages on one device and several, test_faults.py whole runs
 def test_one_device_trains_like_eight(four_steps, tmp_path):
-    process = run_command(tmp_path, "--config.num_steps=4", "--config.checkpoint_every=4")
+    process = run_command(tmp_path, "--config.num_steps=4", "--config.checkpoint_every=4", devices=8)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    one, eight = logged(tmp_path, "train/loss"), logged(four_steps, "train/loss")
+    one, eight = logged(four_steps, "train/loss"), logged(tmp_path, "train/loss")
     assert one.keys() == eight.keys() == {1, 2, 3, 4}
     for step in one:
         assert one[step] == pytest.approx(eight[step], rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("changes", "said"),
     [
-        ("--config.model.chanels=8", "chanels"),
-        ("--config.data.path=debug_46", "debug_64"),
-        ("--config.mesh.tensor=3", "mesh"),
-        ("--config.batch_size=7", "batch_size"),
-        ("--config.init_from=nowhere", "nowhere"),
+        (dict(data=dict(path="debug_46")), "debug_64"),
+        (dict(mesh=dict(data=-1, fsdp=1, tensor=3)), "mesh"),
+        (dict(init_from="nowhere"), "nowhere"),
     ],
 )
-def test_impossible_settings_stop_at_once(override, said, tmp_path):
-    process = run_command(tmp_path / "work", override, devices=2)
+def test_impossible_settings_stop_at_once(changes, said, tmp_path, monkeypatch, caplog):
+    settings = recipe(1)
+    for name, value in changes.items():
+        settings[name] = settings[name] | value if isinstance(value, dict) else value
+    assert tiny_run.run_main(settings, tmp_path / "work", monkeypatch.setattr) == checks.FAILED
+    assert said in caplog.text and "compiled the train step" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"), [("--config.model.chanels=8", "chanels"), ("--config.batch_size=7", "batch_size")]
+)
+def test_impossible_flags_stop_the_command(flag, said, tmp_path):
+    process = run_command(tmp_path / "work", flag, devices=2)
     output, _ = process.communicate(timeout=120)
     assert process.returncode not in (0, None)
     assert said in output and "compiled the train step" not in output
@@ -189,29 +189,29 @@ def test_a_workdir_that_cannot_be_made_or_is_in_use_stops_at_once(tmp_path, monk
         other.kill()
 
 
-def test_sigterm_saves_and_ends_with_status_0(tmp_path):
-    process = run_command(tmp_path, "--config.num_steps=100000", "--config.checkpoint_every=100000")
+def test_sigterm_saves_and_ends_with_status_0(data, tmp_path):
+    workdir = tmp_path / "run"
+    process = tiny_run.start(workdir, data, num_steps=100_000, checkpoint_every=100_000)
+    said = Path(f"{workdir}.log")
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not (tmp_path / "metrics.jsonl").exists():
-        time.sleep(0.2)
-    assert process.poll() is None, process.communicate()[0]
-    while time.monotonic() < deadline and not logged(tmp_path, "train/loss"):
+    while not logged(workdir, "train/loss"):
+        assert time.monotonic() < deadline and process.poll() is None, said.read_text()
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "run the same command to go on" in output
-    saved = checkpoint.Checkpointer(tmp_path, 3).latest_step()
-    assert saved is not None and saved == max(logged(tmp_path, "train/loss"))
+    assert process.wait(timeout=120) == 0 and "run the same command to go on" in said.read_text()
+    assert tiny_run.steps_of(workdir) == [max(logged(workdir, "train/loss"))]
 
 
-def test_init_from_starts_from_the_parameters(four_steps, tmp_path):
-    loop.train(
-        recipe(1, init_from=str(four_steps), optim=dict(recipe(1)["optim"], learning_rate=1e-9)),
-        str(tmp_path),
-    )
-    source, started = stored_state(four_steps, 4), stored_state(tmp_path, 1)
-    name = next(n for n in source if n.startswith("['ema_params']") and n.endswith("['kernel']"))
-    np.testing.assert_allclose(source[name], started[name.replace("ema_params", "params", 1)], atol=1e-6)
+def test_init_from_starts_from_the_parameters(data, tmp_path, monkeypatch):
+    source = tiny_run.whole_run(data, 2, tmp_path / "source")
+    settings = tiny_run.config(data, 1, init_from=str(source))
+    settings["optim"]["learning_rate"] = 1e-9
+    assert tiny_run.status(settings, tmp_path / "run", monkeypatch) == 0
+    before, after = stored_state(source, 2), stored_state(tmp_path / "run", 1)
+    for layer in ("['fc1']['kernel']", "['fc2']['kernel']"):
+        average = before[f"['ema_params']{layer}"]
+        assert (average != before[f"['params']{layer}"]).any()
+        np.testing.assert_allclose(after[f"['params']{layer}"], average, atol=1e-6)
 
 
 def test_parameters_that_a_start_lacks_begin_fresh_and_others_must_fit():

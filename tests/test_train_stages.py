@@ -18,16 +18,8 @@ from dalle2_jax.runtime import checkpoint, modeldir, partition
 from dalle2_jax.train import loop, statistics
 from dalle2_jax.train.plan import Plan
 from dalle2_jax.train.step import TrainState
+from tests import tiny_model
 
-CLASSIFIER = dict(
-    num_classes=3,
-    image_size=16,
-    channels=8,
-    channel_mult=[1],
-    num_res_blocks=1,
-    attention_resolutions=[],
-    head_dim=8,
-)
 # Less than the presets have, so that a step compiles in seconds. SAM is in tests/models/stages/test_clip.py.
 SMALLER = {
     "clip": dict(sam_rho=0.0),
@@ -43,7 +35,7 @@ def recipe(name: str, **changes) -> dict:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(one_device, tmp_path_factory):
     """Workdirs of two steps each: clip, prior, ar_prior, decoder64."""
     root = tmp_path_factory.mktemp("stages")
     clip = str(root / "clip")
@@ -54,10 +46,12 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
+def classifier(one_device, tmp_path_factory):
     """A workdir of two steps."""
     root = tmp_path_factory.mktemp("classifiers")
-    config = recipe("decoder64", stage="classifier", model=CLASSIFIER)
+    config = recipe(
+        "decoder64", stage="classifier", model=tiny_model.CLASSIFIER | dict(attention_resolutions=[])
+    )
     config["data"]["classes"] = ["circle", "square", "star"]
     loop.train(config, str(root / "classifier"))
     return root
@@ -124,16 +118,10 @@ def test_a_prior_measures_its_average_over_training_data(root):
         opt_state=(),
         bad_steps=jnp.int32(0),
     )
-    measure = statistics.make_measure(Plan(config, stage, mesh), Dataset(), {})
-    found = measure(given)
+    found = statistics.make_measure(Plan(config, stage, mesh), Dataset(), {})(given)
+    measure, key = jax.jit(stage.measure), jax.random.key(config["seed"])
     of_average, of_last = (
-        np.mean(
-            [
-                stage.measure(tree, jax.random.fold_in(jax.random.key(config["seed"]), i), batch)["eps_sq"]
-                for i in range(4)
-            ],
-            axis=0,
-        )
+        np.mean([measure(tree, jax.random.fold_in(key, i), batch)["eps_sq"] for i in range(4)], axis=0)
         for tree in (given.ema_params, params)
     )
     for tree in (found.params, found.ema_params):

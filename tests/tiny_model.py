@@ -24,6 +24,16 @@ SMALLER = {
 }
 
 
+CLASSIFIER = dict(
+    num_classes=3,
+    image_size=8,
+    channels=16,
+    channel_mult=[1],
+    num_res_blocks=1,
+    attention_resolutions=[8],
+    head_dim=16,
+)
+
 # What `make_model(extended=True)` has besides, and instead of the diffusion prior.
 EXTENDED = {"prior": "ar_prior", "noisy_clip": "clip"}
 
@@ -40,15 +50,7 @@ def configs(extended: bool = False) -> dict[str, dict]:
         made["noisy_clip"]["model"] |= dict(image_size=8, vision=vision, noise=dict(schedule="cosine"))
         made["classifier"] = json.loads(json.dumps(made["clip"])) | {
             "stage": "classifier",
-            "model": dict(
-                num_classes=3,
-                image_size=8,
-                channels=16,
-                channel_mult=[1],
-                num_res_blocks=1,
-                attention_resolutions=[8],
-                head_dim=16,
-            ),
+            "model": CLASSIFIER,
         }
         made["classifier"]["data"]["classes"] = ["red star", "blue ring", "yellow circle"]
     return made

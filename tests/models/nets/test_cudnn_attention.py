@@ -71,7 +71,9 @@ def self_attention(q, mask=None):
     return layers.attention(q, q, q, mask, cudnn=True)
 
 
-@pytest.mark.parametrize(("remat", "runs"), [("none", 1), ("products", 1), ("all", 2)])
+@pytest.mark.parametrize(
+    ("remat", "runs"), [pytest.param("none", 1, marks=pytest.mark.slow), ("products", 1), ("all", 2)]
+)
 def test_every_attention_block_of_a_decoder_has_it_and_keeps_its_result(remat, runs):
     _, gradient, shapes, blocks = decoder(remat=remat)
     program = lowered(gradient, *shapes)
@@ -160,7 +162,7 @@ def kernels_on_cpus(monkeypatch):
     [
         pytest.param((2, 1, 1), marks=pytest.mark.slow),  # (2, 2, 2) splits along all three
         pytest.param((1, 2, 1), marks=pytest.mark.slow),
-        (1, 1, 2),
+        pytest.param((1, 1, 2), marks=pytest.mark.slow),
         (2, 2, 2),
     ],
 )

@@ -71,7 +71,7 @@ def reached(seed, learned=None):
 
     sure = {t: log_p(params, batch["image"], noise, t, batch["label"])[0].mean() for t in (50, 999)}
     # Under much noise: where the network is sure of a class, log p is flat and its gradient noise.
-    gradients = [log_p(params, batch["image"], noise, 900, jnp.full(30, c))[1] for c in range(3)]
+    gradients = [log_p(params, batch["image"], noise, 900, np.full(30, c, np.int32))[1] for c in range(3)]
     return {
         "accuracy": accuracy,
         "log_p_little_noise": sure[50],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.models import flops, models
+from dalle2_jax.models.diffusion import gaussian
 from dalle2_jax.models.stages import prior
 from dalle2_jax.models.stages.clip import unit_norm
 from tests.learned import assert_within, descend, key_of, share_nearest
@@ -150,19 +151,25 @@ def test_guidance_0_drops_the_text():
     assert np.abs(mixed[2] - cond[2]).max() > 1e-3
 
 
-def test_guidance_inside_an_interval():
+def test_guidance_inside_an_interval(monkeypatch):
     """All times inside: plain guidance. None: guidance 1, with each candidate's own text."""
     stage, batch = build(num_candidates=2, num_steps=4), batch_of(3)
     params, keys = random_params(stage), jax.random.split(KEY, 3)
+    how, times_inside = dict(return_candidates=True), gaussian.times_inside
+    scaled = jax.jit(lambda params, scale: stage.sample(params, keys, batch, guidance_scale=scale, **how))
+    plain, none = (np.asarray(scaled(params, np.float32(scale))) for scale in (3, 1))
 
-    def drawn(scale, **settings):
-        draw = functools.partial(stage.sample, guidance_scale=scale, return_candidates=True, **settings)
-        return np.asarray(jax.jit(draw)(params, keys, batch))
+    @jax.jit
+    def draw(params, inside):  # the times as an argument: one program for all intervals
+        monkeypatch.setattr(gaussian, "times_inside", lambda schedule, interval: inside)
+        return stage.sample(params, keys, batch, guidance_scale=3.0, guidance_interval=(0.0, 1.0), **how)
 
-    plain, none = drawn(3.0), drawn(1)
-    np.testing.assert_allclose(drawn(3.0, guidance_interval=(0.0, 1e9)), plain, atol=1e-5)
-    np.testing.assert_allclose(drawn(3.0, guidance_interval=(1e8, 1e9)), none, atol=1e-5)
-    some = drawn(3.0, guidance_interval=(0.5, 1e3))
+    everywhere, nowhere, some = (
+        np.asarray(draw(params, times_inside(stage.diffusion.schedule, interval)))
+        for interval in ((0.0, 1e9), (1e8, 1e9), (0.5, 1e3))
+    )
+    np.testing.assert_allclose(everywhere, plain, atol=1e-5)
+    np.testing.assert_allclose(nowhere, none, atol=1e-5)
     assert min(np.abs(some - other).max() for other in (plain, none)) > 1e-3
 
 
