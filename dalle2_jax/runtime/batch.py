@@ -62,7 +62,7 @@ def field(name: str) -> Field:
     return FIELDS[last]
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
+def to_uint8(images: jax.Array | np.ndarray) -> jax.Array:
     """[-1, 1] floats to the nearest of 256 levels."""
     return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 

@@ -31,7 +31,7 @@ class BadSteps:
         self._run = run
         self._total, self._streak = int(state.bad_total), int(state.bad_streak)
         log_every = run.plan.config["log_every"]
-        self._batches = collections.deque(maxlen=min(log_every, _KEPT) + MAX_BAD_STEPS + 1)
+        self._batches: collections.deque = collections.deque(maxlen=min(log_every, _KEPT) + MAX_BAD_STEPS + 1)
 
     def read(self, step: int, index: np.ndarray) -> None:
         """Remembers which records this process read for a step."""

@@ -145,6 +145,7 @@ class Resumption:
                 raise ValueError(_another_dataset(self._workdir, meta, now))
             self._changes.append(change)
         for name, before in frozen_of(meta).items():
+            assert meta is not None
             after = frozen_of(now).get(name, "")
             if before == after:
                 continue

@@ -49,6 +49,7 @@ class Setting:
             except ValueError:
                 raise ValueError(f"{text!r} must be two numbers LO,HI, such as 0.2,3") from None
             return low, high
+        assert isinstance(self.kind, type)
         return self.kind(text)
 
     def check(self, value):

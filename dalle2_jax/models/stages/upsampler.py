@@ -88,7 +88,7 @@ def build(
         if not attention_resolutions:
             raise ValueError("text is read by attention layers: set attention_resolutions, or leave text out")
     # Neither is dropped in training, so there is no null to guide from.
-    conditions = (Label(num_classes, 0.0),) if num_classes else ()
+    conditions: tuple[Label | Caption, ...] = (Label(num_classes, 0.0),) if num_classes else ()
     conditions += (Caption(text["context_length"], 0.0),) if text else ()
     return DiffusionStage(
         net=DenoiserNet(
