@@ -1,7 +1,7 @@
-"""What training looks at on the way: the loss on fixed validation batches, and samples for fixed captions.
+"""Validation during training: the loss on fixed batches, and samples for fixed captions.
 
-The sampler is a computation of all processes; the labels and the grid are process 0's alone. So what fails in
-making these is a warning, and training goes on: a picture to look at is not worth a run.
+All processes run the sampler; process 0 alone makes the labels and the grid. A failure there is a warning,
+and training goes on.
 """
 
 import functools

@@ -20,7 +20,7 @@ gradient is taken at parameters that were moved by rho along it, to where the lo
 by every replica r of 64 examples on its own: g_r is what its rows contribute to the gradient of the global
 loss. A replica's moved parameters are a copy of its own, as they are on a device of its own.
 
-With `noise` the image tower sees pictures that were noised up to a random time, which it is told: its
+With `noise` the image tower gets pictures that are noised up to a random time, and the time: its
 similarity to a caption then guides the sampling of a decoder (GLIDE, arXiv:2112.10741, section 2.4).
 """
 

@@ -291,7 +291,7 @@ def build(
       text_drop: how often the text is dropped in training.
       schedule, num_timesteps: of the noise, see diffusion.schedules.
       weighting: of the loss, see diffusion.process.
-      num_steps, spacing, method, eta, num_candidates, guidance_scale: what `sample` does unless told.
+      num_steps, spacing, method, eta, num_candidates, guidance_scale: defaults of `sample`.
       clip_range: bound of |z| in sampling, in the scaled space (Karlo's weights: 5 or 10); None: no bound.
       remat: what of a block is computed again in the backward pass, 'none', 'products' (all else) or 'all'.
       scan_blocks: compile the blocks as one loop, see `TransformerStack`. dtype: compute type of the network.

@@ -6,12 +6,12 @@ training as in sampling, and then cropped with the window of the target: enlargi
 border (trap 17).
 
 Options: noise-conditioning augmentation (Ho et al. 2021, section 4.2), for which the small picture is noised
-up to a random time that the network is told; and sampling in tiles, for pictures whose feature maps do not
+up to a random time, an input of the network; and sampling in tiles, for pictures whose feature maps do not
 fit at once: every step runs the network on overlapping windows of a training crop's size and blends what
 they say.
 
 The paper's upsamplers read no captions. Others do: GLIDE's attends to them by a text transformer of its own,
-and its network for repainting sees what is kept; ADM's is told a class.
+and its network for repainting also gets the known pixels; ADM's has a class condition.
 
 With `last_step` a second network of the same shape takes the last step of sampling. Karlo's authors trained
 theirs against a discriminator; training here leaves it as it is.
