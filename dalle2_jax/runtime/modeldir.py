@@ -66,7 +66,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
 
 
 def sha256(params: Any) -> str:
-    """Returns the sha256 of parameters, by name, on the host; of 16 bits as of the same numbers in float32."""
+    """The sha256 of parameters on the host, by name. Numbers of 16 bits count as float32."""
     digest = hashlib.sha256()
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
         digest.update(str(path).encode())
