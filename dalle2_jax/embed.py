@@ -56,7 +56,8 @@ class Encoder:
 
         batch: clip.image uint8 [n, S, S, 3], tokens int32 [n, L], token_mask bool [n, L].
         """
-        return tuple(np.asarray(value, np.float32) for value in self._encode(batch))
+        image, text = self._encode(batch)
+        return np.asarray(image, np.float32), np.asarray(text, np.float32)
 
 
 def embed_split(
@@ -83,7 +84,8 @@ def embed_split(
     parts = embeddings.Parts(folder, dataset.num_records, plan["rows_per_shard"])
     embeddings.keep_plan(folder, plan)
     mine = [part for part in range(worker[0], parts.count, worker[1]) if not parts.is_complete(part)]
-    total, done, lost = sum(len(parts.rows(part)) for part in mine), 0, Counter()
+    total, done = sum(len(parts.rows(part)) for part in mine), 0
+    lost: Counter[str] = Counter()
     with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
         for part in mine:
             rows = parts.rows(part)
@@ -107,7 +109,8 @@ def embed_split(
                 if progress is not None:
                     progress(done, total)
             lost.update(reason for reason in reasons if reason)
-            parts.write(part, *(x.astype(plan["dtype"]) for x in (image, text)), keys, captions, reasons)
+            image, text = image.astype(plan["dtype"]), text.astype(plan["dtype"])
+            parts.write(part, image, text, keys, captions, reasons)
     return lost
 
 
@@ -167,13 +170,13 @@ def embed(
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
-    config, out = models.expand_paths(config), epath.Path(files.expand(out))
+    config, place = models.expand_paths(config), epath.Path(files.expand(out))
     encoder = Encoder(clip, batch_size)
     folder = epath.Path(hub.local(clip)) / "tokenizer"
     words = tokenizer.load_tokenizer(folder, encoder.stage.context_length)
     sha256, lost = modeldir.sha256(encoder._params), {}
     if worker[0] == 0:
-        words.save(out / "tokenizer")
+        words.save(place / "tokenizer")
     data = {name: value for name, value in config["data"].items() if name not in ("split", "eval_split")}
     data |= dict(flip=False, random_crop=False, low_res_blur=0.0, low_res_bsr="", embeddings="")
     for split in splits:
@@ -197,7 +200,7 @@ def embed(
         lost[split] = embed_split(
             dataset,
             encoder,
-            out / split,
+            place / split,
             plan,
             worker=worker,
             threads=data.get("num_workers", 2),

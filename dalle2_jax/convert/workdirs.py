@@ -4,6 +4,7 @@ import json
 import os
 import re
 from types import ModuleType
+from typing import Any
 
 from etils import epath
 
@@ -53,7 +54,7 @@ def convert_workdirs(
     """
     out, module = check_out(out, dtype), systems.load(system)
     models.check_names(sources, (*module.ROLES, *module.LISTS), "sources")
-    wanted = [(role, sources[role]) for role in module.ROLES if sources.get(role)]
+    wanted: list[tuple[str, Any]] = [(role, sources[role]) for role in module.ROLES if sources.get(role)]
     for several, role in module.LISTS.items():
         wanted += [(role, source) for source in sources.get(several) or ()]
     if not wanted:
@@ -131,7 +132,8 @@ def _licence(source: str) -> str:
     """The licence of a model directory, or of the one that a workdir's parameters began as; '' if unknown."""
     folder = epath.Path(source)
     if models.is_workdir(folder):
-        began = hub.local(json.loads((folder / "config.json").read_text()).get("init_from", ""))
+        config = json.loads((folder / "config.json").read_text())
+        began = os.fspath(hub.local(config.get("init_from", "")))
         if not began or models.is_workdir(began):
             return _licence(began) if began else ""
         folder = epath.Path(began)

@@ -8,6 +8,7 @@ and attention as its two products, also where it is one kernel.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -59,17 +60,22 @@ def _of_equation(equation) -> int:
         kernel = equation.invars[1].aval.shape
         outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs
-    if parameters.get("name") == cpu.winograd_3x3.__name__:
+    if parameters.get("name") == _name(cpu.winograd_3x3):
         kernel = equation.invars[1].aval.shape
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[:-1])
-    if parameters.get("name") == layers.cudnn_attention.__name__:
+    if parameters.get("name") == _name(layers.cudnn_attention):
         return 4 * math.prod(equation.outvars[0].aval.shape) * equation.invars[1].aval.shape[1]
-    if parameters.get("name") == cpu.groups_to_channels.__name__:
+    if parameters.get("name") == _name(cpu.groups_to_channels):
         return 0
     if name == "cond":
         return max(_of(branch.jaxpr) for branch in parameters["branches"])
     inner = sum(_of(jaxpr) for value in parameters.values() for jaxpr in _programs(value))
     return inner * parameters["length"] if name == "scan" else inner
+
+
+def _name(jitted: Any) -> str:
+    """The name of a jitted function in a program."""
+    return jitted.__name__
 
 
 def _programs(value):

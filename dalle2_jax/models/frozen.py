@@ -51,8 +51,8 @@ def short(config: Mapping) -> dict:
 def load(config: Mapping) -> dict[str, Loaded]:
     """Name -> frozen stage, read from a workdir or a model directory; raises what `models.load_stage` does.
 
-    Parameters keep the type that they are stored in. A CLIP's become float32: so they were in every run whose
-    checkpoints name the sha256 of one.
+    Parameters keep the type that they are stored in. A CLIP's become float32, as in all runs before: bfloat16
+    would be the same numbers in another program.
     """
     found = {}
     for name, path in paths(config).items():

@@ -181,7 +181,8 @@ def abstract_params(stage) -> dict:
 
 def encoded_specs(stage) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of the fields that a stage's encoders write, of one example."""
-    spec, found = stage.batch_spec(1), {}
+    spec = stage.batch_spec(1)
+    found: dict[str, jax.ShapeDtypeStruct] = {}
     for do, op in stage.ops.items():
         if do.startswith("encode"):
             reads = [spec[name] for name in op.reads]

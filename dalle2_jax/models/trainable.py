@@ -25,8 +25,8 @@ def split(params: dict, patterns: Sequence[str]) -> tuple[dict, dict]:
         return params, {}
     flat = flatten(params)
     trained = {name for name in flat if any(re.search(p, name) for p in (*patterns, _STATISTIC))}
-    parts = ({n: x for n, x in flat.items() if (n in trained) == part} for part in (True, False))
-    return tuple(map(unflatten, parts))
+    rest = {name: leaf for name, leaf in flat.items() if name not in trained}
+    return unflatten({name: flat[name] for name in trained}), unflatten(rest)
 
 
 def merge(trained: dict, base: dict) -> dict:

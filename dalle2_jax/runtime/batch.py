@@ -53,7 +53,7 @@ PICTURES = ("image", "video")  # kinds whose values are levels 0 ... 255 or floa
 
 
 def field(name: str) -> Field:
-    """What `FIELDS` says of a name, with or without an owner. Raises ValueError for an unknown one."""
+    """The entry of `FIELDS` for a name with or without an owner. Raises ValueError for an unknown name."""
     last = name.rpartition(".")[2]
     if last not in FIELDS:
         near = nearest(last, FIELDS)
@@ -62,7 +62,7 @@ def field(name: str) -> Field:
     return FIELDS[last]
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
+def to_uint8(images: jax.Array | np.ndarray) -> jax.Array:
     """[-1, 1] floats to the nearest of 256 levels."""
     return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
@@ -74,7 +74,7 @@ def to_float(images: jax.Array) -> jax.Array:
 
 @jax.jit
 def as_floats(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The batch with its images and videos as floats; what is float already, and other kinds, stay."""
+    """The batch with its uint8 images and videos as floats; other fields stay as they are."""
 
     def one(name: str, x: jax.Array) -> jax.Array:
         levels = field(name).kind in PICTURES and x.dtype == jnp.uint8

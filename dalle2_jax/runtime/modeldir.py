@@ -56,11 +56,12 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
 
 
 def sha256(params: Any) -> str:
-    """The sha256 of parameters on the host, by name."""
+    """The sha256 of parameters on the host, by name. Numbers of 16 bits count as float32."""
     digest = hashlib.sha256()
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
         digest.update(str(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+        narrow = leaf.dtype in (ml_dtypes.bfloat16, np.float16)
+        digest.update(np.ascontiguousarray(leaf, np.float32 if narrow else None).tobytes())
     return digest.hexdigest()
 
 

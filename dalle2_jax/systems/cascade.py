@@ -43,7 +43,7 @@ def _keyword(role: str, name: str) -> str:
 
 
 def _settings() -> dict[str, Setting]:
-    found = {}
+    found: dict[str, Setting] = {}
     for role, words in (("decoder", "the decoder"), ("prior", "the prior"), ("upsampler", "the upsamplers")):
         for kind in models.KINDS.get(role, (role,)):
             for setting in declared(kind):

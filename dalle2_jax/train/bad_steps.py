@@ -1,6 +1,6 @@
-"""Steps whose loss or gradient is not finite: each line of the log tells, and a streak of them ends the run.
+"""Steps whose loss or gradient is not finite: they are logged, and a streak of them ends the run.
 
-Such a step changes nothing (see `step`). A streak does no harm, but a run that takes no step learns nothing.
+Such a step changes nothing (see `step`). A streak does no harm, but the run learns nothing.
 """
 
 import collections
@@ -16,11 +16,11 @@ from dalle2_jax.runtime import modeldir, partition
 from dalle2_jax.train.run import Run
 from dalle2_jax.train.step import MAX_BAD_STEPS, TrainState
 
-_KEPT = 1000  # steps between lines of the log of which the records are remembered
+_KEPT = 1000  # the most steps between two lines of the log whose records are remembered
 
 
 class BadSteps:
-    """Looks at the counters of the state at each line of the log, and so before each save.
+    """Checks the counters of the state at each line of the log, hence before each save.
 
     Args:
       run: its checkpointer is waited for, its workdir gets bad_steps.json.
@@ -31,14 +31,14 @@ class BadSteps:
         self._run = run
         self._total, self._streak = int(state.bad_total), int(state.bad_streak)
         log_every = run.plan.config["log_every"]
-        self._batches = collections.deque(maxlen=min(log_every, _KEPT) + MAX_BAD_STEPS + 1)
+        self._batches: collections.deque = collections.deque(maxlen=min(log_every, _KEPT) + MAX_BAD_STEPS + 1)
 
     def read(self, step: int, index: np.ndarray) -> None:
         """Remembers which records this process read for a step."""
         self._batches.append((step, index))
 
     def look(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Tells of such steps since the last line; all processes call it with the scalars of this step.
+        """Logs such steps since the last line. All processes call it with the scalars of this step.
 
         Raises:
           FloatingPointError: MAX_BAD_STEPS or more came in a row, whether that has ended or not.

@@ -5,10 +5,10 @@ machine that is gone, else after it has not been rewritten for SILENCE_SECONDS. 
 are not compared. An owner that finds another's name in its lock (it was suspended, and taken for dead) may
 not write any more.
 
-Of runs that start together one wins: a lock appears whole and only where there is none (a hard link, or an
-exclusive creation where there are no links), and a dead one is replaced under a `flock` of it, by a run that
-finds it still in its place. Where a file system has no such thing (a bucket that is not mounted) the last one
-wins, and the others find out before they write.
+Of several runs that start at the same time one wins. A lock is created atomically and only where there is
+none (by a hard link, or by exclusive creation where there are no links). A dead lock is replaced under a
+`flock`, if it is still in its place. A file system without these (a bucket that is not mounted) lets the last
+run win, and the others notice before they write.
 """
 
 import contextlib

@@ -43,7 +43,7 @@ def train(config: dict, workdir: str, allow_changed: Collection[str] = ()) -> No
 def _train(
     config: dict, workdir: epath.Path, allow_changed: Collection[str], stops: stopping.Stopping
 ) -> int:
-    """Puts the run together and goes through its loop; returns the signal that stopped it, 0 for none."""
+    """Makes the run and its loop; returns the signal that stopped it, 0 for none."""
     # What is wrong with the settings is said before a file is written or data are read.
     plan = make_plan(config)
     resumption = resume.Resumption(workdir, config, allow_changed)
@@ -107,7 +107,7 @@ def loop(run: Run, state: TrainState, start: int) -> int:
     evaluation = validation.Validation(plan, run.held_out)
     measure = statistics.make_measure(plan, run.dataset, run.frozen)
     bad = bad_steps.BadSteps(run, state)
-    part = partition.host_slice(plan.mesh)  # the rows of a batch that this process reads
+    part = partition.host_slice(plan.mesh)  # the examples of a batch that this process reads
     batches = run.dataset.batches(config["batch_size"], start_step=start, **part)
 
     def read(step: int, waiting=None) -> dict[str, jax.Array]:

@@ -17,6 +17,7 @@ Weight decay is left off gains, biases and temperatures, that is off every array
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,8 +100,10 @@ def orthogonal(matrices: Sequence[jax.Array]) -> list[jax.Array]:
     devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else partition.batch_shards(mesh)
-    groups, stacks, grams = {}, {}, {}
+    shards = 1 if mesh.empty else partition.batch_shards()
+    groups: dict[tuple[int, ...], list[int]] = {}
+    stacks: dict[tuple[int, ...], jax.Array] = {}
+    grams: dict[int, dict[tuple[int, ...], jax.Array]] = {}
     for i, matrix in enumerate(matrices):
         groups.setdefault(matrix.shape, []).append(i)
     for (m, n), members in groups.items():
@@ -110,7 +113,7 @@ def orthogonal(matrices: Sequence[jax.Array]) -> list[jax.Array]:
         x = stacks[m, n] = partition.constrain(x)
         gram = "skmn,skmp->sknp" if m > n else "skmn,skpn->skmp"
         grams.setdefault(min(m, n), {})[m, n] = jnp.einsum(gram, x, x)
-    done = [None] * len(matrices)
+    done: list[Any] = [None] * len(matrices)
     for parts in grams.values():
         scale, factor = _polynomial(jnp.concatenate(list(parts.values()), axis=1))
         bounds = np.cumsum([part.shape[1] for part in parts.values()])[:-1]
@@ -131,7 +134,8 @@ def _polynomial(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     a, b, c = NEWTON_SCHULZ
     scale = jax.lax.rsqrt(jnp.maximum(jnp.abs(gram).sum(axis=-1), 1e-8))
     gram = gram * scale[..., :, None] * scale[..., None, :]
-    identity, product = jnp.eye(gram.shape[-1], dtype=gram.dtype), None
+    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    product: Any = None
     for i in range(NEWTON_SCHULZ_STEPS):
         factor = a * identity + b * gram + c * (gram @ gram)
         product = factor if product is None else product @ factor

@@ -145,6 +145,7 @@ class Resumption:
                 raise ValueError(_another_dataset(self._workdir, meta, now))
             self._changes.append(change)
         for name, before in frozen_of(meta).items():
+            assert meta is not None
             after = frozen_of(now).get(name, "")
             if before == after:
                 continue
@@ -161,7 +162,7 @@ class Resumption:
         self._check_needed(self._allowed)
 
     def note(self, step: int) -> None:
-        """Says in the log and in WORKDIR/changes.json what was allowed to change from this step on."""
+        """Writes the allowed changes, from this step on, to the log and to WORKDIR/changes.json."""
         entries = _noted(self._workdir)
         for change in self._changes:
             logging.warning("changed from step %d on, as allowed: %s", step, change)
@@ -175,8 +176,8 @@ class Resumption:
         return _is_among(change.name, self._allowed) or change.entry(step) in _noted(self._workdir)
 
     def _check_needed(self, names: Iterable[str]) -> None:
-        """Raises ValueError for a name of which nothing changes, nor has by permission: then the same command
-        runs again."""
+        """Raises ValueError for an allowed name that did not change. A change that was allowed before counts,
+        because the same command may run again."""
         changed = {change.name for change in self._changes}
         changed |= {entry["name"] for entry in _noted(self._workdir)}
         for name in names:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,8 @@ class Run:
     plan: Plan
     workdir: epath.Path
     frozen: dict
-    dataset: object
-    held_out: object
+    dataset: Any
+    held_out: Any
     about: dict
     checkpointer: checkpoint.Checkpointer
     writer: metrics.Writer
@@ -89,7 +90,7 @@ def first_state(plan: Plan, frozen: dict, dataset) -> TrainState:
     if "stats" in params:  # fitted on this process, the same on all
         params = params | {"stats": partition.to_host(params["stats"])}
     params = jax.device_put(params, plan.shardings.params)
-    return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+    return dataclasses.replace(state, params=params, ema_params=jax.tree.map(jnp.copy, params))
 
 
 def frozen_parameters(

@@ -1,6 +1,7 @@
 """Statistics that a stage has beside its weights: fitted to the data before training, measured on the trained
 network after it."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -63,6 +64,6 @@ def make_measure(plan: Plan, dataset, frozen: dict) -> Callable[[TrainState], Tr
         def updated(params):
             return params | {"stats": params["stats"] | jax.tree.map(jnp.copy, values)}
 
-        return state.replace(params=updated(state.params), ema_params=updated(state.ema_params))
+        return dataclasses.replace(state, params=updated(state.params), ema_params=updated(state.ema_params))
 
     return measure

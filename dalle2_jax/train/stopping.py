@@ -1,8 +1,7 @@
-"""How a run stops when it is told to: signals are noted at once and obeyed where nothing is lost, by all
-processes together.
+"""Stopping a run by a signal: all processes agree, and stop where no work is lost.
 
-Before the first step there is nothing to lose but time, so a run stops at the next `Stopping.check`; between
-steps it saves first, and asks `Stopping.latest` once a step.
+Before the first step a run stops at the next `Stopping.check`. Between steps it asks `Stopping.latest` once,
+and saves before it stops.
 """
 
 import math
@@ -21,7 +20,7 @@ SAME_MOMENT = 1.0  # seconds
 
 
 class Stopped(Exception):
-    """A run was told to stop before its first step; `signal` is the one that told it."""
+    """A signal stopped a run before its first step; `signal` is its number."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -71,9 +70,9 @@ class Interrupted:
 
 
 class Stopping:
-    """Listens for signals from its `with` on, and says what the processes agree on: the largest of theirs.
+    """Notes signals while its `with` lasts. The processes agree on the largest of theirs.
 
-    A process that was told to stop must not stop alone: the others would wait for it.
+    A process must not stop alone, because the others would wait for it.
     """
 
     def __enter__(self):
@@ -89,7 +88,7 @@ class Stopping:
         self._interrupted.restore()
 
     def check(self, where: str) -> None:
-        """Raises Stopped if any process was told to stop; all of them wait here for each other."""
+        """Raises Stopped if any process got a signal. All processes wait for each other here."""
         found = self._interrupted.signal or 0
         if jax.process_count() > 1:
             processes.sync(where)
@@ -98,10 +97,10 @@ class Stopping:
             raise Stopped(found)
 
     def latest(self) -> int:
-        """The signal that some process had at the call before, 0 for none; with one process, as it is now.
+        """The signal that any process had at the previous call, 0 for none; with one process, at this call.
 
-        The maximum is a collective that runs beside a step, and what is returned is that of the step before,
-        so no process waits for the step that it has just begun.
+        The maximum over processes is computed beside a step and read one step later, so no process waits for
+        the step that it has just begun.
         """
         found = self._interrupted.signal or 0
         if jax.process_count() == 1:

@@ -1,7 +1,7 @@
-"""What training looks at on the way: the loss on fixed validation batches, and samples for fixed captions.
+"""Validation during training: the loss on fixed batches, and samples for fixed captions.
 
-The sampler is a computation of all processes; the labels and the grid are process 0's alone. So what fails in
-making these is a warning, and training goes on: a picture to look at is not worth a run.
+All processes run the sampler; process 0 alone makes the labels and the grid. A failure there is a warning,
+and training goes on.
 """
 
 import functools
@@ -27,7 +27,9 @@ class Validation:
         raw = [next(batches) for _ in range(config["eval_batches"])]
         self._batches = [partition.on_devices(batch, mesh) for batch in raw]
         count = min(config["num_samples"], config["batch_size"])
-        self._count, self._dataset, self._labels, self._told = count, dataset, None, set()
+        self._count, self._dataset = count, dataset
+        self._labels: list[str] | None = None
+        self._warned: set[type] = set()
         self._indices = partition.gather_index(raw[0]["index"], mesh)[:count]
 
         @functools.partial(jax.jit, compiler_options=partition.compiler_options())
@@ -80,8 +82,8 @@ class Validation:
                 self._labels = self._dataset.labels(self._indices)
             return labelled_grid(images, self._labels), self._labels
         except Exception as error:
-            if type(error) not in self._told:
-                self._told.add(type(error))
+            if type(error) not in self._warned:
+                self._warned.add(type(error))
                 logging.warning(
                     "no grid of samples could be made (%s: %s); training goes on without, and says this once",
                     type(error).__name__,

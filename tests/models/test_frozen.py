@@ -207,3 +207,9 @@ def test_resting_parameters_that_changed_on_disk_are_refused(tmp_path):
     trainable.save_base(tmp_path, base)
     with pytest.raises(ValueError, match="base has changed: the sha256 of its parameters was "):
         trainable.load_base(tmp_path, modeldir.sha256(jax.tree.map(np.float32, STAGE)))
+
+
+def test_parameters_of_16_bits_have_the_sha256_of_the_same_numbers():
+    half = jax.tree.map(lambda x: np.asarray(x + 0.1, jnp.bfloat16), STAGE)
+    single = jax.tree.map(lambda x: x.astype(np.float32), half)
+    assert modeldir.sha256(half) == modeldir.sha256(single) != modeldir.sha256(STAGE)

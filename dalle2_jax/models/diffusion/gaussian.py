@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,15 +82,15 @@ class GaussianDiffusion:
         *,
         train: bool,
         history: dict[str, jax.Array] | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    ) -> tuple[jax.Array, dict[str, Any], jax.Array]:
         """(loss [B], its parts [B], the network's output) at one time an example; see `draw_timesteps`.
 
         With a `history` (of 'vlb', in training) times are drawn by importance, and among the parts is
         'statistics': the times and values that `process.observe` takes.
         """
         t_key, noise_key = jax.random.split(key)
-        by_importance = train and history is not None
-        if by_importance:
+        weight = None
+        if train and history is not None:
             t, weight = process.draw_by_importance(t_key, x0.shape[0], history)
         else:
             t = process.draw_timesteps(t_key, x0.shape[0], self.schedule.num_timesteps, train=train)
@@ -107,9 +107,8 @@ class GaussianDiffusion:
             vlb_weight=math.inf if self.loss_kind == "vlb" else 1e-3,
             data=self.data,
         )
-        if by_importance:
-            metrics["statistics"] = {"t": t, "values": losses}
-            losses = losses * weight
+        if weight is not None:
+            return losses * weight, {**metrics, "statistics": {"t": t, "values": losses}}, output
         return losses, metrics, output
 
     def with_settings(
@@ -125,8 +124,8 @@ class GaussianDiffusion:
         A list of steps such as fast27 fixes their number. Another number falls back to even spacing, unless
         another spacing is asked for.
         """
-        settings = dict(num_steps=num_steps, method=method, eta=eta, spacing=spacing, threshold=threshold)
-        settings = {name: value for name, value in settings.items() if value is not None}
+        given = dict(num_steps=num_steps, method=method, eta=eta, spacing=spacing, threshold=threshold)
+        settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         own_spacing = settings.get("spacing", self.spacing) == self.spacing
         fixed = self.spacing not in ("uniform", "trailing")
         if own_spacing and fixed and settings.get("num_steps", self.num_steps) != self.num_steps:
@@ -204,12 +203,13 @@ class GaussianDiffusion:
                 f"method 'analytic' needs the measured eps_sq of all {self.schedule.num_timesteps} times: "
                 "measure it (Prior.measure), or use 'ddpm'"
             )
-        options = {
+        options: dict[str, dict[str, Any]] = {
             "ddpm": dict(variance="learned" if self.learned_variance else "fixed_small"),
             "ddim": dict(eta=self.eta),
             "analytic": dict(eps_sq=eps_sq, data_variance=self.data_variance),
         }
-        return sampling.SAMPLERS[self.method](steps, **options.get(self.method, {}))
+        sampler: Any = sampling.SAMPLERS[self.method]
+        return sampler(steps, **options.get(self.method, {}))
 
     def invert(self, network: Network, x0: jax.Array) -> jax.Array:
         """The noise x_T from which `sample` by 'ddim' with eta 0, no guidance, and as many steps returns to

@@ -238,6 +238,7 @@ def vb_bits_per_dim(
     log_beta = _at(tables.log_beta[::-1], t, x0.ndim, dtype)
     log_beta_tilde = _at(tables.log_beta_tilde[::-1], t, x0.ndim, dtype)
     coef_x0 = _at(tables.coef_x0[::-1], t, x0.ndim, dtype)
+    assert prediction.var_frac is not None
     log_var = prediction.var_frac * log_beta + (1.0 - prediction.var_frac) * log_beta_tilde
     # Both means have the same term in x_t, so their difference is that of x0 and free of cancellation.
     gap = coef_x0 * (prediction.x0 - x0)

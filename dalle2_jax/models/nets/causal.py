@@ -66,6 +66,7 @@ class Attention(nn.Module):
         qkv = layers.Dense(3 * width, dtype=self.dtype, kernel_init=init, name="qkv")(x)
         q, k, v = (layers.split_heads(y, width // self.num_heads) for y in jnp.split(qkv, 3, axis=-1))
         if cache is not None:
+            assert mask is not None  # its length is that of the filled part of the cache
             pairs = zip(cache, (k, v), strict=True)
             cache = Cache(
                 *(jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1) for old, new in pairs)

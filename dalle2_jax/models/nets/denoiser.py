@@ -108,13 +108,17 @@ class DenoiserNet(nn.Module):
         """
         emb, context, mask = None, None, None
         if self.embed_dim:
+            assert image_embed is not None and drop_image is not None
             z = jnp.where(drop_image[:, None], self.null_image_embed, image_embed * self.embed_scale)
             emb = self.image_emb_proj(z)
             context = self.image_token_proj(z).reshape(z.shape[0], self.num_image_tokens, self.token_width)
         if self.num_classes:
+            assert label is not None
             row = self.label_embed(jnp.maximum(label, 0))  # [B, 4C]
             emb = _sum(emb, jnp.where(label[:, None] < 0, 0, row))
-        if self.reads_states:
+        if self.text and self.reads_states:
+            assert text is not None and token_mask is not None and drop_text is not None
+            assert text_embed is not None and context is not None  # it reads image embeddings, too
             null_embed = kept(self.null_text_embed, self.text.get("null_tokens", 0))
             y = jnp.where(drop_text[:, None], null_embed, text_embed * self.embed_scale)
             text, token_mask = self.null_text_states(text, token_mask, drop_text)
@@ -123,6 +127,7 @@ class DenoiserNet(nn.Module):
             mask = jnp.concatenate([jnp.ones(context.shape[:2], bool), token_mask], axis=1)
             emb, context = emb + self.text_emb_proj(y), jnp.concatenate([context, states], axis=1)
         elif self.text:
+            assert text is not None and token_mask is not None and drop_text is not None
             states = self.text_net(text, token_mask & ~drop_text[:, None])
             emb = _sum(emb, self.text_emb_proj(states[:, -1]))
             context = states if context is None else jnp.concatenate([context, states], axis=1)

@@ -53,7 +53,7 @@ class Mixed(nn.Module):
                 h = conv(h, *layer)
             ends = chain[-1] if isinstance(chain[-1][0], tuple) else (chain[-1],)
             stride, pad = (2, False) if self.halve else (1, True)
-            outputs += [conv(h, *layer, stride, pad) for layer in ends]
+            outputs += [conv(h, name, features, kernel, stride, pad) for name, features, kernel in ends]
         if self.pool == "mean":
             h = nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
         else:
@@ -136,8 +136,12 @@ class Inception(nn.Module):
             if name == "Mixed_6d":
                 spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)  # [B, 17 * 17 * 7]
         single = (("branch3x3_1", 192, _ONE), ("branch3x3_2", 320, _THREE))
-        seven = (("branch7x7x3_1", 192, _ONE), ("branch7x7x3_2", 192, _ROW), ("branch7x7x3_3", 192, _COLUMN))
-        seven += (("branch7x7x3_4", 192, _THREE),)
+        seven = (
+            ("branch7x7x3_1", 192, _ONE),
+            ("branch7x7x3_2", 192, _ROW),
+            ("branch7x7x3_3", 192, _COLUMN),
+            ("branch7x7x3_4", 192, _THREE),
+        )
         x = Mixed((single, seven), "max", 0, True, name="Mixed_7a")(x)  # [B, 8, 8, 1280]
         x = mixed_8("max", "Mixed_7c")(mixed_8("mean", "Mixed_7b")(x))
         pool = x.mean(axis=(1, 2))  # [B, 8, 8, 2048] -> [B, 2048]

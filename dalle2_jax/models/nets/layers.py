@@ -58,7 +58,7 @@ def remat(block: type[nn.Module], what: bool | str, **options) -> type[nn.Module
     and of sums (the statistics of norms): little work again for most of the memory. True is 'all', False
     'none'. options: of `nn.remat`. Raises ValueError for another `what`.
     """
-    what = {True: "all", False: "none"}.get(what, what)
+    what = ("all" if what else "none") if isinstance(what, bool) else what
     if what not in REMAT:
         raise ValueError(f"remat {what!r} is unknown; choose one of {REMAT}")
     if what == "none":

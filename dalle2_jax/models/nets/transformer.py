@@ -1,5 +1,7 @@
 """Stacks of transformer blocks, and the diffusion prior's network, which is little more than one of them."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -58,7 +60,7 @@ class TransformerStack(nn.Module):
         mask: jax.Array | None = None,
         caches: tuple[Cache, ...] | None = None,
         start: int | jax.Array = 0,
-    ) -> jax.Array | tuple[jax.Array, tuple[Cache, ...]]:
+    ) -> Any:
         """x [B, n, C] -> [B, n, C] in `dtype`, with caches (it, the caches with x); see `causal.Block`.
 
         Raises ValueError if the heads do not divide C.
@@ -110,10 +112,10 @@ class TokenTransformer(nn.Module):
         position = Embedding((self.length, self.width), name="position")()
         x = x + jax.lax.dynamic_slice_in_dim(position, start, ids.shape[1]).astype(self.dtype)
         stack = TransformerStack(self.depth, self.num_heads, dtype=self.dtype, name="transformer")
-        x, caches = (stack(x, mask), None) if caches is None else stack(x, mask, caches, start)
+        x, after = stack(x, mask, caches, start) if caches else (stack(x, mask), None)
         x = layers.LayerNorm(dtype=self.dtype, name="norm_out")(x)
         logits = layers.Dense(self.vocab_size, dtype=self.dtype, name="logits")(x)
-        return logits.astype(jnp.float32), caches
+        return logits.astype(jnp.float32), after
 
 
 def kept(null: jax.Array, null_tokens: int) -> jax.Array:
@@ -179,7 +181,8 @@ class PriorTransformer(nn.Module):
     def read(self, params: dict, *text: jax.Array) -> dict:
         """text (text_embed, text, token_mask, drop_text) -> {'cache': ...}: variables that `apply` takes
         beside `params` instead of the text."""
-        return self.apply({"params": params}, None, None, *text, mutable="cache")[1]
+        _, variables = self.apply({"params": params}, None, None, *text, mutable="cache")
+        return dict(variables)
 
     @nn.compact
     def __call__(
@@ -202,10 +205,14 @@ class PriorTransformer(nn.Module):
             return layers.Dense(features, dtype=self.dtype, name=name)
 
         # the sequence: caption [L], text embedding, time, noised embedding, query
-        parts, length, caches = [], self.context_length + 4, None
+        parts, length = [], self.context_length + 4
+        visible: Any
+        caches: Any = None
         if self.has_variable("cache", "blocks"):
             visible, caches = (self.get_variable("cache", name) for name in ("visible", "blocks"))
         else:
+            assert text_embed is not None and text is not None
+            assert token_mask is not None and drop_text is not None
             drop = drop_text[:, None]  # [B, 1]
             null_embed = kept(Embedding((self.embed_dim,), name="null_text_embed")(), self.null_tokens)
             text_embed = jnp.where(drop, null_embed, text_embed)
@@ -223,6 +230,7 @@ class PriorTransformer(nn.Module):
             cache = empty_cache(len(visible), length, self.width, self.num_heads, self.dtype)
             caches = (cache,) * self.depth
         else:
+            assert t is not None
             time = layers.timestep_embedding(t, self.width).astype(self.dtype)
             time = dense(self.width, "time_fc2")(nn.silu(dense(self.width, "time_fc1")(time)))
             noised = dense(self.width, "image_embed_proj")(x_t)
@@ -237,11 +245,10 @@ class PriorTransformer(nn.Module):
         mask = causal_mask(end)[:, :, start:] & visible[:, None, None, :]  # [B, 1, end - start, end]
         common = (self.depth, self.num_heads, self.activation, self.remat, self.dtype)
         stack = TransformerStack(*common, scan=self.scan, name="transformer")
-        x = stack(x, mask, caches, start)
+        x, caches = stack(x, mask, caches, start) if caches else (stack(x, mask), None)
         if x_t is None:
             self.put_variable("cache", "visible", visible)
-            self.put_variable("cache", "blocks", x[1])
+            self.put_variable("cache", "blocks", caches)
             return None
-        x = x if caches is None else x[0]
         x = layers.LayerNorm(name="norm_out")(x[:, -1]).astype(self.dtype)  # the query's output, [B, width]
         return dense(self.embed_dim, "out_proj")(x).astype(jnp.float32)

@@ -20,6 +20,7 @@ cross-attention (see `nets.latents`).
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,9 @@ def fit_components(
     batches() yields image_embed [n, E] and text_embed [n, E]. Raises ValueError for fewer rows than
     components.
     """
-    count, total, outer = 0, 0.0, 0.0
+    count = 0
+    total: Any = 0.0
+    outer: Any = 0.0
     for batch in batches():
         x = np.asarray(batch["image_embed"], np.float64)
         count, total, outer = count + len(x), total + x.sum(axis=0), outer + x.T @ x
@@ -206,7 +209,7 @@ class ARPrior:
         codes = self.encode(params, batch["image_embed"])
         dot = self.dot_bucket(params, batch["image_embed"], batch["text_embed"])
         drop = jax.random.bernoulli(key, self.text_drop, codes.shape[:1]) & train
-        logits = self.net.apply(
+        logits: Any = self.net.apply(
             {"params": params["net"]},
             batch["text_embed"],
             dot,

@@ -7,6 +7,7 @@ out of the loss.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ class Classifier:
         image, label = batch["image"], batch["label"]
         t = process.draw_timesteps(t_key, len(image), self.schedule.num_timesteps, train=train)
         x_t = process.q_sample(self.schedule, image, t, jax.random.normal(noise_key, image.shape))
-        logits = self.net.apply(
+        logits: Any = self.net.apply(
             {"params": params}, x_t, t, deterministic=not train, rngs={"dropout": dropout_key}
         )
         known = (label >= 0).astype(jnp.float32)
@@ -56,7 +57,7 @@ class Classifier:
 
     def log_p(self, params: dict, x_t: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
         """log p(label | x_t, t) [B] of pictures x_t [B, S, S, 3] at times t [B], for labels [B]."""
-        logits = self.net.apply({"params": params}, x_t, t)
+        logits: Any = self.net.apply({"params": params}, x_t, t)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
 
 

@@ -20,12 +20,13 @@ gradient is taken at parameters that were moved by rho along it, to where the lo
 by every replica r of 64 examples on its own: g_r is what its rows contribute to the gradient of the global
 loss. A replica's moved parameters are a copy of its own, as they are on a device of its own.
 
-With `noise` the image tower sees pictures that were noised up to a random time, which it is told: its
+With `noise` the image tower gets pictures that are noised up to a random time, and the time: its
 similarity to a caption then guides the sampling of a decoder (GLIDE, arXiv:2112.10741, section 2.4).
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,8 +118,8 @@ class CLIP:
     image_size: int
     embed_dim: int
     context_length: int
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
     loss_kind: str = "softmax"
     sam_rho: float = 0.0
     sam_batch_size: int = 64
@@ -281,7 +282,7 @@ class CLIP:
             )
         mean, std = jnp.asarray(self.image_mean, jnp.float32), jnp.asarray(self.image_std, jnp.float32)
         t = self._times(image) if t is None else t
-        embed = self.vision.apply({"params": params["vision"]}, ((image + 1) / 2 - mean) / std, t)
+        embed: Any = self.vision.apply({"params": params["vision"]}, ((image + 1) / 2 - mean) / std, t)
         return self._scaled(embed, normalize)
 
     def _scaled(self, embed: jax.Array, normalize: bool | None) -> jax.Array:
@@ -295,7 +296,8 @@ class CLIP:
         The embedding is of unit norm if `normalize`, or if that is None and `unit_embeds`. The states are
         those after the final layer norm, at the padding too.
         """
-        embed, states = self.text.apply({"params": params["text"]}, tokens, token_mask)
+        made: Any = self.text.apply({"params": params["text"]}, tokens, token_mask)
+        embed, states = made
         return self._scaled(embed, normalize), states
 
 
@@ -374,7 +376,7 @@ def build(
         )
     if noise is not None:
         check_settings(noise, ("schedule",), ("num_timesteps",), "noise")
-    common = dict(embed_dim=embed_dim, remat=remat, dtype=jnp.dtype(dtype))
+    common: dict[str, Any] = dict(embed_dim=embed_dim, remat=remat, dtype=jnp.dtype(dtype))
     tower = None if vision is None else _image_tower(vision, image_size, activation, scan_blocks, **common)
     check_settings(text, ("vocab_size", "context_length", "width", "depth", "num_heads"), (), "text")
     return CLIP(

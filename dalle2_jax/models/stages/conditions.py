@@ -1,7 +1,7 @@
-"""What a picture stage is told beside x_t: conditions with a null, and inputs without one.
+"""Conditioning of a picture stage beside x_t: conditions that have a null, and inputs that have none.
 
-Conditions are dropped in training, each by itself, and nulled in the unconditional half of guidance: class,
-caption, CLIP image embedding. The small picture of an upsampler and known pixels are never dropped.
+Training drops each condition (class, caption, CLIP image embedding) by itself. The unconditional half of
+guidance drops all of them. The small picture of an upsampler and the known pixels are never dropped.
 """
 
 import dataclasses
@@ -94,10 +94,10 @@ class Caption:
 
 @dataclasses.dataclass(frozen=True)
 class LowRes:
-    """The small picture of an upsampler. It always arrives whole and is enlarged here.
+    """The small picture of an upsampler. The batch has the full small picture, which is enlarged here.
 
-    Enlarging a crop would differ at its border (trap 17), so training crops the window of the target from the
-    enlarged picture.
+    Enlarging a crop would differ at its border (trap 17). So training enlarges first, and then crops to the
+    window of the target.
 
     Attributes:
       size: its side. factor: how much larger the picture of the stage is. resize: the filter.
@@ -118,8 +118,9 @@ class LowRes:
         return jax.image.resize(low_res, shape, self.resize)
 
     def enlarged_windows(self, low_res: jax.Array, crop_yx: jax.Array, size: tuple[int, int]) -> jax.Array:
-        """The windows of that size [B, H, W, 3] at `crop_yx` [B, 2] of `enlarge(low_res)`, and nothing else
-        of it: the whole of 16 pictures of 1024 pixels would be most of a training step's memory."""
+        """Windows [B, H, W, 3] of that size at `crop_yx` [B, 2] of `enlarge(low_res)`.
+
+        Only the windows are computed: 16 full pictures of 1024 pixels would take most of a step's memory."""
         if self.resize == "nearest":
             window = jax.vmap(lambda full, yx: jax.lax.dynamic_slice(full, (yx[0], yx[1], 0), (*size, 3)))
             return window(self.enlarge(low_res), crop_yx)

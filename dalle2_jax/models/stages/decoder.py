@@ -74,7 +74,9 @@ def build(
             f"or make image_size a multiple of {2 ** (len(channel_mult) - 1)}"
         )
     text = _checked_text(text, embed_dim)
-    conditions = (ClipImage(embed_dim, image_drop),) if embed_dim else ()
+    conditions: tuple[ClipImage | Label | Caption, ...] = (
+        (ClipImage(embed_dim, image_drop),) if embed_dim else ()
+    )
     if num_classes:
         conditions += (Label(num_classes, label_drop),)
     if text:

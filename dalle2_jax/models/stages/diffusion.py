@@ -7,6 +7,7 @@ upsampler and known pixels are inputs that are never dropped.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -147,7 +148,7 @@ class DiffusionStage:
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads them without `image` and `crop_yx`."""
         side = self.crop_size or self.image_size
-        specs = {"image": ((side, side, 3), jnp.float32)}
+        specs: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((side, side, 3), jnp.float32)}
         if self.low_res:
             specs |= {"low_res": ((self.low_res.size, self.low_res.size, 3), jnp.float32)}
             specs |= {"crop_yx": ((2,), jnp.int32)}
@@ -191,7 +192,8 @@ class DiffusionStage:
             condition.name: jax.random.bernoulli(keys[condition.name], condition.drop, (size,)) & train
             for condition in self.conditions
         }
-        conditions, inputs = self._read(batch, drops), {}
+        conditions = self._read(batch, drops)
+        inputs: dict[str, jax.Array] = {}
         if self.low_res:
             inputs |= self.low_res.for_training(keys, batch, self.diffusion.schedule, train)
         if self.inpaint:
@@ -245,8 +247,10 @@ class DiffusionStage:
         settings = self.sampling | {name: value for name, value in settings.items() if value is not None}
         scale, rules = settings.pop("guidance_scale", 1), pop_rules(settings)
         side, tile = settings.pop("image_size", self.image_size), settings.pop("tile", None)
-        diffusion, shape = self.diffusion.with_settings(**settings), (side, side, 3)
-        inputs, inpaint = {}, None
+        diffusion = self.diffusion.with_settings(**settings)
+        shape: tuple[int, ...] = (side, side, 3)
+        inputs: dict[str, jax.Array] = {}
+        inpaint = None
         if self.low_res:
             inputs |= self.low_res.for_sampling(keys, batch["low_res"], diffusion.schedule)
             shape = inputs["low_res_up"].shape[1:]
@@ -261,8 +265,8 @@ class DiffusionStage:
         network, guidance = self._network(params, conditionings, inputs, last_time, tile), None
         if is_guided(scale):
             null = self._conditionings(params, batch, len(keys), null=True)
-            paired = interleave((conditionings, inputs), (null, inputs))
-            guidance = Guidance(self._network(params, *paired, last_time, tile), scale, **rules)
+            both, both_inputs = interleave((conditionings, inputs), (null, inputs))
+            guidance = Guidance(self._network(params, both, both_inputs, last_time, tile), scale, **rules)
         x0 = diffusion.sample(
             diffusion.denoiser(network, guidance=guidance, log_p=log_p, inpaint=inpaint),
             keys,
@@ -271,9 +275,8 @@ class DiffusionStage:
             resample=resample,
             return_path=return_path,
         )
-        if return_path:
-            x0 = jnp.moveaxis(x0[1], 0, 1)
-        return jnp.clip(x0, -1.0, 1.0)
+        drawn: Any = jnp.moveaxis(x0[1], 0, 1) if return_path else x0
+        return jnp.clip(drawn, -1.0, 1.0)
 
     def invert(self, params: dict, batch: dict, *, num_steps: int | None = None) -> jax.Array:
         """x_T [B, H, W, 3], from which 'ddim' with eta 0, guidance 1, the same conditions and as many steps
@@ -289,7 +292,7 @@ class DiffusionStage:
 
     def _read(self, batch: dict, drops: dict[str, jax.Array], null: bool = False) -> dict:
         """Keywords of `DenoiserNet.condition`; drops: condition's name -> [B] bool."""
-        read = {}
+        read: dict[str, Any] = {}
         for condition in self.conditions:
             read |= condition.read(batch, drops[condition.name], null)
         return read
@@ -301,7 +304,8 @@ class DiffusionStage:
             return [Conditioning() for _ in self._networks(params)]
         drops = {condition.name: jnp.full(count, null) for condition in self.conditions}
         read = self._read(batch, drops, null)
-        return [self.net.apply({"params": own}, **read, method="condition") for own in self._networks(params)]
+        embed: Any = functools.partial(self.net.apply, **read, method="condition")
+        return [embed({"params": own}) for own in self._networks(params)]
 
     def _network(
         self,

@@ -20,6 +20,7 @@ parameters.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +139,7 @@ class Prior:
         t = jnp.zeros(batch["image_embed"].shape[0], jnp.int32)
         drop = jnp.zeros(t.shape, bool)
         params = {"net": self.net.init(key, batch["image_embed"], t, *self._text(batch), drop)["params"]}
-        stats = {}
+        stats: dict[str, jax.Array] = {}
         if self.embed_scale.mode == "meanstd":
             stats |= {"embed_mean": jnp.zeros(self.embed_dim), "embed_std": jnp.ones(self.embed_dim)}
         if self.diffusion.method == "analytic":  # nothing can be drawn with them until they are measured
@@ -250,7 +251,7 @@ class Prior:
         else:
             denoise = diffusion.denoiser(network_of(read))
         eps_sq = params.get("stats", {}).get("eps_sq")
-        z = diffusion.sample(denoise, keys, (self.embed_dim,), eps_sq=eps_sq)
+        z: Any = diffusion.sample(denoise, keys, (self.embed_dim,), eps_sq=eps_sq)
         z = self.embed_scale.inverse(params, z)
         if return_candidates:
             return z.reshape(size, num_candidates, self.embed_dim)
@@ -290,7 +291,7 @@ def build(
       text_drop: how often the text is dropped in training.
       schedule, num_timesteps: of the noise, see diffusion.schedules.
       weighting: of the loss, see diffusion.process.
-      num_steps, spacing, method, eta, num_candidates, guidance_scale: what `sample` does unless told.
+      num_steps, spacing, method, eta, num_candidates, guidance_scale: defaults of `sample`.
       clip_range: bound of |z| in sampling, in the scaled space (Karlo's weights: 5 or 10); None: no bound.
       remat: what of a block is computed again in the backward pass, 'none', 'products' (all else) or 'all'.
       scan_blocks: compile the blocks as one loop, see `TransformerStack`. dtype: compute type of the network.

@@ -1,4 +1,4 @@
-"""Settings of sampling: what may be asked of a stage's `sample` in the place of the model's own.
+"""Settings of sampling: keywords of a stage's `sample` that replace the model's defaults.
 
 A stage's module lists its settings in `SETTINGS`; the stage's `sampling` has the model's own values. Flags,
 Python keywords, the studio's fields and the checks follow from the list.
@@ -49,6 +49,7 @@ class Setting:
             except ValueError:
                 raise ValueError(f"{text!r} must be two numbers LO,HI, such as 0.2,3") from None
             return low, high
+        assert isinstance(self.kind, type)
         return self.kind(text)
 
     def check(self, value):

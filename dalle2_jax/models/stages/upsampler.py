@@ -6,12 +6,12 @@ training as in sampling, and then cropped with the window of the target: enlargi
 border (trap 17).
 
 Options: noise-conditioning augmentation (Ho et al. 2021, section 4.2), for which the small picture is noised
-up to a random time that the network is told; and sampling in tiles, for pictures whose feature maps do not
+up to a random time, an input of the network; and sampling in tiles, for pictures whose feature maps do not
 fit at once: every step runs the network on overlapping windows of a training crop's size and blends what
 they say.
 
 The paper's upsamplers read no captions. Others do: GLIDE's attends to them by a text transformer of its own,
-and its network for repainting sees what is kept; ADM's is told a class.
+and its network for repainting also gets the known pixels; ADM's has a class condition.
 
 With `last_step` a second network of the same shape takes the last step of sampling. Karlo's authors trained
 theirs against a discriminator; training here leaves it as it is.
@@ -88,7 +88,7 @@ def build(
         if not attention_resolutions:
             raise ValueError("text is read by attention layers: set attention_resolutions, or leave text out")
     # Neither is dropped in training, so there is no null to guide from.
-    conditions = (Label(num_classes, 0.0),) if num_classes else ()
+    conditions: tuple[Label | Caption, ...] = (Label(num_classes, 0.0),) if num_classes else ()
     conditions += (Caption(text["context_length"], 0.0),) if text else ()
     return DiffusionStage(
         net=DenoiserNet(
