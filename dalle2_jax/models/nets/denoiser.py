@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.text import GlideTextTransformer
 from dalle2_jax.models.nets.transformer import NullStates, TokenEmbedding, kept
-from dalle2_jax.models.nets.unet import TimeEmbedding, UNet
+from dalle2_jax.models.nets.unet import Style, TimeEmbedding, UNet
 
 
 class Conditioning(NamedTuple):
@@ -62,19 +62,21 @@ class DenoiserNet(nn.Module):
         unet = dict(self.unet)
         channels = unet["channels"]
         self.net = UNet(**unet, dtype=self.dtype)
-        self.time = TimeEmbedding(channels, self.dtype)
-        self.low_res_time = TimeEmbedding(channels, self.dtype)  # without parameters unless it is used
-        self.token_width = self.text["width"] if self.text else 4 * channels
+        style = unet.get("style", Style())
+        self.time = TimeEmbedding(channels, style, self.dtype)
+        self.low_res_time = TimeEmbedding(channels, style, self.dtype)  # without parameters unless it is used
+        emb_dim = style.emb_dim or 4 * channels
+        self.token_width = self.text["width"] if self.text else emb_dim
         if self.embed_dim:
-            self.image_emb_proj = layers.Dense(4 * channels, dtype=self.dtype)
+            self.image_emb_proj = layers.Dense(emb_dim, dtype=self.dtype)
             self.image_token_proj = layers.Dense(self.num_image_tokens * self.token_width, dtype=self.dtype)
             self.null_image_embed = self.param(
                 "null_image_embed", layers.normal(0.02), (self.embed_dim,), jnp.float32
             )
         if self.num_classes:
-            self.label_embed = TokenEmbedding(self.num_classes, 4 * channels, self.dtype)
+            self.label_embed = TokenEmbedding(self.num_classes, emb_dim, self.dtype)
         if self.text:
-            self.text_emb_proj = layers.Dense(4 * channels, dtype=self.dtype)
+            self.text_emb_proj = layers.Dense(emb_dim, dtype=self.dtype)
         if self.text and self.reads_states:
             self.text_states_proj = layers.Dense(self.token_width, dtype=self.dtype)
             self.text_states_norm = layers.LayerNorm()
