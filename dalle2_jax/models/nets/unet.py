@@ -115,18 +115,17 @@ class AttentionBlock(nn.Module):
         """x [B, H, W, C], context [B, K, D], context_mask [B, K] bool (True = attend) -> [B, H, W, C]."""
         batch, height, width, channels = x.shape
         h = self.style.norm("norm")(x).astype(self.dtype).reshape(batch, height * width, channels)
-        alone, keys, values, mask = self.style.context_only, [], [], None
-        if context is not None:
-            text_kv = layers.Dense(2 * channels, dtype=self.dtype, name="text_kv")
-            text_k, text_v = jnp.split(text_kv(self._normed(context).astype(self.dtype)), 2, axis=-1)
-            keys, values, mask = [text_k], [text_v], context_mask
-        if alone:
+        keys, values, mask, pictures = [], [], None, 0
+        if self.style.context_only:
             q = layers.Dense(channels, dtype=self.dtype, name="q")(h)
         else:
             q, k, v = jnp.split(layers.Dense(3 * channels, dtype=self.dtype, name="qkv")(h), 3, axis=-1)
-            keys, values = [*keys, k], [*values, v]
-        if mask is not None:
-            pictures = 0 if alone else height * width  # keys behind the context's, never masked
+            keys, values, pictures = [k], [v], height * width
+        if context is not None:
+            text_kv = layers.Dense(2 * channels, dtype=self.dtype, name="text_kv")
+            text_k, text_v = jnp.split(text_kv(self._normed(context).astype(self.dtype)), 2, axis=-1)
+            keys, values, mask = [text_k, *keys], [text_v, *values], context_mask
+        if mask is not None:  # the picture's own keys are never masked
             mask = jnp.pad(mask, ((0, 0), (0, pictures)), constant_values=True)[:, None, None, :]
         k, v = (ys[0] if len(ys) == 1 else jnp.concatenate(ys, axis=1) for ys in (keys, values))
         head_dim = channels // self.num_heads if self.num_heads else min(self.head_dim, channels)
