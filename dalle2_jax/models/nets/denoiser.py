@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle2_jax.models.nets import layers
+from dalle2_jax.models.nets.efficient_unet import EfficientUNet
 from dalle2_jax.models.nets.text import GlideTextTransformer
 from dalle2_jax.models.nets.transformer import NullStates, TokenEmbedding, kept
 from dalle2_jax.models.nets.unet import Style, TimeEmbedding, UNet
@@ -60,9 +61,9 @@ class DenoiserNet(nn.Module):
     def setup(self):
         """Declare the layers (Flax)."""
         unet = dict(self.unet)
-        channels = unet["channels"]
-        self.net = UNet(**unet, dtype=self.dtype)
-        style = unet.get("style", Style())
+        channels, style = unet["channels"], unet.get("style", Style())
+        net = EfficientUNet if style.efficient else UNet
+        self.net = net(**unet, dtype=self.dtype)
         self.time = TimeEmbedding(channels, style, self.dtype)
         self.low_res_time = TimeEmbedding(channels, style, self.dtype)  # without parameters unless it is used
         emb_dim = style.emb_dim or 4 * channels

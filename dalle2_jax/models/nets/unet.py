@@ -34,6 +34,7 @@ class Style(NamedTuple):
       context_norm: norm of the context before keys and values: '', 'group' (IF) or 'layer' (Imagen).
       context_only: attention reads the context alone, not the picture (Imagen's 1024 stage).
       skip_scale: factor of the skips where they join the way up: 2^-0.5 in Imagen's upsamplers.
+      efficient: the levels of `efficient_unet.EfficientUNet` (Imagen's upsamplers), whose skips are scaled.
       residual_scale: factor of a residual block's sum: 0.7071 in IF's second stage.
     """
 
@@ -49,6 +50,7 @@ class Style(NamedTuple):
     context_norm: str = ""
     context_only: bool = False
     skip_scale: float = 1.0
+    efficient: bool = False
     residual_scale: float = 1.0
 
     def check(self) -> "Style":
