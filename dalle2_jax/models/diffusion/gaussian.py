@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.models.diffusion import process, sampling, schedules
+from dalle2_jax.models.diffusion import likelihood, process, sampling, schedules
 from dalle2_jax.models.diffusion.guidance import (
     Guidance,
     clip_x0,
@@ -47,7 +47,9 @@ class GaussianDiffusion:
     `limit` bounds |x0| in sampling (None: no bound); `threshold` in (0, 100] is the percentile of dynamic
     thresholding in its place. `data` is 'pixels' or 'latents', `data_variance` that of an entry, which bounds
     method 'analytic'. `loss_kind` is 'hybrid' (the weighted error, with a little of the bound where the
-    variance is learned) or 'vlb' (the bound, its times drawn by importance).
+    variance is learned) or 'vlb' (the bound, its times drawn by importance). `fixed_variance` is the fraction
+    f of log beta in the variance of 'ddpm' where it is not learned: 0 is beta_tilde, 1 is beta (DDPM's
+    'fixed large').
     """
 
     schedule: schedules.Schedule
@@ -63,6 +65,7 @@ class GaussianDiffusion:
     data_variance: float = 1.0
     threshold: float | None = None
     loss_kind: str = "hybrid"
+    fixed_variance: float = 0.0
 
     def __post_init__(self):
         if self.method not in sampling.METHODS:
@@ -73,6 +76,10 @@ class GaussianDiffusion:
             raise ValueError(f"loss {self.loss_kind!r} is unknown: choose 'hybrid' or 'vlb'")
         if self.loss_kind == "vlb" and not self.learned_variance:
             raise ValueError("loss 'vlb' is the bound of a learned variance: set learned_variance=True")
+        if not 0 <= self.fixed_variance <= 1 or (self.fixed_variance and self.learned_variance):
+            raise ValueError(
+                f"fixed_variance {self.fixed_variance} must be in 0 .. 1, and 0 where the variance is learned"
+            )
         if self.threshold is not None and (self.limit is None or not 0 < self.threshold <= 100):
             raise ValueError(f"threshold {self.threshold} must be a percentile in (0, 100], of pixels")
 
@@ -208,12 +215,27 @@ class GaussianDiffusion:
                 f"method 'analytic' needs the measured eps_sq of all {self.schedule.num_timesteps} times: "
                 "measure it (Prior.measure), or use 'ddpm'"
             )
+        fixed = {0: "fixed_small", 1: "fixed_large"}.get(self.fixed_variance, self.fixed_variance)
         options = {
-            "ddpm": dict(variance="learned" if self.learned_variance else "fixed_small"),
+            "ddpm": dict(variance="learned" if self.learned_variance else fixed),
             "ddim": dict(eta=self.eta),
             "analytic": dict(eps_sq=eps_sq, data_variance=self.data_variance),
         }
         return sampling.SAMPLERS[self.method](steps, **options.get(self.method, {}))
+
+    def bits_per_dim(
+        self, network: Network, key: jax.Array, x0: jax.Array, num_steps: int | None = None
+    ) -> dict[str, jax.Array]:
+        """The bound on -log2 p(x0) of 8-bit pictures x0 [B, H, W, C] in [-1, 1], see `likelihood`.
+
+        num_steps: the steps of the bound, evenly spaced; None: all T.
+        """
+        times = schedules.space_timesteps(
+            num_steps or self.schedule.num_timesteps, self.schedule.num_timesteps
+        )
+        denoise = clip_x0(self._predict(network), self.schedule)
+        fraction = None if self.learned_variance else self.fixed_variance
+        return likelihood.bits_per_dim(denoise, self.schedule, key, x0, times, fraction)
 
     def invert(self, network: Network, x0: jax.Array) -> jax.Array:
         """The noise x_T from which `sample` by 'ddim' with eta 0, no guidance, and as many steps returns to

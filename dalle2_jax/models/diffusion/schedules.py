@@ -22,7 +22,9 @@ import numpy as np
 
 from dalle2_jax.runtime.names import nearest
 
-NAMES = ("linear", "cosine", "cosine:4")
+NAMES = ("linear", "cosine", "cosine:4", "logsnr")
+# The ends of 'logsnr': log(alpha_bar / (1 - alpha_bar)) is in +-20.
+_MOST_LOGSNR = 20.0
 SPACINGS = ("uniform", "trailing", "fast27", "sections:10,10,3,2,2")
 
 
@@ -33,8 +35,11 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
     improved DDPM's (Nichol & Dhariwal 2021, equation 17), beta at most 0.999. 'cosine:F' is the cosine of
     pictures with 1/F of the side: its signal-to-noise ratio is divided by F^2, so that a picture made F
     times smaller by averaging shows as much as 'cosine' leaves of a picture of that size (simple diffusion,
-    Hoogeboom et al. 2023, equation 4). Raises ValueError for another name, and for fewer steps than the
-    schedule can be defined on.
+    Hoogeboom et al. 2023, equation 4). 'logsnr' is that of classifier-free guidance (Ho & Salimans 2022,
+    section 2): log SNR = -2 log tan(a u + b) at u = (t + 1) / T, within +-20. Its time is continuous: take T
+    = 65536, and scale the network's time by 1000 / T.
+
+    Raises ValueError for another name, and for fewer steps than the schedule can be defined on.
     """
     name, _, factor = name.partition(":")
     if num_timesteps < 1:
@@ -50,6 +55,11 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
         u = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
         f = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         beta = np.minimum(1.0 - f[1:] / f[:-1], 0.999)
+    elif name == "logsnr":
+        b = np.arctan(np.exp(-0.5 * _MOST_LOGSNR))
+        a = np.arctan(np.exp(0.5 * _MOST_LOGSNR)) - b
+        # alpha_bar = sigmoid(-2 log tan x) = cos(x)^2
+        return Schedule(name, np.cos(a * np.arange(1, num_timesteps + 1) / num_timesteps + b) ** 2)
     else:
         raise ValueError(
             f"unknown schedule {name!r}: choose one of {', '.join(NAMES)}{_did_you_mean(name, NAMES)}"

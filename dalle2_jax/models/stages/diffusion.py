@@ -343,6 +343,7 @@ def unet_and_process(settings: dict) -> tuple[dict, gaussian.GaussianDiffusion]:
         schedule=schedules.make_schedule(settings["schedule"], settings["num_timesteps"]),
         threshold=settings.get("threshold"),
         loss_kind=settings.get("loss", "hybrid"),
+        fixed_variance=settings.get("fixed_variance", 0.0),
         **{name: settings[name] for name in names},
     )
     return unet, process
