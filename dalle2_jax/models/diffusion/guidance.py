@@ -97,18 +97,23 @@ def steered(
     schedule: Schedule,
     log_p: Callable[[jax.Array, jax.Array], jax.Array],
     scale: float | jax.Array = 1.0,
+    *,
+    mean: bool = False,
 ) -> Denoiser:
     """The denoiser of data weighed by p(y | x)^scale: eps - scale sqrt(1 - alpha_bar) grad log p(y | x_t).
 
     log_p(x_t, t) -> [B] is that of a classifier of noised pictures, or how well they match a caption by a
     CLIP that was trained on noised pictures (Dhariwal & Nichol 2021, algorithm 2; Nichol et al. 2021, section
-    2.4). `scale` is a number or [B]; 0 steers nowhere.
+    2.4). `scale` is a number or [B]; 0 steers nowhere. mean: only the gradient is returned, by which an
+    ancestral step shifts its mean (ibid., algorithm 1).
     """
 
     def steer(x_t, t):
         prediction = denoise(x_t, t)
         gradient = jax.grad(lambda x: log_p(x, t).sum())(x_t).astype(jnp.float32)
         gradient = gradient * jnp.asarray(scale, jnp.float32).reshape(-1, *[1] * (x_t.ndim - 1))
+        if mean:
+            return prediction._replace(gradient=gradient)
         signal, sigma = signal_and_sigma(schedule, t, x_t.ndim)
         x0 = prediction.x0 + sigma**2 / signal * gradient
         return Prediction(x0, prediction.eps - sigma * gradient, prediction.var_frac)
@@ -153,7 +158,8 @@ def keep_known(denoise: Denoiser, schedule: Schedule, image: jax.Array, mask: ja
         drawn = denoise(x_t, t)
         there = _with_x0(schedule, drawn, image, x_t, t)
         x0 = mask * drawn.x0 + (1 - mask) * there.x0
-        return Prediction(x0, mask * drawn.eps + (1 - mask) * there.eps, drawn.var_frac)
+        gradient = None if drawn.gradient is None else mask * drawn.gradient
+        return Prediction(x0, mask * drawn.eps + (1 - mask) * there.eps, drawn.var_frac, gradient)
 
     return kept
 
@@ -162,4 +168,4 @@ def _with_x0(
     schedule: Schedule, prediction: Prediction, x0: jax.Array, x_t: jax.Array, t: jax.Array
 ) -> Prediction:
     signal, sigma = signal_and_sigma(schedule, t, x_t.ndim)
-    return Prediction(x0, (x_t - signal * x0) / sigma, prediction.var_frac)
+    return prediction._replace(x0=x0, eps=(x_t - signal * x0) / sigma)

@@ -45,12 +45,14 @@ WEIGHTINGS = ("uniform", "min_snr", "p2")
 class Prediction(NamedTuple):
     """What a denoiser returns, whatever its network predicts: arrays [B, ...] float32 of the shape of x_t.
 
-    var_frac, the variance fraction f of the module's docstring, is None without a learned variance.
+    var_frac, the variance fraction f of the module's docstring, is None without a learned variance. gradient,
+    that of a guide's log p(y | x_t), shifts the mean of an ancestral step by its variance; None: no guide.
     """
 
     x0: jax.Array
     eps: jax.Array
     var_frac: jax.Array | None = None
+    gradient: jax.Array | None = None
 
 
 # network(x_t [B, ...], t [B] int32) -> output, of twice as many channels where the variance is learned

@@ -60,7 +60,10 @@ def ddpm(steps: TwoTime, variance: str | float = "learned") -> Sampler:
 
     def update(x_t, prediction, x0_before, c, keys):
         mean = c["x0"] * prediction.x0 + c["x_t"] * x_t
-        std = c["noisy"] * jnp.exp(0.5 * _log_variance(variance, prediction.var_frac, c["small"], c["large"]))
+        log_var = _log_variance(variance, prediction.var_frac, c["small"], c["large"])
+        if prediction.gradient is not None:  # in the last step, too (ADM, algorithm 1)
+            mean = mean + jnp.exp(log_var) * prediction.gradient
+        std = c["noisy"] * jnp.exp(0.5 * log_var)
         return mean + std * _normal(keys, c["t"], x_t.shape[1:])
 
     return Sampler(table, update)

@@ -25,7 +25,7 @@ from dalle2_jax.runtime.names import nearest
 NAMES = ("linear", "cosine", "cosine:4", "logsnr")
 # The ends of 'logsnr': log(alpha_bar / (1 - alpha_bar)) is in +-20.
 _MOST_LOGSNR = 20.0
-SPACINGS = ("uniform", "trailing", "fast27", "sections:10,10,3,2,2")
+SPACINGS = ("uniform", "trailing", "adm", "ddim", "fast27", "sections:10,10,3,2,2")
 
 
 def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
@@ -88,6 +88,8 @@ def space_timesteps(num_steps: int, num_timesteps: int = 1000, spacing: str = "u
     spacing:
       'uniform'   round(i (T-1) / (n-1)), halves to even, so both 0 and T-1 are among them; n = 1 gives [T-1];
       'trailing'  round(T - i T / n) - 1: starts at T-1, ends at about T/n - 1;
+      'adm'       'uniform' as ADM's code adds it up in floats, i times the stride: one off at some counts;
+      'ddim'      0, k, 2k, ... with the smallest whole k that gives n times (ADM's 'ddimN');
       'sections:a,b,...'  T is cut into equal sections, the cleanest first, with a, b, ... uniform steps;
       'fast27'    GLIDE's 27 steps of 1000: sections 10,10,3,2,2 with 997 in the place of 999, against DDIM's
                   artifacts from the noisiest times.
@@ -101,6 +103,16 @@ def space_timesteps(num_steps: int, num_timesteps: int = 1000, spacing: str = "u
         times = _uniform(T, num_steps) if num_steps > 1 else np.array([T - 1])
     elif spacing == "trailing":
         times = np.rint(T - np.arange(num_steps) * T / num_steps).astype(np.int64) - 1
+    elif spacing == "adm":
+        stride = (T - 1) / (num_steps - 1) if num_steps > 1 else 1.0
+        times = np.rint(np.cumsum([0.0] + [stride] * (num_steps - 1))).astype(np.int64)
+    elif spacing == "ddim":
+        strides = [k for k in range(1, T) if len(range(0, T, k)) == num_steps] or [T] * (num_steps == 1)
+        if not strides:
+            raise ValueError(
+                f"spacing 'ddim' has no whole stride for {num_steps} of {T} steps: use 'uniform'"
+            )
+        times = np.arange(0, T, strides[0])
     elif spacing == "fast27":
         if T != 1000 or num_steps != 27:
             raise ValueError(f"spacing 'fast27' is 27 steps of 1000, not {num_steps} of {T}: use 'uniform'")
