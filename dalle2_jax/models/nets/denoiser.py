@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.efficient_unet import EfficientUNet
-from dalle2_jax.models.nets.text import GlideTextTransformer
+from dalle2_jax.models.nets.text import GlideTextTransformer, TextPool
 from dalle2_jax.models.nets.transformer import NullStates, TokenEmbedding, kept
 from dalle2_jax.models.nets.unet import Style, TimeEmbedding, UNet
 
@@ -44,6 +44,8 @@ class DenoiserNet(nn.Module):
       transformer fills it with its padding embedding. With text['states_width'] the caption is the states and
       the embedding of a frozen CLIP's text transformer (Karlo): the states are projected and attended to, the
       embedding, or a learned null one, is added like the image's. text['null_tokens'] is for NullStates.
+      Without embed_dim the states are those of a frozen T5 (Imagen): they are projected and attended to, and
+      pooled by text['pool_heads'] heads. The null caption is zeros, all of which are read.
     - inpaint: known pixels, in further channels of input.
     - The small picture of an upsampler, in further channels of input, and the level of its noise.
     """
@@ -76,6 +78,10 @@ class DenoiserNet(nn.Module):
             )
         if self.num_classes:
             self.label_embed = TokenEmbedding(self.num_classes, emb_dim, self.dtype)
+        if self.reads_t5:
+            self.text_states_proj = layers.Dense(self.token_width, dtype=self.dtype)
+            self.text_pool = TextPool(self.text["pool_heads"], emb_dim, self.dtype)
+            return
         if self.text:
             self.text_emb_proj = layers.Dense(emb_dim, dtype=self.dtype)
         if self.text and self.reads_states:
@@ -89,8 +95,13 @@ class DenoiserNet(nn.Module):
             self.text_net = GlideTextTransformer(**self.text, dtype=self.dtype)
 
     @property
+    def reads_t5(self) -> bool:
+        """Whether captions are the states of a text encoder without an embedding, such as T5."""
+        return self.reads_states and not self.embed_dim
+
+    @property
     def reads_states(self) -> bool:
-        """Whether captions are a frozen CLIP's states and not tokens."""
+        """Whether captions are a frozen encoder's states and not tokens."""
         return bool(self.text and self.text.get("states_width"))
 
     def condition(
@@ -117,7 +128,11 @@ class DenoiserNet(nn.Module):
         if self.num_classes:
             row = self.label_embed(jnp.maximum(label, 0))  # [B, 4C]
             emb = _sum(emb, jnp.where(label[:, None] < 0, 0, row))
-        if self.reads_states:
+        if self.reads_t5:
+            drop = drop_text[:, None]  # [B, 1]
+            states, mask = jnp.where(drop[..., None], 0, text), token_mask | drop
+            emb, context = _sum(emb, self.text_pool(states, mask)), self.text_states_proj(states)
+        elif self.reads_states:
             null_embed = kept(self.null_text_embed, self.text.get("null_tokens", 0))
             y = jnp.where(drop_text[:, None], null_embed, text_embed * self.embed_scale)
             text, token_mask = self.null_text_states(text, token_mask, drop_text)

@@ -281,6 +281,54 @@ def test_deepfloyds_unet_equals_diffusers(stage):
     assert_same(ours(time, params), expected)
 
 
+def test_imagens_text_pathway_equals_deepfloyds():
+    """Projected states in front of the keys, and the pooled vector, added to the embedding of time."""
+    torch, model = diffusers_model(
+        "UNet2DConditionModel",
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(32, 64),
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        encoder_hid_dim=24,
+        encoder_hid_dim_type="text_proj",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+        cross_attention_dim=64,
+        attention_head_dim=32,
+        cross_attention_norm="group_norm",
+        act_fn="gelu",
+        resnet_time_scale_shift="scale_shift",
+    )
+    x, states, t = normal(2, SIDE, SIDE, 3), normal(2, 5, 24), np.array([3, 871])
+    states[1] = 0  # the null caption
+    with torch.no_grad():
+        expected = model(channels_first(torch, x), torch.from_numpy(t), torch.from_numpy(states)).sample
+    time, params = unet(model)
+    pool = model.add_embedding.pool
+    pooling = {
+        "norm1": norm(model.add_embedding.norm1),
+        "position": {"embedding": pool.positional_embedding.detach().numpy()[0]},
+        "q": dense(pool.q_proj),
+        "kv": joined(pool.k_proj, pool.v_proj),
+        "proj": dense(model.add_embedding.proj),
+        "norm2": norm(model.add_embedding.norm2),
+    }
+    params = {"time": time, "net": params, "text_pool": pooling}
+    params["text_states_proj"] = dense(model.encoder_hid_proj)
+    style = Style(activation="gelu", context_norm="group", norm_groups=32, emb_dim=128)
+    settings = dict(out_channels=6, channels=32, channel_mult=(1, 2), num_res_blocks=1, head_dim=32)
+    settings |= dict(attention_resolutions=(4,), style=style)
+    text = dict(states_width=24, context_length=5, width=64, pool_heads=4)
+    net = DenoiserNet(settings, SIDE, text=text)
+    mask, drop = np.ones((2, 5), bool), np.array([False, True])
+    given = normal(2, 5, 24)
+    given[0] = states[0]
+    conditions = dict(text=given, token_mask=mask, drop_text=drop)
+    assert_same(jax.jit(net.apply)({"params": params}, x, t, conditions), expected)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [dict(resample="pool"), dict(resample_pad=(2, 2)), dict(context_norm="batch"), dict(activation="x")],
