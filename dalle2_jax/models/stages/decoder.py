@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.nets.denoiser import DenoiserNet
 from dalle2_jax.models.stages import check_settings
+from dalle2_jax.models.stages.building import unet_and_process
 from dalle2_jax.models.stages.conditions import TOKEN_TEXT, Caption, ClipImage, Label
-from dalle2_jax.models.stages.diffusion import DiffusionStage, unet_and_process
+from dalle2_jax.models.stages.diffusion import DiffusionStage
 from dalle2_jax.models.stages.settings import ETA, GUIDANCE, INTERVAL, METHOD, SPACING, STEPS, THRESHOLD
 
 SETTINGS = (GUIDANCE, INTERVAL, STEPS, METHOD, ETA, SPACING, THRESHOLD)
@@ -26,7 +27,7 @@ def build(
     embed_dim: int = 1024,
     channels: int = 512,
     channel_mult: tuple[int, ...] = (1, 2, 3, 4),
-    num_res_blocks: int = 3,
+    num_res_blocks: int | tuple[int, ...] = 3,
     attention_resolutions: tuple[int, ...] = (32, 16, 8),
     head_dim: int = 64,
     num_heads: int = 0,
@@ -52,6 +53,9 @@ def build(
     guidance_scale: float = 3.0,
     threshold: float | None = None,
     inpaint: bool = False,
+    fixed_variance: float = 0.0,
+    guide_rule: str = "score",
+    net: dict | None = None,
     remat: bool | str = "none",
     dtype: str = "float32",
 ) -> DiffusionStage:
@@ -64,7 +68,8 @@ def build(
     place of heads of head_dim entries. guidance_scale: 1 where nothing is ever dropped. weighting ('uniform',
     'p2', 'min_snr'), loss ('hybrid', 'vlb'): see `diffusion.process`. threshold: percentile of dynamic
     thresholding, None to clip. inpaint: the network also gets known pixels, with random masks in training
-    (GLIDE; `init_from` a decoder without).
+    (GLIDE; `init_from` a decoder without). fixed_variance, guide_rule: see `diffusion.gaussian`. net: where
+    the U-Net differs from ADM's, see `unet.Style`.
     """
     unet, process = unet_and_process(locals())
     if image_size % 2 ** (len(channel_mult) - 1):

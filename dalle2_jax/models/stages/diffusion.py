@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.models.diffusion import gaussian, process, schedules
+from dalle2_jax.models.diffusion import gaussian, process
 from dalle2_jax.models.diffusion.guidance import Guidance, interleave, is_guided
 from dalle2_jax.models.nets.denoiser import Conditioning, DenoiserNet
 from dalle2_jax.models.stages import Loss
@@ -330,23 +330,6 @@ class DiffusionStage:
             return in_tiles(window, (x_t, *pictures.values()), tile)
 
         return tiled
-
-
-def unet_and_process(settings: dict) -> tuple[dict, gaussian.GaussianDiffusion]:
-    """(the U-Net's settings, the noise process) of the keywords of a `build`."""
-    unet = {name: settings[name] for name in ("channels", "num_res_blocks", "head_dim", "num_heads")}
-    unet |= {name: settings[name] for name in ("dropout", "scale_shift", "remat")}
-    unet |= {name: tuple(settings[name]) for name in ("channel_mult", "attention_resolutions")}
-    unet["out_channels"] = 6 if settings["learned_variance"] else 3
-    names = ("objective", "learned_variance", "weighting", "num_steps", "spacing", "method", "eta")
-    process = gaussian.GaussianDiffusion(
-        schedule=schedules.make_schedule(settings["schedule"], settings["num_timesteps"]),
-        threshold=settings.get("threshold"),
-        loss_kind=settings.get("loss", "hybrid"),
-        fixed_variance=settings.get("fixed_variance", 0.0),
-        **{name: settings[name] for name in names},
-    )
-    return unet, process
 
 
 def training_keys(key: jax.Array) -> dict[str, jax.Array]:

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.nets.denoiser import DenoiserNet
 from dalle2_jax.models.stages import check_settings
+from dalle2_jax.models.stages.building import unet_and_process
 from dalle2_jax.models.stages.conditions import TOKEN_TEXT, Caption, Label, LowRes
-from dalle2_jax.models.stages.diffusion import DiffusionStage, unet_and_process
+from dalle2_jax.models.stages.diffusion import DiffusionStage
 from dalle2_jax.models.stages.settings import ETA, METHOD, STEPS, TILE
 
 SETTINGS = (STEPS, METHOD, ETA, TILE)
@@ -35,7 +36,7 @@ def build(
     crop_size: int | None = None,
     channels: int = 320,
     channel_mult: tuple[int, ...] = (1, 2, 3, 4),
-    num_res_blocks: int = 3,
+    num_res_blocks: int | tuple[int, ...] = 3,
     attention_resolutions: tuple[int, ...] = (),
     head_dim: int = 64,
     num_heads: int = 0,
@@ -58,6 +59,9 @@ def build(
     tile: int | None = None,
     last_step: bool = False,
     inpaint: bool = False,
+    fixed_variance: float = 0.0,
+    noise_scale: float = 1.0,
+    net: dict | None = None,
     remat: bool | str = "none",
     dtype: str = "float32",
 ) -> DiffusionStage:
@@ -67,7 +71,7 @@ def build(
     noises the small picture (0: never); low_res_level: the share at which sampling does. tile: see
     `diffusion.in_tiles`. last_step: a second network, parameters 'last', takes the last step.
     attention_resolutions (sides of the full picture), head_dim, num_heads, text (for tokens), num_classes and
-    inpaint: see `decoder.build`.
+    inpaint, net: see `decoder.build`. fixed_variance, noise_scale: see `diffusion.gaussian`.
     """
     unet, process = unet_and_process(locals())
     crop_size = crop_size or image_size // 4
