@@ -85,7 +85,7 @@ def test_the_card_says_what_it_is(converted, workdirs, tmp_path):
     assert card.startswith("---\nlicense: unknown\n") and "pipeline_tag: text-to-image" in card
     count = sum(x.size for x in jax.tree.leaves(workdirs[1]["prior"]))
     assert f"| `prior` | prior | {count:,} | 2 | scenes, " in card
-    assert '"channel_mult"' in card and "not stated: ask who made these weights" in card
+    assert '"channel_mult"' in card and "not stated: ask the makers of these weights" in card
     once = sources(workdirs[0], upsamplers=())
     convert.convert_workdirs(tmp_path / "free", **once, licence="Apache-2.0")
     assert "license: apache-2.0" in (tmp_path / "free" / "README.md").read_text()

@@ -5,9 +5,9 @@ from absl import logging
 from dalle2_jax.convert import convert
 from dalle2_jax.runtime import partition
 
-__doc__ = convert.__doc__  # what --help prints
+__doc__ = convert.__doc__  # --help prints it
 
 if __name__ == "__main__":
     partition.initialise()
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant to be so
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of intended settings
     raise SystemExit(convert.main())

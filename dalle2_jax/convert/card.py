@@ -14,7 +14,7 @@ import numpy as np
 
 from dalle2_jax.runtime import modeldir
 
-UNKNOWN = "not stated: ask who made these weights"
+UNKNOWN = "not stated: ask the makers of these weights"
 # How to use the files, by library.
 USES = {
     "dalle2_jax": (
@@ -52,7 +52,7 @@ def model_card(index: Mapping[str, Any], stages: Mapping[str, tuple], library: s
     steps = index.get("trained_steps", {})
     for folder, (config, params) in stages.items():
         count = sum(math.prod(np.shape(leaf)) for leaf in modeldir.flatten(params).values())
-        data = _data(config) or ("what its makers say" if made_from else "not recorded")
+        data = _data(config) or ("see its makers" if made_from else "not recorded")
         trained = steps.get(folder)
         lines.append(
             f"| `{folder}` | {config['stage']} | {count:,} | {'' if trained is None else trained} | {data} |"

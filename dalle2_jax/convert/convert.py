@@ -7,7 +7,7 @@
     python -m dalle2_jax.convert inception SRC.pth OUT.safetensors
 
 The first takes the averaged parameters of training workdirs, the second weights of others: the name of a
-FORMAT is a module of `formats` (hf-clip is hf_clip.py), which says what SRC is. The third makes folders of
+FORMAT is a module of `formats` (hf-clip is hf_clip.py), which describes SRC. The third makes folders of
 diffusers and transformers. push publishes on the Hugging Face Hub; SRC and MODEL may be
 hf://OWNER/NAME@COMMIT. The last turns the released weights of FID's Inception into what
 `dalle2_jax.evaluate --inception` reads. A model directory holds, for each stage, weights and the config that
@@ -21,13 +21,14 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
 import dalle2_jax
-from dalle2_jax.convert import card
+from dalle2_jax.convert import card, inception_weights
 from dalle2_jax.convert.formats import refused, to_diffusers
 from dalle2_jax.convert.tensors import sha256
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -36,7 +37,6 @@ from dalle2_jax.runtime import files, hub, modeldir
 from dalle2_jax.systems import cascade
 from dalle2_jax.systems.cascade import ROLES
 
-DTYPES = tuple(modeldir.DTYPES)
 FORMATS = (
     "hf-clip",
     "openai-clip",
@@ -89,23 +89,22 @@ def convert_workdirs(
         image embeddings needs CLIP and prior.
 
     Raises:
-      FileNotFoundError, ValueError: a workdir lacks something, or the stages do not fit together.
+      FileNotFoundError, ValueError: an incomplete workdir, or stages that do not match.
     """
     out = _check_out(out, dtype)
     models.check_names(sources, (*ROLES, "upsamplers"), "sources")
-    wanted = [(role, sources[role]) for role in ROLES if sources.get(role)]
+    wanted = [(role, str(sources[role])) for role in ROLES if sources.get(role)]
     wanted += [("upsampler", source) for source in sources.get("upsamplers") or ()]
     if not wanted:
         raise ValueError(f"give at least one workdir: {', '.join(f'--{role}' for role in ROLES)}")
     parts, stages, tokenizers, steps = {}, {}, {}, {}
-    local = {source: hub.local(source) for _, source in wanted}
+    local = {source: os.fspath(hub.local(source)) for _, source in wanted}
     for role, source in wanted:
         stage, config, params = models.load_stage(source, role)
         folder = f"upsampler{stage.image_size}" if role == "upsampler" else role
         if folder in stages:
-            raise ValueError(
-                f"two upsamplers draw {stage.image_size} x {stage.image_size}: {source} is one too many"
-            )
+            side = stage.image_size
+            raise ValueError(f"two upsamplers draw {side} x {side}: {source} is one too many")
         stages[folder], parts[folder] = stage, (without_paths(config) | {"wandb": ""}, params)
         steps[folder] = _trained_steps(local[source], folder)
         if getattr(stage, "context_length", None):
@@ -116,8 +115,8 @@ def convert_workdirs(
     tokenizer = _shared_tokenizer(list(tokenizers.values())) if tokenizers else None
     _check_stages(parts, stages, tokenizer)
     inherited = sorted({found for _, source in wanted if (found := _licence(local[source]))})
-    extra = {"trained_steps": steps, "licence": licence or "; ".join(inherited)}
-    _write_model(out, parts, tokenizer, dtype, name, extra)
+    extra = {"name": name, "trained_steps": steps, "licence": licence or "; ".join(inherited)}
+    _write_model(out, parts, stages, tokenizer, dtype, extra)
 
 
 def convert_weights(
@@ -134,22 +133,22 @@ def convert_weights(
 
     Args:
       format_name: one of FORMATS.
-      source: what the format's module says: a file or a folder.
+      source: a file or a folder, see the format's module.
       out: the directory; made if absent. Files of the same names are replaced.
       tokenizer: a folder that `load_tokenizer` reads, for a source that comes without.
       dtype, name: as above.
-      licence: of the weights, for the model card; by default what is known of the format's.
+      licence: of the weights, for the model card; by default those of the format.
 
     Raises:
-      FileNotFoundError, ValueError: the source is not what the format is, and where it differs.
+      FileNotFoundError, ValueError: the source does not have this format; names the differences.
     """
     out = _check_out(out, dtype)
     module = importlib.import_module(f"dalle2_jax.convert.formats.{format_name.replace('-', '_')}")
     source, tokenizer = hub.local(source), files.expand(tokenizer)
     if not Path(source).exists():
-        raise FileNotFoundError(f"there is no {source}")
+        raise FileNotFoundError(f"{source} does not exist")
     if tokenizer and not os.path.isdir(tokenizer):
-        raise FileNotFoundError(f"there is no tokenizer folder {tokenizer}")
+        raise FileNotFoundError(f"tokenizer folder {tokenizer} does not exist")
     words = load_tokenizer(tokenizer) if tokenizer else None
     read = module.import_weights(Path(source), words)
     stages = {folder: models.build_stage(config) for folder, (config, _) in read.stages.items()}
@@ -163,18 +162,18 @@ def convert_weights(
     _check_stages(read.stages, stages, words)
     for note in dict.fromkeys(note for tensors in read.tensors for note in tensors.notes):
         print(f"note: {note}", flush=True)
-    for _, params in read.stages.values():  # all are read once before anything is written: some may be spoilt
-        for leaf in jax.tree.leaves(params):
-            np.asarray(leaf)
+    for leaf in jax.tree.leaves([params for _, params in read.stages.values()]):
+        np.asarray(leaf)  # every tensor is read before anything is written: some may not be finite
     found = [path for tensors in read.tensors for path in tensors.files]
-    inside = [path.relative_to(source) if path != Path(source) else path.name for path in found]
-    sums = {str(name): sha256(path) for name, path in zip(inside, found, strict=True)}
+    sums = {
+        path.name if path == Path(source) else str(path.relative_to(source)): sha256(path) for path in found
+    }
     for file, checksum in sums.items():
         print(f"read {file}, sha256 {checksum}", flush=True)
     licence = licence or read.licence
     print(f"licence of these weights: {licence or card.UNKNOWN}", flush=True)
-    made_from = {"format": format_name, "sha256": sums}
-    _write_model(out, read.stages, words, dtype, name, {"made_from": made_from, "licence": licence})
+    extra = {"name": name, "made_from": {"format": format_name, "sha256": sums}, "licence": licence}
+    _write_model(out, read.stages, stages, words, dtype, extra)
 
 
 def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[str]:
@@ -182,62 +181,55 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
 
     Returns notes on it; see formats/to_diffusers.py. Raises FileNotFoundError or ValueError.
     """
-    model = hub.local(model)
-    index = modeldir.read_index(model)
-    stages = {name: models.load_stage(model, name)[1:] for name in index["stages"]}
-    out = _check_out(out, "float32")
+    source, folder = epath.Path(hub.local(model)), _check_out(out, "float32")
+    index = modeldir.read_index(source)
+    stages = {name: models.load_stage(source, name)[1:] for name in index["stages"]}
     context_length = stages["clip"][0]["model"]["text"]["context_length"] if "clip" in stages else None
-    folder = next((each["tokenizer"] for each in index["stages"].values() if each["tokenizer"]), "tokenizer")
-    tokenizer = load_tokenizer(epath.Path(model) / folder, context_length)
-    notes = to_diffusers.export_model(Path(out), stages, tokenizer)
+    words = next((each["tokenizer"] for each in index["stages"].values() if each["tokenizer"]), "tokenizer")
+    tokenizer = load_tokenizer(source / words, context_length)
+    notes = to_diffusers.export_model(Path(folder), stages, tokenizer)
     library = "transformers" if set(stages) == {"clip"} else "diffusers"
-    (out / modeldir.CARD_FILE).write_text(card.model_card(index, stages, library))
+    (folder / modeldir.CARD_FILE).write_text(card.model_card(index, stages, library))
     return notes
 
 
 def _check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
-    """`out` as a path, once it and `dtype` are found to be possible."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    out = epath.Path(files.expand(out))
-    if models.is_workdir(out):
-        raise ValueError(f"{out} is a training workdir: write the model directory elsewhere")
-    return out
+    """`out` as a path. Raises ValueError for an unknown dtype, and for a training workdir."""
+    if dtype not in modeldir.DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(modeldir.DTYPES)}")
+    folder = epath.Path(files.expand(out))
+    if models.is_workdir(folder):
+        raise ValueError(f"{folder} is a training workdir: write the model directory elsewhere")
+    return folder
 
 
 def _check_stages(parts: dict[str, tuple], stages: dict, tokenizer: Tokenizer | None) -> None:
-    """Raise ValueError unless stages fit together and to the tokenizer."""
+    """Raise ValueError unless the stages match each other and the tokenizer."""
     configs = {folder: config for folder, (config, _) in parts.items()}
     vocab_sizes = dict.fromkeys(stages, tokenizer.vocab_size) if tokenizer else {}
-    cascade.check(
-        configs, stages, vocab_sizes, {folder: cascade.uses(stage) for folder, stage in stages.items()}
-    )
+    uses = {folder: cascade.uses(stage) for folder, stage in stages.items()}
+    cascade.check(configs, stages, vocab_sizes, uses)
 
 
 def _write_model(
-    out: epath.Path, parts: dict[str, tuple], tokenizer: Tokenizer | None, dtype: str, name: str, extra: dict
+    out: epath.Path, parts: dict, stages: dict, tokenizer: Tokenizer | None, dtype: str, extra: dict
 ) -> None:
-    """A model directory of folder -> (config, parameters), the upsamplers in their order."""
+    """Write a model directory of folder -> (config, parameters), the upsamplers in their order."""
     for folder, (config, params) in parts.items():
         modeldir.save_stage(out / folder, config, params, dtype)
     if tokenizer is not None:
         (out / "tokenizer").mkdir(parents=True, exist_ok=True)
         tokenizer.save(out / "tokenizer")
-    stages = {folder: models.build_stage(config) for folder, (config, _) in parts.items()}
-    entries = {
-        folder: {
-            "folder": folder,
-            "uses": cascade.uses(stage),
-            "tokenizer": "tokenizer" if getattr(stage, "context_length", None) else "",
-        }
-        for folder, stage in stages.items()
-    }
-    extra = {"name": name or out.name, "dalle2_jax_version": dalle2_jax.__version__} | extra
+    entries = {}
+    for folder, stage in stages.items():
+        words = "tokenizer" if getattr(stage, "context_length", None) else ""
+        entries[folder] = {"folder": folder, "uses": cascade.uses(stage), "tokenizer": words}
+    extra = {"dalle2_jax_version": dalle2_jax.__version__} | extra | {"name": extra["name"] or out.name}
     modeldir.write_index(out, entries, extra=extra)
     (out / modeldir.CARD_FILE).write_text(card.model_card(extra, parts))
 
 
-def _licence(source: str) -> str:
+def _licence(source: str | os.PathLike) -> str:
     """The licence of a model directory, or of the one that a workdir's parameters began as; '' if unknown."""
     folder = epath.Path(source)
     if models.is_workdir(folder):
@@ -264,7 +256,7 @@ def _shared_tokenizer(folders: list[epath.Path]) -> Tokenizer:
 
 
 def _trained_steps(source: str, folder: str) -> int | None:
-    """The step whose average `models.load_stage` read; for a model directory what its index says."""
+    """The step whose average `models.load_stage` read; for a model directory the step in its index."""
     if models.is_workdir(source):
         names = [path.name for path in (epath.Path(source) / "checkpoints").iterdir()]
         return max(int(name) for name in names if name.isdigit())
@@ -278,65 +270,53 @@ def _paths(text: str) -> tuple[str, ...]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; one subcommand a source of weights."""
-    parser = argparse.ArgumentParser(prog="python -m dalle2_jax.convert", description=__doc__.split("\n")[0])
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m dalle2_jax.convert", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    path: dict[str, Any] = dict(type=files.expand, default="")
     workdirs = commands.add_parser(
         "workdirs", aliases=["export"], help="averaged weights of training workdirs"
     )
     for role in ROLES:
-        workdirs.add_argument(f"--{role}", type=files.expand, default="", metavar="W", help=_ROLE_HELP[role])
-    workdirs.add_argument(
-        "--upsamplers",
-        type=_paths,
-        default="",
-        metavar="W1,W2",
-        help="workdirs of the upsamplers, in their order",
-    )
-    workdirs.add_argument(
-        "--out", type=files.expand, required=True, metavar="MODEL", help="model directory to write"
-    )
-    workdirs.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
-    workdirs.add_argument("--name", default="", help="name of the model; by default the last name of --out")
-    workdirs.add_argument("--licence", default="", help="of the weights, for the model card")
+        workdirs.add_argument(f"--{role}", **path, metavar="W", help=_ROLE_HELP[role])
+    in_order = "workdirs of the upsamplers, in their order"
+    workdirs.add_argument("--upsamplers", type=_paths, default="", metavar="W1,W2", help=in_order)
+    workdirs.add_argument("--out", **path, required=True, metavar="MODEL", help="model directory to write")
     workdirs.set_defaults(run=_run_workdirs)
+    writers = [workdirs]
     for name in FORMATS:
         module = importlib.import_module(f"dalle2_jax.convert.formats.{name.replace('-', '_')}")
-        weights = commands.add_parser(f"{name}", help=module.HELP, description=module.__doc__.split("\n")[0])
-        weights.add_argument("source", type=files.expand, metavar="SRC", help=module.HELP)
-        weights.add_argument("out", type=files.expand, metavar="OUT", help="model directory to write")
-        weights.add_argument(
-            "--tokenizer",
-            type=files.expand,
-            default="",
-            metavar="FOLDER",
-            help="for a SRC without a tokenizer",
+        weights = commands.add_parser(
+            f"{name}", help=module.HELP, description=(module.__doc__ or "").split("\n")[0]
         )
-        weights.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the stored weights")
-        weights.add_argument("--name", default="", help="name of the model; by default the last name of OUT")
-        weights.add_argument("--licence", default="", help="of the weights, if another than is known")
+        weights.add_argument("source", **path, metavar="SRC", help=module.HELP)
+        weights.add_argument("out", **path, metavar="OUT", help="model directory to write")
+        weights.add_argument("--tokenizer", **path, metavar="FOLDER", help="for a SRC without a tokenizer")
         weights.set_defaults(run=_run_weights)
+        writers.append(weights)
+    for writer in writers:
+        writer.add_argument("--dtype", default="bfloat16", choices=[*modeldir.DTYPES], help="of the weights")
+        writer.add_argument("--name", default="", help="of the model; by default the folder's")
+        writer.add_argument("--licence", default="", help="of the weights; by default that of their source")
     for name, reason in refused.REASONS.items():
-        other = commands.add_parser(name, help="not read; says why", description=reason)
+        other = commands.add_parser(name, help="not read; prints the reason", description=reason)
         other.add_argument("source", metavar="SRC", nargs="?")
         other.add_argument("out", metavar="OUT", nargs="?")
         other.set_defaults(run=lambda options: refused.refuse(options.command))
     diffusers = commands.add_parser("to-diffusers", help="a folder of diffusers or transformers")
-    diffusers.add_argument("model", type=files.expand, metavar="MODEL", help="model directory")
-    diffusers.add_argument("out", type=files.expand, metavar="OUT", help="folder to write")
+    diffusers.add_argument("model", **path, metavar="MODEL", help="model directory")
+    diffusers.add_argument("out", **path, metavar="OUT", help="folder to write")
     diffusers.set_defaults(run=_run_diffusers)
     push = commands.add_parser("push", help="a model directory to the Hugging Face Hub")
-    push.add_argument("model", type=files.expand, metavar="MODEL", help="model directory")
+    push.add_argument("model", **path, metavar="MODEL", help="model directory")
     push.add_argument("repository", metavar="OWNER/NAME", help="made if absent")
     push.add_argument("--private", action="store_true", help="make a repository that others do not see")
     push.set_defaults(run=_run_push)
     inception = commands.add_parser("inception", help="the weights that FID is measured with, converted once")
-    inception.add_argument(
-        "source", type=files.expand, metavar="SRC", help="pt_inception-2015-12-05-6726825d.pth"
-    )
-    inception.add_argument("out", type=files.expand, metavar="OUT", help="safetensors file to write")
-    inception.add_argument(
-        "--any_checksum", action="store_true", help="also take a file whose checksum is not the known one"
-    )
+    inception.add_argument("source", **path, metavar="SRC", help="pt_inception-2015-12-05-6726825d.pth")
+    inception.add_argument("out", **path, metavar="OUT", help="safetensors file to write")
+    any_checksum = "also convert a file whose checksum is not the released one's"
+    inception.add_argument("--any_checksum", action="store_true", help=any_checksum)
     inception.set_defaults(run=_run_inception)
     return parser
 
@@ -349,15 +329,9 @@ def _run_workdirs(options: argparse.Namespace) -> None:
 
 
 def _run_weights(options: argparse.Namespace) -> None:
-    convert_weights(
-        options.command,
-        options.source,
-        options.out,
-        tokenizer=options.tokenizer,
-        dtype=options.dtype,
-        name=options.name,
-        licence=options.licence,
-    )
+    names = ("tokenizer", "dtype", "name", "licence")
+    more = {name: getattr(options, name) for name in names}
+    convert_weights(options.command, options.source, options.out, **more)
     _print_size(options.out)
 
 
@@ -373,8 +347,6 @@ def _run_push(options: argparse.Namespace) -> None:
 
 
 def _run_inception(options: argparse.Namespace) -> None:
-    from dalle2_jax.convert import inception_weights
-
     checksum = inception_weights.convert(options.source, options.out, options.any_checksum)
     print(f"wrote {options.out}, from weights with the sha256 {checksum}")
 
@@ -385,7 +357,7 @@ def _print_size(out: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; 0, or 2 after an error in what was asked for."""
+    """Run a subcommand; returns 0, or 2 after an error."""
     options = make_parser().parse_args(arguments)
     try:
         options.run(options)

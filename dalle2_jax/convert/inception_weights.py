@@ -7,14 +7,15 @@ the file; its checksum is compared.
 
 import dataclasses
 import functools
-import hashlib
 import os
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
+from dalle2_jax.convert.tensors import open_tensors, sha256
 from dalle2_jax.models.nets import inception
 from dalle2_jax.runtime import files, modeldir
 
@@ -38,37 +39,27 @@ def from_state_dict(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     Raises ValueError that names missing, surplus or misshapen tensors.
     """
-    left = {name: np.asarray(value) for name, value in tensors.items()}
-    left = {name: value for name, value in left.items() if not name.endswith("num_batches_tracked")}
-    params, missing = {}, []
-
-    def take(name: str) -> np.ndarray:
-        if name not in left:
-            missing.append(name)
-            return np.ones(())
-        return left.pop(name).astype(np.float64)
-
-    for name in sorted(modeldir.flatten(abstract_params())):
-        layer, _, kind = name.rpartition("/")
-        source = layer.replace("/", ".")
+    names = {"fc": ["fc.weight", "fc.bias"]}
+    parts = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+    for layer in {name.rpartition("/")[0] for name in modeldir.flatten(abstract_params())} - {"fc"}:
+        names[layer] = [f"{layer.replace('/', '.')}.{part}" for part in parts]
+    expected = {name for wanted in names.values() for name in wanted}
+    found = {name for name in tensors if not name.endswith("num_batches_tracked")}
+    missing, surplus = sorted(expected - found), sorted(found - expected)
+    if missing or surplus:
+        why = f"lacks {len(missing)} tensors" if missing else f"has {len(surplus)} tensors too many"
+        some = ", ".join((missing or surplus)[:5])
+        raise ValueError(f"this is not the state dictionary of {NETWORK}: it {why}, among them {some}")
+    params = {}
+    for layer, wanted in names.items():
+        kernel, *rest = (np.asarray(tensors[name], np.float64) for name in wanted)
         if layer == "fc":
-            value = take("fc.weight" if kind == "kernel" else "fc.bias")
-            params[name] = value.T
-        elif kind == "kernel":
-            kernel = take(f"{source}.conv.weight")
-            gain, bias, mean, var = (
-                take(f"{source}.bn.{part}") for part in ("weight", "bias", "running_mean", "running_var")
-            )
-            scale = gain / np.sqrt(var + inception.EPSILON)
-            params[name] = kernel.transpose(2, 3, 1, 0) * scale if kernel.ndim == 4 else kernel
-            params[f"{layer}/bias"] = bias - mean * scale
-    if missing or left:
-        shown = ", ".join((missing or sorted(left))[:5])
-        raise ValueError(
-            f"this is not the state dictionary of {NETWORK}: it "
-            + (f"lacks {len(missing)} tensors" if missing else f"has {len(left)} tensors too many")
-            + f", among them {shown}"
-        )
+            params["fc/kernel"], params["fc/bias"] = kernel.T, rest[0]
+            continue
+        gain, bias, mean, var = rest
+        scale = gain / np.sqrt(var + inception.EPSILON)
+        params[f"{layer}/kernel"] = kernel.transpose(2, 3, 1, 0) * scale if kernel.ndim == 4 else kernel
+        params[f"{layer}/bias"] = bias - mean * scale
     params = {name: np.ascontiguousarray(value, np.float32) for name, value in params.items()}
     modeldir.check_params(params, modeldir.flatten(abstract_params()), "the state dictionary")
     return params
@@ -78,20 +69,16 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, any_checksum: boo
     """Write a state dictionary of torch (new layout or old) as safetensors; returns the source's sha256.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: no such file.
       ValueError: its sha256 is not SHA256 (unless `any_checksum`), or it holds other weights.
     """
-    import safetensors.numpy
-
-    from dalle2_jax.convert.tensors import open_tensors
-
     if not os.path.isfile(source):
-        raise FileNotFoundError(f"there is no file {source}")
+        raise FileNotFoundError(f"{source} does not exist")
     checksum = sha256(source)
     if checksum != SHA256 and not any_checksum:
         raise ValueError(
             f"{source} has the sha256 {checksum}, not {SHA256}: it is another file, or damaged; with "
-            "--any_checksum it is taken all the same, and FID of it is no one else's FID"
+            "--any_checksum it is converted, and its FID is comparable with no other"
         )
     params = from_state_dict(open_tensors(source))
     metadata = {"format": "np", "network": NETWORK, "source_sha256": checksum}
@@ -111,24 +98,14 @@ class Weights:
 
 def load(path: str | os.PathLike) -> Weights:
     """The weights in a file that `convert` wrote. Raises FileNotFoundError or ValueError with advice."""
-    import safetensors
-
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is no safetensors file: convert the released weights once, with python -m "
-            "dalle2_jax.convert inception SRC.pth OUT.safetensors"
-        ) from error
+        command = "python -m dalle2_jax.convert inception SRC.pth OUT.safetensors"
+        raise ValueError(f"{path} is invalid: convert the released weights once, with {command}") from error
     modeldir.check_params(flat, modeldir.flatten(abstract_params()), os.fspath(path))
     return Weights(modeldir.unflatten(flat), sha256(path), metadata.get("source_sha256", "unknown"))
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """The checksum of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,16 +6,19 @@ shapes of all tensors are compared before anything is read.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from dalle2_jax.convert.tensors import Tensors
+from dalle2_jax.models import models
 from dalle2_jax.runtime import modeldir
 
 Arrays = list[np.ndarray]
+OPENAI_LICENCE = "OpenAI's are MIT; of other weights in this layout ask their makers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Layout:
     join: Callable[[Arrays], np.ndarray]
 
 
-# The same array: biases, gains, tables, class tokens.
+# The same array: biases, gains, tables, class tokens, and kernels that are multiplied from the right.
 SAME = Layout(lambda x, n: np.split(x, n, axis=-1) if x.ndim else [x], lambda xs: _concatenate(xs, -1))
 # Dense kernels [in, out] as weights [out, in]; several weights are concatenated along the outputs.
 DENSE = Layout(lambda x, n: np.split(x.T, n, axis=0), lambda xs: _concatenate(xs, 0).T)
@@ -34,45 +37,26 @@ DENSE = Layout(lambda x, n: np.split(x.T, n, axis=0), lambda xs: _concatenate(xs
 CONV = Layout(lambda x, n: [x.transpose(3, 2, 0, 1)], lambda xs: xs[0].transpose(2, 3, 1, 0))
 # The same array with a leading axis of length 1.
 LEADING = Layout(lambda x, n: [x[None]], lambda xs: xs[0][0])
-
-
-def entry_major(count: int) -> Layout:
-    """A Dense with an output of [count, entries], as a weight with an output of [entries, count]."""
-
-    def turned(x, rows):
-        return np.swapaxes(x.reshape(rows, -1, *x.shape[1:]), 0, 1).reshape(x.shape)
-
-    return Layout(lambda x, n: [turned(x.T, count)], lambda xs: turned(xs[0], len(xs[0]) // count).T)
-
-
 # A convolution of width 1 over a sequence, [out, in, 1], instead of a Dense.
 POINTWISE = Layout(lambda x, n: [x.T[..., None]], lambda xs: xs[0][..., 0].T)
 
 
-def per_head(parts: int, head_dim: int, pointwise: bool = False) -> tuple[Layout, Layout]:
-    """(kernel, bias) layouts of a Dense with an output of `parts` blocks (q | k | v), as a weight with rows
-    ordered by head, then by part (OpenAI's old order). pointwise: the weight is a convolution of width 1."""
+def regrouped(parts: int, width: int = 1, kernel: Layout = DENSE) -> tuple[Layout, Layout]:
+    """(kernel, bias) layouts of a Dense with outputs [parts, n, width], theirs being [n, parts, width].
 
-    def regrouped(x, before, after):
-        """Rows [before, after, head_dim, ...] as [after, before, head_dim, ...]."""
-        return np.swapaxes(x.reshape(before, after, head_dim, *x.shape[1:]), 0, 1).reshape(x.shape)
+    With parts q, k, v of heads of `width` entries: OpenAI's old order, by head and then by part.
+    """
 
-    def heads(x):
-        return len(x) // (parts * head_dim)
+    def swapped(x: np.ndarray, rows: int) -> np.ndarray:
+        return np.swapaxes(x.reshape(rows, -1, width, *x.shape[1:]), 0, 1).reshape(x.shape)
 
-    def split(x, n):
-        return [regrouped(x, parts, heads(x))]
+    def of(base: Layout) -> Layout:
+        return Layout(
+            lambda x, n: [swapped(base.split(x, n)[0], parts)],
+            lambda xs: base.join([swapped(xs[0], len(xs[0]) // (parts * width))]),
+        )
 
-    def join(xs):
-        return regrouped(xs[0], heads(xs[0]), parts)
-
-    def split_kernel(x, n):
-        return [split(x.T, n)[0][..., None]] if pointwise else split(x.T, n)
-
-    def join_kernel(xs):
-        return join([xs[0][..., 0]] if pointwise else xs).T
-
-    return Layout(split_kernel, join_kernel), Layout(split, join)
+    return of(kernel), of(SAME)
 
 
 def _concatenate(arrays: Arrays, axis: int) -> np.ndarray:
@@ -95,33 +79,31 @@ def leaf(ours: str, theirs: str, layout: Layout = SAME) -> list[Row]:
 
 def norm(ours: str, theirs: str) -> list[Row]:
     """A layer or group norm."""
-    return [Row(f"{ours}/scale", (f"{theirs}.weight",)), Row(f"{ours}/bias", (f"{theirs}.bias",))]
+    return leaf(f"{ours}/scale", f"{theirs}.weight") + leaf(f"{ours}/bias", f"{theirs}.bias")
 
 
 def dense(
-    ours: str,
-    *theirs: str,
-    layout: Layout | None = None,
-    bias_layout: Layout | None = None,
-    bias: bool = True,
+    ours: str, *theirs: str, layouts: tuple[Layout, Layout] = (DENSE, SAME), bias: bool = True
 ) -> list[Row]:
-    """A Dense of one layer of theirs, or of several concatenated; default layouts are DENSE and SAME."""
+    """A Dense of one layer of theirs, or of several concatenated; `layouts` are of kernel and bias."""
     # torch's fused attention has in_proj_weight and in_proj_bias, other layers layer.weight and layer.bias
-    named = [name if name.endswith("_") else f"{name}." for name in theirs]
-    rows = [Row(f"{ours}/kernel", tuple(f"{name}weight" for name in named), layout or DENSE)]
-    return rows + [Row(f"{ours}/bias", tuple(f"{name}bias" for name in named), bias_layout or SAME)] * bias
+    heads = [name if name.endswith("_") else f"{name}." for name in theirs]
+    rows = [
+        Row(f"{ours}/{name}", tuple(head + kind for head in heads), layout)
+        for name, kind, layout in zip(("kernel", "bias"), ("weight", "bias"), layouts, strict=True)
+    ]
+    return rows if bias else rows[:1]
 
 
 def conv(ours: str, theirs: str, bias: bool = True) -> list[Row]:
     """A convolution."""
-    return [Row(f"{ours}/kernel", (f"{theirs}.weight",), CONV)] + [
-        Row(f"{ours}/bias", (f"{theirs}.bias",))
-    ] * bias
+    return dense(ours, theirs, layouts=(CONV, SAME), bias=bias)
 
 
-def under(prefix: str, rows: Iterable[Row]) -> list[Row]:
-    """The rows with our names below `prefix`."""
-    return [dataclasses.replace(row, ours=f"{prefix}/{row.ours}") for row in rows]
+def under(ours: str, rows: Iterable[Row], theirs: str = "") -> list[Row]:
+    """The rows with our names below `ours` ('': as they are), and their names prefixed by `theirs`."""
+    prefix = f"{ours}/" if ours else ""
+    return [Row(prefix + row.ours, tuple(theirs + name for name in row.theirs), row.layout) for row in rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,28 +118,32 @@ class BlockNames:
     fc2: str
 
     def rows(
-        self, ours: str, theirs: str, depth: int, qkv: tuple[Layout | None, Layout | None] = (None, None)
+        self, ours: str, theirs: str, depth: int, qkv: tuple[Layout, Layout] = (DENSE, SAME)
     ) -> list[Row]:
         """The rows of `depth` blocks; `theirs` has {} in the place of the block's number.
 
         qkv: layouts of kernel and bias of queries, keys and values; default: three blocks.
         """
-        rows = []
-        for number in range(depth):
-            a, b = f"{ours}/block_{number}", theirs.format(number)
-            rows += norm(f"{a}/norm1", f"{b}.{self.norm1}") + norm(f"{a}/norm2", f"{b}.{self.norm2}")
-            names = (f"{b}.{name}" for name in self.qkv)
-            rows += dense(f"{a}/attn/qkv", *names, layout=qkv[0], bias_layout=qkv[1])
-            rows += dense(f"{a}/attn/out", f"{b}.{self.out}")
-            rows += dense(f"{a}/mlp/fc1", f"{b}.{self.fc1}") + dense(f"{a}/mlp/fc2", f"{b}.{self.fc2}")
-        return rows
+        block = [
+            *norm("norm1", self.norm1),
+            *norm("norm2", self.norm2),
+            *dense("attn/qkv", *self.qkv, layouts=qkv),
+            *dense("attn/out", self.out),
+            *dense("mlp/fc1", self.fc1),
+            *dense("mlp/fc2", self.fc2),
+        ]
+        return [
+            row
+            for number in range(depth)
+            for row in under(f"{ours}/block_{number}", block, f"{theirs.format(number)}.")
+        ]
 
 
 class Lazy:
-    """An array with known shape and dtype, computed when numpy reads it."""
+    """An array of this shape and dtype, computed when numpy reads it."""
 
-    def __init__(self, shape: tuple[int, ...], make: Callable[[], np.ndarray], dtype=np.float32):
-        self.shape, self.dtype, self.ndim = tuple(shape), np.dtype(dtype), len(shape)
+    def __init__(self, shape: tuple[int, ...], make: Callable[[], np.ndarray]):
+        self.shape, self.dtype, self.ndim = tuple(shape), np.dtype(np.float32), len(shape)
         self._make = make
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -170,17 +156,13 @@ class Lazy:
 def expected_shapes(table: Iterable[Row], abstract: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of their tensors for parameters of ours with the shapes of `abstract`."""
     shapes = {name: tuple(leaf.shape) for name, leaf in modeldir.flatten(abstract).items()}
-    return {
-        name: shape
-        for row in table
-        for name, shape in zip(row.theirs, _theirs_shapes(row, shapes[row.ours]), strict=True)
-    }
+    return {name: shape for row in table for name, shape in _their_shapes(row, shapes[row.ours])}
 
 
-def _theirs_shapes(row: Row, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes of a row's tensors, found by splitting an array without memory."""
-    empty = np.broadcast_to(np.float32(0), shape)
-    return [part.shape for part in row.layout.split(empty, len(row.theirs))]
+def _their_shapes(row: Row, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a row's tensors, found by splitting an array without memory."""
+    parts = row.layout.split(np.broadcast_to(np.float32(0), shape), len(row.theirs))
+    return [(name, part.shape) for name, part in zip(row.theirs, parts, strict=True)]
 
 
 def imported(
@@ -208,29 +190,32 @@ def imported(
     rows = {row.ours: row for row in table}
     unknown = sorted(shapes.keys() ^ (rows.keys() | leaves.keys()))
     if unknown:
-        raise ValueError(
-            f"the table and the model differ in {', '.join(unknown[:10])}: a mistake in the format"
-        )
+        raise ValueError(f"a mistake in the format: table and model differ in {', '.join(unknown[:10])}")
     expected = expected_shapes(rows.values(), abstract)
     found = {name: shape for name, shape in tensors.shapes.items() if not re.fullmatch(ignored, name)}
     # A scalar of ours may be a vector of length 1, such as OpenCLIP's logit_scale.
     found |= {name: () for name, shape in expected.items() if shape == () and found.get(name) == (1,)}
     complaints = modeldir.differences(found, expected)
     if complaints:
-        raise ValueError(
-            f"{tensors.source} does not have the tensors that its settings promise:\n" + "\n".join(complaints)
-        )
+        differing = f"{tensors.source} does not have the tensors that its settings promise:"
+        raise ValueError("\n".join([differing, *complaints]))
 
     def lazy(row: Row) -> Lazy:
-        shape = shapes[row.ours]
-
-        def make():
+        def make() -> np.ndarray:
             made = row.layout.join([tensors[name] for name in row.theirs])
-            return made.reshape(()) if shape == () and made.shape == (1,) else made
+            return made.reshape(()) if shapes[row.ours] == () and made.shape == (1,) else made
 
-        return Lazy(shape, make)
+        return Lazy(shapes[row.ours], make)
 
     return modeldir.unflatten({name: leaves[name] if name in leaves else lazy(rows[name]) for name in shapes})
+
+
+def read_stage(
+    config: dict, table: Callable[[Any], Iterable[Row]], tensors: Tensors, **options
+) -> tuple[dict, dict]:
+    """(config, parameters) of a stage; `table` makes its rows from our shapes; `options` as of `imported`."""
+    abstract = models.abstract_params(models.build_stage(config))
+    return config, imported(table(abstract), tensors, abstract, **options)
 
 
 def exported(table: Iterable[Row], params: Any, *, dropped: Iterable[str] = ()) -> dict[str, Lazy]:
@@ -238,24 +223,19 @@ def exported(table: Iterable[Row], params: Any, *, dropped: Iterable[str] = ()) 
 
     dropped: names of our leaves that their format does not hold. Raises ValueError for another such leaf.
     """
-    flat = modeldir.flatten(params)
-    rows = list(table)
+    flat, rows = modeldir.flatten(params), list(table)
     homeless = sorted(flat.keys() - {row.ours for row in rows} - set(dropped))
     if homeless:
-        raise ValueError(f"there is no place in this format for {', '.join(homeless[:10])}")
-    return dict(_exported(rows, flat))
+        raise ValueError(f"this format has no tensor for {', '.join(homeless[:10])}")
 
+    def part(row: Row, number: int) -> np.ndarray:
+        return row.layout.split(np.asarray(flat[row.ours], np.float32), len(row.theirs))[number]
 
-def _exported(rows: list[Row], flat: Mapping[str, Any]) -> Iterator[tuple[str, Lazy]]:
-    for row in rows:
-        ours = flat[row.ours]
-        shapes = _theirs_shapes(row, tuple(np.shape(ours)))
-        for number, (name, shape) in enumerate(zip(row.theirs, shapes, strict=True)):
-
-            def make(row=row, ours=ours, number=number):
-                return row.layout.split(np.asarray(ours, np.float32), len(row.theirs))[number]
-
-            yield name, Lazy(shape, make)
+    return {
+        name: Lazy(shape, functools.partial(part, row, number))
+        for row in rows
+        for number, (name, shape) in enumerate(_their_shapes(row, tuple(np.shape(flat[row.ours]))))
+    }
 
 
 @dataclasses.dataclass

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from dalle2_jax.convert import torch_legacy, wrappers
 from dalle2_jax.convert.torch_archive import TorchArchive, is_archive
@@ -28,7 +29,7 @@ _NARROW = (ml_dtypes.bfloat16, np.float16)
 
 
 class Tensors(Mapping):
-    """Name -> array. `shapes` are known without reading; an array is read when it is accessed.
+    """Name -> array. `shapes` are found without reading; an array is read when it is accessed.
 
     Floating arrays are converted to float32. An array that is not finite is a ValueError.
     `notes`: lines for the user on how the tensors were found.
@@ -39,12 +40,11 @@ class Tensors(Mapping):
         source: str,
         shapes: Mapping[str, tuple[int, ...]],
         read: Callable[[str], np.ndarray],
-        files=(),
-        notes=(),
+        files: Iterable[Path] = (),
+        notes: Iterable[str] = (),
     ):
-        self.source, self.shapes, self.files = source, dict(shapes), tuple(files)
-        self.notes = tuple(notes)
-        self._read = read
+        self.source, self.shapes, self._read = source, dict(shapes), read
+        self.files, self.notes = tuple(files), tuple(notes)
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = self._read(name)
@@ -66,29 +66,19 @@ class Tensors(Mapping):
         return len(self.shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; ValueError if there is none of this name."""
+        """The shape of a tensor; ValueError for an unknown name."""
         if name not in self.shapes:
             heads = [f"{head} ({count})" for head, count in wrappers.heads(self.shapes).items()]
             more = f", and {len(heads) - 10} more" if len(heads) > 10 else ""
-            raise ValueError(
-                f"{self.source} has no tensor {name}: it is not of this format. It holds "
-                + (", ".join(heads[:10]) + more if heads else "no tensors")
-            )
+            held = ", ".join(heads[:10]) + more if heads else "no tensors"
+            raise ValueError(f"{self.source} has no tensor {name}: it is not of this format. It holds {held}")
         return self.shapes[name]
 
     def renamed(self, names: Mapping[str, str], source: str = "", notes=()) -> "Tensors":
         """The tensors of `names`: new name -> name here; `source` replaces the source, `notes` are added."""
         shapes = {new: self.shapes[old] for new, old in names.items()}
-        read, notes = (lambda new: self._read(names[new])), (*self.notes, *notes)
-        return Tensors(source or self.source, shapes, read, self.files, notes)
-
-    def below(self, *prefixes: str) -> "Tensors":
-        """The tensors below the first of `prefixes` that occurs, named without the prefix."""
-        for prefix in prefixes:
-            found = {name[len(prefix) :]: name for name in self.shapes if name.startswith(prefix)}
-            if found:
-                return self.renamed(found)
-        raise ValueError(f"{self.source} has no tensors called {' or '.join(p + '*' for p in prefixes)}")
+        notes = (*self.notes, *notes)
+        return Tensors(source or self.source, shapes, lambda new: self._read(names[new]), self.files, notes)
 
 
 def parted(tensors: Tensors, parts: Mapping[str, tuple[str, int, slice | list[int]]]) -> Tensors:
@@ -125,14 +115,14 @@ def joined(parts: Mapping[str, Tensors]) -> Tensors:
 def open_tensors(path: str | os.PathLike, names: tuple[str, ...] = WEIGHTS) -> Tensors:
     """The tensors of a file, or of a folder of transformers or diffusers; nothing is executed.
 
-    For a training checkpoint these are the model's tensors under the model's own names: see wrappers.py.
+    For a training checkpoint these are the model's tensors under the names of the model: see wrappers.py.
 
     Args:
       path: the file or folder.
       names: names of weights in a folder; the first that exists is read.
 
     Raises:
-      FileNotFoundError: there is no such file, or no weights in the folder.
+      FileNotFoundError: no such file, or no weights in the folder.
       ValueError: the file is damaged or of another kind, or the model in it is ambiguous.
     """
     tensors = _open(Path(path), names)
@@ -154,7 +144,7 @@ def _open(path: Path, names: tuple[str, ...] = WEIGHTS) -> Tensors:
                 return _open_shards(path / f"{name}.index.json")
         raise FileNotFoundError(f"{path} holds no weights: expected one of {', '.join(names)}")
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(f"{path} does not exist")
     if damage := files.damage(path):
         raise ValueError(f"{path} {damage}")
     if is_archive(path):
@@ -174,8 +164,6 @@ def _looks_like_safetensors(path: Path) -> bool:
 
 
 def _open_safetensors(path: Path) -> Tensors:
-    import safetensors
-
     try:
         file = safetensors.safe_open(path, framework="np")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -203,9 +191,8 @@ def _open_shards(path: Path) -> Tensors:
             raise ValueError(f"{path} names the file {name!r}: it must lie in the same folder")
     missing = [name for name in named if not (path.parent / name).exists()]
     if missing:
-        raise FileNotFoundError(
-            f"{path} names {len(named)} files, {len(missing)} are not there: {', '.join(missing[:5])}"
-        )
+        absent = f"{len(missing)} are not there: {', '.join(missing[:5])}"
+        raise FileNotFoundError(f"{path} names {len(named)} files, {absent}")
     shards = {name: _open(path.parent / name) for name in named}
     missing = sorted(name for name, shard in where.items() if name not in shards[shard].shapes)
     if missing:

@@ -14,7 +14,7 @@ import dataclasses
 import os
 import pickletools
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -72,8 +72,8 @@ def is_archive(path) -> bool:
         head = file.read(4)
     if head == b"PK\x03\x04":
         raise ValueError(
-            f"{path} is truncated: it begins as an archive of torch, and its last part, the list of what it "
-            f"holds, is missing behind {os.path.getsize(path):,} bytes. Download or copy it again"
+            f"{path} is truncated: it begins as an archive of torch, and the list of its files, which ends "
+            f"an archive, is missing after {os.path.getsize(path):,} bytes. Download or copy it again"
         )
     return False
 
@@ -121,39 +121,50 @@ class TorchArchive:
         """The tensor of this name, as it is stored. Raises ValueError for a storage that is too short."""
         tensor = self.tensors[name]
         size = tensor.dtype.itemsize
-        if not np.prod(tensor.shape, dtype=np.int64):
-            return np.zeros(tensor.shape, tensor.dtype)
-        ends = [(length - 1) * stride for length, stride in zip(tensor.shape, tensor.strides, strict=True)]
-        if min((tensor.offset, *tensor.strides)) < 0:
-            raise ValueError(f"tensor {name} lies outside its storage: the archive is damaged")
-        count = sum(ends) + 1
-        if np.prod(tensor.shape, dtype=np.float64) > count:
-            raise ValueError(f"tensor {name} has more numbers than its storage, which is not read")
-        entry = f"{self._root}/data/{tensor.storage}"
-        try:
-            with self._zip.open(entry) as file:
-                file.seek(tensor.offset * size)
+
+        def stored(first: int, count: int) -> np.ndarray:
+            with self._zip.open(f"{self._root}/data/{tensor.storage}") as file:
+                file.seek(first * size)
                 data = file.read(count * size)
+            return np.frombuffer(data[: len(data) // size * size], tensor.dtype)
+
+        try:
+            return build(name, tensor, stored)
         except (KeyError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
             raise ValueError(f"the numbers of tensor {name} are missing or damaged: {error}") from error
-        if len(data) != count * size:
-            raise ValueError(f"tensor {name} lies outside its storage: the archive is damaged")
-        flat = np.frombuffer(data, tensor.dtype)
-        strides = [stride * size for stride in tensor.strides]
-        return np.array(np.lib.stride_tricks.as_strided(flat, tensor.shape, strides), order="C")
+
+
+def build(name: str, tensor: StoredTensor, read: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """The array of a tensor; read: (first, count) -> numbers of its storage, fewer at the storage's end.
+
+    Raises ValueError for a tensor outside its storage or with more numbers than it.
+    """
+    outside = f"tensor {name} lies outside its storage: the file is damaged"
+    if min((tensor.offset, *tensor.strides, *tensor.shape)) < 0:
+        raise ValueError(outside)
+    if 0 in tensor.shape:
+        return np.zeros(tensor.shape, tensor.dtype)
+    count = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.strides, strict=True))
+    if np.prod(tensor.shape, dtype=np.float64) > count:
+        raise ValueError(f"tensor {name} has more numbers than its storage, which is not read")
+    flat = read(tensor.offset, count)
+    if len(flat) != count:
+        raise ValueError(outside)
+    strides = [step * tensor.dtype.itemsize for step in tensor.strides]
+    return np.array(np.lib.stride_tricks.as_strided(flat, tensor.shape, strides), order="C")
 
 
 def tensors_in(tree: Any) -> dict[str, StoredTensor]:
     """{dotted name: tensor} in a tree of dicts, lists and objects. ValueError for an endless tree."""
-    found, seen = {}, 0
-    waiting = [iter([((), tree)])]  # what is left at each depth
+    found, visited = {}, 0
+    waiting: list[Iterator[tuple[tuple[str, ...], Any]]] = [iter([((), tree)])]  # the rest at each depth
     while waiting:
         path, node = next(waiting[-1], (None, None))
         if path is None:
             waiting.pop()
             continue
-        seen += 1
-        if seen > _MAX_NODES:
+        visited += 1
+        if visited > _MAX_NODES:
             raise ValueError(f"the file's tree has more than {_MAX_NODES} nodes: it holds no weights alone")
         if len(path) > _MAX_DEPTH:
             raise ValueError(f"the file is nested more than {_MAX_DEPTH} deep")
@@ -199,33 +210,35 @@ def _build(target: Any, state: Any) -> Any:
 
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
-_CONTAINERS = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_CONTAINERS: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list}
 
 
 class _Machine:
     """The stack machine of a pickle; an instruction is a method, called with the instruction's argument."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stack: list = []
         self.memo: dict[int, Any] = {}
-        self.methods = {
+        self.methods: dict[str, Callable[[Any], Any]] = {
             **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), self.put),
             **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda key: self.stack.append(self.memo[key])),
             "MEMOIZE": lambda _: self.put(len(self.memo)),
             "GLOBAL": lambda name: self.stack.append(_Symbol(name.replace(" ", "."))),
-            "STACK_GLOBAL": self.stack_global,
+            "STACK_GLOBAL": lambda _: self.binary(lambda module, name: _Symbol(f"{module}.{name}")),
             **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda _: self.binary(_call)),
             "BUILD": lambda _: self.binary(_build),
             # a persistent id is ('storage', type, file, device, length), and stays on the stack as it is
             **dict.fromkeys(("PROTO", "FRAME", "BINPERSID"), lambda _: None),
             "TUPLE": lambda _: self.stack.append(tuple(self.pop_to_mark())),
+            "TUPLE1": lambda _: self.stack.append(tuple(self.pop(1))),
+            "TUPLE2": lambda _: self.stack.append(tuple(self.pop(2))),
+            "TUPLE3": lambda _: self.stack.append(tuple(self.pop(3))),
             **dict.fromkeys(("LIST", "FROZENSET"), lambda _: self.stack.append(self.pop_to_mark())),
-            "DICT": self.new_dict,
+            "DICT": lambda _: self.update(self.pop_to_mark(), {}),
             **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda _: self.extend(self.pop_to_mark())),
-            "APPEND": lambda _: self.extend([self.stack.pop()]),
+            "APPEND": lambda _: self.extend(self.pop(1)),
             "SETITEMS": lambda _: self.update(self.pop_to_mark()),
-            "SETITEM": lambda _: self.update([self.stack.pop(), self.stack.pop()][::-1]),
+            "SETITEM": lambda _: self.update(self.pop(2)),
             "POP": lambda _: self.stack.pop(),
         }
 
@@ -236,10 +249,6 @@ class _Machine:
             self.stack.append(_CONSTANTS[name])
         elif name in _CONTAINERS:
             self.stack.append(_CONTAINERS[name]())
-        elif name in _TUPLES:
-            items = self.stack[-_TUPLES[name] :]
-            del self.stack[-_TUPLES[name] :]
-            self.stack.append(tuple(items))
         elif name in self.methods:
             self.methods[name](argument)
         elif opcode.stack_after and not opcode.stack_before and argument is not None:
@@ -250,28 +259,22 @@ class _Machine:
     def put(self, key: int) -> None:
         self.memo[key] = self.stack[-1]
 
-    def stack_global(self, _) -> None:
-        attribute, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(_Symbol(f"{module}.{attribute}"))
+    def pop(self, count: int) -> list:
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        return items
 
-    def binary(self, function) -> None:
-        second, first = self.stack.pop(), self.stack.pop()
-        self.stack.append(function(first, second))
+    def binary(self, function: Callable[[Any, Any], Any]) -> None:
+        self.stack.append(function(*self.pop(2)))
 
     def pop_to_mark(self) -> list:
         at = len(self.stack) - 1
         while self.stack[at] is not _MARK:
             at -= 1
-        items = self.stack[at + 1 :]
-        del self.stack[at:]
-        return items
+        return self.pop(len(self.stack) - at)[1:]
 
-    def new_dict(self, _) -> None:
-        items = self.pop_to_mark()
-        self.stack.append({})
-        self.update(items)
-
-    def update(self, items: list) -> None:
+    def update(self, items: list, new: dict | None = None) -> None:
+        self.stack += [] if new is None else [new]
         if isinstance(self.stack[-1], dict):  # the items of an Opaque are not needed
             for key, value in zip(items[::2], items[1::2], strict=True):
                 if isinstance(key, str | int | float | tuple | bytes):
@@ -290,9 +293,7 @@ def walk(program) -> Any:
     machine = _Machine()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
         if count > _MAX_NODES:
-            raise ValueError(
-                f"the file's pickle has more than {_MAX_NODES} instructions: it holds no weights alone"
-            )
+            raise ValueError(f"the pickle has more than {_MAX_NODES} instructions: it holds no weights alone")
         if opcode.name == "STOP":
             return machine.stack.pop()
         machine.run(opcode, argument)

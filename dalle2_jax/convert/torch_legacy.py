@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from dalle2_jax.convert.torch_archive import StoredTensor, tensors_in, walk
+from dalle2_jax.convert.torch_archive import StoredTensor, build, tensors_in, walk
 
 MAGIC, LAYOUT = 0x1950A86A20F9469CFC6C, 1001
 # How every such file begins: the magic number as a pickle of protocol 2.
@@ -26,10 +26,8 @@ def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
             magic, layout, sizes, tree, keys = (walk(file) for _ in range(5))
         except (IndexError, KeyError, TypeError, AttributeError, ValueError) as error:
             if begins and file.tell() == size:
-                raise ValueError(
-                    f"{path} is truncated: it ends after {size:,} bytes, amid its description of the "
-                    "tensors. Download or copy it again"
-                ) from error
+                where = f"after {size:,} bytes, amid its description of the tensors"
+                raise ValueError(f"{path} is truncated {where}. Download or copy it again") from error
             raise ValueError(f"{path} is no file of weights that torch wrote: {error}") from error
         if magic != MAGIC or layout != LAYOUT or not isinstance(sizes, dict):
             raise ValueError(f"{path} is no file of weights that torch wrote")
@@ -40,33 +38,21 @@ def read_legacy(path: str | os.PathLike) -> dict[str, np.ndarray]:
         storages = {}
         for key in keys:
             if key not in types:
-                raise ValueError(f"{path}: storage {key!r} belongs to no tensor, so its size is not known")
+                raise ValueError(f"{path}: storage {key!r} belongs to no tensor, so its size is unknown")
             head = file.read(8)
             count = int.from_bytes(head, "little", signed=True)
             end = file.tell() + count * types[key].itemsize
             if count < 0:
                 raise ValueError(f"{path} is damaged: storage {key!r} has {count} numbers")
             if len(head) < 8 or end > size:
-                raise ValueError(
-                    f"{path} is truncated: {size:,} bytes are there of at least {end + 8 - len(head):,}. "
-                    "Download or copy it again"
-                )
+                sizes = f"{size:,} bytes of at least {end + 8 - len(head):,}"
+                raise ValueError(f"{path} is truncated: {sizes}. Download or copy it again")
             storages[key] = np.frombuffer(file.read(count * types[key].itemsize), types[key])
-    return {name: _view(name, tensor, storages) for name, tensor in found.items()}
+        if lost := sorted(types.keys() - storages.keys()):
+            raise ValueError(f"{path} is damaged: it lists no storage {lost[0]!r}")
 
+    def build_one(name: str, tensor: StoredTensor) -> np.ndarray:
+        storage = storages[tensor.storage]
+        return build(name, tensor, lambda first, count: storage[first : first + count])
 
-def _view(name: str, tensor: StoredTensor, storages: dict[str, np.ndarray]) -> np.ndarray:
-    storage = storages.get(tensor.storage)
-    reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.strides, strict=True))
-    empty = 0 in tensor.shape
-    if (
-        storage is None
-        or min((tensor.offset, *tensor.strides, *tensor.shape)) < 0
-        or (not empty and tensor.offset + reach >= len(storage))
-        or np.prod(tensor.shape, dtype=np.float64) > len(storage)
-    ):
-        raise ValueError(f"tensor {name} lies outside its storage: the file is damaged")
-    if empty:
-        return np.zeros(tensor.shape, tensor.dtype)
-    strides = [stride * tensor.dtype.itemsize for stride in tensor.strides]
-    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides).copy()
+    return {name: build_one(name, tensor) for name, tensor in found.items()}

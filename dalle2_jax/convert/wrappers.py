@@ -1,7 +1,7 @@
 """The tensors of the model in a training checkpoint, found by their names.
 
 Checkpoints hold a state dictionary under a key (`state_dict`, `model`, ...) beside the optimizer. DDP,
-torch.compile, Lightning and others prefix every name with an attribute of their own (`module.`, `_orig_mod.`,
+torch.compile, Lightning and others prefix every name with an attribute (`module.`, `_orig_mod.`,
 `model.`). In dotted names both are a first word, and such words are removed one after another.
 
 - A word of WEIGHTS or AVERAGES is removed if all other tensors belong to training (TRAINING). No part of a
@@ -11,38 +11,19 @@ torch.compile, Lightning and others prefix every name with an attribute of their
 - An ambiguous file is an error that names the cause: two models in a file, averages whose names are lost.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
 WEIGHTS = (
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "module",
-    "net",
-    "network",
-    "params",
-    "weights",
-    "clip",
-    "clip_model",
-    "online_model",
-    "shadow",
-)
+    "state_dict model_state_dict model_state model module net network params weights clip clip_model "
+    "online_model shadow"
+).split()
 AVERAGES = (
-    "model_ema",
-    "model_ema_state_dict",
-    "ema",
-    "ema_model",
-    "ema_params",
-    "ema_state_dict",
-    "ema_weights",
-    "averaged_model",
-    "swa_model",
-    "params_ema",
-    "state_dict_ema",
-)
+    "model_ema model_ema_state_dict ema ema_model ema_params ema_state_dict ema_weights averaged_model "
+    "swa_model params_ema state_dict_ema"
+).split()
 # Names of tensors of the training state, or the first words of these names.
 TRAINING = re.compile(
     r"(.*_)?(optim(izers?|izer_states?|_state)?(_.*)?|scalers?|scaler_.*|amp|(lr_)?sched(ulers?)?(_.*)?)"
@@ -74,7 +55,7 @@ def unwrap(names: Iterable[str], source: str) -> Unwrapped:
     """The model's tensors among a file's dotted names; `source` names the file in errors.
 
     Raises:
-      ValueError: there are several models, averages without names, or a pickled module.
+      ValueError: several models, averages without names, or a pickled module.
     """
     plain: dict[str, str] = {}
     for name in names:
@@ -86,7 +67,7 @@ def unwrap(names: Iterable[str], source: str) -> Unwrapped:
     modules = [name for name in found.names if {"_parameters", "_buffers"} & set(name.split("."))]
     if modules:
         raise ValueError(
-            f"{source} holds a whole pickled module ({modules[0]}), which only its own code can read: save "
+            f"{source} holds a pickled module ({modules[0]}), which only its code can read: save "
             "its state dictionary, torch.save(model.state_dict(), FILE)"
         )
     return found
@@ -94,11 +75,8 @@ def unwrap(names: Iterable[str], source: str) -> Unwrapped:
 
 def heads(names: Iterable[str]) -> dict[str, int]:
     """{first word: number of names with it}; '.*' follows a word that other words follow."""
-    counts: dict[str, int] = {}
-    for name in names:
-        head, dot, _ = name.partition(".")
-        counts[head + ".*" * bool(dot)] = counts.get(head + ".*" * bool(dot), 0) + 1
-    return counts
+    parts = (name.partition(".") for name in names)
+    return collections.Counter(head + ".*" * bool(dot) for head, dot, _ in parts)
 
 
 def _unwrapped(names: Mapping[str, str], below: str, source: str) -> Unwrapped:
@@ -123,24 +101,19 @@ def _unwrapped(names: Mapping[str, str], below: str, source: str) -> Unwrapped:
     for several in (weights, averages):
         if len(several) > 1:
             listed = ", ".join(f"{below}{head}.*" for head in several)
-            raise ValueError(
-                f"{source} holds several models ({listed}): save the state dictionary of the one you want"
-            )
+            raise ValueError(f"{source} holds several models ({listed}): save the state dictionary of one")
     inner = {head: _unwrapped(parts[head], f"{below}{head}.", source) for head in weights + averages}
-    found = _chosen(inner[weights[0]] if weights else None, inner[averages[0]] if averages else None, source)
-    beside = [f"{below}{name}" for name in heads(n for h in others for n in _full(h, parts[h]))]
+    found = inner[(averages or weights)[0]]
+    if averages:
+        found = _averages(found, inner[weights[0]] if weights else None, source)
+    named = (f"{head}.{rest}" if rest else head for head in others for rest in parts[head])
+    beside = [f"{below}{name}" for name in heads(named)]
     note = (f"not read: {', '.join(beside)}",) if beside else ()
     return dataclasses.replace(found, notes=found.notes + note)
 
 
-def _full(head: str, part: Mapping[str, str]) -> list[str]:
-    return [f"{head}.{rest}" if rest else head for rest in part]
-
-
-def _chosen(weights: Unwrapped | None, averages: Unwrapped | None, source: str) -> Unwrapped:
-    """The averages if there are any, completed by the weights."""
-    if averages is None:
-        return weights
+def _averages(averages: Unwrapped, weights: Unwrapped | None, source: str) -> Unwrapped:
+    """The averages without their counters, completed by the weights."""
     names = {name: full for name, full in averages.names.items() if name not in _COUNTERS}
     averages = dataclasses.replace(averages, names=names)
     if weights is None:
@@ -151,7 +124,7 @@ def _chosen(weights: Unwrapped | None, averages: Unwrapped | None, source: str) 
         raise ValueError(
             f"{source} holds averages, {averages.below}*, whose names are not those of its weights, "
             f"{weights.below}*: {averages.below}{alien[0]} is no {lacking[0]}. Save the ones that you want "
-            "as a state dictionary of their own"
+            "as a separate state dictionary"
         )
     notes = [f"the averages {averages.below}* are read, not the weights {weights.below}*"]
     if lacking:

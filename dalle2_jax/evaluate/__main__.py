@@ -1,9 +1,11 @@
 """python -m dalle2_jax.evaluate [--model=DIR] [--metrics=scenes,retrieval,zero_shot --n=128 --out=DIR]"""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import tempfile
+from typing import Any
 
 from absl import app, flags, logging
 from etils import epath
@@ -15,15 +17,14 @@ from dalle2_jax.generate.flags import define_sampling_flags, sampling_settings
 from dalle2_jax.generate.output import StageLines
 from dalle2_jax.runtime import commandline, partition, processes
 
-__doc__ = evaluate.__doc__  # what --help prints
+__doc__ = evaluate.__doc__  # --help prints it
 FLAGS = flags.FLAGS
 
 
-def request() -> Request:
+def read_request() -> Request:
     """The flags as a request."""
-    names = ("images", "reference", "inception", "preset", "aesthetic", "classes", "templates", "scenes")
-    names += ("n", "seed", "batch_size", "out", "npz_out", "stats_out")
-    values = {name: FLAGS[name].value for name in names}
+    names = {field.name for field in dataclasses.fields(Request)} - {"metrics", "settings"}
+    values: dict[str, Any] = {name: FLAGS[name].value for name in names}
     return Request(metrics=tuple(FLAGS.metrics or ()), settings=sampling_settings(), **values)
 
 
@@ -34,44 +35,37 @@ def main(argv):
             raise ValueError(f"unexpected arguments {argv[1:]}: captions are for dalle2_jax.generate")
         partition.initialise()
         processes.join()
-        out, asked = epath.Path(FLAGS.out), request()
+        out, request = epath.Path(FLAGS.out), read_request()
         if not processes.is_first():  # every process measures, one writes and prints
             out = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         load = functools.partial(pipeline.UnCLIP.load, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
         if FLAGS.prompts:
             suite = prompts.read_prompts(FLAGS.prompts)
-            how = dict(n=FLAGS.pictures, seed=asked.seed, settings=asked.settings, progress=StageLines())
-            prompts.draw(load(FLAGS.model), suite, FLAGS.out, batch_size=asked.batch_size, **how)
+            how = dict(n=FLAGS.pictures, seed=request.seed, settings=request.settings, progress=StageLines())
+            prompts.draw(load(FLAGS.model), suite, FLAGS.out, batch_size=request.batch_size, **how)
             print(f"{len(suite)} prompts, {FLAGS.pictures} pictures each: {FLAGS.out}")
             return
         model = None if FLAGS.compare else load(FLAGS.model)
         judge = stack.enter_context(networks.open_judge(FLAGS.judge)) if FLAGS.judge else None
         if FLAGS.compare:
             how = dict(model_dir=FLAGS.model, pictures=FLAGS.pictures, load=load, judge=judge)
-            comparison.write_report(out, comparison.compare(FLAGS.compare, asked, out, **how), FLAGS.report)
+            comparison.write_report(out, comparison.compare(FLAGS.compare, request, out, **how), FLAGS.report)
         else:
-            evaluate.write_report(out, *evaluate.evaluate(model, asked, out, judge), FLAGS.report)
+            evaluate.write_report(out, *evaluate.evaluate(model, request, out, judge), FLAGS.report)
 
 
 if __name__ == "__main__":
     define_sampling_flags()
     commandline.DEFINE_path("out", "evaluation", "Where the report and the grids go.")
-    flags.DEFINE_list(
-        "metrics", None, f"Some of {', '.join(metrics.METRICS)}; default: those that the other flags permit."
-    )
+    some = f"Some of {', '.join(metrics.METRICS)}; default: those that the other flags permit."
+    flags.DEFINE_list("metrics", None, some)
     commandline.DEFINE_path("images", None, "Pictures to measure: a folder, tar shards or an npz.")
-    commandline.DEFINE_path(
-        "classes", None, "zero_shot of --images: a file with the name of a class on each line."
-    )
-    commandline.DEFINE_path(
-        "templates", None, "zero_shot: a file with a template such as 'a photo of a {}' a line."
-    )
+    commandline.DEFINE_path("classes", None, "zero_shot of --images: a file with a class on each line.")
+    commandline.DEFINE_path("templates", None, "zero_shot: a file with a line like 'a photo of a {}' each.")
     commandline.DEFINE_path("reference", None, "Pictures to compare with, or an npz of mu and sigma.")
     commandline.DEFINE_path("inception", None, "Weights that `dalle2_jax.convert inception` wrote.")
-    commandline.DEFINE_path(
-        "judge", None, "Another CLIP for clip_*, aesthetic and --compare: a model directory, or its folder."
-    )
+    commandline.DEFINE_path("judge", None, "Another CLIP for clip_*, aesthetic and --compare; a folder.")
     commandline.DEFINE_path("aesthetic", None, "Weights of LAION's aesthetic head, for CLIP ViT-L/14.")
     flags.DEFINE_string("preset", "ttur", f"Protocol of FID, one of {', '.join(presets.PRESETS)}.")
     commandline.DEFINE_path("report", None, "Write one self-contained HTML page of numbers and pictures.")

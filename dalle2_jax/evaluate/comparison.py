@@ -15,6 +15,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -42,8 +43,8 @@ class Row:
 
     Attributes:
       pictures: number of drawn pictures.
-      named, correct: shares in 0 .. 1, see `metrics.scenes`; interval: Wilson's, of `named`. None without a
-        checker.
+      named, correct: shares in 0 .. 1, see `metrics.scenes`; interval: Wilson's (low, high) of `named`; None
+        without a checker.
       diversity, clip: see the module.
       seconds: per picture, all stages, without compiling.
       fidelity: entries of `fidelity.measure`.
@@ -51,9 +52,9 @@ class Row:
 
     name: str
     pictures: int
-    named: float | None
-    interval: tuple[float, float] | None
-    correct: float | None
+    named: Any
+    interval: Any
+    correct: Any
     diversity: float
     clip: float
     seconds: float
@@ -81,30 +82,24 @@ def diversity(embeds: np.ndarray) -> float:
     return float(1 - np.mean(sums) / (count * (count - 1)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """A way of drawing: a model directory (None: the bundled model) and keywords of `text_to_image`."""
+def parse_way(text: str, model_dir: str | None) -> tuple[str, str | None, dict]:
+    """'NAME: guidance_scale=2 model=DIR' as (name, model directory, keywords of `text_to_image`).
 
-    name: str
-    model_dir: str | None
-    settings: dict
-
-
-def parse_way(text: str, model_dir: str | None) -> Way:
-    """'NAME: guidance_scale=2 model=DIR' as a Way; name and settings may be absent. Raises ValueError."""
+    Name and settings may be absent; the bundled model is None. Raises ValueError for anything else.
+    """
     name, _, settings = text.rpartition(":")
     parts = [part.partition("=") for part in settings.split()]
     if any(not equals for _, equals, _ in parts):
         raise ValueError(f"--compare={text!r} must be settings like 'guidance_scale=2 prior_steps=64'")
     changes = {setting: value for setting, _, value in parts}
     directory = changes.pop("model", model_dir)
-    return Way(name.strip() or text or "as it is", directory, sampling_settings(changes))
+    return name.strip() or text or "as it is", directory, sampling_settings(changes)
 
 
 def measure(
     name: str,
     result: pipeline.Result,
-    clip: pipeline.UnCLIP,
+    clip: pipeline.Pipeline,
     check: Callable | None,
     fidelity_of: Callable[[PictureSet], dict[str, dict]],
     batch_size: int | None = None,
@@ -116,13 +111,11 @@ def measure(
       check: (image, caption) -> verdict, `evaluate.scenes.check`; None: no checker reads these captions.
       fidelity_of: a picture set -> entries of `fidelity.measure`.
     """
-    count, judged = len(result.images), dict(named=None, interval=None, correct=None)
+    count = len(result.images)
+    judged: dict[str, Any] = dict(named=None, interval=None, correct=None)
     if check is not None:
-        verdicts = [
-            scenes_metric.verdict_aspects(check(image, caption))
-            for image, caption in zip(result.images, result.captions, strict=True)
-        ]
-        named, correct = (sum(verdict[key] for verdict in verdicts) for key in ("named", "correct"))
+        verdicts = list(map(scenes_metric.verdict_aspects, map(check, result.images, result.captions)))
+        named, correct = (sum(bool(verdict[key]) for verdict in verdicts) for key in ("named", "correct"))
         judged = dict(named=named / count, interval=wilson(named, count), correct=correct / count)
     n = max(result.numbers) + 1
     captions = result.captions[::n]
@@ -147,7 +140,7 @@ def compare_with(
 
     Inception reads them, or else CLIP; the reference is read once. Statistics have no neighbours.
 
-    Raises ValueError for what cannot be measured, before anything is drawn.
+    Raises ValueError for metrics that cannot be measured, before anything is drawn.
     """
     with_inception = networks.inception is not None
     names = [frechet_name(with_inception, pictures, reference.count)]
@@ -155,26 +148,26 @@ def compare_with(
         names.append("precision_recall" if with_inception else "clip_precision_recall")
     planned = PictureSet("pictures", "drawn", pictures, lambda: iter(()))
     fidelity.check(names, planned, reference, networks)
-    options = dict(reference=reference, names=names, networks=networks, seed=seed)
-    return functools.partial(fidelity.measure, reference_features={}, **options)
+    measured = functools.partial(fidelity.measure, reference=reference, names=names, networks=networks)
+    return functools.partial(measured, seed=seed, reference_features={})
 
 
 def compare(
     ways: Sequence[str],
     request: Request,
-    out: str | os.PathLike,
+    out: epath.Path,
     *,
     model_dir: str | None,
     pictures: int,
-    load: Callable[[str | None], pipeline.UnCLIP] = pipeline.UnCLIP.load,
-    judge: pipeline.UnCLIP | None = None,
+    load: Callable[[Any], pipeline.Pipeline] = pipeline.UnCLIP.load,
+    judge: pipeline.Pipeline | None = None,
 ) -> list[Row]:
     """Draw `request.n` captions, `pictures` each, in every one of `ways`; writes tables, plot and grids.
 
     Args:
       ways: see `parse_way`.
       model_dir: of the ways without a model. load: opens a model directory.
-      judge: its CLIP reads all pictures; None: each model's own measures diversity and cosine, that of
+      judge: its CLIP reads all pictures. None: each model's CLIP measures diversity and cosine, that of
         `model_dir` the fidelity.
 
     Raises ValueError for an unknown setting, and for a model without CLIP and judge, before anything is
@@ -183,45 +176,41 @@ def compare(
     if pictures < 2:
         raise ValueError("--compare measures how pictures of a caption differ: give --pictures=2 or more")
     parsed = [parse_way(way, model_dir) for way in ways]
-    models = {
-        directory: load(directory) for directory in dict.fromkeys([model_dir, *(w.model_dir for w in parsed)])
-    }
+    directories = dict.fromkeys([model_dir, *(directory for _, directory, _ in parsed)])
+    models = {directory: load(directory) for directory in directories}
     for model in models.values():
         if judge is None and not has_clip(model):
-            raise ValueError(
-                f"--compare needs a CLIP for diversity and cosine, and model {model.name!r} has none: give "
-                "--judge=DIR with one"
-            )
-    settings = [models[way.model_dir].settings(**way.settings) for way in parsed]
+            raise ValueError(f"--compare needs a CLIP, and model {model.name!r} has none: give --judge=DIR")
+    settings = [models[directory].settings(**changes) for _, directory, changes in parsed]
     networks = open_networks(models[model_dir], request, judge)
     check, captions, reference = _captions(models[model_dir], request, pictures)
     fidelity_of = compare_with(reference, len(captions) * pictures, networks, request.seed)
-    common = dict(seed=request.seed, batch_size=request.batch_size, progress=StageLines())
-    out = epath.Path(out)
+    common: dict[str, Any] = dict(seed=request.seed, batch_size=request.batch_size, progress=StageLines())
     out.mkdir(parents=True, exist_ok=True)
-    report = {"seed": request.seed, "captions": len(captions), "reference": reference.summary()}
-    report |= {"judge": networks.judge_summary()} if judge else {}
+    report: dict[str, Any] = {"seed": request.seed, "captions": len(captions)}
+    report |= {"reference": reference.summary()} | ({"judge": networks.judge_summary()} if judge else {})
     rows, described = [], []
-    for way, used in zip(parsed, settings, strict=True):
-        print(f"{way.name}:", flush=True)
-        model = models[way.model_dir]
-        result = model.text_to_image(captions, n=pictures, **common, **way.settings)
-        row = measure(way.name, result, judge or model, check, fidelity_of, request.batch_size)
-        rows.append(row)
-        described.append(dataclasses.asdict(row) | {"model": model.name, "settings": used})
+    for (name, directory, changes), used in zip(parsed, settings, strict=True):
+        print(f"{name}:", flush=True)
+        model = models[directory]
+        result = model.text_to_image(captions, n=pictures, **common, **changes)
+        rows.append(measure(name, result, judge or model, check, fidelity_of, request.batch_size))
+        described.append(dataclasses.asdict(rows[-1]) | {"model": model.name, "settings": used})
         shown = slice(0, GRID_PICTURES // pictures * pictures)
         grid = metrics.labelled_grid(result.images[shown], result.captions[shown], pictures)
-        metrics.save_png(out / f"comparison_{len(rows)}.png", grid, {"way": way.name})
+        metrics.save_png(out / f"comparison_{len(rows)}.png", grid, {"way": name})
         # after every way, so that an interrupted comparison keeps its rows
-        text = json.dumps(report | {"rows": described}, indent=2) + "\n"
-        (out / "comparison.json").write_text(text)
-        (out / "comparison.md").write_text(table(rows) + "\n" + _judge_line(report.get("judge")))
+        (out / "comparison.json").write_text(json.dumps(report | {"rows": described}, indent=2) + "\n")
+        line = (
+            "\nCLIP of the judge {name}, sha256 {weights_sha256}\n".format(**report["judge"]) if judge else ""
+        )
+        (out / "comparison.md").write_text(table(rows) + "\n" + line)
         plot(rows, out / "comparison.png")
     return rows
 
 
 def _captions(
-    model: pipeline.UnCLIP, request: Request, pictures: int
+    model: pipeline.Pipeline, request: Request, pictures: int
 ) -> tuple[Callable | None, list[str], PictureSet | Stats]:
     """(checker, captions, reference): those of scenes, or without a checker those of `request.reference`."""
     if request.reference is None:
@@ -235,49 +224,36 @@ def _captions(
     return None, drawing.some_captions(reference, request.n, request.seed), reference
 
 
-def _judge_line(judge: dict | None) -> str:
-    return f"\nCLIP of the judge {judge['name']}, sha256 {judge['weights_sha256']}\n" if judge else ""
-
-
 def write_report(out: epath.Path, rows: Sequence[Row], html: str | None = None) -> None:
     """Print the table of `compare`, and write the page `html`; process 0 alone writes it."""
     text = (out / "comparison.md").read_text().rstrip()
     print(text)
     print(f"wrote {out / 'comparison.json'}, comparison.md and comparison.png")
     if html and processes.is_first():
-        pictures = sorted(out.glob("comparison*.png"))
-        shown = columns(rows)
+        shown, report = columns(rows), json.loads((out / "comparison.json").read_text())
         numbers = page.table(list(shown), list(zip(*shown.values(), strict=True)))
-        page.write(
-            html,
-            "Ways of drawing",
-            numbers,
-            text,
-            pictures,
-            json.loads((out / "comparison.json").read_text()),
-        )
+        page.write(html, "Ways of drawing", numbers, text, sorted(out.glob("comparison*.png")), report)
 
 
 def columns(rows: Sequence[Row]) -> dict[str, list]:
     """Heading -> a value for each row; the headings are those of the first row's numbers."""
     first = rows[0]
-    found = {"": [row.name for row in rows], "pictures": [row.pictures for row in rows]}
+    found: dict[str, list] = {"": [row.name for row in rows], "pictures": [row.pictures for row in rows]}
     if first.named is not None:
         shares = ["{:.2f} ({:.2f} .. {:.2f})".format(row.named, *row.interval) for row in rows]
         found |= {"all named (95 %)": shares, "correct": [f"{row.correct:.2f}" for row in rows]}
     found["diversity"] = [f"{row.diversity:.3f}" for row in rows]
     found["CLIP cosine"] = [f"{row.clip:.3f}" for row in rows]
     if first.fidelity:
-        found[FRECHET[first.frechet()[0]]] = [_with_interval(row.frechet()[1]) for row in rows]
+        found[FRECHET[first.frechet()[0]]] = [_with_interval(**row.frechet()[1]) for row in rows]
         for name in ("precision", "recall"):
             if any(key.endswith(name) for key in first.fidelity):
                 found[name] = ["{:.2f}".format(row.neighbours(name)["value"]) for row in rows]
     return found | {"s a picture": [f"{row.seconds:.2f}" for row in rows]}
 
 
-def _with_interval(entry: dict) -> str:
-    between = entry["interval"] and " ({:.3g} .. {:.3g})".format(*entry["interval"])
-    return f"{entry['value']:.3g}{between or ''}"
+def _with_interval(value: float, interval: Sequence[float] | None, **_) -> str:
+    return f"{value:.3g}" + (" ({:.3g} .. {:.3g})".format(*interval) if interval else "")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -293,31 +269,23 @@ def plot(rows: Sequence[Row], path: str | os.PathLike) -> None:
     checked); distance from the reference against CLIP cosine and recall; precision against recall."""
     from matplotlib.figure import Figure
 
-    panels = []
+    panels = []  # (label of x, label of y, [(x, y, interval of y)])
     if rows[0].named is not None:
         shares = [(row.diversity, row.named, row.interval) for row in rows]
-        panels.append(
+        panels += [
             ("diversity (1 - CLIP cosine of a caption's pictures)", "share with all that is named", shares)
-        )
+        ]
     if rows[0].fidelity:
-        label = FRECHET[rows[0].frechet()[0]]
-        entries = [row.frechet()[1] for row in rows]
-        of = [(entry["value"], entry["interval"]) for entry in entries]
+        label, found = FRECHET[rows[0].frechet()[0]], [row.frechet()[1] for row in rows]
         panels.append(
-            (
-                "CLIP cosine of picture and caption",
-                label,
-                [(row.clip, *y) for row, y in zip(rows, of, strict=True)],
-            )
+            ("CLIP cosine of picture and caption", label, _points([row.clip for row in rows], found))
         )
         if any(key.endswith("recall") for key in rows[0].fidelity):
             recalls = [row.neighbours("recall")["value"] for row in rows]
-            panels.append(("recall", label, [(x, *y) for x, y in zip(recalls, of, strict=True)]))
+            panels.append(("recall", label, _points(recalls, found)))
             near = [row.neighbours("precision") for row in rows]
-            points = [(x, y["value"], y["interval"]) for x, y in zip(recalls, near, strict=True)]
-            panels.append(("recall", "precision", points))
-    down = -(-len(panels) // 2)
-    across = min(2, len(panels))
+            panels.append(("recall", "precision", _points(recalls, near)))
+    down, across = -(-len(panels) // 2), min(2, len(panels))
     figure = Figure(figsize=(5.6 * across, 4.2 * down), layout="constrained")
     for axes, (x_label, y_label, points) in zip(
         figure.subplots(down, across, squeeze=False).flat, panels, strict=False
@@ -338,3 +306,7 @@ def plot(rows: Sequence[Row], path: str | os.PathLike) -> None:
         axes.remove()
     with open(os.fspath(path), "wb") as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def _points(x: Sequence[float], entries: Sequence[dict]) -> list[tuple]:
+    return [(x, entry["value"], entry["interval"]) for x, entry in zip(x, entries, strict=True)]

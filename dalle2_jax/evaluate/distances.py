@@ -19,8 +19,8 @@ are equal.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -30,41 +30,19 @@ ERROR_ROWS = 4096  # enough rows to estimate the variance of one row's influence
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Count, mean [D] and scatter [D, D] (the sum of outer products of deviations) of a set of vectors."""
+    """Mean [D] and unbiased covariance [D, D] of a set of vectors."""
 
-    count: int
     mean: np.ndarray
-    scatter: np.ndarray
+    cov: np.ndarray
 
     @staticmethod
     def of(x: np.ndarray) -> "Moments":
-        """The moments of the rows of x [N, D]. Raises ValueError for no rows and for non-finite rows."""
+        """The moments of the rows of x [N, D]. Raises ValueError for N < 2 and for non-finite rows."""
         x = as_features(x)
+        if len(x) < 2:
+            raise ValueError(f"a covariance needs 2 or more vectors, not {len(x)}")
         mean = x.mean(axis=0)
-        centred = x - mean
-        return Moments(len(x), mean, centred.T @ centred)
-
-    def merge(self, other: "Moments") -> "Moments":
-        """The moments of the union of both sets, exact for any split of a set (Chan 1979)."""
-        if self.mean.shape != other.mean.shape:
-            raise ValueError(f"features of {len(self.mean)} and of {len(other.mean)} entries do not mix")
-        count = self.count + other.count
-        step = other.mean - self.mean
-        mean = self.mean + step * (other.count / count)
-        between = np.outer(step, step) * (self.count * other.count / count)
-        return Moments(count, mean, self.scatter + other.scatter + between)
-
-    @property
-    def cov(self) -> np.ndarray:
-        """The unbiased covariance [D, D]. Raises ValueError for fewer than two vectors."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs 2 or more vectors, not {self.count}")
-        return self.scatter / (self.count - 1)
-
-
-def merge(parts: Iterable[Moments]) -> Moments:
-    """The moments of the union of all parts."""
-    return functools.reduce(Moments.merge, parts)
+        return Moments(mean, (x - mean).T @ (x - mean) / (len(x) - 1))
 
 
 def as_features(x: np.ndarray, name: str = "features") -> np.ndarray:
@@ -129,34 +107,26 @@ def frechet_with_error(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return max(0.0, float(distance)), float(np.sqrt(error))
 
 
-def frechet_infinity(
-    x: np.ndarray, y: Moments, points: int = 15, smallest: int | None = None, seed: int = 0
-) -> tuple[float, float]:
+def frechet_infinity(x: np.ndarray, y: Moments, points: int = 15, seed: int = 0) -> tuple[float, float]:
     """(the Frechet distance extrapolated to infinitely many generated pictures, the line's standard error).
 
     A line in 1 / n is fitted to the distances of `points` random subsets of x [N, D], of sizes n spaced
-    evenly from `smallest` to N, from a fixed reference. By default `smallest` is min(5000, N / 10). It must
-    exceed D, since the distance is not linear in 1 / n below. The error is that of the line through these
-    subsets alone; add the error for other pictures of `frechet_with_error`.
+    evenly from min(5000, N / 10) to N, from a fixed reference. The smallest must exceed D: below, the
+    distance is not linear in 1 / n. The error is that of the line through these subsets alone; add the error
+    for other pictures of `frechet_with_error`.
 
     Raises ValueError for too few rows.
     """
     x = as_features(x)
     count, dim = x.shape
-    smallest = min(5000, count // 10) if smallest is None else smallest
-    if not dim < smallest < count or points < 3:
-        raise ValueError(
-            f"extrapolating features of {dim} entries needs 3 or more subsets of more than {dim} pictures: "
-            f"{count} pictures give subsets from {smallest}; give more than {10 * dim}"
-        )
+    smallest = min(5000, count // 10)
+    if smallest <= dim:
+        raise ValueError(f"extrapolating {dim} features needs more than {10 * dim} pictures, not {count}")
     draw, root = np.random.RandomState(seed), _root(y.cov)
     sizes = np.linspace(smallest, count, points).astype(int)
     found = [_frechet(Moments.of(x[draw.choice(count, n, replace=False)]), y, root) for n in sizes]
-    design = np.stack([np.ones(points), 1 / sizes], axis=1)
-    solution, *_ = np.linalg.lstsq(design, np.array(found), rcond=None)
-    residual = np.array(found) - design @ solution
-    spread = np.linalg.inv(design.T @ design)[0, 0] * (residual @ residual) / (points - 2)
-    return float(solution[0]), float(np.sqrt(spread))
+    (_, at_zero), covariance = np.polyfit(1 / sizes, found, 1, cov=True)
+    return float(at_zero), float(np.sqrt(covariance[1, 1]))
 
 
 def _root(cov: np.ndarray) -> np.ndarray:
@@ -185,9 +155,9 @@ def cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def gaussian_kernel(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> np.ndarray:
-    """CMMD's exp(-|x - y|^2 / 2 sigma^2), [N, M]."""
-    return np.exp(-_squared_distances(x, y) / (2 * sigma**2))
+def gaussian_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """CMMD's exp(-|x - y|^2 / 2 sigma^2) with sigma 10, [N, M]."""
+    return np.exp(-_squared_distances(x, y) / (2 * 10.0**2))
 
 
 def mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool = False) -> tuple[float, float]:
@@ -198,8 +168,8 @@ def mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool = False) -> t
 
     Raises ValueError for fewer than two rows.
     """
-    value, *spreads = _mmd(x, y, kernel, biased)
-    return value, float(np.sqrt(spreads[0] / len(x) + spreads[1] / len(y)))
+    value, spread_x, spread_y = _mmd(x, y, kernel, biased)
+    return value, float(np.sqrt(spread_x / len(x) + spread_y / len(y)))
 
 
 def _mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool) -> tuple[float, float, float]:
@@ -207,20 +177,22 @@ def _mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, biased: bool) -> tuple[fl
     x, y = _pair(x, y)
     if min(len(x), len(y)) < 2:
         raise ValueError("a discrepancy needs 2 or more pictures on either side")
-    means = {"xy": [], "yx": np.zeros(len(y))}  # of the kernel between a row and all rows of a set
+
+    def within(rows: np.ndarray) -> np.ndarray:
+        """Means of the kernel between a row and the rows of its set."""
+        means = _by_chunks(rows, lambda part: kernel(part, rows).mean(axis=1))
+        if biased:
+            return means
+        return (means * len(rows) - _by_chunks(rows, lambda x: kernel(x, x).diagonal())) / (len(rows) - 1)
+
+    parts, yx = [], np.zeros(len(y))  # means of the kernel between a row and all rows of the other set
     for rows in _chunks(x):
         gram = kernel(rows, y)
-        means["xy"].append(gram.mean(axis=1))
-        means["yx"] += gram.sum(axis=0) / len(x)
-    means["xy"] = np.concatenate(means["xy"])
-    for name, rows in (("xx", x), ("yy", y)):
-        means[name] = np.concatenate([kernel(part, rows).mean(axis=1) for part in _chunks(rows)])
-        if not biased:
-            own = np.concatenate([kernel(part, part).diagonal() for part in _chunks(rows)])
-            means[name] = (means[name] * len(rows) - own) / (len(rows) - 1)
-    value = means["xx"].mean() + means["yy"].mean() - 2 * means["xy"].mean()
-    influence = 2 * (means["xx"] - means["xy"]), 2 * (means["yy"] - means["yx"])
-    return float(value), *(float(each.var(ddof=1)) for each in influence)
+        parts.append(gram.mean(axis=1))
+        yx += gram.sum(axis=0) / len(x)
+    xx, yy, xy = within(x), within(y), np.concatenate(parts)
+    spread_x, spread_y = (float((2 * influence).var(ddof=1)) for influence in (xx - xy, yy - yx))
+    return float(xx.mean() + yy.mean() - 2 * xy.mean()), spread_x, spread_y
 
 
 def kid(
@@ -236,10 +208,8 @@ def kid(
     """
     x, y = _pair(x, y)
     if min(len(x), len(y)) < subset_size:
-        raise ValueError(
-            f"KID of subsets of {subset_size} needs as many pictures, there are {len(x)} and {len(y)}: give "
-            "more, or smaller subsets"
-        )
+        few = f"{len(x)} and {len(y)} are too few"
+        raise ValueError(f"KID of subsets of {subset_size} needs as many pictures: {few}")
     if subset_size < 2:
         raise ValueError("subsets must have 2 or more pictures")
     draw, found = np.random.RandomState(seed), []
@@ -248,23 +218,22 @@ def kid(
         a = x[draw.choice(len(x), subset_size, replace=False)]
         b = y[draw.choice(len(y), subset_size, replace=False)]
         within = [cubic_kernel(rows, rows) for rows in (a, b)]
-        found.append(
-            sum((gram.sum() - np.trace(gram)) / pairs for gram in within) - 2 * cubic_kernel(a, b).mean()
-        )
+        same = sum((gram.sum() - np.trace(gram)) / pairs for gram in within)
+        found.append(same - 2 * cubic_kernel(a, b).mean())
     part = np.random.RandomState(seed)
-    few = [rows[part.permutation(len(rows))[:ERROR_ROWS]] for rows in (x, y)]
-    _, *spreads = _mmd(*few, cubic_kernel, biased=False)
-    error = spreads[0] / len(x) + spreads[1] / len(y) + np.var(found) / subsets
+    some_x, some_y = (rows[part.permutation(len(rows))[:ERROR_ROWS]] for rows in (x, y))
+    _, spread_x, spread_y = _mmd(some_x, some_y, cubic_kernel, biased=False)
+    error = spread_x / len(x) + spread_y / len(y) + np.var(found) / subsets
     return float(np.mean(found)), float(np.std(found)), float(np.sqrt(error))
 
 
-def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0, scale: float = 1000.0) -> tuple[float, float]:
-    """(biased MMD^2 with a Gaussian kernel, times `scale`; its standard error), as CMMD is defined.
+def cmmd(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """(1000 times the biased MMD^2 with a Gaussian kernel, its standard error), as CMMD is defined.
 
     x [N, D] and y [M, D] are CLIP's image embeddings, of unit norm.
     """
-    value, error = mmd(x, y, functools.partial(gaussian_kernel, sigma=sigma), biased=True)
-    return scale * value, scale * error
+    value, error = mmd(x, y, gaussian_kernel, biased=True)
+    return 1000 * value, 1000 * error
 
 
 # Neighbours
@@ -273,7 +242,7 @@ def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0, scale: float = 1000.
 def neighbourhoods(x: np.ndarray, y: np.ndarray, k: int = 3) -> dict[str, float]:
     """precision, recall, density, density_error and coverage of generated x [N, D] and reference y [M, D].
 
-    The ball of a vector has the distance to its k-th nearest neighbour in its own set as its radius, border
+    The ball of a vector has the distance to its k-th nearest neighbour in its set as its radius, border
     included. Usual are k = 3 for precision and recall, k = 5 for density and coverage. density_error is the
     standard error of density for other x and the same y.
 
@@ -285,14 +254,14 @@ def neighbourhoods(x: np.ndarray, y: np.ndarray, k: int = 3) -> dict[str, float]
     radius_x, radius_y = _radii(x, k), _radii(y, k)
     in_x = np.zeros(len(y), bool)  # whether a y lies in any ball of x
     hit_y = np.zeros(len(y), bool)  # whether the ball of a y holds any x
-    balls = []  # number of balls of y around each x
+    counts = []  # number of balls of y around each x
     for rows, radii in zip(_chunks(x), _chunks(radius_x), strict=True):
         distances = _squared_distances(rows, y)
         inside = distances <= radius_y
-        balls.append(inside.sum(axis=1))
+        counts.append(inside.sum(axis=1))
         hit_y |= inside.any(axis=0)
         in_x |= (distances <= radii[:, None]).any(axis=0)
-    balls = np.concatenate(balls)
+    balls = np.concatenate(counts)
     return {
         "precision": float((balls > 0).mean()),
         "recall": float(in_x.mean()),
@@ -304,13 +273,8 @@ def neighbourhoods(x: np.ndarray, y: np.ndarray, k: int = 3) -> dict[str, float]
 
 def _radii(x: np.ndarray, k: int) -> np.ndarray:
     """Squared distance of each row to its k-th nearest other row."""
-    found, start = [], 0
-    for rows in _chunks(x):
-        distances = _squared_distances(rows, x)
-        distances[np.arange(len(rows)), start + np.arange(len(rows))] = np.inf
-        found.append(np.partition(distances, k - 1, axis=1)[:, k - 1])
-        start += len(rows)
-    return np.concatenate(found)
+    # the k + 1 nearest rows include the row itself, at a distance of 0 but for rounding
+    return _by_chunks(x, lambda rows: np.partition(_squared_distances(rows, x), k, axis=1)[:, k])
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -319,9 +283,13 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.maximum(squares - 2 * x @ y.T, 0)
 
 
-def _chunks(x: np.ndarray):
+def _chunks(x: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(x), CHUNK):
         yield x[start : start + CHUNK]
+
+
+def _by_chunks(x: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return np.concatenate([function(rows) for rows in _chunks(x)])
 
 
 # Inception score
@@ -342,9 +310,8 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int | None = 202
         logits = logits[np.random.RandomState(seed).permutation(len(logits))]
     log_p = logits - logits.max(axis=1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
-    found, count = [], len(logits)
-    for i in range(splits):
-        part = log_p[i * count // splits : (i + 1) * count // splits]
+    found, ends = [], np.arange(splits + 1) * len(logits) // splits
+    for part in (log_p[start:end] for start, end in itertools.pairwise(ends)):
         p = np.exp(part)
         log_marginal = np.log(np.maximum(p.mean(axis=0), np.finfo(float).tiny))
         found.append(np.exp((p * (part - log_marginal)).sum(axis=1).mean()))

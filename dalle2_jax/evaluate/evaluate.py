@@ -16,10 +16,10 @@ Measures pictures of any origin against a reference (docs/evaluation.md):
 
   --images=SRC --reference=SRC [--inception=FILE] [--metrics=fid,kid,precision_recall] [--preset=openai]
 
-A SRC is a folder of pictures, tar shards or an npz. The output counts what was left out, by reason. Without
+A SRC is a folder of pictures, tar shards or an npz. The output counts left out files by reason. Without
 --images the model draws the captions of the reference, n of them; without --reference these are unseen
 scenes. A model that reads no captions draws n pictures of its classes in turn. Without --inception the
-features are those of the model's own CLIP (clip_frechet, clip_mmd, ...), or with --judge=DIR those of another
+features are those of the model's CLIP (clip_frechet, clip_mmd, ...), or with --judge=DIR those of another
 CLIP: a model directory with a CLIP, or a folder of OpenCLIP or transformers.
 
 Draws a suite of prompts for an external tool, --pictures of each, in GenEval's layout, and measures nothing:
@@ -30,19 +30,20 @@ Draws a suite of prompts for an external tool, --pictures of each, in GenEval's 
 With --compare, once for each way of drawing, it draws n captions in each way, and writes comparison.json,
 comparison.md and comparison.png instead. The captions are those of `scenes`, which the checker reads, or of
 --reference=SRC; pictures are compared with scenes of the same captions or with that reference, by
---inception, --judge or the model's own CLIP:
+--inception, --judge or the model's CLIP:
 
   --compare="guidance_scale=1" --compare="fine: guidance_scale=3 decoder_steps=50" --compare="model=OTHER"
 """
 
+import functools
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from etils import epath
 
-from dalle2_jax import pipeline
 from dalle2_jax.convert import inception_weights
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import drawing, fidelity, page, picture_sets, presets
@@ -53,39 +54,35 @@ from dalle2_jax.evaluate.networks import Networks, has_clip
 from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet
 from dalle2_jax.evaluate.reference import open_reference, pictures_of
 from dalle2_jax.generate.output import StageLines
+from dalle2_jax.generate.pipeline import Pipeline
 from dalle2_jax.runtime import metrics, processes
 
 DEFAULT_METRICS = ("scenes", "retrieval", "zero_shot")
 GRID_PICTURES = 64
 
 
-def open_networks(model: pipeline.UnCLIP, request: Request, judge: pipeline.UnCLIP | None = None) -> Networks:
-    """The networks of a request; the CLIP is that of `judge`, or else the model's own, if it has one.
+def open_networks(model: Pipeline, request: Request, judge: Pipeline | None = None) -> Networks:
+    """The networks of a request; the CLIP is that of `judge`, or else of the model if it has one.
 
     Raises FileNotFoundError or ValueError for weights that cannot be used.
     """
     scenes.check_choice(request.preset, tuple(presets.PRESETS), "preset")
     if request.inception and not os.path.isfile(request.inception):
-        raise FileNotFoundError(f"there is no file {request.inception}")
+        raise FileNotFoundError(f"{request.inception} does not exist")
     if request.stats_out and not request.inception:
         raise ValueError("--stats_out is of Inception's features: give --inception=FILE")
     clip = judge or (model if has_clip(model) else None)
     if request.aesthetic and clip is None:
         raise ValueError("--aesthetic reads a CLIP, and the model has none: give --judge=DIR with one")
-    head = request.aesthetic and aesthetic.load(request.aesthetic, clip.engine.stage("clip").embed_dim)
-    return Networks(
-        inception=inception_weights.load(request.inception) if request.inception else None,
-        preset=request.preset,
-        clip=clip,
-        judge=judge is not None,
-        head=head or None,
-        batch_size=request.batch_size or BATCH_SIZE,
+    head = (
+        clip and request.aesthetic and aesthetic.load(request.aesthetic, clip.engine.stage("clip").embed_dim)
     )
+    weights = inception_weights.load(request.inception) if request.inception else None
+    size = request.batch_size or BATCH_SIZE
+    return Networks(weights, request.preset, clip, judge is not None, head or None, size)
 
 
-def choose_metrics(
-    model: pipeline.UnCLIP, request: Request, networks: Networks
-) -> tuple[list[str], list[str]]:
+def choose_metrics(model: Pipeline, request: Request, networks: Networks) -> tuple[list[str], list[str]]:
     """(metrics of models, metrics of pictures) that a request names or, if it names none, permits.
 
     Raises ValueError for a metric that model, networks or request do not permit, before pictures are read.
@@ -101,14 +98,13 @@ def choose_metrics(
         scenes.check_choice(name, tuple(METRICS), "metric")
     of_clip = [name for name in names if name in OF_MODELS and OF_MODELS[name].needs_clip]
     if of_clip and not has_clip(model):
+        listed, stages = ", ".join(of_clip), ", ".join(model.engine.stages)
         if request.metrics:
-            needs = f"{', '.join(of_clip)} need{'s' * (len(of_clip) == 1)} a CLIP"
-            stages = ", ".join(model.engine.stages)
+            needs = f"{listed} need{'s' * (len(of_clip) == 1)} a CLIP"
             raise ValueError(f"{needs}, and model {model.name!r} has none: it has {stages}")
-        print(f"note: model {model.name!r} has no CLIP, so {', '.join(of_clip)} are left out", flush=True)
+        print(f"note: model {model.name!r} has no CLIP, so {listed} are left out", flush=True)
         names = [name for name in names if name not in of_clip]
-    of_model = [name for name in names if name in OF_MODELS]
-    of_pictures = [name for name in names if name in OF_PICTURES]
+    of_model, of_pictures = ([name for name in names if name in some] for some in (OF_MODELS, OF_PICTURES))
     for name in of_model:
         if request.images and OF_MODELS[name].draws:
             raise ValueError(f"{name} measures a model: leave --images out")
@@ -117,15 +113,15 @@ def choose_metrics(
     if networks.judge and not any(OF_PICTURES[name].features == "clip" for name in of_pictures):
         raise ValueError(f"--judge is a CLIP, and none of {', '.join(names)} reads it: leave it out")
     if of_pictures:
-        many = _planned("images", 1 << 40, ("a caption",))
+        many = _planned(1 << 40, ("a caption",))
         reference = many if request.reference or not request.images else None
         fidelity.check(of_pictures, many, reference, networks)
     return of_model, of_pictures
 
 
-def _planned(name: str, count: int, captions: Sequence[str]) -> PictureSet:
-    """A set of pictures that are not drawn yet, to check what can be measured of them."""
-    return PictureSet(name, "planned", count, lambda: iter(()), tuple(captions))
+def _planned(count: int, captions: Sequence[str]) -> PictureSet:
+    """A set of pictures that are not drawn yet, for `fidelity.check`."""
+    return PictureSet("pictures", "planned", count, lambda: iter(()), tuple(captions))
 
 
 def measure_pictures(inputs: Inputs, names: Sequence[str], images: PictureSet | None = None) -> dict:
@@ -141,17 +137,10 @@ def measure_pictures(inputs: Inputs, names: Sequence[str], images: PictureSet | 
             reference = picture_sets.scene_pictures(*inputs.scenes, request.n, request.seed)
     if images is None:
         texts, numbers = drawing.what_to_draw(model, reference, request.n, request.seed)
-        fidelity.check(names, _planned("pictures", len(texts), texts), reference, networks)
-        images = drawing.drawn_pictures(
-            model,
-            texts,
-            epath.Path(request.out) / "pictures",
-            numbers=numbers,
-            seed=request.seed,
-            settings=request.settings,
-            batch_size=request.batch_size,
-            progress=StageLines(),
-        )
+        fidelity.check(names, _planned(len(texts), texts), reference, networks)
+        draw = functools.partial(drawing.drawn_pictures, numbers=numbers, progress=StageLines())
+        draw = functools.partial(draw, seed=request.seed, batch_size=request.batch_size)
+        images = draw(model, texts, epath.Path(request.out) / "pictures", settings=request.settings)
     else:
         fidelity.check(names, images, reference, networks)
     for shown, name in ((images, "images"), (pictures_of(reference), "reference")):
@@ -161,29 +150,31 @@ def measure_pictures(inputs: Inputs, names: Sequence[str], images: PictureSet | 
     if request.npz_out and processes.is_first():
         square = presets.PRESETS[request.preset].square
         picture_sets.write_npz(picture_sets.mapped(images, square), request.npz_out)
-    more = dict(seed=request.seed, progress=PassLines(), stats_out=request.stats_out)
-    return fidelity.measure(images, reference, names, networks, **more)
+    measure = functools.partial(fidelity.measure, progress=PassLines(), stats_out=request.stats_out)
+    return measure(images, reference, names, networks, seed=request.seed)
 
 
 def evaluate(
-    model: pipeline.UnCLIP, request: Request, out: epath.Path, judge: pipeline.UnCLIP | None = None
+    model: Pipeline, request: Request, out: epath.Path, judge: Pipeline | None = None
 ) -> tuple[dict, list[str]]:
     """Measure a request, with grids in `out`: (JSON values by metric and about the run, lines of text)."""
     began = time.monotonic()
     inputs = Inputs(model, request, open_networks(model, request, judge), out)
     of_model, of_pictures = choose_metrics(model, request, inputs.networks)
-    report = {"model": model.name}
+    report: dict[str, Any] = {"model": model.name}
     if not request.images and (of_pictures or any(OF_MODELS[name].draws for name in of_model)):
         report["settings"] = model.settings(**request.settings)
-    judged = inputs.networks.judge_summary()
-    lines = [f"judge: CLIP of {judged['name']}, sha256 {judged['weights_sha256']}"] if judged else []
-    report |= {"judge": judged} if judged else {}
-    for name, opener in (("images", picture_sets.open_pictures), ("reference", open_reference)):
+    lines = []
+    if judged := inputs.networks.judge_summary():
+        report["judge"] = judged
+        lines.append(f"judge: CLIP of {judged['name']}, sha256 {judged['weights_sha256']}")
+    openers: dict[str, Callable] = {"images": picture_sets.open_pictures, "reference": open_reference}
+    for name, opener in openers.items():
         if path := getattr(request, name):
-            found = opener(path, PassLines("pictures checked"))
-            setattr(inputs, name, found)
-            report.setdefault("pictures", {})[name] = found.summary()
-            lines.append(f"{name}: {found.describe()}")
+            opened = opener(path, PassLines("pictures checked"))
+            setattr(inputs, name, opened)
+            report.setdefault("pictures", {})[name] = opened.summary()
+            lines.append(f"{name}: {opened.describe()}")
     for line in lines:
         print(line, flush=True)
     if of_model and inputs.images is None:
@@ -193,11 +184,11 @@ def evaluate(
     drawing_first = [name for name in of_model if OF_MODELS[name].compare_with]
     shared = drawing_first and of_pictures and inputs.images is None and inputs.reference is None
     for name in drawing_first:
-        if shared:  # picture metrics measure what it draws
-            captions, inputs.reference = OF_MODELS[name].compare_with(inputs)
-            fidelity.check(
-                of_pictures, _planned("drawn", len(captions), captions), inputs.reference, inputs.networks
-            )
+        compare_with = OF_MODELS[name].compare_with
+        if shared and compare_with:  # picture metrics measure the pictures that it draws
+            captions, inputs.reference = compare_with(inputs)
+            planned = _planned(len(captions), captions)
+            fidelity.check(of_pictures, planned, inputs.reference, inputs.networks)
         measured[name], text = OF_MODELS[name].measure(inputs)
         lines.append(text)
     if of_pictures:
@@ -219,16 +210,8 @@ def write_report(out: epath.Path, report: dict, lines: Sequence[str], html: str 
     if html and processes.is_first():
         kinds = ("samples", *(name for name in OF_MODELS if name in report))
         pictures = [path for kind in kinds for path in sorted(out.glob(f"{kind}_*.png"))]
-        entries = {
-            name: value for name, value in report.items() if isinstance(value, dict) and "features" in value
-        }
-        page.write(
-            html,
-            report["model"],
-            page.entries(entries) if entries else "",
-            "\n".join(lines),
-            pictures,
-            report,
-        )
+        entries = {name: x for name, x in report.items() if isinstance(x, dict) and "features" in x}
+        numbers = page.entries(entries) if entries else ""
+        page.write(html, report["model"], numbers, "\n".join(lines), pictures, report)
     print("\n".join(lines))
     print(f"wrote {out / 'report.json'}, the table in report.txt")

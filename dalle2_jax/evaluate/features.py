@@ -23,8 +23,6 @@ from dalle2_jax.runtime import processes
 from dalle2_jax.runtime.batched import Batched
 
 BATCH_SIZE = 32
-
-
 Extractor = tuple[Callable[[np.ndarray], np.ndarray], Callable[[list], dict[str, np.ndarray]]]
 
 
@@ -33,15 +31,11 @@ def inception_extractor(
 ) -> Extractor:
     """The extractor of FID's Inception; `preset` is a name in PRESETS."""
     compiled = Batched(inception.features, weights.params, batch_size, mesh)
-    chosen = PRESETS[preset]
-
-    def run(prepared: list) -> dict[str, np.ndarray]:
-        return compiled(np.stack(prepared))
-
-    return lambda picture: inception.prepare(chosen.square(picture), chosen.rule), run
+    square, rule = PRESETS[preset].square, PRESETS[preset].rule
+    return lambda picture: inception.prepare(square(picture), rule), lambda batch: compiled(np.stack(batch))
 
 
-def clip_extractor(model: pipeline.UnCLIP, batch_size: int) -> Extractor:
+def clip_extractor(model: pipeline.Pipeline, batch_size: int) -> Extractor:
     """The extractor of a model's CLIP, which prepares pictures as `UnCLIP.encode_image` does."""
     size = model.engine.stage("clip").image_size
 
@@ -52,26 +46,18 @@ def clip_extractor(model: pipeline.UnCLIP, batch_size: int) -> Extractor:
     return lambda picture: square_picture(picture, size, halve=False), run
 
 
-def _batched(rows: Iterable, size: int):
-    """Yields lists of `size` items; the last may be shorter."""
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, size)):
-        yield batch
-
-
 def extract(
     pictures: PictureSet,
     extractors: Sequence[Extractor],
     wanted: Iterable[str],
     batch_size: int = BATCH_SIZE,
     progress: Callable[[int, int], None] | None = None,
-    threads: int | None = None,
 ) -> dict[str, np.ndarray]:
     """The `wanted` features [N, D] float32 of all pictures, by name.
 
     Threads decode and resize pictures while the devices compute. Raises ValueError for an unreadable picture.
     """
-    wanted = set(wanted)
+    wanted = frozenset(wanted)
 
     def prepare(item: Item) -> list[np.ndarray]:
         picture = item.picture()
@@ -79,13 +65,16 @@ def extract(
 
     def extract_share(rows: np.ndarray) -> dict[str, np.ndarray]:
         first, last = int(rows[0]), int(rows[-1]) + 1
-        found: dict[str, list] = {}
-        done = 0
-        with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-            batches = _batched(itertools.islice(pictures.items(), first, last), batch_size)
-            waiting = [pool.submit(prepare, item) for item in next(batches, ())]
+        items, done = itertools.islice(pictures.items(), first, last), 0
+        found: dict[str, list[np.ndarray]] = {}
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def submit_batch() -> list[concurrent.futures.Future]:
+                return [pool.submit(prepare, item) for item in itertools.islice(items, batch_size)]
+
+            waiting = submit_batch()
             while waiting:
-                following = [pool.submit(prepare, item) for item in next(batches, ())]
+                following = submit_batch()
                 prepared = [future.result() for future in waiting]
                 for (_, run), column in zip(extractors, zip(*prepared, strict=True), strict=True):
                     for name, value in run(list(column)).items():

@@ -27,10 +27,12 @@ WITH_INCEPTION = ("fid", "kid", "precision_recall")
 WITH_CLIP = ("clip_frechet", "clip_mmd", "clip_precision_recall")
 
 
-def by_statistics(name: str, reference: PictureSet | Stats | None) -> bool:
-    """Whether a metric uses the mean and covariance of the reference instead of its pictures."""
+def compared(name: str, reference: PictureSet | Stats | None) -> PictureSet | Stats | None:
+    """The part of the reference that a metric reads: mean and covariance if they suffice, else pictures."""
     metric = OF_PICTURES[name]
-    return isinstance(reference, Stats) and metric.statistics and metric.features in reference.moments
+    if isinstance(reference, Stats) and metric.statistics and metric.features in reference.moments:
+        return reference
+    return pictures_of(reference) if metric.reference else None
 
 
 def check(
@@ -47,57 +49,49 @@ def check(
             f"--judge=DIR with one, or measure {', '.join(WITH_INCEPTION)} with --inception=FILE"
         )
     for name in names:
-        _check_networks(name, networks)
         metric = OF_PICTURES[name]
-        if metric.reference and reference is None:
-            raise ValueError(f"{name} needs pictures to compare with: give --reference")
+        if metric.features != "clip" and networks.inception is None:
+            other = f", or measure {', '.join(WITH_CLIP)} with a CLIP" if networks.clip is not None else ""
+            raise ValueError(
+                f"{name} needs Inception's weights: give --inception=FILE (see docs/evaluation.md){other}"
+            )
+        if metric.head and networks.head is None:
+            raise ValueError(f"{name} needs the weights of its head: give --aesthetic=FILE")
+        counts = [images.count]
+        if metric.reference:
+            count = _check_reference(name, reference, networks.preset)
+            counts += [] if count is None else [count]
         if metric.captions:
             images.captions()
-        against = _compared(name, reference, networks.preset) if metric.reference else None
-        counts = (images.count, against.count) if metric.reference else (images.count,)
-        fewest = min(count for count in counts if count is not None)
-        reason = metric.refuse(name, fewest, images.count)
-        if reason or fewest < 2:
-            raise ValueError(reason or f"{name} needs more than {fewest} pictures")
+        reason = metric.refuse(name, min(counts), images.count)
+        if reason or min(counts) < 2:
+            raise ValueError(reason or f"{name} needs more than {min(counts)} pictures")
 
 
-def _check_networks(name: str, networks: Networks) -> None:
-    """Raise ValueError for a metric of Inception without its weights, or of an absent aesthetic head."""
-    metric = OF_PICTURES[name]
-    if metric.features != "clip" and networks.inception is None:
-        other = f", or measure {', '.join(WITH_CLIP)} with a CLIP" if networks.clip is not None else ""
-        raise ValueError(
-            f"{name} needs Inception's weights: give --inception=FILE (see docs/evaluation.md){other}"
-        )
-    if metric.head and networks.head is None:
-        raise ValueError(f"{name} needs the weights of its head: give --aesthetic=FILE")
+def _check_reference(name: str, reference: PictureSet | Stats | None, preset: str) -> int | None:
+    """The number of pictures behind the part of the reference that a metric reads; None: unknown.
 
-
-def _compared(name: str, reference: PictureSet | Stats, preset: str) -> PictureSet | Stats:
-    """What a metric uses of the reference: its statistics or its pictures. Raises ValueError for neither."""
-    if by_statistics(name, reference):
-        _check_statistics(name, reference, preset)
-        return reference
-    pictures = pictures_of(reference)
-    if pictures is None and OF_PICTURES[name].statistics:
+    Raises ValueError for a reference without that part, for statistics of another preset, and for a
+    covariance of few pictures.
+    """
+    used = compared(name, reference)
+    if reference is None:
+        raise ValueError(f"{name} needs pictures to compare with: give --reference")
+    if used is None and OF_PICTURES[name].statistics:
         raise ValueError(f"{reference.name} has no mu_s and sigma_s, which {name} needs")
-    if pictures is None:
+    if used is None:
         raise ValueError(f"{name} needs the pictures of the reference, {reference.name} has statistics alone")
-    return pictures
-
-
-def _check_statistics(name: str, reference: Stats, preset: str) -> None:
-    """Raise ValueError for statistics of another preset or of too few pictures."""
-    if reference.preset not in (None, preset):
-        raise ValueError(f"{reference.name} is of preset {reference.preset!r}, not {preset!r}")
-    if name in ("fid", "sfid") and reference.count is None:
+    if isinstance(used, Stats) and used.preset not in (None, preset):
+        raise ValueError(f"{used.name} is of preset {used.preset!r}, not {preset!r}")
+    if isinstance(used, Stats) and name in ("fid", "sfid") and used.count is None:
         features = OF_PICTURES[name].features
-        rank, full = reference.rank(features), len(reference.moments[features].mean)
+        rank, full = used.rank(features), len(used.moments[features].mean)
         if rank < min(full, frechet.FID_PICTURES - 1):
             raise ValueError(
-                f"{reference.name} does not say how many pictures it is of, and its covariance of "
-                f"rank {rank} is that of {rank + 1}: {name} needs {frechet.FID_PICTURES}; measure fid_small"
+                f"{used.name} does not record its number of pictures, and its covariance of rank {rank} is "
+                f"that of {rank + 1}: {name} needs {frechet.FID_PICTURES}; measure fid_small"
             )
+    return used.count
 
 
 def measure(
@@ -122,9 +116,10 @@ def measure(
     Raises ValueError, before anything is read, for metrics that cannot be measured.
     """
     check(names, images, reference, networks)
-    if any(by_statistics(name, reference) for name in names):
-        if reference.weights_sha256 not in (None, networks.inception.sha256):
-            raise ValueError(f"{reference.name} was made with other weights than those of --inception")
+    used = {name: compared(name, reference) for name in names}
+    for part in used.values():
+        if isinstance(part, Stats) and part.weights_sha256 not in (None, networks.inception.sha256):
+            raise ValueError(f"{part.name} was made with other weights than those of --inception")
     needed = {OF_PICTURES[name].features for name in names}
     if stats_out:
         if networks.inception is None:
@@ -139,40 +134,35 @@ def measure(
 
     x = features_of(images, needed)
     y = {} if reference_features is None else reference_features
-    compared = [name for name in names if OF_PICTURES[name].reference and not by_statistics(name, reference)]
-    missing = {OF_PICTURES[name].features for name in compared} - y.keys()
-    y |= features_of(pictures_of(reference), missing) if missing else {}
+    by_pictures = [name for name, part in used.items() if isinstance(part, PictureSet)]
+    pictures = pictures_of(reference)
+    missing = {OF_PICTURES[name].features for name in by_pictures} - y.keys()
+    if pictures and missing:
+        y |= features_of(pictures, missing)
     if stats_out and processes.is_first():
         write_stats(stats_out, x, networks.preset, networks.inception.sha256)
     described = {network: networks.describe(network) for network in extractors}
-    results = {}
-    for name in names:
+    results: dict[str, dict] = {}
+    for name, part in used.items():
         metric = OF_PICTURES[name]
-        target = y.get(metric.features) if metric.reference else None
-        if by_statistics(name, reference):
-            target = reference.moments[metric.features]
+        target = part.moments[metric.features] if isinstance(part, Stats) else y.get(metric.features)
+        features = Features(x[metric.features], target if part else None, images, networks, seed)
         common = {"n": images.count, "images": images.name, "what": metric.what}
         common |= {"dimensions": x[metric.features].shape[1], **described[network_of(metric.features)]}
-        common |= _describe_reference(name, reference) if metric.reference else {}
+        common |= _describe_reference(part) if part else {}
         common |= {"images_refused": images.refused} if images.refused else {}
-        features = Features(x[metric.features], target, images, networks, seed)
         results |= {key: found | common for key, found in metric.measure(name, features).items()}
     return results
 
 
-def _describe_reference(name: str, reference: PictureSet | Stats) -> dict:
-    """The reference of a metric, and whether it uses its 'statistics' or its 'pictures'; JSON values."""
-    if by_statistics(name, reference):
-        return {
-            "reference": reference.name,
-            "reference_by": "statistics",
-            "n_reference": reference.count,
-            "reference_preset": reference.preset,
-            "reference_weights_sha256": reference.weights_sha256,
-        }
-    pictures = pictures_of(reference)
-    found = {"reference": pictures.name, "reference_by": "pictures", "n_reference": pictures.count}
-    return found | ({"reference_refused": pictures.refused} if pictures.refused else {})
+def _describe_reference(used: PictureSet | Stats) -> dict:
+    """The part of the reference that a metric reads, as JSON values."""
+    found = {"reference": used.name, "n_reference": used.count}
+    if isinstance(used, Stats):
+        made = {"reference_preset": used.preset, "reference_weights_sha256": used.weights_sha256}
+        return found | {"reference_by": "statistics"} | made
+    refused = {"reference_refused": used.refused} if used.refused else {}
+    return found | {"reference_by": "pictures"} | refused
 
 
 def table(results: dict[str, dict]) -> str:
@@ -181,28 +171,23 @@ def table(results: dict[str, dict]) -> str:
     for name, entry in results.items():
         interval = entry["interval"]
         shown = "" if interval is None else f"{interval[0]:.4g} .. {interval[1]:.4g}"
-        if "n_reference" in entry:
-            against = "unknown" if entry["n_reference"] is None else str(entry["n_reference"])
-        else:
-            against = "-"
-        lines.append(
-            f"{name:26}{entry['value']:>11.4f}   {shown:24}{entry['n']:>7} {against:>9}  {entry['features']}"
-        )
+        count = entry.get("n_reference", "-")
+        against = f"{'unknown' if count is None else count:>9}  {entry['features']}"
+        lines.append(f"{name:26}{entry['value']:>11.4f}   {shown:24}{entry['n']:>7} {against}")
     return "\n".join(lines + _notes(results))
 
 
 def _notes(results: dict[str, dict]) -> list[str]:
     """Lines naming the numbers by a reference's statistics and by its pictures; none without statistics."""
-    by = {"statistics": [], "pictures": []}
-    for name, entry in results.items():
-        if "reference_by" in entry:
-            by[entry["reference_by"]].append(name)
-    if not by["statistics"]:
+    by_statistics, by_pictures = (
+        [name for name, entry in results.items() if entry.get("reference_by") == kind]
+        for kind in ("statistics", "pictures")
+    )
+    if not by_statistics:
         return []
-    entry = results[by["statistics"][0]]
-    line = f"{', '.join(by['statistics'])}: by the mean and covariance that {entry['reference']} holds"
+    entry = results[by_statistics[0]]
+    line = f"{', '.join(by_statistics)}: by the mean and covariance that {entry['reference']} holds"
     if entry["reference_weights_sha256"] is None:
-        line += "; it does not say with which Inception and preset they were made"
-    if not by["pictures"]:
-        return [line]
-    return [line, f"{', '.join(by['pictures'])}: by the pictures of {entry['reference']}"]
+        line += "; their Inception and preset are not recorded"
+    pictures = f"{', '.join(by_pictures)}: by the pictures of {entry['reference']}"
+    return [line, pictures] if by_pictures else [line]

@@ -6,6 +6,8 @@ numbers of one rule (arXiv:2104.11222). `convert.inception_weights` has the weig
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,13 +45,9 @@ def bicubic(picture: np.ndarray, size: int) -> np.ndarray:
     """Antialiased bicubic resizing of float channels, unrounded, in 0 .. 255; [size, size, C] float32."""
     if picture.shape[:2] == (size, size):
         return np.asarray(picture, np.float32)
-    channels = [
-        Image.fromarray(np.asarray(picture[..., c], np.float32)).resize(
-            (size, size), Image.Resampling.BICUBIC
-        )
-        for c in range(picture.shape[-1])
-    ]
-    return np.clip(np.stack([np.asarray(channel) for channel in channels], axis=-1), 0, 255)
+    channels = [Image.fromarray(channel) for channel in np.moveaxis(np.asarray(picture, np.float32), -1, 0)]
+    resized = [np.asarray(channel.resize((size, size), Image.Resampling.BICUBIC)) for channel in channels]
+    return np.clip(np.stack(resized, axis=-1), 0, 255)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Rule:
     """Preparation of pixels 0 .. 255: `resize`, then (x - centre) / centre. what: the resizing in words."""
 
     what: str
-    resize: object
+    resize: Callable[[np.ndarray, int], np.ndarray]
     centre: float
 
 
@@ -79,6 +77,6 @@ def prepare(picture: np.ndarray, rule: str = "tf1") -> np.ndarray:
     return (chosen.resize(picture, inception.IMAGE_SIZE) - centre) / centre
 
 
-def features(params: dict, image: jax.Array) -> dict[str, jax.Array]:
-    """Features by `nets.inception.Inception` of prepared pictures [B, 299, 299, 3]; a function to compile."""
+def features(params: dict, image: jax.Array) -> Any:
+    """Features by name of prepared pictures [B, 299, 299, 3]; a function to compile."""
     return inception.Inception().apply({"params": params}, image)

@@ -1,4 +1,4 @@
-"""What a metric is: what it needs, the function that computes it, and how its numbers are written.
+"""The types of metrics: their needs, the function that computes them, the form of their numbers.
 
 A picture metric compares features of pictures with those of a reference or of captions. Its function returns
 entries by name,
@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -25,7 +26,6 @@ from etils import epath
 from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import drawing
-from dalle2_jax.evaluate.distances import Moments
 from dalle2_jax.evaluate.networks import Networks
 from dalle2_jax.evaluate.picture_sets import PictureSet
 from dalle2_jax.evaluate.reference import Stats
@@ -33,7 +33,7 @@ from dalle2_jax.evaluate.reference import Stats
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to measure, and with which files: the flags of the command.
+    """A request: the flags of the command.
 
     Attributes:
       metrics: names in `metrics.METRICS`; empty: those that the other attributes permit.
@@ -68,16 +68,16 @@ class Request:
 
 @dataclasses.dataclass
 class Inputs:
-    """What metrics read.
+    """The inputs of a model metric.
 
     Attributes:
-      model: the measured model. networks: what reads pictures.
+      model: the measured model. networks: they read pictures.
       out: folder for the grids of this process.
       images, reference: the opened `request.images` and `request.reference`.
       drawn: the pictures that a model metric drew.
     """
 
-    model: pipeline.UnCLIP
+    model: pipeline.Pipeline
     request: Request
     networks: Networks
     out: epath.Path
@@ -93,17 +93,17 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What a picture metric reads.
+    """The inputs of a picture metric.
 
     Attributes:
       images: features [N, D] of the pictures.
-      reference: features [M, D] of the reference, or their moments, or None.
+      reference: features [M, D] of the reference, or their `Moments`, or None.
       pictures: the pictures, for their captions. networks: its CLIP embeds them.
-      seed: of what the metric draws at random.
+      seed: of random choices of the metric.
     """
 
     images: np.ndarray
-    reference: np.ndarray | Moments | None
+    reference: Any
     pictures: PictureSet
     networks: Networks
     seed: int = 0
@@ -140,9 +140,9 @@ class ModelMetric:
     Attributes:
       measure: Inputs -> (JSON values, lines of text).
       needs_clip: whether it reads the model's CLIP; a judge does not replace it.
-      draws: whether it draws or edits scenes, so that given pictures cannot replace them.
+      draws: whether it draws or edits scenes, so that --images cannot replace them.
       compare_with: Inputs -> (the captions that it draws, reference pictures for picture metrics); None:
-        picture metrics do not measure what it draws.
+        picture metrics do not measure its pictures.
       refuse: Request -> why it cannot be measured, or ''.
     """
 

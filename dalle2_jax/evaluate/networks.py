@@ -9,6 +9,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dalle2_jax import pipeline
 from dalle2_jax.convert import convert, inception_weights
@@ -21,23 +22,23 @@ from dalle2_jax.runtime import hub, modeldir
 CLIP_FOLDERS = {"open_clip_config.json": "open-clip", "config.json": "hf-clip"}
 
 
-def has_clip(model: pipeline.UnCLIP) -> bool:
+def has_clip(model: pipeline.Pipeline) -> bool:
     """Whether the model directory holds a CLIP."""
     return "clip" in model.engine.stages
 
 
 @contextlib.contextmanager
-def open_judge(path: str) -> Iterator[pipeline.UnCLIP]:
+def open_judge(path: str) -> Iterator[pipeline.Pipeline]:
     """Open the CLIP at `path`: a model directory (also hf://OWNER/NAME@COMMIT) with a CLIP, or a folder that
     OpenCLIP or transformers wrote. Such a folder is converted into a temporary model directory.
 
     Raises FileNotFoundError or ValueError for anything else.
     """
     folder = Path(hub.local(path))
-    found = next((name for file, name in CLIP_FOLDERS.items() if (folder / file).is_file()), None)
+    kind = next((name for file, name in CLIP_FOLDERS.items() if (folder / file).is_file()), None)
     with tempfile.TemporaryDirectory() as converted:
-        if found and not (folder / modeldir.INDEX_FILE).is_file():
-            convert.convert_weights(found, folder, converted, dtype="float32", name=folder.name)
+        if kind and not (folder / modeldir.INDEX_FILE).is_file():
+            convert.convert_weights(kind, folder, converted, dtype="float32", name=folder.name)
             folder = Path(converted)
         judge = pipeline.UnCLIP.load(folder)
         if not has_clip(judge):
@@ -47,20 +48,22 @@ def open_judge(path: str) -> Iterator[pipeline.UnCLIP]:
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """What reads pictures; a metric that needs an absent network is refused.
+    """The networks that read pictures; a metric without its network is refused.
 
     Attributes:
-      inception: weights of FID's Inception. preset: name in PRESETS, how pictures are prepared for it.
-      clip: a model whose CLIP embeds pictures and captions. judge: whether `clip` is not the measured model.
-      head: what `metrics.aesthetic.load` returns.
+      inception: `inception_weights.Weights` or None.
+      preset: name in PRESETS, how pictures are prepared for Inception.
+      clip: a `Pipeline` whose CLIP embeds pictures and captions, or None.
+      judge: whether `clip` is another model than the measured one.
+      head: result of `metrics.aesthetic.load`, or None.
       batch_size: pictures at a time.
     """
 
-    inception: inception_weights.Weights | None = None
+    inception: Any = None
     preset: str = "ttur"
-    clip: pipeline.UnCLIP | None = None
+    clip: Any = None
     judge: bool = False
-    head: tuple | None = None
+    head: Any = None
     batch_size: int = BATCH_SIZE
 
     def extractor(self, network: str) -> Extractor:

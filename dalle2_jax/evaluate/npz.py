@@ -34,7 +34,5 @@ def open_pictures(path: str):
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or 0 in shape:
             raise ValueError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {dtype} {list(shape)}")
         if shape[1] * shape[2] > transforms.MAX_PIXELS:
-            raise ValueError(
-                f"the pictures of {path} are {shape[2]} x {shape[1]}, above {transforms.MAX_PIXELS}"
-            )
+            raise ValueError(f"pictures of {path} are {shape[2]} x {shape[1]}, above {transforms.MAX_PIXELS}")
         yield file, shape

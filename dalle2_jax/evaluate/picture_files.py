@@ -1,4 +1,4 @@
-"""The picture files of a folder, their captions, and the reasons why others are left out."""
+"""The picture files of a folder, their captions, and the files that are left out, by reason."""
 
 import collections
 import dataclasses
@@ -35,27 +35,26 @@ class LeftOut:
     'no_picture', 'shard' and 'not_listed'.
     """
 
-    def __init__(self, counts: Mapping[str, int] | None = None):
-        self.counts, self.examples = collections.Counter(counts or {}), {}
+    def __init__(self, counts: Mapping[str, int] | None = None, examples: Mapping[str, str] | None = None):
+        self.counts, self.examples = collections.Counter(counts or {}), dict(examples or {})
 
-    def add(self, reason: str, example: str, count: int = 1) -> None:
-        """Add `count` pictures; `example` describes the first."""
-        self.counts[reason] += count
+    def add(self, reason: str, example: str) -> None:
+        """Count a picture, which `example` describes."""
+        self.counts[reason] += 1
         self.examples.setdefault(reason, example)
 
     def describe(self) -> str:
         """'2 undecodable (such as x.png: ...), 1 animated (such as y.gif: 2 frames)'."""
-        parts = []
-        for reason, count in self.counts.items():
-            example = self.examples.get(reason)
-            words = reason.replace("_", " ")
-            parts.append(f"{count} {words}" + (f" (such as {example})" if example else ""))
-        return ", ".join(parts)
+        such = {reason: f" (such as {example})" for reason, example in self.examples.items()}
+        counts = self.counts.items()
+        return ", ".join(
+            f"{count} {reason.replace('_', ' ')}{such.get(reason, '')}" for reason, count in counts
+        )
 
 
 @dataclasses.dataclass
 class Folder:
-    """Files in a folder and below, ordered by name: possible pictures, shards, and what is left out."""
+    """Files in a folder and below, ordered by name: possible pictures, shards, left out files."""
 
     files: list[Path] = dataclasses.field(default_factory=list)
     shards: list[Path] = dataclasses.field(default_factory=list)
@@ -81,7 +80,7 @@ def look_through(root: Path) -> Folder:
 
 
 def _sort_in(found: Folder, root: Path, file: Path) -> None:
-    """Add a file below `root` to the files, the shards or what is left out."""
+    """Add a file below `root` to the pictures, the shards or the left out files."""
     key = file.relative_to(root)
     extension = file.suffix[1:].lower()
     picture = extension in EXTENSIONS
@@ -92,14 +91,13 @@ def _sort_in(found: Folder, root: Path, file: Path) -> None:
         found.shards.append(file)
     elif picture:
         found.files.append(file)
-    elif extension in _TEXTS:
-        pass
     elif extension in _OTHER_PICTURES:
         found.left.add("other_format", f"{key.as_posix()}: save it as PNG or JPEG")
-    elif _begins_as_picture(file):
-        found.files.append(file)
-    else:
-        found.left.add("no_picture", key.as_posix())
+    elif extension not in _TEXTS:
+        if _begins_as_picture(file):
+            found.files.append(file)
+        else:
+            found.left.add("no_picture", key.as_posix())
 
 
 def _begins_as_picture(file: Path) -> bool:
@@ -122,7 +120,7 @@ def read_bytes(file: Path) -> bytes:
             raise records.BadRecord("too_large", f"{file.stat().st_size} bytes")
         return file.read_bytes()
     except (FileNotFoundError, PermissionError) as error:
-        raise records.BadRecord("unreadable", error.strerror) from None
+        raise records.BadRecord("unreadable", error.strerror or "") from None
 
 
 def read_listed(path: Path) -> tuple[list[tuple[Path, str]], set[Path]]:

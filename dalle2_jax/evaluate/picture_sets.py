@@ -18,6 +18,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from dalle2_jax.data import damage, records, scenes, shards
 from dalle2_jax.evaluate import npz, picture_files
 from dalle2_jax.generate.pictures import square_picture
 from dalle2_jax.runtime import files, processes
+
+UNSEEN_SPLITS = ("validation", "test_pairs", "test_relations")  # of scenes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,31 +71,24 @@ class PictureSet:
     def captions(self) -> list[str]:
         """The first caption of each picture. Raises ValueError unless all have one."""
         if not self.texts:
-            raise ValueError(
-                f"not every picture of {self.name} has a caption"
-                + (f" ({self.uncaptioned})" if self.uncaptioned else "")
-                + ": put KEY.txt beside each KEY.png, or give img2dataset's shards"
-            )
+            some = f" ({self.uncaptioned})" if self.uncaptioned else ""
+            advice = "put KEY.txt beside each KEY.png, or give img2dataset's shards"
+            raise ValueError(f"not every picture of {self.name} has a caption{some}: {advice}")
         return list(self.texts)
 
     def describe(self) -> str:
-        """A line: the number of pictures, of files or samples, and what was left out."""
+        """A line: the number of pictures, of files or samples, and of left out ones by reason."""
         what = {"folder": "file", "tar": "sample"}.get(self.kind)
         line = f"{self.name}: {_counted(self.count, 'picture')}"
-        if what:
-            line += f" of {_counted(self.count + sum(self.refused.values()), what)}"
-        if not self.refused:
-            return line
-        left = picture_files.LeftOut(self.refused)
-        left.examples = self.examples
-        return f"{line}; left out: {left.describe()}"
+        line += f" of {_counted(self.count + sum(self.refused.values()), what)}" if what else ""
+        left = picture_files.LeftOut(self.refused, self.examples)
+        return f"{line}; left out: {left.describe()}" if self.refused else line
 
     def summary(self) -> dict:
         """`describe` as JSON values."""
-        left_out = {
-            reason: {"count": count} | ({"example": self.examples[reason]} if reason in self.examples else {})
-            for reason, count in self.refused.items()
-        }
+        left_out = {reason: {"count": count} for reason, count in self.refused.items()}
+        for reason, example in self.examples.items():
+            left_out[reason]["example"] = example
         of = self.count + sum(self.refused.values())
         return {"name": self.name, "kind": self.kind, "pictures": self.count, "of": of, "left_out": left_out}
 
@@ -141,33 +137,30 @@ def _open_tar(path: str, progress: Progress | None) -> PictureSet:
 
     def read(i: int) -> Item:
         record = source.read(i, captions=False)
+        assert record.image is not None  # `read` raises BadRecord for a record without a picture
         return Item(record.key, record.image)
 
     rows = _readable(read, len(source), lambda i: f"sample {i}", _last(path), left, progress)
     keys, texts = [], []
     for i in rows:
         try:
-            of, fault = source.read(i, image=False).captions, ""
+            captions, fault = source.read(i, image=False).captions, ""
         except records.BadRecord as error:  # the caption is bad, the picture is good
-            of, fault = {}, f" ({error})"
+            captions, fault = {}, f" ({error})"
         keys.append(f"sample {i}{fault}")
-        texts.append((of.get("en") or next(iter(of.values()), ("",)))[0])
+        texts.append((captions.get("en") or next(iter(captions.values()), ("",)))[0])
     return _set(path, "tar", rows, read, keys, texts, left)
 
 
-def _read_again(read: Callable[[int], Item], i: int) -> Item:
-    """read(i) of a picture that was readable when the set was opened; ValueError if it no longer is."""
-    try:
-        return read(i)
-    except records.BadRecord as error:
-        raise ValueError(f"picture {i} cannot be read any more: {error}") from None
-
-
 def _set(path: str, kind: str, rows, read, keys: Sequence[str], texts: Sequence[str], left) -> PictureSet:
-    """The set of the pictures read(i) for i in `rows`, with these keys and captions ('' for none)."""
+    """The set of the pictures read(i) for i in `rows`, with these keys and captions ('': no caption)."""
 
-    def items():
-        return (_read_again(read, i) for i in rows)
+    def items() -> Iterator[Item]:
+        for i in rows:
+            try:
+                yield read(i)
+            except records.BadRecord as error:
+                raise ValueError(f"picture {i} cannot be read any more: {error}") from None
 
     without = [key for key, text in zip(keys, texts, strict=True) if not text]
     some = 0 < len(without) < len(keys)
@@ -202,7 +195,7 @@ def _readable(
 
     def fault(i: int) -> records.BadRecord | None:
         try:
-            picture_files.decode(read(int(i)).data)
+            picture_files.decode(bytes(read(int(i)).data))
         except records.BadRecord as error:
             return error
         return None
@@ -210,21 +203,19 @@ def _readable(
     def decodable(numbers: np.ndarray) -> np.ndarray:
         good = np.zeros(len(numbers), bool)
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            for done, error in enumerate(pool.map(fault, numbers)):
-                good[done] = error is None
+            for i, error in enumerate(pool.map(fault, numbers)):
+                good[i] = error is None
                 if progress is not None:
-                    progress(name, done + 1, len(numbers))
+                    progress(name, i + 1, len(numbers))
         return good
 
     good = processes.in_shares(decodable, count)
     for i in np.flatnonzero(~good).tolist():
-        error = fault(i)  # again: this process does not know the reasons of the others
-        if error is not None:
-            left.add(error.reason, f"{key(i)}: {error.detail}" if error.detail else key(i))
-        else:
-            left.add("unreadable", key(i))
+        # again: another process may have found the reason
+        error = fault(i) or records.BadRecord("unreadable", "")
+        left.add(error.reason, f"{key(i)}: {error.detail}" if error.detail else key(i))
     if not good.any():
-        raise ValueError(f"{name} holds no picture that can be read; there are: {left.describe()}")
+        raise ValueError(f"{name} holds no readable picture; left out: {left.describe()}")
     return np.flatnonzero(good).tolist()
 
 
@@ -236,14 +227,13 @@ def _open_folder(path: str, found: picture_files.Folder, progress: Progress | No
             if file not in names:
                 left.add("not_listed", f"{file.relative_to(root).as_posix()}: generate.json does not name it")
     else:
-        entries = [(file, None) for file in found.files]
+        entries = [(file, "") for file in found.files]
     for file in found.shards:
         left.add("shard", f"{file.name}: give '{root / '*.tar'}' to measure shards instead of pictures")
     if not entries:
-        raise ValueError(
-            f"{path} holds no pictures ({', '.join(picture_files.EXTENSIONS)}) and no shards"
-            + (f"; there are: {left.describe()}" if left.counts else "")
-        )
+        others = f"; left out: {left.describe()}" if left.counts else ""
+        kinds = ", ".join(picture_files.EXTENSIONS)
+        raise ValueError(f"{path} holds no pictures ({kinds}) and no shards{others}")
 
     def key(i: int) -> str:
         return damage.printable(os.fsencode(entries[i][0].relative_to(root)))
@@ -254,10 +244,8 @@ def _open_folder(path: str, found: picture_files.Folder, progress: Progress | No
     rows = _readable(read, len(entries), key, _last(path), left, progress)
     keys, texts = [], []
     for i in rows:
-        file, text = entries[i]
-        fault = ""
-        if text is None:
-            text, fault = picture_files.caption_beside(file)
+        file, listed_text = entries[i]
+        text, fault = (listed_text, "") if listed.is_file() else picture_files.caption_beside(file)
         keys.append(key(i) + (f" ({fault})" if fault else ""))
         texts.append(text)
     return _set(path, "folder", rows, read, keys, texts, left)
@@ -279,39 +267,46 @@ def _open_npz(path: str) -> PictureSet:
     return PictureSet(_last(path), "npz", count, items)
 
 
-def of_images(name: str, images: Sequence[np.ndarray], captions: Sequence[str] = ()) -> PictureSet:
-    """A set of pictures uint8 [H, W, 3] in memory."""
+def of_images(name: str, images: Any, captions: Sequence[str] = ()) -> PictureSet:
+    """A set of pictures in memory: a sequence of uint8 [H, W, 3], or an array of them."""
 
-    def items():
+    def items() -> Iterator[Item]:
         return (Item(f"{name} {i}", image) for i, image in enumerate(images))
 
     return PictureSet(name, "memory", len(images), items, tuple(captions))
 
 
-def rendered(name: str, drawn: Sequence[scenes.Scene], image_size: int) -> PictureSet:
-    """A set of rendered scenes, without captions."""
+def rendered(
+    name: str, drawn: Sequence[scenes.Scene], image_size: int, captions: Sequence[str] = ()
+) -> PictureSet:
+    """A set of rendered scenes."""
 
-    def items():
-        for i, scene in enumerate(drawn):
-            yield Item(f"scene {i}", scenes.render(scene, image_size))
+    def items() -> Iterator[Item]:
+        return (Item(f"scene {i}", scenes.render(scene, image_size)) for i, scene in enumerate(drawn))
 
-    return PictureSet(name, "scenes", len(drawn), items)
+    return PictureSet(name, "scenes", len(drawn), items, tuple(captions))
+
+
+def unseen_scenes(
+    config: scenes.SceneConfig,
+    count: int,
+    seed: int,
+    splits: Sequence[str] = UNSEEN_SPLITS,
+    keep: Callable[[scenes.Scene], bool] = lambda scene: True,
+) -> list[scenes.Scene]:
+    """The first `count` scenes to `keep` of those splits outside training, in turn; fewer if most are not."""
+    splits = [split for split in splits if config.max_objects > 1 or split != "test_relations"]
+    numbered = ((splits[i % len(splits)], i // len(splits)) for i in range(100 * count))
+    found = (scenes.sample_scene(config, split, i, seed) for split, i in numbered)
+    return list(itertools.islice(filter(keep, found), count))
 
 
 def scene_pictures(config: scenes.SceneConfig, image_size: int, count: int, seed: int = 0) -> PictureSet:
     """A set of `count` scenes from the splits outside training, with randomly worded captions."""
-    splits = ("validation", "test_pairs", "test_relations")[: 2 if config.max_objects < 2 else 3]
-
-    def scene(i: int) -> scenes.Scene:
-        return scenes.sample_scene(config, splits[i % len(splits)], i // len(splits), seed)
-
-    def items():
-        for i in range(count):
-            yield Item(f"scene {i}", scenes.render(scene(i), image_size))
-
+    found = unseen_scenes(config, count, seed)
     words = np.random.default_rng(seed).integers(1 << 30, size=count)
-    texts = tuple(scenes.caption(scene(i), index=int(word)) for i, word in enumerate(words))
-    return PictureSet(f"{config.name}_{image_size}", "scenes", count, items, texts)
+    texts = [scenes.caption(scene, index=int(word)) for scene, word in zip(found, words, strict=True)]
+    return rendered(f"{config.name}_{image_size}", found, image_size, texts)
 
 
 def samples(pictures: PictureSet, count: int, max_size: int = 256) -> tuple[np.ndarray, list[str]]:
@@ -324,7 +319,7 @@ def samples(pictures: PictureSet, count: int, max_size: int = 256) -> tuple[np.n
 
 
 def chosen(
-    pictures: PictureSet, rows: Sequence[int], count: int, seed: int
+    pictures: PictureSet, rows: Sequence[int] | np.ndarray, count: int, seed: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """(pictures uint8 [H, W, 3], their ascending row numbers): at most `count` of `rows`, drawn at random."""
     picked = np.sort(np.random.default_rng(seed).permutation(np.asarray(rows))[:count])
@@ -361,8 +356,7 @@ def write_npz(pictures: PictureSet, path: str | os.PathLike) -> None:
 def mapped(pictures: PictureSet, change: Callable[[np.ndarray], np.ndarray]) -> PictureSet:
     """The set with `change` applied to each picture, such as a crop."""
 
-    def items():
-        for item in pictures.items():
-            yield dataclasses.replace(item, data=change(item.picture()))
+    def items() -> Iterator[Item]:
+        return (dataclasses.replace(item, data=change(item.picture())) for item in pictures.items())
 
     return dataclasses.replace(pictures, items=items)

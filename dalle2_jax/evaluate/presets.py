@@ -1,8 +1,8 @@
 """Named protocols of FID: how pictures are prepared for Inception. FIDs of two protocols are not comparable.
 
 `square` is applied first, to images and reference alike; then `rule`, one of `inception.RULES`, resizes to
-299 x 299. Papers' protocols for zero-shot FID-30K on MS-COCO differ in both, and in the compared sets: the
-user chooses captions and reference, `compares` names the paper's choice.
+299 x 299. Papers' protocols for zero-shot FID-30K on MS-COCO differ in both, and in the compared sets, which
+the user chooses: see docs/evaluation.md.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ COCO_SIZE = 256
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """what: `square` in words. compares: the sets that the protocol compares."""
+    """A protocol. what: `square` in words."""
 
     square: Callable[[np.ndarray], np.ndarray]
     what: str
     rule: str
-    compares: str = ""
 
 
-def _as_it_is(picture: np.ndarray) -> np.ndarray:
-    return picture
+def _resized(picture: np.ndarray, size: int, filter_: Image.Resampling) -> np.ndarray:
+    same = picture.shape[:2] == (size, size)
+    return picture if same else np.asarray(Image.fromarray(picture).resize((size, size), filter_))
 
 
 def _central(picture: np.ndarray, size: int, filter_: Image.Resampling) -> np.ndarray:
@@ -36,60 +36,41 @@ def _central(picture: np.ndarray, size: int, filter_: Image.Resampling) -> np.nd
     height, width = picture.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    cut = Image.fromarray(picture[top : top + side, left : left + side])
-    return np.asarray(cut if side == size else cut.resize((size, size), filter_))
+    return _resized(picture[top : top + side, left : left + side], size, filter_)
 
 
-def _openai(picture: np.ndarray) -> np.ndarray:
-    return np.asarray(transforms.square(Image.fromarray(picture), COCO_SIZE, round_twice=True))
-
-
-def _karlo(picture: np.ndarray) -> np.ndarray:
-    return square_picture(picture, COCO_SIZE, halve=False)
-
-
-def _squash(picture: np.ndarray, size: int = 512) -> np.ndarray:
-    same = picture.shape[:2] == (size, size)
-    image = Image.fromarray(picture)
-    return np.asarray(image if same else image.resize((size, size), Image.Resampling.BICUBIC))
-
-
-_30K = "30,000 captions of val2014"
 PRESETS = {
-    "ttur": Preset(_as_it_is, "as it is", "tf1"),
-    "clean": Preset(_as_it_is, "as it is", "clean"),
-    "pytorch_fid": Preset(_as_it_is, "as it is", "torch"),
+    "ttur": Preset(lambda picture: picture, "as it is", "tf1"),
+    "clean": Preset(lambda picture: picture, "as it is", "clean"),
+    "pytorch_fid": Preset(lambda picture: picture, "as it is", "torch"),
     "imagen": Preset(
         lambda picture: _central(picture, COCO_SIZE, Image.Resampling.BICUBIC),
         "central square, bicubic to 256",
         "tf1",
-        f"{_30K}, drawn at random, with all pictures of val2014",
     ),
     "openai": Preset(
-        _openai,
+        lambda picture: np.asarray(transforms.square(Image.fromarray(picture), COCO_SIZE, round_twice=True)),
         "halved with a box filter, bicubic to 256, central square",
         "tf1",
-        f"{_30K} with pictures of val2014; the paper does not say which",
     ),
     "karlo": Preset(
-        _karlo, "shorter side bicubic to 256, central square", "tf1", f"{_30K} with their 30,000 pictures"
+        lambda picture: square_picture(picture, COCO_SIZE, halve=False),
+        "shorter side bicubic to 256, central square",
+        "tf1",
     ),
     "gigagan": Preset(
         lambda picture: _central(picture, COCO_SIZE, Image.Resampling.LANCZOS),
         "central square, Lanczos to 256",
         "clean",
-        f"{_30K}, a fixed list, with all pictures of val2014",
     ),
     "t2ibench": Preset(
         lambda picture: _central(picture, 299, Image.Resampling.BICUBIC),
         "central square, bicubic to 299",
         "torch",
-        "one caption a picture of a fixed list, with stored statistics",
     ),
     "mlperf": Preset(
-        _squash,
+        lambda picture: _resized(picture, 512, Image.Resampling.BICUBIC),
         "squashed to 512 x 512, bicubic",
         "torch",
-        f"{_30K}, one a picture, with their 30,000 pictures",
     ),
 }

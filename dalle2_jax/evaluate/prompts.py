@@ -12,7 +12,6 @@ PartiPrompts ('Prompt'), a JSON list of texts or of such objects, or a text file
 """
 
 import csv
-import functools
 import io
 import json
 import os
@@ -20,10 +19,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from dalle2_jax.data.shards import clean_caption, encodable
-from dalle2_jax.evaluate.drawing import keep_plan
+from dalle2_jax.evaluate.drawing import open_drawn_folder, plan_of, save_picture
 from dalle2_jax.generate.captions import MAX_CAPTION, check_captions
 from dalle2_jax.runtime import files, grid, processes
 
@@ -80,7 +78,7 @@ def _table(path: Path, text: str, delimiter: str) -> list[dict]:
 
     Raises ValueError, with the column names, for no such column, and for a row with too many cells.
     """
-    columns = []
+    columns: list[str] = []
     try:
         for separator in (delimiter, ",", ";", "\t"):  # spreadsheets of many countries write semicolons
             reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restval="")
@@ -108,21 +106,20 @@ def _table(path: Path, text: str, delimiter: str) -> list[dict]:
 
 def _json(path: Path, text: str, lines: bool) -> list[dict]:
     """The objects of a JSON list or of JSON lines; a text instead of an object is a prompt."""
+    where, rows = "the file", []
     try:
         if lines:
             found = []
             for number, line in enumerate(text.split("\n"), 1):
                 where = f"line {number}"
-                if line.strip():
-                    found.append((where, json.loads(line)))
+                found += [(where, json.loads(line))] if line.strip() else []
         else:
-            where, stored = "the file", json.loads(text)
+            stored = json.loads(text)
             if not isinstance(stored, list):
                 raise ValueError("it must be a list of prompts")
             found = [(f"entry {i}", row) for i, row in enumerate(stored, 1)]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {where} cannot be read as JSON: {error}") from None
-    rows = []
     for where, row in found:
         row = {"prompt": row} if isinstance(row, str) else row
         if not isinstance(row, dict):
@@ -142,40 +139,30 @@ def draw(
     batch_size: int | None = None,
     progress=None,
 ) -> Path:
-    """Draw `n` pictures of each prompt with an `UnCLIP`, in the module's layout; existing pictures are kept.
+    """Draw `n` pictures of each prompt in the module's layout; existing pictures are kept.
 
     So interrupted drawing resumes. Raises ValueError if the folder holds pictures of another model, seed,
     settings or prompts.
     """
-    out = Path(out)
-    weights = {name: model.engine.weights_sha256(name) for name in model.engine.stages}
-    plan = {"model": model.name, "weights_sha256": weights, "n": n, "seed": seed}
-    plan = json.dumps(plan | {"settings": model.settings(**(settings or {}))}, indent=2) + "\n"
+    out, settings = Path(out), settings or {}
+    plan = {**plan_of(model), "n": n, "seed": seed, "settings": model.settings(**settings)}
     lines = [encodable(json.dumps(row, ensure_ascii=False)) + "\n" for row in prompts]
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("plan.json", plan), ("prompts.jsonl", "".join(lines))):
-        processes.one_then_others(name, functools.partial(keep_plan, out / name, text))
-    folders = [out / f"{i:05d}" for i in range(len(prompts))]
-    missing = np.array([not (folder / "grid.png").exists() for folder in folders])
-    missing = np.flatnonzero(processes.from_first(missing)).tolist()  # the same on all processes
+    plans = {"plan.json": json.dumps(plan, indent=2) + "\n", "prompts.jsonl": "".join(lines)}
+    folders = [f"{i:05d}" for i in range(len(prompts))]
+    missing = open_drawn_folder(out, plans, [f"{folder}/grid.png" for folder in folders]).tolist()
     at_once = max(1, AT_A_TIME // n) * jax.process_count()
     for start in range(0, len(missing), at_once):
         part = missing[start : start + at_once]
         captions = [prompts[i]["prompt"] for i in part]
-        images = model.text_to_image(
-            captions, n=n, seed=seed, batch_size=batch_size, progress=progress, **(settings or {})
-        ).images
+        how = dict(n=n, seed=seed, batch_size=batch_size, progress=progress)
+        images = model.text_to_image(captions, **how, **settings).images
         for k, i in enumerate(part if processes.is_first() else ()):
-            (folders[i] / "samples").mkdir(parents=True, exist_ok=True)
-            (folders[i] / "metadata.jsonl").write_text(lines[i], "utf-8")
-            of_prompt = images[k * n : (k + 1) * n]
+            folder, of_prompt, caption = out / folders[i], images[k * n : (k + 1) * n], captions[k]
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            (folder / "metadata.jsonl").write_text(lines[i], "utf-8")
             for number, image in enumerate(of_prompt):
-                grid.save_png(folders[i] / "samples" / f"{number:04d}.png", image, {"caption": captions[k]})
+                save_picture(folder / "samples" / f"{number:04d}.png", image, caption)
             # last: it marks the folder as complete
-            partial = folders[i] / ".grid.partial"
-            grid.save_png(
-                partial, grid.labelled_grid(of_prompt, [captions[k]] * n, n), {"caption": captions[k]}
-            )
-            partial.rename(folders[i] / "grid.png")
+            save_picture(folder / "grid.png", grid.labelled_grid(of_prompt, [caption] * n, n), caption)
     processes.sync("drawn")
     return out

@@ -1,4 +1,4 @@
-"""What pictures are compared with: other pictures, or mean and covariance of Inception features in an npz.
+"""References: pictures to compare with, or mean and covariance of their Inception features in an npz.
 
 The npz is that of pytorch-fid, clean-fid, guided-diffusion or `write_stats`: mu, sigma of the pool features
 and mu_s, sigma_s of the spatial features. ADM's files also hold pictures in `arr_0`.
@@ -7,6 +7,7 @@ and mu_s, sigma_s of the spatial features. ADM's files also hold pictures in `ar
 import dataclasses
 import os
 import zipfile
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ SUFFIXES = {"pool": "", "spatial": "_s"}
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """A reference with known mean and covariance.
+    """Mean and covariance of a reference.
 
     Attributes:
       moments: features -> Moments.
@@ -58,7 +59,7 @@ class Stats:
 
     def rank(self, features: str) -> int:
         """Rank of a covariance; for fewer pictures than features it is the number of pictures - 1."""
-        values = np.linalg.eigvalsh(self.moments[features].scatter)
+        values = np.linalg.eigvalsh(self.moments[features].cov)
         return int((values > values[-1] * len(values) * np.finfo(np.float32).eps).sum())
 
 
@@ -88,7 +89,7 @@ def read_stats(path: str | os.PathLike) -> Stats | None:
             names = ("preset", "weights_sha256")
             made_with = {name: str(stored[name]) for name in names if name in stored.files}
             moments = {
-                features: _moments(stored, features, count)
+                features: _moments(stored, features)
                 for features, suffix in SUFFIXES.items()
                 if f"mu{suffix}" in stored.files
             }
@@ -99,7 +100,7 @@ def read_stats(path: str | os.PathLike) -> Stats | None:
     return Stats(os.path.basename(path), moments, count, **made_with, pictures=pictures)
 
 
-def _moments(stored, features: str, count: int | None) -> Moments:
+def _moments(stored, features: str) -> Moments:
     """The moments in mu and sigma of these features. Raises ValueError or KeyError for impossible arrays."""
     entries, suffix = DIMENSIONS[features], SUFFIXES[features]
     for name, expected in ((f"mu{suffix}", (entries,)), (f"sigma{suffix}", (entries, entries))):
@@ -115,20 +116,15 @@ def _moments(stored, features: str, count: int | None) -> Moments:
         raise ValueError(f"mu{suffix} or sigma{suffix} holds numbers that are not finite")
     if np.abs(cov - cov.T).max() > 1e-3 * np.abs(cov).max() or (np.diagonal(cov) < 0).any():
         raise ValueError(f"sigma{suffix} is no covariance: not symmetric, or negative on its diagonal")
-    rows = count or 2  # with an unknown count only mean and cov are used
-    return Moments(rows, mean, cov * (rows - 1))
+    return Moments(mean, cov)
 
 
 def write_stats(path: str | os.PathLike, features: dict[str, np.ndarray], preset: str, sha256: str) -> None:
     """Write an npz for `read_stats` and pytorch-fid from features [N, D] of a set."""
-    arrays = {"preset": np.array(preset), "weights_sha256": np.array(sha256)}
+    arrays: dict[str, Any] = {"preset": np.array(preset), "weights_sha256": np.array(sha256)}
     for name, suffix in SUFFIXES.items():
         if name in features:
-            moments = Moments.of(features[name])
-            arrays |= {
-                f"mu{suffix}": moments.mean,
-                f"sigma{suffix}": moments.cov,
-                "n": np.array(moments.count),
-            }
+            moments, count = Moments.of(features[name]), len(features[name])
+            arrays |= {f"mu{suffix}": moments.mean, f"sigma{suffix}": moments.cov, "n": np.array(count)}
     with open(path, "wb") as file:
         np.savez(file, **arrays)

@@ -1,4 +1,4 @@
-"""The checker: whether a picture of a scene shows what its caption says, from pixels alone.
+"""The checker: whether a picture of a scene matches its caption, from pixels alone.
 
 It shares no code and no table with the renderer: `scenes_parser` reads the caption, this file finds the
 objects, and `scenes_shapes` names their shapes. A picture is I = b + a (c - b) at every pixel, with
@@ -17,6 +17,8 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -42,12 +44,14 @@ FAINT = 36.0  # pixels nearer to the background in RGB belong to it
 # degrees apart.
 SAME_COLOUR = math.radians(8)
 SPECK = 0.0022  # smallest object, fraction of the picture's area
-THIN = 2  # working pixels: what is nowhere deeper than this is the fringe between two blurred objects
+THIN = 2  # working pixels: a region nowhere deeper than this is the fringe between two blurred objects
 LARGEST_COLOUR_ERROR = 40.0  # in CIELAB; a colour farther from every prototype has no name
 # A shape has a name if it looks almost exactly like a template, or fairly like one and clearly less like any
 # other shape: a wobbly cross is a cross, something between a star and a disc is neither.
 ALMOST_EXACT = 0.985
 LEAST_MATCH, LEAST_MARGIN = 0.92, 0.015
+# Weights of the aspects when named objects are matched with those of the picture.
+WEIGHTS = {"colour": 1, "shape": 1, "relation": 0.5, "size": 0.1, "place": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +142,9 @@ def _working_picture(image: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] to float32 [SIDE, SIDE, 3], noise smoothed away."""
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 8:
-        raise ValueError(
-            f"image must be uint8 [H, W, 3] of at least 8 x 8 pixels, got {image.dtype} {image.shape}"
-        )
+        raise ValueError(f"image must be uint8 [H, W, 3], 8 x 8 or more, not {image.dtype} {image.shape}")
     if image.shape[:2] != (SIDE, SIDE):
-        image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.BICUBIC))
+        image = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     picture = image.astype(np.float32)
     if _roughness(picture) > 2:
         picture = ndimage.gaussian_filter(picture, (1.2, 1.2, 0))
@@ -303,32 +305,33 @@ def check(image: np.ndarray, caption: str) -> Verdict:
     """
     facts = scenes_parser.parse(caption)
     found, background = find_objects(image)
-    named = facts.objects
-    best, best_score = None, -1.0
-    partners = itertools.permutations(range(len(found)), len(named)) if len(found) <= 6 else ()
-    for order in partners:
-        mine = [found[k] for k in order]
-        colour = [n.colour in (None, f.colour) for n, f in zip(named, mine, strict=True)]
-        shape = [n.shape == f.shape for n, f in zip(named, mine, strict=True)]
-        relation = [_holds(mine[i], r, mine[j]) for i, r, j in facts.relations]
-        size = [n.size == _size_name(f) for n, f in zip(named, mine, strict=True) if n.size]
-        place = [_in_place(f, n.place) for n, f in zip(named, mine, strict=True) if n.place]
-        score = sum(colour) + sum(shape) + 0.5 * sum(relation) + 0.1 * sum(size) + 0.1 * sum(place)
-        if score > best_score:
-            best, best_score = (colour, shape, relation, size, place), score
-    if best is None:
-        wrong = [False] * len(named)
-        sizes, places = [n.size for n in named if n.size], [n.place for n in named if n.place]
-        best = (wrong, wrong, wrong[: len(facts.relations)], wrong[: len(sizes)], wrong[: len(places)])
-    colour, shape, relation, size, place = best
+    partners = itertools.permutations(found, len(facts.objects)) if len(found) <= 6 else ()
+    best = max((_compare(facts, order) for order in partners), key=_score, default=None)
+    if best is None:  # no object of the picture matches
+        nothing = [Found(None, None, 0, 0, 0, 0)] * len(facts.objects)
+        best = {aspect: [False] * len(values) for aspect, values in _compare(facts, nothing).items()}
+    verdicts: dict[str, Any] = {aspect: all(right) if right else None for aspect, right in best.items()}
     return Verdict(
         objects_found=found,
         background_found=background,
-        colour=all(colour),
-        shape=all(shape),
-        relation=all(relation) if facts.relations else None,
-        count=len(found) == len(named),
+        count=len(found) == len(facts.objects),
         background=background == facts.background if facts.background else None,
-        size=all(size) if size else None,
-        place=all(place) if place else None,
+        **verdicts,
     )
+
+
+def _compare(facts: scenes_parser.Facts, order: Sequence[Found]) -> dict[str, list[bool]]:
+    """Aspect -> which are right, with `order` as the objects of the picture that match the named ones."""
+    pairs = list(zip(facts.objects, order, strict=True))
+    return {
+        "colour": [named.colour in (None, thing.colour) for named, thing in pairs],
+        "shape": [named.shape == thing.shape for named, thing in pairs],
+        "relation": [_holds(order[i], relation, order[j]) for i, relation, j in facts.relations],
+        "size": [named.size == _size_name(thing) for named, thing in pairs if named.size],
+        "place": [_in_place(thing, named.place) for named, thing in pairs if named.place],
+    }
+
+
+def _score(right: dict[str, list[bool]]) -> float:
+    """How well a match of objects fits the caption."""
+    return sum(weight * sum(right[aspect]) for aspect, weight in WEIGHTS.items())

@@ -4,7 +4,7 @@ A mask is brought to a standard position and size with its own moments: its cent
 a GRID x GRID picture and its root-mean-square radius becomes GRID / (2 REACH) pixels. Templates are drawn in
 several proportions (thin and fat stars, narrow and wide rings, ...), blurred by several widths and
 standardised in the same way, so that a blurred star is compared with blurred stars. The answer is the
-template with the highest cosine of its mask to the mask asked about.
+template whose mask has the highest cosine with the examined mask.
 """
 
 import functools
@@ -25,7 +25,7 @@ def _polygon(points) -> np.ndarray:
     scale, centre = 0.4 * _CANVAS * 4, _CANVAS * 2
     canvas = Image.new("L", (_CANVAS * 4, _CANVAS * 4))
     ImageDraw.Draw(canvas).polygon([(centre + scale * x, centre + scale * y) for x, y in points], fill=255)
-    return np.asarray(canvas.resize((_CANVAS, _CANVAS), Image.BOX), np.float32) / 255
+    return np.asarray(canvas.resize((_CANVAS, _CANVAS), Image.Resampling.BOX), np.float32) / 255
 
 
 def _box(width: float, height: float) -> np.ndarray:
@@ -34,7 +34,7 @@ def _box(width: float, height: float) -> np.ndarray:
 
 
 def _around(count: int, *radii: float):
-    """`count` points around the centre, evenly, from the top clockwise, with the given radii in turn."""
+    """`count` points around the centre, evenly, from the top clockwise, with these radii in turn."""
     return [
         (radii[k % len(radii)] * math.sin(angle), -radii[k % len(radii)] * math.cos(angle))
         for k, angle in enumerate(2 * math.pi * np.arange(count) / count)
@@ -111,8 +111,10 @@ def _templates() -> tuple[tuple[str, ...], np.ndarray]:
         cy, cx = (mask * y).sum() / total, (mask * x).sum() / total
         radius = math.sqrt((mask * ((y - cy) ** 2 + (x - cx) ** 2)).sum() / total)
         for blur in BLURS:
+            row = standardise(ndimage.gaussian_filter(mask, blur * radius))
+            assert row is not None  # no template is empty
             names.append(name)
-            rows.append(standardise(ndimage.gaussian_filter(mask, blur * radius)))
+            rows.append(row)
     return tuple(names), np.stack(rows)
 
 

@@ -218,7 +218,7 @@ def test_it_draws_and_repaints_captions_without_clip_and_prior(repainting):
         model.variations(drawn.images[0])
     with pytest.raises(ValueError, match="has no prior"):
         model.settings(prior_steps=2)
-    with pytest.raises(ValueError, match="say which scenes to draw"):
+    with pytest.raises(ValueError, match="choose the scenes to draw"):
         drawing.scenes_of(model)
     assert drawing.scenes_of(model, "quickstart")[1] == LARGE
 

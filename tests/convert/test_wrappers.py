@@ -143,7 +143,7 @@ def test_what_was_read_and_what_was_not_is_said(tmp_path):
         ({"model": STATE, "ema": {"shadow_params": list(STATE.values())}},
          r"ema\.shadow_params\.0 is no class_embedding|whose names are not those of its weights"),
         ({"model": Object("clip CLIP", {"_parameters": {"proj": np.ones(2)}, "_modules": {}})},
-         r"whole pickled module \(_parameters\.proj\).*torch\.save\(model\.state_dict\(\), FILE\)"),
+         r"pickled module \(_parameters\.proj\).*torch\.save\(model\.state_dict\(\), FILE\)"),
     ],
     ids=["LitEma", "two models", "nameless averages", "a pickled module"],
 )  # fmt: skip

@@ -200,7 +200,7 @@ def test_a_reference_of_pictures_and_statistics_serves_every_metric(small_incept
         assert entry.get("n_reference") == (60 if expected == "pictures" else None)
     assert found["fid"]["value"] != pytest.approx(by_pictures["fid"]["value"], rel=1e-2)
     first, second = fidelity.table(found).splitlines()[-2:]
-    assert first.startswith("fid: by the mean and covariance that both.npz holds; it does not say with which")
+    assert first.startswith("fid: by the mean and covariance that both.npz holds; their Inception")
     assert second.startswith("sfid, kid, precision, recall") and second.endswith("the pictures of both.npz")
     assert "both.npz (statistics)" in page.entries(found) and "both.npz (pictures)" in page.entries(found)
     assert both.summary()["pictures"] == 60 and both.summary()["statistics"] == {"pool": 9}
@@ -267,8 +267,8 @@ def test_the_same_caption_is_drawn_as_another_picture_each_time(tmp_path):
     [
         (["fid"], (2047, 5000), {}, "fid of 2047 pictures would not be FID.*give more, or measure fid_small"),
         (["fid"], (5000, 2047), {}, "fid of 2047 pictures"),
-        (["fid_infinity"], (9000, 9000), {}, "more than 20480 pictures, there are 9000"),
-        (["kid"], (999, 5000), {}, "subsets of 1000 pictures, there are 999"),
+        (["fid_infinity"], (9000, 9000), {}, "more than 20480 pictures, not 9000"),
+        (["kid"], (999, 5000), {}, "subsets of 1000 pictures: 999 are too few"),
         (["precision_recall"], (5, 5), {}, "needs more than 5 pictures"),
         (["fid"], (5000, None), {}, "needs pictures to compare with: give --reference"),
         (["fid"], (5000, 5000), {"inception": None}, "needs Inception's weights.*clip_frechet"),
@@ -404,7 +404,7 @@ def test_a_model_is_measured_against_the_captions_that_it_draws(model, tmp_path)
     before = drawn.read_bytes()
     drawn.unlink()
     assert one() == found and drawn.read_bytes() == before  # drawn again, and as before
-    with pytest.raises(ValueError, match="drawn otherwise"):
+    with pytest.raises(ValueError, match="of another plan"):
         one(seed=1)
     again = one(images=tmp_path / "pictures", reference=tmp_path / "x.npz", names=fidelity.WITH_CLIP)
     assert again["clip_frechet"]["value"] == pytest.approx(0, abs=1e-6) and again["clip_recall"]["value"] == 1

@@ -116,5 +116,5 @@ def test_pictures_lie_as_geneval_wants_them_and_drawing_goes_on(tmp_path, monkey
         assert json.loads((out / f"{i:05d}/metadata.jsonl").read_text()) == rows[i]
         assert sorted(p.name for p in (out / f"{i:05d}/samples").iterdir()) == ["0000.png", "0001.png"]
         assert np.asarray(Image.open(out / f"{i:05d}/samples/0001.png")).max() == i + 1
-    with pytest.raises(ValueError, match="drawn otherwise"):
+    with pytest.raises(ValueError, match="of another plan"):
         prompts.draw(model, rows, tmp_path / "out", n=2, seed=1)

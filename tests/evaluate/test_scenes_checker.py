@@ -70,7 +70,7 @@ def test_every_caption_parses_to_the_facts_of_its_scene(config):
             assert facts.background in (None, scene.background), text
             said = {(facts.objects[i], r, facts.objects[j]) for i, r, j in facts.relations}
             said = {((a.colour, a.shape), r, (b.colour, b.shape)) for a, r, b in said}
-            said |= {(b, scenes_parser.CONVERSE[r], a) for a, r, b in said}
+            said |= {(b, scenes.CONVERSE[r], a) for a, r, b in said}
             for k, relation in enumerate(scene.relations):
                 assert (names[k], relation, names[k + 1]) in said, text
             assert len(said) == 2 * len(scene.relations), text

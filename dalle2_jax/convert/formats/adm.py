@@ -8,33 +8,27 @@ conditioned on by their names, as for the classifier: see adm_classifier.py.
 from collections.abc import Mapping
 from pathlib import Path
 
-from dalle2_jax.convert import tables
 from dalle2_jax.convert.formats import adm_classifier
-from dalle2_jax.convert.formats.adm_classifier import HEAD_DIM, LICENCE, class_names
-from dalle2_jax.convert.formats.unet import adm_rows, adm_settings, check_groups
-from dalle2_jax.convert.tables import Imported, Row, dense, leaf, under
+from dalle2_jax.convert.formats.adm_classifier import class_names
+from dalle2_jax.convert.formats.unet import HEAD_DIM, adm_rows, adm_settings, read_stage
+from dalle2_jax.convert.tables import OPENAI_LICENCE, Imported, Row, leaf
 from dalle2_jax.convert.tensors import Tensors, open_tensors
-from dalle2_jax.models import models
 
 HELP = "ADM's generator, upsampler or classifier, a .pt file, or a folder with the files of one model"
 FIRST_ATTENTION = 32
 # Settings in ADM's command lines, not in its tensors, by stage and side. Otherwise heads have 64 entries, the
 # schedule is linear, and queries, keys and values are ordered by head.
-RELEASED = {
+RELEASED: dict[tuple[str, int], dict] = {
     ("decoder", 64): dict(schedule="cosine", blocks=True),
     ("decoder", 128): dict(num_heads=4),
     ("upsampler", 256): dict(num_heads=4),
 }
 
 
-def rows(net: Mapping, num_heads: int = 0, blocks: bool = False) -> list[Row]:
-    """The table of a generator or an upsampler; `net`: our shapes, the others as in `adm_rows`."""
-    return [
-        *under("net", adm_rows(net["net"], HEAD_DIM, num_heads=num_heads, blocks=blocks)),
-        *dense("time/fc1", "time_embed.0"),
-        *dense("time/fc2", "time_embed.2"),
-        *(leaf("label_embed/embedding", "label_emb.weight") if "label_embed" in net else []),
-    ]
+def rows(params: Mapping, num_heads: int = 0, blocks: bool = False) -> list[Row]:
+    """The table of a generator or an upsampler; arguments as of `adm_rows`."""
+    label = leaf("label_embed/embedding", "label_emb.weight") if "label_embed" in params else []
+    return adm_rows(params, num_heads=num_heads, blocks=blocks) + label
 
 
 def import_weights(source: Path, tokenizer=None) -> Imported:
@@ -50,7 +44,7 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
             raise ValueError(f"{source} holds two files for the {role}, {path.name} is one too many")
         stages[role] = stage
         opened.append(tensors)
-    return Imported(dict(sorted(stages.items())), None, opened, LICENCE)
+    return Imported(dict(sorted(stages.items())), None, opened, OPENAI_LICENCE)
 
 
 def _stage(tensors: Tensors, folder: Path) -> tuple[str, tuple[dict, dict]]:
@@ -84,7 +78,5 @@ def _stage(tensors: Tensors, folder: Path) -> tuple[str, tuple[dict, dict]]:
         model |= dict(low_res_size=side // 4, resize="linear")
     classes = class_names(folder, num_classes)
     config = {"stage": stage, "model": model | released, "data": {"classes": classes}}
-    abstract = models.abstract_params(models.build_stage(config))
-    check_groups(abstract["net"], 32, tensors.source)
-    params = tables.imported(rows(abstract, num_heads, blocks), tensors, abstract)
-    return (stage if stage == "decoder" else f"upsampler{side}"), (config, params)
+    read = read_stage(config, lambda params: rows(params, num_heads, blocks), tensors)
+    return (stage if stage == "decoder" else f"upsampler{side}"), read

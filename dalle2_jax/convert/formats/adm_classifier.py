@@ -9,45 +9,40 @@ names are 'class 0', 'class 1', ...
 from collections.abc import Mapping
 from pathlib import Path
 
-from dalle2_jax.convert import tables
-from dalle2_jax.convert.formats.unet import adm_rows, adm_settings, check_groups
-from dalle2_jax.convert.tables import POINTWISE, Imported, Layout, Row, dense, leaf, under
+from dalle2_jax.convert.formats.unet import HEAD_DIM, adm_rows, adm_settings, read_stage
+from dalle2_jax.convert.tables import (
+    DENSE,
+    OPENAI_LICENCE,
+    POINTWISE,
+    SAME,
+    Imported,
+    Row,
+    dense,
+    leaf,
+    under,
+)
 from dalle2_jax.convert.tensors import Tensors, open_tensors, parted
-from dalle2_jax.models import models
 from dalle2_jax.runtime import files
 
 HELP = "ADM's classifier of noised pictures, a .pt file"
-LICENCE = "OpenAI's are MIT; of other weights in this layout ask their makers"
-HEAD_DIM = 64
-TRANSPOSED = Layout(lambda x, n: [x.T], lambda xs: xs[0].T)
 
 
-def rows(net: Mapping) -> list[Row]:
+def rows(params: Mapping) -> list[Row]:
     """The table of the classifier; q and kv are tensors that `split_qkv` makes."""
-    pool = "out.2."
-    return [
-        *under("net", adm_rows(net["net"], HEAD_DIM)),
-        *leaf("net/pool/position/embedding", f"{pool}positional_embedding", TRANSPOSED),
-        *dense("net/pool/q", f"{pool}q_proj", layout=POINTWISE),
-        *dense("net/pool/kv", f"{pool}kv_proj", layout=POINTWISE),
-        *dense("net/pool/out", f"{pool}c_proj", layout=POINTWISE),
-        *dense("time/fc1", "time_embed.0"),
-        *dense("time/fc2", "time_embed.2"),
-    ]
+    pool = leaf("position/embedding", "positional_embedding", DENSE)
+    for ours, theirs in (("q", "q_proj"), ("kv", "kv_proj"), ("out", "c_proj")):
+        pool += dense(ours, theirs, layouts=(POINTWISE, SAME))
+    return adm_rows(params) + under("net/pool", pool, "out.2.")
 
 
 def split_qkv(tensors: Tensors) -> Tensors:
     """`tensors` with the pool's projection split in two: only the first position has a query."""
     third = tensors.shape("out.2.qkv_proj.bias")[0] // 3
-    rows = {"q_proj": slice(0, third), "kv_proj": slice(third, None)}
-    return parted(
-        tensors,
-        {
-            f"out.2.{name}.{kind}": (f"out.2.qkv_proj.{kind}", 0, part)
-            for name, part in rows.items()
-            for kind in ("weight", "bias")
-        },
-    )
+    parts = {}
+    for kind in ("weight", "bias"):
+        for name, rows in (("q_proj", slice(0, third)), ("kv_proj", slice(third, None))):
+            parts[f"out.2.{name}.{kind}"] = f"out.2.qkv_proj.{kind}", 0, rows
+    return parted(tensors, parts)
 
 
 def class_names(folder: Path, count: int) -> list[str]:
@@ -64,7 +59,7 @@ def class_names(folder: Path, count: int) -> list[str]:
 def import_weights(source: Path, tokenizer=None) -> Imported:
     """The classifier in the file `source`."""
     tensors = open_tensors(source)
-    return Imported({"classifier": read(tensors, source.parent)}, None, [tensors], LICENCE)
+    return Imported({"classifier": read(tensors, source.parent)}, None, [tensors], OPENAI_LICENCE)
 
 
 def read(tensors: Tensors, folder: Path) -> tuple[dict, dict]:
@@ -81,8 +76,6 @@ def read(tensors: Tensors, folder: Path) -> tuple[dict, dict]:
         head_dim=HEAD_DIM,
         schedule="cosine" if side <= 64 else "linear",
     )
-    config = {"stage": "classifier", "model": model}
-    config["data"] = {"classes": class_names(folder, model["num_classes"])}
-    abstract = models.abstract_params(models.build_stage(config))
-    check_groups(abstract["net"], 32, tensors.source)
-    return config, tables.imported(rows(abstract), tensors, abstract)
+    data = {"classes": class_names(folder, model["num_classes"])}
+    config = {"stage": "classifier", "model": model, "data": data}
+    return read_stage(config, rows, tensors)

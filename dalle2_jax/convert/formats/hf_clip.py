@@ -4,7 +4,6 @@ The towers may also have separate folders (CLIPTextModelWithProjection, CLIPVisi
 pipelines of diffusers.
 """
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from dalle2_jax.convert import tables
-from dalle2_jax.convert.tables import CONV, BlockNames, Imported, Row, dense, leaf, norm
+from dalle2_jax.convert.tables import CONV, BlockNames, Imported, Row, dense, leaf, norm, under
 from dalle2_jax.convert.tensors import Tensors, joined, open_tensors
 from dalle2_jax.data.tokenizer import load_tokenizer
-from dalle2_jax.models import models
 
 HELP = "a folder of transformers' CLIPModel"
 BLOCKS = BlockNames(
@@ -34,26 +32,20 @@ MAX_SCALE = 100.0
 
 def text_rows(depth: int) -> list[Row]:
     """The table of a text tower."""
-    return [
-        *leaf("text/token_embedding/embedding", "text_model.embeddings.token_embedding.weight"),
-        *leaf("text/position/embedding", "text_model.embeddings.position_embedding.weight"),
-        *BLOCKS.rows("text/transformer", "text_model.encoder.layers.{}", depth),
-        *norm("text/norm_out", "text_model.final_layer_norm"),
-        *dense("text/proj", "text_projection", bias=False),
-    ]
+    rows = leaf("token_embedding/embedding", "embeddings.token_embedding.weight")
+    rows += leaf("position/embedding", "embeddings.position_embedding.weight")
+    rows += BLOCKS.rows("transformer", "encoder.layers.{}", depth) + norm("norm_out", "final_layer_norm")
+    return under("text", rows, "text_model.") + dense("text/proj", "text_projection", bias=False)
 
 
 def vision_rows(depth: int) -> list[Row]:
     """The table of an image tower."""
-    return [
-        *leaf("vision/patch_embedding/kernel", "vision_model.embeddings.patch_embedding.weight", CONV),
-        *leaf("vision/class_token/embedding", "vision_model.embeddings.class_embedding"),
-        *leaf("vision/position/embedding", "vision_model.embeddings.position_embedding.weight"),
-        *norm("vision/norm_pre", "vision_model.pre_layrnorm"),  # their spelling
-        *BLOCKS.rows("vision/transformer", "vision_model.encoder.layers.{}", depth),
-        *norm("vision/norm_post", "vision_model.post_layernorm"),
-        *dense("vision/proj", "visual_projection", bias=False),
-    ]
+    rows = leaf("patch_embedding/kernel", "embeddings.patch_embedding.weight", CONV)
+    rows += leaf("class_token/embedding", "embeddings.class_embedding")
+    rows += leaf("position/embedding", "embeddings.position_embedding.weight")
+    rows += norm("norm_pre", "pre_layrnorm") + norm("norm_post", "post_layernorm")  # their spelling
+    rows += BLOCKS.rows("transformer", "encoder.layers.{}", depth)
+    return under("vision", rows, "vision_model.") + dense("vision/proj", "visual_projection", bias=False)
 
 
 def rows(model: dict) -> list[Row]:
@@ -77,17 +69,14 @@ def read_json(path: Path) -> dict:
 
 def _transformer(settings: dict, where: str) -> dict:
     """width, depth, num_heads, mlp_width of a tower. Raises ValueError for values that ours do not have."""
-    default_width, default_heads = (512, 8) if where == "text_config" else (768, 12)
-    width = settings.get("hidden_size", default_width)
-    mlp = settings.get("intermediate_size", 4 * default_width)
+    usual_width, usual_heads = (512, 8) if where == "text_config" else (768, 12)
+    width = settings.get("hidden_size", usual_width)
+    mlp, epsilon = settings.get("intermediate_size", 4 * usual_width), settings.get("layer_norm_eps", 1e-5)
     if mlp != 4 * width and where == "text_config":
-        raise ValueError(
-            f"{where}.intermediate_size is {mlp}: only four times hidden_size ({width}) is built"
-        )
-    epsilon = settings.get("layer_norm_eps", 1e-5)
+        raise ValueError(f"{where}.intermediate_size is {mlp}: only 4 * hidden_size ({4 * width}) is built")
     if not math.isclose(epsilon, 1e-5):
         raise ValueError(f"{where}.layer_norm_eps is {epsilon}: only 1e-5 is built")
-    depth, heads = settings.get("num_hidden_layers", 12), settings.get("num_attention_heads", default_heads)
+    depth, heads = settings.get("num_hidden_layers", 12), settings.get("num_attention_heads", usual_heads)
     wider = {} if mlp == 4 * width else {"mlp_width": mlp}
     return dict(width=width, depth=depth, num_heads=heads) | wider
 
@@ -122,18 +111,12 @@ def _image_statistics(folder: Path) -> dict:
     return {name: list(found[name]) for name in ("image_mean", "image_std") if name in found}
 
 
-def stage(model: dict) -> dict:
-    """A CLIP's config as it is stored."""
-    return {"stage": "clip", "model": model}
-
-
 def import_weights(source: Path, tokenizer=None) -> Imported:
     """The CLIP in the folder `source`."""
     config = read_json(source / "config.json")
     if config.get("model_type") != "clip" or "vision_config" not in config:
-        raise ValueError(
-            f"{source} holds a {config.get('model_type')!r} of {config.get('architectures')}, not a CLIPModel"
-        )
+        kind = f"a {config.get('model_type')!r} of {config.get('architectures')}"
+        raise ValueError(f"{source} holds {kind}, not a CLIPModel")
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     model = dict(
         embed_dim=config.get("projection_dim", 512),
@@ -144,15 +127,15 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
         **_image_statistics(source),
     )
     tensors = open_tensors(source)
-    abstract = models.abstract_params(models.build_stage(stage(model)))
-    params = tables.imported(rows(model), tensors, abstract, ignored=IGNORED)
-    return Imported({"clip": (stage(model), params)}, tokenizer or load_tokenizer(source), [tensors])
+    config = {"stage": "clip", "model": model}
+    clip = tables.read_stage(config, lambda params: rows(model), tensors, ignored=IGNORED)
+    return Imported({"clip": clip}, tokenizer or load_tokenizer(source), [tensors])
 
 
-def import_towers(text: Path, vision: Path | None, **model) -> tuple[dict, Any, Tensors]:
-    """(config, parameters, their source) of a CLIP with a folder for each tower.
+def import_towers(text: Path, vision: Path | None, **model) -> tuple[tuple[dict, Any], Tensors]:
+    """((config, parameters), their source) of a CLIP with a folder for each tower.
 
-    vision: may be None. model: further settings.
+    vision: None: no image tower. model: further settings.
     """
     configs, files = [read_json(text / "config.json")], {"text.": open_tensors(text)}
     sizes = dict(embed_dim=configs[0].get("projection_dim", 512), image_size=1)
@@ -163,26 +146,16 @@ def import_towers(text: Path, vision: Path | None, **model) -> tuple[dict, Any, 
         files["vision."] = open_tensors(vision)
     model["activation"] = _activation(*configs)
     both = joined(files)
-    abstract = models.abstract_params(models.build_stage(stage(model)))
-    leaves = {"logit_scale": np.float32(math.log(MAX_SCALE))}
-    ignored = r"(text|vision)\." + IGNORED
-    return (
-        stage(model),
-        tables.imported(tower_rows(model), both, abstract, leaves=leaves, ignored=ignored),
-        both,
-    )
+    config, ignored = {"stage": "clip", "model": model}, r"(text|vision)\." + IGNORED
+    scale = {"logit_scale": np.float32(math.log(MAX_SCALE))}
+    rows = tower_rows(model)
+    return tables.read_stage(config, lambda params: rows, both, leaves=scale, ignored=ignored), both
 
 
 def tower_rows(model: dict) -> list[Row]:
     """The table of towers in separate folders; names of the text tower begin with text."""
-    towers = {"text.": text_rows(model["text"]["depth"])}
-    if model["vision"]:
-        towers["vision."] = vision_rows(model["vision"]["depth"])
-    return [
-        dataclasses.replace(row, theirs=tuple(prefix + name for name in row.theirs))
-        for prefix, table in towers.items()
-        for row in table
-    ]
+    vision = vision_rows(model["vision"]["depth"]) if model["vision"] else []
+    return under("", text_rows(model["text"]["depth"]), "text.") + under("", vision, "vision.")
 
 
 def _tower_config(part: dict, activation: str, embed_dim: int) -> dict:
@@ -233,7 +206,7 @@ def settings_files(model: dict) -> dict[str, dict]:
 
 
 def preprocessor(model: dict) -> dict:
-    """transformers' settings of what pictures become before the image tower reads them."""
+    """transformers' settings of the preparation of pictures for the image tower."""
     side = model["image_size"]
     return dict(
         image_processor_type="CLIPImageProcessor",

@@ -1,4 +1,4 @@
-"""OpenCLIP's models that have CLIP's own architecture: OpenAI's layout, in safetensors or an archive.
+"""OpenCLIP's models with CLIP's architecture: OpenAI's layout, in safetensors or an archive.
 
 The source is a folder of the hub with open_clip_config.json, or a file of weights such as a training
 checkpoint. In a folder, transformers' files of the same model may lie beside OpenCLIP's. Transformers have
@@ -25,10 +25,7 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
     settings = _settings(folder / CONFIG) if (folder / CONFIG).is_file() else {"activation": "gelu"}
     tensors = _opened(source)
     if not (folder / CONFIG).is_file():
-        note = (
-            f"there is no {CONFIG} beside {source.name}, which would say quick_gelu: it is taken to have GELU"
-        )
-        tensors.notes += (note,)
+        tensors.notes += (f"{CONFIG}, which may name quick_gelu, is absent: GELU is assumed",)
     read = import_tensors(tensors, **settings)
     if tokenizer is None and source.is_dir() and _has_tokenizer(source):
         length = read.stages["clip"][0]["model"]["text"]["context_length"]
@@ -40,9 +37,7 @@ def _opened(source: Path) -> Tensors:
     tensors = open_tensors(source, (*OPEN_CLIP_WEIGHTS, *WEIGHTS))
     if "text_model.embeddings.token_embedding.weight" in tensors.shapes:
         raise ValueError(f"{tensors.source} is in transformers' layout: convert it as hf-clip")
-    if (
-        "text.token_embedding.weight" in tensors.shapes
-    ):  # `custom_text`: the text tower is a module of its own
+    if "text.token_embedding.weight" in tensors.shapes:  # `custom_text`: a separate text module
         tensors = tensors.renamed({name.removeprefix("text."): name for name in tensors.shapes})
     return tensors
 
@@ -78,7 +73,7 @@ def _settings(path: Path) -> dict:
         for name, allowed in same.items():
             if settings.get(name) not in allowed and name not in any_width:
                 raise ValueError(
-                    f"{path}: {part}.{name} is {settings[name]!r}: only CLIP's own architecture is read, "
+                    f"{path}: {part}.{name} is {settings[name]!r}: only CLIP's architecture is read, "
                     f"its text with heads of {HEAD_DIM} and MLPs of four times the width"
                 )
     named = {"image_mean": "mean", "image_std": "std"}

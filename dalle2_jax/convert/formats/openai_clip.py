@@ -8,28 +8,29 @@ import re
 from pathlib import Path
 
 from dalle2_jax.convert import tables
-from dalle2_jax.convert.formats.hf_clip import stage
-from dalle2_jax.convert.tables import CONV, BlockNames, Imported, Layout, Row, conv, dense, leaf, norm
+from dalle2_jax.convert.tables import (
+    CONV,
+    OPENAI_LICENCE,
+    BlockNames,
+    Imported,
+    Row,
+    conv,
+    dense,
+    leaf,
+    norm,
+    under,
+)
 from dalle2_jax.convert.tensors import Tensors, open_tensors
-from dalle2_jax.models import models
 
 HELP = "OpenAI's CLIP: a .pt archive with a ViT or a ResNet"
-LICENCE = "OpenAI's are MIT; of other weights in this layout ask their makers"
 HEAD_DIM = 64
 BLOCKS = BlockNames(
-    norm1="ln_1",
-    norm2="ln_2",
-    qkv=("attn.in_proj_",),
-    out="attn.out_proj",
-    fc1="mlp.c_fc",
-    fc2="mlp.c_proj",
+    norm1="ln_1", norm2="ln_2", qkv=("attn.in_proj_",), out="attn.out_proj", fc1="mlp.c_fc", fc2="mlp.c_proj"
 )
 # A CLIP that was scripted again has the attention mask in every block, and sizes in both towers.
 IGNORED = (
     r"(.*\.)?(input_resolution|image_size|patch_size|context_length|vocab_size|attn_mask|num_batches_tracked)"
 )
-# A parameter [in, out], multiplied from the right as our kernels are.
-PLAIN = Layout(lambda x, n: [x], lambda xs: xs[0])
 
 
 def _blocks(tensors: Tensors, pattern: str) -> int:
@@ -52,58 +53,41 @@ def text_model(tensors: Tensors) -> dict:
 
 def text_rows(depth: int) -> list[Row]:
     """The table of the text tower."""
-    return [
-        *leaf("text/token_embedding/embedding", "token_embedding.weight"),
-        *leaf("text/position/embedding", "positional_embedding"),
-        *BLOCKS.rows("text/transformer", "transformer.resblocks.{}", depth),
-        *norm("text/norm_out", "ln_final"),
-        *leaf("text/proj/kernel", "text_projection", PLAIN),
-    ]
+    rows = leaf("token_embedding/embedding", "token_embedding.weight")
+    rows += leaf("position/embedding", "positional_embedding") + norm("norm_out", "ln_final")
+    rows += leaf("proj/kernel", "text_projection")
+    return under("text", rows + BLOCKS.rows("transformer", "transformer.resblocks.{}", depth))
 
 
 def vit_rows(depth: int) -> list[Row]:
     """The table of a vision transformer."""
-    return [
-        *leaf("vision/patch_embedding/kernel", "visual.conv1.weight", CONV),
-        *leaf("vision/class_token/embedding", "visual.class_embedding"),
-        *leaf("vision/position/embedding", "visual.positional_embedding"),
-        *norm("vision/norm_pre", "visual.ln_pre"),
-        *BLOCKS.rows("vision/transformer", "visual.transformer.resblocks.{}", depth),
-        *norm("vision/norm_post", "visual.ln_post"),
-        *leaf("vision/proj/kernel", "visual.proj", PLAIN),
-    ]
+    rows = leaf("patch_embedding/kernel", "conv1.weight", CONV) + leaf("proj/kernel", "proj")
+    rows += leaf("class_token/embedding", "class_embedding")
+    rows += leaf("position/embedding", "positional_embedding")
+    rows += norm("norm_pre", "ln_pre") + norm("norm_post", "ln_post")
+    rows += BLOCKS.rows("transformer", "transformer.resblocks.{}", depth)
+    return under("vision", rows, "visual.")
 
 
-def _batch_norm(ours: str, theirs: str) -> list[Row]:
-    return [
-        *norm(ours, theirs),
-        *leaf(f"{ours}/mean", f"{theirs}.running_mean"),
-        *leaf(f"{ours}/var", f"{theirs}.running_var"),
-    ]
-
-
-def resnet_rows(depths: tuple[int, ...]) -> list[Row]:
+def resnet_rows(depths: list[int]) -> list[Row]:
     """The table of a modified ResNet."""
-    rows = []
 
-    def layer(ours, theirs, conv_name, norm_name, number):
-        return conv(f"{ours}conv{number}", theirs + conv_name, bias=False) + _batch_norm(
-            f"{ours}norm{number}", theirs + norm_name
-        )
+    def layer(end: str, conv_name: str, norm_name: str) -> list[Row]:
+        """A convolution and its batch norm, which are called conv + `end` and norm + `end`."""
+        batch_norm = norm(f"norm{end}", norm_name) + leaf(f"norm{end}/mean", f"{norm_name}.running_mean")
+        batch_norm += leaf(f"norm{end}/var", f"{norm_name}.running_var")
+        return conv(f"conv{end}", conv_name, bias=False) + batch_norm
 
-    for number in (1, 2, 3):
-        rows += layer("vision/", "visual.", f"conv{number}", f"bn{number}", number)
+    three = [row for number in "123" for row in layer(number, f"conv{number}", f"bn{number}")]
+    skip = layer("_skip", "downsample.0", "downsample.1")
+    pool = leaf("position/embedding", "positional_embedding") + dense("q", "q_proj")
+    pool += dense("kv", "k_proj", "v_proj") + dense("out", "c_proj")
+    rows = three + under("pool", pool, "attnpool.")
     for level, depth in enumerate(depths):
         for block in range(depth):
-            ours, theirs = f"vision/stage_{level}_block_{block}/", f"visual.layer{level + 1}.{block}."
-            for number in (1, 2, 3):
-                rows += layer(ours, theirs, f"conv{number}", f"bn{number}", number)
-            if block == 0:
-                rows += layer(ours, theirs, "downsample.0", "downsample.1", "_skip")
-    pool = "visual.attnpool"
-    rows += leaf("vision/pool/position/embedding", f"{pool}.positional_embedding")
-    rows += dense("vision/pool/q", f"{pool}.q_proj") + dense("vision/pool/out", f"{pool}.c_proj")
-    return rows + dense("vision/pool/kv", f"{pool}.k_proj", f"{pool}.v_proj")
+            layers = three if block else three + skip
+            rows += under(f"stage_{level}_block_{block}", layers, f"layer{level + 1}.{block}.")
+    return under("vision", rows, "visual.")
 
 
 def vision_model(tensors: Tensors, head_dim: int = HEAD_DIM) -> tuple[dict, int]:
@@ -128,14 +112,13 @@ def import_tensors(tensors: Tensors, activation: str, *, head_dim: int = HEAD_DI
     text, (vision, side) = text_model(tensors), vision_model(tensors, head_dim)
     embed_dim = tensors.shape("text_projection")[1]
     model = dict(embed_dim=embed_dim, image_size=side, vision=vision, text=text, activation=activation)
-    config = stage(model | settings)
     rows = text_rows(text["depth"]) + leaf("logit_scale", "logit_scale")
-    rows += vit_rows(vision["depth"]) if vision["kind"] == "vit" else resnet_rows(tuple(vision["depths"]))
-    abstract = models.abstract_params(models.build_stage(config))
-    params = tables.imported(rows, tensors, abstract, ignored=IGNORED)
-    return Imported({"clip": (config, params)}, None, [tensors])
+    rows += vit_rows(vision["depth"]) if vision["kind"] == "vit" else resnet_rows(vision["depths"])
+    config = {"stage": "clip", "model": model | settings}
+    clip = tables.read_stage(config, lambda params: rows, tensors, ignored=IGNORED)
+    return Imported({"clip": clip}, None, [tensors])
 
 
 def import_weights(source: Path, tokenizer=None) -> Imported:
     """The CLIP in the archive `source`."""
-    return dataclasses.replace(import_tensors(open_tensors(source), "quick_gelu"), licence=LICENCE)
+    return dataclasses.replace(import_tensors(open_tensors(source), "quick_gelu"), licence=OPENAI_LICENCE)

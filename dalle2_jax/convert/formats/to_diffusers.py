@@ -7,7 +7,6 @@ Karlo's settings alone; a setting that it does not support is an error that name
 import importlib
 import inspect
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,39 +38,34 @@ def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Toke
     """
     settings = {role: _settings(config) for role, (config, _) in stages.items()}
     params = {role: params for role, (_, params) in stages.items()}
-    files: dict[str, dict] = {}
-    weights: dict[str, dict] = {}
-    notes: list[str] = []
-    if set(stages) == {"clip"}:
+    files: dict[str, dict] = {}  # file -> JSON value
+    weights: dict[str, dict] = {}  # file -> tensors
+    is_clip = set(stages) == {"clip"}
+    if is_clip:
         _check_clip(settings["clip"])
         files |= hf_clip.settings_files(settings["clip"])
         weights["model.safetensors"] = tables.exported(hf_clip.rows(settings["clip"]), params["clip"])
-        words = out
     else:
         files["model_index.json"] = _index(tokenizer)
         _pipeline(settings, params, files, weights)
-        notes = _null_differs(stages, tokenizer)
-        words = out / "tokenizer"
-    for name, tensors in weights.items():
+    notes = [] if is_clip else _null_differs(stages, tokenizer)
+    for name in (*weights, *files):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, tensors in weights.items():
         types = dict.fromkeys(tensors, np.dtype(np.float32))
         modeldir.write_tensors(out / name, tensors, types, kind="pt")
     for name, value in files.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
         modeldir.write_json(out / name, value)
-    save_tokenizer(tokenizer, words)
+    save_tokenizer(tokenizer, out if is_clip else out / "tokenizer")
     return notes
 
 
 def _settings(config: dict) -> dict:
     """All settings of a stage's model, defaults included."""
     build = importlib.import_module(f"dalle2_jax.models.stages.{config['stage']}").build
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(build).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
-    return json.loads(json.dumps(models.to_plain(defaults | config["model"])))
+    bound = inspect.signature(build).bind_partial(**config["model"])
+    bound.apply_defaults()
+    return json.loads(json.dumps(models.to_plain(dict(bound.arguments))))
 
 
 def _demand(role: str, settings: Mapping, **values) -> None:
@@ -82,7 +76,7 @@ def _demand(role: str, settings: Mapping, **values) -> None:
 
 def _check_clip(settings: Mapping) -> None:
     _demand("clip", settings, noise=None, loss="softmax")
-    if (settings["vision"] or {"kind": "vit"})["kind"] != "vit":
+    if settings["vision"] and settings["vision"]["kind"] != "vit":
         raise ValueError("transformers' CLIPModel has a vision transformer, this CLIP has a ResNet")
 
 
@@ -91,27 +85,24 @@ def _check_cascade(settings: Mapping[str, dict]) -> str:
     base = ("clip", "prior", "decoder")
     above = [role for role in settings if role not in base]
     if len(above) != 1 or not set(base) <= settings.keys() or not above[0].startswith("upsampler"):
-        raise ValueError(
-            f"UnCLIPPipeline is a CLIP, a prior, a decoder and one upsampler; this is {', '.join(settings)}"
-        )
+        parts = "a CLIP, a prior, a decoder and one upsampler"
+        raise ValueError(f"UnCLIPPipeline is {parts}; this is {', '.join(settings)}")
     noise = dict(schedule="cosine", num_timesteps=1000)
     _check_clip(settings["clip"])
     _demand("clip", settings["clip"], unit_embeds=False)
     if "embed_scale" not in settings["prior"]:
         raise ValueError("the prior is an autoregressive one, diffusers has the diffusion prior alone")
     _demand("prior", settings["prior"], embed_scale={"mode": "meanstd"}, **noise)
-    _demand("decoder", settings["decoder"], embed_scale=1.0, objective="eps", learned_variance=True, **noise)
-    _demand("decoder", settings["decoder"], inpaint=False, num_heads=0, num_classes=0)
-    _demand(above[0], settings[above[0]], objective="eps", learned_variance=False, **noise)
-    _demand(above[0], settings[above[0]], low_res_noise=0.0, resize="cubic", text=None, num_classes=0)
-    _demand(above[0], settings[above[0]], attention_resolutions=[], inpaint=False)
+    decoder = dict(objective="eps", learned_variance=True, inpaint=False, num_heads=0, num_classes=0)
+    _demand("decoder", settings["decoder"], embed_scale=1.0, **decoder, **noise)
+    upsampler = dict(low_res_noise=0.0, resize="cubic", text=None, num_classes=0, inpaint=False)
+    upsampler |= dict(objective="eps", learned_variance=False, attention_resolutions=[], **noise)
+    _demand(above[0], settings[above[0]], **upsampler)
     for role in ("prior", "decoder"):
         embed_dim, text = settings[role]["embed_dim"], settings[role]["text"] or {}
-        if text.get("states_width") != embed_dim:
-            raise ValueError(
-                f"{role}: model.text.states_width is {text.get('states_width')!r}, diffusers needs "
-                f"embed_dim, {embed_dim}"
-            )
+        if (width := text.get("states_width")) != embed_dim:
+            needed = f"diffusers needs embed_dim, {embed_dim}"
+            raise ValueError(f"{role}: model.text.states_width is {width!r}, {needed}")
     return above[0]
 
 
@@ -144,9 +135,9 @@ def _pipeline(settings: Mapping, params: Mapping, files: dict, weights: dict) ->
         additional_embeddings=4,
         dropout=0.0,
     )
-    rows = karlo.prior_rows(text["depth"])
-    nulls = ["net/null_text_embed/embedding", "net/null_text_states/embedding", "stats/eps_sq"]
-    add("prior", config, tables.exported(rows, params["prior"], dropped=nulls))
+    dropped = [*karlo.NULL_LEAVES["prior"], "stats/eps_sq"]
+    rows = karlo.diffusers_prior_rows(text["depth"])
+    add("prior", config, tables.exported(rows, params["prior"], dropped=dropped))
 
     side, levels = decoder["image_size"], range(len(decoder["channel_mult"]))
     attends = [side // 2**level in decoder["attention_resolutions"] for level in levels]
@@ -159,9 +150,8 @@ def _pipeline(settings: Mapping, params: Mapping, files: dict, weights: dict) ->
         attention_head_dim=decoder["head_dim"],
         class_embed_type="identity",
     )
-    rows = karlo.decoder_rows(params["decoder"], decoder["num_image_tokens"])
-    nulls = ["null_text_embed", "null_text_states/embedding"]
-    both = tables.exported(rows, params["decoder"], dropped=nulls)
+    rows = karlo.diffusers_decoder_rows(params["decoder"], decoder["num_image_tokens"])
+    both = tables.exported(rows, params["decoder"], dropped=karlo.NULL_LEAVES["decoder"])
     add("decoder", config, _below(both, "decoder."))
     config = dict(
         _class_name="UnCLIPTextProjModel",
@@ -181,12 +171,12 @@ def _pipeline(settings: Mapping, params: Mapping, files: dict, weights: dict) ->
     add("super_res_last", config, _below(both, "last.") or _below(both, "first."))
 
     for name, variance in _SCHEDULERS.items():
-        limit = prior["clip_range"] if name == "prior" else 1.0
+        limit, kind = (prior["clip_range"], "sample") if name == "prior" else (1.0, "epsilon")
         files[f"{name}_scheduler/scheduler_config.json"] = dict(
             _class_name="UnCLIPScheduler",
             num_train_timesteps=1000,
             variance_type=variance,
-            prediction_type="sample" if name == "prior" else "epsilon",
+            prediction_type=kind,
             clip_sample=limit is not None,
             clip_sample_range=limit or 1.0,
         )
@@ -194,18 +184,14 @@ def _pipeline(settings: Mapping, params: Mapping, files: dict, weights: dict) ->
 
 def _index(tokenizer: Tokenizer) -> dict:
     """UnCLIPPipeline's model_index.json."""
-    own = {name: ["diffusers", "UnCLIPScheduler"] for name in (f"{part}_scheduler" for part in _SCHEDULERS)}
-    return own | dict(
-        _class_name="UnCLIPPipeline",
-        _diffusers_version="0.35.0",
-        prior=["diffusers", "PriorTransformer"],
-        decoder=["diffusers", "UNet2DConditionModel"],
-        super_res_first=["diffusers", "UNet2DModel"],
-        super_res_last=["diffusers", "UNet2DModel"],
-        text_encoder=["transformers", "CLIPTextModelWithProjection"],
-        text_proj=[_TEXT_PROJ, "UnCLIPTextProjModel"],
-        tokenizer=["transformers", _tokenizer_class(tokenizer)],
-    )
+    classes = {f"{part}_scheduler": "UnCLIPScheduler" for part in _SCHEDULERS}
+    classes |= dict(prior="PriorTransformer", decoder="UNet2DConditionModel")
+    classes |= dict(super_res_first="UNet2DModel", super_res_last="UNet2DModel")
+    parts = {name: ["diffusers", kind] for name, kind in classes.items()}
+    parts["text_encoder"] = ["transformers", "CLIPTextModelWithProjection"]
+    parts["text_proj"] = [_TEXT_PROJ, "UnCLIPTextProjModel"]
+    parts["tokenizer"] = ["transformers", _tokenizer_class(tokenizer)]
+    return dict(_class_name="UnCLIPPipeline", _diffusers_version="0.35.0") | parts
 
 
 def _unet_config(name: str, settings: Mapping, attends: list[bool]) -> dict:
@@ -230,14 +216,14 @@ def _below(tensors: Mapping, prefix: str) -> dict:
 
 def _null_differs(stages: Mapping, tokenizer: Tokenizer) -> list[str]:
     """Notes on null captions other than "", the null caption of diffusers."""
-    null = karlo.null_caption(*stages["clip"], tokenizer)
+    clip, clip_params = stages["clip"]
+    null = karlo.null_caption(clip, clip_params, tokenizer)
     notes = []
-    for role in ("prior", "decoder"):
-        flat = {re.sub("/embedding$", "", name): x for name, x in modeldir.flatten(stages[role][1]).items()}
-        prefix = "net/" if role == "prior" else ""
-        for name, value in null.items():
-            own = np.asarray(flat.get(f"{prefix}null_{name}", np.zeros(0)), np.float32)
-            if own.shape != value.shape or not np.allclose(own, value, rtol=1e-2, atol=1e-2):
+    for role, leaves in karlo.NULL_LEAVES.items():
+        flat = modeldir.flatten(stages[role][1])
+        for name, leaf, value in zip(("text_embed", "text_states"), leaves, null, strict=True):
+            ours = np.asarray(flat.get(leaf, np.zeros(0)), np.float32)
+            if ours.shape != value.shape or not np.allclose(ours, value, rtol=1e-2, atol=1e-2):
                 notes.append(f"the {role}'s null {name} is not that of the caption '', which diffusers has")
     return notes
 
@@ -258,31 +244,22 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     settings = dict(
         tokenizer_class=_tokenizer_class(tokenizer),
         model_max_length=tokenizer.context_length,
-        bos_token=sot,
-        eos_token=eot,
-        unk_token=eot,
-        pad_token=pad,
-    )
+    ) | dict(bos_token=sot, eos_token=eot, unk_token=eot, pad_token=pad)
     if tokenizer.kind == "clip":
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
         modeldir.write_json(folder / "vocab.json", vocab | {sot: tokenizer.sot, eot: tokenizer.eot})
         (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     else:
         special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        own = ((tokenizer.sot, sot), (tokenizer.eot, eot))
-        state["added_tokens"] = [dict(id=number, content=word, **special) for number, word in own]
+        marks = ((tokenizer.sot, sot), (tokenizer.eot, eot))
+        state["added_tokens"] = [dict(id=number, content=word, **special) for number, word in marks]
         spaces = dict(type="Replace", pattern={"Regex": "\\s+"}, content=" ")
         strip = dict(type="Strip", strip_left=True, strip_right=True)
         state["normalizer"] = dict(type="Sequence", normalizers=[spaces, strip, {"type": "Lowercase"}])
-        state["post_processor"] = dict(
-            type="TemplateProcessing",
-            single=[_special(sot), {"Sequence": {"id": "A", "type_id": 0}}, _special(eot)],
-            pair=[_special(sot), {"Sequence": {"id": "A", "type_id": 0}}, _special(eot)],
-            special_tokens={word: dict(id=word, ids=[number], tokens=[word]) for number, word in own},
-        )
+        first, last = ({"SpecialToken": {"id": word, "type_id": 0}} for word in (sot, eot))
+        template = [first, {"Sequence": {"id": "A", "type_id": 0}}, last]
+        tokens = {word: dict(id=word, ids=[number], tokens=[word]) for number, word in marks}
+        processor = dict(type="TemplateProcessing", single=template, pair=template, special_tokens=tokens)
+        state["post_processor"] = processor
         modeldir.write_json(folder / "tokenizer.json", state)
     modeldir.write_json(folder / "tokenizer_config.json", settings)
-
-
-def _special(word: str) -> dict:
-    return {"SpecialToken": {"id": word, "type_id": 0}}

@@ -4,17 +4,24 @@ Both have the same blocks as our network; Karlo's and GLIDE's checkpoints have O
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from dalle2_jax.convert.tables import POINTWISE, Row, conv, dense, leaf, norm, per_head
+from dalle2_jax.convert import tables
+from dalle2_jax.convert.tables import POINTWISE, SAME, Row, conv, dense, leaf, norm, regrouped, under
 from dalle2_jax.convert.tensors import Tensors, parted
 from dalle2_jax.models.nets.layers import num_groups
 from dalle2_jax.runtime import modeldir
 
+HEAD_DIM = 64  # of attention in the networks of OpenAI's code, unless a number of heads is set
 
-def diffusers_rows(net: Mapping[str, Any], prefix: str = "") -> list[Row]:
-    """The table of a UNet2DModel or UNet2DConditionModel; `net`: our shapes, `prefix`: before their names."""
+
+def diffusers_rows(params: Mapping[str, Any], prefix: str = "") -> list[Row]:
+    """The table of a UNet2DModel or UNet2DConditionModel with its time embedding.
+
+    `params`: our shapes of the stage, `prefix`: before their names.
+    """
+    net = params["net"]
     levels = 1 + max(int(name.split("_")[1]) for name in net if name.startswith("down_"))
 
     def theirs(name: str) -> str:
@@ -25,31 +32,32 @@ def diffusers_rows(net: Mapping[str, Any], prefix: str = "") -> list[Row]:
         place = level if side == "down" else levels - 1 - level
         return f"{side}_blocks.{place}.{part}.{number}"
 
-    rows = conv("conv_in", f"{prefix}conv_in") + conv("conv_out", f"{prefix}conv_out")
-    rows += norm("norm_out", f"{prefix}conv_norm_out")
+    rows = conv("conv_in", "conv_in") + conv("conv_out", "conv_out") + norm("norm_out", "conv_norm_out")
     for name, block in _blocks(net):
-        a, b = name, prefix + theirs(name)
         if "conv1" in block:
-            rows += norm(f"{a}/norm1", f"{b}.norm1") + conv(f"{a}/conv1", f"{b}.conv1")
-            rows += dense(f"{a}/emb_proj", f"{b}.time_emb_proj")
-            rows += norm(f"{a}/norm2", f"{b}.norm2") + conv(f"{a}/conv2", f"{b}.conv2")
-            rows += conv(f"{a}/skip", f"{b}.conv_shortcut") if "skip" in block else []
+            part = norm("norm1", "norm1") + conv("conv1", "conv1") + dense("emb_proj", "time_emb_proj")
+            part += norm("norm2", "norm2") + conv("conv2", "conv2")
+            part += conv("skip", "conv_shortcut") if "skip" in block else []
         else:
-            rows += norm(f"{a}/norm", f"{b}.group_norm") + dense(f"{a}/out", f"{b}.to_out.0")
-            rows += dense(f"{a}/qkv", f"{b}.to_q", f"{b}.to_k", f"{b}.to_v")
-            rows += dense(f"{a}/text_kv", f"{b}.add_k_proj", f"{b}.add_v_proj") if "text_kv" in block else []
-    return rows
+            part = (
+                norm("norm", "group_norm") + dense("out", "to_out.0") + dense("qkv", "to_q", "to_k", "to_v")
+            )
+            part += dense("text_kv", "add_k_proj", "add_v_proj") if "text_kv" in block else []
+        rows += under(name, part, f"{theirs(name)}.")
+    time = dense("time/fc1", "time_embedding.linear_1") + dense("time/fc2", "time_embedding.linear_2")
+    return under("", under("net", rows) + time, prefix)
 
 
 def adm_rows(
-    net: Mapping[str, Any], head_dim: int, prefix: str = "", num_heads: int = 0, blocks: bool = False
+    params: Mapping[str, Any], prefix: str = "", num_heads: int = 0, blocks: bool = False
 ) -> list[Row]:
-    """The table of guided-diffusion's UNetModel or EncoderUNetModel, without what comes after its last norm.
+    """The table of guided-diffusion's UNetModel or EncoderUNetModel, without a classifier's pool.
 
-    `net`: our shapes, `prefix`: before their names. Queries, keys and values are ordered by head, with heads
-    of `head_dim` entries or `num_heads` heads, or with `blocks` in three blocks (their "new" order). The
-    first convolution of a network for inpainting is split: see `known_apart`.
+    `params`: our shapes of the stage, `prefix`: before their names. Queries, keys and values are ordered by
+    head, with `num_heads` heads or heads of HEAD_DIM entries, or with `blocks` in three blocks (their "new"
+    order). The first convolution of a network for inpainting is split: see `split_inpaint_input`.
     """
+    net = params["net"]
     # In theirs a residual block begins a module, which also holds the attention after it; on the way up
     # the block that doubles the side does as well.
     called = {"down": "input_blocks", "mid": "middle_block", "up": "output_blocks"}
@@ -60,45 +68,40 @@ def adm_rows(
         count[side] += begins
         within = 0 if begins else within + 1
         places[name] = f"{called[side]}.{count[side]}" + (f".{within}" if side != "mid" else "")
-    rows = norm("norm_out", f"{prefix}out.0")
+    first = "input_blocks.0.0"
     if "conv_in_known" in net:
-        rows += conv("conv_in", f"{prefix}input_blocks.0.0.noised", bias=False)
-        rows += leaf("conv_in/bias", f"{prefix}input_blocks.0.0.bias")
-        rows += conv("conv_in_known", f"{prefix}input_blocks.0.0.kept", bias=False)
+        rows = conv("conv_in", f"{first}.noised", bias=False) + leaf("conv_in/bias", f"{first}.bias")
+        rows += conv("conv_in_known", f"{first}.kept", bias=False)
     else:
-        rows += conv("conv_in", f"{prefix}input_blocks.0.0")
-    rows += conv("conv_out", f"{prefix}out.2") if "conv_out" in net else []
-    for a, place in places.items():
-        block, b = net[a], prefix + place
+        rows = conv("conv_in", first)
+    rows += norm("norm_out", "out.0") + (conv("conv_out", "out.2") if "conv_out" in net else [])
+    for name, place in places.items():
+        block = net[name]
         if "conv1" in block:
-            rows += norm(f"{a}/norm1", f"{b}.in_layers.0") + conv(f"{a}/conv1", f"{b}.in_layers.2")
-            rows += dense(f"{a}/emb_proj", f"{b}.emb_layers.1")
-            rows += norm(f"{a}/norm2", f"{b}.out_layers.0") + conv(f"{a}/conv2", f"{b}.out_layers.3")
-            rows += conv(f"{a}/skip", f"{b}.skip_connection") if "skip" in block else []
+            part = norm("norm1", "in_layers.0") + conv("conv1", "in_layers.2")
+            part += dense("emb_proj", "emb_layers.1")
+            part += norm("norm2", "out_layers.0") + conv("conv2", "out_layers.3")
+            part += conv("skip", "skip_connection") if "skip" in block else []
         else:
-            rows += norm(f"{a}/norm", f"{b}.norm") + dense(f"{a}/out", f"{b}.proj_out", layout=POINTWISE)
+            width = block["out"]["bias"].shape[0]
+            head_dim = width // num_heads if num_heads else min(HEAD_DIM, width)
+            part = norm("norm", "norm") + dense("out", "proj_out", layouts=(POINTWISE, SAME))
             for ours, theirs, parts in (("qkv", "qkv", 3), ("text_kv", "encoder_kv", 2)):
-                if ours not in block:
-                    continue
-                if blocks:
-                    rows += dense(f"{a}/{ours}", f"{b}.{theirs}", layout=POINTWISE)
-                else:
-                    width = block["out"]["bias"].shape[0]
-                    own_dim = width // num_heads if num_heads else min(head_dim, width)
-                    kernel, bias = per_head(parts, own_dim, pointwise=True)
-                    rows += dense(f"{a}/{ours}", f"{b}.{theirs}", layout=kernel, bias_layout=bias)
-    return rows
+                if ours in block:
+                    by_head = regrouped(parts, head_dim, POINTWISE)
+                    part += dense(ours, theirs, layouts=(POINTWISE, SAME) if blocks else by_head)
+        rows += under(name, part, f"{place}.")
+    time = dense("time/fc1", "time_embed.0") + dense("time/fc2", "time_embed.2")
+    return under("", under("net", rows) + time, prefix)
 
 
-def known_apart(tensors: Tensors, low_res: bool) -> Tensors:
+def split_inpaint_input(tensors: Tensors, low_res: bool) -> Tensors:
     """`tensors` of a network for inpainting, with its first convolution split: the four channels of the kept
     pixels apart from the noised picture and, with `low_res`, the low-resolution picture."""
-    weight = "input_blocks.0.0.weight"
-    noised = [0, 1, 2, *([7, 8, 9] if low_res else [])]
-    parts = {"noised": noised, "kept": [3, 4, 5, 6]}
-    return parted(
-        tensors, {f"input_blocks.0.0.{name}.weight": (weight, 1, entries) for name, entries in parts.items()}
-    )
+    first, noised = "input_blocks.0.0", [0, 1, 2, *([7, 8, 9] if low_res else [])]
+    channels = {"noised": noised, "kept": [3, 4, 5, 6]}
+    parts = {f"{first}.{name}.weight": (f"{first}.weight", 1, rows) for name, rows in channels.items()}
+    return parted(tensors, parts)
 
 
 def _adm_depth(names: list[str], source: str) -> tuple[int, int]:
@@ -107,8 +110,8 @@ def _adm_depth(names: list[str], source: str) -> tuple[int, int]:
         # A block that doubles the side is a second residual block in its module, at every level but one.
         second = r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight"
         levels = 1 + sum(re.fullmatch(second, name) is not None for name in names)
-        modules = {name.split(".")[1] for name in names if name.startswith("output_blocks.")}
-        return levels, len(modules) // levels - 1
+        above = {name.split(".")[1] for name in names if name.startswith("output_blocks.")}
+        return levels, len(above) // levels - 1
     # The modules behind the last one without attention, which halves the side, are the last level.
     modules = {int(name.split(".")[1]) for name in names if name.startswith("input_blocks.")}
     plain = [number for number in modules if f"input_blocks.{number}.1.qkv.weight" not in names]
@@ -128,9 +131,7 @@ def adm_settings(tensors: Tensors, prefix: str = "") -> tuple[dict, list[int]]:
     widths = [tensors.shape(f"{prefix}input_blocks.{number}.0.out_layers.3.weight")[0] for number in first]
     added = tensors.shape(f"{prefix}input_blocks.1.0.emb_layers.1.weight")[0]
     if any(2 * width % channels for width in widths):
-        raise ValueError(
-            f"{tensors.source}: widths {widths} are no multiples of half of {channels}, which is not built"
-        )
+        raise ValueError(f"{tensors.source}: only multiples of half of {channels} are built, not {widths}")
     settings = dict(
         channels=channels,
         channel_mult=[width / channels if width % channels else width // channels for width in widths],
@@ -153,12 +154,23 @@ def _turn(name: str) -> tuple:
 
 def _parts(name: str) -> tuple[str, int, str, int]:
     """(side, level, kind, number) of a name: down_2_res_1 -> ('down', 2, 'res', 1); absent parts are 0."""
-    side, level, kind, number = re.fullmatch(r"([a-z]+)(?:_(\d+))?_([a-z]+)(?:_(\d+))?", name).groups()
+    match = re.fullmatch(r"([a-z]+)(?:_(\d+))?_([a-z]+)(?:_(\d+))?", name)
+    assert match, name
+    side, level, kind, number = match.groups()
     return side, int(level or 0), kind, int(number or 0)
 
 
 def _blocks(net: Mapping[str, Any]) -> list[tuple[str, Mapping]]:
     return [(name, block) for name, block in net.items() if re.match(r"(down|mid|up)_", name)]
+
+
+def read_stage(
+    config: dict, table: Callable[[Any], list[Row]], tensors: Tensors, groups: int = 32, **options
+) -> tuple[dict, dict]:
+    """`tables.read_stage` of a stage with a U-Net; `groups`: of their group norms, see `check_groups`."""
+    config, params = tables.read_stage(config, table, tensors, **options)
+    check_groups(params["net"], groups, tensors.source)
+    return config, params
 
 
 def check_groups(net: Any, groups: int, where: str) -> None:

@@ -17,9 +17,7 @@ def r_precision(
     captions = list(captions)
     different, place = np.unique(captions, return_inverse=True)
     if not 2 <= candidates <= len(different):
-        raise ValueError(
-            f"R-precision among {candidates} captions needs as many different ones, not {len(different)}"
-        )
+        raise ValueError(f"R-precision of {candidates} needs as many different ones, not {len(different)}")
     image, text = (
         rows / np.linalg.norm(rows, axis=1, keepdims=True)
         for rows in (np.asarray(image_embed, np.float64), np.asarray(text_embed, np.float64))
@@ -44,6 +42,6 @@ def _r_precision(name: str, x: Features) -> dict[str, dict]:
 
 METRICS = {
     "clip_r_precision": PictureMetric(
-        f"own caption the nearest of {CANDIDATES}, by CLIP", _r_precision, reference=False, captions=True
+        f"its caption the nearest of {CANDIDATES}, by CLIP", _r_precision, reference=False, captions=True
     )
 }

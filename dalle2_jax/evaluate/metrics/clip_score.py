@@ -29,9 +29,7 @@ def cosines(image_embed: np.ndarray, text_embed: np.ndarray) -> np.ndarray:
 def clip_score(cosine: np.ndarray, convention: str) -> tuple[float, float]:
     """(score, standard error) of cosines [N]; for 'hessel' the captions begin with PREFIX."""
     if convention not in CONVENTIONS:
-        raise ValueError(
-            f"CLIP score's convention {convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}"
-        )
+        raise ValueError(f"convention {convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
     cosine = np.asarray(cosine, np.float64)
     if convention == "hessel":
         cosine = HESSEL_SCALE * np.maximum(cosine, 0)

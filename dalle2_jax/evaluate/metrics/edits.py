@@ -8,16 +8,18 @@ The scenes are unseen in training and rendered, not drawn by the model, so that 
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate.metric import Inputs, ModelMetric, wilson
 from dalle2_jax.evaluate.metrics.scenes import load_checker, verdict_aspects
-from dalle2_jax.evaluate.picture_sets import PassLines
+from dalle2_jax.evaluate.picture_sets import PassLines, unseen_scenes
+from dalle2_jax.generate.pipeline import Result
 from dalle2_jax.runtime import metrics, processes
 
 MARGIN = 0.06  # of a mask around the object's box, as a fraction of the side
@@ -42,14 +44,10 @@ class Case:
 
 
 def _unseen(config: scenes.SceneConfig, count: int, seed: int, objects: int) -> list[scenes.Scene]:
-    found = []
-    for i in range(100 * count):
-        scene = scenes.sample_scene(config, "validation", i, seed)
-        if len(scene.objects) == objects:
-            found.append(scene)
-        if len(found) == count:
-            return found
-    raise ValueError(f"scenes of {config.name!r} do not hold {count} of {objects} object(s)")
+    found = unseen_scenes(config, count, seed, ("validation",), lambda scene: len(scene.objects) == objects)
+    if len(found) < count:
+        raise ValueError(f"scenes of {config.name!r} do not hold {count} of {objects} object(s)")
+    return found
 
 
 def _plain(scene: scenes.Scene) -> str:
@@ -73,15 +71,14 @@ def text_cases(config: scenes.SceneConfig, n: int, seed: int) -> list[Case]:
     cases = []
     for i, scene in enumerate(_unseen(config, n, seed, 1)):
         kind, thing = ("colour", "shape")[i % 2], scene.objects[0]
-        place = ("colour", "shape").index(kind)
-        same = getattr(thing, ("shape", "colour")[place])
+        pair = (thing.colour, thing.shape)
         others = [
-            pair[place]
-            for pair in scenes.pairs(config, False)
-            if pair[1 - place] == same and pair[place] != getattr(thing, kind)
+            other[i % 2]
+            for other in scenes.pairs(config, False)
+            if other[1 - i % 2] == pair[1 - i % 2] and other[i % 2] != pair[i % 2]
         ]
-        other = _with_object(scene, 0, **{kind: scenes.Stream(seed, i).choice(others)})
-        cases.append(Case(kind, scene, _plain(scene), _plain(other)))
+        changed = _with_object(scene, 0, **{kind: scenes.Stream(seed, i).choice(others)})
+        cases.append(Case(kind, scene, _plain(scene), _plain(changed)))
     return cases
 
 
@@ -108,7 +105,8 @@ def inpaint_cases(config: scenes.SceneConfig, n: int, seed: int) -> list[Case]:
 
 def mask_of(case: Case, size: int) -> np.ndarray:
     """bool [size, size], True in the region to inpaint."""
-    left, top, right, bottom = (round(np.clip(edge, 0, 1) * size) for edge in case.box)
+    edges = np.clip(case.box or (0, 0, 1, 1), 0, 1) * size
+    left, top, right, bottom = (round(edge) for edge in edges)
     mask = np.zeros((size, size), bool)
     mask[top:bottom, left:right] = True
     return mask
@@ -121,117 +119,105 @@ def share(right: Sequence[bool]) -> dict:
 
 
 Shown = tuple[list[np.ndarray], list[str]]  # pictures before and after an edit, in turn, and their labels
+# Of one edited case: (right or wrong by name of a share, pictures and labels).
+Judged = tuple[dict[str, list[bool]], Shown]
 
 
-@dataclasses.dataclass(frozen=True)
-class Editor:
-    """A model that edits scenes, and the checker that reads the results.
-
-    progress: called as progress(kind of edit, edits done, all edits).
-    """
-
-    model: pipeline.UnCLIP
-    check: Callable
-    progress: Callable[[str, int, int], None] | None = None
-
-    def apply(self, name: str, cases: Sequence[Case], edit: Callable) -> Iterator[tuple]:
-        """(case, picture before, pictures after [k, size, size, 3]) for each case.
-
-        edit: (case, picture, seed) -> `pipeline.Result`. Several processes share the cases.
-        """
-        size = self.model.image_size
-
-        def apply_share(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            before, after = [], []
-            for i in map(int, rows):
-                before.append(scenes.render(cases[i].scene, size))
-                after.append(edit(cases[i], before[-1], i).images)
-                if self.progress is not None:
-                    self.progress(name, len(after), len(rows))
-            return np.stack(before), np.stack(after)
-
-        return zip(cases, *processes.in_shares(apply_share, len(cases)), strict=True)
+Apply = Callable[[Case, np.ndarray, int], Result]  # of case, picture, seed
+Judge = Callable[[Case, np.ndarray, np.ndarray], Judged]  # of case, picture before, pictures after
+Edit = tuple[list[Case], Apply, Judge]
 
 
-def measure_textdiff(editor: Editor, cases: Sequence[Case]) -> tuple[dict[str, dict], Shown]:
-    """(shares of text diffs with the edit 'changed', with the other aspect 'kept'; what to show)."""
+def text_edit(model: Any, check: Callable, cases: list[Case]) -> Edit:
+    """Text diffs; shares of those whose edited aspect 'changed', whose other aspect is 'kept'."""
 
-    def textdiff(case, before, i):
-        return editor.model.textdiff(before, case.source, case.target, theta=THETA, frames=2, seed=i)
+    def apply(case: Case, before: np.ndarray, seed: int) -> Result:
+        return model.textdiff(before, case.source, case.target, theta=THETA, frames=2, seed=seed)
 
-    changed, kept, pictures, labels = [], [], [], []
-    for case, before, (*_, after) in editor.apply("textdiff", cases, textdiff):
-        verdict, other = editor.check(after, case.target), {"colour": "shape", "shape": "colour"}[case.kind]
-        changed.append(bool(getattr(verdict, case.kind)))
-        kept.append(bool(getattr(verdict, other)))
-        pictures += [before, after]
-        labels += [case.source, f"{_mark(changed[-1] and kept[-1])}: {case.target}"]
-    return {"textdiff/changed": share(changed), "textdiff/kept": share(kept)}, (pictures, labels)
+    def judge(case: Case, before: np.ndarray, after: np.ndarray) -> Judged:
+        verdict, other = check(after[-1], case.target), {"colour": "shape", "shape": "colour"}[case.kind]
+        changed, kept = bool(getattr(verdict, case.kind)), bool(getattr(verdict, other))
+        labels = [case.source, f"{_mark(changed and kept)}: {case.target}"]
+        return {"textdiff/changed": [changed], "textdiff/kept": [kept]}, ([before, after[-1]], labels)
 
-
-def measure_variations(editor: Editor, cases: Sequence[Case], count: int) -> tuple[dict[str, dict], Shown]:
-    """(shares of variations that 'kept' colour and shape, of pairs that are 'different'; what to show)."""
-
-    def vary(case, before, i):
-        return editor.model.variations(before, n=count, seed=i)
-
-    kept, different, pictures, labels = [], [], [], []
-    for case, before, after in editor.apply("variations", cases, vary):
-        verdicts = [editor.check(image, case.source) for image in after]
-        kept += [bool(verdict.colour and verdict.shape) for verdict in verdicts]
-        different += [
-            np.abs(a.astype(np.float32) - b).mean() / 255 >= DIFFERENT
-            for k, a in enumerate(after)
-            for b in after[:k]
-        ]
-        pictures += [before, *after]
-        labels += [case.source, *(_mark(verdict.colour and verdict.shape) for verdict in verdicts)]
-    return {"variations/kept": share(kept), "variations/different": share(different)}, (pictures, labels)
+    return cases, apply, judge
 
 
-def measure_inpaint(editor: Editor, cases: Sequence[Case]) -> tuple[dict[str, dict], Shown]:
-    """(shares of inpainted scenes that show their target, by kind and in all; what to show)."""
-    size = editor.model.image_size
+def variation_edit(model: Any, check: Callable, cases: list[Case]) -> Edit:
+    """Variations; shares of those that 'kept' colour and shape, of pairs that are 'different'."""
 
-    def inpaint(case, before, i):
-        return editor.model.inpaint(before, mask_of(case, size), case.target, seed=i)
+    def judge(case: Case, before: np.ndarray, after: np.ndarray) -> Judged:
+        verdicts = [check(image, case.source) for image in after]
+        kept = [bool(verdict.colour and verdict.shape) for verdict in verdicts]
+        pairs = itertools.combinations(after.astype(np.float32), 2)
+        different = [np.abs(a - b).mean() / 255 >= DIFFERENT for a, b in pairs]
+        shown = [before, *after], [case.source, *map(_mark, kept)]
+        return {"variations/kept": kept, "variations/different": different}, shown
 
-    right, pictures, labels = {"replace": [], "add": []}, [], []
-    for case, before, (after,) in editor.apply("inpaint", cases, inpaint):
-        right[case.kind].append(bool(verdict_aspects(editor.check(after, case.target))["named"]))
-        outlined, mask = before.copy(), mask_of(case, size)
+    return cases, lambda _, before, seed: model.variations(before, n=VARIATIONS, seed=seed), judge
+
+
+def inpaint_edit(model: Any, check: Callable, cases: list[Case]) -> Edit:
+    """Inpainting; shares of scenes that show their target, by kind and in all."""
+
+    def apply(case: Case, before: np.ndarray, seed: int) -> Result:
+        return model.inpaint(before, mask_of(case, len(before)), case.target, seed=seed)
+
+    def judge(case: Case, before: np.ndarray, after: np.ndarray) -> Judged:
+        right = bool(verdict_aspects(check(after[0], case.target))["named"])
+        outlined, mask = before.copy(), mask_of(case, len(before))
         outlined[mask] = outlined[mask] // 2 + 128
-        pictures += [outlined, after]
-        labels += [case.source, f"{_mark(right[case.kind][-1])}: {case.target}"]
-    found = {f"inpaint/{kind}": share(some) for kind, some in right.items() if some}
-    return found | {"inpaint": share(sum(right.values(), []))}, (pictures, labels)
+        shown = [outlined, after[0]], [case.source, f"{_mark(right)}: {case.target}"]
+        return {f"inpaint/{case.kind}": [right], "inpaint": [right]}, shown
+
+    return cases, apply, judge
 
 
 def measure(
-    model: pipeline.UnCLIP,
+    model: Any,
     config: scenes.SceneConfig,
     check: Callable,
     *,
     n: int = 64,
     seed: int = 0,
-    variations: int = VARIATIONS,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[dict[str, dict], dict[str, Shown]]:
     """Edit `n` scenes in each way and check them: (name -> `share`, kind of edit -> pictures and labels).
 
+    Several processes share the scenes.
+
     Args:
+      model: an `UnCLIP`.
       check: `evaluate.scenes.check`.
-      variations: number of variations of a scene.
-      progress: see `Editor`.
+      progress: called as progress(kind of edit, edits done, all edits).
     """
-    editor, cases = Editor(model, check, progress), text_cases(config, n, seed)
-    measured = {
-        "textdiff": measure_textdiff(editor, cases),
-        "variations": measure_variations(editor, cases, variations),
-        "inpaint": measure_inpaint(editor, inpaint_cases(config, n, seed)),
+    cases = text_cases(config, n, seed)
+    kinds = {
+        "textdiff": text_edit(model, check, cases),
+        "variations": variation_edit(model, check, cases),
+        "inpaint": inpaint_edit(model, check, inpaint_cases(config, n, seed)),
     }
-    found = {name: value for shares, _ in measured.values() for name, value in shares.items()}
-    return found, {kind: shown for kind, (_, shown) in measured.items()}
+    right: dict[str, list[bool]] = {}
+    shown: dict[str, Shown] = {kind: ([], []) for kind in kinds}
+    for kind, (cases, apply, judge) in kinds.items():
+
+        def apply_share(rows: np.ndarray, kind=kind, cases=cases, apply=apply):
+            before, after = [], []
+            for i in map(int, rows):
+                before.append(scenes.render(cases[i].scene, model.image_size))
+                after.append(apply(cases[i], before[-1], i).images)
+                if progress is not None:
+                    progress(kind, len(after), len(rows))
+            return np.stack(before), np.stack(after)
+
+        edited = processes.in_shares(apply_share, len(cases))
+        for case, before, after in zip(cases, *edited, strict=True):
+            verdicts, (pictures, labels) = judge(case, before, after)
+            for name, some in verdicts.items():
+                right.setdefault(name, []).extend(some)
+            shown[kind][0].extend(pictures)
+            shown[kind][1].extend(labels)
+    return {name: share(some) for name, some in right.items()}, shown
 
 
 def _mark(right: bool) -> str:

@@ -17,7 +17,7 @@ def frechet_name(with_inception: bool, *counts: int | None) -> str:
 
 
 def _frechet(name: str, x: Features) -> dict[str, dict]:
-    if isinstance(x.reference, Moments):  # nothing is known about their error
+    if isinstance(x.reference, Moments):  # their standard error is unknown
         return {name: entry(distances.frechet_distance(Moments.of(x.images), x.reference), None)}
     return {name: entry(*distances.frechet_with_error(x.images, x.reference), at_least=0.0)}
 
@@ -36,15 +36,15 @@ def _refuse(name: str, fewest: int, images: int) -> str:
     if fewest >= FID_PICTURES:
         return ""
     return (
-        f"{name} of {fewest} pictures would not be FID: of fewer than {FID_PICTURES} the covariance "
-        "is singular and the number says how few they are; give more, or measure fid_small or kid"
+        f"{name} of {fewest} pictures would not be FID: the covariance of fewer than {FID_PICTURES} is "
+        "singular, and the distance depends on their number; give more, or measure fid_small or kid"
     )
 
 
 def _refuse_infinity(name: str, fewest: int, images: int) -> str:
     if images // 10 > FID_PICTURES:
         return ""
-    return f"{name} needs more than {10 * FID_PICTURES} pictures, there are {images}"
+    return f"{name} needs more than {10 * FID_PICTURES} pictures, not {images}"
 
 
 METRICS = {

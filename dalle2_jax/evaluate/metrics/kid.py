@@ -12,9 +12,8 @@ def _kid(name: str, x: Features) -> dict[str, dict]:
 
 
 def _refuse(name: str, fewest: int, images: int) -> str:
-    return (
-        f"{name} is a mean over subsets of {SUBSET} pictures, there are {fewest}" if fewest < SUBSET else ""
-    )
+    too_few = f"{name} is a mean over subsets of {SUBSET} pictures: {fewest} are too few"
+    return too_few if fewest < SUBSET else ""
 
 
 METRICS = {

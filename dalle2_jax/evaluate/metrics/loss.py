@@ -1,4 +1,4 @@
-"""The loss of every stage at fixed times with fixed noise, on unseen scenes or given pictures.
+"""The loss of every stage at fixed times with fixed noise, on unseen scenes or --images.
 
 Pictures, times, noise and windows are the same in every run and nothing is sampled, so this is the cheapest
 number to compare two checkpoints of one recipe by. The parameters are those of the model directory (averages,
@@ -8,13 +8,14 @@ upsampler are not degraded. CLIP's contrastive loss depends on the batch size, w
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
 from dalle2_jax.data import pipeline, transforms
-from dalle2_jax.evaluate.metric import Inputs, ModelMetric
+from dalle2_jax.evaluate.metric import Inputs, ModelMetric, entry
 from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet, chosen, scene_pictures
 from dalle2_jax.generate.engine import Engine
 from dalle2_jax.models import models
@@ -44,16 +45,11 @@ def measure(
     batch_size = -(-batch_size // shards) * shards
     count = min(n, len(captions)) // batch_size * batch_size
     if count < 2 * batch_size:
-        raise ValueError(
-            f"the loss of {min(n, len(captions))} pictures is not 2 batches of {batch_size}: give more with "
-            "--n, or a smaller --batch_size"
-        )
-    if "clip" not in model.stages:
-        readers = [name for name, stage in model.stages.items() if _reads_clip(stage)]
-        if readers:
-            raise ValueError(
-                f"the loss of {', '.join(readers)} needs a CLIP, and model {model.name!r} has none"
-            )
+        few = f"the loss of {min(n, len(captions))} pictures is not 2 batches of {batch_size}"
+        raise ValueError(f"{few}: give a larger --n or a smaller --batch_size")
+    readers = [name for name, stage in model.stages.items() if _reads_clip(stage)]
+    if readers and "clip" not in model.stages:
+        raise ValueError(f"the loss of {', '.join(readers)} needs a CLIP, and model {model.name!r} has none")
     images, rows = chosen(pictures, np.arange(len(captions)), count, seed)
     texts = [captions[row] for row in rows]
     found = {}
@@ -72,15 +68,9 @@ def measure(
         scalars = processes.in_shares(batches, count // batch_size)
         values = scalars["loss"]
         value, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
-        found[name] = {
-            "value": float(value),
-            "standard_error": float(error),
-            "interval": [float(value - 1.96 * error), float(value + 1.96 * error)],
-            "n": count,
-            "batch_size": batch_size,
-            "scalars": {key: float(column.mean()) for key, column in scalars.items()},
-            "pictures": pictures.name,
-        }
+        means = {key: float(column.mean()) for key, column in scalars.items()}
+        found[name] = entry(value, error, n=count, batch_size=batch_size, scalars=means)
+        found[name]["pictures"] = pictures.name
     return found
 
 
@@ -91,12 +81,13 @@ def _reads_clip(stage) -> bool:
 def _of_stage(model: Engine, name: str, images, captions, batch_size: int, numbers, seed: int, mesh):
     """Yields the scalars of a stage's loss for each batch of these numbers."""
     stage, needed = model.stage(name), set(model.stage(name).batch_spec(1))
-    clip, frozen = None, {}
+    clip: Any = None
+    frozen: Any = {}
     if needed & set(models.CLIP_FIELDS):
         clip, frozen = models.FrozenClip(model.stage("clip")), model.params("clip")
     reads = needed - set(models.CLIP_FIELDS) | (clip.fields(needed) if clip else set())
-    own_length = getattr(stage, "context_length", None)
-    tokenizer = model.tokenizer(name if own_length else "clip") if "tokens" in reads else None
+    reader = name if getattr(stage, "context_length", None) else "clip"
+    tokenizer = model.tokenizer(reader) if "tokens" in reads else None
     classes = model.configs[name]["data"].get("classes", ()) if "label" in reads else ()
     views = transforms.Views(
         image_size=stage.image_size if "image" in reads else None,
@@ -121,7 +112,7 @@ def _of_stage(model: Engine, name: str, images, captions, batch_size: int, numbe
         if tokenizer is not None:
             batch["tokens"], batch["token_mask"] = tokenizer(captions[part])
         if classes:
-            batch["label"] = np.int32([pipeline.label_of(text, classes) for text in captions[part]])
+            batch["label"] = np.array([pipeline.label_of(text, classes) for text in captions[part]], np.int32)
         batch = {field: value for field, value in batch.items() if field in reads}
         with partition.use_mesh(mesh):
             number = np.uint32(start // batch_size)
@@ -131,10 +122,9 @@ def _of_stage(model: Engine, name: str, images, captions, batch_size: int, numbe
 def table(losses: dict[str, dict]) -> str:
     """The losses as lines of text."""
     lines = [f"{'validation loss':26}{'value':>11}   {'95 %':24}{'N':>7}"]
-    for name, entry in losses.items():
-        low, high = entry["interval"]
-        shown = f"{low:.4g} .. {high:.4g}"
-        lines.append(f"{name:26}{entry['value']:>11.5f}   {shown:24}{entry['n']:>7}")
+    for name, loss in losses.items():
+        shown = "{:.4g} .. {:.4g}".format(*loss["interval"])
+        lines.append(f"{name:26}{loss['value']:>11.5f}   {shown:24}{loss['n']:>7}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Retrieval: whether CLIP finds a picture's caption among all, for 100 unseen scenes or given pictures."""
+"""Retrieval: whether CLIP finds a picture's caption among all, for 100 unseen scenes or --images."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +9,6 @@ from dalle2_jax.evaluate import picture_sets
 from dalle2_jax.evaluate.metric import Inputs, ModelMetric
 from dalle2_jax.models.stages import clip
 
-SPLITS = ("validation", "test_pairs", "test_relations")
 SCENES = 100
 
 
@@ -24,27 +23,24 @@ def facts(scene: scenes.Scene) -> tuple:
 
 
 def unseen_scenes(
-    config: scenes.SceneConfig, count: int, seed: int = 0, splits: tuple[str, ...] = SPLITS
+    config: scenes.SceneConfig, count: int, seed: int = 0
 ) -> tuple[list[scenes.Scene], list[str]]:
     """(`count` scenes with different facts, their randomly worded captions), from the splits in turn.
 
     Raises ValueError if `config` has fewer facts.
     """
-    if config.max_objects < 2:
-        splits = tuple(split for split in splits if split != "test_relations")
-    chosen, captions, used = [], [], set()
+    used: set[tuple] = set()
+
+    def is_new(scene: scenes.Scene) -> bool:
+        before = len(used)
+        used.add(facts(scene))
+        return len(used) > before
+
+    found = picture_sets.unseen_scenes(config, count, seed, keep=is_new)
+    if len(found) < count:
+        raise ValueError(f"scenes of {config.name!r} have only {len(found)} distinct facts, not {count}")
     draw = np.random.default_rng(seed)
-    for i in range(100 * count):
-        scene = scenes.sample_scene(config, splits[i % len(splits)], i // len(splits), seed)
-        if facts(scene) not in used:
-            used.add(facts(scene))
-            chosen.append(scene)
-            captions.append(scenes.caption(scene, index=int(draw.integers(1 << 30))))
-        if len(chosen) == count:
-            return chosen, captions
-    raise ValueError(
-        f"scenes of {config.name!r} have only {len(chosen)} distinct facts, {count} are asked for"
-    )
+    return found, [scenes.caption(scene, index=int(draw.integers(1 << 30))) for scene in found]
 
 
 def retrieval(image_embed: np.ndarray, text_embed: np.ndarray) -> dict[str, float]:
@@ -62,12 +58,11 @@ def retrieval(image_embed: np.ndarray, text_embed: np.ndarray) -> dict[str, floa
 def unseen_pictures(config: scenes.SceneConfig, image_size: int, n: int = SCENES, seed: int = 0):
     """`unseen_scenes`, rendered, as a picture set."""
     found, captions = unseen_scenes(config, n, seed)
-    images = [scenes.render(scene, image_size) for scene in found]
-    return picture_sets.of_images("unseen scenes", images, captions)
+    return picture_sets.rendered("unseen scenes", found, image_size, captions)
 
 
 def measure(
-    model: pipeline.UnCLIP,
+    model: pipeline.Pipeline,
     pictures: picture_sets.PictureSet,
     *,
     n: int = SCENES,

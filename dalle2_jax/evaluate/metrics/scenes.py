@@ -6,6 +6,7 @@ never), pair_seen and pair_heldout_relation (two objects, whose relation trainin
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -77,7 +78,8 @@ def score(verdicts: Sequence, kinds: Sequence[str]) -> dict:
         chosen = [
             verdict_aspects(verdict) for verdict, label in zip(verdicts, kinds, strict=True) if label == kind
         ]
-        entry, intervals = {"n": len(chosen)}, {}
+        entry: dict[str, Any] = {"n": len(chosen)}
+        intervals = {}
         for aspect in ASPECTS:
             judged = [bool(value) for value in (verdict[aspect] for verdict in chosen) if value is not None]
             entry[aspect] = float(np.mean(judged)) if judged else None
@@ -98,7 +100,7 @@ def table(scores: dict) -> str:
 
 
 def measure(
-    model: pipeline.UnCLIP,
+    model: pipeline.Pipeline,
     out: epath.Path,
     *,
     config: scenes.SceneConfig,

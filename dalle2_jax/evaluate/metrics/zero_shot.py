@@ -1,17 +1,19 @@
 """Zero-shot classification by CLIP: the class nearest to a picture (arXiv:2103.00020, section 3.1).
 
 A class is the normalised mean of the unit text embeddings of its name in several templates. The pictures are
-200 unseen scenes of one object, with a class for each pair of colour and shape, or given pictures whose
-captions name classes.
+200 unseen scenes of one object, with a class for each pair of colour and shape, or pictures whose captions
+name classes.
 """
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
+from dalle2_jax.data.pipeline import label_of
 from dalle2_jax.evaluate import picture_sets
 from dalle2_jax.evaluate.metric import Inputs, ModelMetric, Request
 from dalle2_jax.runtime import files
@@ -21,9 +23,7 @@ SCENES = 200
 
 
 def class_embeddings(
-    encode_text: Callable[[list[str]], np.ndarray],
-    names: Sequence[str],
-    templates: Sequence[str] = TEMPLATES,
+    encode_text: Callable[[list[str]], np.ndarray], names: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> np.ndarray:
     """[C, E] unit vectors of the classes `names`; encode_text gives [N, E] of N texts."""
     embeds = np.asarray(encode_text([t.format(name) for name in names for t in templates]), np.float64)
@@ -48,8 +48,6 @@ def labels(captions: Sequence[str], names: Sequence[str]) -> np.ndarray:
 
     Raises ValueError if no caption names exactly one class.
     """
-    from dalle2_jax.data.pipeline import label_of
-
     found = np.array([label_of(caption, names) for caption in captions])
     if not (found >= 0).any():
         raise ValueError(f"no caption names exactly one of the {len(names)} classes, such as {names[0]!r}")
@@ -74,9 +72,7 @@ def read_templates(path: str | os.PathLike) -> list[str]:
     found = _lines(path)
     for template in found:
         if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
-            raise ValueError(
-                f"template {template!r} of {path} must hold {{}} once, as in 'a photo of a {{}}'"
-            )
+            raise ValueError(f"{path}: {template!r} must hold {{}} once, as 'a photo of a {{}}' does")
     if not found:
         raise ValueError(f"{path} holds no template, such as 'a photo of a {{}}'")
     return found
@@ -87,26 +83,20 @@ def single_objects(
 ) -> tuple[list[scenes.Scene], list[str], list[int]]:
     """(`count` unseen scenes of one object, all class names 'COLOUR SHAPE', the scenes' class numbers)."""
     names = [f"{colour} {shape}" for colour in config.colours for shape in config.shapes]
-    splits, chosen = ("validation", "test_pairs"), []
-    for i in range(100 * count):
-        scene = scenes.sample_scene(config, splits[i % 2], i // 2, seed)
-        if len(scene.objects) == 1:
-            chosen.append(scene)
-        if len(chosen) == count:
-            break
-    labels = [names.index(f"{s.objects[0].colour} {s.objects[0].shape}") for s in chosen]
-    return chosen, names, labels
+    splits = ("validation", "test_pairs")
+    found = picture_sets.unseen_scenes(config, count, seed, splits, lambda scene: len(scene.objects) == 1)
+    return found, names, [names.index(f"{s.objects[0].colour} {s.objects[0].shape}") for s in found]
 
 
 def unseen_pictures(config: scenes.SceneConfig, image_size: int, n: int = SCENES, seed: int = 0):
     """(`single_objects` rendered, with their classes as captions, the names of all classes)."""
     found, names, numbers = single_objects(config, n, seed)
-    images = [scenes.render(scene, image_size) for scene in found]
-    return picture_sets.of_images("unseen scenes", images, [names[number] for number in numbers]), names
+    texts = [names[number] for number in numbers]
+    return picture_sets.rendered("unseen scenes", found, image_size, texts), names
 
 
 def measure(
-    model: pipeline.UnCLIP,
+    model: pipeline.Pipeline,
     pictures: picture_sets.PictureSet,
     names: Sequence[str],
     templates: Sequence[str] = TEMPLATES,
@@ -129,8 +119,8 @@ def _measure(inputs: Inputs) -> tuple[dict, str]:
     if pictures is None:
         (pictures, names), n = unseen_pictures(*inputs.scenes, seed=request.seed), SCENES
     else:
-        names = read_names(request.classes)
-    common = dict(n=n, seed=request.seed, batch_size=request.batch_size)
+        names = read_names(request.classes or "")
+    common: dict[str, Any] = dict(n=n, seed=request.seed, batch_size=request.batch_size)
     found = measure(inputs.model, pictures, names, templates, **common)
     tops = ", ".join(f"top {key[3:]} {share:.3f}" for key, share in found.items() if key.startswith("top"))
     return found, f"zero-shot among {found['classes']} classes: {tops} of {found['n']}"
