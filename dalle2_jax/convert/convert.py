@@ -48,6 +48,7 @@ FORMATS = (
     "adm",
     "adm-classifier",
     "ddpm",
+    "iddpm",
 )
 _NEEDED = "workdir of the {}; a decoder of image embeddings needs it"
 _ROLE_HELP = {

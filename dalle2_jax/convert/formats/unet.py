@@ -113,8 +113,8 @@ def split_inpaint_input(tensors: Tensors, low_res: bool) -> Tensors:
 def _adm_depth(names: list[str], source: str) -> tuple[int, int]:
     """(levels, residual blocks a level) of a U-Net in OpenAI's layout, or of its way down alone."""
     if any(name.startswith("output_blocks.") for name in names):
-        # A block that doubles the side is a second residual block in its module, at every level but one.
-        second = r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight"
+        # What doubles the side, a block or a convolution, comes last in its module, at every level but one.
+        second = r"output_blocks\.\d+\.[12]\.(in_layers\.0|conv)\.weight"
         levels = 1 + sum(re.fullmatch(second, name) is not None for name in names)
         above = {name.split(".")[1] for name in names if name.startswith("output_blocks.")}
         return levels, len(above) // levels - 1
