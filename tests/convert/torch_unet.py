@@ -159,8 +159,9 @@ class UNet(nn.Module):
             for j in range(depth + 1):
                 own = layers(now + skips.pop(), mult[level], level)
                 now = mult[level]
-                up = Double(now) if by_convs else Res(now, now, emb, scale_shift, "up")
-                self.output_blocks.append(Block(*own, *([up] if level and j == depth else [])))
+                if level and j == depth:
+                    own.append(Double(now) if by_convs else Res(now, now, emb, scale_shift, "up"))
+                self.output_blocks.append(Block(*own))
         self.out = nn.Sequential(group_norm(now), nn.SiLU(), nn.Conv2d(now, c_out, 3, padding=1))
 
     def embed(self, t):
