@@ -54,7 +54,7 @@ EXTRAS = {
     "browser": ["selenium>=4.51"],  # drives the Chromium of the system in the tests of the studio
     "hub": ["huggingface_hub>=0.34"],
     "wandb": ["wandb>=0.19"],
-    "test": ["packaging>=24", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.17"],
+    "test": ["mypy>=2.4", "packaging>=24", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.17"],
     # the torch networks that the tests compare with; without them those tests say that they were skipped
     "oracle": ["diffusers>=0.35", "torch==2.13.0", "torchmetrics>=1.6", "transformers>=4.46,<6"],
 }

@@ -1,20 +1,18 @@
 """python -m benchmarks.compare --data=SHARDS --json=FILE [--cases=decoder_step,end_to_end] [--rounds=7]
 
-Ours and what people would use instead, in turn in one process on the same work, so that what else the
-machine does falls on both. The peers are diffusers' and transformers' networks in eager PyTorch on all cores.
-Ours are converted from them. Needs the extras `oracle` and `train`; run it from the repository's root, on a
-machine with nothing else to do.
+Times ours and the usual alternative in turn in one process on the same work, so that other load falls on
+both. The peers are diffusers' and transformers' networks in eager PyTorch on all cores; ours are converted
+from them. Needs the extras `oracle` and `train`; run it from the repository's root, on an idle machine.
 
-That makes the whole table of docs/performance.md: five rounds of each case, three of starts, seven of data,
-or --rounds of all. The cases of data read tar shards train-*.tar in the folder --data.
+It makes the table of docs/performance.md: five rounds of each case, three of starts, seven of data, or
+--rounds of all. The data cases read tar shards train-*.tar in the folder --data.
 
-Memory is that which one run takes beside what was there before, weights among it, in a process of its own
-for each side; of a start it is all that the process held.
+Memory is the peak of one run above the memory before it, weights included, in a process for each side; of a
+start it is the peak of the process.
 
-Before anything is timed the two sides are compared: parameters within 2 %, FLOPs within 5 % (data and
-checkpoints have none), and the same batch, steps, precision and guidance, else the case is an error. A ratio
-is peer / ours of medians, above 1 where ours is faster. With it goes the spread: the larger of the two sides'
-distances of quartiles over median. Where that is above --max_spread there is no ratio.
+The two sides must agree: parameters within 2 %, FLOPs within 5 % (data and checkpoints have none), and the
+same batch, steps, precision and guidance. The ratio is peer / ours of medians: above 1 ours is faster. The
+spread is the larger of the two interquartile ranges over the median; above --max_spread there is no ratio.
 """
 
 import argparse
@@ -80,18 +78,18 @@ class Models:
 
 
 def precision_of(*modules) -> str:
-    """Of torch modules: the type of their parameters, which is that in which they compute."""
+    """The type of the parameters of torch modules, in which they compute."""
     found = {str(p.dtype).removeprefix("torch.") for module in modules for p in module.parameters()}
     return ", ".join(sorted(found))
 
 
 def parameters_of(*modules) -> int:
-    """Of torch modules."""
+    """The number of parameters of torch modules."""
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def flops_of(run: Callable[[], object]) -> int:
-    """FLOPs of what torch does in `run`, products and convolutions as `models.flops` counts them."""
+    """FLOPs of torch's products and convolutions in `run`, counted as by `models.flops`."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -108,8 +106,10 @@ def normal(*shape, seed=0) -> np.ndarray:
 
 
 def torch_step(modules, forward: Callable, inputs: dict) -> Side:
-    """Training steps of torch modules: forward(**inputs) is the loss; AdamW, clipping, an average of the
-    parameters. Moments and average are there before the first run, as ours are."""
+    """Training steps of torch modules with loss forward(**inputs), AdamW, clipping and averaged parameters.
+
+    Moments and average exist before the first run, as ours do.
+    """
     import torch
 
     weights = [p for module in modules for p in module.parameters()]
@@ -117,7 +117,7 @@ def torch_step(modules, forward: Callable, inputs: dict) -> Side:
     optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0, fused=True)
     for p in weights:
         p.grad = torch.zeros_like(p)
-    optimizer.step()  # makes the moments, and moves nothing
+    optimizer.step()  # creates the moments, changes nothing
     optimizer.zero_grad(set_to_none=True)
     for module in modules:
         module.train()
@@ -136,12 +136,11 @@ def torch_step(modules, forward: Callable, inputs: dict) -> Side:
 
 
 def our_step(stage, stored: dict, mesh) -> Side:
-    """The training step that `dalle2_jax.train` compiles for a stage."""
+    """The training step of `dalle2_jax.train` for a stage."""
     from configs import common
 
-    config = models.to_plain(common.get_config()) | dict(
-        stage=stored["stage"], model=stored["model"], batch_size=BATCH, num_steps=1000
-    )
+    settings = dict(stage=stored["stage"], model=stored["model"], batch_size=BATCH, num_steps=1000)
+    config = models.to_plain(common.get_config()) | settings
     config["optim"]["warmup_steps"] = 0
     plan = Plan(config, stage, mesh)
     batch = benchmark.synthetic_batch(plan, BATCH)
@@ -157,41 +156,44 @@ def our_step(stage, stored: dict, mesh) -> Side:
 
 
 def count_of(params) -> int:
-    """Numbers in a tree, without what is measured on data."""
+    """The number of parameters of a tree, without statistics."""
     kept = {k: v for k, v in params.items() if k != "stats"} if isinstance(params, dict) else params
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(kept))
 
 
 def our_sampling(m: Models, role: str, batch: dict, steps: int, guidance: float) -> Side:
-    """Drawing with a stage of ours, `steps` and `guidance` given."""
+    """Sampling with a stage of ours."""
     stage, stored, params = m.stage(role)
-    rows, whole = partition.batch_sharding(m.mesh), partition.replicated(m.mesh)
-    keys = jax.device_put(jax.random.split(jax.random.key(0), BATCH), rows)
-    batch = jax.device_put(batch, rows)
-    own = dict(num_steps=steps) | (dict(guidance_scale=guidance) if guidance != 1 else {})
-    if role == "prior":
-        own["num_candidates"] = 1
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    settings = dict(num_steps=steps) | (dict(guidance_scale=guidance) if guidance != 1 else {})
+    settings |= dict(num_candidates=1) if role == "prior" else {}
 
     def sample(params, keys, batch):
-        return stage.sample(params, keys, batch, **own)
+        return stage.sample(params, keys, batch, **settings)
 
     arithmetic = flops.count(sample, params, keys, batch)
     if role == "prior":
         arithmetic = of_whole_sequences(stage, params, arithmetic, steps, BATCH * (2 if guidance != 1 else 1))
-    params = jax.device_put(params, whole)
-    with partition.use_mesh(m.mesh):
-        jitted = jax.jit(sample, out_shardings=rows, compiler_options=partition.compiler_options())
-        program = jitted.lower(params, keys, batch).compile()
-    run = functools.partial(_wait, program, params, keys, batch)
+    run = compiled(m, sample, params, keys, batch)
     precision = stored["model"].get("dtype", "float32")
     return Side(run, BATCH, count_of(params), arithmetic, steps, precision, guidance)
+
+
+def compiled(m: Models, function: Callable, params: dict, *inputs) -> Callable[[], None]:
+    """Runs function(params, *inputs), compiled, with the inputs split over the mesh, and waits for it."""
+    split = partition.batch_sharding(m.mesh)
+    arguments = jax.device_put(params, partition.replicated(m.mesh)), *jax.device_put(inputs, split)
+    with partition.use_mesh(m.mesh):
+        jitted = jax.jit(function, out_shardings=split, compiler_options=partition.compiler_options())
+        program = jitted.lower(*arguments).compile()
+    return lambda: jax.block_until_ready(program(*arguments))
 
 
 def of_whole_sequences(stage, params: dict, counted: int, steps: int, rows: int) -> int:
     """FLOPs of `steps` passes of a prior's network over `rows` whole sequences, as the peer computes them.
 
-    Ours reads the captions once and keeps them: ValueError unless `counted`, the FLOPs of its program, are
-    those of this reading and of `steps` steps behind it.
+    Ours computes the captions once and caches them: raises ValueError unless `counted`, the FLOPs of its
+    program, are those of the captions and of `steps` steps.
     """
     net, batch = params["net"], stage.batch_spec(rows)
     text = batch["text_states" if stage.states_width else "tokens"]
@@ -209,10 +211,6 @@ def of_whole_sequences(stage, params: dict, counted: int, steps: int, rows: int)
             f"captions read once, {reading}, and {steps} steps of {a_step}"
         )
     return steps * flops.of_step(stage, batch) // flops.TRAINING_PASSES
-
-
-def _wait(program, *arguments) -> None:
-    jax.block_until_ready(program(*arguments))
 
 
 def torch_sampling(scheduler, network: Callable, modules, shape, steps: int, guidance: float) -> Side:
@@ -234,7 +232,7 @@ def torch_sampling(scheduler, network: Callable, modules, shape, steps: int, gui
 
 
 def guided(output, scale: float, channels: int):
-    """Guidance of a doubled batch, null conditions first; the channels behind are the variance."""
+    """Guidance of a doubled batch, null conditions first; channels after `channels` are the variance."""
     import torch
 
     null, conditional = output.chunk(2)
@@ -421,44 +419,39 @@ def upsampler_sampling(m: Models) -> Case:
 
 @functools.cache
 def end_to_end(m: Models) -> Case:
-    """A caption to BATCH pictures by diffusers' UnCLIPPipeline, both opened and warm.
+    """A caption to BATCH pictures by diffusers' UnCLIPPipeline, both loaded and warm.
 
-    The peer's FLOPs are counted in its run; ours are those of the three cases of sampling, and CLIP's.
+    The peer's FLOPs are counted in its run; ours are those of the three sampling cases.
     """
     import torch
 
     parts, (_, _, clip_params) = [make(m).ours for make in SAMPLING_CASES], m.stage("clip")
     ours, peer = first_pictures.ours(m.folder), first_pictures.peer(m.folder)
     modules = [part for part in m.theirs.components.values() if isinstance(part, torch.nn.Module)]
-    common = dict(steps=sum(STEPS.values()), guidance=GUIDANCE["decoder"])
-    ours = Side(
-        ours,
-        BATCH,
-        count_of(clip_params) + sum(part.parameters for part in parts),
-        sum(part.flops for part in parts),
-        precision=", ".join(sorted({part.precision for part in parts})),
-        **common,
+    steps, guidance = sum(STEPS.values()), GUIDANCE["decoder"]
+    parameters = count_of(clip_params) + sum(part.parameters for part in parts)
+    precision = ", ".join(sorted({part.precision for part in parts}))
+    our_flops = sum(part.flops for part in parts)
+    return Case(
+        "end_to_end",
+        Side(ours, BATCH, parameters, our_flops, steps, precision, guidance),
+        Side(peer, BATCH, parameters_of(*modules), flops_of(peer), steps, precision_of(*modules), guidance),
+        "pictures",
     )
-    peer = Side(
-        peer, BATCH, parameters_of(*modules), flops_of(peer), precision=precision_of(*modules), **common
-    )
-    return Case("end_to_end", ours, peer, "pictures")
 
 
 def _start(m: Models, who: str, cache: str) -> tuple[float, int | None]:
-    """(seconds from the start of a process to its first pictures, bytes that it held at most)."""
+    """(seconds from the start of a process to its first pictures, its peak memory in bytes)."""
     environment = os.environ | {"DALLE2_JAX_CACHE": cache}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     began = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.first_pictures", who, str(m.folder)]
-    told = subprocess.run(
-        command, env=environment, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    return time.perf_counter() - began, json.loads(told.stdout.splitlines()[-1])
+    output = subprocess.check_output(command, env=environment, text=True, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - began, json.loads(output.splitlines()[-1])
 
 
 def _starts(m: Models, name: str, ours: Callable[[], tuple]) -> Case:
-    """The pictures of `end_to_end` by processes that only just begin."""
+    """The pictures of `end_to_end` by new processes."""
 
     def of(side: Side, start) -> Side:
         return dataclasses.replace(side, run=lambda: start()[0], memory=lambda: start()[1])
@@ -468,7 +461,7 @@ def _starts(m: Models, name: str, ours: Callable[[], tuple]) -> Case:
 
 
 def cold_start(m: Models) -> Case:
-    """From the start of a process to its first pictures, nothing compiled before."""
+    """From the start of a process to its first pictures, with an empty cache of programs."""
 
     def ours():
         with tempfile.TemporaryDirectory() as empty:
@@ -478,7 +471,7 @@ def cold_start(m: Models) -> Case:
 
 
 def warm_start(m: Models) -> Case:
-    """From the start of a process to its first pictures, programs in the cache: the first round fills it."""
+    """From the start of a process to its first pictures, with a cache that the first round fills."""
     return _starts(m, "warm_start", lambda: _start(m, "ours", str(m.folder / "cache")))
 
 
@@ -493,10 +486,10 @@ def _shards(data: str) -> list[Path]:
 
 
 def until_idle() -> float:
-    """CPU seconds of all threads of this process so far, once they have used next to none for 50 ms."""
+    """CPU seconds of all threads of this process, once they have been idle for 50 ms."""
     used = time.process_time()
     while True:
-        for _ in range(2):  # the first may lie in the past for a process that was stopped
+        for _ in range(2):  # one may be over at once in a process that was stopped
             time.sleep(0.025)
         before, used = used, time.process_time()
         if used - before < 0.001:
@@ -504,10 +497,9 @@ def until_idle() -> float:
 
 
 def _our_images(data: str) -> Callable[[], float]:
-    """Reads DATA['count'] pictures with our pipeline; CPU seconds, of all threads.
+    """Reads DATA['count'] pictures with our pipeline; returns CPU seconds of all threads.
 
-    Its threads read ahead. Between two times at which they have read as far ahead as they may, they read as
-    many pictures as were taken.
+    The threads read ahead: between two times at which they are idle they read as many pictures as were taken.
     """
     from dalle2_jax.data import pipeline
 
@@ -528,7 +520,7 @@ def _our_images(data: str) -> Callable[[], float]:
 
 
 def data_against_torch(m: Models, data: str) -> Case:
-    """A torch DataLoader over the same shards: PIL, bicubic. Seconds of CPU, not of the clock."""
+    """A torch DataLoader over the same shards: PIL, bicubic, in CPU seconds."""
     import torch
     from PIL import Image
 
@@ -557,7 +549,7 @@ def data_against_torch(m: Models, data: str) -> Case:
 
 
 def data_against_decoding(m: Models, data: str) -> Case:
-    """The same pictures decoded whole to RGB and nothing else: at 1.00 a pipeline would cost nothing more."""
+    """The same pictures only decoded to RGB, at full size: at 1.00 the rest of the pipeline is free."""
     from dalle2_jax.data import transforms
 
     ours, decode, decoded = _our_images(data), transforms.decode, []
@@ -569,7 +561,7 @@ def data_against_decoding(m: Models, data: str) -> Case:
 
     with mock.patch.object(transforms, "decode", noted):
         ours()
-    chosen = decoded[-DATA["count"] :]  # those before were read before the clock began
+    chosen = decoded[-DATA["count"] :]  # the others were read before the measurement
 
     def decoding():
         began = time.process_time()
@@ -582,7 +574,7 @@ def data_against_decoding(m: Models, data: str) -> Case:
 
 
 def checkpoint_blocking(m: Models) -> Case:
-    """How long training waits for a checkpoint of the decoder's state; torch.save of as many numbers."""
+    """The time that training waits for a checkpoint of the decoder's state; torch.save of as many numbers."""
     import torch
 
     _, _, params = m.stage("decoder")
@@ -607,7 +599,7 @@ def checkpoint_blocking(m: Models) -> Case:
 
 
 def inception_features(m: Models) -> Case:
-    """The same network written in torch, random weights."""
+    """The same network in torch with random weights."""
     import torch
 
     from dalle2_jax.convert import convert, inception_weights
@@ -619,12 +611,8 @@ def inception_features(m: Models) -> Case:
     convert.main(["inception", str(old), str(out), "--any_checksum"])
     params = inception_weights.load(out).params
     pictures = normal(BATCH, 299, 299, 3)
-    rows, whole = partition.batch_sharding(m.mesh), partition.replicated(m.mesh)
     arithmetic = flops.count(inception.features, params, pictures)
-    params, ours = jax.device_put(params, whole), jax.device_put(pictures, rows)
-    jitted = jax.jit(inception.features, out_shardings=rows, compiler_options=partition.compiler_options())
-    with partition.use_mesh(m.mesh):
-        program = jitted.lower(params, ours).compile()
+    ours = compiled(m, inception.features, params, pictures)
     tensors = torch.from_numpy(np.moveaxis(pictures, -1, 1).copy())
 
     def run():
@@ -633,7 +621,7 @@ def inception_features(m: Models) -> Case:
 
     return Case(
         "inception_features",
-        Side(functools.partial(_wait, program, params, ours), BATCH, count_of(params), arithmetic),
+        Side(ours, BATCH, count_of(params), arithmetic),
         Side(run, BATCH, parameters_of(theirs), flops_of(run)),
         "pictures",
     )
@@ -650,65 +638,61 @@ ROUNDS = dict.fromkeys(CASES, 5) | dict.fromkeys(STARTS, 3) | dict.fromkeys(OF_D
 
 
 def versions() -> dict[str, str]:
-    """Of what was measured, and the machine."""
+    """The versions of the packages, and the machine."""
     import diffusers
     import torch
     import transformers
 
     found = {module.__name__: module.__version__ for module in (jax, torch, diffusers, transformers)}
-    return found | dict(
-        python=platform.python_version(), machine=platform.machine(), cores=str(os.cpu_count())
-    )
+    about = dict(python=platform.python_version(), machine=platform.machine(), cores=str(os.cpu_count()))
+    return found | about
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command's options; ends the process for wrong ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
-    parser.add_argument("--cases", default=",".join(CASES), help="which, with commas between")
-    parser.add_argument("--rounds", type=int, help="of every case; 5, of starts 3, of data 7 unless given")
+    parser.add_argument("--cases", default=",".join(CASES), help="separated by commas")
+    parser.add_argument("--rounds", type=int, help="of every case; by default 5, of starts 3, of data 7")
     parser.add_argument("--max_spread", type=float, default=MAX_SPREAD)
-    parser.add_argument(
-        "--data", type=files.expand, default="", help="folder of tar shards, for the data pipeline"
-    )
+    parser.add_argument("--data", type=files.expand, default="", help="folder of tar shards, for data cases")
     parser.add_argument("--json", type=files.expand, help="also write the results there")
     parser.add_argument("--memory_of", choices=("ours", "peer"), help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    unknown = set(given.cases.split(",")) - CASES.keys()
+    options = parser.parse_args(arguments)
+    unknown = set(options.cases.split(",")) - CASES.keys()
     if unknown:
         parser.error(f"--cases: {', '.join(sorted(unknown))} unknown; there are {', '.join(CASES)}")
-    if given.rounds is not None and given.rounds < 3:
+    if options.rounds is not None and options.rounds < 3:
         parser.error("--rounds must be 3 or more: fewer have no spread")
-    return given
+    return options
 
 
 def memory_of(name: str, who: str, data: str) -> int | None:
-    """Bytes that a run of a side of a case takes, measured in a process of its own."""
+    """Bytes that a run of a side of a case takes, measured in a new process."""
     command = [sys.executable, "-m", "benchmarks.compare", f"--cases={name}", f"--memory_of={who}"]
-    told = subprocess.run([*command, f"--data={data}"], check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(told.stdout.splitlines()[-1])
+    return json.loads(subprocess.check_output([*command, f"--data={data}"], text=True).splitlines()[-1])
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measures and prints; the status is 1 if a case could not be measured."""
-    given = parse(arguments)
+    options = parse(arguments)
     partition.initialise()
     results, failed = [], 0
-    if not given.memory_of:
+    if not options.memory_of:
         print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(sys.stderr):
             made = Models(Path(folder))
-        for name in given.cases.split(","):
-            more = (given.data,) if name in OF_DATA else ()
+        for name in options.cases.split(","):
+            more = (options.data,) if name in OF_DATA else ()
             try:
-                with contextlib.redirect_stdout(sys.stderr):  # what converting says is no row of the table
+                with contextlib.redirect_stdout(sys.stderr):  # the table is on stdout
                     case = CASES[name](made, *more)
-                if given.memory_of:
-                    print(json.dumps(added_memory(getattr(case, given.memory_of).run)))
+                if options.memory_of:
+                    print(json.dumps(added_memory(getattr(case, options.memory_of).run)))
                     continue
-                result = measure(case, given.rounds or ROUNDS[name], given.max_spread)
-                held = {
-                    f"{who}_memory": (side.memory or functools.partial(memory_of, name, who, given.data))()
+                result = measure(case, options.rounds or ROUNDS[name], options.max_spread)
+                memory = {
+                    f"{who}_memory": (side.memory or functools.partial(memory_of, name, who, options.data))()
                     for who, side in (("ours", case.ours), ("peer", case.peer))
                 }
             except Exception as error:  # the other cases can still be measured
@@ -717,11 +701,11 @@ def main(arguments: Sequence[str]) -> int:
                     traceback.print_exc()
                 print(f"error: {name}: {error}", file=sys.stderr, flush=True)
                 continue
-            results.append(dataclasses.replace(result, **held))
+            results.append(dataclasses.replace(result, **memory))
             print(results[-1].line(), flush=True)
-    if given.json and not given.memory_of:
-        known = dict(versions=versions(), results=[dataclasses.asdict(result) for result in results])
-        Path(given.json).write_text(json.dumps(known, indent=2) + "\n")
+    if options.json and not options.memory_of:
+        report = dict(versions=versions(), results=[dataclasses.asdict(result) for result in results])
+        Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
     return failed
 
 

@@ -1,8 +1,7 @@
 """python -m benchmarks.first_pictures ours|peer FOLDER
 
-One side of `benchmarks.compare` draws BATCH pictures with its model in FOLDER, in a process that does nothing
-else. The last line is how many bytes it held at most, null where the system does not tell. Each side imports
-what it needs inside its function: the other is not to pay for it.
+One side of `benchmarks.compare` draws BATCH pictures with its model in FOLDER. The last line is the peak
+memory of the process in bytes, null if unknown. Each side imports its packages inside its function.
 """
 
 import json
@@ -16,7 +15,7 @@ GUIDANCE = dict(prior=4.0, decoder=8.0)
 
 
 def ours(folder: Path) -> Callable[[], None]:
-    """Opens the model directory FOLDER/ours; what it returns draws BATCH pictures."""
+    """Loads the model directory FOLDER/ours. Returns a function that draws BATCH pictures."""
     from dalle2_jax import pipeline
     from dalle2_jax.runtime import partition
 
@@ -37,7 +36,7 @@ def peer(folder: Path) -> Callable[[], None]:
     import transformers
     from diffusers.pipelines.deprecated.unclip import text_proj
 
-    # Part by part: diffusers no longer finds the projections by the name that is in its own folders.
+    # Part by part: diffusers no longer finds the projections by the name in its folders.
     parts = json.loads((folder / "theirs" / "model_index.json").read_text())
     parts = {name: of for name, of in parts.items() if not name.startswith("_")}
     modules = dict(diffusers=diffusers, transformers=transformers)
@@ -62,8 +61,8 @@ def peer(folder: Path) -> Callable[[], None]:
     return run
 
 
-def held_at_most() -> int | None:
-    """Bytes of this process; None but on Linux. A child's `ru_maxrss` begins with its parent's: not this."""
+def peak_memory() -> int | None:
+    """Bytes of this process; None: not on Linux. (A child's `ru_maxrss` begins with its parent's.)"""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -73,4 +72,4 @@ def held_at_most() -> int | None:
 
 if __name__ == "__main__":
     dict(ours=ours, peer=peer)[sys.argv[1]](Path(sys.argv[2]))()
-    print(json.dumps(held_at_most()))
+    print(json.dumps(peak_memory()))

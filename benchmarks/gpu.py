@@ -1,19 +1,18 @@
 """python -m benchmarks.gpu --json=FILE [--cases=decoder64_512,drawing_8] [--seconds=480] [--debug]
 
-The paper's networks on one accelerator, in some 8 minutes: training steps of the decoder at three widths, and
-each stage's share of a picture, drawn with the paper's steps and guidance. Run it from the repository's root;
-it needs neither TensorFlow nor torch. Every result is printed and written as soon as it is there, and a case
-that would begin after --seconds is left out and named.
+The paper's networks on one accelerator, in about 8 minutes: training steps of the decoder at three widths,
+and sampling of each stage with the paper's steps and guidance. Run it from the repository's root, without
+TensorFlow or torch. Results are printed and written at once; cases that would begin after --seconds are named
+as left out.
 
   decoder64_WIDTH         a training step without the text tower, whose FLOPs are the U-Net's alone
   decoder64_512_text      the same with it, 3.6B parameters: 53 GiB of state
-  drawing_8, drawing_1    prior, decoder64, upsampler256, upsampler1024, so many pictures at a time
+  drawing_8, drawing_1    prior, decoder64, upsampler256, upsampler1024 with 8 pictures or 1 at a time
   attention               cuDNN's against XLA's in the decoder's shapes, forward and gradient
 
-What does not fit the memory is tried again with half as many examples. --debug runs everything with the
-presets `debug`, to see that it runs. Utilisation is as in `dalle2_jax.benchmark`: of the datasheet's dense
-bfloat16 peak, and of products of matrices measured here. Memory is what the compiler planned for the program,
-and the most that the device held since the script began.
+A batch that does not fit into memory is halved. --debug runs everything with the presets `debug`. Utilisation
+is as in `dalle2_jax.benchmark`: of the datasheet's dense bfloat16 peak, and of products of matrices measured
+here. Memory is the compiler's plan for the program, and the device's peak since the script began.
 """
 
 import argparse
@@ -36,21 +35,16 @@ from dalle2_jax.models import models
 from dalle2_jax.models.nets import layers
 from dalle2_jax.runtime import files, partition
 
-WIDTHS = {192: 256, 320: 128, 512: 64}  # channels: the batch that is tried first
+WIDTHS = {192: 256, 320: 128, 512: 64}  # channels: the first batch size
 WITH_TEXT = 32
-STAGES = {  # in the order of drawing
-    "prior": prior,
-    "decoder64": decoder64,
-    "upsampler256": upsampler256,
-    "upsampler1024": upsampler1024,
-}
+STAGES = dict(prior=prior, decoder64=decoder64, upsampler256=upsampler256, upsampler1024=upsampler1024)
 STEPS, DRAWINGS = 10, 1
-CONDITIONS = 4 + 256  # positions of image embedding and caption that every attention reads
+CONDITIONS = 4 + 256  # positions of image embedding and caption in every attention
 DEBUG_BATCH = 8
 
 
 def settings(recipe, debug: bool, **model) -> dict:
-    """A recipe's config on one device as plain JSON types, with these settings of its model."""
+    """A recipe's config on one device as JSON values, with these settings of its model."""
     config = models.to_plain(recipe.get_config("debug" if debug else ""))
     config["model"] |= model
     config["mesh"] = dict(data=-1, fsdp=1, tensor=1)
@@ -58,7 +52,7 @@ def settings(recipe, debug: bool, **model) -> dict:
 
 
 def largest_that_fits(run: Callable[[int], benchmark.Report], size: int, least: int) -> benchmark.Report:
-    """run(size), or with half of it, and so on, where the device's memory is not enough."""
+    """run(size), with half of the size for as long as the device's memory is not enough."""
     while True:
         try:
             return run(size)
@@ -66,16 +60,16 @@ def largest_that_fits(run: Callable[[int], benchmark.Report], size: int, least: 
             if "RESOURCE_EXHAUSTED" not in str(error) or size // 2 < least:
                 raise
             print(f"  {size} examples do not fit", flush=True)
-        size //= 2  # outside the handler, which holds what was on the device
+        size //= 2  # outside the handler, which references the device's arrays
 
 
 def reported(report: benchmark.Report) -> dict:
-    """What is written of a report."""
+    """The JSON values of a report."""
     return json.loads(report.to_json()) | {"seconds_per_example": report.seconds.median / report.batch_size}
 
 
 def trained(width: int, batch_size: int, text: bool) -> Callable:
-    """A case of training: the largest batch that fits, of `batch_size` and its halves."""
+    """A training case with the largest batch that fits, of `batch_size` and its halves."""
 
     def case(debug: bool, machine: benchmark.Machine) -> Iterator[dict]:
         changes = ({} if text else dict(text=None)) | ({} if debug else dict(channels=width))
@@ -94,7 +88,7 @@ def training(config: dict, machine: benchmark.Machine, size: int) -> benchmark.R
 
 
 def drawn(count: int) -> Callable:
-    """A case of drawing `count` pictures at a time, stage by stage; last the sum."""
+    """A case of sampling `count` pictures at a time, by stage, and the sum."""
 
     def case(debug: bool, machine: benchmark.Machine) -> Iterator[dict]:
         found, devices = {}, jax.device_count()
@@ -112,13 +106,13 @@ def drawn(count: int) -> Callable:
 
 
 def drawing(config: dict, machine: benchmark.Machine, size: int) -> benchmark.Report:
-    """Drawing `size` at a time, once before what is measured."""
+    """Sampling of `size` pictures at a time, after one run that does not count."""
     return benchmark.run(config, sample=size, steps=DRAWINGS, warm_up=1, machine=machine)
 
 
 def attention(debug: bool, machine: benchmark.Machine) -> Iterator[dict]:
-    """Each of the decoder's levels that attend, behind 260 positions of conditions; last, ValueError where a
-    GPU does without cuDNN's, or its error is more than twice XLA's."""
+    """The decoder's levels with attention, after 260 positions of conditions. Raises ValueError if a GPU does
+    not use cuDNN, or if its error is more than twice XLA's."""
     found = {}
     for side, heads in ((8, 2),) if debug else ((32, 16), (16, 24), (8, 32)):
         found[f"{side}x{side}"] = both_attentions(side * side, heads, 2 if debug else 32)
@@ -137,7 +131,7 @@ def both_attentions(length: int, heads: int, batch_size: int) -> dict:
     the largest entry."""
     shape, keys = (batch_size, length + CONDITIONS, heads, 64), jax.random.split(jax.random.key(0), 4)
     q, k, v, slope = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
-    given = q[:, :length], k, v, slope[:, :length]
+    inputs = q[:, :length], k, v, slope[:, :length]
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradients(cudnn, q, k, v, slope):
@@ -149,19 +143,19 @@ def both_attentions(length: int, heads: int, batch_size: int) -> dict:
         return out, *by
 
     with jax.default_matmul_precision("highest"):
-        exact = gradients(False, *(x.astype(jnp.float32) for x in given))
-    row = {"cudnn_ran": layers.cudnn_attention.__name__ in str(gradients.trace(True, *given).jaxpr)}
+        exact = gradients(False, *(x.astype(jnp.float32) for x in inputs))
+    row = {"cudnn_ran": layers.cudnn_attention.__name__ in str(gradients.trace(True, *inputs).jaxpr)}
     for name, cudnn in (("xla", False), ("cudnn", True)):
-        pairs = zip(gradients(cudnn, *given), exact, strict=True)
+        pairs = zip(gradients(cudnn, *inputs), exact, strict=True)
         pairs = [(np.asarray(a, np.float32), np.asarray(b)) for a, b in pairs]
         # By numpy, whose maximum is NaN where an entry is: XLA's on a CPU passes over them.
         error = float(np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in pairs]))
-        seconds = benchmark.timed(functools.partial(gradients, cudnn, *given), STEPS)
+        seconds = benchmark.timed(functools.partial(gradients, cudnn, *inputs), STEPS)
         row[name] = dict(seconds=benchmark.Spread.of(seconds).median, error=error)
     return row
 
 
-# Those of most interest first: the time may end before they do.
+# The most interesting first: time may run out.
 CASES = {
     **{f"decoder64_{width}": trained(width, size, text=False) for width, size in WIDTHS.items()},
     "drawing_8": drawn(8),
@@ -174,22 +168,22 @@ CASES = {
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command's options; ends the process for wrong ones."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
-    parser.add_argument("--cases", default=",".join(CASES), help="which, with commas between")
+    parser.add_argument("--cases", default=",".join(CASES), help="separated by commas")
     parser.add_argument("--json", required=True, type=files.expand, help="the results are written there")
     parser.add_argument("--seconds", type=float, default=480, help="no case begins after that")
-    parser.add_argument("--debug", action="store_true", help="small networks, to see that it runs")
-    given = parser.parse_args(arguments)
-    unknown = set(given.cases.split(",")) - CASES.keys()
+    parser.add_argument("--debug", action="store_true", help="small networks, as a test")
+    options = parser.parse_args(arguments)
+    unknown = set(options.cases.split(",")) - CASES.keys()
     if unknown:
         parser.error(f"--cases: {', '.join(sorted(unknown))} unknown; there are {', '.join(CASES)}")
-    return given
+    return options
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measures, prints and writes; the status is 1 if a case could not be measured."""
-    given, began = parse(arguments), time.perf_counter()
+    options, began = parse(arguments), time.perf_counter()
     partition.initialise()
-    dtypes = ["float32"] if given.debug else ["bfloat16", "float32"]
+    dtypes = ["float32"] if options.debug else ["bfloat16", "float32"]
     machine = benchmark.measure_machine(partition.make_mesh(), dtypes)
     device = jax.devices()[0]
     results = dict(
@@ -199,23 +193,23 @@ def main(arguments: Sequence[str]) -> int:
         device=device.device_kind,
         devices=jax.device_count(),
         memory=(device.memory_stats() or {}).get("bytes_limit"),
-        debug=given.debug,
+        debug=options.debug,
         cases={},
         failed={},
     )
-    for name in given.cases.split(","):
-        if time.perf_counter() - began > given.seconds:
-            results["failed"][name] = f"left out: {given.seconds:.0f} s were over"
+    for name in options.cases.split(","):
+        if time.perf_counter() - began > options.seconds:
+            results["failed"][name] = f"left out: {options.seconds:.0f} s were over"
             print(f"{name} is {results['failed'][name]}", flush=True)
         else:
             try:
-                for found in CASES[name](given.debug, machine):
+                for found in CASES[name](options.debug, machine):
                     results["cases"][name] = found
-                    Path(given.json).write_text(json.dumps(results, indent=2) + "\n")
+                    Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
             except Exception as error:  # the other cases are still of use
                 results["failed"][name] = f"{type(error).__name__}: {str(error)[:500]}"
                 traceback.print_exc()
-        Path(given.json).write_text(json.dumps(results, indent=2) + "\n")
+        Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
     return 1 if results["failed"] else 0
 
 

@@ -1,10 +1,10 @@
 """python -m benchmarks.jpeg_shards SOURCE OUT [--side=512] [--quality=90] [--grain=0]
 
-Writes the pictures of the tar shards train-*.tar in SOURCE once more, as JPEGs of side x side pixels, to
-shards of the same names in OUT, with their captions (.txt). `benchmarks.compare --data=OUT` then reads JPEGs.
+Writes the pictures of the tar shards train-*.tar in SOURCE as JPEGs of side x side pixels, with their
+captions (.txt), to shards of the same names in OUT, for `benchmarks.compare --data=OUT`.
 
-Decoding takes the longer the more a file holds, and drawings hold little. --grain adds normal noise of this
-standard deviation, of 255 levels, to every pixel's brightness, so that files become as large as photographs.
+--grain adds normal noise of this standard deviation, of 255 levels, to every pixel's brightness: files, and
+the time to decode them, become as large as those of photographs.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from dalle2_jax.runtime import files
 
 
 def grainy(picture: Image.Image, deviation: float, rng: np.random.Generator) -> Image.Image:
-    """An RGB picture with normal noise of `deviation` levels, the same in its three colours."""
+    """An RGB picture with normal noise of `deviation` levels, equal in its three colours."""
     noise = rng.normal(0, deviation, (picture.height, picture.width, 1))
     return Image.fromarray((np.asarray(picture) + noise).round().clip(0, 255).astype(np.uint8))
 
@@ -32,8 +32,8 @@ if __name__ == "__main__":
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--quality", type=int, default=90)
     parser.add_argument("--grain", type=float, default=0)
-    given = parser.parse_args()
-    source, out = Path(given.source), Path(given.out)
+    options = parser.parse_args()
+    source, out = Path(options.source), Path(options.out)
     shards = sorted(source.glob("train-*.tar"))
     if not shards:
         parser.error(f"{source} holds no train-*.tar")
@@ -47,10 +47,10 @@ if __name__ == "__main__":
                     continue
                 content = old.extractfile(member).read()
                 if ending != "txt":
-                    jpeg, picture = io.BytesIO(), transforms.square(transforms.decode(content), given.side)
-                    if given.grain:
-                        picture = grainy(picture, given.grain, rng)
-                    picture.save(jpeg, "JPEG", quality=given.quality)
+                    jpeg, picture = io.BytesIO(), transforms.square(transforms.decode(content), options.side)
+                    if options.grain:
+                        picture = grainy(picture, options.grain, rng)
+                    picture.save(jpeg, "JPEG", quality=options.quality)
                     content, ending = jpeg.getvalue(), "jpg"
                 entry = tarfile.TarInfo(f"{key}.{ending}")
                 entry.size = len(content)

@@ -1,7 +1,4 @@
-"""Two sides of the same work, in turn: that they do the same, how long they take, and what they hold.
-
-`benchmarks.compare` has the cases.
-"""
+"""Two sides of the same work, compared and timed in turn, with their memory; for `benchmarks.compare`."""
 
 import ctypes
 import dataclasses
@@ -13,8 +10,7 @@ from pathlib import Path
 from dalle2_jax.benchmark import Spread
 
 PARAMETERS, FLOPS, MAX_SPREAD = 0.02, 0.05, 0.25
-# Let threads that wait busily for more work fall asleep, before the other side's turn.
-PAUSE = 0.1
+PAUSE = 0.1  # lets busily waiting threads fall asleep before the other side's turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +18,10 @@ class Side:
     """One side of a case.
 
     Attributes:
-      run: does the work once and returns when it is done; or returns seconds, where it measures itself.
-      parameters, flops: of the networks, of one run; 0 where there are none.
+      run: does the work once; may return the seconds that it has measured.
+      parameters, flops: of the networks, of one run; 0: none.
       batch, steps, precision, guidance: of the work.
-      memory: bytes that a run holds, for one in another process; None: as `added_memory` measures it.
+      memory: bytes of a run in another process; None: by `added_memory`.
     """
 
     run: Callable[[], float | None]
@@ -40,7 +36,7 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Two sides of the same work; `unit` is what a run makes `ours.batch` of."""
+    """Two sides of the same work; a run makes `ours.batch` of `unit`."""
 
     name: str
     ours: Side
@@ -63,9 +59,9 @@ def check_equal(case: Case) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Seconds of a run of both sides, and peer / ours; no ratio where the spread is above what is allowed.
+    """Seconds of a run of both sides, and the ratio peer / ours; None: the spread is too large.
 
-    ours_memory, peer_memory: bytes that a run took at most beside what was there before, see `added_memory`.
+    ours_memory, peer_memory: bytes, see `added_memory`.
     """
 
     name: str
@@ -87,8 +83,8 @@ class Result:
         cells = [self.name, f"{self.batch} {self.unit}", f"{self.parameters / 1e6:.2f}M"]
         cells += [f"{self.flops / 1e9:.3g}", f"{self.ours.median:.3g}", f"{self.peer.median:.3g}", shown]
         cells += [f"{self.spread:.0%}", str(self.rounds)]
-        held = (self.ours_memory, self.peer_memory)
-        return "| " + " | ".join(cells + ["-" if m is None else f"{m / 2**20:.0f}" for m in held]) + " |"
+        memory = (self.ours_memory, self.peer_memory)
+        return "| " + " | ".join(cells + ["-" if m is None else f"{m / 2**20:.0f}" for m in memory]) + " |"
 
 
 HEADER = (
@@ -100,26 +96,15 @@ HEADER = (
 
 def judged(case: Case, ours: Sequence[float], peer: Sequence[float], max_spread: float) -> Result:
     """The result of a case from the seconds of its rounds."""
-    of_ours, of_peer = Spread.of(ours), Spread.of(peer)
-    spread = max(of_ours.relative, of_peer.relative)
-    ratio = of_peer.median / of_ours.median if spread <= max_spread else None
-    side = case.ours
-    return Result(
-        case.name,
-        case.unit,
-        side.batch,
-        side.parameters,
-        side.flops,
-        of_ours,
-        of_peer,
-        spread,
-        ratio,
-        len(ours),
-    )
+    side, one, other = case.ours, Spread.of(ours), Spread.of(peer)
+    spread = max(one.relative, other.relative)
+    ratio = other.median / one.median if spread <= max_spread else None
+    work = case.name, case.unit, side.batch, side.parameters, side.flops
+    return Result(*work, one, other, spread, ratio, len(ours))
 
 
 def measure(case: Case, rounds: int, max_spread: float = MAX_SPREAD) -> Result:
-    """Run both sides in turn, either first in every other round; one round before does not count."""
+    """Run both sides in turn, with alternating order, after one round that does not count."""
     check_equal(case)
     seconds = {"ours": [], "peer": []}
     for i in range(rounds + 1):
@@ -134,16 +119,16 @@ def measure(case: Case, rounds: int, max_spread: float = MAX_SPREAD) -> Result:
 
 
 def added_memory(run: Callable[[], object]) -> int | None:
-    """Bytes that this process held at most during `run()`, above what it held before; None but on Linux.
+    """The peak memory of this process during `run()` above the memory before, in bytes; None: not on Linux.
 
-    For a process that has not run it before: what a run leaves behind is not seen again.
+    For the first run in a process.
     """
     status = Path("/proc/self/status")
     try:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what building and compiling left behind is not there before
+        ctypes.CDLL(None).malloc_trim(0)  # frees the memory of building and compiling
         before = _kib(status.read_text(), "VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         run()
         return 1024 * (_kib(status.read_text(), "VmHWM") - before)
     except (OSError, AttributeError):

@@ -1,18 +1,18 @@
-"""Do two commits draw, edit and train the same, to the bit?
+"""Compares sampling, edits and training of two commits, to the bit.
 
 python -m benchmarks.same BASE [NEW] --out=DIR [--only=draw,edit,train,resume] [--cases=NAME,...]
 
 BASE and NEW (default HEAD) are commits. Each is checked out under --out, and the same commands run in both.
-Hashes do not carry from one kind of CPU to another, nor between releases of jax: compare on one machine.
-Results of an earlier run are read from found.json in DIR.
+Hashes differ between kinds of CPU and releases of jax: compare on one machine. Results of an earlier run are
+read from found.json in DIR.
 
   draw    16 pictures of the bundled model, with two seeds
-  edit    one of each edit of a picture that BASE drew
-  train   20 steps of every stage's preset `debug`, and of settings that none of these has
-  resume  workdirs that BASE began, gone on with by both for 4 steps
+  edit    each edit of a picture of BASE
+  train   20 steps of every stage's preset `debug`, and of other settings
+  resume  workdirs of BASE, resumed by both for 4 steps
 
-Prints a table of what is equal; the status is 1 where anything differs or a command fails. All of it takes
-about an hour on two cores; programs that both commits share are compiled once.
+Prints a table; the status is 1 if anything differs or a command fails. All cases take about an hour on two
+cores; programs that both commits share are compiled once.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CAPTIONS = ("a red star above a blue ring", "a yellow circle", "a green cross", 
 SEEDS = (0, 1)
 STEPS, MORE_STEPS = 20, 4
 
-# edit: what follows `python -m dalle2_jax.edit`; A and B are pictures that BASE drew.
+# edit: the arguments of `python -m dalle2_jax.edit`; A and B are pictures of BASE.
 EDITS = {
     "variations": ("variations", "A", "--n=2"),
     "variations from noise": ("variations", "A", "--eta=0.5", "--strength=0.6"),
@@ -61,15 +61,12 @@ TRAININGS = {
     "muon": ("upsampler256.py:debug", ("optim.muon_learning_rate=0.02",)),
     "vlb": ("decoder64.py:debug", ("model.loss=vlb",)),
     "inpaint": ("decoder64.py:debug", ("model.inpaint=True",)),
-    "labels": (
-        "upsampler256.py:debug",
-        ("model.num_classes=3", "data.classes=('circle', 'square', 'star')"),
-    ),
+    "labels": ("upsampler256.py:debug", ("model.num_classes=3", "data.classes=('circle', 'square', 'star')")),
     "low_res_noise": ("upsampler256.py:debug", ("model.low_res_noise=0.5",)),
     "last_step": ("upsampler256.py:debug", ("model.last_step=True",)),
     "grad_accum": ("decoder64.py:debug", ("grad_accum=2",)),
 }
-READ_CLIP = ("prior.py", "ar_prior.py", "decoder64.py")  # they are given the CLIP of the case "clip"
+READ_CLIP = ("prior.py", "ar_prior.py", "decoder64.py")  # recipes with the CLIP of the case "clip"
 
 
 @dataclasses.dataclass
@@ -77,7 +74,7 @@ class Side:
     """One commit, checked out.
 
     Attributes:
-      commit: its hash. folder: what it writes goes there. found: case -> {what: hash or text}.
+      commit: its hash. folder: of its outputs. found: case -> {name: hash or text}.
     """
 
     commit: str
@@ -86,7 +83,7 @@ class Side:
 
     @classmethod
     def checked_out(cls, role: str, name: str, out: Path) -> "Side":
-        """Raises ValueError for a commit that there is not."""
+        """Raises ValueError for an unknown commit."""
         named = ["git", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"]
         commit = subprocess.run(named, cwd=ROOT, capture_output=True, text=True).stdout.strip()
         if not commit:
@@ -99,16 +96,11 @@ class Side:
         return cls(commit, folder, json.loads(noted.read_text()) if noted.exists() else {})
 
     def run(self, *command: str) -> str:
-        """Runs `python -m dalle2_jax.COMMAND ...` in the commit's tree; returns '', or how it failed."""
-        environment = {"PYTHONPATH": str(self.folder / "tree"), "JAX_NUM_CPU_DEVICES": "2"}
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", f"dalle2_jax.{command[0]}", *command[1:]],
-            cwd=self.folder / "tree",
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        """Runs `python -m dalle2_jax.COMMAND ...` in the commit's tree; returns '' or the failure."""
+        tree, program = self.folder / "tree", [sys.executable, "-P", "-m", f"dalle2_jax.{command[0]}"]
+        environment = os.environ | {"PYTHONPATH": str(tree), "JAX_NUM_CPU_DEVICES": "2"}
+        output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run([*program, *command[1:]], cwd=tree, env=environment, **output)
         return "" if done.returncode == 0 else "failed: " + " / ".join(done.stdout.splitlines()[-3:])
 
     def place(self, case: str) -> Path:
@@ -116,7 +108,7 @@ class Side:
         return self.folder / case.replace(" ", "-").replace(":", "-")
 
     def note(self, case: str, work: Callable[[Path], str], look: Callable[[Path], dict[str, str]]) -> None:
-        """Fills found[case] by work(folder), then look(folder), unless a run before did."""
+        """Sets found[case] by work(folder), then look(folder), unless an earlier run did."""
         if case in self.found:
             return
         folder = self.place(case)
@@ -124,7 +116,7 @@ class Side:
         began, failure = time.monotonic(), work(folder)
         found = {"failed": failure} if failure else look(folder)
         print(f"{self.commit[:12]} {case}: {time.monotonic() - began:.0f} s {failure}", flush=True)
-        if not failure:  # what failed is tried again the next time
+        if not failure:  # else the next run tries again
             self.found[case] = found
             (self.folder / "found.json").write_text(json.dumps(self.found, indent=1))
         else:
@@ -139,7 +131,7 @@ def hash_of(array: np.ndarray) -> str:
 
 
 def outputs_in(folder: Path) -> dict[str, str]:
-    """Hashes of the pixels of every PNG file but grids, and of the arrays of every npz file."""
+    """Hashes of the pixels of every PNG file except grids, and of the arrays of every npz file."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".png" and path.name != "grid.png":
@@ -180,7 +172,7 @@ def reads_clip(case: str) -> bool:
 
 
 def training(side: Side, case: str, workdir: Path, steps: int) -> str:
-    """Trains a case up to so many steps; '' or why not."""
+    """Trains a case up to a number of steps; returns '' or the failure."""
     recipe, settings = TRAININGS[case]
     every = ("num_steps", "eval_every", "sample_every", "checkpoint_every")
     command = ["train", f"--config=configs/{recipe}", f"--workdir={workdir}", "--config.log_every=1"]
@@ -216,9 +208,9 @@ def compare(base: Side, new: Side, kinds: set[str], chosen: set[str]) -> list[st
             if failure:
                 raise ValueError(f"the pictures to edit could not be drawn: {failure}")
         drawn = sorted(path for path in inputs.glob("*.png") if path.name != "grid.png")
-        given = {"A": str(drawn[0]), "B": str(drawn[1])}
+        pictures = {"A": str(drawn[0]), "B": str(drawn[1])}
         for name, words in EDITS.items():
-            how = tuple(given.get(word, word) for word in words)
+            how = tuple(pictures.get(word, word) for word in words)
             both(f"edit:{name}", lambda s, out, how=how: s.run("edit", *how, f"--out={out}"), outputs_in)
     if kinds & {"train", "resume"} and any(chosen & {case} and reads_clip(case) for case in TRAININGS):
         chosen = chosen | {"clip"}
@@ -241,18 +233,15 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("base")
     parser.add_argument("new", nargs="?", default="HEAD")
-    parser.add_argument(
-        "--out", required=True, type=Path, help="worktrees, outputs and what was found go there"
-    )
+    parser.add_argument("--out", required=True, type=Path, help="folder of worktrees, outputs and results")
     parser.add_argument("--only", default=",".join(KINDS), help="kinds of cases")
     parser.add_argument("--cases", default="", help="names of cases, such as muon,inpaint; default: all")
     options = parser.parse_args(argv)
     kinds, chosen = set(options.only.split(",")), set(filter(None, options.cases.split(",")))
-    known = {f"seed {seed}" for seed in SEEDS} | EDITS.keys() | TRAININGS.keys()
-    if unknown := (kinds - set(KINDS)) | (chosen - known):
-        parser.error(
-            f"{', '.join(sorted(unknown))} unknown: --only {', '.join(KINDS)}; --cases {sorted(known)}"
-        )
+    cases = {f"seed {seed}" for seed in SEEDS} | EDITS.keys() | TRAININGS.keys()
+    if unknown := (kinds - set(KINDS)) | (chosen - cases):
+        names = f"--only {', '.join(KINDS)}; --cases {sorted(cases)}"
+        parser.error(f"{', '.join(sorted(unknown))} unknown: {names}")
     out = options.out.absolute()
     try:
         base, new = (
@@ -267,8 +256,8 @@ def main(argv: list[str]) -> int:
         one, other = base.found[case], new.found[case]
         changed = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
         differ += bool(changed)
-        said = f"{len(changed)} differ, such as {changed[0]}" if changed else "equal"
-        print(f"| {case} | {len(one)} | {said} |")
+        result = f"{len(changed)} differ, such as {changed[0]}" if changed else "equal"
+        print(f"| {case} | {len(one)} | {result} |")
     return 1 if differ else 0
 
 

@@ -1,4 +1,4 @@
-"""What every recipe shares: the settings of training, with defaults that a recipe overrides."""
+"""The settings of training common to all recipes, with defaults."""
 
 from ml_collections import ConfigDict
 
@@ -27,8 +27,8 @@ def get_config() -> ConfigDict:
             classes=(),
         )
     )
-    # With a path (folder or hub name) that tokenizer is used; without one, the frozen CLIP's, or a
-    # byte-level BPE of vocab_size tokens trained on the dataset's captions.
+    # path: a folder or hub name; '': the frozen CLIP's tokenizer, or a byte-level BPE of vocab_size tokens
+    # trained on the dataset's captions.
     config.tokenizer = ConfigDict(dict(path="", vocab_size=49408, context_length=77))
     config.optim = ConfigDict(  # fields of dalle2_jax.train.optim.Settings
         dict(
@@ -47,12 +47,14 @@ def get_config() -> ConfigDict:
     config.batch_size = 0  # global, in examples
     config.num_steps = 0
     config.grad_accum = 1
-    config.spike_sigma = 0.0  # skip steps so many deviations above the mean loss or norm; 6 is usual, 0: none
+    config.spike_sigma = 0.0  # skip steps so many deviations above the mean loss or norm; 0: none
     config.ema_decay = 0.9999
     config.seed = 0
-    config.clip = ""  # workdir or model directory of the trained CLIP that fills embeddings into the batch
-    config.init_from = ""  # workdir or model directory whose parameters training starts from
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: what is left
+    config.clip = ""  # workdir or model directory of the frozen CLIP that computes embeddings
+    config.frozen = ConfigDict()  # further frozen stages that compute fields: tokenizer="PATH"
+    config.trainable = ()  # patterns of the parameters that are trained; (): all
+    config.init_from = ""  # workdir or model directory of the initial parameters
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # -1: the remaining devices
 
     config.log_every = 100
     config.eval_every = 5_000
@@ -68,7 +70,7 @@ def get_config() -> ConfigDict:
 
 
 def debug(config: ConfigDict, model: dict) -> ConfigDict:
-    """The preset `debug`: the same code with the smaller numbers of `model`, two steps on scenes."""
+    """The preset `debug`: two steps on scenes with the smaller `model`."""
     config.model.update(model)
     config.model.dtype = "float32"
     config.data.update(source="scenes", path="debug_64")
@@ -80,7 +82,7 @@ def debug(config: ConfigDict, model: dict) -> ConfigDict:
     return config
 
 
-def check_preset(preset: str, known: tuple[str, ...]) -> None:
-    """Raise ValueError for a preset that the recipe does not have."""
-    if preset not in ("", *known):
-        raise ValueError(f"preset {preset!r} is unknown; this config has {known}")
+def check_preset(preset: str, presets: tuple[str, ...]) -> None:
+    """Raise ValueError for an unknown preset."""
+    if preset not in ("", *presets):
+        raise ValueError(f"preset {preset!r} is unknown; this config has {presets}")

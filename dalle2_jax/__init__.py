@@ -5,15 +5,20 @@
 
 Importing the package starts nothing: no device, no TensorFlow, no network. The commands are
 `python -m dalle2_jax.train`, `python -m dalle2_jax.generate` and their siblings: `python -m dalle2_jax` lists
-them. `docs/design.md` shows which file holds what.
+them. `docs/design.md` is the map of the files.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dalle2_jax.pipeline import UnCLIP
 
 __version__ = "0.1.0"
 
 
 def load(
     model: str | None = None, *, dtype: str | None = None, mesh=None, low_memory: bool = False
-) -> "dalle2_jax.pipeline.UnCLIP":  # noqa: F821 (imported when it is called)
+) -> "UnCLIP":
     """Opens a model directory, to draw with it: `load(...)(captions, n=4, seed=0).images`.
 
     Sets JAX up for this machine (`runtime.partition.initialise`), so call it before anything is computed.

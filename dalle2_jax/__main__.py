@@ -1,4 +1,4 @@
-"""python -m dalle2_jax: the commands, each with one line on what it does."""
+"""python -m dalle2_jax: lists the commands."""
 
 COMMANDS = {
     "train": "train one stage, or go on with it",
@@ -13,6 +13,6 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    print("python -m dalle2_jax.COMMAND --help says more of\n")
-    for name, what in COMMANDS.items():
-        print(f"  {name:10} {what}")
+    print("python -m dalle2_jax.COMMAND --help: its flags\n")
+    for name, text in COMMANDS.items():
+        print(f"  {name:10} {text}")

@@ -1,16 +1,16 @@
 """python -m dalle2_jax.benchmark --config=configs/X.py [--config.a.b=value ...]
 
-How fast a stage trains on this machine, and how close that is to what the machine can do: examples a second,
-utilisation, memory, the time to compile. The batches are made up on the devices, so that no data is read and
-nothing waits for it; the program is the one that `dalle2_jax.train` compiles.
+Measures training steps of a stage on this machine: examples a second, utilisation, memory, the time to
+compile. The batches are synthetic and on the devices: no data is read. The program is the one that
+`dalle2_jax.train` compiles.
 
-  --sample=8    draws 8 examples at a time with the stage's own settings in the place of training steps
+  --sample=8    draws 8 examples at a time with the stage's settings; no training steps
   --steps=10    how many are measured, after two that are not
   --json=FILE   the report as JSON
 
-The ceilings are measured in the same run, behind the stage: the rate of products of large square matrices in
-the type that the stage computes in, and the rate at which large arrays are copied. What a frozen CLIP adds to
-a batch is made up, too, so --config.clip makes no difference.
+The same run then measures the machine: the rate of products of large square matrices in the stage's compute
+type, and the rate at which large arrays are copied. The fields that a frozen CLIP computes are synthetic,
+too: --config.clip makes no difference.
 """
 
 import dataclasses
@@ -29,15 +29,14 @@ from absl import app, flags
 from etils import epath
 
 from dalle2_jax.models import flops, models
-from dalle2_jax.runtime import commandline, metrics, partition
+from dalle2_jax.runtime import commandline, metrics, partition, processes
 from dalle2_jax.runtime.batch import field
 from dalle2_jax.runtime.commandline import define_config
 from dalle2_jax.train.plan import Plan, make_plan
 
 GIB = 2**30
 WARM_UP = 2
-# Side of the matrices, and bytes of the array on each device; a CPU needs seconds for what takes others
-# milliseconds.
+# Side of the matrices, and bytes of the array on each device, where they are smaller than by default.
 MATRIX_SIDE = {"cpu": 1024}
 COPY_BYTES = {"cpu": 64 << 20}
 REPEATS = 7
@@ -45,7 +44,7 @@ REPEATS = 7
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Of times or rates: the median and the quartiles around it."""
+    """The median of times or rates, and the quartiles."""
 
     median: float
     low: float
@@ -53,7 +52,7 @@ class Spread:
 
     @staticmethod
     def of(values: Sequence[float]) -> "Spread":
-        """Of one value or more."""
+        """Of one or more values."""
         low, high = np.quantile(values, (0.25, 0.75))
         return Spread(statistics.median(values), float(low), float(high))
 
@@ -63,13 +62,14 @@ class Spread:
         return (self.high - self.low) / self.median
 
     def rate(self, count: float) -> "Spread":
-        """Of `count` things in these times, the rates."""
+        """The rates of `count` things in these times."""
         return Spread(count / self.median, count / self.high, count / self.low)
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the devices together can do: matrix FLOP/s by type, bytes/s read and written by a copy."""
+    """Rates of all devices: matrix FLOP/s by type, bytes/s read and written by a copy; peak FLOP/s in
+    bfloat16 by the datasheet."""
 
     devices: int
     kind: str
@@ -80,16 +80,15 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was measured.
+    """A measurement.
 
     Attributes:
-      program, batch_size, parameters, dtype: of what; mesh: on what.
-      model_flops: of a step, as `flops` counts. compiler_flops: as the compiler does, with recomputations; 0
-        where it does not say.
-      seconds: a step. compile_seconds: tracing and compiling, or reading what was compiled before.
-      memory: bytes at most on a device, since the process began. planned_memory: what the compiler set aside
-        for the program on one.
-      host_memory: bytes that this process held at most.
+      program, batch_size, parameters, dtype, mesh: the program, and its devices.
+      model_flops: of a step, by `flops`. compiler_flops: by the compiler, with recomputations; 0: unknown.
+      seconds: a step. compile_seconds: tracing and compiling, or reading the compiled program.
+      memory: peak bytes of a device since the process began. planned_memory: bytes of the program on a device
+        by the compiler.
+      host_memory: peak bytes of this process.
     """
 
     program: str
@@ -109,17 +108,17 @@ class Report:
 
     @property
     def flops_per_second(self) -> float:
-        """Of the model, on all devices."""
+        """The model's, on all devices."""
         return self.model_flops / self.seconds.median
 
     @property
     def of_matrix(self) -> float:
-        """Utilisation: the share of this machine's own rate of products of matrices."""
+        """Utilisation: the share of this machine's measured rate of products of matrices."""
         return self.flops_per_second / self.machine.matrix[self.dtype]
 
     @property
     def of_datasheet(self) -> float | None:
-        """Utilisation: the share of the datasheet's peak in bfloat16; None where it is not known."""
+        """Utilisation: the share of the datasheet's peak in bfloat16; None: unknown."""
         return self.flops_per_second / self.machine.datasheet if self.machine.datasheet else None
 
     def lines(self) -> list[str]:
@@ -127,7 +126,7 @@ class Report:
         mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
         examples, seconds, machine = self.seconds.rate(self.batch_size), self.seconds, self.machine
         shares = f"{self.of_matrix:.1%} of the products of matrices measured here"
-        if self.of_datasheet is not None:
+        if machine.datasheet:
             shares += f", {self.of_datasheet:.1%} of the datasheet's {machine.datasheet / 1e12:.0f} TFLOP/s"
         held = f"{self.host_memory / GIB:.2f} GiB of this process"
         if self.memory is not None:
@@ -147,7 +146,7 @@ class Report:
         ]
 
     def to_json(self) -> str:
-        """All of it."""
+        """The report as JSON."""
         derived = dict(
             flops_per_second=self.flops_per_second,
             of_matrix=self.of_matrix,
@@ -159,7 +158,7 @@ class Report:
 
 
 def timed(run: Callable[[], object], count: int, warm_up: int = WARM_UP) -> list[float]:
-    """Seconds of each of `count` runs, which return what to wait for, after some that are not measured."""
+    """Seconds of each of `count` runs after `warm_up` others; `run` returns the arrays to wait for."""
     seconds = []
     for i in range(warm_up + count):
         began = time.perf_counter()
@@ -170,48 +169,45 @@ def timed(run: Callable[[], object], count: int, warm_up: int = WARM_UP) -> list
 
 
 def measure_machine(mesh, dtypes: Sequence[str]) -> Machine:
-    """The ceilings of the mesh's devices, all of them at work; the best of a few runs."""
+    """The rates of the mesh's devices, all of them at work; the best of a few runs."""
     devices = mesh.devices.ravel()
-    platform, rows = devices[0].platform, partition.all_devices(mesh)
+    platform, split = devices[0].platform, partition.all_devices(mesh)
+
+    def best(function, shape: tuple, dtype: str) -> tuple[int, float]:
+        """(bytes of an array split over the devices, seconds of the function of it)."""
+        x = jax.jit(lambda: jnp.full((len(devices), *shape), 1e-4, dtype), out_shardings=split)()
+        run = jax.jit(function, out_shardings=split)
+        return x.nbytes, min(timed(lambda: run(x), REPEATS))
+
     side = MATRIX_SIDE.get(platform, 8192)
-    matrix = {}
-    for name in dtypes:
-        shape = (len(devices), side, side)
-        make = jax.jit(
-            lambda shape=shape, name=name: jnp.ones(shape, jnp.dtype(name)) / side, out_shardings=rows
-        )
-        a, product = make(), jax.jit(lambda a, b: a @ b, out_shardings=rows)
-        best = min(timed(lambda a=a, product=product: product(a, a), REPEATS))
-        matrix[name] = 2 * len(devices) * side**3 / best
-    count = COPY_BYTES.get(platform, 1 << 30) // 4
-    x = jax.jit(lambda: jnp.zeros((len(devices), count), jnp.float32), out_shardings=rows)()
-    add = jax.jit(lambda x: x + 1, out_shardings=rows)
-    copy = 2 * x.nbytes / min(timed(lambda: add(x), REPEATS))
+    products = 2 * len(devices) * side**3
+    matrix = {name: products / best(lambda x: x @ x, (side, side), name)[1] for name in dtypes}
+    size, seconds = best(lambda x: x + 1, (COPY_BYTES.get(platform, 1 << 30) // 4,), "float32")
+    copy = 2 * size / seconds
     peak = metrics.peak_flops(devices[0].device_kind)
     return Machine(len(devices), devices[0].device_kind, matrix, copy, peak and peak * len(devices))
 
 
 def synthetic_batch(plan: Plan, size: int) -> dict[str, jax.Array]:
-    """A batch made up on the devices: noise for what is continuous, and captions of full length."""
+    """A batch of noise made on the devices, with captions of full length."""
     vocabulary = (plan.config["model"].get("text") or {}).get("vocab_size", 2)
 
-    def make():
-        made = {}
-        for number, (name, spec) in enumerate(sorted(plan.stage.batch_spec(size).items())):
-            key = jax.random.key(number)
-            kind = field(name).kind
-            if kind == "mask":
-                made[name] = jnp.ones(spec.shape, bool)
-            elif kind == "tokens":
-                made[name] = jax.random.randint(key, spec.shape, 1, vocabulary, spec.dtype)
-            elif kind in ("number", "label", "codes"):  # the first corner, the first class
-                made[name] = jnp.zeros(spec.shape, spec.dtype)
-            elif kind in ("embedding", "states"):
-                noise = jax.random.normal(key, spec.shape, spec.dtype)
-                made[name] = noise / jnp.linalg.norm(noise, axis=-1, keepdims=True)
-            else:
-                made[name] = jax.random.uniform(key, spec.shape, spec.dtype, -1, 1)
-        return made
+    def one(key: jax.Array, name: str, spec: jax.ShapeDtypeStruct) -> jax.Array:
+        kind = field(name).kind
+        if kind == "mask":
+            return jnp.ones(spec.shape, bool)
+        if kind == "tokens":
+            return jax.random.randint(key, spec.shape, 1, vocabulary, spec.dtype)
+        if kind in ("number", "label", "codes"):  # the first corner, the first class
+            return jnp.zeros(spec.shape, spec.dtype)
+        if kind in ("embedding", "states"):
+            noise = jax.random.normal(key, spec.shape, spec.dtype)
+            return noise / jnp.linalg.norm(noise, axis=-1, keepdims=True)
+        return jax.random.uniform(key, spec.shape, spec.dtype, -1, 1)
+
+    def make() -> dict[str, jax.Array]:
+        specs = enumerate(sorted(plan.stage.batch_spec(size).items()))
+        return {name: one(jax.random.key(number), name, spec) for number, (name, spec) in specs}
 
     return jax.jit(make, out_shardings=partition.batch_sharding(plan.mesh))()
 
@@ -226,8 +222,8 @@ def run(
 ) -> Report:
     """Measure training steps of `config` (plain JSON types), or drawing `sample` examples at a time.
 
-    machine: its ceilings, in float32 and the stage's type; measured here unless given, behind the stage, so
-    that what they take is not counted as the stage's memory.
+    machine: its rates, in float32 and the stage's type; None: measured here, after the stage, so that their
+    arrays do not count as the stage's memory.
 
     Raises ValueError for settings that do not fit together, before anything is compiled.
     """
@@ -236,13 +232,14 @@ def run(
     dtype = config["model"].get("dtype", "float32")
     batch = synthetic_batch(plan, size)
     with partition.use_mesh(mesh):
-        made = training_step(plan, batch) if sample is None else drawing(plan, batch, size)
-        step, program, compile_seconds, arithmetic = made
+        step, program, compile_seconds, arithmetic = (
+            training_step(plan, batch) if sample is None else drawing(plan, batch, size)
+        )
         seconds = timed(step, steps, warm_up)
-    plan_of_memory, costs = program.memory_analysis(), program.cost_analysis() or {}
-    with_stats = [d.memory_stats() or {} for d in mesh.local_devices]
-    peak = max((s.get("peak_bytes_in_use", 0) for s in with_stats), default=0)
-    del batch, made, step  # their arrays make room
+    needs, costs = program.memory_analysis(), program.cost_analysis() or {}
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    peak = max((s.get("peak_bytes_in_use", 0) for s in stats), default=0)
+    del batch, step  # frees their arrays
     return Report(
         program=f"{config['stage']}, {'a training step' if sample is None else 'drawing'}",
         batch_size=size,
@@ -256,11 +253,11 @@ def run(
         steps=steps,
         compile_seconds=compile_seconds,
         memory=peak or None,
-        planned_memory=plan_of_memory.argument_size_in_bytes
-        + plan_of_memory.output_size_in_bytes
-        - plan_of_memory.alias_size_in_bytes
-        + plan_of_memory.temp_size_in_bytes,
-        # Linux counts in KiB, macOS in bytes
+        planned_memory=needs.argument_size_in_bytes
+        + needs.output_size_in_bytes
+        - needs.alias_size_in_bytes
+        + needs.temp_size_in_bytes,
+        # KiB on Linux, bytes on macOS
         host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
     )
@@ -274,36 +271,33 @@ def _compiled(jitted, *arguments):
 
 
 def training_step(plan: Plan, batch: dict):
-    """(what runs a step, its program, seconds of compiling, FLOPs)."""
-    held = [plan.init()]
-    program, seconds = _compiled(plan.jit_step(), held[0], batch, {})
+    """(function that runs a step, its program, seconds of compiling, FLOPs)."""
+    held, frozen = [plan.init()], plan.abstract_frozen
+    frozen = jax.device_put(models.zeros(frozen), jax.tree.map(lambda x: x.sharding, frozen))
+    program, seconds = _compiled(plan.jit_step(), held[0], batch, frozen)
 
     def step():
-        held[0], scalars = program(held[0], batch, {})
+        held[0], scalars = program(held[0], batch, frozen)
         return held[0], scalars
 
-    return step, program, seconds, flops.of_step(plan.stage, batch)
+    return step, program, seconds, flops.of_step(plan.stage, batch, plan.frozen)
 
 
 def drawing(plan: Plan, batch: dict, count: int):
-    """As `training_step`, of drawing `count` examples; the devices hold parameters, no state of training."""
+    """As `training_step`, of drawing `count` examples; the devices hold parameters, no train state."""
     stage, mesh = plan.stage, plan.mesh
     init = jax.jit(
         lambda: stage.init(jax.random.key(0), models.zeros(stage.batch_spec(1))),
         out_shardings=partition.replicated(mesh),
         compiler_options=partition.compiler_options(once=True),
     )
-    params, rows = init(), partition.batch_sharding(mesh)
-    keys = jax.device_put(jax.random.split(jax.random.key(0), count), rows)
+    params, split = init(), partition.batch_sharding(mesh)
+    keys = jax.device_put(jax.random.split(jax.random.key(0), count), split)
     options = partition.compiler_options()
-    jitted = jax.jit(lambda p, k, b: stage.sample(p, k, b), out_shardings=rows, compiler_options=options)
+    jitted = jax.jit(lambda p, k, b: stage.sample(p, k, b), out_shardings=split, compiler_options=options)
     program, seconds = _compiled(jitted, params, keys, batch)
-    return (
-        lambda: program(params, keys, batch),
-        program,
-        seconds,
-        flops.count(stage.sample, params, keys, batch),
-    )
+    arithmetic = flops.count(stage.sample, params, keys, batch)
+    return lambda: program(params, keys, batch), program, seconds, arithmetic
 
 
 FLAGS = flags.FLAGS
@@ -311,16 +305,12 @@ FLAGS = flags.FLAGS
 
 def main(argv):
     """Run the command; `argv` without the flags."""
-    try:
+    with processes.fail_together(debug=FLAGS.debug):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}")
         partition.initialise()
-        config = models.to_plain(FLAGS.config)
         print("compiling; a large stage takes minutes", file=sys.stderr, flush=True)
-        report = run(config, sample=FLAGS.sample, steps=FLAGS.steps)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from (error if FLAGS.debug else None)
+        report = run(models.to_plain(FLAGS.config), sample=FLAGS.sample, steps=FLAGS.steps)
     print("\n".join(report.lines()))
     if FLAGS.json:
         epath.Path(FLAGS.json).write_text(report.to_json())

@@ -45,7 +45,7 @@ class Encoder:
         def encode(params, batch):
             tokens, mask = models.crop_tokens(batch["tokens"], batch["token_mask"], self.stage.context_length)
             text, _ = self.stage.encode_text(params, tokens, mask)
-            return self.stage.encode_image(params, batch["clip_image"]), text
+            return self.stage.encode_image(params, batch["clip.image"]), text
 
         options = partition.compiler_options()
         self._encode = Batched(encode, params, batch_size, prepare=as_floats, compiler_options=options)
@@ -54,7 +54,7 @@ class Encoder:
     def __call__(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """(image embeddings, text embeddings) float32 [n, E] of n <= batch_size examples.
 
-        batch: clip_image uint8 [n, S, S, 3], tokens int32 [n, L], token_mask bool [n, L].
+        batch: clip.image uint8 [n, S, S, 3], tokens int32 [n, L], token_mask bool [n, L].
         """
         return tuple(np.asarray(value, np.float32) for value in self._encode(batch))
 
@@ -72,7 +72,7 @@ def embed_split(
     """Write the missing shards of a split, every N-th of them; returns the unreadable records by reason.
 
     Args:
-      dataset: of `data.pipeline.make_dataset` with clip_image, tokens and token_mask.
+      dataset: of `data.pipeline.make_dataset` with clip.image, tokens and token_mask.
       plan: JSON values that must not differ between runs, rows_per_shard and dtype among them.
       worker: (I, N).
       threads: that read records while the devices compute.
@@ -180,8 +180,8 @@ def embed(
         dataset = pipeline.make_dataset(
             **data,
             split=split,
-            fields=("clip_image", "tokens", "token_mask"),
-            clip_image_size=encoder.stage.image_size,
+            fields=("clip.image", "tokens", "token_mask"),
+            image_sizes={"clip.image": encoder.stage.image_size},
             tokenizer=words,
         )
         plan = dict(
@@ -219,10 +219,10 @@ FLAGS = flags.FLAGS
 
 def main(argv):
     """Run the command; `argv` without the flags."""
-    from dalle2_jax.data import budget
+    from dalle2_jax.data import bad_records
 
-    refused = (ValueError, OSError, budget.TooManyBadRecords)
-    with processes.together(refused, status=checks.FAILED, say=logging.error, debug=FLAGS.debug):
+    refused = (ValueError, OSError, bad_records.TooManyBadRecords)
+    with processes.fail_together(refused, status=checks.FAILED, say=logging.error, debug=FLAGS.debug):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}")
         partition.initialise()

@@ -1,4 +1,4 @@
-"""What users import: a model that draws, and does with pictures all that its stages can do."""
+"""The classes that users import."""
 
 from dalle2_jax.edit import actions
 from dalle2_jax.generate import unclip

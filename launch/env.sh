@@ -1,18 +1,18 @@
-# Sourced by the scripts beside it: finds Python, makes an environment and installs the package into it.
+# Sourced by the scripts in this folder: finds Python, makes an environment and installs the package.
 #
-#   ROOT                the repository; the scripts work in it, wherever they are called from
-#   prepare EXTRA,...   makes $VENV hold the package with these extras and puts its programs first in PATH;
-#                       does nothing when setup.py, constraints.txt and the extras are as they were
+#   ROOT                the repository, in which the scripts work
+#   prepare EXTRA,...   installs the package with these extras into $VENV and puts its programs first in PATH;
+#                       does nothing if setup.py, constraints.txt and the extras have not changed
 #
 #   PYTHON              the interpreter to make the environment with  (default: the newest Python of 3.11 to 3.13,
-#                       which uv downloads where there is none); an environment that is there already stays as it is
-#   DALLE2_JAX_VENV     where the environment is                      (default: .venv in the repository)
+#                       which uv downloads if there is none); an existing environment keeps its Python
+#   DALLE2_JAX_VENV     the environment                               (default: .venv in the repository)
 #   EXTRAS              further extras of setup.py, for instance cuda, tpu or oracle
-#   FAIL_STATUS         with which a failure here ends the script       (default: 1)
+#   FAIL_STATUS         exit status of a failure here                   (default: 1)
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${DALLE2_JAX_VENV:-$ROOT/.venv}"
-trap 'exit 130' INT # else a pip that was interrupted looks like one that failed, and is retried
+trap 'exit 130' INT # an interrupted pip is not retried
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -21,9 +21,9 @@ fail() {
   exit "${FAIL_STATUS:-1}"
 }
 
-# Prints the version of a Python and its state, for instance "3.13 fits"; nothing where it does not run (a shim may have
-# nothing behind it). The other states: "old" and "new" versions, "odd" builds, for which packages have no wheels (PyPy,
-# Python without the GIL), and "bare", without the modules that make environments (Debian packs them by themselves).
+# Prints the version of a Python and its state, such as "3.13 fits"; nothing if it does not run (a shim without Python).
+# Other states: "old" and "new" versions, "odd" builds without wheels of packages (PyPy, Python without the GIL), and
+# "bare", without the modules that make environments (Debian packs them separately).
 about() {
   "$1" -c '
 import sys
@@ -80,7 +80,7 @@ fetch_uv() {
   return 1
 }
 
-# Prints the path of a Python 3.13 that uv keeps for itself. Where uv is not in PATH, one is installed and thrown away.
+# Prints the path of uv's Python 3.13. If uv is not in PATH, it is installed temporarily.
 uv_python() (
   scratch="" uv="$(type -P uv)" || true
   trap 'exit 130' INT TERM
@@ -88,12 +88,12 @@ uv_python() (
   if [ -z "$uv" ]; then
     scratch="$(mktemp -d)" && uv="$(fetch_uv "$scratch")" || exit 1
   fi
-  export UV_PYTHON_PREFERENCE=only-managed # a shim in PATH that has nothing behind it would end the search
-  # --system: not the Python of an environment that is active or lies here
+  export UV_PYTHON_PREFERENCE=only-managed # a shim in PATH without Python would end the search
+  # --system: not the Python of an environment
   "$uv" python install 3.13 >&2 && "$uv" python find --system 3.13
 )
 
-# Says of each Python of the survey in $1 why it is not taken.
+# Prints why each Python of the survey in $1 is not used.
 objections() {
   local version state path why
   while read -r version state path; do
@@ -140,7 +140,7 @@ find_python() {
   echo "${found#* }"
 }
 
-# Runs pip, and once more if it failed: a package index may be out of reach for a moment. Shows the large downloads.
+# Runs pip, with one retry, because a package index may be down for a moment. Shows the large downloads.
 pip_install() {
   local try
   for try in first second; do
@@ -153,8 +153,8 @@ pip_install() {
   done
 }
 
-# Makes $VENV an environment with pip. One that is there stays, whatever Python it has; one whose Python runs no more (it
-# was removed or replaced, or the making was interrupted) is made anew.
+# Makes $VENV an environment with pip. An existing one stays, with any Python; one whose Python does not run (it was
+# removed or replaced, or the installation was interrupted) is made again.
 make_venv() {
   local python now clear=()
   now="$(about "$VENV/bin/python")" || true
@@ -179,7 +179,7 @@ make_venv() {
 prepare() {
   local extras="$1${EXTRAS:+,$EXTRAS}" state stamp began=$SECONDS
   make_venv
-  # What is installed is known by the state of the files that decide it, one stamp for each set of extras.
+  # A stamp for each set of extras has the state of the files that decide the installation.
   state="$ROOT $(cat "$ROOT/setup.py" "$ROOT/constraints.txt" | cksum)"
   stamp="$VENV/installed-$(echo "$extras" | tr ',' '-')"
   if [ "$(cat "$stamp" 2> /dev/null)" != "$state" ]; then
@@ -190,7 +190,7 @@ prepare() {
   fi
   PATH="$VENV/bin:$PATH"
   export PATH PYTHONUNBUFFERED=1
-  # TensorFlow reads data here and nothing else: it need not tell about its kernels
+  # TensorFlow only reads data here: no messages of its kernels
   export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}" TF_ENABLE_ONEDNN_OPTS="${TF_ENABLE_ONEDNN_OPTS:-0}"
   echo "environment: $VENV, $(python --version), ready after $((SECONDS - began)) s"
 }

@@ -4,8 +4,8 @@
 #
 #   bash launch/quickstart.sh
 #
-# At most 25 minutes on two CPU cores after the installation. Interrupt it whenever you like: the same command goes on
-# where it was. Everything is written to quickstart/ in the repository, or to QUICKSTART_DIR.
+# At most 25 minutes on two CPU cores after the installation. After an interruption the same command continues. All
+# output is in quickstart/ in the repository, or in QUICKSTART_DIR.
 # EXTRAS=cuda or EXTRAS=tpu installs JAX for these; see env.sh for PYTHON and DALLE2_JAX_VENV.
 set -euo pipefail
 [ -z "${QUICKSTART_DIR:-}" ] || { mkdir -p "$QUICKSTART_DIR" && QUICKSTART_DIR="$(cd "$QUICKSTART_DIR" && pwd)"; }
@@ -14,7 +14,7 @@ cd "$ROOT"
 DIR="${QUICKSTART_DIR:-quickstart}"
 AGAIN="${QUICKSTART_DIR:+QUICKSTART_DIR='$DIR' }bash launch/quickstart.sh"
 
-# What the last grid shows. The combinations of the last two groups occur in no training picture.
+# The captions of the last grid. Training has no picture of the combinations of the last two groups.
 SEEN=("a red star" "a blue circle" "a red star above a blue ring" "a green circle to the left of an orange triangle")
 NEW_PAIRS=("a yellow star" "a purple cross" "a red ring" "a green square")
 NEW_RELATIONS=("a red star above a blue cross" "a blue star to the left of a red circle")
@@ -36,7 +36,7 @@ quoted() {
   echo "${line# }"
 }
 
-# Asks the running command to save and end, the second time ends it; `step` then ends the script.
+# Tells the running command to save and end; the second time kills it. `step` then ends the script.
 stop() {
   local signal=TERM
   [ -z "$stopped" ] || signal=KILL
@@ -45,8 +45,8 @@ stop() {
   [ "$child" = 0 ] || kill -"$signal" "$child" 2> /dev/null || true
 }
 
-# step NAME COMMAND...: runs the command, unless it is done already, and notes its seconds in timings.txt.
-# "Done" is a note of this command and of everything before it, the recipes included, so a change repeats what follows.
+# step NAME COMMAND...: runs the command, unless it is done, and writes its seconds to timings.txt.
+# done/NAME has a checksum of the recipes and of all commands up to this one, so a change repeats all later steps.
 step() {
   local name="$1" began=$SECONDS status=0 note="" guard=()
   shift
@@ -58,14 +58,14 @@ step() {
   fi
   say "[$number/$steps] $name"
   echo "   $(quoted python "$@")"
-  # The command gets a process group of its own, so that Ctrl-C reaches it once, through `stop`; and where the system
-  # can, it is also asked to end when this script is killed.
+  # In a new process group, so that Ctrl-C reaches the command once, through `stop`. Where the system can, the command
+  # also gets a signal when this script is killed.
   setpriv --pdeathsig TERM true 2> /dev/null && guard=(setpriv --pdeathsig TERM)
   set -m
   ${guard[@]+"${guard[@]}"} python "$@" < /dev/null &
   child=$!
   set +m
-  [ -z "$stopped" ] || kill -TERM "$child" # asked between two commands
+  [ -z "$stopped" ] || kill -TERM "$child" # interrupted between two commands
   while :; do
     status=0
     wait "$child" || status=$?
@@ -92,8 +92,7 @@ step() {
   echo "$key" > "$DIR/done/$name"
 }
 
-# Whether a training has its last checkpoint: one that was asked to end saves, and ends with status 0. True of any other
-# command.
+# Whether a training has its last checkpoint: an interrupted one saves and ends with status 0. True for other commands.
 trained() {
   [ ! -e "$DIR/$1/config.json" ] || python - "$DIR/$1" << 'EOF'
 import json, pathlib, sys

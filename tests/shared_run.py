@@ -102,7 +102,7 @@ def measure(model: pipeline.UnCLIP, weights: inception_weights.Weights, out: Pat
 
 def main(model: str, inception_file: str, out: str) -> None:
     partition.initialise()
-    with processes.together():
+    with processes.fail_together():
         processes.join()
         opened, folder = pipeline.UnCLIP.load(model), Path(out)
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax import benchmark
-from dalle2_jax.models.stages import Loss, ar_prior, diffusion, prior
+from dalle2_jax.models.stages import Loss, Op, ar_prior, diffusion, prior
 from dalle2_jax.runtime import batch, partition
 from dalle2_jax.train import validation
 from dalle2_jax.train.plan import Plan
@@ -24,7 +24,8 @@ def test_a_field_is_known_by_the_last_part_of_its_name():
 def test_masks_are_masks_and_stages_draw_what_there_is():
     masks = [field.mask for field in batch.FIELDS.values() if field.mask]
     assert masks and {batch.field(name).kind for name in masks} == {"mask"}
-    made = [stage.draws for stage in (diffusion.DiffusionStage, prior.Prior, ar_prior.ARPrior)]
+    stages = (diffusion.DiffusionStage, prior.Prior, ar_prior.ARPrior)
+    made = [stage.ops["sample"].writes[0] for stage in stages]
     assert [batch.field(name).kind for name in made] == ["image", "embedding", "embedding"]
 
 
@@ -88,7 +89,7 @@ def samples(draws: str, value: np.ndarray) -> tuple[list, list, list]:
     """(grids, scalars, the pictures of a grid) of the samples of a stage that draws what its batch has."""
     host = {draws: value, "index": np.arange(8)}
     stage = types.SimpleNamespace(
-        draws=draws,
+        ops={"sample": Op((draws,))},
         loss=lambda params, key, batch, **_: Loss(0.0),
         sample=lambda params, keys, batch: batch[draws],
     )

@@ -9,6 +9,7 @@ import pytest
 
 from dalle2_jax import pipeline
 from dalle2_jax.convert import convert
+from dalle2_jax.convert.workdirs import without_paths
 from dalle2_jax.models import models
 from dalle2_jax.runtime import checkpoint, modeldir
 from tests import tiny_model
@@ -122,7 +123,7 @@ def test_nothing_of_the_machine_is_in_it(converted):
     ],
 )
 def test_without_paths(value, kept):
-    assert convert.without_paths(value) == kept
+    assert without_paths(value) == kept
 
 
 def test_what_is_written_can_be_opened_and_written_again(converted, tmp_path):

@@ -1,13 +1,13 @@
-"""What README.md and docs say, held against the code: commands, settings, files, links.
+"""README.md and docs compared with the code: commands, settings, files, links.
 
 Flags are read from the modules' sources; settings from the configs and from the signatures that they fill.
 """
 
 import ast
-import dataclasses
 import functools
 import importlib
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -16,29 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from configs import common
 from dalle2_jax.__main__ import COMMANDS
 from dalle2_jax.convert import convert
 from dalle2_jax.data import damage
 from dalle2_jax.data.settings import DataSettings
 from dalle2_jax.generate.settings import SETTINGS
-from dalle2_jax.models import models
 from dalle2_jax.models.diffusion import sampling
-from dalle2_jax.train import optim
+from tests import settings_page
+from tests.settings_page import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = "python -m dalle2_jax."
-# Settings of data that training fills in, from the stage and the config.
-FILLED_IN = {
-    "fields",
-    "image_size",
-    "clip_image_size",
-    "low_res_size",
-    "crop_size",
-    "tokenizer",
-    "seed",
-}
 
 
 @functools.cache
@@ -154,21 +143,15 @@ def flags_of(module: str) -> dict:
     found = defined_flags(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dalle2_jax."):
-            for name in (alias.name for alias in node.names if alias.name.startswith("define_")):
-                functions = tree_of(module_path(node.module)).body
-                taken = defined_flags(next(f for f in functions if getattr(f, "name", "") == name))
+            names = [alias.name for alias in node.names if alias.name.startswith("define_")]
+            for name in names:  # grows by those that these call
+                functions = {getattr(f, "name", ""): f for f in tree_of(module_path(node.module)).body}
+                calls = (call.func for call in ast.walk(functions[name]) if isinstance(call, ast.Call))
+                names += [n for n in (getattr(f, "id", "") for f in calls) if n.startswith("define_")]
+                taken = defined_flags(functions[name])
                 found["flags"] |= taken["flags"]
                 found["choices"] |= taken["choices"]
     return found
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """{'a.b': value}; an empty dict is a value."""
-    flat = {}
-    for name, value in tree.items():
-        inner = isinstance(value, dict) and value
-        flat |= flatten(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-    return flat
 
 
 @functools.cache
@@ -328,6 +311,7 @@ def test_settings_named_in_the_text_exist():
     for page in PAGES:
         named = set(re.findall(r"--config\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)", page.read_text("utf-8")))
         named -= {"a.b"}  # stands for any
+        named = {name for name in named if not name.startswith("frozen.")}  # names are the user's
         assert named <= names, f"{page.name}: {sorted(named - names)}"
 
 
@@ -352,11 +336,20 @@ def test_scripts_and_extras_exist(page):
         assert set(group.split(",")) <= {*extras, "dev"}, group
 
 
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
-        if not re.match(r"[a-z]+:|#", target):
-            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
+        if not re.match(r"[a-z]+:", target):
+            name, _, anchor = target.partition("#")
+            path = page.parent / name if name else page
+            assert path.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors(path.read_text("utf-8")), f"{page.name} links to {target}"
 
 
 def there_already(items: list[str]) -> list[str]:
@@ -382,64 +375,39 @@ def test_what_the_readme_says_is_missing_is_missing():
 # Settings
 
 
-def tables(text: str, heading: str) -> dict[str, str]:
-    """{name: second cell} of the rows `| `name` | ... |` under a heading, up to the next one."""
-    section = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", text, re.M | re.S)
-    assert section, f"no heading {heading!r}"
-    return dict(re.findall(r"^\| `([\w.]+)` \|([^|]*)\|", section[1], re.M))
+def test_settings_are_documented():
+    """Each setting of a config with its default: see `settings_page`."""
+    text = settings_page.PAGE.read_text("utf-8")
+    assert settings_page.updated(text, settings_page.sources()) == text, "python -m tests.settings_page"
+    tables = [settings_page.read(match[0])[1] for match in settings_page.TABLE.finditer(text)]
+    nameless = [name for rows in tables for name, meaning in rows.items() if not meaning]
+    assert len(tables) > 4 and not nameless, f"docs/training.md says no meaning of {nameless}"
 
 
-def shown(cell: str) -> str:
-    return cell.strip().strip("`")
-
-
-@functools.cache
-def signature(module: str, function: str) -> dict[str, str]:
-    """{keyword: its default as it is written, '' if it has none} of a function."""
-    tree = tree_of(module_path(module))
-    node = next(f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == function)
-    pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
-    return {argument.arg: ast.unparse(default) if default else "" for argument, default in pairs}
-
-
-def differing(documented: dict[str, str], actual: dict[str, str]) -> list[str]:
-    names = documented.keys() | actual.keys()
-    return [
-        f"{name}: {documented.get(name, 'absent')!r} in the text, {actual.get(name, 'absent')!r} in the code"
-        for name in sorted(names)
-        if documented.get(name) != actual.get(name)
+def test_the_check_of_settings_finds():
+    page = (
+        "| setting | a | b | |\n|---|---|---|---|\n| `x` | `1` | | in a |\n| `old` | `1` | | gone |\n\nText\n"
+    )
+    found = {"a": {"x": "2", "z": "'|'"}, "b": {"y": "required"}}
+    assert settings_page.updated(page, found).splitlines()[2:] == [
+        "| `x` | `2` | | in a |",
+        "| `z` | `'|'` | | |",
+        "| `y` | | required | |",
+        "",
+        "Text",
     ]
-
-
-def test_common_settings_are_documented():
-    documented = tables((ROOT / "docs/training.md").read_text("utf-8"), "Settings")
-    documented = {name: shown(cell) for name, cell in documented.items()}
-    actual = {name: repr(value) for name, value in flatten(common.get_config().to_dict()).items()}
-    actual |= {
-        f"optim.{field.name}": repr(field.default)
-        for field in dataclasses.fields(optim.Settings)
-        if f"optim.{field.name}" not in actual and field.name != "num_steps"
-    }
-    assert not differing(documented, actual)
-
-
-@pytest.mark.parametrize("stage", models.STAGES)
-def test_settings_of_stages_are_documented(stage):
-    article = "an" if stage[0] in "aeiou" else "a"
-    text = (ROOT / "docs/training.md").read_text("utf-8")
-    documented = {k: shown(v) for k, v in tables(text, f"`model` of {article} {stage}").items()}
-    assert not differing(documented, signature(f"dalle2_jax.models.stages.{stage}", "build"))
-
-
-def test_settings_of_data_are_documented():
-    documented = tables((ROOT / "docs/data.md").read_text("utf-8"), "Settings")
-    actual = {
-        name: "" if parameter.default is parameter.empty else repr(parameter.default)
-        for name, parameter in inspect.signature(DataSettings).parameters.items()
-    }
-    assert set(actual) > FILLED_IN
-    actual = {name: default for name, default in actual.items() if name not in FILLED_IN}
-    assert not differing({name: shown(cell) for name, cell in documented.items()}, actual)
+    with pytest.raises(ValueError, match="no table of settings has a column 'c'"):
+        settings_page.updated(page, {"c": {}})
+    assert {
+        "batch_size",
+        "mesh.fsdp",
+        "optim.eps",
+        "data.group",
+        "data.random_crop",
+    } <= settings_page.of_config().keys()
+    assert settings_page.of_stage("clip")["embed_dim"] == "required"
+    assert value_problem("1.5", 3) and value_problem("(1", (1,)) and value_problem("yes", True)
+    assert not value_problem("1.5", 3.0) and not value_problem("$DATA", "")
 
 
 def test_flags_of_generate_are_documented():
@@ -447,6 +415,22 @@ def test_flags_of_generate_are_documented():
     rows = re.findall(r"^\| ((?:`--\w+`(?:, )?)+) \|", text, re.M)
     documented = {name for row in rows for name in re.findall(r"--(\w+)", row)}
     assert documented == flags_of("dalle2_jax.generate")["flags"].keys()
+
+
+def test_the_bundled_model_is_documented():
+    text = (ROOT / "docs/models.md").read_text("utf-8")
+    section = text.partition("## The bundled model\n")[2].partition("\n## ")[0]
+    folder = ROOT / "dalle2_jax/bundled"
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    assert json.dumps(index["trained_steps"]) in text
+    model = {s: json.loads((folder / s / "config.json").read_text())["model"] for s in index["trained_steps"]}
+    said = ["{num_steps} steps, {num_candidates} candidates".format(**model["prior"])]
+    said += ["{num_steps} DDIM steps, guidance {guidance_scale:g}".format(**model["decoder"])]
+    for upsampler in ("upsampler64", "upsampler256"):
+        said += ["{low_res_size} to {image_size}, {num_steps} DDIM steps".format(**model[upsampler])]
+    size = sum(path.stat().st_size for path in folder.glob("*/model.safetensors"))
+    said += [f"{size / 2e6:.1f} million parameters, {size / 1e6:.1f} MB"]
+    assert not [words for words in said if words not in section.replace("\n", " ")]
 
 
 def test_settings_that_may_differ_on_resume_are_documented():
@@ -475,30 +459,41 @@ def test_reasons_of_bad_records_are_documented():
 # The house
 
 
-def test_the_tree_of_the_design_is_the_packages():
+def tree(text: str) -> list[str]:
+    """The paths of a tree: two spaces a level, folders end with a slash, commas join the files of a line."""
+    paths, folders = [], []
+    for line in text.splitlines():
+        indent, names = re.match(r"( *)((?:[\w./-]+, )*[\w./-]+)", line).groups()
+        folders = folders[: len(indent) // 2]
+        paths += ["".join(folders) + name for name in names.split(", ")]
+        folders += [names] if names.endswith("/") else []
+    return paths
+
+
+def test_the_tree_of_the_design_is_the_repositorys():
+    """Every path of the tree and of the text exists, and every folder of the package is in the tree."""
     text = (ROOT / "docs/design.md").read_text("utf-8")
-    block = re.search(r"^dalle2_jax/\n(.*?)^configs/", text, re.M | re.S)[1]
-    documented, folders = set(), []
-    for line in block.splitlines():
-        indent, name = re.match(r"( +)(\S+)", line).groups()
-        folders = folders[: len(indent) // 2 - 1]
-        if name.endswith("/"):
-            folders.append(name)
-        else:
-            documented.add("".join(folders) + name)
+    paths = tree(re.search(r"^```\n(dalle2_jax/\n.*?)^```", text, re.M | re.S)[1])
+    assert len(paths) > 60 and not [path for path in paths if not (ROOT / path).exists()]
+    folders = {path.parent.relative_to(ROOT).as_posix() + "/" for path in (ROOT / "dalle2_jax").rglob("*.py")}
+    assert len(folders) > 15 and not folders - set(paths)
+    named = [name for name in re.findall(r"`((?:\w+/)+\w+\.py)`", text) if "foo" not in name]
+    assert len(named) > 20
+    tops = ("", "dalle2_jax", "dalle2_jax/models")
+    assert not [name for name in named if not any((ROOT / top / name).exists() for top in tops)]
+
+
+def test_every_module_says_what_it_is_for():
+    """The tree names the files that matter; the first line of each file says the rest."""
     package = ROOT / "dalle2_jax"
-    actual = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
-    assert documented == {name for name in actual if not name.endswith("__init__.py")}
+    nameless = [str(path) for path in package.rglob("*.py") if not ast.get_docstring(tree_of(path))]
+    assert not nameless
 
 
-def test_the_checks_of_settings_find():
-    assert tables("# A\n| `x` | `1` | y |\n# B\n| `z` | 2 | |\n", "A") == {"x": " `1` "}
-    assert differing({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"}) == [
-        "b: '2' in the text, '3' in the code",
-        "c: 'absent' in the text, '4' in the code",
+def test_trees_are_read():
+    assert tree("a/  the top\n  b.py, c.py  two\n  d/\n    e.py  deep\n  f.py\ng/\n") == [
+        *("a/", "a/b.py", "a/c.py", "a/d/", "a/d/e.py", "a/f.py", "g/")
     ]
-    assert value_problem("1.5", 3) and value_problem("(1", (1,)) and value_problem("yes", True)
-    assert not value_problem("1.5", 3.0) and not value_problem("$DATA", "")
 
 
 def test_the_tests_that_reliability_names_exist():

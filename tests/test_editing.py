@@ -15,7 +15,7 @@ from PIL import Image
 
 from dalle2_jax import pipeline
 from dalle2_jax.data import scenes
-from dalle2_jax.edit import edit
+from dalle2_jax.edit import __main__ as command_line
 from dalle2_jax.edit.latents import Latents, slerp, unit
 from dalle2_jax.generate import pictures
 from tests.tiny_model import make_model
@@ -405,36 +405,37 @@ def test_components_come_from_an_autoregressive_prior(model, picture, tmp_path):
     [
         ([], "say what to do: choose one of variations"),
         (["vary"], "'vary' is no action"),
-        (["inpaint", "a.png", "caption"], "inpaint is given PICTURE MASK CAPTION, not 2"),
-        (["invert"], "invert is given PICTURE ..., not 0"),
+        (["inpaint", "a.png", "caption"], "inpaint needs PICTURE MASK CAPTION, not 2"),
+        (["invert"], "invert needs PICTURE ..., not 0"),
     ],
 )
 def test_a_command_line_that_cannot_be_is_refused(argv, message):
     with pytest.raises(ValueError, match=message):
-        edit.check_arguments(argv)
+        command_line.check_arguments(argv)
 
 
 def test_inputs_are_read_and_refused_before_the_model_is(tmp_path, picture):
     for name, image in (("picture", Image.fromarray(picture)), ("layer", layer().resize((32, 32)))):
         image.save(tmp_path / f"{name}.png")
-    image, mask, caption = edit.read_given(
-        "inpaint", [str(tmp_path / "picture.png"), str(tmp_path / "layer.png"), CAPTION]
-    )
-    assert image.size == (32, 32) and mask[:, 17:].all() and not mask[:, :15].any() and caption == CAPTION
+    files = [str(tmp_path / "picture.png"), str(tmp_path / "layer.png")]
+    inputs = command_line.read_inputs("inpaint", [*files, CAPTION])
+    mask = inputs["mask"]
+    assert inputs["picture"].size == (32, 32) and inputs["caption"] == CAPTION
+    assert mask[:, 17:].all() and not mask[:, :15].any()
     Image.fromarray(picture[:20]).save(tmp_path / "other.png")
     with pytest.raises(ValueError, match="the mask is 32x32, the picture 32x20: make them one size"):
-        edit.read_given("inpaint", [str(tmp_path / "other.png"), str(tmp_path / "layer.png"), CAPTION])
+        command_line.read_inputs("inpaint", [str(tmp_path / "other.png"), files[1], CAPTION])
 
 
 def test_a_caption_is_no_forgotten_file(tmp_path, picture):
-    assert edit.picture_or_caption(CAPTION) == CAPTION
-    with pytest.raises(FileNotFoundError, match="there is no picture"):
-        edit.picture_or_caption(str(tmp_path / "none.png"))
-    with pytest.raises(FileNotFoundError, match="there is no picture"):
-        edit.picture_or_caption(str(tmp_path / "none.HEIC"))
+    assert command_line.picture_or_caption(CAPTION) == CAPTION
+    with pytest.raises(FileNotFoundError, match="no picture file"):
+        command_line.picture_or_caption(str(tmp_path / "none.png"))
+    with pytest.raises(FileNotFoundError, match="no picture file"):
+        command_line.picture_or_caption(str(tmp_path / "none.HEIC"))
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match="cannot be read as a picture"):
-        edit.picture_or_caption(str(tmp_path / "text.png"))
+        command_line.picture_or_caption(str(tmp_path / "text.png"))
 
 
 def test_the_command_writes_pictures_a_path_and_what_made_them(model, picture, tmp_path):

@@ -17,6 +17,7 @@ from dalle2_jax.data import embeddings  # noqa: E402
 from dalle2_jax.data import pipeline as data_pipeline  # noqa: E402
 from dalle2_jax.models import models  # noqa: E402
 from dalle2_jax.train import checks, inputs, loop  # noqa: E402
+from dalle2_jax.train.plan import Plan  # noqa: E402
 from tests.data import shards_for_tests as made  # noqa: E402
 from tests.test_processes import run_processes  # noqa: E402
 from tests.test_train import stored_state  # noqa: E402
@@ -255,7 +256,7 @@ def test_a_record_without_embeddings_is_counted_and_replaced(whole, damaged):
 def test_what_is_not_precomputed_is_asked_for():
     def fields(of, **changes):
         config = recipe("shards", of, **changes)
-        return inputs.dataset_fields(config, models.build_stage(config), None)
+        return inputs.dataset_fields(config, Plan(config, models.build_stage(config), None))
 
     for of in (decoder64, prior):
         with pytest.raises(ValueError, match="beside pictures --config.data.embeddings=FOLDER"):

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from dalle2_jax.models.stages import Op
 from dalle2_jax.runtime import checkpoint
 from dalle2_jax.train import checks, inputs, resume, stopping, validation
 from tests import tiny_run
@@ -346,7 +347,7 @@ def test_slow_input_is_told(data, workdir, monkeypatch, caplog):
 class Drawing(tiny_run.Tiny):
     """`Tiny`, which also draws."""
 
-    draws = "image"
+    ops = {"sample": Op(("image",))}
 
     def sample(self, params, keys, batch):
         return batch["image"] * 0.5

@@ -7,7 +7,7 @@ from dalle2_jax.runtime import files
 
 def test_two_writers_of_a_file_do_not_meet(tmp_path):
     path = tmp_path / "a.json"
-    with files.whole(path) as first, files.whole(path) as second:
+    with files.atomic_write(path) as first, files.atomic_write(path) as second:
         first.write_text("first")
         second.write_text("second")
         assert not path.exists()
@@ -18,11 +18,11 @@ def test_two_writers_of_a_file_do_not_meet(tmp_path):
 def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), files.whole(path) as partial:
+    with pytest.raises(KeyboardInterrupt), files.atomic_write(path) as partial:
         partial.write_text("half of the n")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(KeyboardInterrupt), files.whole(path):
+    with pytest.raises(KeyboardInterrupt), files.atomic_write(path):
         raise KeyboardInterrupt  # before anything was written
 
 

@@ -107,6 +107,27 @@ def test_scripts_are_bash(script):
     assert found.returncode == 0, found.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "whole"),
+    [([], True), (["--all"], True), (["tests/test_docs.py"], False), (["--all", "-k", "resume"], False)],
+)
+@pytest.mark.parametrize("fails", ["", "ruff", "mypy"])
+def test_the_whole_suite_has_its_types_checked_and_fails_with_them(tmp_path, arguments, whole, fails):
+    variables = installed(tmp_path, "", extras="train,eval,test") | dict(TEST_WORKERS="1")
+    variables |= dict(DALLE2_JAX_CACHE=str(tmp_path / "cache"))
+    programs = tmp_path / "environment" / "bin"
+    stand_in(programs, "ruff", f"exit {int(fails == 'ruff')}")
+    stand_in(programs, "mypy", f'echo "mypy keeps $MYPY_CACHE_DIR"\nexit {int(fails == "mypy")}')
+    command = ["bash", str(ROOT / "launch" / "test.sh"), *arguments]
+    done = subprocess.run(
+        command, env=os.environ | variables, capture_output=True, text=True, timeout=60, check=False
+    )
+    calls = (programs / "calls.txt").read_text()
+    assert "python -m pytest" in calls and ("mypy" in calls) == whole, done.stderr
+    assert (f"mypy keeps {tmp_path}/cache/mypy" in done.stdout) == whole
+    assert done.returncode == int(fails == "ruff" or (fails == "mypy" and whole)), done.stderr
+
+
 @pytest.mark.parametrize("script", NEEDED)
 def test_help_is_the_comment_at_the_top(script):
     said = bash(script, "--help")

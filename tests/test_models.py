@@ -1,6 +1,5 @@
 """From configs to stages, from directories to parameters, and what a frozen CLIP adds to a batch."""
 
-import dataclasses
 import json
 
 import jax
@@ -172,72 +171,7 @@ def test_shorter_captions_are_padded_and_equal_ones_kept():
     np.testing.assert_array_equal(same_mask, mask)
 
 
-# --- the frozen CLIP ---
-
-
-@dataclasses.dataclass
-class Clip:
-    """An image's embedding is its mean colour, a caption's its number of tokens; it counts its calls."""
-
-    context_length: int = 5
-    calls: list = dataclasses.field(default_factory=list)
-
-    def encode_image(self, params, image):
-        self.calls.append("image")
-        return params["gain"] * image.mean(axis=(1, 2))
-
-    def encode_text(self, params, tokens, token_mask):
-        self.calls.append("text")
-        states = params["gain"] * tokens[..., None].astype(jnp.float32)
-        return token_mask.sum(axis=1, keepdims=True) * params["gain"], states
-
-
-def test_clip_fills_what_a_stage_needs_and_nothing_else():
-    clip, params = models.FrozenClip(Clip()), {"gain": jnp.float32(2)}
-    tokens, mask = rows(3, 8)
-    batch = {
-        "image": jnp.zeros((2, 4, 4, 3)),
-        "clip_image": jnp.ones((2, 4, 4, 3)),
-        "tokens": tokens,
-        "token_mask": mask,
-    }
-    decoder = {"image", "image_embed", "tokens", "token_mask"}
-    filled = clip.fill(params, batch, decoder)
-    assert set(filled) == decoder and clip.stage.calls == ["image"]
-    np.testing.assert_array_equal(filled["image_embed"], np.full((2, 3), 2.0))
-    np.testing.assert_array_equal(filled["tokens"], tokens)
-    prior = {"image_embed", "text_embed", "text_states", "token_mask"}
-    filled = clip.fill(params, batch, prior)
-    assert set(filled) == prior
-    np.testing.assert_array_equal(filled["text_embed"], [[6.0], [10.0]])  # of captions cut to CLIP's context
-    assert filled["text_states"].shape == (2, 5, 1)
-    assert "clip_image" in batch  # the argument is as it was
-
-
-def test_embeddings_that_the_dataset_carries_are_kept():
-    clip = models.FrozenClip(Clip())
-    batch = {"image_embed": jnp.ones((2, 3)), "text_embed": jnp.ones((2, 3))}
-    filled = clip.fill({}, batch, {"image_embed", "text_embed"})
-    assert filled["image_embed"] is batch["image_embed"] and not clip.stage.calls
-
-
-def test_clip_stays_frozen():
-    clip, batch = models.FrozenClip(Clip()), {"clip_image": jnp.ones((2, 4, 4, 3))}
-    total = jax.grad(lambda p: clip.fill(p, batch, {"image_embed"})["image_embed"].sum())
-    assert total({"gain": jnp.float32(2)})["gain"] == 0
-
-
-@pytest.mark.parametrize(
-    "needed, read",
-    [
-        ({"image_embed"}, {"clip_image"}),
-        ({"text_embed"}, {"tokens", "token_mask"}),
-        ({"image_embed", "text_states"}, {"clip_image", "tokens", "token_mask"}),
-        (set(), set()),
-    ],
-)
-def test_clip_says_what_it_reads(needed, read):
-    assert models.FrozenClip(Clip()).fields(needed) == read
+# --- where a run starts ---
 
 
 def test_a_run_starts_from_what_lies_in_its_stages_place(tmp_path):

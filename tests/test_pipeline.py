@@ -11,6 +11,7 @@ import pytest
 
 import dalle2_jax
 from dalle2_jax import pipeline
+from dalle2_jax.generate.captions import labels
 from dalle2_jax.generate.engine import Task, Timing
 from dalle2_jax.models import models
 from dalle2_jax.models.diffusion import gaussian, schedules
@@ -47,7 +48,7 @@ def test_what_comes_out(drawn):
     assert drawn.base.shape == (6, 8, 8, 3) and drawn.base.dtype == np.uint8
     assert drawn.images.shape == (6, 32, 32, 3) and drawn.images.dtype == np.uint8
     assert list(drawn.timings) == ["text", "prior", "decoder", "upsampler32"]
-    assert [timing.rows for timing in drawn.timings.values()] == [6, 6, 6, 6]
+    assert [timing.examples for timing in drawn.timings.values()] == [6, 6, 6, 6]
     json.dumps(drawn.settings)
 
 
@@ -376,7 +377,7 @@ def test_a_program_that_failed_is_tried_again(model):
         model.engine.run(task, {"x": np.arange(3)})
     output, timing = model.engine.run(task, {"x": np.arange(3)})
     np.testing.assert_array_equal(output, [2, 3, 4])
-    assert len(tries) == 2 and timing.rows == 3
+    assert len(tries) == 2 and timing.examples == 3
 
 
 # An autoregressive prior and guides
@@ -398,7 +399,7 @@ def test_every_sampler_of_the_prior_draws(model):
 
 def test_an_autoregressive_prior_takes_the_place_of_the_other(extended):
     embeds, timings = extended.sample_prior(CAPTIONS, seed=5, n=2)
-    assert embeds.shape == (6, 32) and np.isfinite(embeds).all() and timings["prior"].rows == 6
+    assert embeds.shape == (6, 32) and np.isfinite(embeds).all() and timings["prior"].examples == 6
     alone, _ = extended.sample_prior(CAPTIONS[1:2], seed=5, n=2)
     np.testing.assert_allclose(alone, embeds[2:4], atol=1e-5)
     assert set(extended.settings()["prior"]) == {
@@ -423,7 +424,7 @@ def test_guides_steer_the_decoder_to_the_caption(extended, guide):
     # what it says of the finished pictures has risen
     stage, params = extended.engine.stage(guide), extended.engine.params(guide)
     if guide == "classifier":
-        target = extended.labels(captions)
+        target = labels(extended.engine, captions, guide)
         assert target.tolist() == [0, 2]
     else:
         tokens, mask = extended.engine.tokenizer(guide)(captions)

@@ -19,7 +19,7 @@ from configs import clip, decoder64, prior
 from dalle2_jax.models import flops, models
 from dalle2_jax.preflight import __main__ as command
 from dalle2_jax.preflight import chips, hlo, preflight
-from dalle2_jax.preflight.advice import Asked, advise
+from dalle2_jax.preflight.advice import Setup, advise
 from dalle2_jax.preflight.chips import GIB
 from dalle2_jax.preflight.hlo import Collective
 from dalle2_jax.preflight.report import Report
@@ -275,21 +275,22 @@ def test_numbers_follow_from_each_other():
         "! do this",
     ):
         assert part in said, part
-    assert "knows no time" not in said and "3 operations" in "\n".join(report(untold=3).lines())
+    assert "without an estimate" not in said
+    assert "3 operations without an estimate" in "\n".join(report(without_estimate=3).lines())
     assert "DOES NOT FIT" in "\n".join(report(temporaries=94 * GIB).lines())
 
 
-def advice(asked: Asked, slices: int = 1, **changes) -> tuple[str, list[dict]]:
+def advice(setup: Setup, slices: int = 1, **changes) -> tuple[str, list[dict]]:
     """(the one sentence about a program with such a report, the settings in it, each tried out)."""
-    mesh = asked.plan().mesh
-    size = asked.sample or asked.config["batch_size"]
+    mesh = setup.plan().mesh
+    size = setup.sample or setup.config["batch_size"]
     found = report(mesh=dict(mesh.shape), chips=mesh.size, batch_size=size, **changes)
-    (sentence,) = advise(found, asked, slices)
+    (sentence,) = advise(found, setup, slices)
     offers = []
     for part in sentence.partition(": --")[2] and sentence.partition(": ")[2].split(" or "):
         settings = dict(re.fullmatch(r"--(\S+?)=(\S+)", flag).groups() for flag in part.split())
         offers.append({n: int(v) if re.fullmatch(r"-?\d+", v) else v for n, v in settings.items()})
-        asked.changed(offers[-1]).plan()  # raises ValueError where it would be refused
+        setup.changed(offers[-1]).plan()  # raises ValueError where it would be refused
     return sentence, offers
 
 
@@ -334,25 +335,25 @@ def test_advice_for_a_step_is_what_would_be_accepted(recipe, changes, where, off
     offered = [
         one | {"config.mesh.fsdp": -1} if one.keys() == {"config.mesh.data"} else one for one in offered
     ]
-    sentence, found = advice(Asked(plain(recipe, **changes)), **where)
+    sentence, found = advice(Setup(plain(recipe, **changes)), **where)
     assert found == offered
     assert ("no setting helps: take chips with more memory" in sentence) == (not offered)
 
 
 def test_advice_for_drawing_does_not_speak_of_training():
     """Parameters are whole on every chip: fewer at a time, a shorter type."""
-    asked = Asked(plain(prior, mesh=OVER_DATA, model=dict(dtype="float32")), sample=24)
-    assert advice(asked, **ACTIVATIONS)[1] == [{"sample": 8}, {"config.model.dtype": "bfloat16"}]
-    one_each = Asked(plain(prior, model=dict(dtype="bfloat16")), sample=8)
+    setup = Setup(plain(prior, mesh=OVER_DATA, model=dict(dtype="float32")), sample=24)
+    assert advice(setup, **ACTIVATIONS)[1] == [{"sample": 8}, {"config.model.dtype": "bfloat16"}]
+    one_each = Setup(plain(prior, model=dict(dtype="bfloat16")), sample=8)
     assert "no setting helps" in advice(one_each, **ACTIVATIONS)[0]
-    assert "every chip has all of them, and no setting helps" in advice(asked, **STATE)[0]
+    assert "every chip has all of them, and no setting helps" in advice(setup, **STATE)[0]
     slow = report(mesh=OVER_DATA, link_seconds=2.0)
-    assert advise(slow, asked) == () and len(advise(slow, Asked(asked.config))) == 1
+    assert advise(slow, setup) == () and len(advise(slow, Setup(setup.config))) == 1
 
 
 def test_advice_of_links_leaves_room_for_what_they_saved():
-    asked = Asked(plain(prior, mesh=dict(data=1, fsdp=8, tensor=1)))
-    assert advice(asked, link_seconds=2.0, arguments=40 * GIB) == (
+    setup = Setup(plain(prior, mesh=dict(data=1, fsdp=8, tensor=1)))
+    assert advice(setup, link_seconds=2.0, arguments=40 * GIB) == (
         "the links take longer than the arithmetic",
         [],
     )
@@ -361,14 +362,14 @@ def test_advice_of_links_leaves_room_for_what_they_saved():
 def test_with_a_topology_advice_names_another():
     needs_libtpu()
     config = plain(prior, batch_size=8, mesh=dict(data=1, fsdp=4, tensor=1), model=dict(remat="all"))
-    asked = Asked(config, "v5e:2x2")
+    setup = Setup(config, "v5e:2x2")
     larger = {"topology": "v5e:2x4"}
-    assert advice(asked, **STATE)[1] == [larger | SPLIT]  # fsdp=4 has no place for the other chips
-    assert advice(asked, **ACTIVATIONS)[1] == [{"config.grad_accum": 2}, larger | SPLIT]
-    one_each = Asked(plain(prior, batch_size=4, mesh=dict(data=1, fsdp=-1)), "v5e:2x2")
+    assert advice(setup, **STATE)[1] == [larger | SPLIT]  # fsdp=4 has no place for the other chips
+    assert advice(setup, **ACTIVATIONS)[1] == [{"config.grad_accum": 2}, larger | SPLIT]
+    one_each = Setup(plain(prior, batch_size=4, mesh=dict(data=1, fsdp=-1)), "v5e:2x2")
     assert advice(one_each, **STATE)[1] == [larger | SPLIT | {"config.mesh.tensor": 2}]
-    assert advice(Asked(plain(prior), "v5e:2x4"), link_seconds=2.0)[1][-1] == {"topology": "v5e:2x2"}
-    draws = Asked(plain(prior, mesh=dict(data=4, fsdp=1, tensor=1)), "v5e:2x2", sample=4)
+    assert advice(Setup(plain(prior), "v5e:2x4"), link_seconds=2.0)[1][-1] == {"topology": "v5e:2x2"}
+    draws = Setup(plain(prior, mesh=dict(data=4, fsdp=1, tensor=1)), "v5e:2x2", sample=4)
     assert advice(draws, arguments=20 * GIB, temporaries=GIB, memory=16 * GIB)[1] == [
         {"topology": "v4:2x2x1"}
     ]

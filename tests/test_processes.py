@@ -303,7 +303,7 @@ def test_rows_come_together_as_they_were(monkeypatch, shape, dtype):
     np.testing.assert_array_equal(found, np.concatenate([first, second])[:5])
 
 
-def test_work_in_shares_is_shared_once(monkeypatch):
+def test_nested_work_is_split_over_processes_once(monkeypatch):
     """Within the function a process counts as the only one, so that what it calls is whole; a single row is
     made by every process, and nothing is gathered for it."""
     gathered = []
@@ -315,23 +315,23 @@ def test_work_in_shares_is_shared_once(monkeypatch):
     def function(rows):
         assert processes.share(7).tolist() == list(range(7))
         processes.sync("waits for nobody")
-        inner = processes.in_shares(lambda some: some + 10, 7)
+        inner = processes.split_over_processes(lambda some: some + 10, 7)
         return {"of rows": inner[rows]}
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(processes, "gather", made_by_both)
-    assert processes.in_shares(function, 5)["of rows"].tolist() == [10, 11, 12, 13, 14]
+    assert processes.split_over_processes(function, 5)["of rows"].tolist() == [10, 11, 12, 13, 14]
     assert gathered == [[13, 14, 14]]
-    assert processes.in_shares(function, 1)["of rows"].tolist() == [10] and len(gathered) == 1
+    assert processes.split_over_processes(function, 1)["of rows"].tolist() == [10] and len(gathered) == 1
     with pytest.raises(KeyError):
-        processes.in_shares(lambda rows: {}["nothing"], 2)
+        processes.split_over_processes(lambda rows: {}["nothing"], 2)
     assert len(processes.share(7)) == 4  # also after an error this process is one of two
 
 
 def test_what_fails_ends_one_process_with_a_line_and_several_at_once(monkeypatch, capsys):
     def fail(error, **settings):
-        with processes.together(**settings):
+        with processes.fail_together(**settings):
             raise error
 
     with pytest.raises(SystemExit) as ended:
@@ -360,7 +360,7 @@ def test_what_fails_ends_one_process_with_a_line_and_several_at_once(monkeypatch
     assert "TypeError: x" in capsys.readouterr().err
     waited = []
     monkeypatch.setattr(processes, "sync", waited.append)
-    with processes.together():
+    with processes.fail_together():
         assert not waited
     assert waited == ["done"]
 

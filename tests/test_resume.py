@@ -145,27 +145,32 @@ def test_files_that_differ_are_listed(workdir):
         resume.Resumption(workdir, stored(), ["data"]).compare(then, then)
 
 
-@pytest.mark.parametrize("name", ["data", "clip"])
+@pytest.mark.parametrize("name", ["data", "clip", "frozen.tokenizer"])
 def test_what_was_allowed_to_a_run_that_was_killed_before_it_saved_needs_no_flag(workdir, name):
     """It lies in changes.json: the very change, from the same step on."""
-    old = dataset({"a.tar": (10, 1)}) | dict(clip_sha256="1" * 64)
-    new, third = (
-        dataset({"a.tar": (size, 1)} if name == "data" else {"a.tar": (10, 1)})
-        | dict(clip_sha256=str(size) * 64 if name == "clip" else "1" * 64)
-        for size in (2, 3)
-    )
+    settings = stored() | dict(frozen=dict(tokenizer="runs/tokenizer"))
+    (workdir / "config.json").write_text(json.dumps(settings))
+
+    def described(size):
+        """`clip_sha256` is how older runs named their CLIP."""
+        files = {"a.tar": (size if name == "data" else 10, 1)}
+        sha256 = str(size) * 64 if name != "data" else "1" * 64
+        frozen = {"frozen": {"tokenizer": sha256}} if name == "frozen.tokenizer" else {"clip_sha256": sha256}
+        return dataset(files) | frozen
+
+    old, new, third = described(1), described(2), described(3)
     meta = old | dict(step=5)
-    allowed = resume.Resumption(workdir, stored(), [name])
+    allowed = resume.Resumption(workdir, settings, [name])
     allowed.compare(meta, new)
     allowed.note(5)
     before = (workdir / "changes.json").read_text()
-    again = resume.Resumption(workdir, stored())
+    again = resume.Resumption(workdir, settings)
     again.compare(meta, new)
     again.note(5)
     assert (workdir / "changes.json").read_text() == before
     for then, now in ((meta, third), (meta | dict(step=6), new), (new | dict(step=6), old)):
         with pytest.raises(ValueError, match=f"--allow_changed={name}"):
-            resume.Resumption(workdir, stored()).compare(then, now)
+            resume.Resumption(workdir, settings).compare(then, now)
 
 
 def test_a_long_list_of_files_is_cut_and_a_very_long_one_is_not_kept(workdir, monkeypatch):
@@ -218,7 +223,7 @@ def test_a_dataset_that_changed_is_gone_on_with_by_permission(data, whole, tmp_p
 def test_another_frozen_clip_at_the_same_place_is_refused(data, tmp_path, monkeypatch, caplog):
     params = {"text": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
     clip_stage = types.SimpleNamespace(image_size=8)
-    monkeypatch.setattr(models, "load_stage", lambda path, name: (clip_stage, {}, params))
+    monkeypatch.setattr(models, "load_stage", lambda path, name, **_: (clip_stage, {}, params))
     workdir, settings = tmp_path / "run", dict(clip="runs/clip")
     assert status(config(data, 2, **settings), workdir, monkeypatch) == 0
     params["text"]["kernel"] = params["text"]["kernel"].copy()
@@ -229,7 +234,7 @@ def test_another_frozen_clip_at_the_same_place_is_refused(data, tmp_path, monkey
     shutil.copytree(workdir, older)
     path = older / "checkpoints" / "2" / "meta" / "metadata"
     contents = json.loads(path.read_text())
-    assert len(contents["meta"].pop("clip_sha256")) == 64
+    assert len(contents["meta"].pop("frozen")["clip"]) == 64
     del contents["sha256"], contents["layout"]  # which checkpoints of then had not either
     path.write_text(json.dumps(contents))
     assert status(config(data, 3, **settings), older, monkeypatch) == 0  # it does not say which it was

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from dalle2_jax.models.frozen import Frozen
 from dalle2_jax.models.stages import Loss
 from dalle2_jax.train import optim
 from dalle2_jax.train.step import MAX_BAD_STEPS, SPIKES_IN_A_ROW, TrainState, init_state, make_train_step
@@ -323,14 +324,21 @@ def test_a_stage_updates_parameters_after_the_optimizer_and_before_the_average()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), train_state.ema_params, expected)
 
 
-def test_frozen_parameters_fill_the_batch():
-    def fill(frozen, batch):
-        return {"x": batch["z"] * frozen["gain"], "y": batch["y"]}
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_frozen_stages_encode_each_part_of_a_batch(grad_accum):
+    seen = []
+
+    class Gain(Frozen):
+        def encode_batch(self, params, batch):
+            seen.append(batch["z"].shape[0])
+            return {"x": batch["z"] * params["gain"], "y": batch["y"]}
 
     batch = batch_of(8)
     given = {"z": batch["x"] / 4, "y": batch["y"]}
-    filled, _ = step_of(fill=fill)(start(), given, {"gain": jnp.float32(4)})
-    assert_equal(filled, step_of()(start(), batch)[0])
+    step = step_of(frozen=Gain(Line()), grad_accum=grad_accum)
+    encoded, _ = step(start(), given, {"gain": jnp.float32(4)})
+    assert_equal(encoded, step_of(grad_accum=grad_accum)(start(), batch)[0])
+    assert set(seen) == {8 // grad_accum}
 
 
 def test_everything_is_float32_whatever_the_batch_is():

@@ -10,6 +10,7 @@ from dalle2_jax import pipeline, systems
 from dalle2_jax.generate import pipeline as generate_pipeline
 from dalle2_jax.generate.settings import resolve
 from dalle2_jax.models import models
+from dalle2_jax.models.stages import Op
 from dalle2_jax.models.stages.settings import Setting
 from dalle2_jax.runtime import modeldir
 from dalle2_jax.systems import cascade
@@ -125,9 +126,10 @@ def test_an_unknown_system_is_refused(tmp_path):
 
 def test_two_actions_of_one_stage_by_a_system_of_its_own(tmp_path, monkeypatch):
     """A stage stands in two steps, the second of which starts from the picture of the first."""
-    first = Step("first", "decoder", "sample", ("image",), fold=1, role="decoder")
+    op = Op(("image",))
+    first = Step("first", "decoder", "sample", op, fold=1, role="decoder")
     again = dict(bind={"init": "first.image"}, optional=("init",), fixed={"strength": 0.5})
-    second = Step("second", "decoder", "sample", ("image",), fold=5, role="decoder", **again)
+    second = Step("second", "decoder", "sample", op, fold=5, role="decoder", **again)
     acts = {"draw": (first,), "redraw": (first, second)}
     toy = types.SimpleNamespace(
         actions=lambda stages: acts,

@@ -1,4 +1,4 @@
-"""What the emoji recipes share: Noto Emoji at 32 -> 128, captions in English and Chinese, tar shards.
+"""Common settings of the emoji recipes: Noto Emoji at 32 -> 128, captions in English and Chinese, tar shards.
 
 The shards hold `train-*.tar` and `val-*.tar` as img2dataset writes them, with `caption` and `caption_zh` in
 the JSON of a record; give their folder with --config.data.path.

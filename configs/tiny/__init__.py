@@ -1,1 +1,1 @@
-"""The recipes of the quickstart, and what steers its decoder."""
+"""The recipes of the quickstart, and of guides for its decoder."""

@@ -20,6 +20,6 @@ def get_config(preset: str = ""):
         text=common.TEXT,
     )
     config.optim.update(beta2=0.98, weight_decay=0.05, muon_learning_rate=0.02)
-    config.data.group = 2  # a scene and its twin, of which one thing is different
+    config.data.group = 2  # a scene and its twin, with one difference
     config.ema_decay = 0.99
     return config

@@ -1,4 +1,4 @@
-"""What the recipes of the quickstart share: the paper's cascade at 16 -> 64 -> 256 on scenes, for two CPU
+"""Common settings of the quickstart's recipes: the paper's cascade at 16 -> 64 -> 256 on scenes, for two CPU
 cores."""
 
 from configs import common

@@ -16,9 +16,7 @@ rebuilds it, and the tokenizer (see modeldir.py); nothing of the machine that tr
 
 import argparse
 import importlib
-import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,11 @@ import jax
 import numpy as np
 from etils import epath
 
-import dalle2_jax
 from dalle2_jax.convert import card, inception_weights
 from dalle2_jax.convert.formats import refused, to_diffusers
 from dalle2_jax.convert.tensors import sha256
-from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dalle2_jax.convert.workdirs import check_out, check_stages, convert_workdirs, write_model
+from dalle2_jax.data.tokenizer import load_tokenizer
 from dalle2_jax.models import models
 from dalle2_jax.runtime import files, hub, modeldir
 from dalle2_jax.systems import cascade
@@ -60,67 +58,6 @@ _ROLE_HELP = {
 }
 
 
-def without_paths(value):
-    """A config whose texts that look like paths are reduced to their last name; no model depends on them."""
-    if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_paths(item) for item in value]
-    if isinstance(value, str) and re.search(r"[/\\~]", value):
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1].lstrip("~")
-    return value
-
-
-def convert_workdirs(
-    out: str | os.PathLike,
-    *,
-    dtype: str = "bfloat16",
-    name: str = "",
-    licence: str = "",
-    **sources: str | tuple[str, ...],
-) -> None:
-    """Write a model directory from training workdirs.
-
-    Args:
-      out: the directory; made if absent. Files of the same names are replaced.
-      dtype: 'bfloat16' (half the size) or 'float32' (exact).
-      name: of the model; by default the last name of `out`.
-      licence: of the weights, for the model card; by default those of the models that stages began from.
-      sources: a name of `ROLES` -> a workdir, or a model directory that holds the stage, or its hf://
-        address; 'upsamplers' -> several of them, in the order in which they run. '' is none; a decoder of
-        image embeddings needs CLIP and prior.
-
-    Raises:
-      FileNotFoundError, ValueError: an incomplete workdir, or stages that do not match.
-    """
-    out = _check_out(out, dtype)
-    models.check_names(sources, (*ROLES, "upsamplers"), "sources")
-    wanted = [(role, str(sources[role])) for role in ROLES if sources.get(role)]
-    wanted += [("upsampler", source) for source in sources.get("upsamplers") or ()]
-    if not wanted:
-        raise ValueError(f"give at least one workdir: {', '.join(f'--{role}' for role in ROLES)}")
-    parts, stages, tokenizers, steps = {}, {}, {}, {}
-    local = {source: os.fspath(hub.local(source)) for _, source in wanted}
-    for role, source in wanted:
-        stage, config, params = models.load_stage(source, role)
-        folder = f"upsampler{stage.image_size}" if role == "upsampler" else role
-        if folder in stages:
-            side = stage.image_size
-            raise ValueError(f"two upsamplers draw {side} x {side}: {source} is one too many")
-        stages[folder], parts[folder] = stage, (without_paths(config) | {"wandb": ""}, params)
-        steps[folder] = _trained_steps(local[source], folder)
-        if getattr(stage, "context_length", None):
-            tokenizers[folder] = epath.Path(local[source]) / "tokenizer"
-        print(f"read {folder} from {source}", flush=True)
-    if cascade.reads_embeds(stages) and not {"clip", "prior"} <= stages.keys():
-        raise ValueError("this decoder draws image embeddings: give a clip and a prior, too")
-    tokenizer = _shared_tokenizer(list(tokenizers.values())) if tokenizers else None
-    _check_stages(parts, stages, tokenizer)
-    inherited = sorted({found for _, source in wanted if (found := _licence(local[source]))})
-    extra = {"name": name, "trained_steps": steps, "licence": licence or "; ".join(inherited)}
-    _write_model(out, parts, stages, tokenizer, dtype, extra)
-
-
 def convert_weights(
     format_name: str,
     source: str | os.PathLike,
@@ -144,7 +81,7 @@ def convert_weights(
     Raises:
       FileNotFoundError, ValueError: the source does not have this format; names the differences.
     """
-    out = _check_out(out, dtype)
+    out = check_out(out, dtype)
     module = importlib.import_module(f"dalle2_jax.convert.formats.{format_name.replace('-', '_')}")
     source, tokenizer = hub.local(source), files.expand(tokenizer)
     if not Path(source).exists():
@@ -161,7 +98,7 @@ def convert_weights(
             f"{source} comes without a tokenizer: give a folder with CLIP's vocab.json and merges.txt, or a "
             "model directory's tokenizer, as --tokenizer=FOLDER"
         )
-    _check_stages(read.stages, stages, words)
+    check_stages(read.stages, stages, words, cascade)
     for note in dict.fromkeys(note for tensors in read.tensors for note in tensors.notes):
         print(f"note: {note}", flush=True)
     for leaf in jax.tree.leaves([params for _, params in read.stages.values()]):
@@ -175,7 +112,7 @@ def convert_weights(
     licence = licence or read.licence
     print(f"licence of these weights: {licence or card.UNKNOWN}", flush=True)
     extra = {"name": name, "made_from": {"format": format_name, "sha256": sums}, "licence": licence}
-    _write_model(out, read.stages, stages, words, dtype, extra)
+    write_model(out, read.stages, stages, words, dtype, extra)
 
 
 def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[str]:
@@ -183,7 +120,7 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
 
     Returns notes on it; see formats/to_diffusers.py. Raises FileNotFoundError or ValueError.
     """
-    source, folder = epath.Path(hub.local(model)), _check_out(out, "float32")
+    source, folder = epath.Path(hub.local(model)), check_out(out, "float32")
     index = modeldir.read_index(source)
     stages = {name: models.load_stage(source, name)[1:] for name in index["stages"]}
     context_length = stages["clip"][0]["model"]["text"]["context_length"] if "clip" in stages else None
@@ -195,79 +132,17 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
     return notes
 
 
-def _check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
-    """`out` as a path. Raises ValueError for an unknown dtype, and for a training workdir."""
-    if dtype not in modeldir.DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(modeldir.DTYPES)}")
-    folder = epath.Path(files.expand(out))
-    if models.is_workdir(folder):
-        raise ValueError(f"{folder} is a training workdir: write the model directory elsewhere")
-    return folder
-
-
-def _check_stages(parts: dict[str, tuple], stages: dict, tokenizer: Tokenizer | None) -> None:
-    """Raise ValueError unless the stages match each other and the tokenizer."""
-    configs = {folder: config for folder, (config, _) in parts.items()}
-    vocab_sizes = dict.fromkeys(stages, tokenizer.vocab_size) if tokenizer else {}
-    uses = {folder: cascade.uses(stage) for folder, stage in stages.items()}
-    cascade.check(configs, stages, vocab_sizes, uses)
-
-
-def _write_model(
-    out: epath.Path, parts: dict, stages: dict, tokenizer: Tokenizer | None, dtype: str, extra: dict
-) -> None:
-    """Write a model directory of folder -> (config, parameters), the upsamplers in their order."""
-    for folder, (config, params) in parts.items():
-        modeldir.save_stage(out / folder, config, params, dtype)
-    if tokenizer is not None:
-        (out / "tokenizer").mkdir(parents=True, exist_ok=True)
-        tokenizer.save(out / "tokenizer")
-    entries = {}
-    for folder, stage in stages.items():
-        words = "tokenizer" if getattr(stage, "context_length", None) else ""
-        entries[folder] = {"folder": folder, "uses": cascade.uses(stage), "tokenizer": words}
-    extra = {"dalle2_jax_version": dalle2_jax.__version__} | extra | {"name": extra["name"] or out.name}
-    modeldir.write_index(out, entries, extra=extra)
-    (out / modeldir.CARD_FILE).write_text(card.model_card(extra, parts))
-
-
-def _licence(source: str | os.PathLike) -> str:
-    """The licence of a model directory, or of the one that a workdir's parameters began as; '' if unknown."""
-    folder = epath.Path(source)
-    if models.is_workdir(folder):
-        began = hub.local(json.loads((folder / "config.json").read_text()).get("init_from", ""))
-        if not began or models.is_workdir(began):
-            return _licence(began) if began else ""
-        folder = epath.Path(began)
-    for place in (folder, folder.parent):  # a stage's folder lies in the model's
-        if (place / modeldir.INDEX_FILE).exists():
-            return modeldir.read_index(place).get("licence", "")
-    return ""
-
-
-def _shared_tokenizer(folders: list[epath.Path]) -> Tokenizer:
-    """The one tokenizer of the stages that read captions, at the longest of their contexts."""
-    loaded = [load_tokenizer(folder) for folder in folders]
-    for folder in folders[1:]:
-        if (folder / "tokenizer.json").read_bytes() != (folders[0] / "tokenizer.json").read_bytes():
-            raise ValueError(
-                f"{folder.parent} was trained with another tokenizer than {folders[0].parent}: train all "
-                "stages with one CLIP (--config.clip), which hands its tokenizer on"
-            )
-    return max(loaded, key=lambda tokenizer: tokenizer.context_length)
-
-
-def _trained_steps(source: str, folder: str) -> int | None:
-    """The step whose average `models.load_stage` read; for a model directory the step in its index."""
-    if models.is_workdir(source):
-        names = [path.name for path in (epath.Path(source) / "checkpoints").iterdir()]
-        return max(int(name) for name in names if name.isdigit())
-    return modeldir.read_index(source).get("trained_steps", {}).get(folder)
-
-
 def _paths(text: str) -> tuple[str, ...]:
     """The paths of a list with commas."""
     return tuple(files.expand(part) for part in text.split(",") if part)
+
+
+def _stage(text: str) -> tuple[str, str]:
+    """(name, path) of NAME=PATH."""
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=WORKDIR")
+    return name, files.expand(path)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -279,6 +154,9 @@ def make_parser() -> argparse.ArgumentParser:
     workdirs = commands.add_parser(
         "workdirs", aliases=["export"], help="averaged weights of training workdirs"
     )
+    several = "workdir of a stage of another system than unclip; may be given several times"
+    workdirs.add_argument("--system", default="unclip", help="what the stages are together")
+    workdirs.add_argument("--stage", type=_stage, action="append", default=[], metavar="NAME=W", help=several)
     for role in ROLES:
         workdirs.add_argument(f"--{role}", **path, metavar="W", help=_ROLE_HELP[role])
     in_order = "workdirs of the upsamplers, in their order"
@@ -324,8 +202,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _run_workdirs(options: argparse.Namespace) -> None:
-    names = (*ROLES, "upsamplers", "dtype", "name", "licence")
-    convert_workdirs(options.out, **{name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in (*ROLES, "upsamplers")}
+    sources = {name: source for name, source in given.items() if source} | dict(options.stage)
+    names = ("system", "dtype", "name", "licence")
+    convert_workdirs(options.out, **{name: getattr(options, name) for name in names}, **sources)
     _print_size(options.out)
     print(f'draw with it: python -m dalle2_jax.generate --model={options.out} "a red star above a blue ring"')
 

@@ -82,7 +82,7 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, any_checksum: boo
         )
     params = from_state_dict(open_tensors(source))
     metadata = {"format": "np", "network": NETWORK, "source_sha256": checksum}
-    with files.whole(out) as partial:
+    with files.atomic_write(out) as partial:
         safetensors.numpy.save_file(params, partial, metadata=metadata)
     return checksum
 

@@ -1,2 +1,1 @@
-"""Data sources, transforms and tokenizers; the only package that may import TensorFlow, and only inside
-functions."""
+"""Data sources, transforms and tokenizers; the only package with TensorFlow, imported inside functions."""

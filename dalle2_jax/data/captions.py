@@ -1,4 +1,4 @@
-"""Which caption of a record is used, and whether a dataset has any in the language that is asked for."""
+"""The choice of a record's caption, and the check that a dataset has captions in a language."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,14 +11,14 @@ from dalle2_jax.data.transforms import CAPTION, LANGUAGE
 
 ANY_LANGUAGE = "any"
 MAX_CAPTION_BYTES = 64 << 10
-_FIRST, _SPREAD = 16, 64  # records that are asked for captions
+_FIRST, _SPREAD = 16, 64  # records checked for captions: the first ones, and some of all
 _SHOWN_FIELDS, _SHOWN_NAME = 12, 40  # names in a message, characters of each
 
 
 def choose(record: Record, language: str, draws: np.ndarray, note: Callable[[str], None]) -> str:
     """One of a record's captions in a language, or in any, by its draws [8] (`transforms.uniforms`).
 
-    note: told by name what is wrong with a caption that is used all the same. Raises BadRecord.
+    note: called with the name of a flaw of a usable caption. Raises BadRecord.
     """
     captions, chosen = record.captions, language
     if language == ANY_LANGUAGE:
@@ -36,7 +36,7 @@ def choose(record: Record, language: str, draws: np.ndarray, note: Callable[[str
 
 
 def cut(text: str, note: Callable[[str], None] = lambda reason: None) -> str:
-    """The first MAX_CAPTION_BYTES of a caption, in whole characters; `note` is told of a longer one."""
+    """The first MAX_CAPTION_BYTES of a caption, in whole characters; `note` is called for a longer one."""
     if len(text) * 4 <= MAX_CAPTION_BYTES or len(text.encode("utf-8", "ignore")) <= MAX_CAPTION_BYTES:
         return text
     note("caption_cut")
@@ -44,18 +44,21 @@ def cut(text: str, note: Callable[[str], None] = lambda reason: None) -> str:
 
 
 def in_any_language(record: Record, language: str) -> Sequence[str]:
-    """Its captions in the language, in any other where there are none."""
+    """A record's captions in the language, else in another one."""
     of_all = record.captions
     return of_all.get(language) or next((texts for _, texts in sorted(of_all.items()) if texts), ())
 
 
 def check(source: RecordSource, path: str, language: str) -> None:
-    """Raise ValueError where the first records, and others spread over the source, have no caption in it.
+    """Raise ValueError if the first records, and others spread over the source, have no caption in the
+    language.
 
-    Records that cannot be read say nothing.
+    Unreadable records are skipped.
     """
     spread = np.linspace(0, len(source) - 1, min(len(source), _SPREAD)).astype(int).tolist()
-    found, fields, read = set(), {}, 0
+    found: set[str] = set()
+    fields: dict[str, None] = {}
+    read = 0
     for number, index in enumerate(dict.fromkeys([*range(min(len(source), _FIRST)), *spread])):
         if number >= _FIRST and (language in found or (found and language == ANY_LANGUAGE)):
             break
@@ -80,6 +83,6 @@ def check(source: RecordSource, path: str, language: str) -> None:
 
 
 def _named(fields: Sequence[str]) -> str:
-    """'; fields: alt, url', the first few, or '' for none."""
+    """'; fields: alt, url' with the first few names, or ''."""
     shown = [shards.encodable(name[:_SHOWN_NAME]) for name in fields[:_SHOWN_FIELDS]]
     return f"; fields: {', '.join(shown)}{', ...' if len(fields) > len(shown) else ''}" if shown else ""

@@ -1,8 +1,6 @@
-"""Files of a dataset that are damaged: what is wrong with each, and the one error that names them all.
+"""Damaged files of a dataset, which end early or have no record, and one error that names them all."""
 
-A file is damaged where it ends early or holds no record, so that a run would go without a part of the data.
-"""
-
+import collections
 import os
 import re
 from collections.abc import Sequence
@@ -30,18 +28,18 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def printable(name: bytes) -> str:
-    """A name as text that can be printed and encoded: control characters and bytes outside UTF-8 as \\xNN."""
+    """A name with control characters and bytes outside UTF-8 as \\xNN."""
     text = name.decode("utf-8", "backslashreplace")
     return _UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def has_control_characters(name: bytes) -> bool:
-    """Whether a name holds control characters or line separators."""
+    """Whether a name has control characters or line separators."""
     return bool(_UNPRINTABLE.search(name.decode("utf-8", "surrogateescape")))
 
 
 def of_beginning(head: bytes, otherwise: str) -> str:
-    """The kind of damage of a file that is not what it should be, by its first bytes, at best 512."""
+    """The kind of damage of a file of a wrong format, by its first 512 bytes."""
     if head.startswith(_COMPRESSED):
         return "compressed_archive"
     found = files.not_arrived(head)
@@ -49,28 +47,25 @@ def of_beginning(head: bytes, otherwise: str) -> str:
 
 
 def _detail(index) -> str:
-    """What else the index of a damaged file says: the system's error, or why it holds no record."""
+    """The system's error of a damaged file, or the reasons of one without records."""
     if index.damage == "unreadable":
         return f" ({index.examples['unreadable']})"
     if index.damage != "no_records" or not index.refused | index.passed:
         return ""
     counted = {reason: n for reason, n in (index.refused | index.passed).items() if reason not in KINDS}
-    said = ", ".join(f"{reason} x {n}, such as {index.examples[reason]!r}" for reason, n in counted.items())
-    return f" ({said})" if said else ""
+    shown = ", ".join(f"{reason} x {n}, such as {index.examples[reason]!r}" for reason, n in counted.items())
+    return f" ({shown})" if shown else ""
 
 
 def _names(path: str) -> list[str]:
-    """What may name a file: its last part, its last two, ..., its whole path."""
+    """The names of a file: the last part of its path, the last two, ..., the whole path."""
     parts = os.path.abspath(path).split(os.sep)
     return [os.sep.join(parts[first:]) for first in range(len(parts) - 1, -1, -1)]
 
 
 def _short_names(paths: Sequence[str], root: str) -> list[str]:
-    """For each file the shortest name from `root` on that names no other of them."""
-    counts: dict[str, int] = {}
-    for path in paths:
-        for name in _names(path):
-            counts[name] = counts.get(name, 0) + 1
+    """The shortest unique name of each file, at least its path from `root`."""
+    counts = collections.Counter(name for path in paths for name in _names(path))
     shortest = [len(os.path.relpath(os.path.abspath(path), root)) for path in paths]
     return [
         next((name for name in _names(path) if counts[name] == 1 and len(name) >= least), _names(path)[-1])
@@ -79,23 +74,23 @@ def _short_names(paths: Sequence[str], root: str) -> list[str]:
 
 
 def is_named(path: str, setting: str | Sequence[str]) -> bool:
-    """Whether `data.allow_damaged` names a file: by its name, its path, or the end of its path."""
+    """Whether `data.allow_damaged` names a file, by its name, its path, or the end of its path."""
     listed = setting if isinstance(setting, str) else ",".join(setting)
 
     def plain(text: str) -> str:
         return re.sub(r",\s+", ",", text.strip())
 
-    # The name between commas is looked for, for a name may hold a comma itself.
+    # Searched between commas, because a name may contain commas.
     return any(f",{plain(name)}," in f",{plain(listed)}," for name in (*_names(path), path))
 
 
 def check(paths: Sequence[str], indexes, root: str, allow_damaged: str | Sequence[str] | None) -> None:
-    """Raise ValueError that names every damaged file which `allow_damaged` does not name.
+    """Raise ValueError, naming every damaged file that is not in `allow_damaged`.
 
     Args:
         paths, indexes: the files and their `records.Index`.
-        root: the folder of the data; the names in the message begin there.
-        allow_damaged: names with commas between, or a sequence of names; None where there is no such setting.
+        root: the folder of the data, at which the names in the message begin.
+        allow_damaged: names separated by commas, or a sequence of names; None: no such setting.
     """
     damaged = [
         number
@@ -124,5 +119,5 @@ def check(paths: Sequence[str], indexes, root: str, allow_damaged: str | Sequenc
 
 
 def _quoted(text: str) -> str:
-    """As a shell takes it for one word."""
+    """The text as one word of a shell."""
     return text if re.fullmatch(r"[\w./,:+@%=-]*", text) else "'" + text.replace("'", "'\\''") + "'"

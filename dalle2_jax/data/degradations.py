@@ -3,7 +3,7 @@
 The blur of the 64 -> 256 upsampler (the paper, Section 2.1 and Appendix C) is a Gaussian of 3 x 3 taps:
 g(k) = exp(-k^2 / (2 sigma^2)) / sum, k in {-1, 0, 1}; sigma 0.6 gives (0.1664, 0.6672, 0.1664).
 
-The 256 -> 1024 upsampler sees the BSR degradation (Zhang et al. 2021, in the variant of latent diffusion):
+The 256 -> 1024 upsampler reads the BSR degradation (Zhang et al. 2021, in the variant of latent diffusion):
 the large picture is blurred, reduced, made noisy and JPEG-compressed in random order, with random strengths.
 With f the factor by which it shrinks,
 
@@ -49,12 +49,9 @@ def gaussian_blur(picture: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def bsr(picture: np.ndarray, factor: int, rng: np.random.Generator, variant: str = "full") -> np.ndarray:
-    """The degraded picture of 1 / `factor` of the size, float32 [h / factor, w / factor, 3] in [0, 1].
+    """The degraded picture, float32 [h / factor, w / factor, 3] in [0, 1].
 
-    Args:
-      picture: float32 [h, w, 3] in [0, 1], of sides that `factor` divides.
-      rng: where all randomness comes from.
-      variant: 'full' or 'light'.
+    picture: float32 [h, w, 3] in [0, 1], with sides that `factor` divides. variant: 'full' or 'light'.
     """
     height, width = picture.shape[:2]
     if height % factor or width % factor:
@@ -98,7 +95,7 @@ def gaussian_kernel(
 ) -> np.ndarray:
     """A Gaussian [size, size] that sums to 1, with these variances along axes turned by `angle`.
 
-    Its centre lies `shift` pixels below and right of the middle of the pixel that it is asked for.
+    Its centre is `shift` pixels below and right of the middle.
     """
     y, x = np.mgrid[:size, :size] - (size - 1) / 2 - shift
     along, across = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
@@ -108,7 +105,7 @@ def gaussian_kernel(
 
 
 def convolved(picture: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Each pixel's neighbourhood weighed by `kernel`, of odd side; the border is mirrored. float32."""
+    """The picture convolved with a kernel of odd side, float32; the border is mirrored."""
     from scipy import signal
 
     half = len(kernel) // 2
@@ -118,7 +115,7 @@ def convolved(picture: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def jpeg(picture: np.ndarray, quality: int) -> np.ndarray:
-    """float32 [h, w, 3] after JPEG compression of this quality."""
+    """float32 [h, w, 3] after JPEG compression."""
     file = io.BytesIO()
     Image.fromarray(np.rint(picture.clip(0, 1) * 255).astype(np.uint8)).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file), np.float32) / 255

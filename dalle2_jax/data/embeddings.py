@@ -1,9 +1,9 @@
-"""Folders of precomputed CLIP embeddings as clip-retrieval writes them, read and written.
+"""Folders of precomputed CLIP embeddings in clip-retrieval's layout, read and written.
 
-FOLDER/img_emb/img_emb_N.npy and FOLDER/text_emb/text_emb_N.npy hold floats [n, E],
-FOLDER/metadata/metadata_N.parquet (or .jsonl) their captions; row i of all of them is record i. Arrays are
-mapped, never unpickled. A folder that `dalle2_jax.embed` wrote has embed.json besides, which says what data
-set and CLIP it is of and whether it is complete, and each record's key in the metadata.
+FOLDER/img_emb/img_emb_N.npy and FOLDER/text_emb/text_emb_N.npy have floats [n, E],
+FOLDER/metadata/metadata_N.parquet (or .jsonl) their captions; row i of each belongs to record i. Arrays are
+mapped, never unpickled. A folder of `dalle2_jax.embed` also has embed.json, which names the dataset and the
+CLIP and says whether it is complete, and each record's key in the metadata.
 """
 
 import collections
@@ -20,6 +20,7 @@ from dalle2_jax.data.find import did_you_mean
 from dalle2_jax.data.records import BadRecord, Record
 from dalle2_jax.data.shards import language_of
 from dalle2_jax.runtime import files
+from dalle2_jax.runtime.files import AnyPath
 
 KINDS = ("img_emb", "text_emb", "metadata")
 _ENDINGS = {"img_emb": (".npy",), "text_emb": (".npy",), "metadata": (".parquet", ".jsonl")}
@@ -27,11 +28,12 @@ _COLUMNS = {"image_embed": "img_emb", "text_embed": "text_emb"}  # field of a re
 
 
 def _part_files(folder: str, kind: str) -> dict[tuple[int, ...], str]:
-    """{number: path} of one kind of file, ascending. The digits in a name are its number: `img_emb_007` is 7.
+    """{number: path} of one kind of file, ascending, by the digits in its name: `img_emb_007` is 7.
 
     Raises ValueError for two files of one number.
     """
-    folder, found = os.path.join(folder, kind), {}
+    folder = os.path.join(folder, kind)
+    found: dict[tuple[int, ...], str] = {}
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         stem, ending = os.path.splitext(name)
         if ending not in _ENDINGS[kind] or name.startswith("."):
@@ -47,11 +49,7 @@ def _part_files(folder: str, kind: str) -> dict[tuple[int, ...], str]:
 
 
 def _files_by_kind(path: str) -> dict[str, dict[tuple[int, ...], str]]:
-    """{kind: {number: path}} of the kinds that a folder has, all with the same numbers.
-
-    Raises ValueError where one kind lacks a file that another has: what comes after would move up to other
-    rows.
-    """
+    """{kind: {number: path}} of the kinds in a folder. Raises ValueError unless all have the same numbers."""
     found = {kind: _part_files(path, kind) for kind in KINDS}
     found = {kind: parts for kind, parts in found.items() if parts}
     everything = {number: file for parts in reversed(found.values()) for number, file in parts.items()}
@@ -70,8 +68,9 @@ def _files_by_kind(path: str) -> dict[str, dict[tuple[int, ...], str]]:
 
 
 def _embedding_shards(paths: Iterable[str]) -> list[np.ndarray]:
-    """The arrays of .npy files, mapped. Raises ValueError for what is none."""
-    shards, first = [], None
+    """The mapped arrays of .npy files. Raises ValueError for other files and shapes."""
+    shards: list[np.ndarray] = []
+    first = ""
     for path in paths:
         try:
             shard = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -91,11 +90,11 @@ def _embedding_shards(paths: Iterable[str]) -> list[np.ndarray]:
 class Embeddings:
     """Rows of img_emb/*.npy and text_emb/*.npy as one table.
 
-    metadata: the files of metadata and how many rows each must have, in the order of the table; empty where
-    there are none.
+    metadata: the metadata files and the number of rows that each must have, in the order of the table; may be
+    empty.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: AnyPath):
         path = os.fspath(path)
         if not os.path.isdir(path):
             parent = os.path.dirname(os.path.abspath(path))
@@ -135,7 +134,7 @@ class Embeddings:
         return int(self._first[-1])
 
     def row(self, index: int) -> dict[str, np.ndarray]:
-        """Those of {'image_embed': float32 [E], 'text_embed': [E]} that exist. Raises BadRecord."""
+        """{'image_embed': float32 [E], 'text_embed': [E]}, or one of them. Raises BadRecord."""
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         found = {}
         for name, shards in self._shards.items():
@@ -149,7 +148,7 @@ PLAN = "embed.json"
 
 
 def read_plan(folder: str) -> dict | None:
-    """What embed.json says; None where there is none. Raises ValueError while shards are missing."""
+    """The contents of embed.json; None: no such file. Raises ValueError while shards are missing."""
     if not os.path.isfile(os.path.join(folder, PLAN)):
         return None
     plan = _stored_plan(folder)
@@ -161,12 +160,12 @@ def read_plan(folder: str) -> dict | None:
 
 
 def clip_sha256(plan: dict | None) -> str:
-    """Of the CLIP that embed.json names; '' without one."""
+    """The sha256 of the CLIP in embed.json, or ''."""
     return str((plan or {}).get("clip_sha256", ""))
 
 
 def _stored_plan(folder: str | os.PathLike) -> dict:
-    """embed.json as it stands. Raises ValueError for what is no object, or above MAX_TEXT_BYTES."""
+    """embed.json, complete or not. Raises ValueError if it is no object, or above MAX_TEXT_BYTES."""
     path = epath.Path(folder) / PLAN
     with path.open("r", encoding="utf-8") as file:
         try:
@@ -177,13 +176,12 @@ def _stored_plan(folder: str | os.PathLike) -> dict:
 
 
 def keep_plan(folder: epath.Path, plan: dict) -> None:
-    """Write embed.json before the first shard, or compare with what is there.
+    """Write embed.json before the first shard, or compare the plan with it.
 
-    Raises ValueError with what differs, where the folder holds the embeddings of something else, and where it
-    holds embeddings without embed.json.
+    Raises ValueError with the differences if the folder has other embeddings, or some without embed.json.
     """
     path = folder / PLAN
-    # Looked for before the plan, which another process may write meanwhile: it is always written first.
+    # Before the look for embed.json, which another process may write meanwhile, before its shards.
     begun = any(_part_files(os.fspath(folder), kind) for kind in KINDS)
     if not path.exists():
         if begun:
@@ -195,9 +193,7 @@ def keep_plan(folder: epath.Path, plan: dict) -> None:
         _write_plan(path, plan)
     stored = _stored_plan(folder)
     data = stored.get("data")
-    if isinstance(data, dict) and isinstance(
-        data.get("path"), str
-    ):  # older passes stored it as it was written
+    if isinstance(data, dict) and isinstance(data.get("path"), str):  # older versions stored a ~
         stored["data"] = data | {"path": files.expand(data["path"])}
     differing = [
         f"  {name}: {stored.get(name)!r} there, {value!r} now"
@@ -211,31 +207,31 @@ def keep_plan(folder: epath.Path, plan: dict) -> None:
 
 
 def _write_plan(path: epath.Path, plan: dict) -> None:
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         partial.write_text(json.dumps(plan, indent=2))
 
 
 class Parts:
-    """The shards of a folder that is being written: part p holds `rows(p)`, and exists with its metadata."""
+    """The shards of a folder that is being written: part p has the records `rows(p)`."""
 
     def __init__(self, folder: epath.Path, records: int, rows_per_shard: int):
         self._folder, self._records, self._size = folder, records, rows_per_shard
         self.count = -(-records // rows_per_shard)
 
     def rows(self, part: int) -> range:
-        """Its records."""
+        """The records of a part."""
         return range(part * self._size, min(self._records, (part + 1) * self._size))
 
-    def _paths(self, part: int) -> tuple[epath.Path, epath.Path, epath.Path]:
+    def _paths(self, part: int) -> list[epath.Path]:
         names = ("img_emb", "npy"), ("text_emb", "npy"), ("metadata", "parquet")
-        return tuple(self._folder / name / f"{name}_{part:05d}.{suffix}" for name, suffix in names)
+        return [self._folder / name / f"{name}_{part:05d}.{suffix}" for name, suffix in names]
 
     def is_complete(self, part: int) -> bool:
-        """Whether it is all there: the metadata are written last."""
+        """Whether a part has all its files; the metadata are written last."""
         return all(path.exists() for path in self._paths(part))
 
     def write(self, part: int, image, text, keys: list[str], captions: list[str], reasons: list[str]) -> None:
-        """Write a part: arrays [n, E], and what is known of each of its rows."""
+        """Write a part: arrays [n, E], and key, caption and reason ('' or why it is left out) of each row."""
         import pyarrow
         import pyarrow.parquet
 
@@ -243,26 +239,26 @@ class Parts:
         for path in (image_path, text_path, metadata_path):
             path.parent.mkdir(parents=True, exist_ok=True)
         for path, array in ((image_path, image), (text_path, text)):
-            with files.whole(path) as partial, partial.open("wb") as file:
+            with files.atomic_write(path) as partial, partial.open("wb") as file:
                 np.save(file, array, allow_pickle=False)
         language = _stored_plan(self._folder)["data"]["language"]
         column = "caption" if language in ("en", "any") else f"caption_{language}"
         table = pyarrow.table({"key": keys, column: captions, "left_out": reasons})
-        with files.whole(metadata_path) as partial, partial.open("wb") as file:
+        with files.atomic_write(metadata_path) as partial, partial.open("wb") as file:
             pyarrow.parquet.write_table(table, file)
 
 
 def missing_parts(folder: epath.Path) -> int:
-    """How many shards of a folder with embed.json are not there yet."""
+    """The number of missing shards of a folder with embed.json."""
     plan = _stored_plan(folder)
     parts = Parts(folder, plan["records"], plan["rows_per_shard"])
     return sum(not parts.is_complete(part) for part in range(parts.count))
 
 
 def finish(folder: epath.Path) -> dict[str, int]:
-    """Say in embed.json that all shards are there, and return how many records were left out by reason.
+    """Mark embed.json as complete. Returns {reason: number of records left out}.
 
-    Raises ValueError where the files do not fit each other or the plan.
+    Raises ValueError if the files do not fit each other or the plan.
     """
     plan, table = _stored_plan(folder), Embeddings(folder)
     if len(table) != plan["records"]:
@@ -275,15 +271,14 @@ def finish(folder: epath.Path) -> dict[str, int]:
     return dict(counted)
 
 
-class EmbeddingSource:
-    """Precomputed CLIP embeddings with their captions, as clip-retrieval writes them; there are no images."""
+class EmbeddingSource(records.RecordSource):
+    """Precomputed CLIP embeddings with their captions, in clip-retrieval's layout, without images."""
 
     has_images = False
 
     def __init__(self, path: str):
         self.clip_sha256, self._table = clip_sha256(read_plan(path)), Embeddings(path)
         self._captions, self._fields = metadata.read_columns(self._table.metadata, language_of)
-        self.refused, self.passed, self.examples = {}, {}, {}
         self.embed_dims = self._table.dims
         self.files, self.fingerprint = self._table.entries, records.fingerprint(self._table.entries)
 
@@ -294,7 +289,6 @@ class EmbeddingSource:
         """The embeddings of one row; see `records.RecordSource`."""
         if image:
             raise ValueError("source 'embeddings' holds no images")
-        texts = (
-            metadata.row_captions(self._captions, index, "text_embed" in self._table.dims) if captions else {}
-        )
+        embedded = "text_embed" in self._table.dims
+        texts = metadata.row_captions(self._captions, index, embedded) if captions else {}
         return Record(f"row:{index}", None, texts, self._table.row(index), self._fields)

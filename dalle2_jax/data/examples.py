@@ -5,8 +5,8 @@
     Feature { oneof { BytesList = 1; FloatList = 2; Int64List = 3; } }
     BytesList { repeated bytes value = 1; }
 
-Protocol buffers merge: parts of a message that come apart count as if they followed each other. Of a key that
-comes twice the last value stays, and of a oneof the last member. Only lists of bytes are read here.
+Protocol buffers merge: separate parts of a message are concatenated. The last value of a repeated key and the
+last member of a oneof count. Only lists of bytes are read here.
 """
 
 import struct
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from dalle2_jax.data.records import BadRecord, masked_crc32c
 
-_MAX_DEPTH = 100  # of groups, which only unknown fields could be
+_MAX_DEPTH = 100  # of groups, in unknown fields
 _BYTES_LIST, _OTHER_LISTS = 1, (2, 3)
 _FIXED = {1: 8, 5: 4}  # bytes of the wire types that have a fixed size
 
@@ -24,7 +24,7 @@ def _bad(what: str) -> BadRecord:
 
 
 def _varint(data: bytes, at: int, end: int, max_bytes: int = 10) -> tuple[int, int]:
-    """(number, where it ends) of the varint at `at`. Raises BadRecord."""
+    """(number, its end) of the varint at `at`. Raises BadRecord."""
     value = 0
     for place in range(max_bytes):
         if at >= end:
@@ -38,7 +38,7 @@ def _varint(data: bytes, at: int, end: int, max_bytes: int = 10) -> tuple[int, i
 
 
 def _skip(data: bytes, at: int, end: int, tag: int, depth: int = 0) -> int:
-    """Where the field ends whose tag is before `at`. Raises BadRecord."""
+    """The end of the field whose tag is before `at`. Raises BadRecord."""
     kind = tag & 7
     if kind == 0:
         return _varint(data, at, end)[1]
@@ -63,7 +63,7 @@ def _skip(data: bytes, at: int, end: int, tag: int, depth: int = 0) -> int:
 
 
 def _tag(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """(number of a field << 3 | its wire type, where the tag ends). Raises BadRecord."""
+    """(field number << 3 | wire type, the tag's end). Raises BadRecord."""
     tag, at = _varint(data, at, end, max_bytes=5)
     if not 0 < tag >> 3 < 1 << 29:
         raise _bad(f"a field of number {tag >> 3}")
@@ -71,7 +71,7 @@ def _tag(data: bytes, at: int, end: int) -> tuple[int, int]:
 
 
 def _messages(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (number, begin, end) of every field with a length in data[at:end]; others are passed over."""
+    """Yield (number, begin, end) of every field with a length in data[at:end]; skip others."""
     while at < end:
         tag, at = _tag(data, at, end)
         if tag & 7 == 2:
@@ -88,7 +88,7 @@ class Example:
     """A tf.train.Example: iterating gives the names of its features; `values` copies their bytes."""
 
     def __init__(self, data: bytes):
-        """Raises BadRecord('invalid_proto') where `data` is no Example."""
+        """Raises BadRecord('invalid_proto') if `data` is no Example."""
         self._data = data
         self._features: dict[str, list[tuple[int, int]]] = {}  # name -> the parts of its Feature
         for number, begin, end in _messages(data, 0, len(data)):
@@ -99,11 +99,11 @@ class Example:
 
     def _add_entry(self, begin: int, end: int) -> None:
         name, parts = b"", []
-        for number, *place in _messages(self._data, begin, end):
+        for number, first, last in _messages(self._data, begin, end):
             if number == 1:
-                name = self._data[place[0] : place[1]]
+                name = self._data[first:last]
             elif number == 2:
-                parts.append(tuple(place))
+                parts.append((first, last))
         try:
             self._features[name.decode("utf-8")] = parts
         except UnicodeDecodeError as error:
@@ -113,7 +113,7 @@ class Example:
         return iter(self._features)
 
     def values(self, name: str) -> list[bytes]:
-        """The values of a feature; [] where there is none, or none of bytes. Raises BadRecord."""
+        """The values of a feature; [] for no such feature, or one without bytes. Raises BadRecord."""
         found: list[bytes] = []
         for part in self._features.get(name, ()):
             for kind, begin, end in _messages(self._data, *part):
@@ -135,7 +135,7 @@ def _field(number: int, payload: bytes) -> bytes:
 
 
 def serialize(features: dict[str, list[bytes]]) -> bytes:
-    """A tf.train.Example with lists of bytes, in the order of their names."""
+    """A tf.train.Example with lists of bytes, sorted by name."""
     entries = []
     for name, values in sorted(features.items()):
         feature = _field(_BYTES_LIST, b"".join(_field(1, value) for value in values))
@@ -144,7 +144,7 @@ def serialize(features: dict[str, list[bytes]]) -> bytes:
 
 
 def tfrecord(payload: bytes) -> bytes:
-    """One record of a TFRecord file: its length and itself, a checksum after each."""
+    """One record of a TFRecord file: length, checksum, payload, checksum."""
     length = struct.pack("<Q", len(payload))
     checksums = [struct.pack("<I", masked_crc32c(data)) for data in (length, payload)]
     return length + checksums[0] + payload + checksums[1]

@@ -1,8 +1,8 @@
-"""Which files a dataset's path names: a file, a folder (with a split), or a pattern.
+"""The files of a dataset's path: a file, a folder (with a split), or a pattern.
 
-A pattern has `*`, `?` and `[...]` as a shell has them, `**` for any number of folders, and braces:
-`{00000..00012}` counts, `{a,b}` lists. A name that exists is taken as it is written, also within a pattern,
-so that a folder may be called `set [v2]`. What braces name must all be there.
+A pattern has a shell's `*`, `?` and `[...]`, `**` for any number of folders, and braces: `{00000..00012}`
+counts, `{a,b}` lists. Existing names are literal, also within a pattern, so a folder may be called `set
+[v2]`. All names that braces produce must exist.
 """
 
 import collections
@@ -11,35 +11,42 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from absl import logging
 
 from dalle2_jax.runtime.names import nearest
 
-MAX_FILES = 1_000_000  # that braces may name
-_MAX_ENTRIES = 100_000  # of folders that are looked through for files that lie deeper
+MAX_FILES = 1_000_000  # of braces
+_MAX_ENTRIES = 100_000  # of folders searched for deeper files
 _INNER_BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
 
 
-def did_you_mean(word: str, known) -> str:
-    """'; did you mean X?' where one of `known` is near `word`, and then the known ones."""
-    known = sorted(map(str, known))
-    near = nearest(word, known)
-    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-    return (f"; did you mean {near}?" if near else ";") + f" There is: {shown or 'nothing'}"
+def did_you_mean(
+    word: str,
+    choices: Iterable[str],
+    most: int = 1,
+    there_is: str = "There is",
+    listed: Sequence[str] | None = None,
+) -> str:
+    """'; did you mean X? There is: X, Y': up to `most` choices near `word`, then `listed` (None: the
+    choices)."""
+    choices = sorted(map(str, choices))
+    near, listed = nearest(word, choices, most), choices if listed is None else listed
+    shown = ", ".join(listed[:20]) + (", ..." if len(listed) > 20 else "")
+    return (f"; did you mean {near}?" if near else ";") + f" {there_is}: {shown or 'nothing'}"
 
 
 def find_files(path: str, split: str, suffix: str) -> list[str]:
     """The sorted files of a dataset: `path` is a folder, a file or a pattern; see the module.
 
-    In a folder, `split` picks FOLDER/SPLIT/*suffix or FOLDER/SPLIT-*suffix; '' takes all files of the folder
-    itself. Files that lie deeper, or look like parts of the data, are passed over with a warning.
+    In a folder, `split` picks FOLDER/SPLIT/*suffix or FOLDER/SPLIT-*suffix; '' takes the folder's files.
+    Deeper files, and others that look like parts of the data, are not read, with a warning.
 
     Raises:
-        ValueError: nothing is found, or not all that braces name; the message names what exists.
+        ValueError: no file is found, or not all names of braces; the message lists existing names.
     """
     path = os.fspath(path)
     if "://" in path:
@@ -62,7 +69,7 @@ def find_files(path: str, split: str, suffix: str) -> list[str]:
     for pattern in dict.fromkeys(patterns):
         matches = list(_matches(head, pattern.split("/")))
         files = [match for match in matches if not os.path.isdir(match)]
-        if not files and matches and not glob.has_magic(pattern):  # a folder that braces name
+        if not files and matches and not glob.has_magic(pattern):  # a folder
             files = _in_folder(matches[0], split, suffix)
         found.update(files)
         folders += [] if files else matches
@@ -81,7 +88,7 @@ def find_files(path: str, split: str, suffix: str) -> list[str]:
 
 
 def _existing(path: str) -> tuple[str, str]:
-    """(the longest beginning of a path that is a folder as it is written, the rest)."""
+    """(the longest beginning of a path that is an existing folder, the rest)."""
     cut = len(path)
     while (cut := path.rfind("/", 0, cut)) > 0:
         if os.path.isdir(path[:cut]):
@@ -90,7 +97,7 @@ def _existing(path: str) -> tuple[str, str]:
 
 
 def _expanded(pattern: str) -> Iterator[str]:
-    """A pattern's braces written out; braces that hold neither a comma nor '..' are letters."""
+    """Expands the braces of a pattern; braces without a comma or '..' are literal."""
     for braces in _INNER_BRACES.finditer(pattern):
         options = _options(braces[1])
         if options is not None:
@@ -101,7 +108,7 @@ def _expanded(pattern: str) -> Iterator[str]:
 
 
 def _options(inside: str) -> Iterable[str] | None:
-    """What braces stand for; None for braces that are letters. Numbers are padded where an end is."""
+    """The names of braces; None: they are literal. Numbers are padded if an end is."""
     if numbers := _NUMBERS.fullmatch(inside):
         first, last, step = int(numbers[1]), int(numbers[2]), abs(int(numbers[3] or 1)) or 1
         padded = any(re.match(r"-?0\d", end) for end in numbers.groups()[:2])
@@ -115,10 +122,9 @@ def _options(inside: str) -> Iterable[str] | None:
 
 
 def _matches(folder: str, parts: list[str]) -> Iterator[str]:
-    """The paths below `folder` that a pattern names, which is split at its slashes.
+    """The paths below `folder` that match a pattern, split at its slashes.
 
-    Hidden names are only found by a part that begins with a dot. Links are followed, except to a folder that
-    they lie in.
+    Hidden names match only parts that begin with a dot. Links are followed, except to a folder above them.
     """
     part, rest = parts[0], parts[1:]
     if part == "**":
@@ -143,7 +149,7 @@ def _matches(folder: str, parts: list[str]) -> Iterator[str]:
 
 
 def _holds(link: str, folder: str) -> bool:
-    """Whether `link` leads back to `folder` or to one above it."""
+    """Whether `link` is a link to `folder` or to a folder above it."""
     if not os.path.islink(link):
         return False
     target, folder = os.path.realpath(link), os.path.realpath(folder)
@@ -172,9 +178,9 @@ def _in_folder(path: str, split: str, suffix: str) -> list[str]:
         raise ValueError(
             f"{path} holds neither {split}-*{suffix} nor {split}/*{suffix}; an empty split "
             f"(--config.data.split= --config.data.eval_split=) takes all {len(names)} files"
-            + _near(split, splits)
+            + (did_you_mean(split, splits, most=3) if splits else "")
         )
-    _tell_of_others(folder, split, suffix, beside)
+    _warn_of_others(folder, split, suffix, beside)
     return [os.path.join(folder, name) for name in chosen]
 
 
@@ -183,33 +189,26 @@ def _is_of_split(name: str, split: str) -> bool:
 
 
 def _files_of(folder: str, suffix: str) -> list[str]:
-    """The sorted names of a folder's files that end with `suffix`; hidden ones are left out."""
+    """The sorted names of a folder's files with a suffix, without hidden ones."""
     with os.scandir(folder) as entries:
         found = [e.name for e in entries if e.name.endswith(suffix) and not e.is_dir()]
     return sorted(name for name in found if not name.startswith("."))
 
 
 def _deeper(folder: str, suffix: str) -> tuple[int, str]:
-    """(how many files that end with `suffix` lie in folders below, ' or more' where not all were counted)."""
-    waiting, count, seen, top = [folder], 0, 0, True
-    while waiting:
-        with os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                seen += 1
-                if seen > _MAX_ENTRIES:
-                    return count, " or more"
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(entry.path)
-                elif not top and entry.name.endswith(suffix):
-                    count += 1
-        top = False
+    """(the number of files with a suffix in folders below, ' or more' if the search ended early)."""
+    count = searched = 0
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        count += sum(name.endswith(suffix) and name[0] != "." for name in names if place != folder)
+        searched += len(folders) + len(names)
+        if searched > _MAX_ENTRIES:
+            return count, " or more"
     return count, ""
 
 
-def _tell_of_others(folder: str, split: str, suffix: str, beside: int) -> None:
-    """Warn of what lies in or under a folder, looks like a part of the data, and is not read."""
+def _warn_of_others(folder: str, split: str, suffix: str, beside: int) -> None:
+    """Warn of files in or below a folder that look like parts of the data and are not read."""
     count, more = (0, "") if split else _deeper(folder, suffix)
     if count:
         pattern = os.path.join(folder, "**", "*" + suffix)
@@ -237,20 +236,10 @@ def _tell_of_others(folder: str, split: str, suffix: str, beside: int) -> None:
         )  # fmt: skip
 
 
-def _near(word: str, known) -> str:
-    """All that are near, so that none of several parts stands for the whole; and then the known ones."""
-    known = sorted(known)
-    near = nearest(word, known, most=3)
-    shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-    return (f"; did you mean {near}?" if near else ";" if shown else "") + (
-        f" There is: {shown}" if shown else ""
-    )
+def _held(word: str, folder: str) -> str:
+    """'; did you mean FOLDER? ... holds: ...': folders near `word`, then a folder's contents.
 
-
-def _held(wanted: str, folder: str) -> str:
-    """'; did you mean FOLDER?' where folders have such a name, and then all that a folder holds.
-
-    Files whose names differ in numbers alone are shown as one pattern: no file stands for all of them.
+    Files whose names differ only in numbers are shown as one pattern.
     """
     with os.scandir(folder or ".") as entries:
         kinds = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
@@ -262,8 +251,4 @@ def _held(wanted: str, folder: str) -> str:
     shown = sorted(name + "/" for name in folders) + sorted(
         f"{pattern} ({len(names)} files)" if len(names) > 1 else names[0] for pattern, names in groups.items()
     )
-    near = nearest(wanted, sorted(folders), most=3)
-    listed = ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "")
-    return (f"; did you mean {near}?" if near else ";") + (
-        f" {folder or 'this folder'} holds: {listed or 'nothing'}"
-    )
+    return did_you_mean(word, folders, 3, f"{folder or 'this folder'} holds", shown)

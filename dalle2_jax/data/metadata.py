@@ -1,4 +1,4 @@
-"""Columns of texts beside the rows of an embedding folder, in parquet or JSON lines, read within limits."""
+"""Columns of texts of an embedding folder, in parquet or JSON lines, read within limits."""
 
 import itertools
 import json
@@ -9,21 +9,20 @@ from dalle2_jax.data.shards import add_caption, freeze, language_of
 
 MAX_COLUMN_BYTES = 256 << 20  # of a column of captions within a row group of parquet
 MAX_COLUMNS = 64  # of captions; each takes memory for every row
-_NAMES = 32  # of the metadata's fields that a message may list
+_NAMES = 32  # fields in a message
+
+Columns = dict[str, list[str | None]]  # field -> one value a row
 
 
-def row_captions(
-    columns: dict[str, list[str | None]], row: int, embedded: bool = False
-) -> dict[str, tuple[str, ...]]:
+def row_captions(columns: Columns, row: int, embedded: bool = False) -> dict[str, tuple[str, ...]]:
     """The captions of one row by language, in the order of the columns.
 
-    embedded: only those that text_emb is of: `caption` (`caption_zh`) where the row has it. clip-retrieval
-    embeds that column; the tokens of a `text` beside it, such as a page's alt text, do not belong to the
-    embedding.
+    embedded: only the texts of text_emb: `caption` (`caption_zh`) if the row has it. clip-retrieval embeds
+    that column, not a `text` beside it, such as a page's alt text.
     """
     texts: dict[str, list[str]] = {}
     for field, column in columns.items():
-        language = language_of(field)
+        language = language_of(field) or ""
         main = "caption" if language == "en" else f"caption_{language}"
         if not embedded or field == main or main not in columns or columns[main][row] is None:
             add_caption(texts, language, column[row] or "")
@@ -31,21 +30,22 @@ def row_captions(
 
 
 def read_columns(
-    metadata: list[tuple[str, int]], asked: Callable[[str], object]
-) -> tuple[dict[str, list[str | None]], tuple[str, ...]]:
-    """({field: one value a row}, the names of all fields) of files of metadata and their numbers of rows.
+    metadata: list[tuple[str, int]], wanted: Callable[[str], object]
+) -> tuple[Columns, tuple[str, ...]]:
+    """(columns, names of all fields) of metadata files and their numbers of rows.
 
-    asked: whether a field's column is wanted. A value is None where a file or a row has no such field, and
-    where it is no text, none in UTF-8, or one above MAX_TEXT_BYTES.
+    wanted: whether to read a field. A value is None if the file or the row has no such field, or if it is no
+    text, no UTF-8, or above MAX_TEXT_BYTES.
 
-    Raises ValueError for a file with another number of rows, for more than MAX_COLUMNS columns, and for a
-    piece that would take more memory than its texts may; in parquet also for columns that share a name, or
-    hold lists, structs or maps.
+    Raises ValueError for a file with another number of rows, more than MAX_COLUMNS columns, or a piece above
+    the limits of memory; in parquet also for columns of one name, and for lists, structs and maps.
     """
-    total, first, columns, names = sum(rows for _, rows in metadata), 0, {}, {}
+    total, first = sum(rows for _, rows in metadata), 0
+    columns: Columns = {}
+    names: dict[str, None] = {}
     for path, rows in metadata:
         read, end = _parquet if path.endswith(".parquet") else _json_lines, first
-        for count, piece in read(path, asked, rows, names):
+        for count, piece in read(path, wanted, rows, names):
             for field, values in piece.items():
                 if len(values) != count:
                     raise ValueError(f"{path}: {field!r} has {len(values)} values in {count} rows")
@@ -66,23 +66,23 @@ def _check_number(path: str, columns: dict) -> None:
 
 
 def _keep_names(names: dict[str, None], more: Iterable[str]) -> None:
-    """Put the first few names of fields into `names`, a dict for their order."""
+    """Add the first few names of fields to `names`, an ordered set."""
     if len(names) < _NAMES:
         names.update(dict.fromkeys(itertools.islice(more, _NAMES)))
 
 
-def _parquet(path: str, asked: Callable, most: int, names: dict) -> Iterator[tuple[int, dict[str, list]]]:
-    """(rows, columns) of each row group. A text that the file holds once for many rows is held once."""
+def _parquet(path: str, wanted: Callable, most: int, names: dict) -> Iterator[tuple[int, Columns]]:
+    """(rows, columns) of each row group. A repeated text is kept once."""
     import pyarrow
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        fields = [field for field in file.schema_arrow.names if asked(field)]
+        fields = [field for field in file.schema_arrow.names if wanted(field)]
         _keep_names(names, file.schema_arrow.names)
-        columns = [file.schema.column(i) for i in range(len(file.schema))]
-        plain = [column.path for column in columns if not column.max_repetition_level]
+        stored = [file.schema.column(i) for i in range(len(file.schema))]
+        plain = [column.path for column in stored if not column.max_repetition_level]
     for field in fields:
-        # What is nested has other names in the file, and other numbers of values than rows: no limit holds.
+        # Nested columns have other names in the file, and other numbers of values than rows.
         if fields.count(field) > 1 or field not in plain:
             raise ValueError(
                 f"{path}: {field!r} must be one column of texts, and is several or nested: write one text a "
@@ -98,9 +98,9 @@ def _parquet(path: str, asked: Callable, most: int, names: dict) -> Iterator[tup
                         f"{path}: {column.path_in_schema} has more than {MAX_COLUMN_BYTES >> 20} MiB in a "
                         "row group: write the file with smaller row groups"
                     )
-            table, columns = file.read_row_group(i, columns=fields), {}
-            for field in fields:
-                columns[field] = values = []
+            table = file.read_row_group(i, columns=fields)
+            columns: Columns = {field: [] for field in fields}
+            for field, values in columns.items():
                 for piece in table.column(field).chunks:
                     if pyarrow.types.is_dictionary(piece.type):
                         texts = _texts(piece.dictionary)
@@ -111,7 +111,7 @@ def _parquet(path: str, asked: Callable, most: int, names: dict) -> Iterator[tup
 
 
 def _texts(array) -> list[str | None]:
-    """The values of a pyarrow array of texts; None for one that is no UTF-8, which pyarrow does not check."""
+    """The values of a pyarrow array of texts; None: no UTF-8, which pyarrow does not check."""
     import pyarrow
 
     try:
@@ -128,9 +128,10 @@ def _texts(array) -> list[str | None]:
     return texts
 
 
-def _json_lines(path: str, asked: Callable, most: int, names: dict) -> Iterator[tuple[int, dict[str, list]]]:
-    """(rows, columns) of a file with one object a line. Blank lines are no rows."""
-    columns, rows = {}, 0
+def _json_lines(path: str, wanted: Callable, most: int, names: dict) -> Iterator[tuple[int, Columns]]:
+    """(rows, columns) of a file with one object a line. Blank lines are skipped."""
+    columns: Columns = {}
+    rows = 0
     with open(path, "rb") as file:
         for number in itertools.count(1):
             line = file.readline(MAX_TEXT_BYTES)
@@ -140,12 +141,12 @@ def _json_lines(path: str, asked: Callable, most: int, names: dict) -> Iterator[
                 continue
             _check_rows(path, rows + 1, most)
             try:
-                row = dict(json.loads(line))  # bytes: a byte-order mark is none of the text
+                row = dict(json.loads(line))  # from bytes, which may begin with a byte-order mark
             except (ValueError, TypeError, RecursionError) as error:
                 limit = f"an object in JSON of at most {MAX_TEXT_BYTES >> 20} MiB"
                 raise ValueError(f"{path}: line {number} is not {limit}: {error}") from None
             _keep_names(names, row)
-            for field in filter(asked, row):
+            for field in filter(wanted, row):
                 columns.setdefault(field, [None] * rows)
             _check_number(path, columns)
             for field, values in columns.items():

@@ -1,14 +1,13 @@
-"""The order of examples: which record comes at which place of which batch.
+"""The order of examples: the record at each place of each batch.
 
 The record at position p (p = step * batch_size + slot, counted over all epochs) of N records is
 
     epoch = p // N,    record = permutation_{seed, epoch}(p mod N),
 
 with TensorFlow's stateless index shuffle, `tf.raw_ops.RandomIndexShuffle`, computed in numpy. With `group`
-g > 1 it is groups of g successive records that are permuted, so that these meet in one batch; the N mod g
-records after the last whole group are left out. There is no shuffle buffer to save, any step can be the
-first, and a host that reads slots [i b, (i + 1) b) of each batch sees its slice of the same global batch,
-whatever the number of hosts.
+g > 1 groups of g successive records are permuted, so that these meet in one batch; the last N mod g records
+are left out. There is no shuffle buffer to save, any step can be the first, and a host that reads slots [i b,
+(i + 1) b) of each batch has its slice of the same global batch for any number of hosts.
 """
 
 import dataclasses
@@ -22,16 +21,16 @@ from dalle2_jax.data.splitmix import GAMMA, MASK, mix
 
 ROUNDS = 24
 _SCHEDULE_BITS = 0x7369F885192C0EF5  # one bit a round, from Simon's key schedule
-# Many indices are permuted at once, because numpy takes as long for a few; so many results are kept.
+# Many indices are permuted at once, since numpy takes as long for a few; the last results are cached.
 _BLOCK, _TABLES = 4096, 64
 
 
 def shuffle_key(seed: int, epoch: int) -> tuple[int, int, int]:
     """The three words of 32 bits that key the order of an epoch.
 
-    The shuffle is a block cipher whose key should be random bits and whose default of 4 rounds is few: with
-    plain numbers as keys, as tf.random.experimental.index_shuffle passes them, the orders of successive
-    epochs are strongly correlated. So the keys are mixed (splitmix64) and the rounds are 24.
+    The shuffle is a block cipher, which needs random bits as a key. With plain numbers and 4 rounds, the
+    default of tf.random.experimental.index_shuffle, the orders of successive epochs are strongly correlated.
+    So the keys are mixed (splitmix64) and the rounds are 24.
     """
     key = mix(mix((seed + GAMMA) & MASK) ^ ((epoch + 1) * GAMMA & MASK))
     last = mix((key + GAMMA) & MASK)
@@ -39,11 +38,10 @@ def shuffle_key(seed: int, epoch: int) -> tuple[int, int, int]:
 
 
 def _word_bits(n: int) -> int:
-    """Half the bits of a block that numbers 0 ... n - 1, for n above 2^16 (below, a block has 16 bits).
+    """Half the bits of a block for the numbers 0 ... n - 1, n above 2^16 (below, a block has 16 bits).
 
-    The logarithm is that of n - 1, as in TensorFlow, though a block of 2k bits has no room for 2^(2k). So
-    where n - 1 is a power of four above 2^15, the last index goes where index 0 goes: one record comes twice
-    in an epoch and another not at all. This is kept, because the order is TensorFlow's for every index.
+    As in TensorFlow the logarithm is that of n - 1, though a block of 2k bits has no room for 2^(2k). So if n
+    - 1 is a power of four above 2^15, one record comes twice in an epoch and another is missing.
     """
     bits = math.ceil(math.log2(n - 1))
     return (bits + bits % 2) // 2
@@ -62,7 +60,7 @@ def _round_keys(key: tuple[int, int, int], word_bits: int) -> tuple[int, ...]:
 
 
 def _encrypt(x: np.ndarray, round_keys: tuple[int, ...], word_bits: int) -> np.ndarray:
-    """The block cipher Simon, on blocks of two words: of any unsigned type with room for a block."""
+    """The block cipher Simon, on blocks of two words, in any unsigned type with room for a block."""
     w, mask = word_bits, (1 << word_bits) - 1
 
     def turned(word):
@@ -78,10 +76,10 @@ def _encrypt(x: np.ndarray, round_keys: tuple[int, ...], word_bits: int) -> np.n
 
 @functools.lru_cache(_TABLES)
 def _table(key: tuple[int, int, int], n: int) -> np.ndarray:
-    """uint16 [n]: the whole permutation, for n up to 2^16.
+    """uint16 [n]: the permutation, for n up to 2^16.
 
-    A block has room for 2^16 numbers. What lies outside of 0 ... n - 1 is permuted until it lies inside. For
-    small n that takes many steps, so each turn of the loop doubles the steps that `follows` takes.
+    A block has 2^16 numbers. Numbers above n - 1 are permuted until they are below n. For small n that takes
+    many steps, so each iteration doubles the number of steps in `follows`.
     """
     follows = _encrypt(np.arange(1 << 16, dtype=np.uint16), _round_keys(key, 8), 8)
     while (follows[:n] >= n).any():
@@ -97,7 +95,7 @@ def _block(key: tuple[int, int, int], n: int, number: int) -> np.ndarray:
     round_keys = _round_keys(key, word_bits)
     index = np.arange(number * _BLOCK, min((number + 1) * _BLOCK, n), dtype=np.uint64)
     found = _encrypt(index, round_keys, word_bits)
-    while (outside := np.flatnonzero(found >= n)).size:  # not often: there are at most 4 n numbers
+    while (outside := np.flatnonzero(found >= n)).size:  # a block has at most 4 n numbers
         found[outside] = _encrypt(found[outside], round_keys, word_bits)
     return found.astype(np.int64)
 
@@ -105,11 +103,8 @@ def _block(key: tuple[int, int, int], n: int, number: int) -> np.ndarray:
 def index_shuffle(index: np.ndarray, key: tuple[int, int, int], n: int) -> np.ndarray:
     """tf.raw_ops.RandomIndexShuffle(index, key, max_index=n - 1, rounds=24).
 
-    Args:
-        index: int64 [k], each in 0 ... n - 1. key: three words of 32 bits.
-
-    Returns:
-        int64 [k], where `index` is in the permutation of 0 ... n - 1.
+    index: int64 [k], each in 0 ... n - 1. key: three words of 32 bits. Returns int64 [k], the permuted
+    indices.
     """
     if n == 1:
         return np.zeros_like(index)
@@ -125,10 +120,10 @@ def index_shuffle(index: np.ndarray, key: tuple[int, int, int], n: int) -> np.nd
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Which records a host reads: `parts` of the `num_parts` equal parts of each batch.
+    """The records of a host, which reads `parts` of the `num_parts` equal parts of each batch.
 
-    Its element e is slot e mod `local` of its parts, one after the other, of step e // `local`.
-    num_records, seed, group: see above. shuffle: False is the order of the records.
+    Its element e is slot e mod `local` of its concatenated parts of step e // `local`. num_records, seed,
+    group: see the module. shuffle: False: the order of the records.
     """
 
     num_records: int
@@ -141,12 +136,12 @@ class Order:
 
     @property
     def size(self) -> int:
-        """How many records of a batch a part has."""
+        """The number of records of a part."""
         return self.batch_size // self.num_parts
 
     @property
     def local(self) -> int:
-        """How many records of a batch this host reads."""
+        """The number of records of a batch that this host reads."""
         return self.size * len(self.parts)
 
     @property
@@ -155,11 +150,11 @@ class Order:
 
     @property
     def epoch_records(self) -> int:
-        """How many records an epoch has: those in whole groups."""
+        """The number of records of an epoch, in whole groups."""
         return self.num_records // self._group * self._group
 
     def elements_of_a_pass(self) -> int:
-        """How many records of one pass this host reads: full batches' parts, and its share of the last."""
+        """The number of this host's records of one pass: its parts of full batches and of the last one."""
         full, rest = divmod(self.epoch_records, self.batch_size)
         return sum(full * self.size + min(max(rest - p * self.size, 0), self.size) for p in self.parts)
 

@@ -1,8 +1,7 @@
-"""Records of a source with the rows of an embedding folder beside them, and whether they belong together.
+"""Records of a source with the rows of an embedding folder: row i belongs to record i.
 
-Row i is of record i. A folder that `dalle2_jax.embed` wrote says in embed.json which records it is of. One
-that clip-retrieval wrote does not: there the keys and captions in its metadata are compared with those of
-the records.
+A folder of `dalle2_jax.embed` names its dataset in embed.json. For a folder of clip-retrieval, the keys and
+captions in its metadata are compared with those of the records.
 """
 
 import collections
@@ -18,19 +17,17 @@ from dalle2_jax.data.records import BadRecord, Record
 from dalle2_jax.data.shards import encodable, language_of
 
 _KEYS = ("key", "image_path")  # columns with the name of a row's record: img2dataset's, clip-retrieval's
-_CHECKED_ROWS = 64  # spread over a folder, whose keys and captions are compared with those of their records
+_CHECKED_ROWS = 64  # spread over a folder and compared with their records
 _AGAIN = "they belong to another dataset, or some records are lost; embed this one again"
-_NUMBERED = re.compile(r"(?:row|.*\.tfrecord[^:]*):[0-9]+")  # the key of a record that has no name of its own
+_NUMBERED = re.compile(r"(?:row|.*\.tfrecord[^:]*):[0-9]+")  # the key of a record without a name
 
 
-class Paired:
-    """Records of a source with the rows of an embedding folder beside them, in the same order.
+class Paired(records.RecordSource):
+    """Records of a source with the rows of an embedding folder, in the same order.
 
-    Where the folder has embeddings of captions and the captions, a record's captions are the embedded ones of
-    its row.
-    Where its metadata name the records, a record whose row is of another one is bad (`other_record`).
-    Raises ValueError for embeddings of other records: by their number, embed.json, or some of their keys and
-    captions.
+    With embeddings of captions and their texts, a record's captions are the embedded ones of its row. If the
+    metadata name the records, one whose row has another name is bad (`other_record`). Raises ValueError for
+    embeddings of other records, by their number, embed.json, or a sample of keys and captions.
     """
 
     def __init__(self, source, path: str):
@@ -63,7 +60,7 @@ class Paired:
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         """A record with the embeddings of its row; see `records.RecordSource`."""
         record = self._source.read(index, image, captions)
-        if _of_same(record.key, self._keys, index) is False:
+        if _same_record(record.key, self._keys, index) is False:
             raise BadRecord(
                 "other_record", f"{record.key}: its row of embeddings is of {_named(self._keys, index)!r}"
             )
@@ -74,19 +71,19 @@ class Paired:
 
 
 def _name(key: str) -> str:
-    """What a file is called in a key, without shard, folders and a picture's ending: `0.tar:a/b.jpg` is b."""
+    """The name of a file in a key, without shard, folders and a picture's extension: `0.tar:a/b.jpg` -> b."""
     stem, ending = os.path.splitext(re.split(r"[/\\:]", encodable(key))[-1])
     return stem if ending[1:].lower() in records.IMAGE_EXTENSIONS else stem + ending
 
 
 def _named(keys: list[list[str | None]], row: int) -> str:
     """The first key of a row, or ''."""
-    return next((column[row] for column in keys if column[row]), "")
+    return next((key for column in keys if (key := column[row])), "")
 
 
-def _of_same(key: str, keys: list[list[str | None]], row: int) -> bool | None:
-    """Whether one of the row's keys is that of the record `key`; None where either has no name."""
-    named = [column[row] for column in keys if column[row]]
+def _same_record(key: str, keys: list[list[str | None]], row: int) -> bool | None:
+    """Whether one of the row's keys is that of the record `key`; None: one of them has no name."""
+    named = [name for column in keys if (name := column[row])]
     if key in named:
         return True
     if not named or _NUMBERED.fullmatch(key):
@@ -97,24 +94,22 @@ def _of_same(key: str, keys: list[list[str | None]], row: int) -> bool | None:
 def _checked_keys(
     path: str, source, keys: list[list], captions: dict[str, list], foreign: bool
 ) -> list[list]:
-    """Compare some rows with their records: keys, and of a `foreign` folder the captions.
+    """Compare some rows with their records: keys, and captions of a `foreign` folder, one without embed.json.
 
-    Returns the columns of keys that each record is to be compared with when it is read: those of a foreign
-    folder that agree. Raises ValueError where rows are of other records; warns where nothing tells.
+    Returns the columns of keys to compare with each record that is read: those of a foreign folder that
+    agree. Raises ValueError for rows of other records; warns if nothing can be compared.
     """
     sampled = _sampled(source, captions=foreign) if keys or (foreign and captions) else {}
-    same = {row: _of_same(record.key, keys, row) for row, record in sampled.items()}
-    if not foreign and hasattr(source, "former_key"):  # the keys in embeddings that older versions wrote
-        same = {
-            row: _of_same(source.former_key(row), keys, row) if known is False else known
-            for row, known in same.items()
-        }
-    strange = [row for row, known in same.items() if known is False]
-    agree = sum(known is True for known in same.values())
+    same = {row: _same_record(record.key, keys, row) for row, record in sampled.items()}
+    if not foreign and hasattr(source, "former_key"):  # keys in embeddings of older versions
+        for row in (row for row, equal in same.items() if equal is False):
+            same[row] = _same_record(source.former_key(row), keys, row)
+    differing = [row for row, equal in same.items() if equal is False]
+    agree = sum(equal is True for equal in same.values())
     at_home, elsewhere = _captions_found(sampled, captions) if foreign and not agree else (0, {})
-    # Where no key agrees but captions do, the keys are names of another kind.
-    if strange and (agree or 2 * at_home <= len(sampled)):
-        row = strange[0]
+    # If no key agrees but captions do, the keys are names of another kind.
+    if differing and (agree or 2 * at_home <= len(sampled)):
+        row = differing[0]
         raise ValueError(
             f"row {row} of {path} is of record {_named(keys, row)!r}, not {sampled[row].key!r}: {_AGAIN}"
         )
@@ -134,7 +129,7 @@ def _checked_keys(
 
 
 def _sampled(source, captions: bool) -> dict[int, Record]:
-    """Some records spread over a source, by their number: those that can be read."""
+    """{number: record} of some readable records spread over a source."""
     rows, found = np.linspace(0, len(source) - 1, min(_CHECKED_ROWS, len(source))).astype(int), {}
     for row in rows.tolist():
         with contextlib.suppress(BadRecord):
@@ -143,14 +138,14 @@ def _sampled(source, captions: bool) -> dict[int, Record]:
 
 
 def _captions_found(sampled: dict[int, Record], columns: dict[str, list]) -> tuple[int, dict[int, int]]:
-    """(how many records have a caption of their row, {record: the one other row that has its caption})."""
+    """(number of records with a caption of their row, {record: the only other row with its caption})."""
     at_home, wanted = 0, collections.defaultdict(list)
     for row, record in sampled.items():
-        own = {text for texts in record.captions.values() for text in texts}
-        if own & {text for texts in metadata.row_captions(columns, row).values() for text in texts}:
+        captions = {text for texts in record.captions.values() for text in texts}
+        if captions & {text for texts in metadata.row_captions(columns, row).values() for text in texts}:
             at_home += 1
         else:
-            for text in own:
+            for text in captions:
                 wanted[text].append(row)
     places = collections.defaultdict(set)
     for column in columns.values() if wanted else ():
@@ -166,10 +161,10 @@ def _captions_found(sampled: dict[int, Record], columns: dict[str, list]) -> tup
 
 
 def _example(sampled: dict[int, Record], columns: dict[str, list]) -> str:
-    """'; row 3 says ..., the record ...' of the first that both say something of, or ''."""
+    """': row 3 says ..., its record ...' of the first row with captions of both, or ''."""
     for row, record in sampled.items():
-        said = metadata.row_captions(columns, row)
-        for language in said.keys() & record.captions.keys():
-            one, other = said[language][0][:80], record.captions[language][0][:80]
+        captions = metadata.row_captions(columns, row)
+        for language in captions.keys() & record.captions.keys():
+            one, other = captions[language][0][:80], record.captions[language][0][:80]
             return f": row {row} says {one!r}, its record {other!r}"
     return ""

@@ -1,28 +1,27 @@
 """Datasets of batches: records read, checked, cut to size and tokenized.
 
-`stream` says which record comes when. The augmentation of a record is a function of (seed, epoch, record).
-A record that cannot be used is replaced by the next usable one, the same on every run, and counted
-(`budget`).
+`stream` has the order of records. The augmentation of a record is a function of (seed, epoch, record). A bad
+record is counted (`bad_records`) and replaced by the next usable one, the same on every run.
 """
 
 import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from dalle2_jax.data import captions as captions_module
 from dalle2_jax.data import sources, stream, transforms
-from dalle2_jax.data.budget import Budget, TooManyBadRecords
+from dalle2_jax.data.bad_records import BadRecords, TooManyBadRecords
 from dalle2_jax.data.order import Order
 from dalle2_jax.data.records import BadRecord, Record, RecordSource
-from dalle2_jax.data.settings import SIDES, TEXT, DataSettings
+from dalle2_jax.data.settings import TEXT, DataSettings
 from dalle2_jax.data.transforms import Views
 
-# Records a call: enough to amortize the call, few enough to spread a batch over the workers, and to bound
-# memory.
+# Records a call: enough to amortize it, few enough to split a batch over the workers and to bound memory.
 _CHUNK, _CHUNK_PIXELS = 32, 1 << 21
 
 
@@ -32,35 +31,31 @@ class Dataset:
 
     settings: DataSettings
     source: RecordSource
-    _bad: Budget
+    _bad: BadRecords
 
     @property
     def num_records(self) -> int:
-        """How many records one epoch has."""
+        """The number of records of an epoch."""
         return len(self.source)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 that changes when a file of the dataset does (name, size or number of records)."""
+        """sha256 of the names, sizes and numbers of records of the dataset's files."""
         return self.source.fingerprint
 
     @property
     def files(self) -> list[tuple[str, int, int]]:
-        """(name, size in bytes, number of records) of each file, which the fingerprint is made of."""
+        """(name, size in bytes, number of records) of each file."""
         return self.source.files
 
     @property
     def clip_sha256(self) -> str:
-        """Of the parameters of the CLIP that made the embeddings it reads; '' where none is named."""
+        """sha256 of the parameters of the embeddings' CLIP; '' if it is unknown."""
         return self.source.clip_sha256
 
     def bad_records(self) -> dict[str, int]:
-        """{reason: count} of what was not used so far: left out while indexing, and bad while reading."""
+        """{reason: count} of losses so far, in indexing and in reading."""
         return self._bad.counts()
-
-    def bad_record_list(self) -> list[dict]:
-        """The first 100 bad records: index, key, reason, detail."""
-        return list(self._bad.kept)
 
     def batches(
         self,
@@ -74,16 +69,16 @@ class Dataset:
         """Iterate over this host's rows of the batches from `start_step` on.
 
         Args:
-            batch_size: of all hosts together; a multiple of num_parts.
-            start_step: the first batch; the sequence is what an uninterrupted run sees from there.
-            parts, num_parts: which of so many equal parts of each batch this host reads, ascending.
-            repeat: go on over epochs without end, batches across their borders; False stops after one
-                pass, in which the last batch holds what is left (fewer rows, on the last hosts perhaps none).
-            shuffle: False reads the records in their order.
+            batch_size: of all hosts; a multiple of num_parts.
+            start_step: the first batch, as in an uninterrupted run.
+            parts, num_parts: this host's parts of each batch, ascending, of num_parts equal ones.
+            repeat: over epochs without end, with batches across their borders; False: one pass, whose last
+                batch has the remaining rows (on the last hosts perhaps none).
+            shuffle: False: the records in their order.
 
         Yields:
-            The dataset's fields and `index` int64 [b], the record numbers; pictures uint8, a `low_res`
-            that is blurred or degraded float32 in [-1, 1].
+            The dataset's fields and `index` int64 [b], the record numbers; pictures are uint8, but a blurred
+            or degraded `low_res` float32 in [-1, 1].
 
         Raises:
             ValueError: batch_size is no multiple of num_parts. TooManyBadRecords: above the budget.
@@ -94,7 +89,7 @@ class Dataset:
         order = Order(
             self.num_records, settings.seed, batch_size, tuple(parts), num_parts, shuffle, settings.group
         )
-        side = max(self._views.image_size or 1, self._views.clip_image_size or 1)
+        side = max(self._views.image_size or 1, *self._views.image_sizes.values(), 1)
         return stream.batches(
             self._load,
             self._shapes,
@@ -114,7 +109,7 @@ class Dataset:
         return self.settings.views
 
     def _load(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
-        """The fields of some records, stacked; bad records replaced."""
+        """The stacked fields of some records, with bad ones replaced."""
         draws = transforms.uniforms(self.settings.seed, epochs, indices)
         rows = [self._load_good(int(i), int(e), d) for i, e, d in zip(indices, epochs, draws, strict=True)]
         made = {"index": np.array([row["index"] for row in rows], np.int64)}
@@ -151,10 +146,6 @@ class Dataset:
     def _needs_caption(self) -> bool:
         return self.settings.has(*TEXT, "label")
 
-    @functools.cached_property
-    def _needs_image(self) -> bool:
-        return self.settings.has(*SIDES)
-
     def key(self, index: int) -> str:
         """The name of a record, or its number where it cannot be read."""
         try:
@@ -163,13 +154,11 @@ class Dataset:
             return f"record {index}"
 
     def _read(self, index: int) -> Record:
-        return self.source.read(index, self._needs_image, captions=self._needs_caption or self._views.flip)
+        captions = self._needs_caption or self._views.flip
+        return self.source.read(index, bool(self.settings.pictures), captions)
 
     def record_fields(self, index: int) -> tuple[str, str, dict[str, np.ndarray]]:
-        """(key, caption, fields) of record `index` itself, centred and with its first caption.
-
-        Raises BadRecord: nothing takes its place, as it would in a batch.
-        """
+        """(key, caption, fields) of record `index`, centred and with its first caption. Raises BadRecord."""
         record = self._read(index)
         parts = self._parts(record, np.zeros(8))
         caption = parts.pop("caption", "")
@@ -178,9 +167,9 @@ class Dataset:
             parts |= {"tokens": tokens[0], "token_mask": mask[0]}
         return record.key, caption, {name: parts[name] for name in self.settings.fields}
 
-    def _parts(self, record: Record, draws: np.ndarray) -> dict:
+    def _parts(self, record: Record, draws: np.ndarray) -> dict[str, Any]:
         """The arrays and the caption of one record. Raises BadRecord."""
-        parts = dict(record.embeds)
+        parts: dict[str, Any] = dict(record.embeds)
         if self._needs_caption:
             parts["caption"] = self._caption(record, draws)
         if record.image is not None:
@@ -193,8 +182,8 @@ class Dataset:
         return captions_module.choose(record, self.settings.language, draws, self._bad.note)
 
     def labels(self, indices) -> list[str]:
-        """A text below each of some records in a grid: its first caption in the dataset's language, else one
-        in another language, else its key."""
+        """The labels of records in a grid: first caption in the dataset's language, else in another, else
+        key."""
         labels = []
         for index in map(int, indices):
             try:
@@ -206,15 +195,11 @@ class Dataset:
         return labels
 
     def examples(self, indices) -> dict:
-        """Records as they are, for evaluation: the centre crop, never mirrored, with the first caption.
-
-        Args:
-            indices: record numbers.
+        """Records for evaluation: the centre crop, never mirrored, with the first caption.
 
         Returns:
-            captions, keys: lists of str; index: int64 [n], the record numbers; where the dataset has an
-            image_size, image: uint8 [n, image_size, image_size, 3]. A record that cannot be used is left
-            out, so compare `index`.
+            captions, keys: lists of str; index: int64 [n], the record numbers without bad records; with an
+            image_size, image: uint8 [n, image_size, image_size, 3].
         """
         plain = Views(image_size=self.settings.image_size if self.source.has_images else None)
         images, captions, keys, used = [], [], [], []
@@ -222,7 +207,7 @@ class Dataset:
             try:
                 record = self.source.read(index, image=bool(plain.image_size))
                 caption = self._caption(record, np.zeros(8))
-                if plain.image_size:
+                if record.image is not None:
                     images.append(plain.make(transforms.decode(record.image), np.zeros(8))["image"])
             except BadRecord as error:
                 logging.warning("example %d is left out: %s", index, error)
@@ -235,12 +220,11 @@ class Dataset:
 
 
 def label_of(caption: str, classes: Sequence[str]) -> int:
-    """The number of the one class whose name a caption holds as whole words, -1 for none or several.
+    """The number of the only class whose name is in a caption as whole words, -1 for none or several.
 
-    Upper and lower case are alike. A name inside another that is there too, as 'ring' in 'red ring', does
-    not count.
+    Case is ignored. A name within another one that is also found, as 'ring' in 'red ring', does not count.
     """
-    # A thousand patterns would be compiled for every caption, so only names that are there are looked at.
+    # The fast test by `in` saves a regular expression for each of perhaps a thousand names.
     folded = caption.casefold()
     found = [
         name
@@ -252,22 +236,21 @@ def label_of(caption: str, classes: Sequence[str]) -> int:
 
 
 def iterate_captions(limit: int = 50_000, **settings) -> Iterator[str]:
-    """All captions of up to `limit` records spread over the dataset: what a tokenizer is trained on.
+    """All captions of up to `limit` records spread over the dataset, to train a tokenizer on.
 
-    settings: of `DataSettings`, so that one config serves for this and for `make_dataset`; those that do not
-    say which records and which language have no effect. Records without a readable caption are passed over.
-    Raises ValueError where there are none.
+    settings: of `DataSettings`, as for `make_dataset`; only the source and the language matter. Records
+    without a readable caption are skipped. Raises ValueError if there are no captions.
     """
-    asked = DataSettings(**settings)
-    opened = sources.open_source(asked)
-    captions_module.check(opened, asked.path, asked.language)
+    config = DataSettings(**settings)
+    opened = sources.open_source(config)
+    captions_module.check(opened, config.path, config.language)
     stride = max(1, -(-len(opened) // limit))
     for index in range(0, len(opened), stride):
         try:
             captions = opened.read(index, image=False).captions
         except BadRecord:
             continue
-        languages = sorted(captions) if asked.language == captions_module.ANY_LANGUAGE else [asked.language]
+        languages = sorted(captions) if config.language == captions_module.ANY_LANGUAGE else [config.language]
         for language in languages:
             yield from map(captions_module.cut, captions.get(language, ()))
 
@@ -275,17 +258,14 @@ def iterate_captions(limit: int = 50_000, **settings) -> Iterator[str]:
 def make_dataset(**settings) -> Dataset:
     """Open a dataset.
 
-    settings: those of `DataSettings`; source, path, split and fields at least.
-
-    Raises:
-        ValueError: a setting is unknown, missing or impossible; the message says what to change.
-        TooManyBadRecords: indexing alone lost more than the budget.
+    settings: of `DataSettings`; at least source, path, split and fields. Raises ValueError, with a remedy,
+    for an unknown, missing or impossible setting, TooManyBadRecords if indexing lost more than the budget.
     """
-    asked = DataSettings(**settings)
-    asked.check()
-    opened = sources.open_source(asked)
-    asked.check_source(opened)
-    if asked.has(*TEXT):
-        captions_module.check(opened, asked.path, asked.language)
-    bad = Budget(len(opened), asked.max_bad_fraction, opened.refused, opened.passed, opened.examples)
-    return Dataset(asked, opened, bad)
+    config = DataSettings(**settings)
+    config.check()
+    opened = sources.open_source(config)
+    config.check_source(opened)
+    if config.has(*TEXT):
+        captions_module.check(opened, config.path, config.language)
+    bad = BadRecords(len(opened), config.max_bad_fraction, opened.refused, opened.passed, opened.examples)
+    return Dataset(config, opened, bad)

@@ -1,9 +1,8 @@
-"""Datasets in the files of tensorflow-datasets: our own scenes, and any with an image and a caption.
+"""Datasets in the files of tensorflow-datasets: our scenes, and any with an image and a caption.
 
-A prepared folder, NAME/CONFIG/VERSION, holds TFRecord files, `dataset_info.json` (the splits and how many
-records each file has) and `features.json` (the types of the fields). It is read through our own index,
-without tensorflow-datasets, so that any record is one `pread` away. Only what is not prepared yet needs that
-package.
+A prepared folder, NAME/CONFIG/VERSION, has TFRecord files, `dataset_info.json` (the splits, and the number of
+records of each file) and `features.json` (the types of the fields). It is read by `records`, without
+tensorflow-datasets, which only prepares missing datasets.
 """
 
 import contextlib
@@ -13,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
 
 from absl import logging
 
@@ -29,9 +29,10 @@ _SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 @contextlib.contextmanager
-def locked(path: str):
-    """Hold an exclusive lock on the file `path`; a process that dies lets go of it."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+def _locked(data_dir: str, name: str) -> Iterator[None]:
+    """Hold an exclusive lock on a name in `data_dir`, which ends with the process."""
+    os.makedirs(data_dir, exist_ok=True)
+    path = os.path.join(data_dir, f".{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.lock")
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,10 +40,6 @@ def locked(path: str):
             logging.info("waiting for another process to finish with %s", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _lock_of(data_dir: str, name: str):
-    return locked(os.path.join(data_dir, f".{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.lock"))
 
 
 def _is_prepared(folder: str) -> bool:
@@ -62,11 +59,11 @@ def _read_json(folder: str, name: str) -> dict:
 
 
 def _flat_features(feature: dict, path: str = "") -> dict[str, str]:
-    """{path of a field: name of its class, such as 'Image'} of what `features.json` says."""
+    """{path of a field: name of its class, such as 'Image'} of `features.json`."""
     kind = (feature.get("pythonClassName") or feature.get("type") or "").rpartition(".")[2]
     old = feature.get("content") or {}  # as tensorflow-datasets wrote it before version 4.5
     if "featuresDict" in feature or (kind == "FeaturesDict" and old):
-        flat = {}
+        flat: dict[str, str] = {}
         for key, value in feature.get("featuresDict", {}).get("features", old).items():
             flat |= _flat_features(value, f"{path}/{key}" if path else key)
         return flat
@@ -75,21 +72,16 @@ def _flat_features(feature: dict, path: str = "") -> dict[str, str]:
 
 
 def _fields(features: dict, image_field: str, caption_field: str, name: str) -> tuple[str, dict[str, str]]:
-    """(image field, {caption field: language}), given, or detected by type and name in `features.json`."""
+    """(image field, {caption field: language}) by the settings, else by type and name in `features.json`."""
     flat = _flat_features(features)
     images = [path for path, kind in flat.items() if kind in ("Image", "LabeledImage")]
     texts = [path for path, kind in flat.items() if kind == "Text"]
-    if image_field and image_field not in images:
-        raise ValueError(
-            f"tfds {name} has no image field {image_field!r}" + did_you_mean(image_field, images)
-        )
-    if caption_field and caption_field not in texts:
-        raise ValueError(
-            f"tfds {name} has no text field {caption_field!r}" + did_you_mean(caption_field, texts)
-        )
+    for kind, field, found in (("image", image_field, images), ("text", caption_field, texts)):
+        if field and field not in found:
+            raise ValueError(f"tfds {name} has no {kind} field {field!r}" + did_you_mean(field, found))
     if not image_field and len(images) != 1:
         raise ValueError(f"tfds {name}: give data.image_field, one of its image fields {images}")
-    captions = {path: language_of(path) for path in texts if language_of(path)}
+    captions = {path: language for path in texts if (language := language_of(path))}
     if caption_field:
         captions = {caption_field: language_of(caption_field) or "en"}
     if not captions:
@@ -98,7 +90,7 @@ def _fields(features: dict, image_field: str, caption_field: str, name: str) -> 
 
 
 def _bound(text: str, unit: str, lengths: list[int], default: int, split: str) -> int:
-    """The record at which a slice begins or ends: '10', '-5', '90%', '2shard' or ''."""
+    """The first or last record of a slice from '10', '-5', '90%', '2shard' or ''."""
     if not text:
         return default
     match, count = _BOUND.fullmatch(text), sum(lengths)
@@ -132,7 +124,7 @@ def _slices(split: str, shards: dict[str, list[int]], name: str) -> list[tuple[s
             units = [
                 unit for end in ("first", "last") for unit in ("%", "shard") if match[end].endswith(unit)
             ]
-            unit = units[0] if units else ""  # the unit of one end is that of the other
+            unit = units[0] if units else ""  # both ends have one unit
             first = _bound(match["first"], unit, lengths, first, part)
             last = _bound(match["last"], unit, lengths, last, part)
         elif match["first"] is not None:
@@ -145,7 +137,7 @@ def _slices(split: str, shards: dict[str, list[int]], name: str) -> list[tuple[s
 
 
 def _shard_path(folder: str, info: dict, split: dict, shard: int) -> str:
-    """Where file number `shard` of a split lies."""
+    """The path of file number `shard` of a split."""
     number, count = f"{shard:05d}", f"{len(split['shardLengths']):05d}"
     name = split.get("filepathTemplate") or _SHARD_NAME
     for variable, value in {
@@ -161,7 +153,7 @@ def _shard_path(folder: str, info: dict, split: dict, shard: int) -> str:
 
 
 def _open_folder(folder: str, split: str, image_field: str, caption_field: str, name: str) -> ExampleSource:
-    """The records of one split of a prepared folder whose files are TFRecords."""
+    """The records of one split of a prepared folder with TFRecord files."""
     info = _read_json(folder, "dataset_info.json")
     file_format = info.get("fileFormat", "tfrecord")
     if file_format != "tfrecord":
@@ -196,13 +188,13 @@ def _open_folder(folder: str, split: str, image_field: str, caption_field: str, 
 
 
 def _prepare_scenes(config: str, data_dir: str) -> str:
-    """Draw scenes once, whatever number of processes start together. Returns their folder."""
+    """Draw scenes once, also if several processes start at the same time. Returns their folder."""
     above = os.path.join(data_dir, "scenes", config)
     folder = os.path.join(above, scenes_builder.VERSION)
     if _is_prepared(folder):
         return folder
-    with _lock_of(data_dir, f"scenes-{config}"):
-        if _is_prepared(folder):  # another process prepared it while we waited for the lock
+    with _locked(data_dir, f"scenes-{config}"):
+        if _is_prepared(folder):  # by another process, meanwhile
             return folder
         logging.info("preparing scenes/%s in %s (once)", config, folder)
         partial = os.path.join(above, f"incomplete.{secrets.token_hex(4)}_{scenes_builder.VERSION}")
@@ -211,7 +203,7 @@ def _prepare_scenes(config: str, data_dir: str) -> str:
             scenes_builder.write(config, partial)
             os.rename(partial, folder)
         except OSError:
-            if not _is_prepared(folder):  # by another machine, which this lock does not reach
+            if not _is_prepared(folder):  # by another machine, which does not share the lock
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -219,7 +211,7 @@ def _prepare_scenes(config: str, data_dir: str) -> str:
 
 
 def open_scenes(path: str, split: str, data_dir: str = "") -> ExampleSource:
-    """Our own scenes, drawn into `data_dir` at first use; `path` names a config, such as 'quickstart_64'."""
+    """Our scenes, drawn into `data_dir` at first use; path: a config, such as 'quickstart_64'."""
     if path not in scenes_builder.CONFIGS:
         raise ValueError(f"scenes have no config {path!r}" + did_you_mean(path, scenes_builder.CONFIGS))
     data_dir = data_dir or os.path.join(records.cache_dir(), "tfds")
@@ -227,7 +219,8 @@ def open_scenes(path: str, split: str, data_dir: str = "") -> ExampleSource:
 
 
 def _find_prepared(path: str, data_dir: str) -> str | None:
-    """Where `path`, as `open_tfds` takes it, is prepared; the newest version if it names none."""
+    """The prepared folder of `path` of `open_tfds`, the newest version if it names none; None: not
+    prepared."""
     match = _NAME.fullmatch(path)
     if not match:
         return None
@@ -238,13 +231,13 @@ def _find_prepared(path: str, data_dir: str) -> str | None:
     folder = os.path.join(folder, config or "")
     names = os.listdir(folder) if os.path.isdir(folder) else []
     versions = [name for name in names if _VERSION.fullmatch(name) and match["version"] in (None, name)]
-    versions.sort(key=lambda name: [int(number) for number in name.split(".")], reverse=True)
-    folders = [os.path.join(folder, version) for version in versions]
-    return next((found for found in folders if _is_prepared(found)), None)
+    versions = [name for name in versions if _is_prepared(os.path.join(folder, name))]
+    newest = max(versions, key=lambda name: [int(number) for number in name.split(".")], default=None)
+    return newest and os.path.join(folder, newest)
 
 
 def _prepare_tfds(tfds, path: str, data_dir: str) -> str:
-    """Prepare a tfds dataset once, whatever number of processes start together. Returns its folder."""
+    """Prepare a tfds dataset once, also if several processes start at the same time. Returns its folder."""
 
     def make_builder():
         try:
@@ -254,8 +247,8 @@ def _prepare_tfds(tfds, path: str, data_dir: str) -> str:
 
     builder = make_builder()
     if not builder.is_prepared():
-        with _lock_of(data_dir, path):
-            builder = make_builder()  # another process may have prepared it while we waited for the lock
+        with _locked(data_dir, path):
+            builder = make_builder()  # another process may have prepared it meanwhile
             if not builder.is_prepared():
                 logging.info("preparing %s in %s (once)", path, builder.data_dir)
                 builder.download_and_prepare(file_format="tfrecord")
@@ -265,24 +258,24 @@ def _prepare_tfds(tfds, path: str, data_dir: str) -> str:
 def open_tfds(
     path: str, split: str, data_dir: str = "", image_field: str = "", caption_field: str = ""
 ) -> ExampleSource:
-    """Any tfds dataset with an image and a caption, such as 'coco_captions'; prepared where it is not yet.
+    """A tfds dataset with an image and a caption, such as 'coco_captions'; prepared if necessary.
 
     Args:
         path: name, name/config or name:version.
         split: 'train', 'validation', or a slice such as 'train[:10%]'.
-        data_dir: the tfds folder; '' for tfds's own default.
-        image_field: which image feature; '' where there is only one.
-        caption_field: which text feature, 'captions/text' for a sequence; '' finds those named caption,
-        text, caption_zh.
+        data_dir: the tfds folder; '': tfds's default.
+        image_field: the image feature; '': the only one.
+        caption_field: the text feature, 'captions/text' for a sequence; '': those named caption, text,
+            caption_zh.
 
     Raises:
-        ValueError: also where it is not prepared, and TensorFlow, which prepares it, cannot be imported.
+        ValueError: also if it is not prepared and TensorFlow cannot be imported.
     """
     data_dir = data_dir or files.expand(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     try:
         import tensorflow  # noqa: F401  (tensorflow_datasets can be imported without it, and prepares nothing)
         import tensorflow_datasets as tfds
-    except Exception as error:  # not installed, or it does not fit another package
+    except Exception as error:  # not installed, or incompatible with another package
         folder = _find_prepared(path, data_dir)
         if folder is None:
             raise ValueError(

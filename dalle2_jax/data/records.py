@@ -1,12 +1,11 @@
-"""Random-access records: an index of where every record lies in its file, and one `pread` to fetch it.
+"""Random-access records: an index of every record's place in its file, and one `pread` to fetch it.
 
-Tar shards (`tar`) and TFRecord files are scanned once, header by header; nothing is unpacked. The scan trusts
-nothing: sizes and types are checked. What is refused or passed over is counted by reason, with an example,
-and a file that ends early is called damaged (`Index`).
+Tar shards (`tar`) and TFRecord files are scanned once, header by header, and sizes and types are checked;
+nothing is unpacked. Losses are counted by reason, with an example; a file that ends early is damaged
+(`Index`).
 
-A TFRecord is length (8 bytes, little
-endian), masked crc32c of the length (4), the payload, masked crc32c of the payload (4), with masked(c) =
-rotate_right(c, 15) + 0xA282EAD8.
+A TFRecord is length (8 bytes, little endian), masked crc32c of the length (4), the payload, masked crc32c of
+the payload (4), with masked(c) = rotate_right(c, 15) + 0xA282EAD8.
 """
 
 import collections
@@ -18,8 +17,7 @@ import struct
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
 
 import google_crc32c
 import numpy as np
@@ -29,14 +27,14 @@ from dalle2_jax.data import damage
 from dalle2_jax.runtime import files
 
 MAX_MEMBER_BYTES = 64 << 20
-MAX_TEXT_BYTES = 1 << 20  # of a caption, or of the JSON beside a picture or a shard
+MAX_TEXT_BYTES = 1 << 20  # of a caption, and of the JSON of a picture or a shard
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _CACHED_FROM = 16  # files
-_INDEX_VERSION = 2  # of what an `Index` means
+_INDEX_VERSION = 2  # of the meaning of `Index`
 
 
 class BadRecord(Exception):
-    """One record that cannot be used; `reason` is a short name to count by, `detail` says more."""
+    """An unusable record: `reason` is a short name, for counts; `detail` is for people."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -45,42 +43,49 @@ class BadRecord(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One record as stored; `image` is the encoded file, or None where not asked for."""
+    """One record as stored.
+
+    image: the encoded file; None: not read. captions: by language. embeds: image_embed and text_embed,
+    float32 [E]. fields: the names of its source's fields, captions and others.
+    """
 
     key: str
     image: bytes | None = None
-    captions: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # by language
-    embeds: dict[str, np.ndarray] = dataclasses.field(
-        default_factory=dict
-    )  # image_embed, text_embed: float32 [E]
-    fields: tuple[str, ...] = ()  # names of what its source says of it, captions or not, where they were read
+    captions: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    embeds: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    fields: tuple[str, ...] = ()
 
 
-class RecordSource(Protocol):
-    """What the pipeline knows of a dataset."""
+class RecordSource:
+    """A dataset's records, by number. The attributes have the values of a source without losses or
+    embeddings."""
 
-    files: list[tuple[str, int, int]]  # (relative path, size in bytes, number of records) of each
-    fingerprint: str  # of these
-    refused: dict[str, int]  # records or members lost before reading, by reason
-    passed: dict[str, int]  # files and members left out that are no loss, or an allowed one, by reason
-    examples: dict[str, str]  # the name of one of each reason
-    embed_dims: dict[str, int]  # {'image_embed': E, ...}; empty without embeddings
-    clip_sha256: str  # of the parameters of the CLIP that made the embeddings; '' where none is named
-    has_images: bool
+    files: list[tuple[str, int, int]] = []  # (relative path, size in bytes, number of records) of each
+    fingerprint: str = ""  # of the files
+    refused: Mapping[str, int] = {}  # {reason: records or members lost while indexing}
+    passed: Mapping[
+        str, int
+    ] = {}  # {reason: files and members left out without loss, or with an allowed loss}
+    examples: Mapping[str, str] = {}  # {reason: the name of one of them}
+    embed_dims: Mapping[str, int] = {}  # {'image_embed': E, ...}
+    clip_sha256: str = ""  # of the parameters of the embeddings' CLIP, if it is known
+    has_images: bool = True
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
-        """Record `index`, with the asked-for parts. Raises BadRecord."""
+        """Record `index`, with or without its image and captions. Raises BadRecord."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """Where the records of one file lie, and what it holds besides.
+    """The places of the records of one file, and its losses.
 
-    rows: int64 [n, columns]. refused: what was lost, by reason. passed: what is no part of a record, such as
-    files of other kinds, by reason. examples: a name for each of these reasons. damage: the one of
-    `damage.KINDS` that the file has, '' where it is whole.
+    rows: int64 [n, columns]. refused: {reason: number of lost records}. passed: {reason: number of other
+    things, such as files of other kinds}. examples: {reason: a name}. damage: one of `damage.KINDS`, '' for
+    none.
     """
 
     rows: np.ndarray
@@ -91,7 +96,7 @@ class Index:
 
 
 class Damaged(Exception):
-    """A file ends here; `kind` is one of `damage.KINDS`."""
+    """The readable part of a file ends here; `kind` is one of `damage.KINDS`."""
 
     def __init__(self, kind: str):
         super().__init__(damage.KINDS[kind])
@@ -99,14 +104,14 @@ class Damaged(Exception):
 
 
 class Counts(collections.Counter):
-    """Counts by reason, and the first name of each, shortened, in `examples`."""
+    """Counts by reason; `examples` has the first name of each, shortened."""
 
     def __init__(self, examples: dict[str, str]):
         super().__init__()
         self.examples = examples
 
     def note(self, reason: str, name: bytes) -> None:
-        """Count one of a reason."""
+        """Add one to the count of a reason."""
         self[reason] += 1
         self.examples.setdefault(reason, damage.printable(name if len(name) <= 100 else name[:100] + b"..."))
 
@@ -120,12 +125,13 @@ def fingerprint(entries: Iterable[tuple[str, int, int]]) -> str:
 
 
 class Files:
-    """Reads byte ranges of many files from many threads, keeping at most `limit` idle ones open."""
+    """Reads byte ranges of many files from many threads, with at most `limit` idle files open."""
 
     def __init__(self, paths: list[str], limit: int = 128):
         self.paths, self._limit = paths, limit
         self._lock = threading.Lock()
-        self._open = collections.OrderedDict()  # file number -> [descriptor, readers]
+        # file number -> [descriptor, readers]
+        self._open: collections.OrderedDict[int, list[int]] = collections.OrderedDict()
 
     def read(self, file: int, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` of file number `file`. Raises BadRecord('truncated') past its end."""
@@ -153,7 +159,7 @@ class Files:
                     del self._open[file]
                     return
 
-    def __del__(self, close=os.close):  # the module's names may be gone when the program ends
+    def __del__(self, close=os.close):  # module globals may be gone at the program's end
         for descriptor, _ in getattr(self, "_open", {}).values():
             close(descriptor)
 
@@ -165,12 +171,14 @@ def masked_crc32c(data: bytes) -> int:
 
 
 def index_tfrecord(path: str) -> Index:
-    """Index one TFRecord file: a row (offset, size) a record.
+    """Index one TFRecord file: a row (offset, size) for each record.
 
-    A cut or damaged file keeps the records before the damage. A file that was cut exactly between two
-    records looks whole: compare the count with a manifest.
+    A truncated or damaged file keeps the records before the damage. A file that ends between two records
+    looks
+    intact: compare the count with a manifest.
     """
-    rows, offset, found, examples = [], 0, "", {}
+    rows, offset, found = [], 0, ""
+    examples: dict[str, str] = {}
     refused = Counts(examples)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -198,17 +206,17 @@ def index_tfrecord(path: str) -> Index:
 
 
 def cache_dir() -> str:
-    """Where prepared data and indexes lie: $DALLE2_JAX_CACHE, else the user's cache directory."""
+    """The folder of prepared data and indexes: $DALLE2_JAX_CACHE, else the user's cache directory."""
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dalle2_jax")
     return files.expand(os.environ.get("DALLE2_JAX_CACHE") or default)
 
 
 def scan(paths: list[str], index_file: Callable[[str], Index]) -> list[Index]:
-    """Index files with `index_file`; where they are many, the indexes are kept in the cache directory.
+    """Index files with `index_file`; the indexes of many files are kept in the cache directory.
 
-    A file that cannot be opened has an index without rows, and its damage is 'unreadable'.
+    A file that cannot be opened has an index without rows, with the damage 'unreadable'.
     """
-    indexes, started, told = [], time.monotonic(), 0.0
+    indexes, started, logged = [], time.monotonic(), 0.0
     for number, path in enumerate(paths):
         try:
             cached = len(paths) >= _CACHED_FROM
@@ -216,9 +224,9 @@ def scan(paths: list[str], index_file: Callable[[str], Index]) -> list[Index]:
         except OSError as error:
             reason = {"unreadable": error.strerror or str(error)}
             indexes.append(Index(np.zeros((0, 0), np.int64), {}, {}, reason, "unreadable"))
-        if time.monotonic() - started > told + 10:
-            told = time.monotonic() - started
-            logging.info("indexed %d of %d files, once, in %.0f s", number + 1, len(paths), told)
+        if time.monotonic() - started > logged + 10:
+            logged = time.monotonic() - started
+            logging.info("indexed %d of %d files, once, in %.0f s", number + 1, len(paths), logged)
     return indexes
 
 
@@ -231,12 +239,12 @@ def _cached_index(path: str, index_file: Callable[[str], Index]) -> Index:
         with np.load(cached, allow_pickle=False) as stored:
             return Index(stored["rows"], **json.loads(stored["about"].item()))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-        pass  # absent, or cut by a crash: made again
+        pass  # absent, or truncated by a crash
     index = index_file(path)
     about = {name: value for name, value in vars(index).items() if name != "rows"}
     try:
         os.makedirs(os.path.dirname(cached), exist_ok=True)
-        with files.whole(cached) as partial, partial.open("wb") as file:
+        with files.atomic_write(cached) as partial, partial.open("wb") as file:
             np.savez(file, rows=index.rows, about=np.array(json.dumps(about)))
     except OSError as error:
         logging.log_first_n(logging.WARNING, "indexes are not cached: %s", 1, error)

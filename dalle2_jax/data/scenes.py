@@ -7,16 +7,15 @@ geometrically unmistakable: with diameters d_a and d_b in fractions of the pictu
     |offset along the relation's axis| >= (d_a + d_b) / 2 + gap,
     |offset across it| <= lean * |offset along it|.
 
-Scene number `index` of a split is a pure function of (config, split, index, seed). It is drawn with integer
-arithmetic (splitmix64), so it is the same on every machine and with every version of numpy. Shapes are signed
-distances in coordinates that do not know the resolution; the 16-pixel and the 256-pixel picture of one scene
-are the same picture.
+Scene number `index` of a split is a pure function of (config, split, index, seed), drawn with integer
+arithmetic (splitmix64): the same on every machine and with every version of numpy. Shapes are signed
+distances in relative coordinates, so the 16-pixel and the 256-pixel picture of one scene are the same
+picture.
 
-The splits hold combinations out. A colour-shape pair is held out if it is in `HELD_OUT_PAIRS`; a triple
-(shape, relation, shape) is held out by the rule in `is_held_out_triple`. `train` and `validation` never
-contain either; every scene of `test_pairs` has a held-out pair (and no held-out triple); every scene of
-`test_relations` is two objects in a held-out triple (and no held-out pair). The wording of captions is in
-`scenes_captions`.
+A colour-shape pair is held out if it is in `HELD_OUT_PAIRS`, a triple (shape, relation, shape) by the rule of
+`is_held_out_triple`. `train` and `validation` have neither; every scene of `test_pairs` has a held-out pair
+(and no held-out triple); every scene of `test_relations` is two objects in a held-out triple (and no held-out
+pair).
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ import math
 import numpy as np
 
 from dalle2_jax.data import scenes_captions
-from dalle2_jax.data.scenes_grammar import (
+from dalle2_jax.data.scenes_grammar import (  # noqa: F401  (`scenes` has the grammar's names too)
     BACKGROUNDS,
     COLOURS,
     CONVERSE,
@@ -48,34 +47,6 @@ from dalle2_jax.data.scenes_grammar import (
 from dalle2_jax.data.scenes_shapes import SIGNED_DISTANCE
 from dalle2_jax.data.splitmix import GAMMA, MASK, mix
 
-__all__ = [
-    "BACKGROUNDS",
-    "COLOURS",
-    "HELD_OUT_PAIRS",
-    "KINDS",
-    "PRESETS",
-    "SHAPES",
-    "SPLITS",
-    "Scene",
-    "SceneConfig",
-    "SceneObject",
-    "SizeRange",
-    "Stream",
-    "canonical_triple",
-    "caption",
-    "captions",
-    "evaluation_captions",
-    "evaluation_scenes",
-    "is_held_out_triple",
-    "pairs",
-    "place_name",
-    "preset",
-    "relations_between",
-    "render",
-    "sample_scene",
-    "triples",
-]
-
 KINDS = ("single_seen", "single_heldout", "pair_seen", "pair_heldout_relation")
 
 
@@ -96,7 +67,7 @@ class Stream:
         return low + (high - low) * (self._next() >> 11) * 2.0**-53
 
     def choice(self, options):
-        """One of a sequence, all equally likely."""
+        """One element of a sequence, uniformly."""
         return options[int(self.uniform() * len(options))]
 
     def weighted(self, weights) -> int:
@@ -118,7 +89,7 @@ class Stream:
 
 
 def relations_between(a: SceneObject, b: SceneObject) -> list[str]:
-    """Every relation of `a` to `b` that could be read off the picture (boxes apart on its axis)."""
+    """Every visible relation of `a` to `b`: their boxes are apart on its axis."""
     apart = (a.diameter + b.diameter) / 2
     out = []
     if abs(b.y - a.y) >= apart:
@@ -129,7 +100,7 @@ def relations_between(a: SceneObject, b: SceneObject) -> list[str]:
 
 
 def _place(config: SceneConfig, stream: Stream, names, relations) -> tuple[SceneObject, ...] | None:
-    """Draws sizes and places of a chain of objects, or None if this draw does not fit into the picture."""
+    """Draws sizes and places of a chain of objects; None: they do not fit into the picture."""
     drawn = [stream.choice(config.sizes[len(names) - 1]) for _ in names]
     diameters = [stream.uniform(size.low, size.high) for size in drawn]
     room = 1 - 2 * config.margin
@@ -165,7 +136,8 @@ def _place(config: SceneConfig, stream: Stream, names, relations) -> tuple[Scene
 
 
 def _draw_names(config: SceneConfig, split: str, count: int, stream: Stream):
-    """Draws (colour, shape) of `count` objects and the relations along the chain, as the split wants them."""
+    """Draws (colour, shape) of `count` objects and the relations along the chain, by the rules of the
+    split."""
     seen = pairs(config, False)
     if split == "test_relations":
         a, relation, b = stream.choice(triples(config, True))
@@ -192,10 +164,10 @@ def _has_held_out_triple(objects) -> bool:
 
 
 def twin(config: SceneConfig, scene: Scene, stream: Stream) -> Scene | None:
-    """The scene with one thing said of its objects changed; None if training may contain no such scene.
+    """The scene with one change to its objects; None if training may not contain it.
 
-    Of two objects colour and shape are exchanged (two in five), the shapes alone, or one object gets another
-    shape or colour; a single object gets another shape or colour.
+    Two objects exchange colours and shapes (two in five) or shapes, or one gets another shape or colour; a
+    single object gets another shape or colour.
     """
     names = [(thing.colour, thing.shape) for thing in scene.objects]
     ways = ["shape", "shape", "colour"]
@@ -207,8 +179,7 @@ def twin(config: SceneConfig, scene: Scene, stream: Stream) -> Scene | None:
         if way == "exchange":
             changed = names[::-1]
         elif way == "shapes":
-            (colour_a, shape_a), (colour_b, shape_b) = names
-            changed = [(colour_a, shape_b), (colour_b, shape_a)]
+            changed = [(names[0][0], names[1][1]), (names[1][0], names[0][1])]
         elif way == "shape":
             changed[k] = (names[k][0], stream.choice(config.shapes))
         else:
@@ -226,11 +197,8 @@ def twin(config: SceneConfig, scene: Scene, stream: Stream) -> Scene | None:
 def sample_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> Scene:
     """Scene number `index` of a split: a pure function of its arguments.
 
-    No two objects of a scene share both colour and shape. In three-object scenes a held-out triple is looked
-    for between every two objects, not only between those the caption relates.
-
-    Raises:
-      ValueError: `split` is not one of `SPLITS`, or nothing in `config` satisfies it.
+    No two objects of a scene share both colour and shape. Held-out triples are excluded between all pairs of
+    objects. Raises ValueError if `split` is not one of `SPLITS`, or no scene of `config` satisfies it.
     """
     check_choice(split, SPLITS, "split of scenes")
     if config.twins and split == "train" and index % 2:
@@ -243,7 +211,7 @@ def sample_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> 
             f"split 'test_relations' needs scenes of two objects; config {config.name!r} has one"
         )
     stream = Stream(seed, SPLITS.index(split) + 1, index)
-    # Drawn once: drawing it anew after every rejected scene would make scenes of few objects more frequent.
+    # Drawn once: a new draw after every rejected scene would favour scenes of few objects.
     count = 2 if split == "test_relations" else 1 + stream.weighted(config.count_weights)
     for _ in range(10_000):
         names, relations = _draw_names(config, split, count, stream)
@@ -262,9 +230,9 @@ def sample_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> 
 def render(scene: Scene, image_size: int) -> np.ndarray:
     """Draws a scene, antialiased: uint8 [image_size, image_size, 3] in sRGB, image_size 8..1024.
 
-    Coverage is 1/2 - distance, clipped to [0, 1], with distance in units of 1/256 of the side (or of a
-    pixel, if that is smaller), averaged over the pixel's subsamples. Hence for image_size 16, 32, 64, 128
-    the picture is the area average of the 256-pixel picture up to rounding.
+    Coverage is 1/2 - distance, clipped to [0, 1], with distance in units of 1/256 of the side (or of a pixel,
+    if that is smaller), averaged over the pixel's subsamples. So for image_size 16, 32, 64, 128 the picture
+    is the area average of the 256-pixel picture up to rounding.
     """
     if not 8 <= image_size <= 1024:
         raise ValueError(f"image_size must lie in 8..1024, got {image_size}")
@@ -275,6 +243,7 @@ def render(scene: Scene, image_size: int) -> np.ndarray:
     picture[:] = BACKGROUNDS[scene.background]
     for thing in scene.objects:
         spans = []
+        colour = np.array(COLOURS[thing.colour], np.float32)
         for centre in (thing.x, thing.y):
             low = math.floor((centre - thing.diameter / 2 - reach) * image_size)
             high = math.ceil((centre + thing.diameter / 2 + reach) * image_size)
@@ -287,13 +256,13 @@ def render(scene: Scene, image_size: int) -> np.ndarray:
         if sub > 1:
             coverage = coverage.reshape(y1 - y0, sub, x1 - x0, sub).mean((1, 3))
         window = picture[y0:y1, x0:x1].astype(np.float32)
-        window += coverage[:, :, None] * (np.float32(COLOURS[thing.colour]) - window)
+        window += coverage[:, :, None] * (colour - window)
         picture[y0:y1, x0:x1] = np.rint(window)
     return picture
 
 
 def place_name(thing: SceneObject) -> str | None:
-    """Where an object is ('centre', 'top', 'bottom left', ...), or None where people might disagree."""
+    """The place of an object ('centre', 'top', 'bottom left', ...); None: ambiguous."""
 
     def third(value, low, high):
         if 0.42 <= value <= 0.58:
@@ -310,10 +279,10 @@ def captions(scene: Scene, language: str = "en") -> list[str]:
     """Every caption of a scene, all true of it; the first is the plain one ("a red star above a blue ring").
 
     Args:
-      scene: the drawing; `scene.details` says what captions may name besides objects and relations.
+      scene: the drawing; `scene.details` has the facts in captions besides objects and relations.
       language: 'en' or 'zh'.
     """
-    names = [(thing.colour, thing.shape, None) for thing in scene.objects]
+    names: list[tuple[str, str, str | None]] = [(thing.colour, thing.shape, None) for thing in scene.objects]
     background = scene.background if "background" in scene.details else None
     out = scenes_captions.phrases(names, scene.relations, background, None, language)
     sized = "size" in scene.details
@@ -325,7 +294,7 @@ def captions(scene: Scene, language: str = "en") -> list[str]:
 
 
 def caption(scene: Scene, language: str = "en", index: int = 0) -> str:
-    """Caption number `index` of a scene, counted round: any integer is allowed."""
+    """Caption number `index` of a scene, modulo their number."""
     every = captions(scene, language)
     return every[index % len(every)]
 
@@ -337,10 +306,9 @@ def evaluation_captions(config: SceneConfig, kind: str, n: int, seed: int = 0) -
       kind: 'single_seen' (one object, its colour-shape pair occurs in training), 'single_heldout' (a held-out
         pair), 'pair_seen' (two objects; pairs and triple occur in training), 'pair_heldout_relation' (a
         held-out triple of seen pairs).
-      n: how many. They are distinct as long as the grammar allows, then repeat. Every combination is used
-        once, in random order and in a random wording, before any is used twice; of two objects there are
-        thousands.
-      seed: another seed, another order.
+      n: every combination is used once, in random order and wording, before any is used twice; of two objects
+        there are thousands. Captions repeat only when the grammar has no more.
+      seed: of the order.
     """
     facts = _evaluation_facts(config, kind, n, seed)
     out, used = [], set()
@@ -353,9 +321,9 @@ def evaluation_captions(config: SceneConfig, kind: str, n: int, seed: int = 0) -
 
 
 def evaluation_scenes(config: SceneConfig, kind: str, n: int, copies: int, seed: int = 0) -> list[Scene]:
-    """`copies` scenes of each of the captions that `evaluation_captions` gives for the other arguments.
+    """`copies` scenes of each caption of `evaluation_captions` with these arguments.
 
-    What a caption does not say (sizes, places, perhaps the background) is drawn as in the splits.
+    Facts that a caption does not name (sizes, places, perhaps the background) are drawn as in the splits.
     """
     facts, found = _evaluation_facts(config, kind, n, seed), []
     for k in range(n):
@@ -376,6 +344,7 @@ def _evaluation_facts(config: SceneConfig, kind: str, n: int, seed: int) -> list
     check_choice(kind, KINDS, "kind of evaluation captions")
     stream = Stream(seed, 1000 + KINDS.index(kind))
     seen = pairs(config, False)
+    combos: list[tuple[tuple, tuple]]
     if kind.startswith("single"):
         combos = [((pair,), ()) for pair in pairs(config, kind == "single_heldout")]
     else:

@@ -1,14 +1,14 @@
-"""The dataset `scenes` as TFRecord files: drawn on this machine, nothing is downloaded.
+"""The dataset `scenes` as TFRecord files, drawn on this machine.
 
 A config is a preset of the grammar at one picture size, such as 'quickstart_64'; example i of a split is
-`scenes.sample_scene(preset, split, i)`, in that order, so pictures of one scene at different sizes agree.
-`caption` and `caption_zh` are the plain wordings, `captions` and `captions_zh` all of them, `scene` is
-`Scene.to_json()`. The files are those that tensorflow-datasets would write, and it can read them: their
-names, sizes and records are the same, and so is what describes them.
+`scenes.sample_scene(preset, split, i)`, so pictures of one scene at different sizes agree. `caption` and
+`caption_zh` are the plain wordings, `captions` and `captions_zh` all of them, `scene` is `Scene.to_json()`.
+Files and descriptions are the ones that tensorflow-datasets would write, which can read them.
 """
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -19,16 +19,15 @@ from PIL import Image
 from dalle2_jax.data import examples, scenes
 
 VERSION = "4.1.0"  # changes when a preset or the renderer does
-# Examples in each of validation, test_pairs and test_relations, where a config says nothing else.
-HELD_OUT_EXAMPLES = 512
+HELD_OUT_EXAMPLES = 512  # in each of validation, test_pairs and test_relations, by default
 _MIN_SHARD_BYTES = 64 << 20  # tensorflow-datasets' rule; no split comes near its largest shard, 1 GiB
 _OVERHEAD_BYTES = 16  # of a record in a TFRecord file: its length and two checksums
-_FEATURES = "tensorflow_datasets.core.features"
 
 
 @dataclasses.dataclass(frozen=True)
 class ScenesConfig:
-    """`preset` of `scenes` at `image_size`, `num_examples` to train on, `num_held_out` in each split else."""
+    """A preset of `scenes` at `image_size`, with `num_examples` in train and `num_held_out` in other
+    splits."""
 
     preset: str
     image_size: int
@@ -56,14 +55,8 @@ def write(name: str, folder: str) -> None:
     splits = []
     for split in scenes.SPLITS:
         lengths, num_bytes = _write_split(CONFIGS[name], split, folder)
-        splits.append(
-            {
-                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-                "name": split,
-                "numBytes": str(num_bytes),
-                "shardLengths": [str(length) for length in lengths],
-            }
-        )
+        entry = {"filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "name": split}
+        splits.append(entry | {"numBytes": str(num_bytes), "shardLengths": list(map(str, lengths))})
     size = CONFIGS[name].image_size
     info = {
         "configDescription": f"preset {CONFIGS[name].preset!r} at {size} x {size}",
@@ -81,40 +74,36 @@ def write(name: str, folder: str) -> None:
 
 
 def _features(size: int) -> dict:
-    """What tensorflow-datasets writes of the features: their types."""
-    text = {"pythonClassName": f"{_FEATURES}.text_feature.Text", "text": {}}
-    texts = {
-        "pythonClassName": f"{_FEATURES}.sequence_feature.Sequence",
-        "sequence": {"feature": text, "length": "-1"},
-    }
+    """The features' types, in tensorflow-datasets' format."""
+
+    def feature(name: str, key: str, content: dict) -> dict:
+        return {"pythonClassName": f"tensorflow_datasets.core.features.{name}", key: content}
+
+    text = feature("text_feature.Text", "text", {})
+    texts = feature("sequence_feature.Sequence", "sequence", {"feature": text, "length": "-1"})
     shape = {"dimensions": [str(size), str(size), "3"]}
-    image = {
-        "image": {"dtype": "uint8", "encodingFormat": "png", "shape": shape},
-        "pythonClassName": f"{_FEATURES}.image_feature.Image",
-    }
-    features = {"caption": text, "caption_zh": text, "captions": texts, "captions_zh": texts}
-    return {
-        "featuresDict": {"features": {**features, "image": image, "scene": text}},
-        "pythonClassName": f"{_FEATURES}.features_dict.FeaturesDict",
-    }
+    image = {"dtype": "uint8", "encodingFormat": "png", "shape": shape}
+    features = {"caption": text, "caption_zh": text, "captions": texts, "captions_zh": texts, "scene": text}
+    features["image"] = feature("image_feature.Image", "image", image)
+    return feature("features_dict.FeaturesDict", "featuresDict", {"features": features})
 
 
 def _write_split(config: ScenesConfig, split: str, folder: str) -> tuple[list[int], int]:
     """Write the shards of a split. Returns (their numbers of records, the bytes of all records)."""
-    ends, whole = [0], os.path.join(folder, f"{split}.partial")
-    with open(whole, "wb") as file:  # the number of shards, which is in their names, follows from its size
+    ends, partial = [0], os.path.join(folder, f"{split}.partial")
+    with open(partial, "wb") as file:  # the number of shards, in their names, follows from its size
         for example in examples_of(config, split):
             ends.append(ends[-1] + file.write(examples.tfrecord(examples.serialize(example))))
     count = len(ends) - 1
     num_shards = _num_shards(ends[-1], count)
     firsts = [round(count * shard / num_shards) for shard in range(num_shards + 1)]
-    with open(whole, "rb") as file:
-        for shard, (first, last) in enumerate(zip(firsts, firsts[1:], strict=False)):
+    with open(partial, "rb") as file:
+        for shard, (first, last) in enumerate(itertools.pairwise(firsts)):
             name = f"scenes-{split}.tfrecord-{shard:05d}-of-{num_shards:05d}"
             with open(os.path.join(folder, name), "wb") as out:
                 _copy(file, out, ends[last] - ends[first])
-    os.remove(whole)
-    lengths = [last - first for first, last in zip(firsts, firsts[1:], strict=False)]
+    os.remove(partial)
+    lengths = [last - first for first, last in itertools.pairwise(firsts)]
     return lengths, ends[-1] - count * _OVERHEAD_BYTES
 
 
@@ -128,15 +117,13 @@ def _copy(file, out, size: int) -> None:
 
 
 def _num_shards(num_bytes: int, count: int) -> int:
-    """How many shards tensorflow-datasets makes: a power of two, each of at least 64 MiB."""
-    for num_shards in (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2):
-        if num_shards <= num_bytes // _MIN_SHARD_BYTES and num_shards <= count:
-            return num_shards
-    return 1
+    """tensorflow-datasets' number of shards: a power of two up to 1024, each of at least 64 MiB."""
+    most = max(1, min(num_bytes // _MIN_SHARD_BYTES, count))
+    return min(1024, 1 << most.bit_length() - 1)
 
 
 def examples_of(config: ScenesConfig, split: str) -> Iterator[dict[str, list[bytes]]]:
-    """Yield {field: values} of the examples of a split, in their order."""
+    """Yield {field: values} of the examples of a split."""
     preset = scenes.preset(config.preset)
     for index in range(config.num_examples if split == "train" else config.num_held_out):
         scene = scenes.sample_scene(preset, split, index)
@@ -154,7 +141,7 @@ def examples_of(config: ScenesConfig, split: str) -> Iterator[dict[str, list[byt
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """A picture uint8 [H, W, 3] as a PNG, packed for speed rather than size."""
+    """A picture uint8 [H, W, 3] as a PNG, compressed fast."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "png", compress_level=1)
     return file.getvalue()

@@ -1,66 +1,34 @@
-"""What `scenes` may say about a drawing, in English and Chinese.
+"""The captions of `scenes`, in English and Chinese.
 
-`phrases` lists every wording of the same facts: the plain one first, then the other wordings that name
-objects and relations alone, then those that also name the background (about a third of all). Every wording
-names every object and every relation. In a chain of three, A r B s C, the relations are r between A and B,
-s between B and C.
+`phrases` lists every wording of the same facts: the plain one, other wordings of objects and relations, then
+those with the background (about a third). Every wording names every object and every relation. In a chain of
+three, A r B s C, the relations are r between A and B, s between B and C.
 """
+
+from dalle2_jax.data.scenes_grammar import BACKGROUNDS, COLOURS, CONVERSE, SHAPES
 
 LANGUAGES = ("en", "zh")
 
-_COLOURS_ZH = {
-    "red": "红色",
-    "orange": "橙色",
-    "yellow": "黄色",
-    "green": "绿色",
-    "cyan": "青色",
-    "blue": "蓝色",
-    "purple": "紫色",
-    "pink": "粉色",
-    "white": "白色",
-    "black": "黑色",
-    "grey": "灰色",
-    "brown": "棕色",
-}
-_SHAPES_ZH = {
-    "circle": "圆形",
-    "square": "正方形",
-    "triangle": "三角形",
-    "star": "五角星",
-    "ring": "圆环",
-    "cross": "十字",
-    "heart": "心形",
-    "diamond": "菱形",
-}
+_COLOURS_ZH = dict(zip(COLOURS, "红色 橙色 黄色 绿色 青色 蓝色 紫色 粉色".split(), strict=True))
+_COLOURS_ZH |= dict(zip(BACKGROUNDS, "白色 黑色 灰色 棕色".split(), strict=True))
+_SHAPES_ZH = dict(zip(SHAPES, "圆形 正方形 三角形 五角星 圆环 十字 心形 菱形".split(), strict=True))
 _SIZES_ZH = {"small": "小的", "medium": "中等大小的", "large": "大的"}
-_CONVERSE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 # Where B is, seen from A, if A <relation> B.
 _ITS_SIDE = {"above": "below it", "below": "above it", "left of": "to its right", "right of": "to its left"}
 _LONG = {"above": "above", "below": "below", "left of": "to the left of", "right of": "to the right of"}
 _SHORT = {"above": "over", "below": "under", "left of": "left of", "right of": "right of"}
 _SIDE_ZH = {"above": "上方", "below": "下方", "left of": "左边", "right of": "右边"}
 _SIDE_ZH_2 = {"above": "上面", "below": "下面", "left of": "左侧", "right of": "右侧"}
-_PLACES_EN = {
-    "centre": "in the centre",
-    "top": "at the top",
-    "bottom": "at the bottom",
-    "left": "on the left",
-    "right": "on the right",
-    "top left": "in the top left corner",
-    "top right": "in the top right corner",
-    "bottom left": "in the bottom left corner",
-    "bottom right": "in the bottom right corner",
-}
-_PLACES_ZH = {
-    "centre": "中央",
-    "top": "顶部",
-    "bottom": "底部",
-    "left": "左边",
-    "right": "右边",
-    "top left": "左上角",
-    "top right": "右上角",
-    "bottom left": "左下角",
-    "bottom right": "右下角",
+_PLACES = {
+    "centre": ("in the centre", "中央"),
+    "top": ("at the top", "顶部"),
+    "bottom": ("at the bottom", "底部"),
+    "left": ("on the left", "左边"),
+    "right": ("on the right", "右边"),
+    "top left": ("in the top left corner", "左上角"),
+    "top right": ("in the top right corner", "右上角"),
+    "bottom left": ("in the bottom left corner", "左下角"),
+    "bottom right": ("in the bottom right corner", "右下角"),
 }
 
 
@@ -78,17 +46,18 @@ def _english(nouns, relations, background, place):
             f"one {nouns[0]}",
             f"a drawing of {a[0]}",
             f"there is {a[0]}",
+            f"the picture shows {a[0]}",
+            f"an image of {a[0]}",
         ]
-        plain += [f"the picture shows {a[0]}", f"an image of {a[0]}"]
         if place:
-            plain += [f"{a[0]} {_PLACES_EN[place]}", f"{nouns[0]} {_PLACES_EN[place]}"]
+            plain += [f"{a[0]} {_PLACES[place][0]}", f"{nouns[0]} {_PLACES[place][0]}"]
     elif len(relations) == 1:
         r = relations[0]
         plain = [
             f"{a[0]} {_LONG[r]} {a[1]}",
             f"{nouns[0]} {_SHORT[r]} {nouns[1]}",
             f"a picture of {a[0]} with {a[1]} {_ITS_SIDE[r]}",
-            f"{a[1]} {_LONG[_CONVERSE[r]]} {a[0]}",
+            f"{a[1]} {_LONG[CONVERSE[r]]} {a[0]}",
             f"{a[0]} is {_SHORT[r]} {a[1]}",
             f"a drawing of {a[0]} {_LONG[r]} {a[1]}",
             f"there is {a[0]} and {_ITS_SIDE[r]} {a[1]}",
@@ -97,10 +66,10 @@ def _english(nouns, relations, background, place):
     else:
         r, s = relations
         plain = [
-            f"{a[0]} {_LONG[r]} {a[1]}, and {a[2]} {_LONG[_CONVERSE[s]]} the {nouns[1]}",
+            f"{a[0]} {_LONG[r]} {a[1]}, and {a[2]} {_LONG[CONVERSE[s]]} the {nouns[1]}",
             f"{a[0]} {_LONG[r]} {a[1]} which is {_LONG[s]} {a[2]}",
             f"{nouns[0]} {_SHORT[r]} {nouns[1]}, {nouns[1]} {_SHORT[s]} {nouns[2]}",
-            f"a picture of {a[0]} {_LONG[r]} {a[1]}, with {a[2]} {_LONG[_CONVERSE[s]]} the {nouns[1]}",
+            f"a picture of {a[0]} {_LONG[r]} {a[1]}, with {a[2]} {_LONG[CONVERSE[s]]} the {nouns[1]}",
             f"the {nouns[0]} is {_LONG[r]} the {nouns[1]} and the {nouns[1]} is {_LONG[s]} the {nouns[2]}",
         ]
     if background is None:
@@ -129,30 +98,30 @@ def _chinese(nouns, relations, background, place):
             f"这里有{one[0]}",
         ]
         if place:
-            plain += [f"{one[0]}在画面{_PLACES_ZH[place]}", f"画面{_PLACES_ZH[place]}有{one[0]}"]
+            plain += [f"{one[0]}在画面{_PLACES[place][1]}", f"画面{_PLACES[place][1]}有{one[0]}"]
     elif len(relations) == 1:
         r = relations[0]
         plain = [
             f"{one[0]}在{one[1]}的{_SIDE_ZH[r]}",
             f"{nouns[0]}在{nouns[1]}{_SIDE_ZH[r]}",
             f"{nouns[1]}的{_SIDE_ZH[r]}有{one[0]}",
-            f"{one[1]}在{one[0]}的{_SIDE_ZH_2[_CONVERSE[r]]}",
-            f"图中有{one[0]},它的{_SIDE_ZH[_CONVERSE[r]]}是{one[1]}",
+            f"{one[1]}在{one[0]}的{_SIDE_ZH_2[CONVERSE[r]]}",
+            f"图中有{one[0]},它的{_SIDE_ZH[CONVERSE[r]]}是{one[1]}",
             f"画着{one[0]},位于{one[1]}{_SIDE_ZH_2[r]}",
         ]
     else:
         r, s = relations
         plain = [
-            f"{one[0]}在{one[1]}的{_SIDE_ZH[r]},{one[2]}在{nouns[1]}的{_SIDE_ZH[_CONVERSE[s]]}",
+            f"{one[0]}在{one[1]}的{_SIDE_ZH[r]},{one[2]}在{nouns[1]}的{_SIDE_ZH[CONVERSE[s]]}",
             f"{nouns[0]}在{nouns[1]}{_SIDE_ZH[r]},{nouns[1]}在{nouns[2]}{_SIDE_ZH[s]}",
-            f"图中有{one[1]},{nouns[1]}的{_SIDE_ZH_2[r]}是{one[0]},{nouns[1]}的{_SIDE_ZH_2[_CONVERSE[s]]}是{one[2]}",
+            f"图中有{one[1]},{nouns[1]}的{_SIDE_ZH_2[r]}是{one[0]},{nouns[1]}的{_SIDE_ZH_2[CONVERSE[s]]}是{one[2]}",
         ]
     if background is None:
         return plain
     described = [f"{_COLOURS_ZH[background]}背景上,{plain[0]}", f"{plain[1]},{_COLOURS_ZH[background]}背景"]
     if len(relations) < 2:
         described.append(f"{plain[3]},背景是{_COLOURS_ZH[background]}")
-    return [text.replace(",", "，") for text in plain + described]
+    return plain + described
 
 
 def phrases(objects, relations, background=None, place=None, language="en") -> list[str]:
@@ -161,8 +130,8 @@ def phrases(objects, relations, background=None, place=None, language="en") -> l
     Args:
       objects: (colour, shape, size or None) of one to three objects.
       relations: one entry fewer than objects: how object k stands to object k + 1.
-      background: its name, or None if no caption is to name it.
-      place: of a single object ('top left', 'centre', ...), or None.
+      background: its name; None: no caption names it.
+      place: of a single object ('top left', 'centre', ...); None: no caption names it.
       language: 'en' or 'zh'.
     """
     if language not in LANGUAGES:

@@ -1,9 +1,4 @@
-"""The grammar of `scenes`: colours, shapes, relations, presets, and which combinations training never sees.
-
-A colour-shape pair is held out if it is in `HELD_OUT_PAIRS`. A triple (shape, relation, shape) is held out
-by the rule in `is_held_out_triple`. Everything here is data and plain functions of it; drawing and sampling
-are in `scenes`.
-"""
+"""The grammar of `scenes`: colours, shapes, relations, presets, and the combinations held out of training."""
 
 import dataclasses
 import functools
@@ -32,27 +27,19 @@ SPLITS = ("train", "validation", "test_pairs", "test_relations")
 
 # One pair for each colour and one for each shape, an eighth of all 64; five of them are among the 36 of the
 # preset 'quickstart'.
-HELD_OUT_PAIRS = (
-    ("red", "ring"),
-    ("orange", "heart"),
-    ("yellow", "star"),
-    ("green", "square"),
-    ("cyan", "circle"),
-    ("blue", "triangle"),
-    ("purple", "cross"),
-    ("pink", "diamond"),
-)
+_HELD_OUT_SHAPES = ("ring", "heart", "star", "square", "circle", "triangle", "cross", "diamond")
+HELD_OUT_PAIRS = tuple(zip(COLOURS, _HELD_OUT_SHAPES, strict=True))
 
 
 def canonical_triple(shape_a: str, relation: str, shape_b: str) -> tuple[str, str, str]:
-    """The same fact said with `above` or `left of`: (a, below, b) is (b, above, a)."""
+    """The same fact with `above` or `left of`: (a, below, b) is (b, above, a)."""
     if relation in ("below", "right of"):
         return shape_b, CONVERSE[relation], shape_a
     return shape_a, relation, shape_b
 
 
 def is_held_out_triple(shape_a: str, relation: str, shape_b: str) -> bool:
-    """Whether a relation between two shapes never occurs in training.
+    """Whether a relation between two shapes is held out of training.
 
     With i and j the places of the two shapes in `SHAPES` and r = 0 for above, 1 for left of (after
     `canonical_triple`), a triple is held out when 3 i + 7 j + 5 r = 4 (mod 10).
@@ -82,22 +69,21 @@ class SizeRange:
 
 @dataclasses.dataclass(frozen=True)
 class SceneConfig:
-    """What scenes may contain.
+    """The contents of scenes.
 
     Attributes:
-      name: name of the preset; part of the data set's identity.
+      name: of the preset; part of the dataset's identity.
       count_weights: probability of 1, 2, 3 objects; its length is the largest number of objects.
       colours, shapes, backgrounds: names from `COLOURS`, `SHAPES`, `BACKGROUNDS`.
       sizes: for 1, 2, 3 objects the ranges a diameter is drawn from (one of them at random, then uniformly).
-      details: which of `DETAILS` captions may name besides objects and relations.
+      details: the `DETAILS` that captions may name besides objects and relations.
       margin: least distance of an object's box from the picture's edge, fraction of the side.
       gap: least distance between two objects' boxes along the axis of their relation, fraction of the side.
       lean: largest offset across a relation's axis, as a fraction of the offset along it.
       spread: largest distance of the objects' common box from the middle of the picture along an axis,
         fraction of the side.
-      twins: whether every second scene of `train` is, where it can be, the one before it with its two objects
-        exchanged or one colour or shape changed: a hard negative, without which a contrastive model hardly
-        learns which object is which.
+      twins: whether every second scene of `train` is, if possible, a `twin` of the one before it: a hard
+        negative, without which a contrastive model hardly learns the order of objects.
     """
 
     name: str
@@ -114,21 +100,15 @@ class SceneConfig:
     twins: bool = False
 
     def __post_init__(self):
-        for field, choices in (
-            ("colours", COLOURS),
-            ("shapes", SHAPES),
-            ("backgrounds", BACKGROUNDS),
-            ("details", DETAILS),
-        ):
+        fields = dict(colours=COLOURS, shapes=SHAPES, backgrounds=BACKGROUNDS, details=DETAILS)
+        for field, choices in fields.items():
             for value in getattr(self, field):
                 check_choice(value, choices, f"{field} entry")
-        if not 1 <= len(self.count_weights) <= 3:
-            raise ValueError(f"count_weights must have 1 to 3 entries, got {len(self.count_weights)}")
-        if len(self.sizes) != len(self.count_weights):
-            raise ValueError(
-                f"sizes must have one entry for each entry of count_weights ({len(self.count_weights)}), "
-                f"got {len(self.sizes)}"
-            )
+        count = len(self.count_weights)
+        if not 1 <= count <= 3:
+            raise ValueError(f"count_weights must have 1 to 3 entries, got {count}")
+        if len(self.sizes) != count:
+            raise ValueError(f"sizes must have one entry for each of {count} weights, got {len(self.sizes)}")
 
     @property
     def max_objects(self) -> int:
@@ -152,7 +132,7 @@ class SceneObject:
 class Scene:
     """A drawing: `relations[k]` says how `objects[k]` stands to `objects[k + 1]`.
 
-    `details` are the entries of `DETAILS` that captions of this scene may name.
+    `details` are the `DETAILS` that its captions may name.
     """
 
     objects: tuple[SceneObject, ...]
@@ -168,16 +148,12 @@ class Scene:
     def from_json(text: str) -> "Scene":
         """The scene that `to_json` wrote."""
         fields = json.loads(text)
-        return Scene(
-            objects=tuple(SceneObject(**entry) for entry in fields["objects"]),
-            relations=tuple(fields["relations"]),
-            background=fields["background"],
-            details=tuple(fields["details"]),
-        )
+        objects = tuple(SceneObject(**entry) for entry in fields["objects"])
+        return Scene(objects, tuple(fields["relations"]), fields["background"], tuple(fields["details"]))
 
 
-# Objects are large and near the middle because the base picture of the smallest cascade has 16 x 16 pixels (a
-# ring of diameter 0.4 there has a hole of three) and is learned in minutes.
+# Objects are large and central, because the smallest cascade's base picture has 16 x 16 pixels (a ring of
+# diameter 0.4 has a hole of three) and is learned in minutes.
 _QUICKSTART = SceneConfig(
     name="quickstart",
     count_weights=(0.35, 0.65),
@@ -189,11 +165,7 @@ _QUICKSTART = SceneConfig(
     spread=0.05,
     twins=True,
 )
-_FULL_SIZES = (
-    SizeRange("small", 0.14, 0.18),
-    SizeRange("medium", 0.22, 0.27),
-    SizeRange("large", 0.32, 0.38),
-)
+_FULL_SIZES = SizeRange("small", 0.14, 0.18), SizeRange("medium", 0.22, 0.27), SizeRange("large", 0.32, 0.38)
 _FULL = SceneConfig(
     name="full",
     count_weights=(0.3, 0.4, 0.3),
@@ -214,14 +186,14 @@ def preset(name: str) -> SceneConfig:
 
 @functools.cache
 def pairs(config: SceneConfig, held_out: bool) -> tuple[tuple[str, str], ...]:
-    """The (colour, shape) pairs of `config` that are held out, or those that are not."""
+    """The (colour, shape) pairs of `config` that are held out, or the others."""
     every = [(colour, shape) for colour in config.colours for shape in config.shapes]
     return tuple(pair for pair in every if (pair in HELD_OUT_PAIRS) == held_out)
 
 
 @functools.cache
 def triples(config: SceneConfig, held_out: bool) -> tuple[tuple[str, str, str], ...]:
-    """The canonical (shape, relation, shape) triples of `config` that are held out, or those that are not."""
+    """The canonical (shape, relation, shape) triples of `config` that are held out, or the others."""
     every = [
         (a, relation, b) for a in config.shapes for relation in ("above", "left of") for b in config.shapes
     ]

@@ -1,4 +1,4 @@
-"""The settings of a dataset of batches: what `config.data` holds, and what a run adds for its stage."""
+"""The settings of a dataset of batches: those of `config.data`, and those that a run adds for its stage."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,10 +11,9 @@ from dalle2_jax.data.sources import SourceSettings
 from dalle2_jax.data.transforms import Views
 from dalle2_jax.runtime import batch
 
-# The fields of `batch.FIELDS` that can be read: frozen networks compute others.
+# The fields of `batch.FIELDS` that a dataset has; frozen networks compute others.
 FIELDS = (
     "image",
-    "clip_image",
     "low_res",
     "crop_yx",
     "tokens",
@@ -24,35 +23,26 @@ FIELDS = (
     "label",
 )
 TEXT = ("tokens", "token_mask")
-# A field that is cut from a picture -> the setting with its side.
-SIDES = dict(image="image_size", clip_image="clip_image_size", low_res="low_res_size", crop_yx="crop_size")
+# A field that is cut from a picture -> the setting with its side; `image_sizes` has those of OWNER.image.
+SIDES = dict(image="image_size", low_res="low_res_size", crop_yx="crop_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataSettings(SourceSettings):
-    """Which records (`SourceSettings`), and the batches that are made of them.
+class DataSettings(SourceSettings, Views):
+    """The records (`SourceSettings`) and the batches to make of them.
 
-    fields: what batches hold, of `FIELDS`.
+    fields: the fields of batches, of `FIELDS`; OWNER.image is a picture for the frozen stage OWNER.
     image_size ... flip: see `transforms.Views`. A record whose captions name sides is never mirrored.
-    language: whose captions: 'en', 'zh', ..., or 'any' for all of them mixed.
-    tokenizer: needed for tokens and token_mask.
+    language: of captions: 'en', 'zh', ..., or 'any' for all, mixed.
+    tokenizer: for tokens and token_mask.
     seed: of order and augmentation.
-    max_bad_fraction: share of unusable records above which the run stops; 0 stops at the first.
-    num_workers: threads that read.
-    group: so many successive records stay together in the shuffled order; see `order`.
-    classes: names of the classes of field label; see `pipeline.label_of`.
+    max_bad_fraction: share of unusable records above which the run stops; 0: at the first.
+    num_workers: reading threads.
+    group: the number of successive records that stay together in the shuffled order; see `order`.
+    classes: names of the classes of the field label; see `pipeline.label_of`.
     """
 
     fields: tuple[str, ...] = ()
-    image_size: int | None = None
-    clip_image_size: int | None = None
-    low_res_size: int | None = None
-    crop_size: int | None = None
-    low_res_blur: float = 0.0
-    low_res_blur_sigma: float = 0.6
-    low_res_bsr: str = ""
-    random_crop: bool = False
-    flip: bool = False
     language: str = "en"
     tokenizer: Any = None
     seed: int = 0
@@ -62,36 +52,37 @@ class DataSettings(SourceSettings):
     classes: Sequence[str] = ()
 
     def has(self, *names: str) -> bool:
-        """Whether batches hold any of these fields."""
+        """Whether batches have any of these fields."""
         return bool(set(names) & set(self.fields))
 
     @property
+    def pictures(self) -> tuple[str, ...]:
+        """The fields that are cut from a picture."""
+        return tuple(name for name in self.fields if name in SIDES or name.endswith(".image"))
+
+    @property
     def views(self) -> Views:
-        """The pictures to make of each."""
-        return Views(
+        """The pictures to make of each record."""
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(Views)}
+        sides = dict(
             image_size=self.image_size if self.has("image", "low_res", "crop_yx") else None,
-            clip_image_size=self.clip_image_size if self.has("clip_image") else None,
+            image_sizes={name: side for name, side in self.image_sizes.items() if self.has(name)},
             low_res_size=self.low_res_size if self.has("low_res") else None,
-            crop_size=self.crop_size,
-            low_res_blur=self.low_res_blur,
-            low_res_blur_sigma=self.low_res_blur_sigma,
-            low_res_bsr=self.low_res_bsr,
-            random_crop=self.random_crop,
-            flip=self.flip,
         )
+        return Views(**settings | sides)
 
     def check(self) -> None:
-        """Raise ValueError for a setting that is unknown, missing or impossible; it says what to change."""
+        """Raise ValueError, with a remedy, for an unknown, missing or impossible setting."""
         if self.group < 1:
             raise ValueError(f"data.group={self.group} must be at least 1, which keeps no records together")
         if self.has("label") and len(set(self.classes)) < 2:
             raise ValueError("field label needs data.classes, two or more names that captions hold")
         for field in self.fields:
-            if field not in FIELDS:
+            if field not in FIELDS and not field.endswith(".image"):
                 raise ValueError(f"field {field!r} is unknown" + did_you_mean(field, FIELDS))
-        for field, side in SIDES.items():
-            if self.has(field) and not getattr(self, side):
-                raise ValueError(f"field {field!r} needs {side}")
+            side = getattr(self, SIDES[field]) if field in SIDES else self.image_sizes.get(field)
+            if field in self.pictures and not side:
+                raise ValueError(f"field {field!r} needs {SIDES.get(field, f'image_sizes[{field!r}]')}")
         if self.has("low_res", "crop_yx") and not self.image_size:
             raise ValueError("low_res and crop_yx need image_size, the side of the full picture")
         if self.image_size and max(self.low_res_size or 0, self.crop_size or 0) > self.image_size:
@@ -108,7 +99,7 @@ class DataSettings(SourceSettings):
         if bsr not in ("", *BSR):
             hint = did_you_mean(bsr, BSR)
             raise ValueError(f"low_res_bsr {bsr!r} must be '' or one of {', '.join(BSR)}{hint}")
-        if bsr and (blur or self.image_size % self.low_res_size):
+        if bsr and (blur or (self.image_size or 0) % (self.low_res_size or 1)):
             raise ValueError(
                 f"low_res_bsr replaces low_res_blur ({blur}) and shrinks by a whole number "
                 f"({self.image_size} -> {self.low_res_size}): set low_res_blur=0"
@@ -117,25 +108,24 @@ class DataSettings(SourceSettings):
             raise ValueError(f"low_res_blur {blur} is a probability, low_res_blur_sigma {sigma} above 0")
 
     def check_source(self, source: RecordSource) -> None:
-        """Raise ValueError for a field that the source of these settings does not have."""
-        there = source.embed_dims
+        """Raise ValueError for a field that the source does not have."""
+        embeddings = source.embed_dims
         for field in self.fields:
-            if batch.field(field).kind == "embedding" and field not in there:
+            if batch.field(field).kind == "embedding" and field not in embeddings:
                 raise ValueError(
-                    f"field {field!r} is not in the dataset (there is {sorted(there) or 'none'}); "
+                    f"field {field!r} is not in the dataset (there is {sorted(embeddings) or 'none'}); "
                     "set data.embeddings to a folder of embeddings, or compute it with a CLIP"
                 )
-        asked = sorted(SIDES.keys() & set(self.fields))
-        if asked and not source.has_images:
-            raise ValueError(f"source {self.source!r} holds no images, but {asked} are asked for")
+        cut = sorted(self.pictures)
+        if cut and not source.has_images:
+            raise ValueError(f"source {self.source!r} holds no images, but {cut} are needed")
 
     def shapes(self, source: RecordSource) -> dict[str, tuple[str, tuple[int, ...]]]:
         """{field: (dtype, shape of one record)} of batches, `index` last."""
         views = self.views
         length = self.tokenizer.context_length if self.tokenizer else None
-        shapes = {
+        shapes: dict[str, tuple[Any, ...]] = {
             "image": ((views.crop_size or views.image_size,) * 2 + (3,)),
-            "clip_image": ((views.clip_image_size,) * 2 + (3,)),
             "low_res": ((views.low_res_size,) * 2 + (3,)),
             "crop_yx": (2,),
             "tokens": (length,),
@@ -144,7 +134,7 @@ class DataSettings(SourceSettings):
             "text_embed": (source.embed_dims.get("text_embed"),),
             "label": (),
             "index": (),
-        }
+        } | {name: (side, side, 3) for name, side in views.image_sizes.items()}
         types = {name: batch.field(name).dtype for name in shapes}
         if views.degrades:
             types["low_res"] = "float32"

@@ -1,9 +1,7 @@
-"""Shards as img2dataset writes them: tar files of KEY.jpg|png|webp, KEY.txt, KEY.json, or TFRecord files.
+"""img2dataset's shards: tar files of KEY.jpg|png|webp, KEY.txt, KEY.json, or TFRecord files.
 
-KEY is what stands before the last dot, which a known extension follows: `v1.3.png` is the picture of `v1.3`.
-
-What a caption's language is follows from the name of its field: `caption`, `text` and `.txt` are 'en',
-`caption_zh` is 'zh', `caption_xx` is 'xx'.
+KEY ends at the last dot before the extension: `v1.3.png` is the picture of `v1.3`. The name of a caption's
+field gives its language: `caption`, `text` and `.txt` are 'en', `caption_xx` is 'xx'.
 """
 
 import codecs
@@ -14,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -23,13 +22,13 @@ from dalle2_jax.data.examples import Example
 from dalle2_jax.data.find import find_files
 from dalle2_jax.data.records import BadRecord, Record
 
-_MAX_COUNT = 1 << 48  # of samples that a manifest may say a shard has
-_NEAR = 4096  # bytes between a name and its picture that are read with both
+_MAX_COUNT = 1 << 48  # samples of a shard in a manifest
+_NEAR = 4096  # a name and its picture are read at once if at most so many bytes apart
 _CAPTION_FIELD = re.compile(r"(?:caption|captions|text|txt)(?:_([a-z]{2,3}))?(?:/text|/raw)?")
 
 
 def language_of(field: str) -> str | None:
-    """The language of a caption field by its name, or None where the name is not a caption's."""
+    """The language of a caption field by its name; None: no caption field."""
     match = _CAPTION_FIELD.fullmatch(field)
     return (match.group(1) or "en") if match else None
 
@@ -44,10 +43,10 @@ def decode_caption(data: bytes) -> str:
 
 
 def encodable(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair that stands alone, so that UTF-8 can hold it.
+    """The text with U+FFFD for each lone surrogate, so that UTF-8 can encode it; pairs become their
+    character.
 
-    JSON's escapes (`\\ud83d`), file names and command lines in other encodings bring such halves. Two halves
-    that make a pair become their character.
+    Surrogates come from JSON's escapes (`\\ud83d`), and from file names and command lines in other encodings.
     """
     try:
         text.encode("utf-8")
@@ -57,12 +56,12 @@ def encodable(text: str) -> str:
 
 
 def clean_caption(text: str) -> str:
-    """A caption as it enters: `encodable`, without a byte-order mark before it or white space around it."""
+    """The caption `encodable`, without a byte-order mark before it or white space around it."""
     return encodable(text).strip().removeprefix("\ufeff").strip()
 
 
 def add_caption(captions: dict[str, list[str]], language: str, text: str) -> None:
-    """Add a caption, cleaned by `clean_caption`, that is neither blank nor there already."""
+    """Add a caption, cleaned by `clean_caption`, unless it is blank or a duplicate."""
     text = clean_caption(text)
     if text and text not in captions.setdefault(language, []):
         captions[language].append(text)
@@ -74,10 +73,7 @@ def freeze(captions: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
 
 
 def _expected(path: str) -> int | None:
-    """How many samples the `_stats.json` that img2dataset writes beside a shard counts.
-
-    None where it counts none, or more than a file can hold.
-    """
+    """The number of samples in img2dataset's `_stats.json` beside a shard; None: no valid number."""
     stats = os.path.splitext(path)[0] + "_stats.json"
     try:
         with open(stats, encoding="utf-8") as file:
@@ -88,10 +84,10 @@ def _expected(path: str) -> int | None:
 
 
 def _with_manifest(path: str, index: records.Index, has_end_mark: bool) -> records.Index:
-    """The index of a file after a look at its `_stats.json`, if it has one.
+    """The index of a file compared with its `_stats.json`, if any.
 
-    A file without records is damaged, unless it is whole and `_stats.json` counts none. One with fewer than
-    are counted is damaged where its format has no end mark; where it has, the samples were lost before.
+    A file without records is damaged, unless it is intact and `_stats.json` counts none. A file with fewer
+    records than counted is damaged if its format has no end mark; else the samples were lost earlier.
     """
     expected, count = _expected(path), len(index.rows)
     refused, passed, found = dict(index.refused), dict(index.passed), index.damage
@@ -126,39 +122,39 @@ def _open_files(
 
 
 def _root(paths: Sequence[str]) -> str:
-    """The folder that all of these files lie in."""
+    """The common folder of these files."""
     return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
 
 
-class _Indexed:
-    """What tar and TFRecord sources share: the rows of all files, and which file each comes from."""
-
-    has_images, clip_sha256 = True, ""
+class _Indexed(records.RecordSource):
+    """The base of tar and TFRecord sources: the index rows of all files, and the file of each."""
 
     def __init__(self, paths: list[str], indexes: list[records.Index]):
         self._files = records.Files(paths)
         root, counts = _root(paths), [len(index.rows) for index in indexes]
         self._file_of = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
         self._first = np.concatenate([[0], np.cumsum(counts)])
-        self.refused, self.passed = collections.Counter(), collections.Counter()
-        self.examples, self.embed_dims, self.files = {}, {}, []
+        refused: collections.Counter[str] = collections.Counter()
+        passed: collections.Counter[str] = collections.Counter()
+        examples: dict[str, str] = {}
+        self.files, self.refused, self.passed, self.examples = [], refused, passed, examples
         for path, index in zip(paths, indexes, strict=True):
             name = os.path.relpath(os.path.abspath(path), root)
-            self.refused.update(index.refused)
-            self.passed.update(index.passed)
+            refused.update(index.refused)
+            passed.update(index.passed)
             for reason in {**index.refused, **index.passed}:
                 example = f": {index.examples[reason]}" if reason in index.examples else ""
-                self.examples.setdefault(reason, damage.printable(os.fsencode(name)) + example)
+                examples.setdefault(reason, damage.printable(os.fsencode(name)) + example)
             size = os.path.getsize(path) if os.path.exists(path) else 0
             self.files.append((name, size, len(index.rows)))
-        _tell(root, self, indexes)
+        _log_losses(root, self, indexes)
         self.fingerprint = records.fingerprint(self.files)
         if not any(counts):
             lost = {reason: f"{n}, such as {self.examples[reason]}" for reason, n in self.refused.items()}
             raise ValueError(f"no usable record in {len(paths)} files under {root}: refused {lost}")
         self._rows = np.concatenate([index.rows for index in indexes if len(index.rows)])
         names = [os.path.basename(path) for path in paths]
-        if len(set(names)) < len(names):  # in several folders: the names alone would not tell them apart
+        if len(set(names)) < len(names):  # files of one name in several folders
             names = [name for name, _, _ in self.files]
         self._names = [damage.printable(os.fsencode(name)) for name in names]
 
@@ -170,8 +166,8 @@ class _Indexed:
         return f"{self._names[file]}:{index - int(self._first[file])}"
 
 
-def _tell(root: str, source: _Indexed, indexes: Sequence[records.Index]) -> None:
-    """Log the damaged files that are allowed, and what was left out, a line for each reason."""
+def _log_losses(root: str, source: _Indexed, indexes: Sequence[records.Index]) -> None:
+    """Log the allowed damaged files, and a line for each reason of a loss."""
     for (name, _, count), index in zip(source.files, indexes, strict=True):
         if index.damage:
             logging.warning("%s/%s %s; %d records are read", root, name, damage.KINDS[index.damage], count)
@@ -186,8 +182,8 @@ def _tell(root: str, source: _Indexed, indexes: Sequence[records.Index]) -> None
 class TarSource(_Indexed):
     """img2dataset's tar shards: KEY.jpg|png|webp with KEY.txt and KEY.json.
 
-    verify_sha256: compare the image's bytes with `sha256` in its JSON. img2dataset notes the hash of the
-    file that it downloaded, which these bytes only are where it did not encode them again (resize_mode no).
+    verify_sha256: compare the image's bytes with `sha256` in its JSON, the hash of the download. img2dataset
+    keeps these bytes only with resize_mode no.
     """
 
     def __init__(self, paths: list[str], indexes: list[records.Index], verify_sha256: bool = False):
@@ -205,31 +201,31 @@ class TarSource(_Indexed):
         else:
             name = self._files.read(file, key_at, key_size)
             encoded = self._files.read(file, image_at, image_size) if image else None
-        name, texts, fields = damage.printable(name), {}, {}
+        key = damage.printable(name)
+        texts: dict[str, list[str]] = {}
+        fields: dict[str, Any] = {}
         if captions and row[3] >= 0:
             add_caption(texts, "en", decode_caption(self._text(file, row[2], row[3])))
         if (captions or self._verify_sha256) and row[5] >= 0:
             fields = _json_fields(self._text(file, row[4], row[5]))
             if captions:
                 _add_fields(texts, fields)
-            expected = fields.get("sha256") if self._verify_sha256 and image else None
-            if expected and hashlib.sha256(encoded).hexdigest() != expected:
-                raise BadRecord("sha256_differs", f"{name}: {expected} in its JSON")
+            expected = fields.get("sha256") if self._verify_sha256 else None
+            if expected and encoded is not None and hashlib.sha256(encoded).hexdigest() != expected:
+                raise BadRecord("sha256_differs", f"{key}: {expected} in its JSON")
         names = (".txt",) * (row[3] >= 0) + tuple(fields)
-        return Record(f"{self._names[file]}:{name}", encoded, freeze(texts), fields=names)
+        return Record(f"{self._names[file]}:{key}", encoded, freeze(texts), fields=names)
 
     def former_key(self, index: int) -> str:
-        """The key that older versions gave a record, which is in the embeddings that they wrote.
-
-        They took it from the 512 bytes before the image, which hold the first 100 of its name.
-        """
+        """The key in embeddings of older versions, by the first 100 bytes of the name before the image."""
         file = int(self._file_of[index])
         data = self._files.read(file, int(self._rows[index, 0]) - 512, 100)
         name = data.split(b"\0")[0].decode("ascii", "replace").rpartition("/")[2].partition(".")[0]
         return f"{os.path.basename(self._files.paths[file])}:{name}"
 
     def _text(self, file: int, offset: int, size: int) -> bytes:
-        """A .txt or .json. Raises BadRecord for one above MAX_TEXT_BYTES: JSON takes many times its size."""
+        """A .txt or .json. Raises BadRecord above MAX_TEXT_BYTES, for parsed JSON takes many times its
+        size."""
         if size > records.MAX_TEXT_BYTES:
             raise BadRecord("text_too_large", f"{size} bytes")
         return self._files.read(file, offset, size)
@@ -259,10 +255,10 @@ def _add_fields(captions: dict[str, list[str]], fields: dict) -> None:
 def open_tar(
     path: str, split: str, verify_sha256: bool = False, allow_damaged: str | Sequence[str] | None = None
 ) -> TarSource:
-    """Tar shards as img2dataset writes them; see `find_files` for path and split.
+    """img2dataset's tar shards; see `find_files` for path and split.
 
-    allow_damaged: the files that may be damaged, of which what is whole is read; see `damage.check`.
-    Raises ValueError for other damaged files, all of them at once.
+    allow_damaged: files whose intact part is read; see `damage.check`. Raises ValueError, naming all other
+    damaged files.
     """
     opened = _open_files(path, split, ".tar", tar.index_tar, True, allow_damaged)
     return TarSource(*opened, verify_sha256)
@@ -286,7 +282,8 @@ class ExampleSource(_Indexed):
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         """One record; see `records.RecordSource`."""
-        example, texts, encoded = self.example(index), {}, None
+        example, encoded = self.example(index), None
+        texts: dict[str, list[str]] = {}
         if image:
             values = example.values(self._image_field)
             if not values:
@@ -296,8 +293,8 @@ class ExampleSource(_Indexed):
             for field, language in self._caption_fields.items():
                 for value in example.values(field):
                     add_caption(texts, language, decode_caption(value))
-        key = example.values("key")
-        key = key[0].decode("utf-8", "replace") if key else self._key(index)
+        keys = example.values("key")
+        key = keys[0].decode("utf-8", "replace") if keys else self._key(index)
         return Record(key, encoded, freeze(texts), fields=tuple(sorted(example)))
 
 
@@ -306,14 +303,11 @@ def _example_fields(names, path: str) -> tuple[str, dict[str, str]]:
     image = next((name for name in ("jpg", "png", "webp", "jpeg", "image") if name in names), None)
     if image is None:
         raise ValueError(f"{path}: no image column (jpg, png, webp, image) among {sorted(names)}")
-    return image, {name: language_of(name) for name in sorted(names) if language_of(name)}
+    return image, {name: language for name in sorted(names) if (language := language_of(name))}
 
 
 def open_tfrecord(path: str, split: str, allow_damaged: str | Sequence[str] | None = None) -> ExampleSource:
-    """TFRecord files as img2dataset writes them: key, jpg|png|webp, txt or caption, and other columns.
-
-    allow_damaged: as of `open_tar`.
-    """
+    """img2dataset's TFRecord files: key, jpg|png|webp, txt or caption, and other columns; see `open_tar`."""
     paths, indexes = _open_files(path, split, ".tfrecord", records.index_tfrecord, False, allow_damaged)
     source = ExampleSource(paths, indexes, "", {})
     for index in range(min(len(source), 16)):

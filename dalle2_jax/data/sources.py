@@ -1,9 +1,10 @@
-"""Datasets by name. To add one, write a function that returns a `records.RecordSource`, and name it in
+"""Datasets by name. To add one, write a function that returns a `records.RecordSource`; name it in
 `SOURCES`."""
 
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from dalle2_jax.data import embeddings, paired, prepared, records, shards
 from dalle2_jax.data.find import did_you_mean
@@ -12,15 +13,14 @@ from dalle2_jax.runtime import files
 
 @dataclasses.dataclass(frozen=True)
 class SourceSettings:
-    """Which records.
+    """The source of records.
 
     source: a name of `SOURCES`. path: config of scenes, name of a tfds dataset, or folder, file or pattern of
-    shards. split: which part; for folders see `find.find_files`, for embeddings FOLDER/SPLIT where that
-    exists. data_dir: where 'scenes' and 'tfds' prepare their files. image_field, caption_field: of 'tfds',
-    where they cannot be detected. embeddings: a folder of embeddings whose rows match the records, to be read
-    beside them; FOLDER/SPLIT where that exists. verify_sha256: for 'tar', see `shards.TarSource`.
-    allow_damaged: for 'tar' and 'tfrecord', the damaged files that are read as far as they are whole, with
-    commas between; see `damage.check`.
+    shards. split: for folders see `find.find_files`; of embeddings FOLDER/SPLIT if it exists. data_dir: the
+    files of 'scenes' and 'tfds'. image_field, caption_field: of 'tfds', if they cannot be detected.
+    embeddings: a folder (or FOLDER/SPLIT) of embeddings whose rows match the records. verify_sha256: for
+    'tar', see `shards.TarSource`. allow_damaged: for 'tar' and 'tfrecord', damaged files whose intact part is
+    read, separated by commas; see `damage.check`.
     """
 
     source: str
@@ -44,7 +44,7 @@ SOURCES: dict[str, Callable[[SourceSettings], records.RecordSource]] = {
 
 
 def _folder(path: str, split: str) -> str:
-    """PATH/SPLIT where there is such a folder, else `path`."""
+    """PATH/SPLIT if that folder exists, else `path`."""
     folder = os.path.join(path, split)
     return folder if split and os.path.isdir(folder) else path
 
@@ -52,14 +52,15 @@ def _folder(path: str, split: str) -> str:
 def open_source(settings: SourceSettings) -> records.RecordSource:
     """Open a dataset as random-access records.
 
-    Raises:
-        ValueError: no such source, path or split; the message names what exists. Files are damaged.
+    Raises ValueError for an unknown source, path or split, naming existing ones, and for damaged files.
     """
     if settings.source not in SOURCES:
         raise ValueError(
             f"data.source {settings.source!r} is unknown" + did_you_mean(settings.source, SOURCES)
         )
-    places = {name: files.expand(getattr(settings, name)) for name in ("path", "data_dir", "embeddings")}
+    places: dict[str, Any] = {
+        name: files.expand(getattr(settings, name)) for name in ("path", "data_dir", "embeddings")
+    }
     settings = dataclasses.replace(settings, **places)
     opened = SOURCES[settings.source](settings)
     if not settings.embeddings:

@@ -1,6 +1,6 @@
-"""Batches in the order of `order`, read ahead by threads: tf.data's, or where there is no TensorFlow our own.
+"""Batches in the order of `order`, read ahead by the threads of tf.data, or of Python without TensorFlow.
 
-This is the only use of tf.data. Both ways give the same batches, to the bit.
+Both give the same batches, to the bit. tf.data is used nowhere else.
 """
 
 import atexit
@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -30,27 +31,28 @@ Batch = dict[str, np.ndarray]
 
 
 @contextlib.contextmanager
-def _without_keras():
-    """Keeps `import tensorflow` from importing Keras, pandas and SciPy: a third of its time, and unused here.
+def _without_keras() -> Iterator[None]:
+    """Keeps `import tensorflow` from importing Keras, pandas and SciPy, a third of its time.
 
-    Afterwards Keras can be imported as ever, by tf.keras too.
+    Keras can be imported afterwards, also by tf.keras.
     """
-    unloaded = not {"keras", "tensorflow"} & sys.modules.keys()
+    modules: dict[str, Any] = sys.modules
+    unloaded = not {"keras", "tensorflow"} & modules.keys()
     if unloaded:
-        sys.modules["keras"] = None  # Python refuses to import a module whose entry is None
+        modules["keras"] = None  # Python refuses to import a module whose entry is None
     try:
         yield
     finally:
         if unloaded:
-            sys.modules.pop("keras", None)
+            modules.pop("keras", None)
 
 
 def _tensorflow():
-    """TensorFlow, kept off the accelerators: they belong to JAX. None where it cannot be imported."""
+    """TensorFlow without accelerators, which JAX uses; None if it cannot be imported."""
     try:
         with _without_keras():
             import tensorflow as tf
-    except Exception as error:  # it is not installed, or does not fit another package: protobuf, numpy
+    except Exception as error:  # not installed, or incompatible with another package: protobuf, numpy
         logging.log_first_n(
             logging.INFO, "TensorFlow cannot be imported (%s): Python's threads read the data", 1, error
         )
@@ -58,14 +60,14 @@ def _tensorflow():
     try:
         tf.config.set_visible_devices([], "GPU")
         tf.config.set_visible_devices([], "TPU")
-    except (RuntimeError, ValueError) as error:  # it runs already: somebody else's choice stands
+    except (RuntimeError, ValueError) as error:  # it is already running
         logging.log_first_n(logging.WARNING, "TensorFlow keeps its devices: %s", 1, error)
     return tf
 
 
 @atexit.register
 def _close_all():
-    """Stop the reading threads while they can still take Python's lock; later they would wait for ever."""
+    """Stop the reading threads while they can still take Python's lock; later they would block."""
     for stream in list(_open):
         stream.close()
     for thread in list(_threads):
@@ -76,8 +78,9 @@ class Stream(Iterator):
     """An iterator over batches; its reading threads end with `close`, its deletion, or the program."""
 
     def __init__(self, batches: Iterator[Batch], end: Callable[[], None] = lambda: None):
-        """end: stops what reads ahead. Neither it nor `batches` holds this stream, so that it can go."""
-        self._batches = batches
+        """end: stops the reading. Neither it nor `batches` references this stream, so that it can be
+        freed."""
+        self._batches: Iterator[Batch] | None = batches
         self._end = weakref.finalize(self, end)
         _open.add(self)
 
@@ -86,7 +89,7 @@ class Stream(Iterator):
             raise StopIteration
         try:
             return next(self._batches)
-        except Exception:  # also StopIteration: there is nothing after it
+        except Exception:  # also StopIteration
             self.close()
             raise
 
@@ -109,12 +112,11 @@ def batches(
     """Stream the batches of `load` in this order, read by `num_workers` threads.
 
     Args:
-        load: (record numbers int64 [n], epochs int64 [n]) -> the fields, stacked; called from several
-            threads.
-        signature: {field: (dtype, shape of one record)} of what it returns.
-        order: which record comes when, and how many a batch has.
+        load: (record numbers int64 [n], epochs int64 [n]) -> stacked fields; called from several threads.
+        signature: {field: (dtype, shape of one record)} of `load`.
+        order: the order of records, and the batch size.
         start_step, repeat: see `pipeline.Dataset.batches`.
-        chunk: at most so many records a call of `load`.
+        chunk: the largest number of records a call of `load`.
     """
     first = start_step * order.local
     stop = _FOREVER if repeat else order.elements_of_a_pass()
@@ -139,9 +141,7 @@ def _by_tensorflow(tf, read, signature, first, stop, local, chunk, num_workers) 
         try:
             made = read(begin, min(begin + chunk, stop))
             return [made[name] for name in signature]
-        except (
-            Exception
-        ) as error:  # handed over by `raising`: raised here, TensorFlow would wrap and print it
+        except Exception as error:  # raised by `raising`: here TensorFlow would wrap and print it
             failures.append(error)
             return [np.zeros((0, *shape), dtype) for dtype, shape in signature.values()]
 
@@ -177,8 +177,9 @@ def _by_tensorflow(tf, read, signature, first, stop, local, chunk, num_workers) 
 
 
 def _by_threads(read, signature, first, stop, local, chunk, num_workers) -> Stream:
-    """The elements first ... stop - 1 in batches of `local`, read by threads of our own."""
-    jobs, ended = queue.SimpleQueue(), threading.Event()
+    """The elements first ... stop - 1 in batches of `local`, read by Python's threads."""
+    jobs: queue.SimpleQueue = queue.SimpleQueue()
+    ended = threading.Event()
     ahead = _BATCHES_AHEAD + -(-num_workers // -(-local // chunk))  # so that each thread has a chunk, too
 
     def submit(begin, end):
@@ -214,7 +215,7 @@ def _by_threads(read, signature, first, stop, local, chunk, num_workers) -> Stre
 
 
 def _work(jobs: queue.SimpleQueue, read: Callable[[int, int], Batch], ended: threading.Event) -> None:
-    """What a reading thread does until it takes None from `jobs`; it holds no stream, so that one can go."""
+    """Runs jobs in a reading thread until None. It references no stream, so that this can be freed."""
     while (job := jobs.get()) is not None:
         future, begin, end = job
         if ended.is_set():
@@ -222,6 +223,6 @@ def _work(jobs: queue.SimpleQueue, read: Callable[[int, int], Batch], ended: thr
             continue
         try:
             future.set_result(read(begin, end))
-        except BaseException as error:  # handed over: `in_order` raises it
+        except BaseException as error:  # `in_order` raises it
             future.set_exception(error)
-        del job, future  # no batch is held while this waits for a job
+        del job, future  # frees the batch before the wait

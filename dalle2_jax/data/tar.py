@@ -1,8 +1,8 @@
-"""The index of a tar shard: where the members of every sample lie.
+"""The index of a tar shard: the places of every sample's members.
 
 A header is 512 bytes: name [0:100], size [124:136], checksum [148:156], type [156], prefix [345:500]
-(POSIX.1-1988 ustar, with the pax and GNU long-name extensions). Nothing is unpacked and nothing is trusted:
-the names of members, their sizes and types are checked.
+(POSIX.1-1988 ustar, with the pax and GNU long-name extensions). Nothing is unpacked; names, sizes and types
+of members are checked.
 """
 
 import os
@@ -15,7 +15,7 @@ from dalle2_jax.data.records import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, Counts, 
 
 MAX_MEMBERS = 1_000_000  # of one tar shard; img2dataset writes 30,000
 MAX_HEADER_BYTES = 64 << 10  # of a pax or long-name header
-_END_BYTES = 2 << 20  # behind the end mark; `tar` fills its last block, of 10 KiB or what was asked for
+_END_BYTES = 2 << 20  # searched behind the end mark; `tar` fills its last block, of 10 KiB or more
 _REGULAR, _DIRECTORY = (b"0", b"\0", b"7"), b"5"
 _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
 
@@ -27,7 +27,7 @@ def _number(field: bytes) -> int:
     text = field.split(b"\0")[0].strip()
     number = int(text, 8) if text else 0
     if number < 0:
-        raise ValueError(f"negative number {text}")
+        raise ValueError(f"negative number {number}")
     return number
 
 
@@ -57,7 +57,8 @@ def _pax_fields(data: bytes) -> dict[bytes, tuple[int, bytes]]:
 
 
 class _Member(NamedTuple):
-    """A member of a tar: its full name, where the last part of the name lies, its type, and its data."""
+    """A member of a tar: its full name, the place of the name's last part, its type, its data's place and
+    size."""
 
     name: bytes
     base_at: int
@@ -67,13 +68,14 @@ class _Member(NamedTuple):
 
 
 def _tar_members(file, size: int):
-    """Yield each `_Member` of an open tar. Raises Damaged where it ends early, or is no tar."""
-    offset, long_name, pax = 0, None, {}
+    """Yield each `_Member` of an open tar. Raises Damaged if it ends early or is no tar."""
+    offset, long_name = 0, None
+    pax: dict[bytes, tuple[int, bytes]] = {}
     for _ in range(MAX_MEMBERS):
         file.seek(offset)
         header = file.read(512)
-        if len(header) < 512:  # no end mark: cut, if only on a boundary
-            begins_well = offset or header[257:262] == b"ustar"
+        begins_well = offset or header[257:262] == b"ustar"
+        if len(header) < 512:  # no end mark: cut, perhaps on a boundary
             raise Damaged(
                 "truncated_archive" if begins_well else damage.of_beginning(header, "not_an_archive")
             )
@@ -87,7 +89,6 @@ def _tar_members(file, size: int):
         except ValueError:
             damaged = True
         if damaged:
-            begins_well = offset or header[257:262] == b"ustar"
             raise Damaged("damaged_archive" if begins_well else damage.of_beginning(header, "not_an_archive"))
         kind, at, start = header[156:157], offset, offset + 512
         if start + member_size > size:
@@ -108,7 +109,7 @@ def _tar_members(file, size: int):
         name = header[:100].split(b"\0")[0]
         if header[257:262] == b"ustar" and header[263:265] == b"00":
             prefix = header[345:500].split(b"\0")[0]
-            if prefix:  # before the name, but behind it in the header: only the name's own place counts
+            if prefix:  # before the name, but behind it in the header: `at` is right for the name only
                 at, name = at - len(prefix) - 1, prefix + b"/" + name
         for place, other in (long_name or (0, b""), pax.get(b"path", (0, b""))):
             if other:
@@ -119,7 +120,7 @@ def _tar_members(file, size: int):
 
 
 def _goes_on(file) -> bool:
-    """Whether an archive goes on behind its end mark, where `file` stands, as one of several joined ones."""
+    """Whether another archive was appended behind the end mark, where `file` is."""
     for _ in range(_END_BYTES // 512):
         block = file.read(512)
         if len(block) < 512 or block.strip(b"\0"):
@@ -128,19 +129,20 @@ def _goes_on(file) -> bool:
 
 
 def index_tar(path: str) -> Index:
-    """Index one tar shard: a row a sample that holds an image.
+    """Index one tar shard: a row for each sample with an image.
 
     A row is (offset, size) of the image, of its .txt, of its .json, and of the key within the image's name;
-    size -1 marks an absent part. A sample is the members that share their name up to the last dot, which a
-    known extension follows; see `_is_part`.
+    size -1: no such part. A sample is the members with one name up to the last dot before a known extension;
+    see `_is_part`.
 
-    Refused: members that are no regular files, unsafe names (nothing is unpacked, but they are printed),
-    members above 64 MiB, repeated parts, samples without an image. Passed over: folders without a count,
-    hidden files, files of other kinds, and what belongs to the sample of a shorter key. Of an archive that
-    is cut or damaged, the samples before the damage are kept.
+    Refused: members that are no regular files, unsafe names (they are printed), members above 64 MiB,
+    repeated parts, samples without an image. Passed over: hidden files, files of other kinds, parts of the
+    sample of a shorter key, and folders, which are not counted. A truncated or damaged archive keeps the
+    samples before the damage.
     """
     examples: dict[str, str] = {}
-    refused, passed, samples, found = Counts(examples), Counts(examples), {}, ""
+    samples: dict[bytes, list[int]] = {}
+    refused, passed, found = Counts(examples), Counts(examples), ""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         try:
@@ -160,7 +162,7 @@ def index_tar(path: str) -> Index:
 
 
 def _add_member(member: _Member, samples: dict[bytes, list], refused: Counts, passed: Counts) -> None:
-    """Put a member into its sample's row, or count it."""
+    """Enter a member into its sample's row, or count it."""
     name = member.name
     if member.kind == _DIRECTORY:
         return
@@ -169,8 +171,8 @@ def _add_member(member: _Member, samples: dict[bytes, list], refused: Counts, pa
     if name.startswith(b"/") or b".." in name.split(b"/") or damage.has_control_characters(name):
         return refused.note("unsafe_name", name)
     folder, _, base = name.rpartition(b"/")
-    stem, _, extension = base.rpartition(b".")
-    extension = extension.lower().decode("ascii", "replace")
+    stem, _, ending = base.rpartition(b".")
+    extension = ending.lower().decode("ascii", "replace")
     column = 0 if extension in IMAGE_EXTENSIONS else {"txt": 2, "json": 4}.get(extension)
     if base.startswith(b"."):  # such as ._KEY.jpg
         return passed.note("hidden_file", name)
@@ -187,10 +189,10 @@ def _add_member(member: _Member, samples: dict[bytes, list], refused: Counts, pa
 
 
 def _is_part(key: bytes, row: list, samples: dict[bytes, list]) -> bool:
-    """Whether a sample is but a part of that of a shorter key, as KEY.seg.png is of KEY.png.
+    """Whether a sample is a part of the sample of a shorter key, as KEY.seg.png of KEY.png.
 
-    So it is where KEY has an image, unless this one has an image and a caption of its own: a .txt, or a .json
-    where KEY has no .txt.
+    That is so if KEY has an image, unless this sample has an image and a caption: a .txt, or a .json if KEY
+    has no .txt.
     """
     end = key.rfind(b"/") + 1
     while (end := key.find(b".", end + 1)) > 0:

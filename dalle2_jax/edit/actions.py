@@ -1,22 +1,23 @@
-"""What a model does with pictures: variations, blends, edits by text, repainting (section 3 of the paper).
+"""Edits of pictures: variations, blends, edits by text, inpainting (section 3 of the paper).
 
-A picture has two latents: z, its CLIP image embedding, which holds what CLIP recognises, and x_T, the noise
-from which deterministic DDIM, conditioned on z, draws it: all the rest. x_T is found by running DDIM upwards
-without guidance, which could not be undone.
+A picture has two latents: z, its CLIP image embedding, and x_T, the noise from which deterministic DDIM,
+conditioned on z, draws it. Inversion finds x_T: DDIM upwards, without guidance, which has no inverse.
 
     variations     draw z again with other noise (DDIM with eta > 0 from x_T)
     interpolate    between two pictures or captions: slerp(z_1, z_2, theta), slerp(x_T1, x_T2, theta)
-    textdiff       slerp(z, norm(y_to - y_from), theta) with y the text embeddings, from the picture's own x_T
-    inpaint        draw a caption where a mask says so, and keep the rest
+    textdiff       slerp(z, norm(y_to - y_from), theta) with y the text embeddings, from the picture's x_T
+    inpaint        draw a caption where a mask is white, and keep the rest
     reconstruct    z from its first principal components alone
     upscale        the last upsampler alone, on a picture of any size
 
 Functions of a `Pipeline`. Pictures are PIL pictures or uint8 [H, W, 3] of any size. `**drawing` are the
-fields of `Drawing`. Each action returns a `Result`, whose captions say what a picture is.
+fields of `Drawing`. Each action but `invert` and `upscale` returns a `Result`; its captions label the
+pictures. An action raises ValueError for a model whose stages cannot do it.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,45 +29,53 @@ from dalle2_jax.generate.settings import of_step
 
 INVERSION_STEPS = 50
 RESAMPLE = 4
+# action -> its inputs on command lines
+INPUTS = {
+    "variations": ("picture",),
+    "interpolate": ("first", "second"),
+    "textdiff": ("picture", "target"),
+    "image_to_image": ("picture", "caption"),
+    "inpaint": ("picture", "mask", "caption"),
+    "outpaint": ("picture", "caption"),
+    "invert": ("picture", "..."),
+    "redraw": ("latents",),
+    "reconstruct": ("picture",),
+    "upscale": ("picture",),
+}
+PATHS = ("interpolate", "textdiff")  # actions whose pictures go from one to another
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
-    """How an edit is drawn, whatever it does: the keywords that every edit takes besides its own.
+class Drawing(Running):
+    """How an edit is drawn: the options of all edits, with those of `Running`.
 
     Attributes:
-      seed: the same seed gives the same pictures.
-      num_steps: of the decoder; None is the model's own, or INVERSION_STEPS after an inversion.
-      guidance_scale: of the decoder; None is the model's own, or 1 where a picture is to come back.
+      num_steps: of the decoder; None: the model's, or INVERSION_STEPS after an inversion.
+      guidance_scale: of the decoder; None: the model's, or 1 where a picture is to come back.
       fit: 'crop' or 'pad', how a picture becomes square.
-      upsample: False for base pictures alone.
-      batch_size, progress, seen: see `Running`.
+      upsample: False: base pictures alone.
     """
 
-    seed: int = 0
     num_steps: int | None = None
     guidance_scale: float | None = None
     fit: str = "crop"
     upsample: bool = True
-    batch_size: int | None = None
-    progress: Callable | None = None
-    seen: Callable | None = None
 
     @property
-    def running(self) -> dict:
-        """Batch size and progress, as keywords."""
-        return dict(batch_size=self.batch_size, progress=self.progress)
+    def running(self) -> dict[str, Any]:
+        """The fields of `Running` as keywords."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Running)}
 
     @property
-    def inversion_steps(self) -> int:
-        """DDIM steps of an inversion."""
-        return self.num_steps or INVERSION_STEPS
+    def inverting(self) -> dict[str, Any]:
+        """Keywords of `invert`."""
+        return dict(num_steps=self.num_steps or INVERSION_STEPS, fit=self.fit, **self.running)
 
     @property
-    def faithful(self) -> dict:
+    def faithful(self) -> dict[str, Any]:
         """Keywords of `decode` that draw inverted pictures as they were."""
-        scale = 1.0 if self.guidance_scale is None else self.guidance_scale
-        return dict(num_steps=self.inversion_steps, method="ddim", eta=0.0, guidance_scale=scale)
+        steps, scale = self.num_steps or INVERSION_STEPS, self.guidance_scale
+        return dict(num_steps=steps, method="ddim", eta=0.0, guidance_scale=1.0 if scale is None else scale)
 
 
 def base_pictures(pipe: Pipeline, images, fit: str = "crop") -> np.ndarray:
@@ -88,24 +97,22 @@ def invert(
     captions: Sequence[str] | None = None,
     num_steps: int = INVERSION_STEPS,
     fit: str = "crop",
-    batch_size: int | None = None,
-    progress=None,
+    **running,
 ) -> Latents:
-    """The latents of pictures; the more steps, the closer what is drawn from them."""
+    """The latents of pictures; more steps draw closer pictures from them. running: fields of `Running`."""
     *encode, step = pipe.steps("invert")
+    how = Running(**running)
     squares = [square_picture(image, pipe.image_size, fit) for image in images]
-    given = {"caption": captions, f"{step.name}.image": base_pictures(pipe, squares)}
-    embeds = np.zeros((len(squares), 0), np.float32)
-    if encode:
-        embeds = given["image.image_embed"] = pipe.encode_image(squares, batch_size)
-    how = Running(0, batch_size, progress)
-    made, _ = pipe.run([step], given, {step.name: {"num_steps": num_steps}}, how)
+    batch: dict[str, Any] = {"caption": captions, f"{step.name}.image": base_pictures(pipe, squares)}
+    embeds = pipe.encode_image(squares, how.batch_size) if encode else np.zeros((len(squares), 0), np.float32)
+    batch |= {"image.image_embed": embeds} if encode else {}
+    made, _ = pipe.run([step], batch, {step.name: {"num_steps": num_steps}}, how)
     return Latents(embeds, made[f"{step.name}.x_T"], num_steps, None if captions is None else tuple(captions))
 
 
 def variations(
     pipe: Pipeline,
-    image,
+    picture,
     *,
     n: int = 4,
     caption: str | None = None,
@@ -113,26 +120,25 @@ def variations(
     eta: float = 1.0,
     **drawing,
 ) -> Result:
-    """`n` pictures of what CLIP sees in `image`.
+    """`n` pictures with the CLIP embedding of `picture`.
 
-    eta in [0, 1] is DDIM's noise on the way from the picture's own x_T: 0, with guidance_scale 1, draws the
-    picture again. With strength < 1, only that share of the steps is taken, from the picture itself noised,
-    so that its layout stays.
+    eta in [0, 1] is DDIM's noise on the way from the picture's x_T: 0, with guidance_scale 1, draws the
+    picture again. strength < 1 takes that share of the steps, from the noised picture, and keeps its layout.
     """
     how, captions = Drawing(**drawing), None if caption is None else [caption]
     pipe.steps("variations")
     _check_strength(strength)
-    square = square_picture(image, pipe.image_size, how.fit)
-    own = how.faithful | dict(eta=eta, guidance_scale=how.guidance_scale)
+    square = square_picture(picture, pipe.image_size, how.fit)
+    options = how.faithful | dict(eta=eta, guidance_scale=how.guidance_scale)
     if strength < 1:
         embeds = pipe.encode_image([square], how.batch_size)
-        own |= dict(init=np.repeat(base_pictures(pipe, [square]), n, axis=0), strength=strength)
+        options |= dict(init=np.repeat(base_pictures(pipe, [square]), n, axis=0), strength=strength)
     else:
-        latents = invert(pipe, [square], captions=captions, num_steps=how.inversion_steps, **how.running)
+        latents = invert(pipe, [square], captions=captions, **how.inverting)
         embeds = latents.image_embeds
-        own["x_T"] = np.repeat(latents.x_T, n, axis=0)
-    own["captions"] = captions and captions * n
-    return _drawn(pipe, np.repeat(embeds, n, axis=0), ["variation"] * n, how, own)
+        options["x_T"] = np.repeat(latents.x_T, n, axis=0)
+    options["captions"] = captions and captions * n
+    return _draw(pipe, np.repeat(embeds, n, axis=0), ["variation"] * n, how, options)
 
 
 def from_latents(pipe: Pipeline, latents: Latents, *, eta: float = 0.0, **drawing) -> Result:
@@ -141,9 +147,9 @@ def from_latents(pipe: Pipeline, latents: Latents, *, eta: float = 0.0, **drawin
     pipe.steps("redraw")
     if how.num_steps not in (None, latents.num_steps):
         raise ValueError(f"these latents are drawn in the {latents.num_steps} steps of their inversion")
-    own = how.faithful | dict(num_steps=latents.num_steps, eta=eta, x_T=latents.x_T)
+    options = how.faithful | dict(num_steps=latents.num_steps, eta=eta, x_T=latents.x_T)
     labels = latents.captions or ["reconstruction"] * len(latents.x_T)
-    return _drawn(pipe, latents.image_embeds, labels, how, own | dict(captions=latents.captions))
+    return _draw(pipe, latents.image_embeds, labels, how, options | dict(captions=latents.captions))
 
 
 def interpolate(
@@ -151,70 +157,61 @@ def interpolate(
 ) -> Result:
     """`frames` pictures on the way from `first` to `second`, each a picture or a caption.
 
-    The ends draw the given pictures again, unless `same_noise` draws all from one noise, the first picture's.
-    A caption's latents are its prior's embedding and noise of the seed. Guidance, which leads away from the
-    ends, is 1 unless given.
+    The ends draw the two pictures again; `same_noise` draws all frames from the first picture's noise. The
+    latents of a caption are the prior's embedding and noise of the seed. Guidance, which leads away from the
+    ends, is 1 by default.
     """
-    if frames < 2:
-        raise ValueError(f"frames {frames} must be 2 or more")
+    _check_frames(frames)
     pipe.steps("interpolate")
     how = Drawing(**drawing)
     (z_1, x_1), (z_2, x_2) = (_end(pipe, thing, i, how) for i, thing in enumerate((first, second)))
-    thetas = np.linspace(0, 1, frames)
-    x_T = [x_1 if same_noise else slerp(x_1, x_2, theta) for theta in thetas]
-    embeds = np.stack([slerp(z_1, z_2, theta) for theta in thetas])
-    labels = [f"theta {theta:.2f}" for theta in thetas]
-    return _drawn(pipe, embeds, labels, how, how.faithful | dict(x_T=np.stack(x_T)))
+    return _path(pipe, np.linspace(0, 1, frames), (z_1, z_2), (x_1, x_1 if same_noise else x_2), how)
 
 
 def _end(pipe: Pipeline, thing, i: int, how: Drawing) -> tuple[np.ndarray, np.ndarray]:
     """(z of unit norm, x_T) of a picture, or of a caption, with noise of (seed, i)."""
     if isinstance(thing, str):
-        embed, _ = unclip.sample_prior(pipe, [thing], seed=how.seed, **how.running)
+        embed, _ = unclip.sample_prior(pipe, [thing], **how.running)
         size = _decoder(pipe).image_size
         noise = np.random.default_rng((how.seed, i)).standard_normal((size, size, 3), np.float32)
         return unit(embed[0]), noise
-    latents = invert(pipe, [thing], num_steps=how.inversion_steps, fit=how.fit, **how.running)
+    latents = invert(pipe, [thing], **how.inverting)
     return latents.image_embeds[0], latents.x_T[0]
 
 
 def textdiff(
     pipe: Pipeline,
-    image,
-    source: str | None,
-    target: str,
+    picture,
+    source: str | None = None,
+    target: str = "",
     *,
     theta: float = 0.5,
     frames: int = 6,
     **drawing,
 ) -> Result:
-    """`frames` pictures on the way from `image` towards what `target` has and `source` has not.
+    """`frames` pictures on the way from `picture` towards `target` and away from `source`, two captions.
 
-    z goes to slerp(z, norm(y_target - y_source), theta), theta from 0 to the given one (the paper's ends lie
-    in 0.25 .. 0.5), all from the picture's own x_T. source: a caption of the picture, or None for
-    norm(y_target) alone.
+    z goes to slerp(z, norm(y_target - y_source), t) for t from 0 to `theta` (the paper has 0.25 .. 0.5), all
+    from the picture's x_T. source: a caption of the picture; None: norm(y_target) alone.
     """
     if not 0 < theta <= 1:
         raise ValueError(f"theta {theta} must lie in 0 .. 1; 0.25 to 0.5 are usual")
-    if frames < 2:
-        raise ValueError(f"frames {frames} must be 2 or more")
+    _check_frames(frames)
     pipe.steps("textdiff")
     how, texts = Drawing(**drawing), [target] if source is None else [target, source]
-    (embeds, _), _ = pipe.encode_text(texts, **how.running)
+    (embeds, _), _ = pipe.encode_text(texts, how.batch_size, how.progress)
     if source is not None and np.allclose(embeds[0], embeds[1]):
         raise ValueError(f"{source!r} and {target!r} are the same to this model's CLIP: say what differs")
     direction = unit(embeds[0] if source is None else embeds[0] - embeds[1])
-    latents = invert(pipe, [image], num_steps=how.inversion_steps, fit=how.fit, **how.running)
+    latents = invert(pipe, [picture], **how.inverting)
     direction = direction * np.linalg.norm(latents.image_embeds[0])  # 1, unless CLIP's are of any norm
-    thetas = np.linspace(0, theta, frames)
-    embeds = np.stack([slerp(latents.image_embeds[0], direction, at) for at in thetas])
-    own = how.faithful | dict(x_T=np.repeat(latents.x_T, frames, axis=0))
-    return _drawn(pipe, embeds, [f"theta {at:.2f}" for at in thetas], how, own)
+    ends, x_T = (latents.image_embeds[0], direction), latents.x_T[0]
+    return _path(pipe, np.linspace(0, theta, frames), ends, (x_T, x_T), how)
 
 
 def image_to_image(
     pipe: Pipeline,
-    image,
+    picture,
     caption: str,
     *,
     strength: float = 0.7,
@@ -222,18 +219,17 @@ def image_to_image(
     negative: str | None = None,
     **drawing,
 ) -> Result:
-    """`n` pictures of `caption` that begin as `image`, noised as far as `strength` of the steps go."""
+    """`n` pictures of `caption` that begin as `picture`, noised by the share `strength` of the steps."""
     _check_strength(strength)
     pipe.steps("image_to_image")
     how = Drawing(**drawing)
-    square = square_picture(image, pipe.image_size, how.fit)
-    own = dict(init=np.repeat(base_pictures(pipe, [square]), n, axis=0), strength=strength)
-    return _of_caption(pipe, caption, n, how, own | dict(negative=negative))
+    init = np.repeat(base_pictures(pipe, [picture], how.fit), n, axis=0)
+    return _draw_caption(pipe, caption, n, how, dict(init=init, strength=strength, negative=negative))
 
 
 def inpaint(
     pipe: Pipeline,
-    image,
+    picture,
     mask,
     caption: str,
     *,
@@ -242,30 +238,28 @@ def inpaint(
     negative: str | None = None,
     **drawing,
 ) -> Result:
-    """`n` pictures that show `caption`, equal to `image` where `mask` is not white and opaque.
+    """`n` pictures of `caption`, equal to `picture` at full size where `mask` is not opaque white.
 
-    mask: what `pictures.repaint_mask` takes, of the picture's size: a picture, or bool or uint8 [H, W].
-      caption
-    says what the whole picture shows. Every step is taken `resample` times, so that the new fits the old:
-    once by a decoder that was trained to see the old, else RESAMPLE times, unless given. The kept part is
-    unchanged in the finished picture, at its full size.
+    mask: a picture, or bool or uint8 [H, W], of the picture's size; see `pictures.repaint_mask`. caption:
+    of the finished picture. resample: how often each step is taken, so that the new part fits the old; None:
+    1 for a decoder trained with `inpaint`, else RESAMPLE.
     """
     how = Drawing(**drawing)
     pipe.steps("inpaint")
-    image = whole_picture(image)
-    repaint = square_mask(mask, pipe.image_size, image.shape[1::-1], how.fit)
-    square = square_picture(image, pipe.image_size, how.fit)
+    picture = whole_picture(picture)
+    repaint = square_mask(mask, pipe.image_size, picture.shape[1::-1], how.fit)
+    if repaint.all():  # nothing is kept
+        return _draw_caption(pipe, caption, n, how, dict(negative=negative))
     if resample is None:
         resample = 1 if _decoder(pipe).inpaint else RESAMPLE
-    # With nothing to fit to, this is drawing a caption.
-    own = dict(resample=1 if repaint.all() else resample, negative=negative)
-    return _of_caption(pipe, caption, n, how, own, known=None if repaint.all() else (square, repaint))
+    inpaint = square_picture(picture, pipe.image_size, how.fit), repaint
+    return _draw_caption(pipe, caption, n, how, dict(resample=resample, negative=negative), inpaint)
 
 
 def outpaint(
-    pipe: Pipeline, image, caption: str, *, scale: float = 0.5, fit: str = "crop", **settings
+    pipe: Pipeline, picture, caption: str, *, scale: float = 0.5, fit: str = "crop", **options
 ) -> Result:
-    """Draw around `image`, which takes the middle `scale` of the side; the rest is as for `inpaint`."""
+    """Draw around `picture`, which takes the middle `scale` of the side. options: those of `inpaint`."""
     from PIL import Image
 
     if not 0 < scale < 1:
@@ -274,16 +268,15 @@ def outpaint(
     inner = max(1, round(scale * side))
     canvas, mask = Image.new("RGB", (side, side), "grey"), np.ones((side, side), bool)
     corner = (side - inner) // 2
-    canvas.paste(Image.fromarray(square_picture(image, inner, fit)), (corner, corner))
+    canvas.paste(Image.fromarray(square_picture(picture, inner, fit)), (corner, corner))
     mask[corner : corner + inner, corner : corner + inner] = False
-    return inpaint(pipe, canvas, mask, caption, **settings)
+    return inpaint(pipe, canvas, mask, caption, **options)
 
 
-def reconstruct(pipe: Pipeline, image, components: Sequence[int], **drawing) -> Result:
-    """What CLIP sees in `image`, drawn from the first k principal components of its embedding, each k.
+def reconstruct(pipe: Pipeline, picture, components: Sequence[int], **drawing) -> Result:
+    """For each k of `components`, `picture` drawn from the first k principal components of its embedding.
 
-    All from one noise (section 4 of the paper). The components are those of an autoregressive prior; raises
-    ValueError for a model without one.
+    All pictures have one noise (section 4 of the paper). The components are those of an autoregressive prior.
     """
     pipe.steps("reconstruct")
     stats = {name: np.asarray(x, np.float64) for name, x in pipe.engine.params("prior")["stats"].items()}
@@ -292,18 +285,18 @@ def reconstruct(pipe: Pipeline, image, components: Sequence[int], **drawing) -> 
         if not 1 <= k <= most:
             raise ValueError(f"{k} components are not possible: give 1 .. {most}")
     how = Drawing(**drawing)
-    square = square_picture(image, pipe.image_size, how.fit)
+    square = square_picture(picture, pipe.image_size, how.fit)
     z = pipe.encode_image([square], how.batch_size)[0] - stats["mean"]
     bases = [stats["components"][:k] for k in components]
     embeds = np.stack([stats["mean"] + base.T @ (base @ z) for base in bases]).astype(np.float32)
-    own = dict(num_steps=how.num_steps, method="ddim", eta=0.0, guidance_scale=how.guidance_scale)
     labels = [f"{k} components" for k in components]
-    return _drawn(pipe, embeds, labels, how, own | dict(numbers=[0] * len(embeds)))
+    options = how.faithful | dict(num_steps=how.num_steps, guidance_scale=how.guidance_scale)
+    return _draw(pipe, embeds, labels, how, options | dict(numbers=[0] * len(embeds)))
 
 
 def upscale(
     pipe: Pipeline,
-    image,
+    picture,
     *,
     seed: int = 0,
     num_steps: int | None = None,
@@ -313,19 +306,18 @@ def upscale(
 ) -> np.ndarray:
     """A picture of any size, enlarged by the last upsampler: uint8 [s H, s W, 3].
 
-    tile: side of the windows that are drawn at a time, in finished pixels; by default the whole picture where
-      it
-    is no larger than in training. caption: what the picture shows, for an upsampler that reads it; None for
-    the null caption.
+    tile: side of the windows that are drawn at a time, in finished pixels; None: the model's, or that of its
+    training for a picture larger than in training. caption: of the picture, for an upsampler that reads one;
+    None: the null caption.
     """
     (step,) = pipe.steps("upscale")
-    low_res, stage = whole_picture(image), pipe.engine.stage(step.stage)
-    own = of_step(pipe.engine, step, num_steps=num_steps, tile=tile)
+    low_res, stage = whole_picture(picture), pipe.engine.stage(step.stage)
+    settings = of_step(pipe.engine, step, num_steps=num_steps, tile=tile)
     if max(low_res.shape) > stage.low_res_size:
-        own["tile"] = own["tile"] or stage.crop_size
-    given = {"caption": None if caption is None else [caption], "number": [0]}
-    given[f"{step.name}.low_res"] = low_res[None]
-    made, _ = pipe.run([step], given, {step.name: own}, Running(seed, 1, progress))
+        settings["tile"] = settings["tile"] or stage.crop_size
+    captions = None if caption is None else [caption]
+    batch = {"caption": captions, "number": [0], f"{step.name}.low_res": low_res[None]}
+    made, _ = pipe.run([step], batch, {step.name: settings}, Running(seed, 1, progress))
     return made[f"{step.name}.image"][0]
 
 
@@ -335,37 +327,46 @@ def rank(pipe: Pipeline, images, caption: str, batch_size: int | None = None) ->
     return np.argsort(-(unit(pipe.encode_image(images, batch_size)) @ text[0]), kind="stable")
 
 
-def _of_caption(pipe: Pipeline, caption: str, n: int, how: Drawing, own: dict, known=None) -> Result:
-    """The `Result` of drawing a caption `n` times with the keywords `own` of `decode`."""
-    embeds, timings = unclip.sample_prior(pipe, [caption], seed=how.seed, n=n, **how.running)
-    own = dict(num_steps=how.num_steps, guidance_scale=how.guidance_scale, captions=[caption] * n) | own
-    return _drawn(pipe, embeds, [caption] * n, how, own, known, timings)
+def _draw_caption(pipe: Pipeline, caption: str, n: int, how: Drawing, options: dict, inpaint=None) -> Result:
+    """The `Result` of drawing a caption `n` times with these keywords of `decode`."""
+    embeds, timings = unclip.sample_prior(pipe, [caption], n=n, **how.running)
+    options = dict(num_steps=how.num_steps, guidance_scale=how.guidance_scale) | options
+    made = _draw(pipe, embeds, [caption] * n, how, options | dict(captions=[caption] * n), inpaint)
+    return dataclasses.replace(made, timings=timings | made.timings)
 
 
-def _drawn(
-    pipe: Pipeline,
-    embeds: np.ndarray,
-    labels: Sequence[str],
-    how: Drawing,
-    own: dict,
-    known: tuple[np.ndarray, np.ndarray] | None = None,
-    timings: dict | None = None,
+def _draw(
+    pipe: Pipeline, embeds: np.ndarray, labels: Sequence[str], how: Drawing, options: dict, inpaint=None
 ) -> Result:
-    """The `Result` of decoding `embeds` with the keywords `own` of `decode`, and enlarging."""
-    own, timings = dict(own), dict(timings or {})
-    numbers, captions = tuple(own.pop("numbers", range(len(embeds)))), own.pop("captions", None)
-    common = dict(seed=how.seed, numbers=numbers, known=known, **how.running)
-    base, timings["decoder"] = unclip.decode(pipe, embeds, captions, **own, **common)
-    if how.seen is not None:
-        how.seen("decoder", base)
-    images = base
+    """The `Result` of decoding `embeds` with these keywords of `decode`, and enlarging."""
+    options = {"numbers": range(len(embeds)), "captions": None} | options
+    numbers, captions = tuple(options.pop("numbers")), options.pop("captions")
+    common = dict(how.running, numbers=numbers, inpaint=inpaint)
+    base, timing = unclip.decode(pipe, embeds, captions, **options, **common)
+    images, timings = base, {"decoder": timing}
     if how.upsample:
-        images, more = unclip.upsample(pipe, base, captions, seen=how.seen, **common)
+        images, more = unclip.upsample(pipe, base, captions, **common)
         timings |= more
-    used = {name: value for name, value in own.items() if isinstance(value, int | float | str)}
+    used = {name: value for name, value in options.items() if isinstance(value, int | float | str)}
     return Result(tuple(labels), numbers, how.seed, embeds, base, images, {"decoder": used}, timings)
+
+
+Ends = tuple[np.ndarray, np.ndarray]
+
+
+def _path(pipe: Pipeline, thetas: np.ndarray, z: Ends, x_T: Ends, how: Drawing) -> Result:
+    """The `Result` of points on the great circles between two z and between two x_T."""
+    embeds = np.stack([slerp(*z, theta) for theta in thetas])
+    noise = np.stack([x_T[0] if x_T[0] is x_T[1] else slerp(*x_T, theta) for theta in thetas])
+    labels = [f"theta {theta:.2f}" for theta in thetas]
+    return _draw(pipe, embeds, labels, how, how.faithful | dict(x_T=noise))
 
 
 def _check_strength(strength: float) -> None:
     if not 0 < strength <= 1:
         raise ValueError(f"strength {strength} must lie in 0 .. 1: the share of the steps that is taken")
+
+
+def _check_frames(frames: int) -> None:
+    if frames < 2:
+        raise ValueError(f"frames {frames} must be 2 or more")

@@ -30,7 +30,7 @@ def read_request() -> Request:
 
 def main(argv):
     """Run the command; `argv` without the flags."""
-    with processes.together(debug=FLAGS.debug), contextlib.ExitStack() as stack:
+    with processes.fail_together(debug=FLAGS.debug), contextlib.ExitStack() as stack:
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}: captions are for dalle2_jax.generate")
         partition.initialise()

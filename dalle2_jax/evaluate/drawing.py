@@ -106,7 +106,7 @@ def open_drawn_folder(folder: Path, plans: Mapping[str, str], drawn: Sequence[st
 
     def keep(path: Path, text: str) -> None:
         if not path.exists():
-            with files.whole(path) as partial:
+            with files.atomic_write(path) as partial:
                 partial.write_text(text, "utf-8")
         elif files.read_text(path) != text:
             raise ValueError(f"{folder} holds pictures of another plan: choose another folder, or remove it")
@@ -125,7 +125,7 @@ def plan_of(model: pipeline.Pipeline) -> dict:
 
 def save_picture(path: Path, image: np.ndarray, caption: str) -> None:
     """Write a PNG with its caption atomically."""
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         grid.save_png(partial, image, {"caption": caption})
 
 

@@ -87,4 +87,4 @@ def extract(
             raise ValueError(f"{pictures.name} gave {first + done} of {pictures.count} pictures")
         return {name: np.concatenate(parts)[rows - first] for name, parts in found.items()}
 
-    return processes.in_shares(extract_share, pictures.count)
+    return processes.split_over_processes(extract_share, pictures.count)

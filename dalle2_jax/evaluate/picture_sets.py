@@ -209,7 +209,7 @@ def _readable(
                     progress(name, i + 1, len(numbers))
         return good
 
-    good = processes.in_shares(decodable, count)
+    good = processes.split_over_processes(decodable, count)
     for i in np.flatnonzero(~good).tolist():
         # again: another process may have found the reason
         error = fault(i) or records.BadRecord("unreadable", "")
@@ -334,7 +334,7 @@ def write_npz(pictures: PictureSet, path: str | os.PathLike) -> None:
     """
     shape = None
     with (
-        files.whole(path) as partial,
+        files.atomic_write(path) as partial,
         zipfile.ZipFile(partial, "w") as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):

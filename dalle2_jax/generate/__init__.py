@@ -1,1 +1,1 @@
-"""python -m dalle2_jax.generate: a model directory opened, and what is drawn with it."""
+"""python -m dalle2_jax.generate: draws pictures with a model directory."""

@@ -2,7 +2,7 @@
 
 Draws captions with a model directory, or with the small model that comes with the package; a model that reads
 no captions draws without. --out gets every picture as PNG (with the settings inside), a labelled grid.png,
-and generate.json, which says what made them.
+and generate.json with the model, the settings and the times.
 """
 
 import time
@@ -23,7 +23,7 @@ FLAGS = flags.FLAGS
 def main(argv):
     """Run the command; `argv` without the flags."""
     captions = [shards.clean_caption(text) for text in argv[1:]]
-    with processes.together(debug=FLAGS.debug):
+    with processes.fail_together(debug=FLAGS.debug):
         if captions:
             check_captions(captions)
         settings = sampling_settings()
@@ -31,30 +31,24 @@ def main(argv):
         processes.join()
         began = time.monotonic()
         model = Pipeline.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
-        model.steps("draw")  # what cannot be is said before any file is written
+        model.steps("draw")  # raises before any file is written
         if not captions and model.reads_captions:
             check_captions(captions)
         for line in model.cut_captions(captions) if captions else ():
-            if processes.is_first():
-                print(f"note: {line}", flush=True)
-        epath.Path(FLAGS.out).mkdir(parents=True, exist_ok=True)  # now, not after an hour of drawing
-        result = model.text_to_image(
-            captions,
-            **settings,
-            seed=FLAGS.seed,
-            n=FLAGS.n,
-            batch_size=FLAGS.batch_size,
-            progress=output.StageLines(),
-        )
+            output.note(line)
+        out = epath.Path(FLAGS.out)
+        out.mkdir(parents=True, exist_ok=True)  # now, not after an hour of drawing
+        settings |= dict(seed=FLAGS.seed, n=FLAGS.n, batch_size=FLAGS.batch_size)
+        result = model.text_to_image(captions, **settings, progress=output.StageLines())
         if not processes.is_first():
             return
-        paths = output.write_pictures(FLAGS.out, result, model.name)
+        count = len(output.write_pictures(out, result, model.name))
         compiling = sum(timing.compile_seconds for timing in result.timings.values())
         sampling = sum(timing.seconds for timing in result.timings.values())
         print(
-            f"{len(paths)} picture{'s' * (len(paths) > 1)} of {model.image_size} x {model.image_size} in "
-            f"{time.monotonic() - began:.1f} s (compiling {compiling:.1f} s, {sampling / len(paths):.2f} s a "
-            f"picture): {epath.Path(FLAGS.out) / 'grid.png'}"
+            f"{count} picture{'s' * (count > 1)} of {model.image_size} x {model.image_size} in "
+            f"{time.monotonic() - began:.1f} s (compiling {compiling:.1f} s, {sampling / count:.2f} s a "
+            f"picture): {out / 'grid.png'}"
         )
 
 

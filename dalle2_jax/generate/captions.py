@@ -1,4 +1,4 @@
-"""Captions: which are allowed, and what a stage reads of them."""
+"""Captions: which are valid, and the fields that stages read from them."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 from dalle2_jax.generate.engine import Engine
 
 MAX_CAPTION = 1000
-# Fields that come from captions: tokens of the stage's own tokenizer, CLIP's embedding and states, classes.
+# Fields made from captions: tokens by the stage's tokenizer, CLIP's embedding and states, classes.
 FIELDS = ("tokens", "token_mask", "text_embed", "text_states", "label")
 
 
@@ -29,36 +29,36 @@ def check_captions(captions: Sequence[str]) -> None:
 
 
 def cut_captions(engine: Engine, names: Sequence[str], captions: Sequence[str]) -> list[str]:
-    """A line for each caption that is longer than one of these stages reads, with the part that it reads."""
-    reads = {name: getattr(engine.stages[name], "context_length", None) for name in names}
+    """A line for each caption with more tokens than the `context_length` of one of these stages."""
+    limits = {name: getattr(engine.stages[name], "context_length", None) for name in names}
     lines = []
     for i, caption in enumerate(captions, 1):
-        short = {}  # stage -> surplus tokens
-        for name, limit in reads.items():
+        surplus: dict[str, int] = {}
+        for name, limit in limits.items():
             if limit:
                 # A token stands for at least one byte, a character for at most four.
                 tokens = engine.tokenizer(name, 4 * MAX_CAPTION + 2)([caption])[1].sum()
-                short |= {name: tokens - limit} if tokens > limit else {}
-        if short:
-            name = max(short, key=short.get)
+                surplus |= {name: tokens - limit} if tokens > limit else {}
+        if surplus:
+            name = max(surplus, key=lambda name: surplus[name])
             tokenizer = engine.tokenizer(name)
             read = tokenizer.decode(tokenizer([caption])[0][0])
-            lines.append(f"caption {i} is too long by {short[name]} tokens: {name} reads only {read!r}")
+            lines.append(f"caption {i} is too long by {surplus[name]} tokens: {name} reads only {read!r}")
     return lines
 
 
-def labels(engine: Engine, captions: Sequence[str], name: str = "classifier") -> np.ndarray:
-    """The class [N] int32 of the classifier, or of stage `name`, that each caption names.
+def labels(engine: Engine, captions: Sequence[str], name: str) -> np.ndarray:
+    """The class int32 [N] of stage `name` that each caption names.
 
-    -1 where a caption names not one, for a stage that was trained without classes, too; ValueError for
-    others.
+    -1 where a caption does not name exactly one: the null label of a stage trained with `label_drop`.
+    ValueError for other stages.
     """
     from dalle2_jax.data.pipeline import label_of
 
     classes = engine.configs[name]["data"]["classes"]
     found = [label_of(caption, classes) for caption in captions]
     for caption, label in zip(captions, found, strict=True):
-        if label < 0 and not getattr(engine.stage(name), "label_drop", 0):
+        if label < 0 and not getattr(engine.stage(name), "label_drop", False):
             leave = ", or leave classifier out" if name == "classifier" else ""
             raise ValueError(
                 f"caption {caption!r} does not name exactly one class of the {name}, such as "

@@ -1,7 +1,7 @@
-"""A model directory, opened: its stages, their weights on the devices, functions compiled for micro-batches.
+"""An open model directory: its stages, their weights on the devices, functions compiled for micro-batches.
 
-Examples (captions, pictures) are split over the processes there are, and run in micro-batches of a fixed size
-that are split over a process's devices. A compiled function is kept for every (stage, settings, shapes).
+Examples (captions, pictures) are split over the processes and run in micro-batches of one size, which are
+split over a process's devices. The engine keeps a compiled function for every (stage, settings, shapes).
 """
 
 import concurrent.futures
@@ -11,8 +11,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,27 +23,27 @@ from dalle2_jax import systems
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dalle2_jax.models import models
 from dalle2_jax.models.nets import layers
-from dalle2_jax.runtime import files, hub, modeldir, partition, processes
+from dalle2_jax.runtime import batched, files, hub, modeldir, partition, processes
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 BATCH_SIZE = 8
-# progress(step, examples done, examples in all, seconds in this step without compiling)
+# progress(step, examples done, number of examples, seconds in this step without compiling)
 Progress = Callable[[str, int, int, float], None]
-# seen(step, uint8 [N, h, w, 3]): the pictures of a step that has finished
-Seen = Callable[[str, np.ndarray], None]
-MAX_PROGRAMS = 64  # kept by an engine; of more, those that were used least lately are compiled anew
+OnImages = Callable[[str, np.ndarray], None]  # on_images(step, uint8 [N, h, w, 3]), when a step has finished
+MAX_PROGRAMS = 64  # of an engine; the least recently used are dropped
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A function to be compiled, and what it reads.
+    """A function to compile, and its inputs.
 
     Attributes:
       name: the stage whose parameters `function` gets.
-      function: (params, batch, scalars) -> arrays with one entry for each example of the batch.
-      settings: hashable, all that `function` closes over: with name, specs and scalars it names the program.
+      function: (params, batch, scalars) -> a tree of arrays [B, ...].
+      settings: hashable, everything that `function` closes over. Name, settings, specs and names of scalars
+        identify the program.
       specs: field -> shape and type of one example.
-      scalars: numpy numbers that are traced, so that no value needs a new program.
+      scalars: numpy numbers that are traced: another value needs no new program.
       steps: network steps an example. label: the name for timing and progress; the stage's name if empty.
       others: further stages whose parameters `function` needs; it then gets {stage name: parameters}.
     """
@@ -51,26 +52,23 @@ class Task:
     function: Callable
     settings: tuple
     specs: dict[str, jax.ShapeDtypeStruct]
-    scalars: dict[str, np.generic] = dataclasses.field(default_factory=dict)
+    scalars: Mapping[str, np.generic] = dataclasses.field(default_factory=dict)
     steps: int = 1
     label: str = ""
     others: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple:
-        """The name of the program."""
+        """Identifies the program."""
         specs = tuple((name, spec.shape, str(spec.dtype)) for name, spec in sorted(self.specs.items()))
         return self.name, self.others, self.settings, specs, tuple(sorted(self.scalars))
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What `rows` examples of `steps` network steps each took, in seconds, without and for compiling.
+    """Seconds of `examples`, `steps` network steps each, without the seconds of waiting for the compiler."""
 
-    Compiling counts as long as it was waited for.
-    """
-
-    rows: int
+    examples: int
     steps: int
     seconds: float
     compile_seconds: float
@@ -95,66 +93,54 @@ def _read_stages(directory: epath.Path, index: dict, dtype: str | None) -> tuple
 
 
 class Engine:
-    """The stages of a model directory. Make one with `Engine.open`.
+    """The stages of a model directory.
 
     Attributes:
-      name: the model's name. system: the module of `systems` that says what its stages can do together.
+      name: the model's name. system: the module of `systems` with the actions of its stages.
       entries: stage name -> its entry in the index: folder, uses, tokenizer.
       configs, stages: stage name -> stored config, built stage, in the index's order.
       mesh: the devices that share a batch.
-      low_memory: whether weights keep the type that they are stored in, and only those of the stage at work
-        are on the devices.
+      low_memory: weights keep their stored type, and the devices hold those of one stage at a time.
     """
 
-    def __init__(self, directory: epath.Path, index: dict, dtype: str | None, mesh, low_memory: bool):
-        self.directory, self.name = directory, index.get("name") or directory.name
+    def __init__(self, model_dir: str | os.PathLike | None, dtype: str | None, mesh, low_memory: bool):
+        """Open a model directory; see `Pipeline.load`."""
+        if model_dir is None and not (BUNDLED / modeldir.INDEX_FILE).exists():
+            raise FileNotFoundError(
+                "this installation came without the bundled model (the package's folder 'bundled'): give "
+                "a model directory, such as `python -m dalle2_jax.convert workdirs` writes"
+            )
+        self.directory = epath.Path(hub.local(BUNDLED if model_dir is None else model_dir))
+        index = modeldir.read_index(self.directory)
+        self.name = index.get("name") or self.directory.name
         self.system, self.entries = systems.load(index["system"]), index["stages"]
-        self.configs, self.stages = _read_stages(directory, index, dtype)
-        self.mesh, self.low_memory = mesh, low_memory
+        self.configs, self.stages = _read_stages(self.directory, index, dtype)
+        self.mesh, self.low_memory = partition.local_mesh() if mesh is None else mesh, low_memory
         self._params: dict = {}
         self._programs: dict = {}
         self._tokenizers: dict = {}
         self._lock, self._param_locks = threading.Lock(), {name: threading.Lock() for name in self.stages}
         self._workers = concurrent.futures.ThreadPoolExecutor(2, "compile")
+        entries = self.entries.items()
+        vocab_sizes = {n: self.tokenizer(n, 3).vocab_size for n, entry in entries if entry["tokenizer"]}
+        uses = {name: entry["uses"] for name, entry in entries}
+        self.system.check(self.configs, self.stages, vocab_sizes, uses)
 
-    @staticmethod
-    def open(
-        model_dir: str | os.PathLike | None, dtype: str | None = None, mesh=None, low_memory: bool = False
-    ) -> "Engine":
-        """Open a model directory; see `Pipeline.load`."""
-        if model_dir is None:
-            if not (BUNDLED / modeldir.INDEX_FILE).exists():
-                raise FileNotFoundError(
-                    "this installation came without the bundled model (the package's folder 'bundled'): give "
-                    "a model directory, such as `python -m dalle2_jax.convert workdirs` writes"
-                )
-            model_dir = BUNDLED
-        directory = epath.Path(hub.local(model_dir))
-        index = modeldir.read_index(directory)
-        mesh = partition.local_mesh() if mesh is None else mesh
-        engine = Engine(directory, index, dtype, mesh, low_memory)
-        reading = {name for name, entry in engine.entries.items() if entry["tokenizer"]}
-        vocab_sizes = {name: engine.tokenizer(name, 3).vocab_size for name in reading}
-        uses = {name: entry["uses"] for name, entry in engine.entries.items()}
-        engine.system.check(engine.configs, engine.stages, vocab_sizes, uses)
-        return engine
-
-    def stage(self, name: str):
+    def stage(self, name: str) -> Any:
         """The stage called `name`; ValueError if the model lacks it."""
         if name not in self.stages:
             raise ValueError(f"model {self.name!r} has no {name}: it has {', '.join(self.stages)}")
         return self.stages[name]
 
-    def _file(self, name: str, file: str) -> epath.Path:
+    def _folder(self, name: str) -> epath.Path:
         self.stage(name)
-        return self.directory / self.entries[name]["folder"] / file
+        return self.directory / self.entries[name]["folder"]
 
     def params(self, name: str) -> dict:
-        """A stage's parameters, replicated on every device; read at first use."""
-        path = self._file(name, "")
+        """A stage's parameters, replicated on every device; the first use reads them."""
+        path, replicated = self._folder(name), partition.replicated(self.mesh)
         with self._param_locks[name]:
             if name not in self._params:
-                replicated = partition.replicated(self.mesh)
                 _, params = modeldir.load_stage(
                     path, keep_dtype=self.low_memory, place=lambda leaf: jax.device_put(leaf, replicated)
                 )
@@ -164,7 +150,7 @@ class Engine:
 
     def weights_sha256(self, name: str) -> str:
         """The checksum of a stage's file of weights, in hexadecimal."""
-        return hashlib.sha256(self._file(name, modeldir.WEIGHTS_FILE).read_bytes()).hexdigest()
+        return hashlib.sha256((self._folder(name) / modeldir.WEIGHTS_FILE).read_bytes()).hexdigest()
 
     def _task_params(self, task: Task) -> dict:
         if self.low_memory:
@@ -175,7 +161,7 @@ class Engine:
         return {name: self.params(name) for name in (task.name, *task.others)}
 
     def tokenizer(self, name: str, context_length: int | None = None) -> Tokenizer:
-        """The tokenizer of a stage, at its own context length or another."""
+        """The tokenizer of a stage, at its context length or another."""
         length = context_length or self.stage(name).context_length
         key = self.entries[name]["tokenizer"], length
         if key not in self._tokenizers:
@@ -183,7 +169,7 @@ class Engine:
         return self._tokenizers[key]
 
     def _micro_batch(self, count: int, batch_size: int | None) -> int:
-        """Examples of a micro-batch: a multiple of the mesh's batch shards, no more than `count` needs."""
+        """Size of the micro-batches of `count` examples: a multiple of the mesh's batch shards."""
         shards = partition.batch_shards(self.mesh)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be 1 or more")
@@ -193,25 +179,18 @@ class Engine:
     def _compile(self, task: Task, size: int):
         """The compiled function of a task for micro-batches of `size` examples."""
         split, replicated = partition.batch_sharding(self.mesh), partition.replicated(self.mesh)
-        batch = {
-            name: jax.ShapeDtypeStruct((size, *spec.shape), spec.dtype, sharding=split)
-            for name, spec in task.specs.items()
-        }
-        scalars = {
-            name: jax.ShapeDtypeStruct((), value.dtype, sharding=replicated)
-            for name, value in task.scalars.items()
-        }
-        params = self._task_params(task)
+        struct = jax.ShapeDtypeStruct
+        batch = {n: struct((size, *x.shape), x.dtype, sharding=split) for n, x in task.specs.items()}
+        scalars = {n: struct((), x.dtype, sharding=replicated) for n, x in task.scalars.items()}
+        params, options = self._task_params(task), partition.compiler_options()
         with partition.use_mesh(self.mesh), layers.shapes_only(True):
-            jitted = jax.jit(
-                task.function, out_shardings=split, compiler_options=partition.compiler_options()
-            )
+            jitted = jax.jit(task.function, out_shardings=split, compiler_options=options)
             return jitted.lower(params, batch, scalars).compile()
 
     def prepare(self, task: Task, count: int, batch_size: int | None = None) -> None:
-        """Start reading a stage's weights and compiling a task for `count` examples, beside other work.
+        """Begin, in the background, to read a stage's weights and to compile a task for `count` examples.
 
-        With little memory nothing is started: `run` does it when the stage's turn has come.
+        Does nothing with `low_memory`: `run` then reads and compiles.
         """
         if not self.low_memory:
             self._submit(task, count, batch_size)
@@ -222,7 +201,7 @@ class Engine:
             program = self._programs.pop(key, None)
             if program is None:
                 program = self._workers.submit(self._compile, task, key[1])
-            self._programs[key] = program  # the last is the one used last
+            self._programs[key] = program  # moves it to the end: the order is that of use
             for old in [old for old, made in self._programs.items() if made.done()]:
                 if len(self._programs) > MAX_PROGRAMS and old != key:
                     del self._programs[old]
@@ -231,56 +210,51 @@ class Engine:
     def run(
         self,
         task: Task,
-        examples: dict[str, np.ndarray],
+        examples: Mapping[str, np.ndarray],
         *,
         batch_size: int | None = None,
         progress: Progress | None = None,
-    ):
+    ) -> tuple[Any, Timing]:
         """(task.function of all examples as numpy, Timing).
 
         Args:
           task: the function.
-          examples: arrays [N, ...] as task.specs says. The last micro-batch is filled up with copies of the
-          last example. batch_size: examples at a time, rounded up to a multiple of the devices; None: 8, or
-          one a device.
+          examples: arrays [N, ...] as in task.specs. Copies of the last example fill the last micro-batch.
+          batch_size: examples at a time, rounded up to a multiple of the devices; None: 8, or one a device.
           progress: called after every micro-batch.
 
-        Of several processes each runs its share of the examples, and every one gets all results; timing and
-        progress are of its own.
+        Each of several processes runs its share of the examples and gets all results. Its timing and progress
+        count its share alone.
         """
         timings = []
 
-        def own(mine: np.ndarray):
-            made, timing = self._run(task, examples, mine, batch_size, progress)
-            timings.append(timing)
-            return made
+        def share(numbers: np.ndarray):
+            count, size = len(numbers), self._micro_batch(len(numbers), batch_size)
+            program, compile_seconds = self._program(task, count, batch_size)
+            params = self._task_params(task)
+            scalars = jax.device_put(dict(task.scalars), partition.replicated(self.mesh))
+            outputs, seconds = [], 0.0
+            for chosen in batched.micro_batches(count, size):
+                began, rows = time.monotonic(), numbers[chosen]
+                batch = {name: x[rows].astype(task.specs[name].dtype) for name, x in examples.items()}
+                made = program(params, partition.to_global(batch, self.mesh), scalars)
+                outputs.append(partition.to_host(made))
+                seconds += time.monotonic() - began
+                if progress is not None:
+                    done = min(size * len(outputs), count)
+                    progress(task.label or task.name, done, count, seconds)
+            timings.append(Timing(count, task.steps, seconds, compile_seconds))
+            return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
 
-        return processes.in_shares(own, len(next(iter(examples.values())))), timings[0]
+        return processes.split_over_processes(share, len(next(iter(examples.values())))), timings[0]
 
-    def _run(self, task: Task, examples: dict, mine: np.ndarray, batch_size, progress):
-        """`run` of the examples with the numbers `mine` alone."""
-        count = len(mine)
-        size = self._micro_batch(count, batch_size)
-        began = time.monotonic()
-        submitted = self._submit(task, count, batch_size)
+    def _program(self, task: Task, count: int, batch_size: int | None) -> tuple[Callable, float]:
+        """(the compiled function, seconds of waiting for it)."""
+        began, submitted = time.monotonic(), self._submit(task, count, batch_size)
         try:
-            program = submitted.result()
-        except BaseException:  # programs that wait to be compiled would hold up the end of this one
+            return submitted.result(), time.monotonic() - began
+        except BaseException:  # programs that wait for the compiler would delay the end of this process
             with self._lock:
-                self._programs = {key: made for key, made in self._programs.items() if not made.cancel()}
-                self._programs.pop((task.key, size), None)
+                kept = {key: made for key, made in self._programs.items() if not made.cancel()}
+                self._programs = {key: made for key, made in kept.items() if made is not submitted}
             raise
-        compile_seconds = time.monotonic() - began
-        params = self._task_params(task)
-        scalars = jax.device_put(task.scalars, partition.replicated(self.mesh))
-        outputs, seconds = [], 0.0
-        for start in range(0, count, size):
-            began = time.monotonic()
-            chosen = mine[np.minimum(np.arange(start, start + size), count - 1)]
-            batch = {name: value[chosen].astype(task.specs[name].dtype) for name, value in examples.items()}
-            outputs.append(partition.to_host(program(params, partition.to_global(batch, self.mesh), scalars)))
-            seconds += time.monotonic() - began
-            if progress is not None:
-                progress(task.label or task.name, min(start + size, count), count, seconds)
-        joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *outputs)
-        return joined, Timing(count, task.steps, seconds, compile_seconds)

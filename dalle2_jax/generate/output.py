@@ -1,4 +1,4 @@
-"""Drawn pictures as files: PNG with settings inside, a labelled grid, a report; progress on a terminal."""
+"""Drawn pictures as files: PNG with settings inside, a labelled grid, a report; lines on a terminal."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from etils import epath
 import dalle2_jax
 from dalle2_jax.data import shards
 from dalle2_jax.generate.pipeline import Result
-from dalle2_jax.runtime import metrics, processes
+from dalle2_jax.runtime import grid, processes
 
 
 def slug(caption: str, length: int = 48) -> str:
@@ -22,17 +22,17 @@ def slug(caption: str, length: int = 48) -> str:
 
 
 def report(result: Result, name: str) -> dict:
-    """What made the pictures of `result`, JSON values."""
+    """Model, seed, settings, timings and versions behind the pictures of `result`, JSON values."""
     return {
         "model": name,
         "seed": result.seed,
         "settings": result.settings,
         "timings": {
             stage: {
-                "rows": timing.rows,
+                "rows": timing.examples,
                 "steps": timing.steps,
                 "seconds": round(timing.seconds, 4),
-                "seconds_per_row": round(timing.seconds / timing.rows, 4),
+                "seconds_per_row": round(timing.seconds / timing.examples, 4),
                 "compile_seconds": round(timing.compile_seconds, 4),
             }
             for stage, timing in result.timings.items()
@@ -48,43 +48,47 @@ def report(result: Result, name: str) -> dict:
     }
 
 
-def metadata(result: Result, i: int, name: str, **said) -> dict[str, str]:
-    """The text entries of picture i's PNG: its caption, and as JSON all that made it and what is `said`."""
-    made = {"caption": result.captions[i], "number": result.numbers[i], "seed": result.seed} | said
-    made |= {"model": name, "settings": result.settings}
+def identity(result: Result, i: int, **more) -> dict:
+    """Caption, number and seed of picture i, and `more`, JSON values."""
+    return {"caption": result.captions[i], "number": result.numbers[i], "seed": result.seed} | more
+
+
+def metadata(result: Result, i: int, name: str, **more) -> dict[str, str]:
+    """The text entries of picture i's PNG: its caption; its `identity`, model and settings as JSON."""
+    made = identity(result, i, **more) | {"model": name, "settings": result.settings}
     return {"caption": result.captions[i], "dalle2_jax": json.dumps(made)}
 
 
 def write_pictures(
-    out: str | os.PathLike, result: Result, name: str, command: str = "generate", **said
+    out: str | os.PathLike, result: Result, name: str, command: str = "generate", **more
 ) -> list[epath.Path]:
-    """Write the pictures, grid.png and COMMAND.json of `result` into `out`; the pictures' paths.
+    """Write the pictures, grid.png and COMMAND.json of `result` into `out`; return the pictures' paths.
 
-    Files of the same names are replaced, others left alone: COMMAND.json lists what belongs to it. `said`,
-    JSON values, goes into it and into the pictures' metadata.
+    Replaces files of the same names alone: COMMAND.json lists its pictures. `more`, JSON values, goes into it
+    and into the pictures' metadata.
     """
-    out = epath.Path(out)
-    summary = report(result, name)
-    paths, pictures = [], []
-    for i, (image, caption, number) in enumerate(
-        zip(result.images, result.captions, result.numbers, strict=True)
-    ):
-        path = out / f"{i:04d}_{slug(caption)}.png"
-        made = {"caption": caption, "number": number, "seed": result.seed} | said
-        metrics.save_png(path, image, metadata(result, i, name, **said))
-        paths.append(path)
-        pictures.append({"file": path.name} | made)
+    folder = epath.Path(out)
+    paths = [folder / f"{i:04d}_{slug(caption)}.png" for i, caption in enumerate(result.captions)]
+    for i, (path, image) in enumerate(zip(paths, result.images, strict=True)):
+        grid.save_png(path, image, metadata(result, i, name, **more))
     columns = max(result.numbers) + 1
-    grid = metrics.labelled_grid(result.images, result.captions, columns if columns > 1 else None)
-    metrics.save_png(out / "grid.png", grid, {"captions": json.dumps(result.captions, ensure_ascii=False)})
-    summary = {"pictures": pictures, "grid": "grid.png"} | summary
+    table = grid.labelled_grid(result.images, result.captions, columns if columns > 1 else None)
+    grid.save_png(folder / "grid.png", table, {"captions": json.dumps(result.captions, ensure_ascii=False)})
+    pictures = [{"file": path.name} | identity(result, i, **more) for i, path in enumerate(paths)]
+    summary = {"pictures": pictures, "grid": "grid.png"} | report(result, name)
     text = shards.encodable(json.dumps(summary, indent=2, ensure_ascii=False))  # files may have any name
-    (out / f"{command}.json").write_text(text + "\n", "utf-8")
+    (folder / f"{command}.json").write_text(text + "\n", "utf-8")
     return paths
 
 
+def note(line: str) -> None:
+    """Print a note; of several processes the first prints."""
+    if processes.is_first():
+        print(f"note: {line}", flush=True)
+
+
 class StageLines:
-    """Prints a line a stage on a terminal of any kind: pictures done, seconds, seconds a picture."""
+    """Prints lines of progress of each stage: pictures done, seconds, seconds a picture."""
 
     def __init__(self, file=None, clock=time.monotonic, every: float = 5.0):
         self._file, self._clock, self._every, self._last = file or sys.stdout, clock, every, float("-inf")
@@ -96,8 +100,5 @@ class StageLines:
         if self._silent or done < total and now - self._last < self._every:
             return
         self._last = now
-        print(
-            f"{stage:>12} {done}/{total} pictures, {seconds:.2f} s, {seconds / done:.3f} s a picture",
-            file=self._file,
-            flush=True,
-        )
+        line = f"{stage:>12} {done}/{total} pictures, {seconds:.2f} s, {seconds / done:.3f} s a picture"
+        print(line, file=self._file, flush=True)

@@ -1,4 +1,4 @@
-"""Pictures and masks as people have them, made square and of the size that a stage reads."""
+"""Picture files and masks of any kind, made square and of the size that a stage reads."""
 
 import os
 import re
@@ -10,9 +10,9 @@ from dalle2_jax.runtime import files
 
 FITS = ("crop", "pad")
 FORMATS = "PNG, JPEG or WebP"
-ALL_WHITE = "the mask is white all over the picture: nothing of it is kept, and black is what would be"
+ALL_WHITE = "the mask is white all over the picture: nothing of it is kept. Paint black what is to be kept"
 SHAPES = ((), (3,), (4,))  # channels of a mask: none, or those of a picture
-# how a file begins -> what it is, of those that people send and that are not read
+# first bytes of a file -> its format, of common formats that are not read
 _BEGINNINGS = {
     b"GIF8": "GIF",
     b"BM": "BMP",
@@ -29,10 +29,10 @@ _BEGINNINGS = {
 
 
 def decode_picture(data: bytes, name: str, max_pixels: int | None = None, keep_alpha: bool = False):
-    """The PIL picture (RGB, upright) of a file's bytes; `name` is what messages call it.
+    """The PIL picture (RGB, upright) of a file's bytes; `name` is for messages.
 
-    max_pixels: the most that is allowed; None is what training allows. keep_alpha: a picture with
-    transparency stays RGBA. Raises ValueError that says what is wrong with the file, and what to change.
+    max_pixels: None: the limit of training. keep_alpha: a picture with transparency stays RGBA. Raises
+    ValueError with the fault of the file and its remedy.
     """
     from dalle2_jax.data import records, transforms
 
@@ -40,7 +40,7 @@ def decode_picture(data: bytes, name: str, max_pixels: int | None = None, keep_a
     try:
         return transforms.decode(data, max_pixels, keep_alpha=keep_alpha)
     except records.BadRecord as error:
-        # Pillow's own words for a size that it does not even read
+        # Pillow's message for a size that it refuses
         detail = re.sub(r"Image size \((\d+) pixels\).*", r"\1", error.detail)
         why = {
             "empty": "is empty: the file has no bytes",
@@ -51,29 +51,25 @@ def decode_picture(data: bytes, name: str, max_pixels: int | None = None, keep_a
             "animated": f"is animated ({error.detail}): save one frame as a still picture",
         }.get(error.reason)
         if why is None:
-            why = f"cannot be read as a picture: {_unreadable(data, error.detail)}"
+            why = f"cannot be read as a picture: the file is {_unreadable(data, error.detail)}"
         raise ValueError(f"{name} {why}") from None
 
 
 def _unreadable(data: bytes, detail: str) -> str:
-    """Why the bytes of a file are no picture that is read here, by how they begin."""
-    if data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (data[:4], data[8:12]) == (
-        b"RIFF",
-        b"WEBP",
-    ):
-        return f"the file is cut off or damaged ({detail}); save or send it again"
+    """The fault of a file that is no readable picture, by its first bytes, and its remedy."""
+    webp = (data[:4], data[8:12]) == (b"RIFF", b"WEBP")
+    if webp or data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
+        return f"cut off or damaged ({detail}); save or send it again"
     found = files.not_arrived(data[:1024])
     if found == "git_lfs_pointer":
-        return "the file is a pointer that git-lfs left; fetch the picture with git lfs pull"
+        return "a pointer that git-lfs left; fetch the picture with git lfs pull"
     if found == "web_page":
-        return "the file is a web page; download the picture itself"
-    kind = _kind(data)
-    found = f"the file is {kind}" if kind else "the file is no picture of a known format"
-    return f"{found}; save it as {FORMATS}"
+        return "a web page; download the picture itself"
+    return f"{_format(data) or 'no picture of a known format'}; save it as {FORMATS}"
 
 
-def _kind(data: bytes) -> str | None:
-    """What a file is, by its first bytes, where it is no PNG, JPEG or WebP file; None for an unknown kind."""
+def _format(data: bytes) -> str | None:
+    """The format of a file that is not PNG, JPEG or WebP, by its first bytes; None: unknown."""
     if data[4:8] == b"ftyp":  # the box that begins every file of the MP4 family names its brand
         brands = {b"avif": "AVIF", b"avis": "AVIF", b"mif1": "HEIC", b"msf1": "HEIC"}
         brand = data[8:12]
@@ -85,16 +81,16 @@ def _kind(data: bytes) -> str | None:
 
 
 def read_picture(path: str | os.PathLike):
-    """The PIL picture of a file; ValueError for one that is none, or too large."""
+    """The PIL picture of a file; ValueError for a file that is no picture, or too large."""
     return decode_picture(epath.Path(files.expand(path)).read_bytes(), str(path))
 
 
 def read_mask(text: str, like: tuple[int, int]):
-    """The mask that `text` names: a picture's file, or a box 'left,top,right,bottom' in shares of the sides.
+    """The mask of `text`: a picture's file, or a box 'left,top,right,bottom' in shares of the sides.
 
-    like: (width, height) of the picture that a box is for. Returns a PIL picture, which keeps its
-    transparency, or bool [height, width]: what `repaint_mask` takes. Raises ValueError for a box that holds
-    nothing and for a file that is no picture, FileNotFoundError where there is no file.
+    like: (width, height) of the picture. Returns a PIL picture, with its transparency, or bool [height,
+    width], for `repaint_mask`. Raises ValueError for an empty box and for a file that is no picture,
+    FileNotFoundError for a missing file.
     """
     parts = text.split(",")
     try:
@@ -114,14 +110,14 @@ def read_mask(text: str, like: tuple[int, int]):
 
 
 def repaint_mask(mask, like: tuple[int, int] | None = None) -> np.ndarray:
-    """bool [H, W], True where a mask says that the picture is drawn anew: where it is white and opaque.
+    """bool [H, W], True where the mask is opaque white: there the picture is drawn anew.
 
     mask: bool [H, W]; uint8 [H, W]; or a picture: PIL, of any mode, or uint8 [H, W, 3 or 4]. A pixel is white
     where its darkest channel, laid on black where it is transparent, is above 127. like: (width, height) of
-    the picture that the mask belongs to.
+    the picture.
 
-    Raises ValueError for a mask without white, for one of another size than `like`, and for one that looks
-    like the opposite convention, where transparent parts are drawn anew.
+    Raises ValueError for a mask without white, for a size other than `like`, and for a mask of the opposite
+    convention, which draws transparent parts anew.
     """
     from PIL import Image, ImageOps
 
@@ -136,18 +132,18 @@ def repaint_mask(mask, like: tuple[int, int] | None = None) -> np.ndarray:
             )
         if mask.ndim == 2:
             return _checked(mask if mask.dtype == bool else mask > 127, mask, like)
-        mask = Image.fromarray(mask if mask.dtype == np.uint8 else np.uint8(mask) * 255)
+        mask = Image.fromarray(mask if mask.dtype == np.uint8 else mask.astype(np.uint8) * 255)
     values = np.asarray(transforms.to_rgb(ImageOps.exif_transpose(mask), keep_alpha=True))
     white = values[..., :3].min(axis=-1)
     if values.shape[-1] == 4:
         alpha = values[..., 3]
-        white = np.uint8(white.astype(int) * alpha // 255)
+        white = (white.astype(int) * alpha // 255).astype(np.uint8)
         _check_convention(values[..., :3], alpha > 127, white > 127)
     return _checked(white > 127, white, like)
 
 
 def _check_convention(rgb: np.ndarray, opaque: np.ndarray, white: np.ndarray) -> None:
-    """ValueError for a mask with transparent parts that need not mean strokes on a transparent layer.
+    """ValueError for a mask with transparent parts that may be something else than strokes on a layer.
 
     rgb: uint8 [H, W, 3]. opaque, white: bool [H, W]. A layer of strokes is black and white where it is
     opaque. A picture has colours or middle greys there. A hole in something opaque touches no border.
@@ -176,17 +172,14 @@ def _check_convention(rgb: np.ndarray, opaque: np.ndarray, white: np.ndarray) ->
 
 
 def _checked(marked: np.ndarray, values: np.ndarray, like: tuple[int, int] | None) -> np.ndarray:
-    """`marked` bool [H, W]; ValueError where it is nowhere True or of another size than `like`.
-
-    values: [H, W], what it was made of.
-    """
+    """`marked` bool [H, W], made of `values` [H, W]; ValueError if it is empty or not of the size `like`."""
     if like is not None and marked.shape[::-1] != tuple(like):
         found = "x".join(str(side) for side in marked.shape[::-1])
         raise ValueError(f"the mask is {found}, the picture {like[0]}x{like[1]}: make them one size")
     if marked.any():
         return marked
-    told = "" if values.dtype == bool else f"; its brightest pixel is {values.max(initial=0)}, white is 255"
-    raise ValueError(f"the mask is empty: paint white what is to be drawn anew{told}")
+    most = "" if values.dtype == bool else f"; its brightest pixel is {values.max(initial=0)}, white is 255"
+    raise ValueError(f"the mask is empty: paint white what is to be drawn anew{most}")
 
 
 def whole_picture(image) -> np.ndarray:
@@ -222,38 +215,30 @@ def square_picture(image, size: int, fit: str = "crop", halve: bool = True) -> n
 
 
 def square_mask(mask, size: int, like: tuple[int, int], fit: str = "crop") -> np.ndarray:
-    """A mask, of any kind that `repaint_mask` takes, as bool [size, size], True where it is drawn anew.
-
-    A pixel is drawn anew if any of what it covers is. `like`: (width, height) of the picture that the mask
-    belongs to. Raises ValueError for another size, and for what `repaint_mask` refuses.
-    """
+    """`repaint_mask` as bool [size, size]: a pixel is drawn anew if any pixel that it covers is."""
     return shrink_mask(_squared(repaint_mask(mask, like), fit), size)
 
 
 def keeps_nothing(mask: np.ndarray, fit: str = "crop") -> bool:
     """Whether a mask bool [H, W] is white all over the square that is drawn."""
-    return bool(mask.all() or _squared(mask, fit).all())  # what 'pad' adds is not of the picture
+    return bool(mask.all() or _squared(mask, fit).all())  # 'pad' adds black borders
 
 
 def _squared(mask: np.ndarray, fit: str) -> np.ndarray:
     """bool [H, W] -> bool [s, s], cropped or padded as `square_picture` does with the picture."""
     height, width = mask.shape
+    side = max(mask.shape) if fit == "pad" else min(mask.shape)
+    top, left = abs(side - height) // 2, abs(side - width) // 2
     if fit == "pad":
-        side = max(mask.shape)
-        whole = np.zeros((side, side), bool)
-        top, left = (side - height) // 2, (side - width) // 2
-        whole[top : top + height, left : left + width] = mask
-        return whole
-    side = min(mask.shape)
-    top, left = (height - side) // 2, (width - side) // 2
-    whole = mask[top : top + side, left : left + side]
-    if not whole.any():
+        return np.pad(mask, ((top, side - height - top), (left, side - width - left)))
+    square = mask[top : top + side, left : left + side]
+    if not square.any():
         raise ValueError("the mask has no white in the central square: move it there, or use fit 'pad'")
-    return whole
+    return square
 
 
 def shrink_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """bool [s, s] -> bool [size, size], True where any pixel that is covered is True."""
+    """bool [s, s] -> bool [size, size], True where any pixel that it covers is True."""
     side = mask.shape[0]
     sums = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     low = np.floor(np.arange(size) * side / size).astype(int)

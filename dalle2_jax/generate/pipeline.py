@@ -7,6 +7,7 @@ give the same picture whatever else is drawn with it. Nothing here needs TensorF
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from dalle2_jax.data.shards import encodable
 from dalle2_jax.generate import captions as texts
 from dalle2_jax.generate import tasks
 from dalle2_jax.generate.captions import check_captions
-from dalle2_jax.generate.engine import Engine, Progress, Seen, Timing
+from dalle2_jax.generate.engine import Engine, OnImages, Progress, Timing
 from dalle2_jax.generate.pictures import shrink_mask, square_picture
 from dalle2_jax.generate.settings import resolve
 from dalle2_jax.runtime import processes
@@ -27,12 +28,12 @@ class Result:
 
     Attributes:
       captions: N captions, one a picture; "" for a model that reads none.
-      numbers: N picture numbers, 0 .. n-1 within a caption unless others were asked for; with seed and
-        settings they fix the picture.
+      numbers: N picture numbers, by default 0 .. n-1 within a caption; with seed and settings they fix the
+        picture.
       seed: the seed of all of them.
-      image_embeds: [N, E] float32, the prior's, in CLIP's own scale; [N, 0] where no step reads them.
+      image_embeds: [N, E] float32 of the prior, in CLIP's scale; [N, 0] where no step reads them.
       base: uint8 [N, h, w, 3], the first step's pictures.
-      images: uint8 [N, H, W, 3], after the last upsampler (`base` if there is none).
+      images: uint8 [N, H, W, 3], after the last upsampler (`base` without upsamplers).
       settings: step -> its settings, JSON values.
       timings: step -> Timing, in the order in which they ran; 'text' is CLIP reading the captions.
     """
@@ -52,19 +53,25 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Running:
-    """How steps run, whatever they draw.
+    """How steps run: the options of all functions that draw.
 
     Attributes:
-      seed: the same seed gives the same pictures.
+      seed: 0 .. 2**32 - 1; the same seed gives the same pictures.
       batch_size: examples at a time, rounded up to a multiple of the devices; None: 8, or one a device.
-      progress: called as progress(step, examples done, examples in all, seconds in this step).
-      seen: called as seen(step, pictures) when a step has drawn pictures.
+      progress: called as progress(step, examples done, number of examples, seconds in this step).
+      on_images: called as on_images(step, uint8 [N, h, w, 3]) when a step has drawn pictures.
     """
 
     seed: int = 0
     batch_size: int | None = None
     progress: Progress | None = None
-    seen: Seen | None = None
+    on_images: OnImages | None = None
+
+    @staticmethod
+    def take(options: dict) -> "Running":
+        """Removes its fields from keywords, and returns them."""
+        names = [field.name for field in dataclasses.fields(Running)]
+        return Running(**{name: options.pop(name) for name in names if name in options})
 
 
 def repeated(captions: Sequence[str], n: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -72,11 +79,11 @@ def repeated(captions: Sequence[str], n: int) -> tuple[tuple[str, ...], tuple[in
     return tuple(caption for caption in captions for _ in range(n)), tuple(range(n)) * len(captions)
 
 
-def check_counts(what: str, count: int, **given: Sequence | None) -> None:
-    """Raise ValueError for given values, by their name, that are not as many as `what`."""
-    for name, values in given.items():
-        if values is not None and len(values) != count:
-            raise ValueError(f"{count} {what} need as many {name}, got {len(values)}")
+def check_counts(what: str, count: int, **values: Sequence | None) -> None:
+    """Raise ValueError for values, by their name, unless there are `count` of them or none."""
+    for name, value in values.items():
+        if value is not None and len(value) != count:
+            raise ValueError(f"{count} {what} need as many {name}, got {len(value)}")
 
 
 class Pipeline:
@@ -84,11 +91,12 @@ class Pipeline:
 
     Attributes:
       engine: the opened model directory: stages, configs, weights.
-      actions: what its stages can do together: action -> its steps.
+      name: the model's name.
+      actions: action -> its steps, of all actions that the stages can do.
     """
 
     def __init__(self, engine: Engine):
-        self.engine = engine
+        self.engine, self.name = engine, engine.name
         self.actions = engine.system.actions(engine.stages)
 
     @classmethod
@@ -98,34 +106,28 @@ class Pipeline:
         dtype: str | None = None,
         mesh=None,
         low_memory: bool = False,
-    ) -> "Pipeline":
-        """Open a model directory; weights are read when a stage is first used.
+    ) -> Self:
+        """Open a model directory; the first use of a stage reads its weights.
 
         Args:
-          model_dir: the directory, or hf://OWNER/NAME@COMMIT; None for the small model that comes with the
-            package.
+          model_dir: the directory, or hf://OWNER/NAME@COMMIT; None: the small model of the package.
           dtype: compute type of the networks, 'float32' or 'bfloat16'; None: as trained.
           mesh: devices that share the pictures of a batch; None: all of them.
-          low_memory: keep weights in the type that they are stored in, and those of one stage at a time on
-            the devices; they are read again whenever its turn comes.
+          low_memory: keep weights in their stored type, and those of one stage at a time on the devices;
+            each stage reads them again at its turn.
 
         Raises:
           FileNotFoundError: no such directory, or a part of it is missing.
           ValueError: a part is damaged, or the stages do not fit together.
         """
-        return cls(Engine.open(model_dir, dtype, mesh, low_memory))
+        return cls(Engine(model_dir, dtype, mesh, low_memory))
 
     def __call__(self, captions: Sequence[str] = (), **options) -> Result:
         """`text_to_image`."""
         return self.text_to_image(captions, **options)
 
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.engine.name
-
     def steps(self, action: str) -> tuple[Step, ...]:
-        """The steps of an action; ValueError says why the model cannot do it, and what it can."""
+        """The steps of an action. ValueError names what the model lacks for it, and its actions."""
         try:
             return self.engine.system.steps(action, self.engine.stages)
         except ValueError as error:
@@ -135,7 +137,8 @@ class Pipeline:
     @property
     def image_size(self) -> int:
         """Side of the finished picture."""
-        return self.engine.stage(self.steps("redraw")[-1].stage).image_size
+        action = "redraw" if "redraw" in self.actions else "draw"
+        return self.engine.stage(self.steps(action)[-1].stage).image_size
 
     @property
     def reads_captions(self) -> bool:
@@ -144,16 +147,16 @@ class Pipeline:
         return any(set(step.specs(self.engine.stage(step.stage))) & set(texts.FIELDS) for step in steps)
 
     def cut_captions(self, captions: Sequence[str]) -> list[str]:
-        """A line for each caption that is longer than a stage reads, with the part that it reads; one for all
-        where nothing reads them."""
+        """A line for each caption that a stage cuts, with the part that it reads; one line for a model that
+        reads no captions."""
         if "draw" in self.actions and not self.reads_captions:
             return [f"model {self.name!r} reads no captions: it draws what it was trained on"]
         steps = self.actions.get("draw") or self.actions.get("encode_text", ())
         return texts.cut_captions(self.engine, list(dict.fromkeys(step.stage for step in steps)), captions)
 
-    def settings(self, **asked) -> dict[str, dict]:
-        """step -> what `text_to_image` runs it with for these keywords of `settings.SETTINGS`."""
-        return resolve(self.engine, self.steps("draw"), **asked)
+    def settings(self, **keywords) -> dict[str, dict]:
+        """step -> its settings in `text_to_image` with these keywords of `settings.SETTINGS`."""
+        return resolve(self.engine, self.steps("draw"), **keywords)
 
     def encode_text(
         self, captions: Sequence[str], batch_size: int | None = None, progress: Progress | None = None
@@ -164,12 +167,12 @@ class Pipeline:
         return self._encode_text(step, captions, Running(0, batch_size, progress))
 
     def _encode_text(self, step: Step, captions: Sequence[str], how: Running):
-        """`encode_text` of any texts, "" too."""
+        """`encode_text` without the check: the null caption may be ""."""
         made, timings = self.run((step,), {"caption": captions}, {}, how)
         return tuple(made[f"{step.name}.{field}"] for field in step.writes), timings[step.name]
 
     def encode_image(self, images, batch_size: int | None = None) -> np.ndarray:
-        """Image embeddings [N, E] float32 in CLIP's own scale (unit norm, unless `unit_embeds` is off).
+        """Image embeddings [N, E] float32 in CLIP's scale (unit norm, unless `unit_embeds` is off).
 
         Args:
           images: uint8 [N, H, W, 3], or a sequence of PIL pictures and uint8 [H, W, 3] of any sizes; each is
@@ -184,36 +187,36 @@ class Pipeline:
 
     def run(
         self, steps: Sequence[Step], batch: Mapping, settings: Mapping[str, dict], how: Running
-    ) -> tuple[dict, dict[str, Timing]]:
+    ) -> tuple[dict[str, Any], dict[str, Timing]]:
         """(`batch` with the outputs of steps, step -> Timing).
 
         Args:
           steps: of an action, or some of them.
-          batch: what is given: 'caption', N texts, or None for the null caption; 'number', the numbers of the
-            pictures; 'STEP.FIELD', arrays [N, ...] for a step's field, or the output of an earlier step;
-            'known', a picture uint8 [H, W, 3] and where to repaint it, bool [H, W], of any size; 'negative',
-            a caption that guidance leads away from.
+          batch: 'caption', N texts, or None for the null caption; 'number', the numbers of the pictures;
+            'STEP.FIELD', arrays [N, ...] for a step's field, or the output of an earlier step; 'inpaint', a
+            picture uint8 [H, W, 3] and a mask bool [H, W] of any size, True where it is drawn anew;
+            'negative', a caption that guidance leads away from.
           settings: step -> keywords of its operation.
           how: seed, batch size, callbacks.
         """
         batch, timings = dict(batch), {}
         for step in steps:
-            own = settings.get(step.name, {}) | dict(step.fixed)
-            examples = self._examples(step, batch, own, how)
-            specs = tasks.specs(self.engine, step, own, examples)
-            task = tasks.make_task(self.engine, step, own, specs, how.seed)
+            now = settings.get(step.name, {}) | dict(step.fixed)
+            examples = self._examples(step, batch, now, how)
+            specs = tasks.specs(self.engine, step, now, examples)
+            task = tasks.make_task(self.engine, step, now, specs, how.seed)
             made, timings[step.name] = self.engine.run(
                 task, examples, batch_size=how.batch_size, progress=how.progress
             )
             batch |= {f"{step.name}.{field}": value for field, value in made.items()}
-            if how.seen is not None and step.fold is not None and "image" in made:
-                how.seen(step.name, made["image"])
+            if how.on_images is not None and step.fold is not None and "image" in made:
+                how.on_images(step.name, made["image"])
         return batch, timings
 
     def _examples(self, step: Step, batch: dict, settings: dict, how: Running) -> dict[str, np.ndarray]:
-        """Arrays [N, ...] of all that a step reads: of the batch, or made from the captions."""
-        stage, captions, found, missing = self.engine.stage(step.stage), batch.get("caption"), {}, []
-        needed = step.specs(stage)
+        """Arrays [N, ...] of all inputs of a step: from the batch, or made from the captions."""
+        stage, captions, missing = self.engine.stage(step.stage), batch.get("caption"), []
+        needed, found = step.specs(stage), {}
         for field in (*needed, *step.optional):
             sources = [name for name in (f"{step.name}.{field}", step.bind.get(field)) if name in batch]
             if sources:
@@ -225,10 +228,10 @@ class Pipeline:
         found |= self.conditioning(step, missing, captions, count, how)
         if step.fold is not None:
             found["number"] = np.asarray(batch["number"])
-        if "known" in step.optional and batch.get("known") is not None:
-            picture, repaint = batch["known"]
-            at_size = square_picture(picture, stage.image_size), shrink_mask(repaint, stage.image_size)
-            found["known"], found["repaint"] = (np.repeat(x[None], count, 0) for x in at_size)
+        if "inpaint_image" in step.optional and batch.get("inpaint") is not None:
+            picture, mask = batch["inpaint"]
+            at_size = square_picture(picture, stage.image_size), shrink_mask(mask, stage.image_size)
+            found["inpaint_image"], found["inpaint_mask"] = (np.repeat(x[None], count, 0) for x in at_size)
         if "negative" in step.optional and batch.get("negative") is not None:
             check_captions([batch["negative"]])
             if settings["guidance_scale"] == 1 or stage.context_length is None:
@@ -248,15 +251,17 @@ class Pipeline:
         specs = step.specs(stage)
         for field in fields:
             if field not in texts.FIELDS:
-                raise ValueError(f"{step.name} reads {field}, which nothing gives it")
+                raise ValueError(f"{step.name} needs the input {field}")
         found = {field: np.zeros((count, *specs[field].shape), specs[field].dtype) for field in fields}
-        if "label" in found:
-            if captions is None and not getattr(stage, "label_drop", 0):
+        if "label" in found and captions is not None:
+            found["label"] = texts.labels(self.engine, captions, name)
+        elif "label" in found:
+            if not getattr(stage, "label_drop", False):
                 raise ValueError(f"the {name} draws classes: give a caption that names one")
-            found["label"] = np.full(count, -1) if captions is None else self.labels(captions, name)
-        if captions is None and getattr(stage, "null_tokens", 0):
+            found["label"] -= 1  # the null label
+        if captions is None and getattr(stage, "null_tokens", False):
             captions = [""] * count  # the null caption of stages that have tokens of one
-        if captions is not None and "token_mask" in found:
+        if captions is not None and found.keys() & {"tokens", "token_mask"}:
             tokens = self.engine.tokenizer(name)(list(captions))
             made = dict(zip(("tokens", "token_mask"), tokens, strict=True))
             if "text_states" in found:
@@ -267,112 +272,93 @@ class Pipeline:
         return found
 
     def _guide_examples(self, step: Step, settings: dict, captions, how: Running) -> dict[str, np.ndarray]:
-        """What the guides of these settings steer to: a text embedding, a label a caption."""
-        used = [guide for guide in step.guides if guide in settings]
-        if used and captions is None:
-            raise ValueError(f"{' and '.join(used)} steer to captions: give them, or leave the guide out")
-        found = {}
-        for guide in used:
-            field = tasks.guide_field(self.engine, guide)
+        """The targets of the guides: a text embedding, a label a caption."""
+        targets, found = tasks.guide_fields(self.engine, step, settings), {}
+        if targets and captions is None:
+            raise ValueError(f"{' and '.join(targets)} steer to captions: give them, or leave the guide out")
+        for guide, field in targets.items():
             if field.endswith(".label"):
-                found[field] = self.labels(captions, guide)
+                found[field] = texts.labels(self.engine, captions, guide)
             else:
                 encode = self.engine.system.encode_text(guide)
                 (found[field], _), _ = self._encode_text(encode, captions, Running(batch_size=how.batch_size))
         return found
 
-    def labels(self, captions: Sequence[str], name: str = "classifier") -> np.ndarray:
-        """The class [N] int32 of the classifier, or of stage `name`, that each caption names; see
-        `captions.labels`."""
-        return texts.labels(self.engine, captions, name)
-
-    def _check_classes(self, steps: Sequence[Step], settings: dict, captions: Sequence[str]) -> None:
+    def _check_classes(self, steps: Sequence[Step], settings: dict, captions) -> None:
         """Raise ValueError for a caption that names no class where a stage or a guide needs one."""
         for step in steps:
             if "label" in step.specs(self.engine.stage(step.stage)):
-                self.labels(captions, step.stage)
-            for guide in step.guides:
-                if guide in settings.get(step.name, {}) and self.engine.system.GUIDES[guide] == "label":
-                    self.labels(captions, guide)
+                texts.labels(self.engine, captions, step.stage)
+            for guide, field in tasks.guide_fields(self.engine, step, settings.get(step.name, {})).items():
+                if field.endswith(".label"):
+                    texts.labels(self.engine, captions, guide)
 
     def text_to_image(
         self,
         captions: Sequence[str] = (),
         *,
-        seed: int = 0,
         n: int = 1,
         numbers: Sequence[int] | None = None,
         upsample: bool = True,
-        batch_size: int | None = None,
-        progress: Progress | None = None,
-        seen: Seen | None = None,
-        **asked,
+        **options,
     ) -> Result:
         """Draw n pictures of each caption.
 
         Args:
           captions: texts of at most MAX_CAPTION characters; none for a model that reads none.
-          seed: 0 .. 2**32 - 1; with a picture's number within its caption, all of its randomness.
           n: pictures a caption.
-          numbers: instead of n, one a caption, that of the picture to draw for it.
-          upsample: False stops at the base pictures.
-          batch_size, progress, seen: see `Running`; of several processes each sees its own share.
-          asked: any of `settings.SETTINGS` (guidance_scale, decoder_steps, prior_method, ...) instead of the
-            model's own.
+          numbers: instead of n, one a caption, the number of its picture. With the seed it fixes all
+            randomness of a picture.
+          upsample: False: base pictures alone.
+          options: the fields of `Running`: seed, batch_size, progress, on_images; and any of
+            `settings.SETTINGS` (guidance_scale, decoder_steps, prior_method, ...), by default the model's.
 
-        Of several processes each draws its share of the pictures, and every one gets all of them; the
-        timings are its own.
+        Each of several processes draws its share of the pictures and gets all of them. Its callbacks and
+        timings count its share alone.
 
         Raises:
-          ValueError: for captions or settings that are not allowed, before anything is computed.
+          ValueError: for invalid captions or settings, before anything is computed.
         """
-        if not isinstance(captions, str) and not len(captions) and not self.reads_captions:
-            captions = None
-        else:
+        how = Running.take(options)
+        read = isinstance(captions, str) or len(captions) > 0 or self.reads_captions
+        if read:
             check_captions(captions)
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed {seed} must lie in 0 .. {2**32 - 1}")
+            check_counts("captions", len(captions), numbers=numbers)
+        if not 0 <= how.seed < 2**32:
+            raise ValueError(f"seed {how.seed} must lie in 0 .. {2**32 - 1}")
         if n < 1:
             raise ValueError(f"n {n} must be 1 or more pictures a caption")
-        if captions is not None:
-            check_counts("captions", len(captions), numbers=numbers)
-        steps, settings, timings = self._until(upsample), self.settings(**asked), {}
-        self._check_classes(self.steps("draw"), settings, captions)
-        if captions is None:
-            numbers = range(n) if numbers is None else numbers
-        elif numbers is None:
-            captions, numbers = repeated(captions, n)
-        how = Running(seed, batch_size, progress, seen)
+        steps, settings, timings = self.steps("draw"), self.settings(**options), {}
+        self._check_classes(steps, settings, captions if read else None)
+        if not upsample:
+            first = next(i for i, step in enumerate(steps) if "image" in step.writes)
+            steps = steps[: first + 1]
+        if numbers is None:
+            captions, numbers = repeated(captions, n) if read else ((), range(n))
+        labels = captions if read else [""] * len(numbers)
 
         def draw(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             self._prepare(steps, settings, len(chosen), how)
-            given = {"number": [numbers[i] for i in chosen]}
-            if captions is not None:
-                given["caption"] = [captions[i] for i in chosen]
-            made, more = self.run(steps, given, settings, how)
+            batch: dict = {"number": [numbers[i] for i in chosen]}
+            batch |= {"caption": [captions[i] for i in chosen]} if read else {}
+            made, more = self.run(steps, batch, settings, how)
             timings.update(more)
             images = [made[f"{step.name}.image"] for step in steps if "image" in step.writes]
             no_embeds = np.zeros((len(chosen), 0), np.float32)
             return made.get("prior.image_embed", no_embeds), images[0], images[-1]
 
-        drawn = processes.in_shares(draw, len(numbers))
+        embeds, base, images = processes.split_over_processes(draw, len(numbers))
         used = {name: values for name, values in settings.items() if name in timings}
-        labels = [""] * len(numbers) if captions is None else captions
-        return Result(tuple(labels), tuple(numbers), seed, *drawn, used, timings)
+        return Result(tuple(labels), tuple(numbers), how.seed, embeds, base, images, used, timings)
 
-    def _until(self, upsample: bool) -> tuple[Step, ...]:
-        """The steps of drawing, up to the first that draws pictures where they are not enlarged."""
-        steps = self.steps("draw")
-        first = next(i for i, step in enumerate(steps) if "image" in step.writes)
-        return steps if upsample else steps[: first + 1]
-
-    def prepare(self, *, n: int = 1, upsample: bool = True, batch_size: int | None = None, **asked) -> None:
-        """Begins to compile, beside other work, what `text_to_image` of a caption with these needs."""
-        self._prepare(self._until(upsample), self.settings(**asked), n, Running(batch_size=batch_size))
+    def prepare(self, *, n: int = 1, **options) -> None:
+        """Begin, in the background, to compile `text_to_image` of a caption with these arguments."""
+        how = Running.take(options)
+        self._prepare(self.steps("draw"), self.settings(**options), n, how)
 
     def _prepare(self, steps: Sequence[Step], settings: dict, count: int, how: Running) -> None:
         # All stages are compiled at once, the later ones while the earlier ones run.
         for step in steps:
-            own = settings.get(step.name, {}) | dict(step.fixed)
-            task = tasks.make_task(self.engine, step, own, tasks.specs(self.engine, step, own), how.seed)
+            now = settings.get(step.name, {}) | dict(step.fixed)
+            task = tasks.make_task(self.engine, step, now, tasks.specs(self.engine, step, now), how.seed)
             self.engine.prepare(task, count, how.batch_size)

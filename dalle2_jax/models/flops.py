@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import jax
 
+from dalle2_jax.models import models
+from dalle2_jax.models.frozen import Frozen
 from dalle2_jax.models.nets import cpu, layers
 
 TRAINING_PASSES = 3
@@ -25,13 +27,21 @@ def count(function: Callable, *arguments) -> int:
     return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def of_step(stage, batch: dict) -> int:
-    """FLOPs of a training step of a stage on a batch of arrays or ShapeDtypeStructs, without a frozen CLIP's.
+def of_step(stage, batch: dict, frozen: Frozen | None = None) -> int:
+    """FLOPs of a training step of a stage on a batch of arrays or ShapeDtypeStructs, without the encoders of
+    frozen stages.
 
-    Sharpness-aware minimisation takes the gradient twice.
+    frozen: the frozen stages of one that uses some. Sharpness-aware minimisation takes the gradient twice.
     """
     params = jax.eval_shape(stage.init, jax.random.key(0), stage.batch_spec(1))
-    forward = count(lambda p, b: stage.loss(p, jax.random.key(0), b, train=False).value, params, batch)
+    used = {name: frozen.stages[name] for name in getattr(stage, "uses", ())} if frozen else {}
+    shapes = {name: models.abstract_params(other) for name, other in used.items()}
+
+    def loss(params, batch, shapes):
+        keywords = frozen.loss_keywords(shapes) if used else {}
+        return stage.loss(params, jax.random.key(0), batch, train=False, **keywords).value
+
+    forward = count(loss, params, batch, shapes)
     return TRAINING_PASSES * forward * (2 if getattr(stage, "sam_rho", 0) else 1)
 
 

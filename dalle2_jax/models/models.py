@@ -1,7 +1,5 @@
-"""From a config to a stage, from a directory to trained parameters, and what a frozen CLIP adds to a
-batch."""
+"""From a config to a stage, from a directory to trained parameters."""
 
-import dataclasses
 import importlib
 import inspect
 import json
@@ -11,16 +9,21 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from dalle2_jax.models import trainable
 from dalle2_jax.models.nets import layers
-from dalle2_jax.runtime import checkpoint, files, hub, modeldir
+from dalle2_jax.runtime import checkpoint, checksums, files, hub, modeldir
 from dalle2_jax.runtime.names import nearest
 
-STAGES = ("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier")
+# The name of a stage in a config -> the module with its `build`, and `SETTINGS` of sampling. To add a stage,
+# write such a module (see `stages`) and name it here.
+STAGES = {
+    name: f"dalle2_jax.models.stages.{name}"
+    for name in ("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier")
+}
 # What may take the place of a stage in a model.
 KINDS = {"prior": ("prior", "ar_prior"), "noisy_clip": ("clip",)}
 # Settings of a config that are paths (`data.path` of some sources is a name, which nothing is expanded in).
 PATHS = ("clip", "init_from", "tokenizer.path", "data.path", "data.data_dir", "data.embeddings")
-CLIP_FIELDS = ("image_embed", "text_embed", "text_states")
 
 
 def check_keywords(function, keywords: dict, what: str) -> None:
@@ -54,8 +57,10 @@ def to_plain(value):
 
 
 def expand_paths(config: dict) -> dict:
-    """A config (plain JSON types) with the settings that are PATHS as the system takes them."""
+    """A config (plain JSON types) with the settings that are paths as the system takes them."""
     config = dict(config)
+    if config.get("frozen"):
+        config["frozen"] = {name: files.expand(path) for name, path in config["frozen"].items()}
     for group, _, name in (setting.rpartition(".") for setting in PATHS):
         if group and isinstance(config.get(group), dict):
             config[group] = _expanded(config[group], name)
@@ -76,16 +81,20 @@ def _to_arguments(value):
     return tuple(_to_arguments(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-def build_stage(config: dict):
-    """The stage that `config['stage']` names, built from `config['model']`; ValueError says which setting is
-    wrong."""
-    name = config["stage"]
+def stage_module(name: str):
+    """The module of a stage; ValueError for an unknown name."""
     if name not in STAGES:
         near = nearest(name, STAGES)
         raise ValueError(
-            f"stage {name!r} is unknown; {f'did you mean {near}?' if near else f'there are {STAGES}'}"
+            f"stage {name!r} is unknown; {f'did you mean {near}?' if near else f'there are {tuple(STAGES)}'}"
         )
-    module = importlib.import_module(f"dalle2_jax.models.stages.{name}")
+    return importlib.import_module(STAGES[name])
+
+
+def build_stage(config: dict):
+    """The stage that `config['stage']` names, built from `config['model']`; ValueError says which setting is
+    wrong."""
+    module = stage_module(config["stage"])
     model = _to_arguments(to_plain(config["model"]))
     check_keywords(module.build, model, "model")
     return module.build(**model)
@@ -113,26 +122,38 @@ def _stage_folder(path: epath.Path, name: str) -> epath.Path:
     raise ValueError(f"{path} holds no stage {name!r}; it has {sorted(folders)}")
 
 
-def load_stage(path, name: str):
+def open_stage(path, name: str):
+    """(stage, config, folder) of what `load_stage` reads, without its parameters."""
+    path = epath.Path(hub.local(path))
+    folder = path if is_workdir(path) else _stage_folder(path, name)
+    if not (folder / modeldir.CONFIG_FILE).exists():
+        raise FileNotFoundError(f"{folder} is not a stage: it has no {modeldir.CONFIG_FILE}")
+    config = json.loads((folder / modeldir.CONFIG_FILE).read_text())
+    stage, role = build_stage(config), name.rstrip("0123456789")
+    kinds = KINDS.get(role, (role,) if role in STAGES else (config["stage"],))
+    if config["stage"] not in kinds:
+        raise ValueError(f"{path} holds a {config['stage']!r}, not a {name!r}")
+    return stage, config, folder
+
+
+def load_stage(path, name: str, keep_dtype: bool = False):
     """(stage, config, parameters) of a training workdir (its newest average), of stage `name` of a model
     directory, or of a stage's folder in one.
 
     path: on the disk, or hf://OWNER/NAME@COMMIT of a model directory, or with a stage's folder behind it.
     name: 'clip', 'prior', 'decoder', 'upsampler' or, of a model directory with several, 'upsampler64' and the
-    like. Parameters are float32 arrays on the host. Raises FileNotFoundError or ValueError that says what
-    `path` lacks.
+    like; a name that is no stage's, such as 'teacher', stands for any stage. keep_dtype: parameters keep the
+    type that they are stored in, else they are float32. Arrays are on the host. Raises FileNotFoundError or
+    ValueError that says what `path` lacks.
     """
-    path = epath.Path(hub.local(path))
-    if is_workdir(path):
-        config = json.loads((path / "config.json").read_text())
-        stage = build_stage(config)
-        params = checkpoint.restore_ema_params(path)
+    stage, config, folder = open_stage(path, name)
+    if not is_workdir(folder):
+        _, params = modeldir.load_stage(folder, keep_dtype)
     else:
-        config, params = modeldir.load_stage(_stage_folder(path, name))
-        stage = build_stage(config)
-    role = name.rstrip("0123456789")
-    if config["stage"] not in KINDS.get(role, (role,)):
-        raise ValueError(f"{path} holds a {config['stage']!r}, not a {name!r}")
+        params = checkpoint.restore_ema_params(folder)
+        if config.get("trainable"):
+            base = trainable.load_base(folder, checksums.read_meta(folder)[1]["frozen"][trainable.BASE])
+            params = trainable.merge(params, base)
     modeldir.check_params(params, abstract_params(stage), str(path))
     return stage, config, params
 
@@ -158,9 +179,20 @@ def abstract_params(stage) -> dict:
         return jax.eval_shape(stage.init, jax.random.key(0), stage.batch_spec(1))
 
 
+def encoded_specs(stage) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of the fields that a stage's encoders write, of one example."""
+    spec, found = stage.batch_spec(1), {}
+    for do, op in stage.ops.items():
+        if do.startswith("encode"):
+            reads = [spec[name] for name in op.reads]
+            made = jax.eval_shape(getattr(stage, do), abstract_params(stage), *reads)
+            found |= dict(zip(op.writes, made if isinstance(made, tuple) else (made,), strict=True))
+    return found
+
+
 def zeros(spec: dict) -> dict:
-    """A batch of zeros with the shapes of `spec`."""
-    return {name: jnp.zeros(x.shape, x.dtype) for name, x in spec.items()}
+    """A batch, or any tree, of zeros with the shapes of `spec`."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
 
 
 def crop_tokens(tokens: jax.Array, token_mask: jax.Array, context_length: int) -> tuple[jax.Array, jax.Array]:
@@ -177,28 +209,3 @@ def crop_tokens(tokens: jax.Array, token_mask: jax.Array, context_length: int) -
     end = tokens.max(axis=1)
     last = jnp.where(cut, end, tokens[:, context_length - 1])
     return tokens[:, :context_length].at[:, -1].set(last), token_mask[:, :context_length]
-
-
-@dataclasses.dataclass(frozen=True)
-class FrozenClip:
-    """A trained CLIP that fills embeddings into batches; its parameters are passed to `fill`."""
-
-    stage: object
-
-    def fields(self, needed: set[str]) -> set[str]:
-        """What `fill` reads from the dataset to provide those of `needed` that CLIP computes."""
-        reads = {"clip_image"} if "image_embed" in needed else set()
-        return reads | ({"tokens", "token_mask"} if needed & {"text_embed", "text_states"} else set())
-
-    def fill(self, params: dict, batch: dict, needed: set[str]) -> dict:
-        """`batch` with image_embed, text_embed and text_states where `needed` and absent; drops
-        clip_image."""
-        batch = dict(batch)
-        clip_image = batch.pop("clip_image", None)
-        if "image_embed" in needed and "image_embed" not in batch:
-            batch["image_embed"] = jax.lax.stop_gradient(self.stage.encode_image(params, clip_image))
-        if needed & {"text_embed", "text_states"} and "text_embed" not in batch:
-            tokens, mask = crop_tokens(batch["tokens"], batch["token_mask"], self.stage.context_length)
-            embed, states = jax.lax.stop_gradient(self.stage.encode_text(params, tokens, mask))
-            batch["text_embed"], batch["text_states"] = embed, states
-        return {name: value for name, value in batch.items() if name in needed}

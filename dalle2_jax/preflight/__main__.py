@@ -1,20 +1,19 @@
 """python -m dalle2_jax.preflight --config=configs/X.py --topology=v5p:4x4x4 [--config.a.b=value ...]
 
-Compiles the training step of a config for a TPU slice that is not there, and says whether it would fit and
-how long a step would take: bytes a chip against the chip's memory, the compiler's estimate and the
-utilisation that follows, what goes over the links. Nothing is allocated and no data is read. Needs libtpu
-(pip install 'dalle2_jax[tpu]'), but no TPU. Without --topology it compiles for the devices of this machine.
+Compiles the training step of a config for a TPU slice without having one. Reports whether it fits and how
+long a step takes: bytes a chip against the chip's memory, the compiler's estimate of time and utilisation,
+bytes over the links. Allocates nothing and reads no data. Needs libtpu (pip install 'dalle2_jax[tpu]'), but
+no TPU. Without --topology it compiles for the devices of this machine.
 
-  --clip=configs/clip.py  the frozen CLIP that fills embeddings into the batch, else they are precomputed
-  --sample=8              the program that draws 8 pictures in the place of the training step
+  --clip=configs/clip.py  the frozen CLIP that computes embeddings in the step; default: precomputed ones
+  --sample=8              the program that draws 8 pictures, not the training step
   --json=FILE             the report as JSON
   --hlo=FILE              the compiled program as text
 
-The numbers are the compiler's, not measurements. The time is the sum of the cycles that it estimates for each
-operation of the program, which leaves out what goes over the links: the report gives utilisation for the two
-extremes, links that run wholly beside the computation and links that hold it up. The cost analysis
-(`optimal_seconds`) is shown beside it: a bound by arithmetic and bytes, in which a loop counts once. A large
-stage compiles for minutes (docs/scaling.md).
+The numbers are the compiler's, not measurements. The time is the sum of its estimates of cycles for the
+operations of the program, without the links: the report gives utilisation for the two extremes, links that
+are hidden behind computation and links that hold it up. The cost analysis (`optimal_seconds`) is a bound by
+arithmetic and bytes, which counts a loop once. A large stage compiles for minutes (docs/scaling.md).
 """
 
 import sys
@@ -25,7 +24,7 @@ from etils import epath
 
 from dalle2_jax.models import models
 from dalle2_jax.preflight import preflight
-from dalle2_jax.runtime import commandline, partition
+from dalle2_jax.runtime import commandline, partition, processes
 from dalle2_jax.runtime.commandline import define_config
 
 FLAGS = flags.FLAGS
@@ -33,20 +32,15 @@ FLAGS = flags.FLAGS
 
 def main(argv):
     """Run the command; `argv` without the flags."""
-    try:
+    if FLAGS.topology:
+        jax.config.update("jax_platforms", "cpu")  # JAX would look for a TPU of this machine
+    with processes.fail_together(debug=FLAGS.debug):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}")
-        if FLAGS.topology:
-            jax.config.update("jax_platforms", "cpu")  # a TPU that is not there would be looked for
         partition.initialise()
-        config = models.to_plain(FLAGS.config)
         print("compiling; a large stage takes minutes", file=sys.stderr, flush=True)
-        report = preflight.inspect(
-            config, FLAGS.topology, clip_config=FLAGS.clip, sample=FLAGS.sample, hlo_path=FLAGS.hlo
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from (error if FLAGS.debug else None)
+        config, how = models.to_plain(FLAGS.config), dict(sample=FLAGS.sample, hlo_path=FLAGS.hlo)
+        report = preflight.inspect(config, FLAGS.topology, clip_config=FLAGS.clip, **how)
     print("\n".join(report.lines()))
     if FLAGS.json:
         epath.Path(FLAGS.json).write_text(report.to_json())
@@ -56,8 +50,8 @@ def main(argv):
 
 if __name__ == "__main__":
     define_config()
-    flags.DEFINE_string("topology", None, "A described TPU slice, such as v5p:4x4x4; default: what is here.")
-    commandline.DEFINE_path("clip", None, "Config file of the frozen CLIP that takes part in the step.")
+    flags.DEFINE_string("topology", None, "A TPU slice, such as v5p:4x4x4; default: this machine's devices.")
+    commandline.DEFINE_path("clip", None, "Config file of the frozen CLIP that is part of the step.")
     flags.DEFINE_integer("sample", None, "Compile drawing so many examples instead.", lower_bound=1)
     commandline.DEFINE_path("json", None, "Also write the report there.")
     commandline.DEFINE_path("hlo", None, "Also write the compiled program's text there.")

@@ -1,4 +1,4 @@
-"""TPU chips, slices of them that are described and not there, and the memory of any device."""
+"""TPU chips, described slices of them, and the memory of any device."""
 
 import contextlib
 import dataclasses
@@ -19,12 +19,9 @@ GIB = 2**30
 class Chip:
     """A kind of chip.
 
-    memory: bytes.
-    link_bandwidth: bytes/s that a chip sends over all of its links; as many come in.
-    cells: of its matrix units, each two FLOPs a cycle.
-    axes: of the torus that slices are cut from.
-    largest: chips of a slice at most.
-    kinds: what JAX calls a device; the two cores of a v4 are one, as JAX has them on the machines.
+    memory: bytes. link_bandwidth: bytes/s that it sends over all of its links, and receives. cells: of its
+    matrix units, each two FLOPs a cycle. axes: of the torus that slices are parts of. largest: chips of the
+    largest slice. kinds: JAX's names of the device. cores: `chip_config_name` of a described slice.
     """
 
     memory: float
@@ -37,8 +34,10 @@ class Chip:
 
     @property
     def clock(self) -> float:
-        """Hz, which follows from the chip's peak in bfloat16."""
-        return peak_flops(self.kinds[0]) / (2 * self.cells)
+        """Hz, from the chip's peak in bfloat16."""
+        peak = peak_flops(self.kinds[0])
+        assert peak is not None, self.kinds
+        return peak / (2 * self.cells)
 
 
 # Google's pages on the versions of Cloud TPU; link bandwidths there are for both directions together.
@@ -51,18 +50,17 @@ CHIPS = {
 
 
 def chip_of(device) -> Chip | None:
-    """The chip that a device of JAX is, None for one that is not in `CHIPS`."""
+    """The chip of a device of JAX; None: not in `CHIPS`."""
     return next((chip for chip in CHIPS.values() if device.device_kind in chip.kinds), None)
 
 
 def memory_of(device) -> float | None:
-    """Bytes that a device has, None where that is not known.
+    """Bytes of a device; None: unknown.
 
-    What the device itself says; of a described one its chip's; of a CPU device its part of this machine's.
+    From the device; for a described one from its chip; for a CPU device its part of this machine's memory.
     """
-    with contextlib.suppress(
-        jax.errors.JaxRuntimeError, NotImplementedError
-    ):  # one that is not of this process does not tell
+    unknown = (jax.errors.JaxRuntimeError, NotImplementedError)  # devices of other processes raise
+    with contextlib.suppress(*unknown):
         stated = (device.memory_stats() or {}).get("bytes_limit")
         if stated:
             return stated
@@ -73,7 +71,7 @@ def memory_of(device) -> float | None:
 
 
 def _machine_memory() -> int:
-    """Bytes of this machine, or what its container may use of them."""
+    """Bytes of this machine, or of its container."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # 'max': no limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -81,13 +79,13 @@ def _machine_memory() -> int:
 
 
 def topology_devices(name: str) -> list:
-    """The devices of a described slice such as 'v5p:4x4x4'; nothing of it needs to exist.
+    """The devices of a described slice such as 'v5p:4x4x4'; it need not exist.
 
-    Raises ValueError for a name that is none, and where libtpu is not installed.
+    Raises ValueError for an invalid name, and without libtpu.
     """
     version, _, shape = name.partition(":")
     sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
-    # The compiler of TPUs ends the process for a slice with a wrong number of axes.
+    # The TPU compiler ends the process for a slice with a wrong number of axes.
     if version not in CHIPS or len(sizes) != CHIPS[version].axes or not all(sizes):
         raise ValueError(
             f"--topology={name!r} must be a version and its slice, such as v5p:4x4x4 or v5e:8x8; versions "
@@ -98,16 +96,15 @@ def topology_devices(name: str) -> list:
         raise ValueError(f"--topology={name!r}: a slice of {version} has at most {chip.largest} chips")
     if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
         raise ValueError("compiling for TPUs needs libtpu: pip install 'dalle2_jax[tpu]'")
-    # Not to ask the metadata server of a cloud that this machine is not in, nor for a lock on a chip.
-    for variable, value in dict(
-        TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost"
-    ).items():
-        os.environ.setdefault(variable, value)
+    # libtpu then queries no metadata server and takes no lock on a chip
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
     try:
         described = topologies.get_topology_desc(name, "tpu", chip_config_name=chip.cores)
-    except Exception as error:  # RuntimeError, JaxRuntimeError or ValueError, by what is missing
+    except Exception as error:  # RuntimeError, JaxRuntimeError or ValueError
         first = str(error).strip().splitlines()[0]
         raise ValueError(
             f"--topology={name!r} is not possible: {first}. Slices of {version} are whole hosts, such as "
@@ -117,7 +114,7 @@ def topology_devices(name: str) -> list:
 
 
 def resized(name: str, larger: bool) -> str:
-    """The name of the slice of twice or half as many chips, as even as can be; it need not be possible."""
+    """The name of the slice of twice or half as many chips, as even as possible; it may be invalid."""
     version, _, shape = name.partition(":")
     sizes = [int(size) for size in shape.split("x")]
     if larger:  # the last of the shortest axes, so that 4x4x4 becomes 4x4x8

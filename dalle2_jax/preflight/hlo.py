@@ -1,16 +1,17 @@
-"""What the text of a compiled program says: what it sends over the links, and the cycles that it takes.
+"""Bytes over the links and cycles of a compiled program, from its text in HLO.
 
-The text is HLO's. What lies in a loop counts as often as the compiler says that it runs.
+An operation in a loop counts as often as the loop runs, by the compiler's trip count.
 """
 
 import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BYTES = dict(pred=1, s4=0.5, u4=0.5, bf16=2, f16=2)
-_CYCLES_OF_NOTHING = 1 << 48  # of one operation: two days
+_MOST_CYCLES = 1 << 48  # of one operation: two days
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 
 
@@ -23,20 +24,17 @@ class Collective:
 
 
 def collectives(program: str) -> dict[str, Collective]:
-    """What a program sends, by kind, largest first.
+    """The collectives of a program by kind, largest first.
 
     Bytes that a chip sends for an operation with result R in a group of g: all-gather R (g - 1) / g,
     reduce-scatter R (g - 1), all-reduce 2 R (g - 1) / g (rings), all-to-all R (g - 1) / g, permute R. An
-    all-reduce of which a fusion keeps a part is a reduce-scatter.
+    all-reduce whose fusion keeps a part of the result is a reduce-scatter.
     """
     times = _trip_counts(program)
-    counts, sent = collections.Counter(), collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
+    sent: collections.defaultdict[str, float] = collections.defaultdict(float)
     pattern = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
-    computation = ""
-    for line in program.splitlines():
-        header = _COMPUTATION.match(line)
-        if header:
-            computation = header[1]
+    for computation, line in _lines(program):
         found = pattern.match(line)
         if not found:
             continue
@@ -45,7 +43,7 @@ def collectives(program: str) -> dict[str, Collective]:
         if group == 1 and kind != "collective-permute":
             continue
         # An asynchronous form returns (operands, results, ...), where several of either are a tuple; but
-        # all-reduce-start has a form of its own, that of its results.
+        # all-reduce-start may return its results alone.
         if started and (kind != "all-reduce" or shape.startswith("((")):
             shape = _elements(shape)[1]
         size = sum(_sizes(shape))
@@ -55,52 +53,57 @@ def collectives(program: str) -> dict[str, Collective]:
         repeated = times.get(computation, 1)
         counts[kind] += repeated
         sent[kind] += repeated * size * factor.get(kind, (group - 1) / group)
-    return {kind: Collective(counts[kind], sent[kind]) for kind, _ in sent.most_common()}
+    kinds = sorted(sent, key=lambda kind: -sent[kind])
+    return {kind: Collective(counts[kind], sent[kind]) for kind in kinds}
 
 
 def scheduled_cycles(program: str) -> tuple[int, int]:
-    """(cycles that the compiler estimates for the operations of a program, one after the other; how many
-    operations it gives a number that cannot be one, 2^64 - 1 and the like: left out).
+    """(sum of the compiler's estimates of cycles for all operations, number of operations without one).
 
-    0 where it says nothing. Operations over the links have no estimate."""
-    times, computation, total, untold = _trip_counts(program), "", 0, 0
+    Without an estimate: a number that cannot be one, such as 2^64 - 1. Operations over the links never have
+    one, and do not count. (0, 0) for a compiler without estimates.
+    """
+    times, total, unknown = _trip_counts(program), 0, 0
+    for computation, line in _lines(program):
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if estimate and int(estimate[1]) >= _MOST_CYCLES:
+            unknown += times.get(computation, 1)
+        elif estimate:
+            total += int(estimate[1]) * times.get(computation, 1)
+    return total, unknown
+
+
+def _lines(program: str) -> Iterator[tuple[str, str]]:
+    """(name of the computation, line) of the operations of a program."""
+    computation = ""
     for line in program.splitlines():
         header = _COMPUTATION.match(line)
         if header:
             computation = header[1]
-            continue
-        estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-        if estimate and int(estimate[1]) >= _CYCLES_OF_NOTHING:
-            untold += times.get(computation, 1)
-        elif estimate:
-            total += int(estimate[1]) * times.get(computation, 1)
-    return total, untold
+        else:
+            yield computation, line
 
 
 def _trip_counts(program: str) -> dict[str, int]:
-    """Name of a computation -> how often it runs, of those in loops of known length and of what they call."""
-    calls, bounds, computation = collections.defaultdict(list), collections.defaultdict(list), ""
-    for line in program.splitlines():
-        header = _COMPUTATION.match(line)
-        if header:
-            computation = header[1]
-            continue
+    """Name of a computation -> how often it runs, of those in loops of known length and of their callees."""
+    calls: collections.defaultdict[str, list[tuple]] = collections.defaultdict(list)
+    bounds: collections.defaultdict[str, list[int]] = collections.defaultdict(list)
+    for computation, line in _lines(program):
         bound = re.search(r" = [su]32\[\]\S* constant\((\d+)\)", line)
         if bound:
             bounds[computation].append(int(bound[1]))
         called = re.findall(r"(?:body|condition|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line)
-        length = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         condition = re.search(r"condition=%?([\w.\-]+)", line)
-        for name in called:
-            known = int(length[1]) if length else None
-            calls[computation].append((name, known, condition[1] if condition else None))
+        loop = int(count[1]) if count else None, condition[1] if condition else None
+        calls[computation] += [(name, *loop) for name in called]
     times: dict[str, int] = {}
 
     def visit(name: str, factor: int):
         for inner, length, condition in calls.get(name, ()):
             if condition is None:
                 length = 1
-            elif length is None:  # a counter from 0 is compared with the one number of the condition
+            elif length is None:  # a counter from 0 is compared with the only constant of the condition
                 length = bounds[condition][0] if len(bounds[condition]) == 1 else 1
             if factor * length > times.get(inner, 0):
                 times[inner] = factor * length
@@ -112,7 +115,7 @@ def _trip_counts(program: str) -> dict[str, int]:
 
 
 def _elements(shape: str) -> list[str]:
-    """The shapes that a tuple has, '(f32[2,3], (u8[], s8[]))' -> ['f32[2,3]', ' (u8[], s8[])']."""
+    """The shapes in a tuple, '(f32[2,3], (u8[], s8[]))' -> ['f32[2,3]', ' (u8[], s8[])']."""
     found, depth = [""], 0
     for character in shape[1:-1]:
         depth += (character in "([{") - (character in ")]}")
@@ -127,13 +130,13 @@ def _sizes(shape: str) -> list[float]:
     """Bytes of the arrays in an HLO shape, '(bf16[2,3]{1,0}, f32[])'."""
     found = []
     for kind, axes in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", shape):
-        width = _BYTES.get(kind) or int(re.search(r"\d+", kind)[0]) / 8
+        width = _BYTES.get(kind) or int(re.findall(r"\d+", kind)[0]) / 8
         found.append(width * math.prod(int(n) for n in axes.split(",") if n))
     return found or [0.0]
 
 
 def _group_size(line: str) -> int:
-    """Chips that take part in one collective of this line."""
+    """Chips in one group of the collective of this line."""
     named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{}]*\{([^}]*)\}", line)
     if named:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))

@@ -1,4 +1,4 @@
-"""A training step, or a program that draws, compiled for devices that need not be there."""
+"""A training step, or a program that draws, compiled for described devices or for those of this machine."""
 
 import dataclasses
 import math
@@ -10,20 +10,13 @@ from etils import epath
 
 from dalle2_jax.models import flops, models
 from dalle2_jax.preflight import chips
-from dalle2_jax.preflight.advice import Asked, advise
+from dalle2_jax.preflight.advice import Setup, advise
 from dalle2_jax.preflight.report import Report, compiled_report, refused_report
 from dalle2_jax.runtime import metrics, partition
 from dalle2_jax.train.plan import Plan
 
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A lowered program, the model's FLOPs in it, numbers of parameters, bytes a chip of its arguments."""
-
-    lowered: jax.stages.Lowered
-    flops: int
-    parameters: int
-    arguments: int
+# a lowered program, the model's FLOPs in it, its arguments as ShapeDtypeStructs
+Program = tuple[jax.stages.Lowered, int, tuple]
 
 
 def _placed(tree, sharding):
@@ -34,52 +27,34 @@ def _placed(tree, sharding):
 def _with_clip(plan: Plan, path: str) -> Plan:
     """The plan with the frozen CLIP that the config file `path` describes."""
     clip = models.build_stage(models.to_plain(runpy.run_path(path)["get_config"]()))
-    wanted = getattr(plan.stage, "embed_dim", 0) or clip.embed_dim  # 0: it reads no embedding
-    if wanted != clip.embed_dim:
-        raise ValueError(f"{path} has embeddings of {clip.embed_dim} entries, the stage reads {wanted}")
-    return dataclasses.replace(plan, clip=models.FrozenClip(clip))
+    width = getattr(plan.stage, "embed_dim", 0) or clip.embed_dim  # 0: it reads no embedding
+    if width != clip.embed_dim:
+        raise ValueError(f"{path} has embeddings of {clip.embed_dim} entries, the stage reads {width}")
+    return dataclasses.replace(plan, frozen_stages={**plan.frozen_stages, "clip": clip})
 
 
 def lower_step(plan: Plan) -> Program:
-    """The training step of a plan; its CLIP's parameters are whole on every chip."""
-    stage, clip, size = plan.stage, plan.clip, plan.config["batch_size"]
-    spec, frozen = dict(stage.batch_spec(size)), {}
-    arithmetic = flops.of_step(stage, spec)
-    if clip is not None:
-        frozen = _placed(models.abstract_params(clip.stage), partition.replicated(plan.mesh))
-        reads = clip.fields(set(spec))
-        given = {("clip_image" if n == "image" else n): x for n, x in clip.stage.batch_spec(size).items()}
-        spec = {n: x for n, x in spec.items() if n not in models.CLIP_FIELDS}
-        spec |= {n: x for n, x in given.items() if n in reads and n not in spec}
-        arithmetic += flops.count(plan.fill, frozen, spec)
-    batch = _placed(spec, partition.batch_sharding(plan.mesh))
+    """The training step of a plan, with the parameters of its frozen stages as arguments."""
+    size, frozen = plan.config["batch_size"], plan.abstract_frozen
+    spec = plan.frozen.dataset_spec(size)
+    arithmetic = flops.of_step(plan.stage, plan.stage.batch_spec(size), plan.frozen)
+    arithmetic += flops.count(plan.frozen.encode_batch, frozen, spec)
+    arguments = plan.abstract, _placed(spec, partition.batch_sharding(plan.mesh)), frozen
     with partition.use_mesh(plan.mesh):
-        lowered = plan.jit_step().lower(plan.abstract, batch, frozen)
-    return Program(
-        lowered, arithmetic, _parameters(plan.abstract.params), _held((plan.abstract, batch, frozen))
-    )
+        lowered = plan.jit_step().lower(*arguments)
+    return lowered, arithmetic, arguments
 
 
 def lower_sampler(plan: Plan, count: int) -> Program:
-    """Drawing `count` examples with parameters whole on every chip, as `generate` has them."""
-    stage, rows = plan.stage, partition.batch_sharding(plan.mesh)
+    """Drawing `count` examples; every chip has all parameters, as in `generate`."""
+    stage, split = plan.stage, partition.batch_sharding(plan.mesh)
     params = _placed(models.abstract_params(stage), partition.replicated(plan.mesh))
-    keys = _placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count)), rows)
-    batch = _placed(stage.batch_spec(count), rows)
+    keys = _placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count)), split)
+    batch = _placed(stage.batch_spec(count), split)
     with partition.use_mesh(plan.mesh):
-        lowered = jax.jit(stage.sample, out_shardings=rows).lower(params, keys, batch)
+        lowered = jax.jit(stage.sample, out_shardings=split).lower(params, keys, batch)
     arithmetic = flops.count(stage.sample, params, keys, batch)
-    return Program(lowered, arithmetic, _parameters(params), _held((params, keys, batch)))
-
-
-def _parameters(tree) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-
-
-def _held(tree) -> int:
-    """Bytes of a tree of ShapeDtypeStructs on each chip."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return lowered, arithmetic, (params, keys, batch)
 
 
 def inspect(
@@ -97,29 +72,29 @@ def inspect(
 
     Raises ValueError for settings that do not fit together, before anything is compiled.
     """
-    asked = Asked(config, topology, sample)
-    plan = asked.plan()
-    mesh = plan.mesh
+    setup = Setup(config, topology, sample)
+    plan = setup.plan()
     if sample is not None:
-        program = lower_sampler(plan, sample)
+        lowered, arithmetic, arguments = lower_sampler(plan, sample)
     else:
-        program = lower_step(_with_clip(plan, clip_config) if clip_config else plan)
-    devices = list(mesh.devices.flat)
+        lowered, arithmetic, arguments = lower_step(_with_clip(plan, clip_config) if clip_config else plan)
+    leaves = jax.tree.leaves(arguments)
+    devices = list(plan.mesh.devices.flat)
     report = Report(
         program=f"{config['stage']}, {'a training step' if sample is None else 'drawing'}",
         chips=len(devices),
         device=devices[0].device_kind,
-        mesh=dict(mesh.shape),
+        mesh=dict(plan.mesh.shape),
         batch_size=config["batch_size"] if sample is None else sample,
-        parameters=program.parameters,
-        arguments=program.arguments,
+        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(models.abstract_params(plan.stage))),
+        arguments=sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves),
         memory=chips.memory_of(devices[0]),
-        model_flops=program.flops,
+        model_flops=arithmetic,
         peak=metrics.peak_flops(devices[0].device_kind),
     )
     began = time.monotonic()
     try:
-        compiled, refusal = program.lowered.compile(partition.compiler_options(mesh=mesh)), ""
+        compiled, refusal = lowered.compile(partition.compiler_options(mesh=plan.mesh)), ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -128,8 +103,8 @@ def inspect(
     if compiled is None:
         report = refused_report(report, refusal)
     else:
-        text = compiled.as_text()
+        text = compiled.as_text() or ""
         if hlo_path:
             epath.Path(hlo_path).write_text(text)
         report = compiled_report(report, compiled, text, chips.chip_of(devices[0]))
-    return dataclasses.replace(report, advice=advise(report, asked, partition.num_slices(devices)))
+    return dataclasses.replace(report, advice=advise(report, setup, partition.num_slices(devices)))

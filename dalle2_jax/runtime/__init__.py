@@ -1,1 +1,1 @@
-"""What everything stands on: devices and processes, files, checkpoints and model directories, logs."""
+"""The lowest floor: devices and processes, files, checkpoints, model directories and logs."""

@@ -37,7 +37,6 @@ class Field(NamedTuple):
 
 FIELDS = {
     "image": Field("uint8", "image"),
-    "clip_image": Field("uint8", "image"),
     "low_res": Field("uint8", "image"),  # float32 in [-1, 1] where a dataset degrades it
     "video": Field("uint8", "video"),
     "crop_yx": Field("int32", "number"),

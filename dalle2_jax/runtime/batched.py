@@ -1,4 +1,4 @@
-"""A compiled function for any number of examples: in micro-batches of one size, split over the devices."""
+"""A compiled function of any number of examples, run in micro-batches that are split over the devices."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from dalle2_jax.runtime import partition
 
 
 def micro_batches(count: int, size: int) -> Iterator[np.ndarray]:
-    """The numbers int64 [size] of the examples of each micro-batch; copies of the last fill the last one."""
+    """Yields the example numbers of each micro-batch, int64 [size]; the last number fills the last one."""
     for start in range(0, count, size):
         yield np.minimum(np.arange(start, start + size), count - 1)
 
@@ -21,9 +21,9 @@ class Batched:
 
     Args:
       function: (params, batch) -> a tree of arrays [size, ...]. A batch is a tree of arrays [size, ...].
-      batch_size: examples at a time, rounded up to a multiple of the mesh's batch shards: `size`.
-      mesh: None: this process's own devices.
-      prepare: what is done to a batch on the devices first, outside of the program.
+      batch_size: examples of a micro-batch, rounded up to `size`, a multiple of the mesh's batch shards.
+      mesh: None: the devices of this process.
+      prepare: applied to each batch on the devices, outside of the compiled program.
     """
 
     def __init__(

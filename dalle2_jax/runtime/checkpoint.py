@@ -1,14 +1,13 @@
 """Checkpoints: the train state of a run, saved and restored.
 
-A run keeps WORKDIR/checkpoints/STEP/{state, meta}, written by Orbax: asynchronously (training goes on
-meanwhile), sharded (each process writes its part) and atomically (a step counts only once it is committed
-whole: its folder gets its name last, or, where a file system cannot rename folders, the file COMMIT last).
-Leaves are stored under flat names such as 'params/conv_in/kernel', so a checkpoint can be read onto
-any mesh and without the classes it came from.
+Orbax writes WORKDIR/checkpoints/STEP/{state, meta} asynchronously, sharded over processes, and atomically: a
+step counts once its folder has its name, or, on file systems that cannot rename folders, the file COMMIT.
+Leaves have flat names such as 'params/conv_in/kernel', so a checkpoint is read onto any mesh and without the
+classes of its tree.
 
-`meta` carries a checksum of every leaf (`checksums`), compared on reading; a damaged checkpoint is set aside
-and the one before it used. `meta` has a sha256 of itself and one of the leaves' names, shapes and types:
-damage to these does not look like another dataset or model.
+`meta` has a checksum of every leaf (`checksums`), compared on reading; a damaged checkpoint is moved away and
+the one before it used. It also has a sha256 of itself and one of the leaves' names, shapes and types, so that
+damage is never taken for another dataset or model.
 """
 
 import contextlib
@@ -36,7 +35,7 @@ from dalle2_jax.runtime.orbax_errors import (
     quiet_orbax,
 )
 
-SAVE_SECONDS = 30 * 86400  # Orbax gives up then, by a clock that may be set while it writes
+SAVE_SECONDS = 30 * 86400  # Orbax's limit, by a clock that may be set while it writes
 COMMIT = "commit_success.txt"  # Orbax's
 
 
@@ -44,10 +43,10 @@ class Checkpointer:
     """Saves and restores the train state of a workdir.
 
     Args:
-      workdir: the run's folder; checkpoints go to workdir/checkpoints.
-      max_to_keep: how many of the newest to keep; None or 0 keeps all.
-      before_save: called before each save; it raises where nothing may be written any more.
-      zero_at_first: names of leaves, or of what they lie in, that a checkpoint may lack: they are zero then.
+      workdir: checkpoints go to workdir/checkpoints.
+      max_to_keep: the number of newest checkpoints to keep; None or 0: all.
+      before_save: called before each save; raises if nothing may be written any more.
+      zero_at_first: names of leaves or subtrees that an older checkpoint may lack: restored as zeros.
     """
 
     def __init__(
@@ -61,19 +60,19 @@ class Checkpointer:
 
         quiet_orbax()
         self._ocp, self._before_save, self._failed = ocp, before_save, False
-        self._zero_at_first = zero_at_first
+        self._zero_at_first = tuple(f"{name}/" for name in zero_at_first)
         self.directory = epath.Path(files.expand(workdir)) / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
         self._renames = files.renames_folders(self.directory)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep or None,
-            cleanup_tmp_directories=True,  # left by a process that was killed while saving
+            cleanup_tmp_directories=True,  # of a process that was killed while saving
             async_options=ocp.AsyncOptions(
                 timeout_secs=SAVE_SECONDS, post_finalization_callback=self._committed
             ),
             temporary_path_class=None if self._renames else ocp.path.atomicity.CommitFileTemporaryPath,
         )
-        # Named here, not inferred from the first save: a resumed run reads before it writes.
+        # Explicit handlers: a resumed run reads before it writes.
         self._state = ocp.PyTreeCheckpointHandler()
         handlers = {"state": self._state, "meta": ocp.JsonCheckpointHandler()}
         path = _absolute(self.directory)
@@ -83,20 +82,18 @@ class Checkpointer:
         logging.info("committed checkpoint %s", self.directory / str(self._manager.latest_step()))
 
     def latest_step(self) -> int | None:
-        """Returns the newest committed step, None if there is none."""
+        """The newest committed step; None: no checkpoint."""
         return self._manager.latest_step()
 
     def all_steps(self) -> list[int]:
-        """Returns the committed steps, oldest first."""
+        """The committed steps, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
         """Starts saving; returns once `state` may be overwritten or donated. False if `step` exists already.
 
-        Args:
-          step: number of finished steps.
-          state: pytree of arrays.
-          meta: JSON values that go with it, such as the dataset's fingerprint.
+        step: number of finished steps. state: pytree of arrays. meta: JSON values, such as the dataset's
+        fingerprint.
         """
         if step in self._manager.all_steps():
             return False
@@ -112,16 +109,14 @@ class Checkpointer:
             )
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
-        """Returns (state, meta) of `step` (the newest if None), placed as `abstract_state` says.
+        """(state, meta) of `step` (None: the newest), with the shardings of `abstract_state`, on any mesh.
 
-        All processes must call it; damage that one of them finds is an error in all.
-
-        Args:
-          abstract_state: pytree of jax.ShapeDtypeStruct with shardings, on any mesh.
+        abstract_state: pytree of jax.ShapeDtypeStruct with shardings. All processes must call it; damage that
+        one finds is an error on all.
 
         Raises:
-          FileNotFoundError: no such checkpoint. ReadFailed: it cannot be read just now, by this process.
-          ValueError: the checkpoint is damaged, or its leaves, shapes or dtypes differ; it says which.
+          FileNotFoundError: no such checkpoint. ReadFailed: this process cannot read it at present.
+          ValueError: the checkpoint is damaged, or its leaves, shapes or dtypes (named) differ.
         """
         step = self._manager.latest_step() if step is None else step
         if step is None or step not in self._manager.all_steps():
@@ -134,7 +129,7 @@ class Checkpointer:
             zero = {
                 name: leaf
                 for name, leaf in expected.items()
-                if name not in stored and _lies_in(name, self._zero_at_first)
+                if name not in stored and f"{name}/".startswith(self._zero_at_first)
             }
             where = _where_stored(stored, [name for name in expected if name not in zero])
             wanted = {where[name]: leaf for name, leaf in expected.items() if name not in zero}
@@ -153,25 +148,23 @@ class Checkpointer:
         return jax.tree.unflatten(jax.tree.structure(abstract_state), flat.values()), contents["meta"]
 
     def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict]:
-        """Returns (step, state, meta) of the newest checkpoint that is not damaged.
+        """(step, state, meta) of the newest intact checkpoint; all processes must call it.
 
-        Damaged ones that are newer are logged and moved to WORKDIR/damaged, so that their steps can be saved
-        again. All processes must call it.
+        Newer, damaged ones are logged and moved to WORKDIR/damaged, so that their steps can be saved again.
 
         Raises:
-          FileNotFoundError: no checkpoint. DamagedCheckpoint: none that is whole; nothing is moved then.
-          ReadFailed: one cannot be read just now, by this process; nothing is moved then, either.
+          FileNotFoundError: no checkpoint. DamagedCheckpoint: all are damaged; nothing is moved.
+          ReadFailed: this process cannot read one at present; nothing is moved.
           ValueError: leaves, shapes or dtypes differ from `abstract_state`.
         """
-        if not self.all_steps():
-            raise FileNotFoundError(_no_checkpoint(self.directory, None, []))
-        damaged = []
+        damaged: list[int] = []
+        error: Exception = FileNotFoundError(_no_checkpoint(self.directory, None, []))
         for step in reversed(self.all_steps()):
             try:
                 restored = self.restore(abstract_state, step)
             except DamagedCheckpoint as found:
                 logging.error("%s", found)
-                traceback.clear_frames(found.__traceback__)  # what was read of it makes room
+                traceback.clear_frames(found.__traceback__)  # frees the arrays that were read
                 error = found
                 damaged.append(step)
                 continue
@@ -198,21 +191,16 @@ class Checkpointer:
         processes.sync(f"set aside {step}")
 
     def warn_of_little_space(self, state: Any) -> None:
-        """Logs a warning where the disk has no room for two checkpoints of such a state: the one that is kept
-        and the next."""
+        """Logs a warning if the disk has no room for two checkpoints of this state, the last and the next."""
         size = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state))
-        with contextlib.suppress(OSError):  # not a disk of this machine
+        with contextlib.suppress(OSError):  # not a local disk
             free = shutil.disk_usage(self.directory).free
             if free < 2 * size:
-                logging.warning(
-                    "%s: %.2f GB are free, a checkpoint takes about %.2f GB",
-                    self.directory,
-                    free / 1e9,
-                    size / 1e9,
-                )
+                line = "%s: %.2f GB are free, a checkpoint takes about %.2f GB"
+                logging.warning(line, self.directory, free / 1e9, size / 1e9)
 
     def check(self) -> None:
-        """Raises SaveFailed if the save in progress is known to have failed; does not wait."""
+        """Raises SaveFailed if the last save has failed; does not wait for one in progress."""
         if not self._manager.is_saving_in_progress():
             self.wait()
 
@@ -232,7 +220,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _explain_failure(self) -> Iterator[None]:
-        """Turns what Orbax raises for a save that failed into a SaveFailed, and frees what it had written."""
+        """Turns Orbax's errors of a failed save into a SaveFailed, and removes the partial checkpoint."""
         try:
             yield
         except Exception as error:
@@ -243,10 +231,10 @@ class Checkpointer:
                 for left in self.directory.glob("*.orbax-checkpoint-tmp"):
                     with contextlib.suppress(OSError):
                         left.rmtree()
-            whole = ", ".join(map(str, self.all_steps())) or "none"
+            steps = ", ".join(map(str, self.all_steps())) or "none"
             raise SaveFailed(
                 f"a checkpoint could not be written to {self.directory}: {cause(error)}. Whole ones are "
-                f"those of steps {whole}. Free space there, then run the same command to go on from the last"
+                f"those of steps {steps}. Free space there, then run the same command to go on from the last"
             ) from error
 
     def __enter__(self):
@@ -257,12 +245,12 @@ class Checkpointer:
 
 
 def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = None) -> dict:
-    """Returns the part of a run's state called `name` ('params', 'ema_params') as nested dicts of numpy.
+    """One part of a run's state ('params', 'ema_params') as nested dicts of numpy arrays.
 
-    Reads that part alone, needs no class of the state, and does not disturb a run that is still training.
+    Reads only that part; the run may still be training. step None: the newest.
 
     Raises:
-      FileNotFoundError: no committed checkpoint, or not that step. ReadFailed: it cannot be read just now.
+      FileNotFoundError: no committed checkpoint, or not that step. ReadFailed: it cannot be read at present.
       ValueError: the checkpoint is damaged or has no such part.
     """
     import orbax.checkpoint as ocp
@@ -286,20 +274,15 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
     handler = ocp.PyTreeCheckpointHandler()
     with explain_damage(path):
         stored, contents = _read_description(path, handler)
-        wanted = {
-            leaf: jax.ShapeDtypeStruct(m.shape, m.dtype)
-            for leaf, m in stored.items()
-            if leaf.startswith(f"{name}/")
-        }
+        part = {leaf: m for leaf, m in stored.items() if leaf.startswith(f"{name}/")}
+        wanted = {leaf: jax.ShapeDtypeStruct(m.shape, m.dtype) for leaf, m in part.items()}
         if not wanted:
             parts = sorted({leaf.split("/")[0] for leaf in stored})
             raise ValueError(f"{path} has no {name!r}: it has {', '.join(parts)}")
-        restore_args = {
-            leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=m.dtype) for leaf, m in wanted.items()
-        }
+        numpy = {leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=m.dtype) for leaf, m in part.items()}
         flat = handler.restore(
             _absolute(path / "state"),
-            args=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True),
+            args=ocp.args.PyTreeRestore(wanted, restore_args=numpy, partial_restore=True),
         )
     sums = {leaf: value for leaf, value in contents["checksums"].items() if leaf.startswith(f"{name}/")}
     checksums.check_sums(path, {leaf: flat[leaf] for leaf in wanted}, sums)
@@ -307,27 +290,22 @@ def restore_subtree(workdir: str | os.PathLike, name: str, step: int | None = No
 
 
 def restore_ema_params(workdir: str | os.PathLike, step: int | None = None) -> dict:
-    """Returns the averaged parameters of a run (see `restore_subtree`)."""
+    """The averaged parameters of a run; see `restore_subtree`."""
     return restore_subtree(workdir, "ema_params", step)
 
 
-def _lies_in(name: str, places: tuple[str, ...]) -> bool:
-    return any(name == place or name.startswith(f"{place}/") for place in places)
-
-
 def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros placed as `leaf` says."""
-
+    """Zeros with the sharding of `leaf`."""
     return jax.make_array_from_callback(
         leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.shape, leaf.dtype)[index]
     )
 
 
 def _where_stored(stored: Iterable[str], names: list[str]) -> dict[str, str]:
-    """{name: the name that a checkpoint has it under}: its own, but for the numbers in the optimizer's.
+    """{name: its name in a checkpoint}, which may differ in the numbers of the optimizer's leaves.
 
-    'opt_state/1/0/mu/...' is 'opt_state/0/mu/...' where the gradient is not clipped. So of those whose words
-    are the same the first is the first, and the second the second; a name without its like keeps its own.
+    'opt_state/1/0/mu/...' is 'opt_state/0/mu/...' without gradient clipping. Leaves with the same words are
+    matched in order, if both sides have as many; others keep their names.
     """
 
     def by_words(flat: Iterable[str]) -> dict[str, list[str]]:
@@ -352,7 +330,7 @@ def _check_stored(path: epath.Path, stored: Mapping[str, Any], expected: Mapping
         {name: tuple(leaf.shape) for name, leaf in stored.items()},
         {name: tuple(leaf.shape) for name, leaf in expected.items()},
     )
-    if not complaints:  # Orbax would cast silently, and the run would no longer be the one that was saved
+    if not complaints:  # Orbax would cast silently
         complaints = [
             f"  dtype: {name} is {np.dtype(stored[name].dtype)}, the model expects {np.dtype(leaf.dtype)}"
             for name, leaf in expected.items()
@@ -367,11 +345,8 @@ def _check_stored(path: epath.Path, stored: Mapping[str, Any], expected: Mapping
 
 
 def _read_description(path: epath.Path, handler: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns ({name: what Orbax says of a leaf}, what `meta` holds).
-
-    Raises what `checksums.check_contents` and reading raise.
-    """
-    (path / "state" / "_METADATA").stat()  # for its error: what Orbax may not see counts as missing there
+    """({name: Orbax's metadata of a leaf}, the contents of `meta`), by `checksums.check_contents`."""
+    (path / "state" / "_METADATA").stat()  # for its error: Orbax reports an unreadable file as missing
     stored = dict(handler.metadata(_absolute(path / "state")).tree)
     contents = json.loads((path / "meta" / "metadata").read_text())
     checksums.check_contents(path, contents, stored)
@@ -379,7 +354,7 @@ def _read_description(path: epath.Path, handler: Any) -> tuple[dict[str, Any], d
 
 
 def _committed_by_file(directory: epath.Path) -> type | None:
-    """The class by which Orbax tells whole checkpoints from others: by COMMIT if any has it, else by name."""
+    """Orbax's class of incomplete checkpoints: by the file COMMIT if any step has it, else by name (None)."""
     import orbax.checkpoint as ocp
 
     if any((folder / COMMIT).exists() for folder in directory.iterdir() if folder.name.isdecimal()):

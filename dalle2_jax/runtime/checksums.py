@@ -1,12 +1,13 @@
-"""Whether a checkpoint is what was saved: checksums of every leaf, and of what describes the leaves.
+"""Checksums of a checkpoint's leaves and of their description: Orbax does not notice flipped bits.
 
-Orbax does not notice flipped bits in its files. With w_i the bits of element i as an unsigned number, the
-checksum of a leaf is sum_i w_i (2 i + 1) mod 2^32: a changed bit always changes it (the weights are odd), and
-devices that hold parts of an array add up theirs.
+With w_i the bits of element i as an unsigned number, the checksum of a leaf is sum_i w_i (2 i + 1) mod 2^32.
+A flipped bit always changes it, because the weights are odd; devices that hold parts of an array add up
+theirs.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,14 +15,15 @@ import jax
 import numpy as np
 from etils import epath
 
+from dalle2_jax.runtime import files
 from dalle2_jax.runtime.orbax_errors import DamagedCheckpoint
 
-FORMAT = 1  # of what `meta` holds beside the leaves; raised when older code could misread it
-CACHED = 1 << 15  # numbers whose checksum is computed at once: 128 KiB, and as much of weights
+FORMAT = 1  # of `meta`; raised when older code could misread it
+CACHED = 1 << 15  # numbers summed at once: 128 KiB, and as much of weights
 
 
 def checksum(x: Any) -> Any:
-    """Returns the checksum above of an array, uint32: in numpy for numpy, in JAX for a tracer."""
+    """The checksum of an array, uint32: by numpy for numpy arrays, by JAX for tracers."""
     kind = np.dtype(f"uint{8 * x.dtype.itemsize}")
     if isinstance(x, np.ndarray):
         return _checksum_of_words(
@@ -36,8 +38,8 @@ def checksum(x: Any) -> Any:
 
 
 def _checksum_of_words(words: np.ndarray) -> np.uint32:
-    """Of uint32 [n]. In rows that stay in a core's cache: with i = row * CACHED + j the weight 2 i + 1 is
-    2 j + 1, the same for all rows, and 2 row * CACHED, the same for all of a row."""
+    """The checksum of uint32 [n], by rows that fit a core's cache: with i = row * CACHED + j the weight 2 i +
+    1 is 2 j + 1, equal for all rows, plus 2 row * CACHED, equal within a row."""
     weights = np.arange(1, 2 * CACHED, 2, dtype=np.uint32)
     total = 0
     for first in range(0, words.size, CACHED):
@@ -47,18 +49,16 @@ def _checksum_of_words(words: np.ndarray) -> np.uint32:
 
 
 def checksums(flat: Mapping[str, Any]) -> dict[str, int]:
-    """Returns {name: checksum}; of arrays on accelerators or split over hosts, computed where they are."""
-    host = {
-        name: np.asarray(leaf)
-        for name, leaf in flat.items()
-        if not isinstance(leaf, jax.Array)
-        or (
-            (leaf.is_fully_addressable or leaf.is_fully_replicated)
-            and all(device.platform == "cpu" for device in leaf.devices())
-        )
-    }
-    sums = {name: int(checksum(leaf)) for name, leaf in host.items()}
-    rest = {name: leaf for name, leaf in flat.items() if name not in host}
+    """{name: checksum}; arrays on accelerators or split over hosts are summed on their devices."""
+
+    def on_host(leaf: Any) -> bool:
+        if not isinstance(leaf, jax.Array):
+            return True
+        readable = leaf.is_fully_addressable or leaf.is_fully_replicated
+        return readable and all(device.platform == "cpu" for device in leaf.devices())
+
+    sums = {name: int(checksum(np.asarray(leaf))) for name, leaf in flat.items() if on_host(leaf)}
+    rest = {name: leaf for name, leaf in flat.items() if name not in sums}
     if rest:
         sums |= {name: int(value) for name, value in jax.device_get(_device_checksums(rest)).items()}
     return {name: sums[name] for name in flat}
@@ -70,7 +70,7 @@ def _device_checksums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def sealed(contents: Mapping[str, Any]) -> dict[str, Any]:
-    """What `meta` holds, with the sha256 of it; the rule of that is the same in all formats."""
+    """The contents of `meta` with their sha256, by the same rule in all formats."""
     plain = json.loads(json.dumps({name: value for name, value in contents.items() if name != "sha256"}))
     return plain | {"sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
@@ -82,8 +82,8 @@ def layout(flat: Mapping[str, Any]) -> str:
 
 
 def check_contents(path: epath.Path, contents: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    """Raises DamagedCheckpoint where `meta`, or what Orbax says is `stored`, is not what was saved, and
-    ValueError for a newer format. Older checkpoints have no such sums, the oldest no format."""
+    """Raises DamagedCheckpoint if `meta`, or Orbax's description `stored` of the leaves, has changed since
+    the save, and ValueError for a newer format. Older checkpoints have no such sums, the oldest no format."""
     damaged = f"checkpoint {path} is damaged: %s not what was saved. Move that folder away to go on from an "
     damaged += "earlier step"
     if contents.get("sha256") not in (None, sealed(contents)["sha256"]):
@@ -96,6 +96,19 @@ def check_contents(path: epath.Path, contents: Mapping[str, Any], stored: Mappin
         )
     if contents.get("layout") not in (None, layout(stored)):
         raise DamagedCheckpoint(damaged % "names, shapes or types of its leaves are")
+
+
+def read_meta(workdir: str | os.PathLike) -> tuple[int, dict[str, Any]]:
+    """Returns (step, `meta`) of a run's newest checkpoint. Raises FileNotFoundError, DamagedCheckpoint."""
+    folder = epath.Path(files.expand(workdir)) / "checkpoints"
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+    if not steps:
+        raise FileNotFoundError(f"no committed checkpoint in {folder}")
+    path = folder / str(max(steps))
+    contents = json.loads((path / "meta" / "metadata").read_text())
+    if contents.get("sha256") not in (None, sealed(contents)["sha256"]):
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: meta is not what was saved")
+    return max(steps), contents["meta"]
 
 
 def check_sums(path: epath.Path, flat: Mapping[str, Any], sums: Mapping[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""Paths and texts as people write them; files that others find whole or not at all, or that came damaged."""
+"""Paths and texts written by users, atomic writes, and files that a failed download has damaged."""
 
 import codecs
 import contextlib
@@ -9,27 +9,28 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 from absl import logging
 from etils import epath
 
+AnyPath = Any  # str, pathlib.Path or epath.Path, which has no types
+
 
 def expand(path: str | os.PathLike) -> str:
-    """A path as the system takes it: ~ and ~USER at its beginning become that home folder.
+    """The path with ~ or ~USER at its beginning replaced by that home folder.
 
-    No shell does this in `--workdir=~/run`, nor anything in a config. Addresses (gs://, hf://) and '' stay as
-    they are, and what is expanded already. It is called where a flag, a setting or an argument of the
-    library becomes a path, and nowhere behind that.
+    Shells do not expand `--workdir=~/run`. Addresses (gs://, hf://), '' and expanded paths are unchanged.
+    Call it once, where a flag, a setting or an argument of the library becomes a path.
     """
     return os.path.expanduser(os.fspath(path))
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike) -> Iterator[epath.Path]:
-    """Where to write what becomes `path` at the end of the `with`; after an error there is nothing of it.
+def atomic_write(path: AnyPath) -> Iterator[epath.Path]:
+    """Yields a temporary path that is renamed to `path` at the end of the `with`, or removed after an error.
 
-    The place, beside `path`, is one writer's alone: processes on different machines, which may have the same
-    number, can write the same file, and the last one's stays.
+    Its name is random, so processes on several machines may write the same file: the last one wins.
     """
     path = epath.Path(path)
     partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
@@ -42,7 +43,7 @@ def whole(path: str | os.PathLike) -> Iterator[epath.Path]:
         raise
 
 
-# Their first bytes say so; UTF-32's begin with UTF-16's, so it comes first.
+# Byte-order marks. That of UTF-32 begins with that of UTF-16, so it comes first.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -53,9 +54,9 @@ _MARKS = (
 
 
 def decode_text(data: bytes, name: str | os.PathLike) -> str:
-    """The text of the bytes of a file called `name`: UTF-8, or what its byte-order mark says.
+    """Decodes a file called `name` by its byte-order mark (which is removed), as UTF-8 without one.
 
-    The mark is no part of the text. Raises ValueError with the name and the line for another encoding.
+    Raises ValueError with the name and the line for another encoding.
     """
     encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
     try:
@@ -67,7 +68,7 @@ def decode_text(data: bytes, name: str | os.PathLike) -> str:
             f"{os.fspath(name)}: line {line} holds the byte 0x{shown}, which is not "
             f"{encoding.removesuffix('-sig').upper()}: save the file as UTF-8"
         ) from None
-    if "\0" in text:  # UTF-16 without its mark, or no text at all
+    if "\0" in text:  # UTF-16 without its mark, or a binary file
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ValueError(
             f"{os.fspath(name)}: line {line} holds a zero byte, which is no text: save the file as UTF-8"
@@ -76,14 +77,14 @@ def decode_text(data: bytes, name: str | os.PathLike) -> str:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a file that a person wrote, see `decode_text`; its line ends stay as they are."""
+    """The text of a file by `decode_text`, with its line ends."""
     return decode_text(epath.Path(path).read_bytes(), path)
 
 
 def not_arrived(head: bytes) -> str:
-    """What lies in the place of a file that a download did not bring, by its first bytes, at best 1024.
+    """'empty', 'git_lfs_pointer' or 'web_page' for what a failed download leaves, else ''.
 
-    'empty', 'git_lfs_pointer', 'web_page', or '' for anything else.
+    head: the first 1024 bytes of the file.
     """
     if not head:
         return "empty"
@@ -95,10 +96,9 @@ def not_arrived(head: bytes) -> str:
 
 
 def damage(path: str | os.PathLike) -> str:
-    """What is wrong with a local file of weights that can be told from its first bytes and its size.
+    """The damage of a local file of weights, from its first bytes and its size; '' if none is found.
 
-    Returns the end of a sentence that begins with the file's name, such as 'is empty: ...', or '' for a file
-    that may be whole.
+    Returns the end of a sentence that begins with the file's name, such as 'is empty: ...'.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -125,9 +125,9 @@ def damage(path: str | os.PathLike) -> str:
 
 
 def _safetensors_size(head: bytes, size: int, file) -> int:
-    """The bytes that a file of safetensors has by its header, or at least has; 0 for another file."""
+    """The least size in bytes of a safetensors file by its header; 0 for another format."""
     length = int.from_bytes(head[:8], "little")
-    if len(head) < 9 or head[8:9] != b"{" or length > 100 << 20:  # the most that the library reads
+    if len(head) < 9 or head[8:9] != b"{" or length > 100 << 20:  # the library's limit
         return 0
     if 8 + length > size:
         return 8 + length
@@ -137,11 +137,11 @@ def _safetensors_size(head: bytes, size: int, file) -> int:
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         return 8 + length + max(ends, default=0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        return 0  # the library says what is wrong with it
+        return 0  # the library reports the error
 
 
 def copy_folder(source: epath.Path, target: epath.Path) -> None:
-    """Copies a folder and all that it holds; `target` is made."""
+    """Copies a folder with its contents to the new folder `target`."""
     target.mkdir()
     for path in source.iterdir():
         if path.is_dir():
@@ -151,7 +151,7 @@ def copy_folder(source: epath.Path, target: epath.Path) -> None:
 
 
 def renames_folders(directory: epath.Path) -> bool:
-    """Whether a folder that is not empty can be renamed there; buckets, and gcsfuse by default, cannot."""
+    """Whether the file system can rename a folder with files; buckets, and gcsfuse by default, cannot."""
     if "://" in os.fspath(directory):
         return False
     probe = directory.parent / f".probe_{secrets.token_hex(4)}"
@@ -163,7 +163,7 @@ def renames_folders(directory: epath.Path) -> bool:
         return True
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            return True  # that is another matter, and will be told by who writes
+            return True  # another problem, which the first write reports
         logging.info("%s cannot rename folders: checkpoints are committed by a file", directory)
         return False
     finally:

@@ -1,20 +1,24 @@
-"""Pictures laid out in a grid with their captions below, and PNG files.
+"""Grids of pictures with labels, and PNG files.
 
-Captions are drawn with the font that Pillow carries. Where it lacks a character (Chinese, accents), a font of
-the system is looked for that has it; what no font can draw is left out.
+Labels are drawn with Pillow's font, or with a font of the system that has the characters it lacks (Chinese,
+accents). Characters that no font has are left out.
 """
 
+import bisect
 import contextlib
 import functools
 import glob
+import io
 import math
-import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-# Where systems usually keep fonts with more than Latin letters, the most likely to be complete first.
+from dalle2_jax.runtime.files import AnyPath
+
+# Usual places of fonts with more than Latin letters, the most complete first.
 SYSTEM_FONTS = (
     "/usr/share/fonts/**/NotoSansCJK*Regular*",
     "/usr/share/fonts/**/NotoSansSC*Regular*",
@@ -37,18 +41,14 @@ def labelled_grid(
     min_size: int = 128,
     max_lines: int = 4,
 ) -> np.ndarray:
-    """Lays out images in a grid, each with its label below.
+    """A grid of images, each with its label below: uint8 [height, width, 3], black text on white.
 
     Args:
       images: uint8 [N, H, W, 3].
-      labels: N texts; wrapped to the width of an image, at most `max_lines` lines. None for a bare grid.
-      columns: images a row; about the square root of N by default.
-      min_size: smaller images are enlarged by a whole factor (pixels repeated) until they are at least this
-        wide, so that labels stay readable.
-
-    Returns:
-      uint8 [height, width, 3], black text on white. Characters that no font at hand can
-      draw are left out, and a label of nothing else becomes its number, '#3'.
+      labels: N texts, wrapped to the width of an image in at most `max_lines` lines; None: no labels. A label
+        without a character that a font can draw becomes its number, '#3'.
+      columns: images a row; None: about the square root of N.
+      min_size: pixels of smaller images are repeated until an image is at least this wide.
     """
     from PIL import Image, ImageDraw
 
@@ -81,18 +81,17 @@ def labelled_grid(
     return np.asarray(canvas)
 
 
-def _wrap(label: str, size: int, width: int, max_lines: int, fallback: str) -> tuple[object, list[str]]:
+def _wrap(label: str, size: int, width: int, max_lines: int, fallback: str) -> tuple[Any, list[str]]:
     """(font, lines): breaks at spaces, or anywhere in text without spaces, such as Chinese.
 
-    A text that needs more than `max_lines` lines ends in '...'. No more of it is measured than they can hold.
+    A text of more than `max_lines` lines is cut and ends in '...'; the rest of it is not measured.
     """
     text = " ".join(str(label).split())
-    most = max_lines * (width + 1)  # a character is about a pixel wide at least
+    most = max_lines * (width + 1)  # a character is at least about a pixel wide
     cut, text = len(text) > most, text[:most]
     font = _font_for(text, size)
-    drawable = "".join(c for c in text if c == " " or _has_glyph(font, c))
-    drawable = " ".join(drawable.split())
-    cut, text = cut and drawable, drawable or (fallback if text else "")
+    drawable = " ".join("".join(c for c in text if c == " " or _has_glyph(font, c)).split())
+    cut, text = cut and bool(drawable), drawable or (fallback if text else "")
     lines, line = [], ""
     for word in text.split(" ") if text else []:
         candidate = f"{line} {word}" if line else word
@@ -105,64 +104,42 @@ def _wrap(label: str, size: int, width: int, max_lines: int, fallback: str) -> t
             lines.append(word[:fits])
             word = word[fits:]
         line = word
-        if len(lines) > max_lines:  # nothing of what follows is shown
+        if len(lines) > max_lines:  # the rest is not shown
             break
     lines += [line] if line else []
     if len(lines) > max_lines or cut:
-        lines = lines[:max_lines]
-        room = width - font.getlength("...")
-        last = lines.pop()
-        lines.append(last[: _fitting(font, last, room)] + "...")
+        *lines, last = lines[:max_lines]
+        lines.append(last[: _fitting(font, last, width - font.getlength("..."))] + "...")
     return font, lines
 
 
 def _fitting(font, text: str, width: float) -> int:
-    """How many of the first characters of a text fit into `width` pixels, one at least.
-
-    A longer start is a wider one, so the number is searched by halves, among as many as there are pixels.
-    """
-    fits, over = 1, min(len(text), int(width) + 1) + 1
-    while over - fits > 1:
-        middle = (fits + over) // 2
-        if font.getlength(text[:middle]) <= width:
-            fits = middle
-        else:
-            over = middle
-    return min(fits, len(text))
+    """The number of leading characters that fit into `width` pixels, at least one, by binary search."""
+    over = range(2, min(len(text), int(width) + 1) + 1)
+    return min(1 + bisect.bisect_right(over, width, key=lambda n: font.getlength(text[:n])), len(text))
 
 
-def _font_for(text: str, size: int):
-    """The first font that draws all of a text, or the one that draws the most of it."""
+def _font_for(text: str, size: int) -> Any:
+    """The first font that draws all characters of a text, else the one that draws the most."""
     letters = set(text) - {" "}
     best, best_count = None, -1
-    for font in _fonts(size):
-        count = sum(_has_glyph(font, c) for c in letters)
-        if count > best_count:
-            best, best_count = font, count
-        if count == len(letters):
+    for path in (None, *_system_fonts()):
+        with contextlib.suppress(OSError):
+            font = _open_font(path, size)
+            count = sum(_has_glyph(font, c) for c in letters)
+            if count > best_count:
+                best, best_count = font, count
+        if best_count == len(letters):
             break
     return best
 
 
-def _fonts(size: int):
-    yield _default_font(size)
-    for path in _system_fonts():
-        with contextlib.suppress(OSError):
-            yield _open_font(path, size)
-
-
 @functools.cache
-def _default_font(size: int):
+def _open_font(path: str | None, size: int):
+    """The font of a file; None: Pillow's."""
     from PIL import ImageFont
 
-    return ImageFont.load_default(size)
-
-
-@functools.cache
-def _open_font(path: str, size: int):
-    from PIL import ImageFont
-
-    return ImageFont.truetype(path, size)
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 
 @functools.cache
@@ -173,18 +150,16 @@ def _system_fonts() -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=65536)
 def _has_glyph(font, character: str) -> bool:
-    """Whether a font draws a character as something else than its box for missing ones."""
+    """Whether a font draws a character, not its box for missing ones."""
     try:
         missing, drawn = font.getmask("\U0010fffe"), font.getmask(character)
-    except (UnicodeEncodeError, OSError):  # Pillow's bitmap font knows Latin-1 only
+    except (UnicodeEncodeError, OSError):  # Pillow's bitmap font has Latin-1 only
         return False
     return drawn.size != missing.size or bytes(drawn) != bytes(missing)
 
 
 def png_bytes(image: np.ndarray, texts: Mapping[str, str] | None = None) -> bytes:
-    """uint8 [H, W, 3] as a PNG file, with optional text entries."""
-    import io
-
+    """uint8 [H, W, 3] as a PNG file with text entries."""
     from PIL import Image, PngImagePlugin
 
     info = PngImagePlugin.PngInfo()
@@ -195,8 +170,8 @@ def png_bytes(image: np.ndarray, texts: Mapping[str, str] | None = None) -> byte
     return buffer.getvalue()
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray, texts: Mapping[str, str] | None = None) -> None:
-    """Writes uint8 [H, W, 3] as PNG with optional text entries; makes the folder if needed."""
+def save_png(path: AnyPath, image: np.ndarray, texts: Mapping[str, str] | None = None) -> None:
+    """Writes `png_bytes` to a file; makes its folder if needed."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png_bytes(image, texts))

@@ -1,8 +1,8 @@
-"""Models on the Hugging Face Hub: hf://OWNER/NAME@COMMIT in the place of a folder, and publishing one.
+"""Models on the Hugging Face Hub: hf://OWNER/NAME@COMMIT in place of a folder, and publishing a model.
 
-hf://OWNER/NAME@COMMIT/FOLDER is a folder in it, such as that of a stage.
-A revision has to be a commit, so that what is read today is what is read in a year. Files of data alone are
-fetched (safetensors, JSON, text), into huggingface_hub's own cache. Nothing here is needed without the hub.
+hf://OWNER/NAME@COMMIT/FOLDER is a folder of it, such as that of a stage. The revision must be a commit, so
+that an address never changes its meaning. Only safetensors, JSON and text are fetched, into huggingface_hub's
+cache.
 """
 
 import os
@@ -25,10 +25,9 @@ def _library():
 
 
 def local(path: str | os.PathLike) -> str | os.PathLike:
-    """The folder of an address hf://OWNER/NAME@COMMIT, fetched where it is not yet; other paths as the system
-    takes them (`files.expand`).
+    """The local folder of hf://OWNER/NAME@COMMIT, fetched if it is missing; other paths by `files.expand`.
 
-    Raises ValueError for an address without a whole commit, and for what the hub says no to.
+    Raises ValueError for an address without a full commit hash, and for errors of the hub.
     """
     if not os.fspath(path).startswith(SCHEME):
         return files.expand(path)
@@ -52,10 +51,10 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
 
 
 def push(model: str | os.PathLike, name: str, private: bool = False) -> str:
-    """Publish a model directory as OWNER/NAME; its address, with the commit that was made.
+    """Publishes a model directory as OWNER/NAME. Returns its address with the new commit.
 
-    Raises FileNotFoundError or ValueError for what is no whole model directory, has no card, or whose card
-    names no licence; and for what the hub says no to.
+    Raises FileNotFoundError or ValueError for an incomplete model directory, one without a card or a licence,
+    and for errors of the hub.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(f"{name!r} is no name on the hub: give OWNER/NAME")
@@ -70,10 +69,7 @@ def push(model: str | os.PathLike, name: str, private: bool = False) -> str:
     try:
         api.create_repo(name, private=private, exist_ok=True)
         made = api.upload_folder(
-            repo_id=name,
-            folder_path=os.fspath(model),
-            allow_patterns=list(PATTERNS),
-            commit_message=message,
+            repo_id=name, folder_path=os.fspath(model), allow_patterns=list(PATTERNS), commit_message=message
         )
     except library.errors.HfHubHTTPError as error:
         raise ValueError(f"{name} cannot be published: {str(error).strip().splitlines()[0]}") from error

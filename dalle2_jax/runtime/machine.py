@@ -1,4 +1,4 @@
-"""JAX on this machine: how many devices a CPU is, where compiled programs are kept, memory that is freed."""
+"""JAX on this machine: the number of CPU devices, the cache of compiled programs, freed memory."""
 
 import contextlib
 import ctypes
@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,25 +15,26 @@ from absl import logging
 from dalle2_jax.runtime import files
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
+_config: Any = jax.config  # JAX defines its settings when it is imported, without types
 
 
 def set_cpu_devices(count: int | None) -> None:
-    """Makes a CPU so many XLA devices; see `partition.initialise`."""
-    asked_in_flags = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if asked_in_flags or (count is None and jax.config.jax_num_cpu_devices > 0):
+    """Sets the number of XLA devices of the CPU; see `partition.initialise`."""
+    set_by_flags = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if set_by_flags or (count is None and _config.jax_num_cpu_devices > 0):
         return
     if count is None:
         count = min(8, 2 ** int(np.log2(_available_cores())))
-    if count == jax.config.jax_num_cpu_devices:
+    if count == _config.jax_num_cpu_devices:
         return
     try:
-        jax.config.update("jax_num_cpu_devices", count)
+        _config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # the backends are already running
-        logging.info("JAX was already running: it keeps the number of CPU devices that it has")
+        logging.info("JAX was already running: its number of CPU devices stays")
 
 
 def _available_cores() -> int:
-    """Cores that this process may use: its affinity, and the CPU quota of its container."""
+    """Cores that this process may use, by its affinity and the CPU quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -42,24 +44,22 @@ def _available_cores() -> int:
 
 
 def set_compilation_cache() -> None:
-    """Says where compiled programs are kept; see `partition.initialise`."""
-    if not jax.config.jax_compilation_cache_dir:
-        root = os.environ.get("DALLE2_JAX_CACHE")
-        if root == "":
+    """Sets the folder of compiled programs; see `partition.initialise`."""
+    if not _config.jax_compilation_cache_dir:
+        root = files.expand(os.environ.get("DALLE2_JAX_CACHE", "~/.cache/dalle2_jax"))
+        if not root:
             return
-        root = Path(files.expand(root)) if root else Path.home() / ".cache" / "dalle2_jax"
-        # Programs for one CPU may hold instructions that another lacks, and home directories are shared
-        # between machines.
-        directory = root / "xla" / _cpu_fingerprint()
+        # One folder for each kind of CPU: machines that share a home may lack each other's instructions.
+        directory = Path(root, "xla", _cpu_fingerprint())
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             logging.warning("no compilation cache (set DALLE2_JAX_CACHE to a writable folder): %s", error)
             return
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-    # JAX keeps programs that took a second or more. A start of ours compiles dozens of programs below that,
-    # which together are seconds of every start, and each is a small file.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        _config.update("jax_compilation_cache_dir", str(directory))
+    # By default JAX keeps programs that took a second or more. Every start compiles dozens of shorter ones,
+    # seconds in all.
+    _config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _cpu_fingerprint() -> str:
@@ -70,11 +70,11 @@ def _cpu_fingerprint() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep the memory that arrays on CPUs leave behind, for the next ones.
+    """Makes glibc keep freed arrays of the CPU for the next ones.
 
-    By default it gives large pieces back to the system, which fills them with zeros page by page when they
-    are asked for again: up to two fifths of a small training step (docs/performance.md). Variables such as
-    MALLOC_MMAP_MAX_ and GLIBC_TUNABLES take precedence; other C libraries are left alone.
+    By default it returns large blocks to the system, which fills them with zeros page by page when they are
+    allocated again: up to two fifths of a small training step (docs/performance.md). Variables such as
+    MALLOC_MMAP_MAX_ and GLIBC_TUNABLES take precedence. Other C libraries: nothing.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return

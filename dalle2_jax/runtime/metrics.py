@@ -1,8 +1,7 @@
-"""What a run tells: scalars, labelled image grids, text (one `Writer`), speed and time left (one `Progress`).
+"""The log of a run: scalars, grids of images and text (`Writer`), speed and remaining time (`Progress`).
 
-Everything goes to WORKDIR: metrics.jsonl (one JSON object a line, easy to read and plot), TensorBoard events
-and samples/*.png, and to Weights & Biases where a project is named. Only process 0 writes. A resumed run
-appends.
+Process 0 writes WORKDIR/metrics.jsonl (one JSON object a line), TensorBoard events and samples/*.png, and
+logs to Weights & Biases if a project is set. A resumed run appends.
 """
 
 import contextlib
@@ -12,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,8 +21,7 @@ from etils import epath
 from dalle2_jax.runtime.grid import labelled_grid as labelled_grid
 from dalle2_jax.runtime.grid import save_png as save_png
 
-# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets. The first name that is part of the
-# device's kind wins.
+# Dense bfloat16 peak of one device, FLOP/s, from data sheets. The first name within the device's kind counts.
 PEAK_FLOPS = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
@@ -36,41 +35,42 @@ PEAK_FLOPS = (
     ("H200", 989e12),
 )
 
-SLOW_INPUT = 0.2  # share of time spent waiting for input above which a run is told
-SLOW_INPUT_EVERY = 300.0  # seconds
+# A warning is logged above this share of time spent waiting for input, at most once in so many seconds.
+SLOW_INPUT, SLOW_INPUT_EVERY = 0.2, 300.0
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Returns the dense bfloat16 peak of one device in FLOP/s, None if unknown (a CPU, for instance)."""
+    """The dense bfloat16 peak of one device in FLOP/s; None: unknown, as of CPUs."""
     return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
 
 
 def show_duration(seconds: float) -> str:
-    """Returns '42s', '3m05s', '2h10m' or '4d03h'."""
+    """'42s', '3m05s', '2h10m' or '4d03h'."""
     if not math.isfinite(seconds):
         return "?"
     total = max(0, round(seconds))
-    if total < 60:
-        return f"{total}s"
-    if total < 3600:
-        return f"{total // 60}m{total % 60:02d}s"
-    if total < 48 * 3600:
-        return f"{total // 3600}h{total // 60 % 60:02d}m"
-    return f"{total // 86400}d{total // 3600 % 24:02d}h"
+    minutes, hours, days = total // 60, total // 3600, total // 86400
+    if hours >= 48:
+        return f"{days}d{hours % 24:02d}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{minutes}m{total % 60:02d}s" if minutes else f"{total}s"
 
 
 class Writer:
-    """Writes scalars, images and text of a run to its workdir; does nothing on processes other than 0.
+    """Writes scalars, images and text to a workdir, on process 0 only.
 
     Args:
-      workdir: the run's folder; made if absent.
-      wandb: 'project' or 'entity/project' of Weights & Biases; None for none.
+      workdir: made if absent.
+      wandb: 'project' or 'entity/project' of Weights & Biases; None: not used.
     """
 
     def __init__(self, workdir: str | os.PathLike, wandb: str | None = None):
         self._workdir = epath.Path(workdir)
         self._active = jax.process_index() == 0
-        self._file = self._board = self._wandb = None
+        self._file: Any = None
+        self._board: Any = None
+        self._wandb: Any = None
         if not self._active:
             return
         self._workdir.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class Writer:
         self._board = _start_tensorboard(self._workdir)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes {name: number} of one step; names such as 'train/loss'."""
+        """Writes {name: number} of one step, such as 'train/loss'."""
         if not self._active:
             return
         values = {name: float(value) for name, value in values.items()}
@@ -100,8 +100,7 @@ class Writer:
     def grid(self, step: int, name: str, grid: np.ndarray, captions: Sequence[str] | None = None) -> None:
         """Writes a grid, uint8 [height, width, 3], to samples/NAME_STEP.png and to TensorBoard.
 
-        The PNG carries the captions as text ('captions', a JSON list), also those that no font could draw.
-        Raises OSError that names the file.
+        captions: a JSON list in the PNG's text entry 'captions'. Raises OSError that names the file.
         """
         if not self._active:
             return
@@ -126,7 +125,7 @@ class Writer:
             self._board.add_text(name, text, step)
 
     def flush(self) -> None:
-        """Makes all that was written visible to readers."""
+        """Flushes the files, for readers."""
         if self._active:
             self._file.flush()
             if self._writes_events():
@@ -137,7 +136,7 @@ class Writer:
         if not self._active:
             return
         self._active = False
-        with contextlib.suppress(OSError):  # a full disk, of which the last line has told
+        with contextlib.suppress(OSError):  # a full disk, which the last line has reported
             self._file.close()
         if self._writes_events():
             with contextlib.suppress(OSError):
@@ -154,8 +153,7 @@ class Writer:
             raise OSError(error.errno, error.strerror, os.fspath(self._workdir / "metrics.jsonl")) from error
 
     def _writes_events(self) -> bool:
-        """Whether TensorBoard's events are written. Its thread dies of a full disk, silently, and whoever
-        gives it more than a few events then waits for ever; so it is let go."""
+        """Whether TensorBoard's thread is alive. A full disk ends it silently, and its queue then blocks."""
         if self._board is not None:
             thread = getattr(getattr(self._board.file_writer, "event_writer", None), "_worker", None)
             if thread is not None and not thread.is_alive():
@@ -165,20 +163,19 @@ class Writer:
 
 
 def _start_tensorboard(workdir: epath.Path):
-    # tensorboardX imports torch if it is installed, to draw graphs of torch modules: seconds of every start.
-    hidden = "torch" not in sys.modules
+    # tensorboardX would import torch, for graphs of torch modules: seconds of every start.
+    modules: dict[str, Any] = sys.modules
+    hidden = "torch" not in modules
     if hidden:
-        sys.modules["torch"] = None
+        modules["torch"] = None
     try:
         import tensorboardX
     except ImportError:
-        logging.info(
-            "no TensorBoard events: pip install tensorboardX to have them (metrics.jsonl is written)"
-        )
+        logging.info("no TensorBoard events: tensorboardX is not installed (metrics.jsonl is written)")
         return None
     finally:
         if hidden:
-            del sys.modules["torch"]
+            del modules["torch"]
     return tensorboardX.SummaryWriter(os.fspath(workdir), flush_secs=30)
 
 
@@ -190,7 +187,7 @@ def _start_wandb(workdir: epath.Path, where: str):
             "wandb is not installed: pip install wandb, or leave --config.wandb empty"
         ) from error
     entity, _, project = where.rpartition("/")
-    id_file = workdir / "wandb_id.txt"  # so that a resumed run goes on in the same place
+    id_file = workdir / "wandb_id.txt"  # for a resumption
     run_id = id_file.read_text().strip() if id_file.exists() else None
     run = wandb.init(
         project=project, entity=entity or None, id=run_id, resume="allow", dir=os.fspath(workdir)
@@ -202,24 +199,19 @@ def _start_wandb(workdir: epath.Path, where: str):
 class Progress:
     """Measures a loop: steps and examples a second, share of time spent waiting for input, FLOP/s, time left.
 
-    With n steps since the last report, in a time of which w was spent inside `waiting()` and p inside
-    `paused()`:
+    With n steps in `time` since the last report, w seconds inside `waiting()` and p inside `paused()`:
 
         steps/s = n / (time - p)    wait = w / (time - p)    MFU = flops_per_step * steps/s / (peak * devices)
         time left = (total_steps - step) * (seconds a step, recent ones weighing more, + pauses a step)
 
-    Call `report` only after the step's results have reached the host, since JAX computes asynchronously.
-    Where the wait is above SLOW_INPUT a warning says so, at most once in SLOW_INPUT_EVERY seconds.
+    JAX computes asynchronously: call `report` after the step's results have reached the host.
 
     Args:
-      total_steps: the step at which the run ends.
-      start_step: the step from which it starts (resumes).
-      batch_size: global; 0 if examples/s means nothing.
-      flops_per_step: floating-point operations of a whole step over all devices (a multiply-add is two); None
-        if unknown.
-      name: opens the console's line.
-      print_every: seconds between lines on the console, so that a fast loop does not flood it; the last step
-        always prints.
+      total_steps, start_step: of the run; a resumption starts above 0.
+      batch_size: global; 0: no examples/s.
+      flops_per_step: of all devices (a multiply-add is two); None: unknown.
+      name: the console's line begins with it.
+      print_every: seconds between lines on the console; the last step always prints.
       clock: for tests.
     """
 
@@ -256,7 +248,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time inside (evaluation, samples) out of the speed, but not out of the time left."""
+        """Counts the time inside (evaluation, samples) in the time left, not in the speed."""
         began = self._clock()
         try:
             yield
@@ -267,7 +259,7 @@ class Progress:
         """Returns the speed since the last report as scalars; prints them and `shown` (such as the loss).
 
         Names: speed/steps_per_s, speed/examples_per_s, speed/wait (0..1), speed/seconds_left, and speed/mfu
-        (0..1) or, where the device's peak is unknown, speed/gflops. Empty if `step` has not advanced.
+        (0..1), or speed/gflops for a device of unknown peak. Empty if `step` has not advanced.
         """
         now = self._clock()
         steps = step - self._last_step
@@ -276,7 +268,7 @@ class Progress:
         busy = max(now - self._last_time - self._paused, 1e-9)
         rate = steps / busy
         self._steps, self._pauses = self._steps + steps, self._pauses + self._paused
-        # Recent windows weigh more (the speed of a machine changes), long windows more than short ones.
+        # An average that weights recent windows and long ones more.
         keep = 0.0 if self._seconds_per_step is None else 0.7 ** (steps / max(1, self._steps / 10))
         self._seconds_per_step = keep * (self._seconds_per_step or 0.0) + (1 - keep) / rate
         left = (self._total - step) * (self._seconds_per_step + self._pauses / self._steps)
@@ -313,7 +305,7 @@ class Progress:
         return values
 
     def _warn_of_slow_input(self, wait: float, steps: int, now: float) -> None:
-        first = self._steps == steps  # the reading threads have just begun
+        first = self._steps == steps  # the reading threads have just started
         if wait > SLOW_INPUT and not first and now - self._warned >= SLOW_INPUT_EVERY:
             self._warned = now
             logging.warning(

@@ -1,11 +1,9 @@
-"""Parameters by name, and model directories.
+"""Parameters by name, and model directories: a trained system, readable with safetensors and a JSON parser.
 
-A model directory is what generating needs and nothing else, readable with safetensors and a JSON parser:
-
-    MODEL/model_index.json                      which stages there are, and where
-    MODEL/<stage>/config.json                   the config that the stage was trained with
-    MODEL/<stage>/model.safetensors             its averaged weights under flat names, bfloat16 or float32
-    MODEL/tokenizer/                            see data/tokenizer.py
+MODEL/model_index.json                      the stages and their folders
+MODEL/<stage>/config.json                   the config of the stage's training
+MODEL/<stage>/model.safetensors             its averaged weights by flat names, bfloat16 or float32
+MODEL/tokenizer/                            see data/tokenizer.py
 """
 
 import contextlib
@@ -25,36 +23,28 @@ import numpy as np
 from etils import epath
 
 from dalle2_jax.runtime import files, partition
+from dalle2_jax.runtime.files import AnyPath
 from dalle2_jax.runtime.names import nearest
 
 FORMAT_VERSION = 2
 CARD_FILE = "README.md"  # the model card
 INDEX_FILE, CONFIG_FILE, WEIGHTS_FILE = "model_index.json", "config.json", "model.safetensors"
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-# safetensors' names of types
-_SAFETENSORS = {
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "float64": "F64",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint32": "U32",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+
+# numpy's name of a type -> the name in safetensors files, such as F32, I8, U8
+_NUMBERS = "float16 float32 float64 int8 int16 int32 int64 uint8 uint32".split()
+_SAFETENSORS = {name: name[0].upper() + name.lstrip("uintfloa") for name in _NUMBERS}
+_SAFETENSORS |= {"bfloat16": "BF16", "bool": "BOOL"}
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Returns {'a/b/kernel': leaf} of any pytree, in its own order."""
+    """{'a/b/kernel': leaf} of a pytree, in its order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {partition.path_name(path): leaf for path, leaf in leaves}
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict:
-    """Returns the nested dicts of {'a/b/kernel': leaf}."""
+    """The nested dicts of {'a/b/kernel': leaf}."""
     tree: dict = {}
     for name, leaf in flat.items():
         *parents, last = name.split("/")
@@ -66,7 +56,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
 
 
 def sha256(params: Any) -> str:
-    """Returns the sha256 of parameters, by name, on the host."""
+    """The sha256 of parameters on the host, by name."""
     digest = hashlib.sha256()
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
         digest.update(str(path).encode())
@@ -75,12 +65,10 @@ def sha256(params: Any) -> str:
 
 
 def check_params(params: Any, abstract: Any, where: str = "the parameters") -> None:
-    """Raises ValueError naming what differs unless `params` has exactly the leaves and shapes of `abstract`.
+    """Raises ValueError with the differences unless `params` has the leaves and shapes of `abstract`.
 
-    Args:
-      params: pytree of arrays (or of anything with a shape).
-      abstract: the same pytree as the model defines it, of arrays or ShapeDtypeStructs.
-      where: what the message calls `params`, for instance its path.
+    Both are pytrees of arrays or ShapeDtypeStructs. where: the name of `params` in the message, such as a
+    path.
     """
     found = {name: tuple(np.shape(leaf)) for name, leaf in flatten(params).items()}
     expected = {name: tuple(leaf.shape) for name, leaf in flatten(abstract).items()}
@@ -94,53 +82,48 @@ def check_params(params: Any, abstract: Any, where: str = "the parameters") -> N
 
 def differences(found: Mapping[str, tuple], expected: Mapping[str, tuple], limit: int = 10) -> list[str]:
     """Lines that name the missing, surplus and misshapen leaves, at most `limit` of each."""
-    missing = sorted(expected.keys() - found.keys())
-    surplus = sorted(found.keys() - expected.keys())
-    misshapen = sorted(name for name in found.keys() & expected.keys() if found[name] != expected[name])
+    missing, surplus = expected.keys() - found.keys(), found.keys() - expected.keys()
+    misshapen = {name for name in found.keys() & expected.keys() if found[name] != expected[name]}
+
+    def missing_leaf(name: str) -> str:
+        near = nearest(name, sorted(surplus))
+        return f"{name} {list(expected[name])}" + (f" (is {near} meant for it?)" if near else "")
+
+    kinds: dict[str, tuple[set[str], Callable[[str], str]]] = {
+        "missing": (missing, missing_leaf),
+        "surplus": (surplus, lambda name: f"{name} {list(found[name])}"),
+        "misshapen": (
+            misshapen,
+            lambda name: f"{name} has {list(found[name])}, the model expects {list(expected[name])}",
+        ),
+    }
     lines = []
-    for title, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)):
-        for name in names[:limit]:
-            if title == "missing":
-                near = nearest(name, surplus)
-                hint = f" (is {near} meant for it?)" if near else ""
-                lines.append(f"  missing: {name} {_show(expected[name])}{hint}")
-            elif title == "surplus":
-                lines.append(f"  surplus: {name} {_show(found[name])}")
-            else:
-                lines.append(
-                    f"  misshapen: {name} has {_show(found[name])}, the model expects {_show(expected[name])}"
-                )
-        if len(names) > limit:
-            lines.append(f"  ... and {len(names) - limit} more {title}")
+    for title, (names, line) in kinds.items():
+        lines += [f"  {title}: {line(name)}" for name in sorted(names)[:limit]]
+        lines += [f"  ... and {len(names) - limit} more {title}"] if len(names) > limit else []
     return lines
 
 
-def _show(shape: tuple) -> str:
-    return "[" + ", ".join(str(entry) for entry in shape) + "]"
-
-
-def save_stage(
-    directory: str | os.PathLike, config: Mapping[str, Any], params: Any, dtype: str = "bfloat16"
-) -> None:
+def save_stage(directory: AnyPath, config: Mapping[str, Any], params: Any, dtype: str = "bfloat16") -> None:
     """Writes a stage's config.json and model.safetensors; the same input gives the same bytes.
 
     Args:
-      directory: made if absent; files of the same name are replaced.
-      config: JSON values that are enough to rebuild the stage.
-      params: nested dict of arrays, or of what numpy makes arrays of, which are made one at a time; floating
-        leaves are stored as `dtype`, others and statistics (the leaves of 'stats') as they are.
+      directory: made if absent; its files are replaced.
+      config: JSON values from which the stage can be rebuilt.
+      params: nested dict of arrays, or of objects that numpy converts to arrays, one at a time. Floating
+        leaves are stored as `dtype`; other leaves and statistics (below 'stats') keep their types.
       dtype: 'bfloat16' (half the size, 8 bits of precision) or 'float32' (exact).
 
     Raises:
-      ValueError: a leaf outside 'stats' has numbers that are not finite in `dtype`; it is named.
+      ValueError: a leaf outside 'stats' is not finite in `dtype`; the message names it.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
 
     def stored(name: str, leaf) -> np.dtype:
-        own = np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        floating = own == ml_dtypes.bfloat16 or np.issubdtype(own, np.floating)
-        return np.dtype(DTYPES[dtype]) if floating and not name.startswith("stats/") else own
+        original = np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        floating = original == ml_dtypes.bfloat16 or np.issubdtype(original, np.floating)
+        return np.dtype(DTYPES[dtype]) if floating and not name.startswith("stats/") else original
 
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -151,60 +134,58 @@ def save_stage(
 
 
 def write_tensors(
-    path: str | os.PathLike, tensors: Mapping[str, Any], types: Mapping[str, np.dtype], kind: str = "np"
+    path: AnyPath, tensors: Mapping[str, Any], types: Mapping[str, np.dtype], kind: str = "np"
 ) -> None:
-    """Writes a safetensors file, one tensor after the other, so that one at a time is in memory.
+    """Writes a safetensors file with one tensor at a time in memory.
 
     Args:
       path: the file.
-      tensors: name -> anything with a shape that numpy can make an array of.
-      types: name -> what it is stored as.
-      kind: the library that the file says it is for, 'np' or 'pt'.
+      tensors: name -> an object with a shape that numpy converts to an array.
+      types: name -> its type in the file.
+      kind: the library in the file's metadata, 'np' or 'pt'.
 
     Raises:
-      ValueError: a tensor outside 'stats' has numbers that are not finite in its type; it is named.
+      ValueError: a tensor outside 'stats' is not finite in its type; the message names it.
     """
     path = epath.Path(path)
-    names = sorted(tensors, key=lambda name: (-types[name].itemsize, name))  # so every tensor is aligned
-    header, end = {"__metadata__": {"format": kind}}, 0
+    names = sorted(tensors, key=lambda name: (-types[name].itemsize, name))  # aligns every tensor
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": kind}}
+    end = 0
     for name in names:
         shape = [int(length) for length in np.shape(tensors[name])]
         begin, end = end, end + math.prod(shape) * types[name].itemsize
         header[name] = dict(dtype=_SAFETENSORS[types[name].name], shape=shape, data_offsets=[begin, end])
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with files.whole(path) as partial, partial.open("wb") as file:
+    with files.atomic_write(path) as partial, partial.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             array = np.asarray(partition.to_host(tensors[name]), types[name])
-            if not name.startswith("stats/") and not is_finite(array):  # what was not measured is NaN
+            if not name.startswith("stats/") and not is_finite(array):  # unmeasured statistics are NaN
                 raise ValueError(
                     f"{path}: {name} would hold numbers that are not finite in {types[name].name}"
                 )
             file.write(np.ascontiguousarray(array).tobytes())
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes JSON as people read it, in one stroke."""
-    with files.whole(path) as partial:
+def write_json(path: AnyPath, value: Any) -> None:
+    """Writes indented JSON atomically."""
+    with files.atomic_write(path) as partial:
         partial.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def load_stage(
-    directory: str | os.PathLike,
-    keep_dtype: bool = False,
-    place: Callable[[np.ndarray], Any] = lambda leaf: leaf,
+    directory: AnyPath, keep_dtype: bool = False, place: Callable[[np.ndarray], Any] = lambda leaf: leaf
 ) -> tuple[dict, dict]:
-    """Returns (config, params) of a stage's directory: plain JSON values, and nested dicts of numpy arrays.
+    """(config, params) of a stage's directory: JSON values, and nested dicts of numpy arrays.
 
     Args:
-      directory: the stage's.
-      keep_dtype: whether leaves keep the type that they are stored in; else floating ones become float32.
-      place: what becomes of a leaf as soon as it is read, such as moving it to a device.
+      directory: the stage's folder.
+      keep_dtype: leaves keep their stored types; otherwise narrow floats become float32.
+      place: applied to each leaf when it is read, such as a move to a device.
 
     Raises:
-      FileNotFoundError: no such directory, or a file is missing in it.
-      ValueError: a file is damaged.
+      FileNotFoundError: the directory or one of its files is missing. ValueError: a file is damaged.
     """
     import safetensors
 
@@ -221,7 +202,7 @@ def load_stage(
             with safetensors.safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     leaf = file.get_tensor(name)
-                    if not name.startswith("stats/") and not is_finite(leaf):  # what was not measured is NaN
+                    if not name.startswith("stats/") and not is_finite(leaf):
                         raise ValueError(
                             f"{directory / WEIGHTS_FILE}: {name} holds numbers that are not finite"
                         )
@@ -235,14 +216,14 @@ def load_stage(
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether all numbers are; by the bits of bfloat16, for which numpy is slow."""
+    """Whether all numbers are finite; bfloat16 by its bits, since numpy is slow for it."""
     if array.dtype == ml_dtypes.bfloat16:
         return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
     return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def write_index(
-    directory: str | os.PathLike,
+    directory: AnyPath,
     stages: Mapping[str, Mapping[str, Any] | str],
     *,
     system: str = "unclip",
@@ -253,12 +234,12 @@ def write_index(
 
     Args:
       directory: the model directory.
-      stages: name -> entry, in the order in which they run. An entry has 'folder', relative to the directory;
-        'uses', the frozen stages that compute its inputs, such as {"clip": "clip"}; 'tokenizer', the folder
-        of its tokenizer, "" for none. A text is the entry's folder alone.
-      system: what the stages are together, a name in `systems.SYSTEMS`.
-      tokenizer: the tokenizer of the stages whose entry is a text.
-      extra: more JSON values, such as the model's name or a description.
+      stages: name -> entry, in the order of sampling. An entry has 'folder', relative to the directory;
+        'uses', the frozen stages that compute its inputs, such as {"clip": "clip"}; 'tokenizer', a folder, ""
+        for none. A string means {'folder': it, 'tokenizer': `tokenizer`}.
+      system: a name in `systems.SYSTEMS`.
+      tokenizer: see `stages`.
+      extra: more JSON values, such as the model's name.
     """
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -266,19 +247,16 @@ def write_index(
         name: dict(entry) if isinstance(entry, Mapping) else {"folder": entry, "tokenizer": tokenizer}
         for name, entry in stages.items()
     }
-    # The class name is the same for every system: by it and the version, older programs say "update".
+    # The class name is the same for every system: older programs then refuse the version with "update".
     index = {"_class_name": "UnCLIP", "format_version": FORMAT_VERSION, "system": system, "stages": entries}
     write_json(directory / INDEX_FILE, index | dict(extra or {}))
 
 
-def read_index(directory: str | os.PathLike) -> dict:
-    """Returns the contents of MODEL/model_index.json after checking that all that it names is there.
-
-    An index of version 1 is returned as version 2: 'system', and 'stages' as `write_index` has them, with all
-    keys.
+def read_index(directory: AnyPath) -> dict:
+    """The contents of MODEL/model_index.json as version 2 (see `write_index`), with all keys of each stage.
 
     Raises:
-      FileNotFoundError: not a model directory, or a stage's or the tokenizer's folder or file is missing.
+      FileNotFoundError: not a model directory, or the file of a stage or a tokenizer is missing.
       ValueError: a damaged index, or one of a newer version.
     """
     directory = epath.Path(directory)
@@ -292,12 +270,8 @@ def read_index(directory: str | os.PathLike) -> dict:
             hint = "; it is one stage of a model directory: give the folder above it"
         raise FileNotFoundError(f"{directory} is not a model directory: it has no {INDEX_FILE}{hint}")
     index = _read_json(directory / INDEX_FILE)
-    version = index.get("format_version")
-    if (
-        index.get("_class_name") != "UnCLIP"
-        or not isinstance(index.get("stages"), dict)
-        or not isinstance(version, int)
-    ):
+    version, is_ours = index.get("format_version"), index.get("_class_name") == "UnCLIP"
+    if not is_ours or not isinstance(index.get("stages"), dict) or not isinstance(version, int):
         raise ValueError(
             f"{directory / INDEX_FILE} is not the index of an UnCLIP model directory of this project"
         )
@@ -311,23 +285,20 @@ def read_index(directory: str | os.PathLike) -> dict:
     if not all(isinstance(entry, dict) for entry in index["stages"].values()):
         raise ValueError(f"{directory / INDEX_FILE} is damaged: a stage's entry is no JSON object")
     index["stages"] = {name: {"uses": {}, "tokenizer": ""} | entry for name, entry in index["stages"].items()}
-    for name, entry in index["stages"].items():
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            path = _inside(directory, entry.get("folder")) / file
-            if not path.exists():
-                raise FileNotFoundError(
-                    f"model directory {directory} is incomplete: stage {name!r} lacks {path}"
-                )
-    for tokenizer in (entry["tokenizer"] for entry in index["stages"].values()):
-        if tokenizer and not _inside(directory, tokenizer).exists():
-            raise FileNotFoundError(
-                f"model directory {directory} is incomplete: it lacks {directory / tokenizer}"
-            )
+    needed = [
+        (f"stage {name!r}", _inside(directory, entry.get("folder")) / file)
+        for name, entry in index["stages"].items()
+        for file in (CONFIG_FILE, WEIGHTS_FILE)
+    ]
+    tokenizers = [entry["tokenizer"] for entry in index["stages"].values() if entry["tokenizer"]]
+    for owner, path in needed + [("it", _inside(directory, tokenizer)) for tokenizer in tokenizers]:
+        if not path.exists():
+            raise FileNotFoundError(f"model directory {directory} is incomplete: {owner} lacks {path}")
     return index
 
 
 def _from_version_1(index: dict) -> dict:
-    """An index of version 1, role -> folder and a list of upsamplers, as version 2."""
+    """An index of version 1 (role -> folder, and a list of upsamplers) as version 2."""
     roles, folders = dict(index["stages"]), index["stages"].get("upsamplers", [])
     folders = {folder: folder for folder in folders} if isinstance(folders, list) else {"upsamplers": folders}
     roles.pop("upsamplers", None)
@@ -339,14 +310,10 @@ def _from_version_1(index: dict) -> dict:
 
 
 def _inside(directory: epath.Path, folder: Any) -> epath.Path:
-    """A model directory may come from anyone: what its index names must lie inside it."""
-    if (
-        not isinstance(folder, str)
-        or not folder
-        or Path(folder).is_absolute()
-        or ".." in Path(folder).parts
-        or "://" in folder
-    ):
+    """The folder of an entry. A model directory may come from anyone: its index may name folders in it
+    only."""
+    inside = isinstance(folder, str) and folder and "://" not in folder
+    if not inside or Path(folder).is_absolute() or ".." in Path(folder).parts:
         raise ValueError(
             f"{directory / INDEX_FILE} names the folder {folder!r}: it must be relative and inside the model "
             "directory"
@@ -366,7 +333,7 @@ def _read_json(path: epath.Path) -> dict:
 
 @contextlib.contextmanager
 def _local_copy(path: epath.Path) -> Iterator[str]:
-    """Path of a local file with the contents of `path`, which may lie in a bucket."""
+    """Yields the path of a local file with the contents of `path`, which may be in a bucket."""
     if "://" not in os.fspath(path):
         yield os.fspath(path)
         return

@@ -1,9 +1,9 @@
-"""The name that was meant, for messages. The standard library alone, so that every floor may import it."""
+"""The nearest valid name, for error messages. Standard library only, so that every floor may import it."""
 
 import difflib
 from collections.abc import Callable, Iterable
 
 
-def nearest(name: object, known: Iterable[str], most: int = 1, show: Callable[[str], str] = repr) -> str:
-    """Those of `known` that are near `name`, such as "'a' or 'b'", at most `most`; '' where none is."""
-    return " or ".join(map(show, difflib.get_close_matches(str(name), list(known), n=most)))
+def nearest(name: object, choices: Iterable[str], most: int = 1, show: Callable[[str], str] = repr) -> str:
+    """Up to `most` of the choices that resemble `name`, such as "'a' or 'b'"; '' if none does."""
+    return " or ".join(map(show, difflib.get_close_matches(str(name), list(choices), n=most)))

@@ -1,4 +1,4 @@
-"""What Orbax raises and logs, in our words: damage, files that cannot be read now, failed saves."""
+"""The errors and log lines of Orbax as ours: damage, unreadable files, failed saves."""
 
 import contextlib
 import errno
@@ -16,30 +16,21 @@ from etils import epath
 
 from dalle2_jax.runtime import processes
 
-# What the operating system says of files that are missing or are something else, as against files that this
-# process may not or cannot read just now.
+# Errors of files that are missing or no regular files; after others a checkpoint may be intact.
 OF_FILES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
-# How tensorstore begins what it says of a bucket that cannot be read just now.
-OF_SERVICES = tuple(
-    f"{code}: "
-    for code in (
-        "ABORTED",
-        "CANCELLED",
-        "DEADLINE_EXCEEDED",
-        "PERMISSION_DENIED",
-        "RESOURCE_EXHAUSTED",
-        "UNAUTHENTICATED",
-        "UNAVAILABLE",
-    )
+# tensorstore's errors of a bucket that cannot be read at present.
+_CODES = (
+    "ABORTED CANCELLED DEADLINE_EXCEEDED PERMISSION_DENIED RESOURCE_EXHAUSTED UNAUTHENTICATED UNAVAILABLE"
 )
+OF_SERVICES = tuple(f"{code}: " for code in _CODES.split())
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that cannot be read, or whose leaves are not what was saved."""
+    """A checkpoint that is incomplete, or whose leaves have changed since they were saved."""
 
 
 class ReadFailed(OSError):
-    """A checkpoint that could not be read and may be whole: files of another user, no memory, no network."""
+    """A checkpoint that could not be read and may be intact: files of another user, no memory or network."""
 
 
 class SaveFailed(OSError):
@@ -47,7 +38,7 @@ class SaveFailed(OSError):
 
 
 def _os_error(error: BaseException) -> int | None:
-    """The number of what the operating system said, also in the long messages of tensorstore."""
+    """The number of an error of the operating system, also within the messages of tensorstore."""
     if isinstance(error, OSError):
         return error.errno
     code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -55,30 +46,29 @@ def _os_error(error: BaseException) -> int | None:
 
 
 def cause(error: BaseException) -> str:
-    """What the operating system said, or else the first line."""
+    """The operating system's message, else the first line of the error."""
     number = _os_error(error)
     return os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _may_be_whole(error: BaseException) -> bool:
-    """Whether a checkpoint that could not be read for this reason may be whole."""
+    """Whether a checkpoint that could not be read for this reason may be intact."""
     if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
         return True
     number = _os_error(error)
     if number is not None:
         return number not in OF_FILES
     if isinstance(error, OSError):
-        return not isinstance(error, FileNotFoundError)  # Orbax raises these without a number
+        return not isinstance(error, FileNotFoundError)  # Orbax raises it without a number
     return str(error).startswith(OF_SERVICES)
 
 
 @contextlib.contextmanager
 def explain_damage(path: epath.Path) -> Iterator[None]:
-    """Turns the many errors of Orbax for missing or damaged files into a DamagedCheckpoint, and those for
-    files that may be whole into a ReadFailed; both say what to do."""
+    """Turns errors of Orbax into a DamagedCheckpoint, or a ReadFailed for files that may be intact."""
     try:
         yield
-    except Exception as error:  # also bare ones, for a file that was cut
+    except Exception as error:  # also plain Exceptions, for a truncated file
         if isinstance(error, ValueError) and str(error).startswith((f"{path} ", f"checkpoint {path} ")):
             raise
         reason = error.__cause__ or error
@@ -97,8 +87,10 @@ def explain_damage(path: epath.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def damage_for_all(path: epath.Path) -> Iterator[None]:
-    """Around what all processes do with a checkpoint: damage that one of them finds, all raise, once each is
-    done. Within it nobody may wait for the others, as one of them may have found damage before."""
+    """Around work of all processes on a checkpoint: if one finds damage, all raise, once each is done.
+
+    No process may wait for the others within it: one of them may have left it.
+    """
     error = None
     try:
         yield
@@ -109,7 +101,7 @@ def damage_for_all(path: epath.Path) -> Iterator[None]:
 
 
 def quiet_orbax() -> None:
-    """Drops Orbax's dozens of informational lines a save from the log."""
+    """Removes Orbax's dozens of informational lines a save from the log."""
     for logger, rule in (
         (logging.get_absl_logger(), _not_orbax_chatter),
         (standard_logging.getLogger("asyncio"), _not_left_by_orbax),
@@ -121,8 +113,7 @@ def quiet_orbax() -> None:
 
 
 class _Unraisable:
-    """Leaves out what tensorstore's threads tell of further leaves once one has failed: the loop of
-    events that would hear it is closed by then."""
+    """Hides errors of tensorstore's threads after the first: their event loop is closed by then."""
 
     def __init__(self, otherwise: Callable[[Any], None]):
         self._otherwise = otherwise
@@ -134,11 +125,11 @@ class _Unraisable:
 
 
 def _not_left_by_orbax(record: Any) -> bool:
-    # Where several leaves fail, one error is raised; asyncio tells of the others when they are freed.
+    # If several leaves fail, one error is raised; asyncio reports the others when they are freed.
     return not any(name in record.getMessage() for name in ("orbax", "tensorstore"))
 
 
 def _not_orbax_chatter(record: Any) -> bool:
-    # What failed is raised as well, so the pages of traceback that each thread of Orbax logs say nothing new.
+    # Errors are raised as well, so the tracebacks that each thread of Orbax logs are redundant.
     chatty = record.levelno <= 20 or record.exc_info
     return not chatty or f"{os.sep}orbax{os.sep}" not in record.pathname

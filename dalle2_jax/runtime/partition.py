@@ -1,4 +1,4 @@
-"""Meshes and shardings: the only file that knows that there is more than one device.
+"""Meshes and shardings: the only file that depends on the number of devices.
 
 A mesh has three axes. `data` repeats the parameters and splits the batch; `fsdp` splits the batch as well,
 and the parameters (each device gathers a layer when it needs it); `tensor` splits the parameters and with
@@ -32,9 +32,9 @@ BATCH_AXES = ("data", "fsdp")
 
 # (regex on the end of the path 'a/b/kernel', spec). First match wins. A spec speaks of the last axes of an
 # array, so one rule serves Dense [in, out] and Conv [kh, kw, in, out] kernels, and layers stacked by a scan.
-# Arrays of rank 0 and 1 (gains, biases, temperatures, counters) are replicated before any rule is asked.
+# Arrays of rank 0 and 1 (gains, biases, temperatures, counters) are always replicated.
 RULES = (
-    # what is measured on data: the autoregressive prior's principal components
+    # statistics of the data: the autoregressive prior's principal components
     (r"(^|/)stats/\w+$", P()),
     # positions and learned stand-ins [L, D]: few rows, added to activations, which must not inherit a split
     (r"(^|/)(position(_bias)?|padding|query|class_token|null_\w+)(/embedding)?$", P()),
@@ -48,30 +48,26 @@ RULES = (
 
 
 def initialise(cpu_devices: int | None = None) -> None:
-    """Sets up JAX for this machine; call it before anything is computed. Calling it again does no harm.
+    """Sets up JAX for this machine; call it before anything is computed. Repeated calls are harmless.
 
-    - On a CPU: one XLA device a core, because XLA:CPU uses several threads inside one device poorly; sharding
-      the batch over one device a core is 1.4-2 times faster. The count is a power of two, at most 8, so that
-      usual batch sizes divide. `cpu_devices`, JAX_NUM_CPU_DEVICES or --xla_force_host_platform_device_count
-      in XLA_FLAGS take precedence. On a machine with an accelerator this changes nothing: the CPU is not its
-      default backend.
-    - Compiled programs are kept on disk (they take 10-50 s each on a small machine):
-      $JAX_COMPILATION_CACHE_DIR if set, else $DALLE2_JAX_CACHE/xla, else ~/.cache/dalle2_jax/xla.
-      DALLE2_JAX_CACHE= (empty) turns this off.
+    - A CPU becomes one XLA device a core, a power of two and at most 8: XLA uses several threads inside one
+    CPU
+      device poorly, so sharding the batch is 1.4-2 times faster. `cpu_devices`, JAX_NUM_CPU_DEVICES and
+      --xla_force_host_platform_device_count in XLA_FLAGS take precedence.
+    - Compiled programs are cached in $JAX_COMPILATION_CACHE_DIR, else $DALLE2_JAX_CACHE/xla, else
+      ~/.cache/dalle2_jax/xla. DALLE2_JAX_CACHE= (empty): no cache.
     """
     machine.set_cpu_devices(cpu_devices)
     machine.set_compilation_cache()
 
 
 def compiler_options(once: bool = False, mesh: Mesh | None = None) -> dict | None:
-    """`compiler_options` of `jax.jit` for a large program on a mesh, or on this machine's devices.
+    """`compiler_options` of `jax.jit` for a large program; mesh None: this machine's devices.
 
-    On a CPU it then compiles in a fifth less time and is as fast, and runs in the order that needs least
-    memory, which two devices follow more evenly than XLA's order for several threads in one (a tenth of a
-    decoder's training step); one that runs `once` compiles in half the time and is slower. On TPUs kernels
-    that are split are gathered whole: XLA would else pass their pieces round beside large activations, in a
-    loop whose products have a few channels each (docs/scaling.md). On a
-    mesh of several GPUs the schedule lets devices compute while they wait for each other.
+    CPU: compiles in a fifth less time, and schedules for least memory, which saves a tenth of a decoder's
+    step on two devices. once: compiles in half the time and runs slower. TPU: split kernels are gathered
+    whole, not passed round in pieces, whose products have few channels (docs/scaling.md). Several GPUs:
+    communication overlaps with computation.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if platform == "tpu":
@@ -87,28 +83,28 @@ def compiler_options(once: bool = False, mesh: Mesh | None = None) -> dict | Non
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """Returns a mesh of all devices (or of `devices`), axes data, fsdp, tensor; one may be -1: the rest.
+    """A mesh of all devices (or of `devices`) with axes data, fsdp, tensor; one size may be -1: the rest.
 
-    Over several slices of TPUs goes `data` alone, whose axis then has the slices one after the other: it
-    needs the network between them for one sum of gradients a step.
+    Only `data` extends over several slices of TPUs, one slice after the other: it needs the network between
+    them for one sum of gradients a step.
 
     Raises:
-      ValueError: when the sizes do not multiply to the number of devices, or `data` is no multiple of the
-        slices; the message lists what would fit.
+      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices;
+        the message lists sizes that fit.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     if any(not isinstance(size, int | np.integer) or size == 0 or size < -1 for size in sizes.values()):
-        raise ValueError(f"mesh ({asked}): sizes are whole numbers >= 1, or -1 for 'the rest'")
+        raise ValueError(f"mesh ({shown}): sizes are whole numbers >= 1, or -1 for 'the rest'")
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise ValueError(f"mesh ({asked}): only one axis may be -1, here {' and '.join(free)} are")
+        raise ValueError(f"mesh ({shown}): only one axis may be -1, here {' and '.join(free)} are")
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     count, slices = len(devices), num_slices(devices)
     if count % fixed or (not free and fixed != count):
         raise ValueError(
-            f"mesh ({asked}) does not fit the {count} {devices[0].platform} device(s) here: data * fsdp * "
+            f"mesh ({shown}) does not fit the {count} {devices[0].platform} device(s) here: data * fsdp * "
             f"tensor must be {count}. For instance: {_fitting(sizes, count, slices)} (-1: the rest)"
         )
     if free:
@@ -117,7 +113,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
         machine.keep_freed_memory()
     if sizes["data"] % slices:
         raise ValueError(
-            f"mesh ({asked}) does not fit {slices} slices of {count // slices} devices: only data goes over "
+            f"mesh ({shown}) does not fit {slices} slices of {count // slices} devices: only data goes over "
             f"slices, so it must be a multiple of {slices}. For instance: {_fitting(sizes, count, slices)}"
         )
     shape = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])  # of a slice
@@ -130,14 +126,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
 
 
 def num_slices(devices: list) -> int:
-    """Into how many slices, with their own links inside, these devices fall; 1 for all but TPUs."""
-    if devices[0].platform != "tpu":  # a GPU's slice_index tells machines apart
+    """The number of TPU slices (with fast links inside) that these devices are in; 1 for other devices."""
+    if devices[0].platform != "tpu":  # a GPU's slice_index is its machine
         return 1
     return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def local_mesh() -> Mesh:
-    """The mesh of this process's own devices, over which it splits the rows that are its share."""
+    """A mesh of this process's devices."""
     return make_mesh(devices=jax.local_devices())
 
 
@@ -145,8 +141,8 @@ def _fitting(sizes: Mapping[str, int], count: int, slices: int) -> str:
     each = count // slices
     divisors = [n for n in range(1, each + 1) if each % n == 0]
     meshes = [(count // (f * t), f, t) for f in divisors for t in divisors if each % (f * t) == 0]
-    wish = [count if sizes[axis] == -1 else sizes[axis] for axis in AXES]
-    meshes.sort(key=lambda mesh: sum(abs(np.log2(a / b)) for a, b in zip(mesh, wish, strict=True)))
+    target = [count if sizes[axis] == -1 else sizes[axis] for axis in AXES]
+    meshes.sort(key=lambda mesh: sum(abs(np.log2(a / b)) for a, b in zip(mesh, target, strict=True)))
     return " | ".join(f"data={d} fsdp={f} tensor={t}" for d, f, t in meshes[:4])
 
 
@@ -156,13 +152,11 @@ def use_mesh(mesh: Mesh):
 
 
 def shardings(abstract_tree: Any, mesh: Mesh) -> Any:
-    """Returns the tree of NamedShardings that `RULES` give to a tree of arrays or ShapeDtypeStructs.
+    """The tree of NamedShardings by `RULES` for a tree of arrays or ShapeDtypeStructs.
 
-    The tree may be parameters or anything that holds them (a train state, an optimizer state). An axis of the
-    mesh that does not divide the array's axis is left out there, so that any mesh works with any width.
-
-    Raises:
-      ValueError: when no rule matches a leaf of rank 2 or more; it names the leaf.
+    The tree may be parameters or contain them (a train state, an optimizer state). Mesh axes that do not
+    divide an array's axis are left out there, so that any mesh works with any width. Raises ValueError,
+    naming the leaf, if no rule matches one of rank 2 or more.
     """
 
     def one(path, leaf):
@@ -173,7 +167,7 @@ def shardings(abstract_tree: Any, mesh: Mesh) -> Any:
 
 
 def spec_for(name: str, rank: int) -> P:
-    """Returns the spec, one entry an axis, of the first of `RULES` that matches the leaf 'a/b/kernel'."""
+    """The spec, one entry an axis, of the first of `RULES` that matches the leaf 'a/b/kernel'."""
     if rank < 2:
         return P(*(None,) * rank)
     rule = _rule_for(name)
@@ -191,8 +185,7 @@ def _rule_for(name: str) -> tuple[str, P] | None:
 
 
 def check_rules(trees: Iterable[Any]) -> None:
-    """Raises ValueError naming those of `RULES` that no leaf of these trees (of parameters, or of their
-    shapes) asks for: what they were for has another name now, or another rule comes first."""
+    """Raises ValueError naming the RULES that no leaf of these trees (of parameters or shapes) uses."""
     used = set()
     for tree in trees:
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -206,7 +199,7 @@ def check_rules(trees: Iterable[Any]) -> None:
 
 
 def fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Returns `spec` without the mesh axes that do not divide their array axis (which is then replicated)."""
+    """`spec` without the mesh axes that do not divide their array axis, which is then replicated."""
     entries = [
         axes if axes is not None and size and size % _size(mesh, axes) == 0 else None
         for axes, size in zip(tuple(spec) + (None,) * (len(shape) - len(spec)), shape, strict=True)
@@ -217,7 +210,7 @@ def fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def path_name(path: tuple) -> str:
-    """Returns 'a/b/kernel' for a key path of jax.tree_util."""
+    """'a/b/kernel' for a key path of jax.tree_util."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -227,32 +220,29 @@ def _size(mesh: Any, axes: str | tuple[str, ...]) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: axis 0 split over (data, fsdp), the rest whole."""
+    """The sharding of a batch: axis 0 split over (data, fsdp)."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds whole."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def all_devices(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array with one row for each device: axis 0 split over all axes."""
+    """The sharding of an array with one row a device: axis 0 split over all axes."""
     return NamedSharding(mesh, P(AXES))
 
 
 def batch_shards(mesh: Mesh | None = None) -> int:
-    """Returns data * fsdp: a global batch must be a multiple of it.
-
-    Without a mesh, of the one that `use_mesh` has set: into how many parts `constrain` splits; 1 for none.
-    """
+    """data * fsdp, which must divide a global batch. mesh None: that of `use_mesh`, 1 if none is set."""
     if mesh is None:
         return _size(jax.sharding.get_abstract_mesh(), _auto_axes(BATCH_AXES))
     return _size(mesh, BATCH_AXES)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
-    """Raises ValueError, saying what would fit, unless a global batch of that size splits over the mesh."""
+    """Raises ValueError with sizes that fit, unless a global batch of that size splits over the mesh."""
     shards = batch_shards(mesh)
     if batch_size < 1 or batch_size % shards:
         below = batch_size // shards * shards
@@ -264,10 +254,9 @@ def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> N
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Turns this process's rows of a batch (numpy, axis 0: examples) into global arrays over (data, fsdp).
+    """Global arrays over (data, fsdp) from this process's rows of a batch (numpy, axis 0: examples).
 
-    With one process these are the batch; with several, the parts that `host_slice` says, one after the other.
-    Returns without waiting for the copies to the devices.
+    With several processes the rows are the parts of `host_slice`, in its order. Does not wait for the copies.
     """
     sharding, mine = batch_sharding(mesh), host_slice(mesh)
     result = {}
@@ -280,21 +269,20 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def without_index(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the batch without record numbers (`index`, int64), which stay on the host."""
+    """The batch without its record numbers (`index`, int64), which stay on the host."""
     return {name: value for name, value in batch.items() if field(name).kind != "index"}
 
 
 def host_slice(mesh: Mesh) -> dict:
-    """Which rows of each batch this process reads: `parts`, ascending, of `num_parts` equal ones.
+    """The rows of each batch that this process reads: `parts`, ascending, of `num_parts` equal ones.
 
-    Where its devices lie decides: a host of TPUs has a square of the torus, in v5p:4x4x4 parts such as 0, 4,
-    16 and 20 of 64. Processes that share the axis `tensor` hold the same examples and read the same parts.
-
-    Raises:
-      ValueError: processes have other numbers of parts, or share some of them and not all.
+    They follow from the places of its devices: a TPU host has a square of the torus, in v5p:4x4x4 parts such
+    as 0, 4, 16 and 20 of 64. Processes that share the axis `tensor` read the same parts. Raises ValueError
+    for processes with different numbers of parts, or with only some in common.
     """
     shards, parts = batch_shards(mesh), collections.defaultdict(set)
-    for device, rows in batch_sharding(mesh).devices_indices_map((shards,)).items():
+    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((shards,))
+    for device, rows in places.items():
         parts[device.process_index].add(rows[0].start or 0)
     mine = parts[jax.process_index()]
     for process, theirs in parts.items():
@@ -308,18 +296,18 @@ def host_slice(mesh: Mesh) -> dict:
 
 
 def gather_index(index: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """The record numbers int64 [B] of the whole batch from this process's int64 [b]; all must call it."""
+    """The record numbers int64 [B] of the global batch from this process's int64 [b]; all must call it."""
     halves = np.ascontiguousarray(index, np.int64).view(np.int32).reshape(-1, 2)  # JAX has no int64 here
     return to_host(to_global({"index": halves}, mesh))["index"].reshape(-1).view(np.int64)
 
 
 def on_devices(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-    """A host batch as global arrays, without the record numbers; images and videos as floats in [-1, 1]."""
+    """A host batch as global arrays without record numbers; images and videos as floats in [-1, 1]."""
     return as_floats(to_global(without_index(batch), mesh))
 
 
 def to_host(tree: Any) -> Any:
-    """Returns the tree with every array whole, in numpy, on every process (all processes must call it)."""
+    """The tree with global arrays in numpy, on every process; all must call it."""
 
     def one(x):
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -332,11 +320,11 @@ def to_host(tree: Any) -> Any:
 
 
 def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
-    """Keeps an activation [B, ...] split over (data, fsdp) along axis 0; the identity where no mesh is set.
+    """Keeps an activation [B, ...] split over (data, fsdp) along axis 0; the identity without a mesh.
 
-    Called at the edges of blocks. Without it XLA may let the parameters' split over `fsdp` leak into the
-    activations, and then gathers whole activations ("full rematerialization") where it should gather a
-    kernel. `tensor_axis` (heads of attention) is split over `tensor`, where that divides it.
+    Called at the edges of blocks: otherwise XLA may propagate the parameters' split over `fsdp` into
+    activations and gather these ("full rematerialization") instead of a kernel. tensor_axis (attention heads)
+    is split over `tensor` if that divides it.
     """
     axes = _auto_axes(BATCH_AXES)
     if not axes or x.ndim == 0 or x.shape[0] % batch_shards():
@@ -350,7 +338,7 @@ def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
 
 
 def _auto_axes(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those axes of the mesh that XLA splits over; none inside a shard_map over them."""
+    """The axes of the mesh that XLA splits over; none inside a shard_map over them."""
     mesh = jax.sharding.get_abstract_mesh()
     types = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return tuple(axis for axis in names if types.get(axis) == AxisType.Auto)

@@ -1,14 +1,14 @@
-"""Several processes of one run: how they find each other, share work, wait for each other and fail together.
+"""Several processes of one run: how they connect, split work, wait for each other and fail together.
 
-A run may have one process a host (TPU pods, GPU machines) or one a device. Every process runs the same
-command on the same workdir, which all must see. `join` finds out what there is, in this order:
+A run has one process a host (TPU pods, GPU machines) or one a device. Every process runs the same command on
+the same workdir, on a shared file system. `join` reads, in this order:
 
-- by hand, Kubernetes: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID; the last may be left to the
+- JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (by hand, Kubernetes); without the last the
   JOB_COMPLETION_INDEX of an indexed Job or JobSet;
-- Slurm, where `srun` starts more than one task: JAX reads Slurm's variables;
-- TPU hosts: JAX reads the metadata of the machine or of GKE.
+- Slurm's variables, by JAX, where `srun` starts more than one task;
+- the metadata of a TPU host or of GKE, by JAX.
 
-JAX_NUM_PROCESSES=1 means one process, whatever the environment looks like.
+JAX_NUM_PROCESSES=1 means one process in any environment.
 """
 
 import contextlib
@@ -22,23 +22,23 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from absl import logging
 
 HEARTBEAT_SECONDS = 30  # silence after which a process counts as lost
-START_SECONDS = 300  # for all processes to come up
-WAIT_SECONDS = 6 * 3600  # for the others in `sync`; a process that is lost ends the wait long before
+START_SECONDS = 300  # for all processes to connect
+WAIT_SECONDS = 6 * 3600  # for the others in `sync`; the loss of a process ends the wait long before
 LOST = 4  # exit status of a process that ends because the run lost another
 
 
 def settings(environ: Mapping[str, str]) -> dict | None:
-    """The arguments of `jax.distributed.initialize` that the environment names, None where it names nothing.
+    """The arguments of `jax.distributed.initialize` by the environment; None: it names none.
 
-    Returns coordinator_address, num_processes, process_id, or for Slurm how JAX is to find these. Raises
-    ValueError for an incomplete or impossible description.
+    Returns coordinator_address, num_processes and process_id, or JAX's own detection for Slurm. Raises
+    ValueError for incomplete or impossible variables.
     """
     if "JAX_NUM_PROCESSES" in environ or "JAX_COORDINATOR_ADDRESS" in environ:
         return _by_hand(environ)
@@ -48,11 +48,8 @@ def settings(environ: Mapping[str, str]) -> dict | None:
 
 
 def _by_hand(environ: Mapping[str, str]) -> dict:
-    values = {
-        "JAX_COORDINATOR_ADDRESS": environ.get("JAX_COORDINATOR_ADDRESS"),
-        "JAX_NUM_PROCESSES": environ.get("JAX_NUM_PROCESSES"),
-        "JAX_PROCESS_ID": environ.get("JAX_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX")),
-    }
+    values = {name: environ.get(name, "") for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES")}
+    values["JAX_PROCESS_ID"] = environ.get("JAX_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX", ""))
     if values["JAX_NUM_PROCESSES"] == "1":
         return dict(coordinator_address=None, num_processes=1, process_id=0)
     missing = [name for name, value in values.items() if not value]
@@ -72,14 +69,13 @@ def _by_hand(environ: Mapping[str, str]) -> dict:
 
 
 def _slurm(environ: Mapping[str, str]) -> dict:
-    """JAX reads Slurm's variables. By default it gives each task one device, which is wrong for one task a
-    node: an empty list of devices leaves it all of them."""
+    """By default JAX gives each task one device. For one task a node an empty list leaves it all devices."""
     alone = int(environ["SLURM_STEP_NUM_TASKS"]) <= int(environ.get("SLURM_STEP_NUM_NODES", "1"))
     return dict(cluster_detection_method="slurm") | (dict(local_device_ids=[]) if alone else {})
 
 
 def _on_tpu_host() -> bool:
-    """Whether this machine has TPU chips and JAX would use them."""
+    """Whether this machine has TPU chips that JAX would use."""
     if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
         return False
     return importlib.util.find_spec("libtpu") is not None and bool(
@@ -88,10 +84,9 @@ def _on_tpu_host() -> bool:
 
 
 def join() -> None:
-    """Makes this process part of its run; call it before JAX computes anything. One process: nothing.
+    """Connects this process with the others; call it before JAX computes anything. One process: nothing.
 
-    Raises ValueError for an environment that does not say enough. JAX ends the process if the others do not
-    come up within START_SECONDS.
+    Raises ValueError for incomplete variables. JAX ends the process unless all connect within START_SECONDS.
     """
     found = settings(os.environ)
     if found is None and not _on_tpu_host():
@@ -111,19 +106,16 @@ def join() -> None:
     )
 
 
-_ALONE = contextvars.ContextVar("alone", default=False)  # within `in_shares`
+_ALONE = contextvars.ContextVar("alone", default=False)  # within `split_over_processes`
 
 
 def _count() -> int:
-    """How many processes share what is to be done here."""
+    """The number of processes that split the work here."""
     return 1 if _ALONE.get() else jax.process_count()
 
 
 def sync(name: str) -> None:
-    """Waits until every process has come to this place, however long one of them takes.
-
-    A collective operation would not do: on CPUs (Gloo) it fails after 30 seconds.
-    """
+    """Waits until every process has called it. On CPUs a collective operation (Gloo) fails after 30 s."""
     if _count() > 1:
         from orbax.checkpoint import multihost
 
@@ -136,14 +128,14 @@ _SYNCS = itertools.count()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this is process 0, which writes and prints."""
     return jax.process_index() == 0
 
 
 def share(count: int) -> np.ndarray:
-    """Which of `count` rows this process works on: int64 [ceil(count / processes)], as many on every process.
+    """The numbers of this process's part of `count` examples: int64 [ceil(count / processes)].
 
-    Rows follow each other; where they do not divide, the last ones are repeated. `gather` takes them apart.
+    Parts are contiguous and of one size: the last example fills the last parts. `gather` removes the copies.
     """
     size = -(-count // _count())
     first = jax.process_index() * size if _count() > 1 else 0
@@ -151,26 +143,25 @@ def share(count: int) -> np.ndarray:
 
 
 def gather(rows: np.ndarray, count: int) -> np.ndarray:
-    """The `count` rows of all processes, in order, from what each made of its `share`; all must call it."""
+    """The rows of `count` examples, in order, from each process's rows of its `share`; all must call it."""
     if _count() == 1:
         return rows
     from jax.experimental import multihost_utils
 
-    if rows.size == 0:  # such as the image embeddings of a decoder that reads none
+    if rows.size == 0:  # such as the image embeddings of a decoder without that condition
         return np.zeros((count, *rows.shape[1:]), rows.dtype)
-    # Bytes, as JAX would make float64 and int64 smaller.
     rows = np.ascontiguousarray(rows)
-    sync("gather")  # some had more to do
-    plain = rows.reshape(len(rows), -1).view(np.uint8)
-    together = np.asarray(multihost_utils.process_allgather(plain, tiled=True))[:count]
-    return np.ascontiguousarray(together).view(rows.dtype).reshape(count, *rows.shape[1:])
+    sync("gather")  # processes arrive at different times
+    plain = rows.reshape(len(rows), -1).view(np.uint8)  # JAX would convert float64 and int64 to 32 bits
+    gathered = np.asarray(multihost_utils.process_allgather(plain, tiled=True))[:count]
+    return np.ascontiguousarray(gathered).view(rows.dtype).reshape(count, *rows.shape[1:])
 
 
-def in_shares(function: Callable, count: int):
-    """What `function` makes of `count` rows, each process of its `share`; all must call it, and get all.
+def split_over_processes(function: Callable, count: int):
+    """Splits examples over processes and gathers the results on all of them; all must call it.
 
-    function: row numbers int64 [n] -> a tree of arrays [n, ...]. Within it this process counts as the only
-    one: what is called there is not shared once more. Returns the tree of arrays [count, ...].
+    function: example numbers int64 [n] -> a tree of arrays [n, ...]. Nested calls do not split again. Returns
+    the tree of arrays [count, ...].
     """
     rows = share(count)
     entered = _ALONE.set(True)
@@ -178,13 +169,13 @@ def in_shares(function: Callable, count: int):
         made = function(rows)
     finally:
         _ALONE.reset(entered)
-    if len(rows) == count:  # one process, or one row, which each has made
+    if len(rows) == count:  # one process, or one example, which every process has computed
         return made
-    return jax.tree.map(lambda own: gather(own, count), made)
+    return jax.tree.map(lambda part: gather(part, count), made)
 
 
 def from_first(values: np.ndarray) -> np.ndarray:
-    """Process 0's `values`, on every process; all must call it with the same shape and type."""
+    """The values of process 0, on every process; all must call it with the same shape and type."""
     if jax.process_count() == 1:
         return values
     from jax.experimental import multihost_utils
@@ -194,7 +185,7 @@ def from_first(values: np.ndarray) -> np.ndarray:
 
 
 def one_then_others(name: str, make: Callable):
-    """make(), on process 0 first; the others call it when that is done and find what it saved."""
+    """make(), on process 0 first; then on the others, which find the files that it saved."""
     if jax.process_index() > 0:
         sync(name)
     made = make()
@@ -204,39 +195,35 @@ def one_then_others(name: str, make: Callable):
 
 
 def end_together(error: BaseException, status: int) -> None:
-    """With several processes, says the cause and ends this one at once; with one, returns.
+    """With several processes, logs the cause and ends this one at once; with one, returns.
 
-    Whatever waits for the other processes (checkpoints, the farewell of jax.distributed) would wait for ever
-    where one of them has failed. Ending closes this process's connections, by which the others notice.
+    Checkpoints and the shutdown of jax.distributed would wait for ever for a process that has failed. The
+    others notice the closed connections.
     """
     if jax.process_count() > 1:
         _end(error, status)
 
 
 @contextlib.contextmanager
-def together(
+def fail_together(
     refused: tuple[type[Exception], ...] = (ValueError, OSError),
     *,
     status: int = 2,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], Any] = lambda message: print(f"error: {message}", file=sys.stderr),
     debug: bool = False,
 ) -> Iterator[None]:
-    """Around all that a command does: an error becomes one line, and several processes fail and leave as one.
+    """Around a whole command: an error becomes one line, and several processes fail and end together.
 
-    An error in `refused` is told to `say` (by default printed to stderr), without its traceback unless
-    `debug`, and ends the program with `status`. Where there are several processes, whatever fails in one of
-    them ends it at once, and by that the others; and one that is done waits for the others, so that it sees
-    one that is lost.
+    An error in `refused` is passed to `say`, without its traceback unless `debug`, and ends the program with
+    `status`. With several processes any error ends this one at once, and thereby the others; a process that
+    is done waits for the others, and so notices the loss of one.
     """
     try:
         yield
         sync("done")
     except refused as error:
         end_together(error, status)
-        if say is None:
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            say(str(error))
+        say(str(error))
         raise SystemExit(status) from (error if debug else None)
     except Exception as error:
         if jax.process_count() > 1:
@@ -246,8 +233,8 @@ def together(
 
 
 def leave(status: int | str | None) -> NoReturn:
-    """Ends the program with this status, also where threads are left that would keep it for minutes: a save
-    that failed leaves some that wait for each other."""
+    """Ends the program with this status, without waiting for threads: a failed save leaves some for
+    minutes."""
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         logging.flush()
         sys.stdout.flush()
@@ -257,9 +244,9 @@ def leave(status: int | str | None) -> NoReturn:
 
 def _end(error: BaseException, status: int) -> NoReturn:
     first_line = (str(error).splitlines() or [""])[0][:500]
-    reasons = [error]  # a save that fails because the others have gone is no fault of the disk
-    while reasons[-1].__cause__ is not None:
-        reasons.append(reasons[-1].__cause__)
+    reasons = [error]  # a save may fail because another process has ended
+    while (reason := reasons[-1].__cause__) is not None:
+        reasons.append(reason)
     if any(isinstance(reason, jax.errors.JaxRuntimeError) for reason in reasons):
         status = LOST
         cause = "another process of the run was lost, or the devices failed"

@@ -3,12 +3,12 @@
 Serves this machine alone, unless --host names another address; then anybody who reaches it may draw.
 """
 
+import importlib.util
 import os
-import sys
 
 from absl import app, flags, logging
 
-from dalle2_jax.runtime import commandline, partition
+from dalle2_jax.runtime import commandline, partition, processes
 
 FLAGS = flags.FLAGS
 
@@ -18,24 +18,16 @@ def main(argv):
     if argv[1:]:
         raise app.UsageError(f"too many arguments: {' '.join(argv[1:])}")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio  # noqa: F401 (whether it is there)
-    except ImportError:
-        print("error: the studio needs gradio: pip install 'dalle2_jax[studio]'", file=sys.stderr)
-        raise SystemExit(2) from None
-    from dalle2_jax.studio import server, work
+    with processes.fail_together():
+        if importlib.util.find_spec("gradio") is None:
+            raise ValueError("the studio needs gradio: pip install 'dalle2_jax[studio]'")
+        from dalle2_jax.studio import server, work
 
-    try:
         partition.initialise()
-        studio = work.Studio(
-            FLAGS.model or [None], FLAGS.waiting, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(
-        f"the studio, drawing with {', '.join(studio.models)}: http://{FLAGS.host}:{FLAGS.port}", flush=True
-    )
+        options = dict(dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
+        studio = work.Studio(FLAGS.model or [None], FLAGS.waiting, **options)
+    names = ", ".join(studio.models)
+    print(f"the studio, drawing with {names}: http://{FLAGS.host}:{FLAGS.port}", flush=True)
     studio.warm()
     server.serve(studio, FLAGS.host, FLAGS.port).run()
 
@@ -46,7 +38,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("host", "127.0.0.1", "Address to serve; 0.0.0.0 is the whole network.")
     flags.DEFINE_integer("port", 7860, "Port to serve.", lower_bound=1, upper_bound=65535)
-    flags.DEFINE_integer("waiting", 8, "Requests at work and waiting; more are refused.", lower_bound=1)
+    flags.DEFINE_integer("waiting", 8, "Requests at work and waiting; the next is refused.", lower_bound=1)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: as trained.")
     flags.DEFINE_bool("low_memory", False, "Weights as they are stored, those of one stage at a time.")
     logging.set_verbosity(logging.WARNING)

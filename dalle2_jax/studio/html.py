@@ -1,9 +1,9 @@
 """The studio's page as HTML: style and script, cards of pictures, an explanation."""
 
 import base64
-import html
 import io
 import zipfile
+from html import escape
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from dalle2_jax.runtime.grid import png_bytes
 from dalle2_jax.studio.requests import MAX_UPLOAD
 from dalle2_jax.studio.work import Picture, as_url
 
+Visit = dict[str, Picture]  # id -> picture, in the order in which they were made
 CSS = """
 .gradio-container {max-width: 1240px !important; width: 100%; margin: auto}
 .cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px}
@@ -27,14 +28,15 @@ CSS = """
   touch-action: none}
 .way {width: 320px; max-width: 100%} .way input {width: 100%}
 .command {font: 12px monospace; white-space: pre-wrap; background: #f3f4f8; color: #223; padding: 8px}
-.path {display: flex; flex-wrap: wrap; gap: 4px} .path img {width: 56px; image-rendering: pixelated}
+.path {display: flex; flex-wrap: wrap; gap: 4px} .path img {width: 56px}
+.path img, .pixels img {image-rendering: pixelated}
 .token {display: inline-block; background: #e4e7fd; color: #223; border-radius: 5px; padding: 1px 7px;
   margin: 2px}
 .strip {width: 100%; height: 14px; image-rendering: pixelated; display: block; margin: 2px 0 8px}
-.said {font-size: 13px} .said b {font-weight: 600}
+.settings {font-size: 13px} .settings b {font-weight: 600}
 .link {display: inline-block; margin: 4px 12px 4px 0; text-decoration: underline; cursor: pointer}
 """
-# The brush, the choice of a picture, the slider along a path; files are read here and sent inside requests.
+# The brush, the choice of a picture, the slider along a path; it reads files and sends them inside requests.
 HEAD = """<script>
 window.studio = {
   chosen: '', last: null,
@@ -89,40 +91,45 @@ window.addEventListener('pointerup', () => window.studio.last = null);
 
 
 def note(text: str, bad: bool = False, share: float | None = None) -> str:
-    """A line that says how things are; `share` in 0..1 adds a bar."""
+    """A line of status; `share` in 0..1 adds a bar."""
     bar = "" if share is None else f"<div class=bar><div style='width:{100 * share:.0f}%'></div></div>"
-    return f"<div class='note{' bad' * bad}' role=status>{html.escape(text)}{bar}</div>"
+    return f"<div class='note{' bad' * bad}' role=status>{escape(text)}{bar}</div>"
 
 
-def cards(visit: list[tuple[str, Picture]], chosen: str = "", small: bool = False) -> str:
+def img(image: Picture | np.ndarray, more: str = "") -> str:
+    """An img element of a picture, or of uint8 [H, W, 3]; `more`: further attributes."""
+    if isinstance(image, Picture):
+        return f"<img src='{as_url(image.png)}' alt='{escape(image.caption)}' {more}>"
+    return f"<img src='{as_url(png_bytes(image))}' {more}>"
+
+
+def cards(visit: Visit, chosen: str = "", small: bool = False) -> str:
     """Pictures to click on, each with its download."""
-    return (
-        f"<div class='cards{' small' * small}'>"
-        + "".join(
-            f"<div class='card{' chosen' * (id == chosen)}' data-id={id} title='{html.escape(each.caption)}'>"
-            f"<img src='{as_url(each.png)}' alt='{html.escape(each.caption)}' "
-            f"onclick=\"studio.choose('{id}')\">"
-            f"<a href='{as_url(each.png)}' download='picture-{id}.png'>download</a></div>"
-            for id, each in visit
-        )
-        + "</div>"
+    made = "".join(
+        f"<div class='card{' chosen' * (id == chosen)}' data-id={id} title='{escape(each.caption)}'>"
+        + img(each, f"onclick=\"studio.choose('{id}')\"")
+        + f"<a href='{as_url(each.png)}' download='picture-{id}.png'>download</a></div>"
+        for id, each in visit.items()
     )
+    return f"<div class='cards{' small' * small}'>{made}</div>"
 
 
-def way(made: list[Picture]) -> str:
+def history(visit: Visit, chosen: str = "") -> str:
+    """The pictures of a visit, the last first."""
+    return cards(dict(reversed(visit.items())), chosen, small=True)
+
+
+def way(frames: list[Picture]) -> str:
     """The frames of a path, with a slider between its ends."""
-    shown = "".join(
-        f"<img src='{as_url(each.png)}' alt='{html.escape(each.caption)}' "
-        f"style='display:{'block' if not i else 'none'}'>"
-        for i, each in enumerate(made)
-    )
-    slider = f"<input type=range min=0 max={len(made) - 1} value=0 oninput='studio.frame(this)'>"
+    first, *others = frames
+    shown = img(first) + "".join(img(each, "style='display:none'") for each in others)
+    slider = f"<input type=range min=0 max={len(others)} value=0 oninput='studio.frame(this)'>"
     return f"<div class=way>{shown}{slider}</div>"
 
 
 def sketch(images: np.ndarray) -> str:
-    """Pictures of a stage that are not the last ones yet."""
-    shown = "".join(f"<div class=card><img src='{as_url(png_bytes(image))}'></div>" for image in images)
+    """Pictures of a step before the last."""
+    shown = "".join(f"<div class=card>{img(image)}</div>" for image in images)
     return f"<div class='cards sketch'>{shown}</div>"
 
 
@@ -131,12 +138,12 @@ def strip(embed: np.ndarray) -> str:
     share = np.clip(embed / (3 * embed.std() + 1e-9), -1, 1)[:, None]
     ends = np.where(share < 0, np.array([40, 90, 220]), np.array([240, 120, 20]))
     row = 255 - np.abs(share) * (255 - ends)
-    return f"<img class=strip src='{as_url(png_bytes(row.round().astype(np.uint8)[None]))}'>"
+    return img(row.round().astype(np.uint8)[None], "class=strip")
 
 
 def explained(made: dict) -> str:
-    """What `explain` returns, as a page."""
-    tokens = "".join(f"<span class=token>{html.escape(token)}</span>" for token in made["tokens"])
+    """The page of what `explain` returns."""
+    tokens = "".join(f"<span class=token>{escape(token)}</span>" for token in made["tokens"])
     prior = "".join(
         f"<div>sample {i + 1}: cosine with the text {cosine:.3f}"
         f"{', the closest: <b>kept</b>' * (i == made['kept'])}</div>{strip(made['candidates'][i])}"
@@ -144,11 +151,11 @@ def explained(made: dict) -> str:
     )
     every = max(1, len(made["path"]) // 12)
     path = [*made["path"][:-1:every], made["path"][-1]]
-    steps = "".join(f"<img src='{as_url(png_bytes(image))}'>" for image in path)
+    steps = "".join(img(image) for image in path)
     sides = [len(image) for image in made["stages"].values()]
     stages = "".join(
-        f"<div class=card><img src='{as_url(png_bytes(image))}' style='image-rendering:pixelated'>"
-        f"{html.escape(name)}: {f'{sides[i - 1]} to ' if i else ''}{sides[i]} pixels</div>"
+        f"<div class='card pixels'>{img(image)}{escape(name)}: "
+        f"{f'{sides[i - 1]} to ' if i else ''}{sides[i]} pixels</div>"
         for i, (name, image) in enumerate(made["stages"].items())
     )
     return (
@@ -157,53 +164,53 @@ def explained(made: dict) -> str:
         "<h4>3. The prior imagines image embeddings to go with it; the one closest to the text is kept</h4>"
         f"{prior}"
         f"<h4>4. The decoder takes noise away, step by step</h4><div class=path>{steps}</div>"
-        f"<h4>5. Each upsampler makes what it is given larger</h4><div class=cards>{stages}</div></div>"
+        f"<h4>5. Each upsampler enlarges the picture</h4><div class=cards>{stages}</div></div>"
     )
 
 
-def archive(visit: list[tuple[str, Picture]]) -> str:
-    """All pictures of a visit as one zip file, an URL."""
-    buffer = io.BytesIO()
+def archive(visit: Visit) -> str:
+    """A link to a zip file of a visit: its pictures, and the commands that make them."""
+    buffer, commands = io.BytesIO(), [each.command for each in visit.values() if each.command]
     with zipfile.ZipFile(buffer, "w") as file:
-        for id, each in visit:
+        for id, each in visit.items():
             file.writestr(f"picture-{id}.png", each.png)
-        file.writestr("commands.txt", "".join(f"{each.command}\n" for _, each in visit if each.command))
-    return "data:application/zip;base64," + base64.b64encode(buffer.getvalue()).decode()
+        file.writestr("commands.txt", "".join(f"{command}\n" for command in commands))
+    url = "data:application/zip;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return f"<a class=link id=zip_link href='{url}' download='pictures.zip'>pictures.zip</a>"
 
 
-def details(visit: dict[str, Picture], chosen: str) -> tuple[str, str]:
+def details(visit: Visit, chosen: str) -> tuple[str, str]:
     """(the chosen picture under the brush, its settings and its command)."""
     if chosen not in visit:
         return note("Draw or upload a picture, then click on it to change it."), ""
     each = visit[chosen]
     width, height = each.size
     brush = (
-        f"<div class=brush data-id={chosen}><img src='{as_url(each.png)}'><canvas id=brush "
+        f"<div class=brush data-id={chosen}>{img(each)}<canvas id=brush "
         f"width={width} height={height} onpointerdown='studio.paint(event)' "
         "onpointermove='studio.paint(event)'></canvas></div>"
         "<span class=link onclick='studio.clear()'>clear the brush</span>"
     )
-    line = ""
-    if each.command:
-        line = (
-            f"<div class=command>{html.escape(each.command)}</div>"
-            "<span class=link onclick='studio.copy(this)'>copy the command</span>"
-        )
-    told = f"<b>{html.escape(each.caption)}</b><br>{spelled(each.settings)}{line}"
-    return brush, f"<div class=said>{told}</div>"
+    command = each.command and (
+        f"<div class=command>{escape(each.command)}</div>"
+        "<span class=link onclick='studio.copy(this)'>copy the command</span>"
+    )
+    lines = [f"<b>{escape(each.caption)}</b>", *map(escape, setting_lines(each.settings))]
+    return brush, f"<div class=settings>{'<br>'.join(lines)}{command}</div>"
 
 
-def spelled(settings: dict) -> str:
+def setting_lines(settings: dict) -> list[str]:
     """The settings of a picture, as lines."""
+
+    def line(values, hidden=()) -> str:
+        return ", ".join(f"{k} {v}" for k, v in values.items() if v is not None and k not in hidden)
+
     lines = []
     for name, value in settings.items():
         if name == "settings":
-            lines += [
-                f"{stage}: " + ", ".join(f"{key} {of}" for key, of in own.items() if of is not None)
-                for stage, own in value.items()
-            ]
+            lines += [f"{step}: {line(values)}" for step, values in value.items()]
         elif name == "asked":
-            lines.append(", ".join(f"{key} {of}" for key, of in value.items() if key not in settings))
+            lines.append(line(value, hidden=settings))
         elif name != "caption":
             lines.append(f"{name} {value}")
-    return "".join(f"{html.escape(line)}<br>" for line in lines if line)
+    return [line for line in lines if line]

@@ -1,7 +1,7 @@
-"""What may be asked of the studio: actions, their fields, and the limits that requests are checked against.
+"""Requests to the studio: actions, their fields and limits, and the check of a request.
 
-A request is a dict of plain values. `ACTIONS` says which fields an action has, and `Field` what each may be.
-Pictures are the bytes of a file, or base64 of them; nothing in a request names a file.
+A request is a dict of plain values; `ACTIONS` has the fields of each action. Pictures are the bytes of a
+file, or base64 of them; nothing in a request names a file.
 """
 
 import base64
@@ -21,20 +21,20 @@ MAX_PIXELS = 16_000_000
 
 
 class Refused(ValueError):
-    """A request that is not carried out; the text says why, and what to change."""
+    """A request that is refused; the text has the reason and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What a field of a request may be.
+    """A field of a request.
 
     Attributes:
       kind: 'text', 'int', 'float', 'ints' (one a stage), 'pair' (two numbers), 'choice', 'picture' or 'mask'.
-      low, high: the least and the most of a number.
-      choices: of a 'choice', the texts.
-      default: where the field is left out; None is the model's own.
-      needed: whether it may be left out.
       help: one line.
+      low, high: the range of a number.
+      default: of a field that is left out; None: the model's.
+      needed: the field may not be left out.
+      choices: the texts of a 'choice'.
     """
 
     kind: str
@@ -44,10 +44,6 @@ class Field:
     default: object = None
     needed: bool = False
     choices: tuple[str, ...] = ()
-
-
-def _of(name: str, **changes) -> Field:
-    return dataclasses.replace(_COMMON[name], **changes)
 
 
 def _of_setting(setting: Setting) -> Field | None:
@@ -61,76 +57,59 @@ def _of_setting(setting: Setting) -> Field | None:
     return Field(kind, setting.help, setting.low, high)
 
 
-# The most that the studio allows of a setting of sampling, where that is less than a stage allows.
+# The studio's maximum of a setting of sampling, where it is less than a stage's.
 _MOST = {"num_steps": MAX_STEPS, "guidance_scale": 20, "num_candidates": 8, "temperature": 10}
 SAMPLING = {name: field for name, setting in SETTINGS.items() if (field := _of_setting(setting))}
-_COMMON = {
-    "caption": Field("text", "what to draw", needed=True),
-    "picture": Field("picture", f"a {pictures.FORMATS} file", needed=True),
+_PICTURE = Field("picture", f"a {pictures.FORMATS} file", needed=True)
+_CAPTION = Field("text", "what to draw", needed=True)
+_FIELDS = {
+    "picture": _PICTURE,
+    "first": _PICTURE,
+    "second": _PICTURE,
+    "mask": Field("mask", "a file of the picture's size; opaque white is drawn anew", needed=True),
+    "caption": _CAPTION,
+    "source": Field("text", "what the picture shows"),
+    "target": Field("text", "what it should show", needed=True),
+    "eta": Field("float", "how much is left to chance", 0, 1, 1.0),
+    "scale": Field("float", "the share of the side that the picture takes", 0.2, 0.9, 0.5),
+    "theta": Field("float", "how far to go", 0.05, 1, 0.5),
+    "strength": Field("float", "the share of the steps that is taken", 0.05, 1, 1.0),
     "n": Field("int", "pictures", 1, MAX_PICTURES, 4),
     "frames": Field("int", "pictures on the way", 2, MAX_PICTURES + 1, 7),
     "seed": Field("int", "the same seed gives the same pictures", 0, 2**32 - 1, 0),
-    "strength": Field("float", "the share of the steps that is taken", 0.05, 1),
-}
-_EDIT = {
-    "seed": _COMMON["seed"],
     "guidance_scale": SAMPLING["guidance_scale"],
     "num_steps": SAMPLING["decoder_steps"],
 }
-_CREATE = {"caption": _COMMON["caption"], "seed": _COMMON["seed"]} | SAMPLING
+
+
+def _edit(*names: str, **changes: Field) -> dict[str, Field]:
+    fields = {name: _FIELDS[name] for name in (*names, "seed", "guidance_scale", "num_steps")}
+    return fields | changes
+
+
+_CREATE = {"caption": _CAPTION, "seed": _FIELDS["seed"]} | SAMPLING
+_WHOLE = Field("text", "what the whole picture shows", needed=True)
 # action -> its fields
 ACTIONS = {
-    "create": _CREATE | {"n": _COMMON["n"]},
+    "create": _CREATE | {"n": _FIELDS["n"]},
     "explain": _CREATE,
-    "variations": {"picture": _COMMON["picture"], "n": _COMMON["n"]}
-    | {
-        "eta": Field("float", "how much is left to chance", 0, 1, 1.0),
-        "strength": _of("strength", default=1.0),
-    }
-    | _EDIT,
-    "inpaint": {
-        "picture": _COMMON["picture"],
-        "mask": Field("mask", "a file of the picture's size; opaque white is drawn anew", needed=True),
-        "caption": _of("caption", help="what the whole picture shows"),
-        "n": _COMMON["n"],
-    }
-    | _EDIT,
-    "outpaint": {
-        "picture": _COMMON["picture"],
-        "caption": _of("caption", help="what the whole picture shows"),
-        "scale": Field("float", "the share of the side that the picture takes", 0.2, 0.9, 0.5),
-        "n": _COMMON["n"],
-    }
-    | _EDIT,
-    "textdiff": {
-        "picture": _COMMON["picture"],
-        "source": _of("caption", help="what the picture shows", needed=False),
-        "target": _of("caption", help="what it should show"),
-        "theta": Field("float", "how far to go", 0.05, 1, 0.5),
-        "frames": _COMMON["frames"],
-    }
-    | _EDIT,
-    "interpolate": {
-        "first": _COMMON["picture"],
-        "second": _COMMON["picture"],
-        "frames": _COMMON["frames"],
-    }
-    | _EDIT,
-    "image_to_image": {
-        "picture": _COMMON["picture"],
-        "caption": _COMMON["caption"],
-        "strength": _of("strength", default=0.7),
-        "n": _COMMON["n"],
-    }
-    | _EDIT,
-    "upscale": {"picture": _COMMON["picture"], "seed": _COMMON["seed"]},
+    "variations": _edit("picture", "n", "eta", "strength"),
+    "inpaint": _edit("picture", "mask", "caption", "n", caption=_WHOLE),
+    "outpaint": _edit("picture", "caption", "scale", "n", caption=_WHOLE),
+    "textdiff": _edit("picture", "source", "target", "theta", "frames"),
+    "interpolate": _edit("first", "second", "frames"),
+    "image_to_image": _edit(
+        *("picture", "caption", "strength", "n"),
+        strength=dataclasses.replace(_FIELDS["strength"], default=0.7),
+    ),
+    "upscale": {"picture": _PICTURE, "seed": _FIELDS["seed"]},
 }
 
 
 def from_base64(text: str, name: str = "the picture") -> bytes:
     """The bytes of base64: also of a data URL, with line breaks, in the alphabet for URLs.
 
-    Raises Refused for another text; `name` is what it calls the text.
+    Raises Refused for another text; `name` is for the message.
     """
     if text[:5] == "data:":
         head, _, text = text.partition(",")
@@ -149,8 +128,8 @@ def from_base64(text: str, name: str = "the picture") -> bytes:
 def read_upload(data: bytes | str, name: str = "the picture", keep_alpha: bool = False):
     """The PIL picture (RGB, upright) of an uploaded file: bytes, or base64 as `from_base64` takes it.
 
-    keep_alpha: a picture with transparency stays RGBA. Raises Refused with the reason for what is no picture,
-    and for one that training would not read; `name` is what it calls the picture.
+    keep_alpha: a picture with transparency stays RGBA. Raises Refused for a file that is no picture or that
+    training would not read; `name` is for the message.
     """
     if isinstance(data, str):
         data = from_base64(data, name)
@@ -165,8 +144,8 @@ def read_upload(data: bytes | str, name: str = "the picture", keep_alpha: bool =
 
 
 def too_large(size: float, name: str = "the picture") -> str:
-    """What is said of a file of so many bytes."""
-    rounded = math.ceil(size / 2**20 * 10) / 10  # upwards: what is too large shall look so
+    """The message for a file of so many bytes."""
+    rounded = math.ceil(size / 2**20 * 10) / 10  # upwards: never shown as the limit itself
     return (
         f"{name} is a file of {rounded} MiB: at most {MAX_UPLOAD >> 20} MiB are allowed, so make it smaller "
         "or save it as JPEG"
@@ -188,10 +167,8 @@ def _checked(name: str, field: Field, value):
             raise Refused(f"{name} is empty: say {field.help}")
         if len(value) > MAX_CAPTION:
             raise Refused(f"{name} has {len(value)} characters: at most {MAX_CAPTION} are allowed")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise Refused(f"{name} has characters that are no text: leave them out") from None
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise Refused(f"{name} has characters that are no text: leave them out")
         return " ".join(value.split())
     if field.kind == "choice":
         if value not in field.choices:
@@ -224,9 +201,9 @@ def _number(name: str, field: Field, value) -> int | float:
 
 
 def check(action: str, request: dict) -> dict:
-    """The request's fields, checked, with defaults; those left to the model are left out. Else Refused."""
+    """The checked fields of a request, with defaults, without those left to the model; Refused otherwise."""
     if not isinstance(action, str) or action not in ACTIONS:
-        raise Refused(f"there is no such action: choose one of {', '.join(ACTIONS)}")
+        raise Refused(f"no such action: choose one of {', '.join(ACTIONS)}")
     if not isinstance(request, dict):
         raise Refused("a request is a JSON object")
     fields, made = ACTIONS[action], {}

@@ -16,28 +16,24 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def _plain(made, notes: list[str]) -> dict:
-    """What `Studio.draw` returned and told, as JSON values."""
+    """The result of `Studio.draw` and its notes, as JSON values."""
+
+    def text(png: bytes) -> str:
+        return base64.b64encode(png).decode()
+
     if isinstance(made, dict):
-        encode = base64.b64encode
+        arrays = {name: np.asarray(made[name], float) for name in ("text_embed", "candidates", "cosines")}
         return made | {
-            **{
-                name: np.asarray(made[name], float).round(5).tolist()
-                for name in ("text_embed", "candidates", "cosines")
-            },
-            "path": [encode(png_bytes(image)).decode() for image in made["path"]],
-            "stages": {name: encode(png_bytes(image)).decode() for name, image in made["stages"].items()},
+            **{name: array.round(5).tolist() for name, array in arrays.items()},
+            "path": [text(png_bytes(image)) for image in made["path"]],
+            "stages": {name: text(png_bytes(image)) for name, image in made["stages"].items()},
         }
-    return {
-        "pictures": [
-            {"png": base64.b64encode(each.png).decode(), "settings": each.settings, "command": each.command}
-            for each in made
-        ],
-        "notes": notes,
-    }
+    pictures = [{"png": text(each.png), "settings": each.settings, "command": each.command} for each in made]
+    return {"pictures": pictures, "notes": notes}
 
 
 def app(studio: Studio, host: str = ""):
-    """The ASGI application; `host` is the address it is served at."""
+    """The ASGI application; `host`: the address that serves it."""
     import gradio
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
@@ -57,11 +53,9 @@ def app(studio: Studio, host: str = ""):
         return data.getvalue()
 
     async def guard(request: Request, call_next):
-        # Pictures come inside requests: nobody leaves files here, or asks for any by name.
-        path = request.url.path
-        if path.startswith(
-            ("/gradio_api/upload", "/gradio_api/file", "/gradio_api/stream", "/gradio_api/proxy")
-        ):
+        # Pictures come inside requests: no file is left here, or read by its name.
+        closed = tuple(f"/gradio_api/{name}" for name in ("upload", "file", "stream", "proxy"))
+        if request.url.path.startswith(closed):
             return refuse(403, "the studio keeps no files: send pictures inside requests, see /api")
         if host in LOOPBACK and request.url.hostname not in LOOPBACK:
             return refuse(403, f"this studio serves its own machine alone: open it as http://{host}")
@@ -75,7 +69,7 @@ def app(studio: Studio, host: str = ""):
     @served.get("/api")
     def describe():
         fields = {
-            action: {name: {k: v for k, v in vars(field).items()} for name, field in fields.items()}
+            action: {name: vars(field) for name, field in fields.items()}
             for action, fields in ACTIONS.items()
         }
         sizes = {name: model.image_size for name, model in studio.models.items()}
@@ -85,14 +79,13 @@ def app(studio: Studio, host: str = ""):
     async def act(action: str, request: Request):
         notes = []
 
-        def tell(kind, *said):
+        def tell(kind, *event):
             if kind == "note":
-                notes.append(said[0])
+                notes.append(event[0])
 
         try:
-            data = await body_of(request)
-            asked = json.loads(data)
-            made = await run_in_threadpool(studio.draw, action, asked, tell)
+            fields = json.loads(await body_of(request))
+            made = await run_in_threadpool(studio.draw, action, fields, tell)
         except Full as error:
             return refuse(503, str(error))
         except Refused as error:
@@ -106,7 +99,7 @@ def app(studio: Studio, host: str = ""):
 
 
 def serve(studio: Studio, host: str, port: int):
-    """A uvicorn server of the studio; `run()` serves until it is stopped."""
+    """A uvicorn server of the studio; `run()` serves until it stops."""
     import uvicorn
 
     return uvicorn.Server(uvicorn.Config(app(studio, host), host=host, port=port, log_level="warning"))

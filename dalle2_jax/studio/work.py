@@ -1,4 +1,4 @@
-"""The studio at work: requests that were checked, carried out one step at a time, in turn."""
+"""The studio at work: checked requests, one step at a time, in turn."""
 
 import base64
 import collections
@@ -19,16 +19,22 @@ from dalle2_jax.runtime.grid import png_bytes
 from dalle2_jax.studio.explain import explain
 from dalle2_jax.studio.requests import ACTIONS, Refused, check
 
-MAX_WAITING = 8  # requests at work and waiting, all together
+MAX_WAITING = 8  # requests at work and waiting
 PRIORS = {"prior": "diffusion prior", "ar_prior": "autoregressive prior", None: "no prior"}
+# Inputs that a command reads from files, downloaded before.
+FILES = {"picture": "picture.png", "mask": "mask.png", "first": "picture.png", "second": "second.png"}
 
 
 class Full(Refused):
-    """Too many requests wait already."""
+    """The queue is full."""
+
+
+class Stopped(Exception):
+    """The client has gone."""
 
 
 class Turns:
-    """A bounded queue of those that want to compute; who is at its head does, and may pass the turn on."""
+    """A bounded queue of requests; its head computes, and may go to the end."""
 
     def __init__(self, most: int = MAX_WAITING):
         self.most = most
@@ -37,7 +43,10 @@ class Turns:
 
     @contextlib.contextmanager
     def turn(self, waiting: Callable[[int], None] = lambda before: None):
-        """Waits for the turn; gives a function that lets the others go first. Raises Full at once."""
+        """Wait for the turn; yields a function that lets the others go first. Raises Full at once.
+
+        waiting: called with the number of requests before this one, whenever it changes.
+        """
         me = object()
         with self._changed:
             if len(self._queue) >= self.most:
@@ -52,15 +61,14 @@ class Turns:
                 self._changed.notify_all()
 
     def _wait(self, me, waiting) -> None:
-        told = -1
-        while True:
+        before = -1
+        while before:
             with self._changed:
-                while self._queue.index(me) == told:
+                while self._queue.index(me) == before:
                     self._changed.wait()
-                told = self._queue.index(me)
-                if not told:
-                    return
-            waiting(told)
+                before = self._queue.index(me)
+            if before:
+                waiting(before)
 
     def _pass_on(self, me, waiting) -> None:
         with self._changed:
@@ -74,7 +82,7 @@ class Turns:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A finished picture: its PNG file with settings inside, what it is called, the command that makes it."""
+    """A finished picture: its PNG file with settings inside, its label, the command that makes it."""
 
     png: bytes
     caption: str
@@ -83,31 +91,28 @@ class Picture:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels, as the file's header says."""
-        return tuple(int.from_bytes(self.png[i : i + 4], "big") for i in (16, 20))
+        """Width and height in pixels, from the file's header."""
+        return int.from_bytes(self.png[16:20], "big"), int.from_bytes(self.png[20:24], "big")
 
 
 def as_url(png: bytes) -> str:
-    """A PNG file as an URL that holds all of it."""
+    """A PNG file as a data URL."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-class Stopped(Exception):
-    """The one who asked has gone."""
 
 
 class Studio:
     """Models at work for several people. `draw` may be called from any thread.
 
     Attributes:
-      models: what a request calls it -> Pipeline; the first is drawn with where none is named.
-      folders: the same names -> model directories, None for the bundled model.
-      seconds: (name, stage) -> seconds that a picture took in that stage when it last ran.
+      models: its name in requests -> Pipeline; the first is the default.
+      folders: the same names -> model directories; None: the bundled model.
+      seconds: (name, step) -> seconds a picture of that step when it last ran.
     """
 
     def __init__(self, model_dirs: Sequence[str | None] = (None,), most: int = MAX_WAITING, **options):
-        """Opens model directories; `options` are those of `Pipeline.load`. Raises what it raises."""
-        self.turns, self.seconds = Turns(most), {}
+        """Opens model directories; `options` and errors are those of `Pipeline.load`."""
+        self.turns = Turns(most)
+        self.seconds: dict[tuple[str, str], float] = {}
         self.models: dict[str, Pipeline] = {}
         self.folders: dict[str, str | None] = {}
         for folder in model_dirs:
@@ -120,109 +125,93 @@ class Studio:
             self.models[name], self.folders[name] = model, folder
 
     def warm(self) -> None:
-        """Has the programs of `create` as the page asks for it compiled, in the background."""
+        """Begin, in the background, to compile `create` with the page's defaults."""
         model = next(iter(self.models.values()))
         model.prepare(n=ACTIONS["create"]["n"].default)
 
     def draw(self, action: str, request: dict, tell: Callable[..., None] = lambda *event: None):
-        """The pictures [Picture] of a request, or what `explain` returns.
+        """The pictures [Picture] of a request; for `explain` its dict.
 
-        tell: called with ('note', text), ('waiting', before), ('stage', name, done, total, seconds) and
-        ('pictures', stage, uint8 [N, h, w, 3]) as the work goes on; what it raises stops the work. A note
-        says what a request does that its sender may not have meant.
+        tell: called with ('note', text), ('waiting', requests before it), ('stage', step, done, total,
+        seconds) and ('pictures', step, uint8 [N, h, w, 3]); an exception in it stops the work. A note is of a
+        request that may be a mistake.
 
-        Raises Refused for what is not allowed, before anything is computed.
+        Raises Refused for an invalid request, before anything is computed.
         """
-        asked = dict(request) if isinstance(request, dict) else request
-        name = asked.pop("model", None) if isinstance(asked, dict) else None
-        name = next(iter(self.models)) if name is None else name
+        name = next(iter(self.models), None)
+        if isinstance(request, dict):
+            request = dict(request)
+            if (chosen := request.pop("model", None)) is not None:
+                name = chosen
         if not isinstance(name, str) or name not in self.models:
-            raise Refused(f"there is no such model: choose one of {', '.join(self.models)}")
-        given, model = check(action, asked), self.models[name]
+            raise Refused(f"no such model: choose one of {', '.join(self.models)}")
+        fields, model = check(action, request), self.models[name]
         try:
             if action != "create":
                 model.steps(action)
             if action in ("create", "explain"):
-                model.settings(**{k: v for k, v in given.items() if k not in ("caption", "seed", "n")})
-            elif "num_steps" in given:
-                model.settings(decoder_steps=given["num_steps"])
-            if "mask" in given:
-                pictures.repaint_mask(given["mask"], given["picture"].shape[1::-1])
-                if pictures.keeps_nothing(given["mask"]):
+                model.settings(**{k: v for k, v in fields.items() if k not in ("caption", "seed", "n")})
+            elif "num_steps" in fields:
+                model.settings(decoder_steps=fields["num_steps"])
+            if "mask" in fields:
+                pictures.repaint_mask(fields["mask"], fields["picture"].shape[1::-1])
+                if pictures.keeps_nothing(fields["mask"]):
                     tell("note", pictures.ALL_WHITE)
         except ValueError as error:
             raise Refused(str(error)) from None
         with self.turns.turn(lambda before: tell("waiting", before)) as pass_on:
 
-            def progress(stage, done, total, seconds):
-                self.seconds[name, stage] = seconds / done
-                tell("stage", stage, done, total, seconds)
+            def progress(step, done, total, seconds):
+                self.seconds[name, step] = seconds / done
+                tell("stage", step, done, total, seconds)
                 pass_on()
 
-            def seen(stage, images):
-                tell("pictures", stage, images)
-
             try:
-                return self._carry_out(name, action, given, progress, seen)
+                return self._run(name, action, fields, progress, lambda *event: tell("pictures", *event))
             except ValueError as error:
                 raise Refused(str(error)) from None
 
-    def _carry_out(self, name: str, action: str, given: dict, progress, seen):
-        given, model = dict(given), self.models[name]
+    def _run(self, name: str, action: str, fields: dict, progress, on_images):
+        model = self.models[name]
         if action == "explain":
-            return explain(model, given.pop("caption"), progress=progress, **given)
+            return explain(model, **fields, progress=progress)
+        command = self.command(name, action, fields)
         if action == "upscale":
-            small = _small(given["picture"], model)
-            image = actions.upscale(model, small, seed=given["seed"], progress=progress)
-            texts = {"dalle2_jax": json.dumps({"action": action, "model": model.name, "seed": given["seed"]})}
-            said = {"action": action, "seed": given["seed"]}
-            return [Picture(png_bytes(image, texts), "enlarged", said, self.command(name, action, given))]
-        command = self.command(name, action, given)
+            small = _small(fields["picture"], model)
+            image = actions.upscale(model, small, seed=fields["seed"], progress=progress)
+            settings = {"action": action, "seed": fields["seed"]}
+            texts = {"dalle2_jax": json.dumps(settings | {"model": model.name})}
+            return [Picture(png_bytes(image, texts), "enlarged", settings, command)]
+        options = dict(fields)
+        callbacks = dict(progress=progress, on_images=on_images)
         if action == "create":
-            result = model.text_to_image([given.pop("caption")], progress=progress, seen=seen, **given)
+            result = model.text_to_image([options.pop("caption")], **options, **callbacks)
         else:
-            if "picture" in given:
-                given["image"] = given.pop("picture")
-            if action == "textdiff":
-                given.setdefault("source", None)
-            result = getattr(actions, action)(model, **given, progress=progress, seen=seen)
-        plain = {name: value for name, value in given.items() if not isinstance(value, np.ndarray)}
+            result = getattr(actions, action)(model, **options, **callbacks)
+        plain = {name: value for name, value in options.items() if not isinstance(value, np.ndarray)}
         made = []
         for i, image in enumerate(result.images):
             texts = metadata(result, i, model.name, action=action, asked=plain)
-            said = json.loads(texts["dalle2_jax"])
-            made.append(Picture(png_bytes(image, texts), result.captions[i], said, command))
+            settings = json.loads(texts["dalle2_jax"])
+            made.append(Picture(png_bytes(image, texts), result.captions[i], settings, command))
         return made
 
-    def command(self, name: str, action: str, given: dict) -> str:
-        """The command line that makes the same pictures; pictures are files that were downloaded before."""
-        rest = dict(given)
-        names = {"picture": "picture.png", "mask": "mask.png", "first": "picture.png", "second": "second.png"}
-        order = {
-            "create": ("caption",),
-            "variations": ("picture",),
-            "inpaint": ("picture", "mask", "caption"),
-            "outpaint": ("picture", "caption"),
-            "textdiff": ("picture", "target"),
-            "interpolate": ("first", "second"),
-            "image_to_image": ("picture", "caption"),
-            "upscale": ("picture",),
-        }[action]
-        words = ["python", "-m", "dalle2_jax.generate" if action == "create" else "dalle2_jax.edit"]
-        words += [] if action == "create" else [action]
-        flags = [] if self.folders[name] is None else [f"--model={self.folders[name]}"]
-        places = [names.get(field) or rest[field] for field in order]
-        for field in order:
-            rest.pop(field)
-        for field, value in rest.items():
-            field = "steps" if field == "num_steps" else field
-            flags.append(f"--{field}={','.join(map(str, value)) if isinstance(value, list) else value}")
-        words += flags + (["--"] if any(place.startswith("-") for place in places) else []) + places
-        return shlex.join(words)
+    def command(self, name: str, action: str, fields: dict) -> str:
+        """The command line that makes the same pictures, from files in `FILES`."""
+        order = actions.INPUTS.get(action, ("caption",))
+        inputs = [FILES.get(field) or fields[field] for field in order]
+        words = ["dalle2_jax.edit", action] if action in actions.INPUTS else ["dalle2_jax.generate"]
+        words += [] if self.folders[name] is None else [f"--model={self.folders[name]}"]
+        for field, value in fields.items():
+            if field not in order:
+                flag = "steps" if field == "num_steps" else field
+                words.append(f"--{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
+        words += ["--"] if any(text.startswith("-") for text in inputs) else []
+        return shlex.join(["python", "-m", *words, *inputs])
 
 
 def _small(image: np.ndarray, model: Pipeline) -> np.ndarray:
-    """A picture no larger than the model draws: what is enlarged is then at most a few times that."""
+    """A picture no larger than the model's: enlarged, it is then at most a few times that size."""
     from PIL import Image
 
     picture = Image.fromarray(image)

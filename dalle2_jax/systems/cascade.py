@@ -10,13 +10,18 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from dalle2_jax.models import models
+from dalle2_jax.models.frozen import Frozen
 from dalle2_jax.models.stages.ar_prior import ARPrior
+from dalle2_jax.models.stages.clip import CLIP
+from dalle2_jax.models.stages.diffusion import DiffusionStage
+from dalle2_jax.models.stages.prior import Prior
 from dalle2_jax.models.stages.settings import Setting
 from dalle2_jax.systems import declared
 from dalle2_jax.systems.step import Step
 
 # The stages that there is one of at most; upsamplers come after them.
 ROLES = ("clip", "prior", "decoder", "noisy_clip", "classifier")
+LISTS = {"upsamplers": "upsampler"}
 # What may steer the decoder -> the field that it steers to.
 GUIDES = {"noisy_clip": "text_embed", "classifier": "label"}
 _GUIDE_HELP = {
@@ -76,16 +81,16 @@ def _need(stages: Mapping, *names: str) -> None:
 
 def encode_text(clip: str = "clip") -> Step:
     """CLIP, or the one that guides, reads captions."""
-    return Step("text", clip, "encode_text", ("text_embed", "text_states"), ("tokens", "token_mask"))
+    return Step("text", clip, "encode_text", CLIP.ops["encode_text"])
 
 
 _TEXT = {"text_embed": "text.text_embed", "text_states": "text.text_states"}
-_ENCODE_IMAGE = Step("image", "clip", "encode_image", ("image_embed",), ("image",))
+_ENCODE_IMAGE = Step("image", "clip", "encode_image", CLIP.ops["encode_image"])
 _PRIOR = Step(
     "prior",
     "prior",
     "sample",
-    ("image_embed",),
+    Prior.ops["sample"],
     fold=_PRIOR_FOLD,
     bind=_TEXT,
     role="prior",
@@ -94,24 +99,28 @@ _DECODER = Step(
     "decoder",
     "decoder",
     "sample",
-    ("image",),
+    DiffusionStage.ops["sample"],
     fold=_DECODER_FOLD,
     bind={"image_embed": "prior.image_embed", **_TEXT},
-    optional=("x_T", "init", "known", "negative"),
+    optional=("x_T", "init", "inpaint_image", "negative"),
     role="decoder",
     guides=tuple(GUIDES),
 )
-_INVERT = Step("inversion", "decoder", "invert", ("x_T",), bind={"image_embed": "image.image_embed"})
+_INVERT = Step(
+    "inversion",
+    "decoder",
+    "invert",
+    DiffusionStage.ops["invert"],
+    bind={"image_embed": "image.image_embed"},
+)
 
 
 def _enlarge(stages: Mapping) -> tuple[Step, ...]:
     found, before = [], "decoder"
     for k, name in enumerate(upsamplers(stages)):
         bind = {"low_res": f"{before}.image"}
-        fold = _UPSAMPLER_FOLD + k
-        found.append(
-            Step(name, name, "sample", ("image",), None, fold, bind, optional=("known",), role="upsampler")
-        )
+        common = dict(fold=_UPSAMPLER_FOLD + k, bind=bind, role="upsampler")
+        found.append(Step(name, name, "sample", _DECODER.op, optional=("inpaint_image",), **common))
         before = name
     return tuple(found)
 
@@ -208,7 +217,13 @@ def actions(stages: Mapping) -> dict[str, tuple[Step, ...]]:
 
 def uses(stage) -> dict[str, str]:
     """The frozen stages that compute what a stage reads: what it calls each -> its name in the model."""
-    return {"clip": "clip"} if set(stage.batch_spec(1)) & set(models.CLIP_FIELDS) else {}
+    return {"clip": "clip"} if Frozen(stage, {"clip": CLIP}).encoders else {}
+
+
+def complete(stages: Mapping) -> None:
+    """Raise ValueError unless a model of trained stages has all that its decoder needs."""
+    if reads_embeds(stages) and not {"clip", "prior"} <= stages.keys():
+        raise ValueError("this decoder draws image embeddings: give a clip and a prior, too")
 
 
 def check(

@@ -18,14 +18,14 @@ FLAGS = flags.FLAGS
 
 def main(argv):
     """Run the command; `argv` without the flags."""
-    from dalle2_jax.data import budget
+    from dalle2_jax.data import bad_records
 
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     partition.initialise()
     config = models.to_plain(FLAGS.config)
-    refused = (ValueError, OSError, budget.TooManyBadRecords)
-    with processes.together(refused, status=checks.FAILED, say=logging.error, debug=FLAGS.debug):
+    refused = (ValueError, OSError, bad_records.TooManyBadRecords)
+    with processes.fail_together(refused, status=checks.FAILED, say=logging.error, debug=FLAGS.debug):
         processes.join()
         try:
             loop.train(config, FLAGS.workdir, FLAGS.allow_changed)

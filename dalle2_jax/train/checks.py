@@ -2,7 +2,7 @@
 
 import inspect
 
-from dalle2_jax.models import models
+from dalle2_jax.models import models, trainable
 from dalle2_jax.runtime import partition
 from dalle2_jax.train import optim, resume
 
@@ -21,6 +21,8 @@ SETTINGS = (
     "ema_decay",
     "seed",
     "clip",
+    "frozen",
+    "trainable",
     "init_from",
 )
 TOKENIZER_SETTINGS = ("path", "vocab_size", "context_length")
@@ -48,6 +50,13 @@ def check_settings(config: dict, stage, mesh) -> None:
     if config["spike_sigma"] < 0:
         raise ValueError(f"spike_sigma {config['spike_sigma']} must be 0 (none) or above; 6 is usual")
     optim.Settings(**config["optim"], num_steps=config["num_steps"])
+    if patterns := config.get("trainable"):
+        trainable.check(models.abstract_params(stage), patterns)
+        if not config["init_from"]:
+            raise ValueError(
+                "config.trainable leaves parameters as they are: say where they come from, "
+                "--config.init_from=WORKDIR_OR_MODEL"
+            )
     classes = config["data"].get("classes", ())
     if getattr(stage, "num_classes", 0) not in (0, len(classes)):
         raise ValueError(

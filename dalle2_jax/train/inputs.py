@@ -2,9 +2,11 @@
 
 from etils import epath
 
-from dalle2_jax.models import models
+from dalle2_jax.models import frozen, models
 from dalle2_jax.runtime import hub, processes
+from dalle2_jax.runtime.batch import field
 from dalle2_jax.train import checks
+from dalle2_jax.train.plan import Plan
 
 TOKENIZER_RECORDS = 10_000  # spread over the dataset; a vocabulary needs no more
 
@@ -18,15 +20,14 @@ def shared_tokenizer(config: dict, workdir: epath.Path):
 
 
 def make_tokenizer(config: dict, workdir: epath.Path):
-    """The tokenizer of the workdir, of the frozen CLIP, or the one that the config describes (saved in the
-    workdir)."""
+    """The tokenizer of the workdir, of the frozen CLIP or another frozen stage, or the one that the config
+    describes (saved in the workdir)."""
     from dalle2_jax.data import pipeline, tokenizer
 
     settings = dict(config["tokenizer"])
     if (workdir / "tokenizer" / "tokenizer_config.json").exists():  # else a run was killed while saving it
         return tokenizer.load_tokenizer(workdir / "tokenizer", settings["context_length"])
-    if config["clip"]:
-        folder = epath.Path(hub.local(config["clip"])) / "tokenizer"
+    if folder := _frozen_tokenizer(frozen.paths(config)):
         made = tokenizer.load_tokenizer(folder, settings["context_length"])
     elif settings["path"]:
         made = tokenizer.load_tokenizer(hub.local(settings["path"]), settings["context_length"])
@@ -42,6 +43,20 @@ def make_tokenizer(config: dict, workdir: epath.Path):
     return made
 
 
+def _frozen_tokenizer(paths: dict[str, str]) -> epath.Path | None:
+    """The folder of the tokenizer that the frozen stages of these paths share; None: they have none."""
+    folders = {name: epath.Path(hub.local(path)) / "tokenizer" for name, path in paths.items()}
+    found = {name: folder for name, folder in folders.items() if name == "clip" or folder.exists()}
+    files = {name: folder / "tokenizer.json" for name, folder in found.items()}
+    texts = {name: file.read_bytes() for name, file in files.items() if file.exists()}
+    if len(set(texts.values())) > 1:
+        raise ValueError(
+            f"the frozen stages {', '.join(texts)} have different tokenizers: a run has one, give stages "
+            "that share it"
+        )
+    return next(iter(found.values()), None)
+
+
 def pipeline_source(config: dict) -> dict:
     """The keywords of config.data that name the dataset itself."""
     return {
@@ -49,23 +64,26 @@ def pipeline_source(config: dict) -> dict:
     }
 
 
-def dataset_fields(config: dict, stage, clip) -> set[str]:
-    """What the dataset has to provide: the stage's fields, or what the frozen CLIP computes them from."""
-    spec = set(stage.batch_spec(1))
-    embeddings = spec & set(models.CLIP_FIELDS)
-    if clip is not None:
-        return spec - embeddings | clip.fields(embeddings)
-    if embeddings and not _precomputed(config):
+def dataset_fields(config: dict, plan: Plan) -> set[str]:
+    """What the dataset has to provide: the stage's fields, or what frozen stages compute them from."""
+    found = set(plan.frozen.dataset_spec(1))
+    missing = {name for name in found if field(name).kind in ("embedding", "states")}
+    if missing and not _precomputed(config):
         raise ValueError(
-            f"stage {config['stage']!r} needs {sorted(embeddings)}: give --config.clip=WORKDIR_OR_MODEL of a "
+            f"stage {config['stage']!r} needs {sorted(missing)}: give --config.clip=WORKDIR_OR_MODEL of a "
             "trained CLIP, or train from precomputed embeddings (--config.data.source=embeddings, or beside "
             "pictures --config.data.embeddings=FOLDER)"
         )
-    if "text_states" in embeddings:
+    if "text_states" in missing:
         raise ValueError(
             f"this {config['stage']} reads CLIP's text states, which are not precomputed: give --config.clip"
         )
-    return spec
+    if codes := sorted(name for name in found if field(name).kind == "codes"):
+        raise ValueError(
+            f"stage {config['stage']!r} needs {codes}: give --config.frozen.tokenizer=WORKDIR_OR_MODEL of "
+            "the trained stage that computes them"
+        )
+    return found
 
 
 def _precomputed(config: dict) -> str:
@@ -74,16 +92,18 @@ def _precomputed(config: dict) -> str:
     return data["path"] if data["source"] == "embeddings" else data.get("embeddings", "")
 
 
-def make_datasets(config: dict, stage, clip, fields: set[str], tokenizer):
+def make_datasets(config: dict, plan: Plan, fields: set[str], tokenizer):
     """(training, validation) datasets with these fields."""
     from dalle2_jax.data import pipeline
     from dalle2_jax.data.settings import DataSettings
 
+    stage, frozen_stages = plan.stage, plan.frozen_stages
+    owned = {name: name.rpartition(".")[0] for name in fields if "." in name}
     options = {k: v for k, v in config["data"].items() if k not in ("split", "eval_split")}
     options |= dict(
         fields=tuple(sorted(fields)),
         image_size=getattr(stage, "image_size", None),
-        clip_image_size=clip.stage.image_size if clip is not None else None,
+        image_sizes={name: frozen_stages[owner].image_size for name, owner in owned.items()},
         low_res_size=getattr(stage, "low_res_size", None),
         crop_size=getattr(stage, "crop_size", None),
         tokenizer=tokenizer,

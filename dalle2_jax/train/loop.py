@@ -15,11 +15,11 @@ import jax
 from absl import logging
 from etils import epath
 
-from dalle2_jax.models import models
+from dalle2_jax.models import frozen, models
 from dalle2_jax.runtime import checkpoint, files, metrics, modeldir, partition, processes
 from dalle2_jax.train import bad_steps, inputs, profiling, resume, statistics, stopping, validation
 from dalle2_jax.train.plan import Plan, make_plan
-from dalle2_jax.train.run import Run, claimed, failing_together, first_state
+from dalle2_jax.train.run import Run, claimed, failing_together, first_state, frozen_parameters
 from dalle2_jax.train.step import ZERO_AT_FIRST, TrainState
 
 
@@ -31,9 +31,8 @@ def train(config: dict, workdir: str, allow_changed: Collection[str] = ()) -> No
     """
     with stopping.Stopping() as stops:
         try:
-            stopped_by = _train(
-                models.expand_paths(config), epath.Path(files.expand(workdir)), allow_changed, stops
-            )
+            config = frozen.short(models.expand_paths(config))
+            stopped_by = _train(config, epath.Path(files.expand(workdir)), allow_changed, stops)
         except stopping.Stopped as stopped:
             logging.warning("stopped before the first step; run the same command to go on")
             stopped_by = stopped.signal
@@ -48,21 +47,17 @@ def _train(
     # What is wrong with the settings is said before a file is written or data are read.
     plan = make_plan(config)
     resumption = resume.Resumption(workdir, config, allow_changed)
-    frozen = {}
-    if config["clip"]:
-        clip, _, frozen = models.load_stage(config["clip"], "clip")
-        plan = dataclasses.replace(plan, clip=models.FrozenClip(clip))
-    fields = inputs.dataset_fields(config, plan.stage, plan.clip)
+    loaded = frozen.load(config)
+    plan = dataclasses.replace(plan, frozen_stages={name: found.stage for name, found in loaded.items()})
+    fields = inputs.dataset_fields(config, plan)
     if config["init_from"]:
         models.load_start(config["init_from"], config)
 
     with claimed(workdir) as lock:
         tokenizer = inputs.shared_tokenizer(config, workdir) if "tokens" in fields else None
-        dataset, held_out = inputs.make_datasets(config, plan.stage, plan.clip, fields, tokenizer)
+        dataset, held_out = inputs.make_datasets(config, plan, fields, tokenizer)
         if dataset.fingerprint == held_out.fingerprint:
             logging.warning("validation reads the very records that training reads: see data.eval_split")
-        about = resume.describe(dataset, modeldir.sha256(frozen) if frozen else dataset.clip_sha256)
-        frozen = jax.device_put(frozen, partition.replicated(plan.mesh))
         stops.check("data opened")
 
         check = lock.check if lock else None
@@ -72,6 +67,10 @@ def _train(
             start, state, meta = 0, None, None
             if checkpointer.latest_step() is not None:
                 start, state, meta = checkpointer.restore_newest(plan.abstract)
+            frozen_params, sha256 = frozen_parameters(plan, loaded, workdir, meta)
+            del loaded  # the devices have it
+            of_data = {"clip": dataset.clip_sha256} if dataset.clip_sha256 else {}
+            about = resume.describe(dataset, of_data | sha256)
             logging.info(
                 "%s: %.2fM parameters, %d records, mesh %s, steps %d -> %d",
                 config["stage"],
@@ -87,13 +86,13 @@ def _train(
             resumption.compare(meta, about)
             if state is None:
                 checkpointer.warn_of_little_space(plan.abstract)
-                state = first_state(plan, frozen, dataset)
+                state = first_state(plan, frozen_params, dataset)
             processes.sync("config compared")  # by every process, before it is written
             if jax.process_index() == 0:  # also on resume, where settings may have changed
                 resumption.note(start)
                 modeldir.write_json(workdir / "config.json", config)
             writer = metrics.Writer(workdir, wandb=config["wandb"] or None)
-            run = Run(plan, workdir, frozen, dataset, held_out, about, checkpointer, writer, stops)
+            run = Run(plan, workdir, frozen_params, dataset, held_out, about, checkpointer, writer, stops)
             with contextlib.closing(writer), partition.use_mesh(plan.mesh), failing_together():
                 return loop(run, state, start)
 

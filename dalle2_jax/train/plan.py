@@ -5,12 +5,15 @@ Training makes one first; preflight and benchmark make a plan alone.
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
 
-from dalle2_jax.models import models
+from dalle2_jax.models import models, trainable
+from dalle2_jax.models.frozen import Frozen, paths
 from dalle2_jax.runtime import partition
 from dalle2_jax.train import checks, optim
 from dalle2_jax.train.step import TrainState, init_state, make_train_step
@@ -24,13 +27,23 @@ class Plan:
       config: the run's settings, plain JSON types.
       stage: the stage that is trained.
       mesh: of all devices.
-      clip: the frozen CLIP that fills embeddings into batches; None: no CLIP.
+      frozen_stages: name -> frozen stage.
     """
 
     config: dict
-    stage: object
+    stage: Any
     mesh: Mesh
-    clip: models.FrozenClip | None = None
+    frozen_stages: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def frozen(self) -> Frozen:
+        """What the frozen stages compute for the stage."""
+        return Frozen(self.stage, self.frozen_stages)
+
+    @property
+    def trainable(self) -> Sequence[str]:
+        """Patterns of the parameters that are trained; none: all."""
+        return self.config.get("trainable") or ()
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -47,17 +60,30 @@ class Plan:
             jax.random.key(self.config["seed"]),
             models.zeros(self.stage.batch_spec(1)),
             self.config["spike_sigma"],
+            self.trainable,
         )
 
-    @functools.cached_property
-    def abstract(self) -> TrainState:
-        """The train state as ShapeDtypeStructs with shardings."""
-        shapes = jax.eval_shape(self._init)
+    def _placed(self, shapes):
+        """Shapes with the shardings of parameters."""
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,
             partition.shardings(shapes, self.mesh),
         )
+
+    @functools.cached_property
+    def abstract(self) -> TrainState:
+        """The train state as ShapeDtypeStructs with shardings."""
+        return self._placed(jax.eval_shape(self._init))
+
+    @functools.cached_property
+    def abstract_frozen(self) -> dict[str, dict]:
+        """The parameters that a step gets beside the state, in float32, as ShapeDtypeStructs with shardings:
+        those of frozen stages, and in 'base' the stage's own that rest."""
+        found = {name: models.abstract_params(stage) for name, stage in self.frozen_stages.items()}
+        if self.trainable:
+            found[trainable.BASE] = trainable.split(models.abstract_params(self.stage), self.trainable)[1]
+        return self._placed(found)
 
     @property
     def shardings(self) -> TrainState:
@@ -69,12 +95,9 @@ class Plan:
         options = partition.compiler_options(once=True)
         return jax.jit(self._init, out_shardings=self.shardings, compiler_options=options)()
 
-    def fill(self, frozen: dict, batch: dict) -> dict:
-        """`batch` with what the stage reads of the CLIP, whose parameters are `frozen`; {} without one."""
-        return batch if self.clip is None else self.clip.fill(frozen, batch, set(self.stage.batch_spec(1)))
-
     def jit_step(self):
-        """The training step, (state, batch, frozen) -> (state, scalars), jitted; the state is donated."""
+        """The training step, (state, batch, frozen_params) -> (state, scalars), jitted; the state is
+        donated."""
         train_step = make_train_step(
             self.stage,
             self.optimizer,
@@ -82,7 +105,7 @@ class Plan:
             ema_decay=self.config["ema_decay"],
             spike_sigma=self.config["spike_sigma"],
             grad_accum=self.config["grad_accum"],
-            fill=self.fill,
+            frozen=self.frozen,
         )
         return jax.jit(
             train_step,
@@ -93,18 +116,23 @@ class Plan:
 
 
 def make_plan(config: dict, *, devices: list | None = None, sample: int | None = None) -> Plan:
-    """The plan of `config`, checked, without a CLIP.
+    """The plan of `config`, checked. Of the frozen stages it has those that the stage's loss calls; what the
+    others compute may be given in a batch.
 
     devices: None for those of this machine. sample: check for drawing so many examples, not for training.
     Raises ValueError for settings that cannot go together; nothing is compiled.
     """
     checks.check_names(config)
     mesh = partition.make_mesh(**config["mesh"], devices=devices)
-    stage = models.build_stage(config)
+    stage, found = models.build_stage(config), paths(config)
     if sample is None:
         checks.check_settings(config, stage, mesh)
     elif not hasattr(stage, "sample"):
         raise ValueError(f"stage {config['stage']!r} does not draw: leave --sample out")
     else:
         partition.check_batch_size(sample, mesh, "--sample")
-    return Plan(config, stage, mesh)
+    used = getattr(stage, "uses", ()) if sample is None else ()
+    for name in used:
+        if name not in found:
+            raise ValueError(f"stage {config['stage']!r} uses a {name}: give --config.frozen.{name}=PATH")
+    return Plan(config, stage, mesh, {name: models.open_stage(found[name], name)[0] for name in used})

@@ -1,21 +1,22 @@
 """What a run must have in common with its resumption.
 
-Before a run goes on, its settings are compared with WORKDIR/config.json, its dataset and its CLIP (the frozen
-one, or the one that precomputed embeddings are of) with what the checkpoint's `meta` says of them. A setting
-of FREE may differ. Any other difference is refused, with a list, unless it was allowed by name
+Before a run goes on, its settings are compared with WORKDIR/config.json. Its dataset and its frozen stages
+(or the CLIP that made precomputed embeddings) are compared with the checkpoint's `meta`. A setting of FREE
+may differ. Any other difference is refused, with a list, unless it was allowed by name
 (--allow_changed); WORKDIR/changes.json keeps what was, and from which step: a run that is
 killed before its next checkpoint goes on by that.
 """
 
 import dataclasses
 import json
+import types
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from absl import logging
 from etils import epath
 
-from dalle2_jax.models import models
+from dalle2_jax.models import frozen, models
 from dalle2_jax.runtime import modeldir
 
 # None of these changes what a step computes, but for its rounding (`mesh`, `model.remat`,
@@ -43,7 +44,7 @@ FREE = (
     "model.scan_blocks",
 )
 # Settings that config.json of older workdirs lacks, with what these runs did.
-SETTINGS_SINCE = {"spike_sigma": 0.0}
+SETTINGS_SINCE = {"spike_sigma": 0.0, "frozen": {}, "trainable": []}
 # Names that also stand for what is compared with the checkpoint, beside settings.
 DATA, CLIP = "data", "clip"
 MAX_FILES = 10_000  # of a dataset that a checkpoint lists
@@ -52,7 +53,7 @@ SHOWN = 10  # of the files that differ
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A difference that was allowed: of a setting, or of the dataset or CLIP (their checksums)."""
+    """A difference that was allowed: of a setting, or of the dataset or a frozen stage (their checksums)."""
 
     name: str
     before: Any
@@ -66,8 +67,11 @@ class Change:
         return f"{self.name}: {self.before!r} in the workdir, {self.now!r} now"
 
 
-def describe(dataset, clip_sha256: str = "") -> dict:
-    """What a checkpoint's `meta` says of the dataset and of the CLIP ('' for none), JSON values."""
+def describe(dataset, sha256: Mapping[str, str] = types.MappingProxyType({})) -> dict:
+    """What a checkpoint's `meta` says of the dataset and of the frozen parameters, JSON values.
+
+    sha256: name of a frozen stage -> sha256 of its parameters.
+    """
     files = [list(entry) for entry in dataset.files]
     found = dict(
         fingerprint=dataset.fingerprint,
@@ -77,7 +81,14 @@ def describe(dataset, clip_sha256: str = "") -> dict:
     )
     if len(files) <= MAX_FILES:
         found["files"] = files
-    return found | ({"clip_sha256": clip_sha256} if clip_sha256 else {})
+    return found | ({"frozen": dict(sha256)} if sha256 else {})
+
+
+def frozen_of(meta: Mapping | None) -> dict[str, str]:
+    """Name of a frozen stage -> sha256 of its parameters, of a checkpoint's `meta`; older runs named a CLIP
+    alone, the oldest none."""
+    clip = (meta or {}).get("clip_sha256")
+    return (meta or {}).get("frozen") or ({"clip": clip} if clip else {})
 
 
 class Resumption:
@@ -92,12 +103,13 @@ class Resumption:
     """
 
     def __init__(self, workdir: epath.Path, config: Mapping, allowed: Collection[str] = ()):
-        self._workdir, self._allowed = workdir, tuple(allowed)
+        self._workdir = workdir
+        self._allowed = tuple(CLIP if name == f"frozen.{CLIP}" else name for name in allowed)
         path = workdir / "config.json"
-        now = _flat(json.loads(json.dumps(config)))
+        now = _flat(SETTINGS_SINCE | frozen.short(json.loads(json.dumps(config))))
         stored = json.loads(path.read_text()) if path.exists() else {}
         # Older runs stored paths as they were written.
-        stored = _flat(SETTINGS_SINCE | models.expand_paths(stored)) if stored else now
+        stored = _flat(SETTINGS_SINCE | frozen.short(models.expand_paths(stored))) if stored else now
         names = stored.keys() | now.keys()
         groups = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
         models.check_names(self._allowed, sorted(groups), "config")
@@ -113,10 +125,12 @@ class Resumption:
                 f"with them by --allow_changed={','.join(change.name for change in refused)}:\n"
                 + "\n".join(f"  {change}" for change in refused)
             )
-        self._check_needed(name for name in self._allowed if name not in (DATA, CLIP))
+        self._check_needed(
+            name for name in self._allowed if name not in (DATA, CLIP) and not _is_among(name, ("frozen",))
+        )
 
     def compare(self, meta: Mapping | None, now: Mapping) -> None:
-        """Compares the dataset and the CLIP with those of a checkpoint.
+        """Compares the dataset and the frozen stages with those of a checkpoint.
 
         Args:
           meta: the checkpoint's; None where a run begins.
@@ -130,15 +144,18 @@ class Resumption:
             if not self._may(change, meta["step"]):
                 raise ValueError(_another_dataset(self._workdir, meta, now))
             self._changes.append(change)
-        before, after = ((found or {}).get("clip_sha256", "") for found in (meta, now))
-        if before and before != after:  # checkpoints of older runs do not say which it was
-            change = Change(CLIP, before, after)
+        for name, before in frozen_of(meta).items():
+            after = frozen_of(now).get(name, "")
+            if before == after:
+                continue
+            change = Change(CLIP if name == CLIP else f"frozen.{name}", before, after)
             if not self._may(change, meta["step"]):
+                what = "the CLIP" if name == CLIP else f"the frozen {name}"
                 raise ValueError(
-                    f"the CLIP has changed since step {meta['step']} of {self._workdir}: the sha256 of its "
+                    f"{what} has changed since step {meta['step']} of {self._workdir}: the sha256 of its "
                     f"parameters was {before[:12]} then, is {after[:12] or 'none'} now. Give the one of "
-                    "then, or the embeddings that it made, use another --workdir, or go on with this one by "
-                    f"--allow_changed={CLIP}"
+                    f"then{', or the embeddings that it made' * (name == CLIP)}, use another --workdir, or "
+                    f"go on with this one by --allow_changed={change.name}"
                 )
             self._changes.append(change)
         self._check_needed(self._allowed)
@@ -155,7 +172,7 @@ class Resumption:
 
     def _may(self, change: Change, step: int) -> bool:
         """Whether it was allowed: now, or to a run that was killed before it saved."""
-        return change.name in self._allowed or change.entry(step) in _noted(self._workdir)
+        return _is_among(change.name, self._allowed) or change.entry(step) in _noted(self._workdir)
 
     def _check_needed(self, names: Iterable[str]) -> None:
         """Raises ValueError for a name of which nothing changes, nor has by permission: then the same command

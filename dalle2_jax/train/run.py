@@ -2,16 +2,17 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
-from dalle2_jax.models import models
+from dalle2_jax.models import models, trainable
+from dalle2_jax.models.frozen import Loaded
 from dalle2_jax.runtime import checkpoint, metrics, modeldir, partition, processes
-from dalle2_jax.train import checks, lock, statistics, stopping
+from dalle2_jax.train import checks, lock, resume, statistics, stopping
 from dalle2_jax.train.plan import Plan
 from dalle2_jax.train.step import TrainState
 
@@ -22,9 +23,9 @@ class Run:
 
     Attributes:
       workdir: the folder of the run.
-      frozen: parameters of the frozen CLIP, on the devices; {}: no CLIP.
+      frozen: parameters of the frozen stages by name, on the devices; in 'base' those of the stage that rest.
       dataset, held_out: what training and validation read.
-      about: what checkpoints say of the data and the CLIP, `resume.describe`.
+      about: what checkpoints say of the data and the frozen parameters, `resume.describe`.
       stops: the signals that stop it.
     """
 
@@ -79,7 +80,8 @@ def first_state(plan: Plan, frozen: dict, dataset) -> TrainState:
     state, source = plan.init(), plan.config["init_from"]
     if source:
         _, _, loaded = models.load_start(source, plan.config)
-        params = started_from(source, loaded, state.params)
+        trained, _ = trainable.split(loaded, plan.trainable)
+        params = started_from(source, trained, state.params)
     elif getattr(plan.stage, "fit_rows", 0):
         params = statistics.fit(plan, state.params, frozen, dataset)
     else:
@@ -88,6 +90,29 @@ def first_state(plan: Plan, frozen: dict, dataset) -> TrainState:
         params = params | {"stats": partition.to_host(params["stats"])}
     params = jax.device_put(params, plan.shardings.params)
     return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+
+
+def frozen_parameters(
+    plan: Plan, loaded: Mapping[str, Loaded], workdir: epath.Path, meta: Mapping | None
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """(parameters of the frozen stages on the devices, their sha256), by name.
+
+    'base' has those of the stage itself that rest, if any. A run that begins (`meta` is None) reads them from
+    `init_from` and writes them to the workdir, where a run that goes on reads them.
+    """
+    params = {name: found.params for name, found in loaded.items()}
+    sha256 = {name: found.sha256 for name, found in loaded.items()}
+    if plan.trainable:
+        if meta is not None:
+            base = trainable.load_base(workdir, resume.frozen_of(meta)[trainable.BASE])
+        else:
+            source = plan.config["init_from"]
+            base = trainable.split(models.load_start(source, plan.config)[2], plan.trainable)[1]
+            modeldir.check_params(base, plan.abstract_frozen[trainable.BASE], source)
+            if jax.process_index() == 0:
+                trainable.save_base(workdir, base)
+        params[trainable.BASE], sha256[trainable.BASE] = base, modeldir.sha256(base)
+    return jax.device_put(params, partition.shardings(params, plan.mesh)), sha256
 
 
 def started_from(path: str, loaded: dict, fresh: dict) -> dict:

@@ -18,12 +18,12 @@ MEASURE_ROWS = 1024  # examples over which a trained stage measures itself
 
 def fit(plan: Plan, params: dict, frozen: dict, dataset) -> dict:
     """`params` with the statistics that the stage fits to the embeddings of the first training batches."""
-    filled, batch_size = jax.jit(plan.fill), plan.config["batch_size"]
+    encode, batch_size = jax.jit(plan.frozen.encode_batch), plan.config["batch_size"]
 
     def batches():
         stream = dataset.batches(batch_size, **partition.host_slice(plan.mesh))
         for _ in range(-(-plan.stage.fit_rows // batch_size)):
-            batch = filled(frozen, partition.on_devices(next(stream), plan.mesh))
+            batch = encode(frozen, partition.on_devices(next(stream), plan.mesh))
             yield {n: partition.to_host(x) for n, x in batch.items() if n in ("image_embed", "text_embed")}
 
     params, scalars = plan.stage.fit(params, batches)
@@ -44,9 +44,11 @@ def make_measure(plan: Plan, dataset, frozen: dict) -> Callable[[TrainState], Tr
         stage.measure, models.abstract_params(stage), jax.random.key(0), example
     ):
         return lambda state: state
-    compiled = jax.jit(
-        lambda params, frozen, key, batch: stage.measure(params, key, plan.fill(frozen, batch))
-    )
+
+    @jax.jit
+    def compiled(params, frozen, key, batch):
+        batch = plan.frozen.encode_batch(frozen, batch)
+        return stage.measure(plan.frozen.whole(params, frozen), key, batch)
 
     def measure(state: TrainState) -> TrainState:
         batches = dataset.batches(config["batch_size"], **partition.host_slice(mesh))

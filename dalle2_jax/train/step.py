@@ -13,13 +13,15 @@ level and no spike.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from dalle2_jax.models import trainable
+from dalle2_jax.models.frozen import Frozen
 from dalle2_jax.models.stages import Loss
 
 SPIKE_WINDOW, SPIKE_HISTORY, SPIKES_IN_A_ROW = 128, 64, 8
@@ -33,6 +35,7 @@ _UPDATE = 0x757064  # folded into a step's key for a stage's `update`; losses fo
 class TrainState:
     """All that training carries from step to step.
 
+    params: the trained ones, see `trainable`; ema_params and opt_state are of these.
     bad_steps: non-finite steps in a row. bad_total: of the whole run. bad_streak: the number of the step that
     was the last MAX_BAD_STEPS-th in a row, 0 for none. spikes: what the rule for spikes remembers, {} where
     there is none.
@@ -49,10 +52,15 @@ class TrainState:
 
 
 def init_state(
-    stage, optimizer: optax.GradientTransformation, key: jax.Array, batch: dict, spike_sigma: float = 0.0
+    stage,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    batch: dict,
+    spike_sigma: float = 0.0,
+    patterns: Sequence[str] = (),
 ) -> TrainState:
-    """The state before the first step; the average starts at the parameters."""
-    params = stage.init(key, batch)
+    """The state before the first step; the average starts at the parameters. patterns: config.trainable."""
+    params, _ = trainable.split(stage.init(key, batch), patterns)
     # No two leaves may share a buffer: the step donates its state.
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -109,18 +117,27 @@ def is_statistic(path: tuple) -> bool:
     return any(getattr(key, "key", None) == "stats" for key in path[:-1])
 
 
-def _gradients(stage, params, key, batch, step, grad_accum) -> tuple[Loss, dict]:
-    """(the loss with statistics stacked [grad_accum, ...], the gradients) of a batch, in `grad_accum` parts
-    one after the other."""
+def _value_and_grad(frozen: Frozen, frozen_params: dict, step: jax.Array) -> Callable:
+    """Returns f(params, key, batch) -> ((loss, (scalars, statistics)), gradients); f encodes the batch."""
 
-    def loss_of(params, key, part):
+    def loss_of(params, key, batch):
         held = jax.tree_util.tree_map_with_path(
             lambda path, p: jax.lax.stop_gradient(p) if is_statistic(path) else p, params
         )
-        loss = stage.loss(held, key, part, step=step, train=True)
+        held, keywords = frozen.whole(held, frozen_params), frozen.loss_keywords(frozen_params)
+        loss = frozen.stage.loss(held, key, batch, step=step, train=True, **keywords)
         return loss.value, (loss.scalars, loss.statistics)
 
-    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    def value_and_grad(params, key, batch):
+        batch = frozen.encode_batch(frozen_params, batch)
+        return jax.value_and_grad(loss_of, has_aux=True)(params, key, batch)
+
+    return value_and_grad
+
+
+def _accumulated(value_and_grad: Callable, params, key, batch, grad_accum: int) -> tuple[Loss, dict]:
+    """(the loss with statistics stacked [grad_accum, ...], the gradients) of a batch, in `grad_accum` parts
+    one after the other."""
     if grad_accum == 1:
         (value, (scalars, statistics)), grads = value_and_grad(params, key, batch)
         return Loss(value, scalars, jax.tree.map(lambda x: x[None], statistics)), grads
@@ -147,30 +164,39 @@ def make_train_step(
     ema_decay: float,
     grad_accum: int = 1,
     spike_sigma: float = 0.0,
-    fill: Callable[[dict, dict], dict] = lambda frozen, batch: batch,
+    frozen: Frozen | None = None,
 ) -> Callable:
-    """train_step(state, batch, frozen) -> (state, scalars), to be jitted with `state` donated.
+    """train_step(state, batch, frozen_params) -> (state, scalars), to be jitted with `state` donated.
 
-    `fill(frozen, batch)` adds what a frozen CLIP contributes to the batch; its parameters are an argument,
-    never a closure constant. A stage that has `update(params, statistics, key)` changes its parameters after
-    the optimizer (CLIP's temperature, the decoder's history of L_vlb). The optimizer leaves statistics as
-    they are, and the average copies them: see `is_statistic`. spike_sigma: see the module; the state must
-    come from `init_state` with the same.
+    A stage that has `update(params, statistics, key)` changes its parameters after the optimizer (CLIP's
+    temperature, the decoder's history of L_vlb). The optimizer leaves statistics as they are, and the average
+    copies them: see `is_statistic`.
+
+    Args:
+      stage, optimizer: what `init_state` made the state of. seed: of all draws.
+      ema_decay: see `ema_decay_at`.
+      grad_accum: the parts of a batch, which are encoded and differentiated one after the other.
+      spike_sigma: see the module; the state must come from `init_state` with the same.
+      frozen: the frozen stages of `stage`; None: there are none. Their parameters are an argument, never a
+        constant in a closure.
     """
+    frozen = Frozen(stage) if frozen is None else frozen
 
-    def train_step(state: TrainState, batch: dict, frozen: dict) -> tuple[TrainState, dict]:
+    def train_step(state: TrainState, batch: dict, frozen_params: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        batch = fill(frozen, batch)
-        (loss, scalars, statistics), grads = _gradients(
-            stage, state.params, key, batch, state.step, grad_accum
+        value_and_grad = _value_and_grad(frozen, frozen_params, state.step)
+        (loss, scalars, statistics), grads = _accumulated(
+            value_and_grad, state.params, key, batch, grad_accum
         )
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if hasattr(stage, "update"):
-            params, more = stage.update(params, statistics, jax.random.fold_in(key, _UPDATE))
-            scalars = scalars | more
+            whole, more = stage.update(
+                frozen.whole(params, frozen_params), statistics, jax.random.fold_in(key, _UPDATE)
+            )
+            params, scalars = trainable.like(whole, params), scalars | more
         decay = ema_decay_at(state.step, ema_decay)
         ema_params = jax.tree_util.tree_map_with_path(
             lambda path, e, p: p if is_statistic(path) else e + (1 - decay) * (p - e),

@@ -21,8 +21,8 @@ class Validation:
     average."""
 
     def __init__(self, plan: Plan, dataset):
-        config, mesh, stage = plan.config, plan.mesh, plan.stage
-        self._stage, self._draws = stage, stage.draws if hasattr(stage, "sample") else None
+        config, mesh, stage, encoders = plan.config, plan.mesh, plan.stage, plan.frozen
+        self._draws = stage.ops["sample"].writes[0] if hasattr(stage, "sample") else None
         batches = dataset.batches(config["batch_size"], **partition.host_slice(mesh))
         raw = [next(batches) for _ in range(config["eval_batches"])]
         self._batches = [partition.on_devices(batch, mesh) for batch in raw]
@@ -32,14 +32,17 @@ class Validation:
 
         @functools.partial(jax.jit, compiler_options=partition.compiler_options())
         def evaluate(params, frozen, batch, step):
-            batch = plan.fill(frozen, batch)
-            return stage.loss(params, jax.random.key(0), batch, step=step, train=False).scalars
+            batch, params = encoders.encode_batch(frozen, batch), encoders.whole(params, frozen)
+            keywords = encoders.loss_keywords(frozen)
+            return stage.loss(params, jax.random.key(0), batch, step=step, train=False, **keywords).scalars
 
         @functools.partial(jax.jit, compiler_options=partition.compiler_options())
         def sample(params, frozen, batch):
-            filled = plan.fill(frozen, {name: value[:count] for name, value in batch.items()})
+            batch = {name: value[:count] for name, value in batch.items()}
+            batch, params = encoders.encode_batch(frozen, batch), encoders.whole(params, frozen)
             keys = jax.random.split(jax.random.key(config["seed"]), count)
-            return stage.sample(params, keys, filled), filled
+            drawn = stage.sample(params, keys, batch)
+            return dict([encoders.decoded(frozen, self._draws, drawn)]), batch
 
         self._evaluate, self._sample = evaluate, sample
 
@@ -50,22 +53,23 @@ class Validation:
         return {f"eval/{name}": float(np.mean([r[name] for r in results])) for name in results[0]}
 
     def samples(self, params, frozen, writer, step) -> None:
-        """What the stage draws (`stage.draws`, a field): of images and videos a labelled grid, of an
-        embedding the cosine to the true one, of other kinds nothing.
+        """What the stage draws (the field that its `sample` writes), codes as the picture that a frozen stage
+        decodes: of images and videos a labelled grid, of an embedding the cosine to the true one, of other
+        kinds nothing.
 
         Raises what the sampler raises, and OSError where the grid cannot be written (a full disk).
         """
-        name = self._draws
-        if name is None or not self._count:
+        if self._draws is None or not self._count:
             return
-        drawn, filled = partition.to_host(self._sample(params, frozen, self._batches[0]))
+        made, batch = partition.to_host(self._sample(params, frozen, self._batches[0]))
+        ((name, drawn),) = made.items()
         images = stills(name, drawn)
         if images is not None:
             made = self._labelled(images) if jax.process_index() == 0 else None
             if made is not None:
                 writer.grid(step, "samples", *made)
         elif field(name).kind == "embedding":
-            true = filled[name]
+            true = batch[name]
             cosine = (drawn * true).sum(-1) / np.linalg.norm(drawn, axis=-1) / np.linalg.norm(true, axis=-1)
             writer.scalars(step, {"eval/sample_cosine": float(cosine.mean())})
 

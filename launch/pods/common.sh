@@ -1,8 +1,8 @@
-# Sourced by the scripts beside it: their arguments, and showing what would be done instead of doing it.
+# Sourced by the scripts in this folder: their arguments, and --dry-run.
 #
 #   --name=value ...   settings of the script, until --
-#   -- ...             arguments of dalle2_jax.train, passed on untouched
-#   --dry-run          prints the commands and does nothing
+#   -- ...             arguments of dalle2_jax.train
+#   --dry-run          prints the commands without running them
 
 fail() {
   printf 'error: %s\n' "$*" >&2
@@ -13,12 +13,12 @@ fail() {
 usage() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0"; }
 
 # parse NAME=DEFAULT... -- ARGUMENTS...: sets the variable NAME for each --name=value (- becomes _), the array TRAIN to
-# what follows --, and DRY. A default of ? has to be given.
+# the arguments after --, and DRY. A default of ? marks a required argument.
 parse() {
-  local -A _known=()
+  local -A _settings=()
   local _word _key
   while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    _known[${1%%=*}]=${1#*=}
+    _settings[${1%%=*}]=${1#*=}
     shift
   done
   shift
@@ -32,19 +32,19 @@ parse() {
       --dry-run) DRY=yes ;;
       --*=*)
         _key=${_word%%=*} _key=${_key#--} _key=${_key//-/_}
-        [ -n "${_known[$_key]+set}" ] || fail "there is no --${_key//_/-}; --help says what there is"
-        _known[$_key]=${_word#*=}
+        [ -n "${_settings[$_key]+set}" ] || fail "there is no --${_key//_/-}; --help lists the settings"
+        _settings[$_key]=${_word#*=}
         ;;
-      *) fail "$_word is not --name=value; arguments of training stand behind --" ;;
+      *) fail "$_word is not --name=value; put the arguments of training after --" ;;
     esac
   done
-  for _key in "${!_known[@]}"; do
-    [ "${_known[$_key]}" != "?" ] || fail "give --${_key//_/-}=..."
-    printf -v "$_key" '%s' "${_known[$_key]}"
+  for _key in "${!_settings[@]}"; do
+    [ "${_settings[$_key]}" != "?" ] || fail "give --${_key//_/-}=..."
+    printf -v "$_key" '%s' "${_settings[$_key]}"
   done
 }
 
-# Whether training would get what it needs, before anything is rented.
+# Checks the arguments of training before machines are rented.
 check_training() {
   local need
   for need in --config= --workdir=; do

@@ -6,15 +6,15 @@
 #   bash launch/pods/gke.sh --xpk=CLUSTER --type=v5p-128 --name=... --image=... -- --config=...
 #
 #   --name, --image           of the JobSet; an image of launch/Dockerfile
-#   --accelerator, --topology of the node pool, as its labels cloud.google.com/gke-tpu-accelerator and -topology say
+#   --accelerator, --topology of the node pool, by its labels cloud.google.com/gke-tpu-accelerator and -topology
 #   --hosts                   machines of a slice             --chips=4   chips of a machine
 #   --slices=1                slices                          --restarts=100   after failures and preemptions
-#   --volume=                 a claim that is mounted at /data
+#   --volume=                 a claim to mount at /data
 #   --xpk=CLUSTER --type=     hand the command to XPK instead
 #
-# A pod that is taken away gets SIGTERM and ten minutes, in which training saves; job.sh then says that it is not done.
-# Status 2 (wrong settings) and 3 (numbers) end the JobSet; anything else starts it again, from the last checkpoint. XPK
-# starts again after 127 and above by itself, and after 1 and 4 as it is told here.
+# A preempted pod gets SIGTERM and ten minutes, in which training saves; job.sh then reports an unfinished training.
+# Status 2 (wrong settings) and 3 (numbers that are not finite) end the JobSet; any other restarts it from the last
+# checkpoint. XPK restarts after 127 and above, and by this script's argument after 1 and 4.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse name=? image=? accelerator= topology= hosts= chips=4 slices=1 restarts=100 volume= xpk= type= -- "$@"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains on this machine: installs what is needed, and starts again after a failure that may pass.
+# Trains on this machine: installs the package, and restarts after a failure that may be temporary.
 #
 #   EXTRAS=cuda bash launch/pods/host.sh --retries=3 -- --config=configs/decoder64.py --workdir=DIR --config.data.path=...
 #
-#   --retries=0   how often to start again after a failure; not after wrong settings (status 2) or numbers (status 3)
+#   --retries=0   restarts after failures, except wrong settings (status 2) and numbers that are not finite (status 3)
 #
-# EXTRAS is cuda, tpu or nothing; SIGTERM and Ctrl-C reach training, which saves and ends, and is not started again. Where
-# the installation fails, the status is 5.
+# EXTRAS is cuda, tpu or empty. After SIGTERM or Ctrl-C training saves and ends without a restart. A failed installation
+# has status 5.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse retries=0 -- "$@"

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice that is asked for as a queued resource.
+# Trains on a Cloud TPU slice, requested as a queued resource.
 #
 #   bash launch/pods/tpu.sh --name=dalle2 --project=P --zone=Z --type=v5p-128 \
 #       -- --config=configs/decoder64.py --workdir=gs://BUCKET/DIR --config.data.path=/mnt/shards
 #
 #   --name      of the queued resource and its node          --project, --zone   where
 #   --type      accelerator type, such as v5p-128            --runtime=v2-alpha-tpuv5   version of the hosts' software
-#   --spot=no   yes: cheaper, and taken away at any time      --keep=no   yes: leave the slice when training has ended
-#   --setup=    a command for every host first, such as one that mounts the shards at /mnt/shards
-#   --retries=5   how often to start again on a slice that is still there
+#   --spot=no   yes: cheaper, may be preempted at any time    --keep=no   yes: do not delete the slice at the end
+#   --setup=    a first command for every host, such as one that mounts the shards at /mnt/shards
+#   --retries=5   restarts on a slice that still exists
 #
-# Copies this repository to every host, installs it there and starts the same command on all of them. A slice that is
-# taken away is asked for again, as often as it takes, also where asking fails, and training goes on from its last
-# checkpoint; job.sh tells one that was stopped from one that has finished. Ended by a first request that fails, by status 0,
-# by wrong settings (status 2), numbers (status 3), an installation that failed (status 5), and by any other failure for the
-# last of the --retries, which every slice has anew.
+# Copies this repository to every host, installs it and starts the same command on all of them. A preempted slice is
+# requested again until it comes, also after failed requests, and training resumes from its last checkpoint; job.sh
+# distinguishes a stopped training from a finished one. The script ends after a failed first request, with status 0, wrong
+# settings (status 2), numbers that are not finite (status 3), a failed installation (status 5), or another failure after
+# --retries restarts on one slice.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse name=? project=? zone=? type=? runtime=v2-alpha-tpuv5 spot=no keep=no setup= retries=5 -- "$@"
@@ -27,12 +27,12 @@ scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 tpu=(gcloud compute tpus)
 
-# Prints the state of the slice, nothing where there is none, UNKNOWN where gcloud does not find out.
+# Prints the state of the slice, nothing if it does not exist, UNKNOWN if gcloud fails.
 state() {
-  local try said errors="$scratch/errors"
+  local try output errors="$scratch/errors"
   for try in 1 2 3 4 5; do
-    if said="$("${tpu[@]}" queued-resources describe "$name" "${place[@]}" --format='value(state.state)' 2> "$errors")"; then
-      echo "$said"
+    if output="$("${tpu[@]}" queued-resources describe "$name" "${place[@]}" --format='value(state.state)' 2> "$errors")"; then
+      echo "$output"
       return
     fi
     grep -qi 'not[_ ]found' "$errors" && return
@@ -57,7 +57,7 @@ await() {
   while now="$(state)" && [ "$now" != ACTIVE ]; do
     case $now in
       FAILED | SUSPENDED | SUSPENDING) return 1 ;;
-      "") # gone, if it was there; what has just been asked for may take a while to be found
+      "") # deleted, or a new request that gcloud does not list yet
         unseen=$((unseen + 1))
         [ -z "$last" ] && [ "$unseen" -lt 10 ] || return 1
         ;;
@@ -93,7 +93,7 @@ ended() {
   exit "$1"
 }
 
-failures=0 had="" # had: it has been there, or been asked for, so that a request that fails now may succeed later
+failures=0 had="" # had: the slice has existed or was requested, so a failed request may succeed later
 while :; do
   now="$([ -n "$DRY" ] || state)"
   [ -n "$had" ] || [ "$now" != UNKNOWN ] || fail "gcloud does not tell whether $name is there; its lines above say why"

@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
     arguments.append(f"--tokenizer={tmp_path / 'tokenizer'}")
     (tmp_path / "base.pt").rename(tmp_path / "other.pt")
     assert convert.main(arguments) == 2
-    assert "one file base*.pt, which it does not hold" in capsys.readouterr().err
+    assert "must be a folder with one file base*.pt" in capsys.readouterr().err
     (tmp_path / "other.pt").rename(tmp_path / "base_a.pt")
     (tmp_path / "upsample.pt").rename(tmp_path / "base_b.pt")
     assert convert.main(arguments) == 2

@@ -113,7 +113,7 @@ def test_without_captions_the_fields_that_are_there_are_named(tmp_path):
     data = pipeline.make_dataset(path=mixed, **settings)
     (batch,) = data.batches(3, repeat=False, shuffle=False)
     assert batch["index"].tolist() == [0, 0, 0]
-    details = {item["index"]: item["detail"] for item in data.bad_record_list()}
+    details = {item["index"]: item["detail"] for item in data._bad.kept}
     assert details == {
         1: "language en; it has no caption; fields: alt, url",
         2: "language en; it has captions in zh; fields: caption_zh",

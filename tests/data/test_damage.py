@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from dalle2_jax.data import budget, damage, pipeline, records
+from dalle2_jax.data import bad_records, damage, pipeline, records
 from tests.data import shards_for_tests as made
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4403200\n"
@@ -135,7 +135,7 @@ def test_many_damaged_files_are_all_in_the_setting(tmp_path):
 def test_the_budgets_message_has_an_example_of_what_indexing_lost(tmp_path):
     members = [(f"x{number}.txt", b"no picture") for number in range(9)]
     made.write_tar(tmp_path / "00000.tar", [*made.sample(1), *members])
-    with pytest.raises(budget.TooManyBadRecords, match=r"00000.tar: x0 \(no_image\). Mend"):
+    with pytest.raises(bad_records.TooManyBadRecords, match=r"00000.tar: x0 \(no_image\). Mend"):
         pipeline.make_dataset(source="tar", path=str(tmp_path), split="", fields=("image",), image_size=8)
 
 

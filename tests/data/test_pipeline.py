@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.data import captions, pipeline
-from dalle2_jax.data.budget import Budget, TooManyBadRecords
+from dalle2_jax.data.bad_records import BadRecords, TooManyBadRecords
 from dalle2_jax.data.records import BadRecord
 from tests.data import shards_for_tests as made
 
@@ -187,7 +187,7 @@ def test_corrupt_pictures_are_replaced_by_the_next_and_counted(tmp_path):
         for batch in batches:
             np.testing.assert_array_equal(batch["tokens"][:, 0], batch["index"])
         assert data.bad_records() == {"undecodable": 3, "empty": 1, "too_long": 1}
-        kept = {item["index"]: item for item in data.bad_record_list()}
+        kept = {item["index"]: item for item in data._bad.kept}
         assert kept.keys() == bad.keys() and kept[5]["key"] == "00000.tar:000000005"
     late = take(dataset(tmp_path).batches(10, start_step=5), 2)
     assert_same(late, take(dataset(tmp_path).batches(10), 7)[5:])
@@ -235,7 +235,7 @@ def test_bad_budget_exceeded(tmp_path):
 
 
 def test_the_first_stop_is_what_every_thread_is_told():
-    budget = Budget(20, 0, {})
+    budget = BadRecords(20, 0, {})
     told = []
     for index in (3, 7, 3):  # as threads that read on while the first of them stops
         budget.count_read()
@@ -405,7 +405,7 @@ def reopened(data):
 def test_settings_that_cannot_be_stop_at_once(shards):
     for message, settings in {
         "did you mean 'image'": dict(fields=("imag",)),
-        "needs clip_image_size": dict(fields=("clip_image",)),
+        r"needs image_sizes\['clip.image'\]": dict(fields=("clip.image",)),
         "needs crop_size": dict(fields=("crop_yx",)),
         "need a tokenizer": dict(tokenizer=None),
         "must not exceed image_size 8": dict(fields=("image", "crop_yx"), crop_size=9),

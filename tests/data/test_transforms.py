@@ -222,8 +222,8 @@ def test_a_jpeg_decoded_small_is_what_halving_makes_of_it(size, side):
 
 def test_clip_sees_the_whole_picture():
     assert Views(image_size=64).enough == 64
-    assert Views(image_size=64, clip_image_size=32).enough is None
-    assert Views(clip_image_size=32).enough is None
+    assert Views(image_size=64, image_sizes={"clip.image": 32}).enough is None
+    assert Views(image_sizes={"clip.image": 32}).enough is None
 
 
 def test_a_picture_of_odd_sides_is_halved_by_a_box_filter():
@@ -239,8 +239,8 @@ def test_resizing_is_antialiased(size):
     """A checkerboard of single pixels is grey from afar; picking pixels would keep it black and white."""
     board = np.indices((128, 128)).sum(0) % 2 * 255
     picture = Image.fromarray(np.repeat(board[..., None], 3, 2).astype(np.uint8))
-    made = Views(image_size=size, clip_image_size=size).make(picture, CENTRE)
-    for name in ("image", "clip_image"):
+    made = Views(image_size=size, image_sizes={"clip.image": size}).make(picture, CENTRE)
+    for name in ("image", "clip.image"):
         assert abs(made[name].astype(float) - 127.5).max() < 20, name
     made = Views(image_size=128, low_res_size=size).make(picture, CENTRE)
     assert abs(made["low_res"].astype(float) - 127.5).max() < 20
@@ -309,13 +309,14 @@ def test_blur_comes_as_often_as_asked_and_leaves_the_rest():
 
 def test_flip_turns_every_picture_and_spares_records_that_name_sides():
     picture = noise_picture((32, 32))
-    views = Views(image_size=32, clip_image_size=16, low_res_size=8)
+    sizes = dict(image_size=32, image_sizes={"clip.image": 16}, low_res_size=8)
+    views = Views(**sizes)
     plain = views.make(picture, CENTRE)
-    flipping = Views(image_size=32, clip_image_size=16, low_res_size=8, flip=True)
+    flipping = Views(**sizes, flip=True)
     draws = CENTRE.copy()
     draws[transforms.FLIP] = 0.1
     flipped = flipping.make(picture, draws)
-    for name in ("image", "clip_image", "low_res"):
+    for name in ("image", "clip.image", "low_res"):
         assert not np.array_equal(flipped[name], plain[name])
         # Resizing a mirrored picture may round one level apart from mirroring the resized one.
         assert abs(flipped[name][:, ::-1].astype(int) - plain[name]).max() <= 1, name

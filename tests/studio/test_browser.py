@@ -144,7 +144,7 @@ def test_brushing_changes_what_was_painted_and_keeps_the_rest(browser):
     id = two_pictures(browser)[0]
     choose(browser, id)
     tab(browser, "Brush")
-    write(browser, "#brush_text textarea", "a red star")
+    write(browser, "#inpaint_caption textarea", "a red star")
     click(browser, "#inpaint")
     until(browser, lambda: "first paint over" in status(browser), 20)
     canvas = found(browser, "#brush")[0]

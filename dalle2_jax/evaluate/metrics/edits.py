@@ -210,7 +210,7 @@ def measure(
                     progress(kind, len(after), len(rows))
             return np.stack(before), np.stack(after)
 
-        edited = processes.in_shares(apply_share, len(cases))
+        edited = processes.split_over_processes(apply_share, len(cases))
         for case, before, after in zip(cases, *edited, strict=True):
             verdicts, (pictures, labels) = judge(case, before, after)
             for name, some in verdicts.items():

@@ -8,7 +8,6 @@ upsampler are not degraded. CLIP's contrastive loss depends on the batch size, w
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,8 +17,9 @@ from dalle2_jax.data import pipeline, transforms
 from dalle2_jax.evaluate.metric import Inputs, ModelMetric, entry
 from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet, chosen, scene_pictures
 from dalle2_jax.generate.engine import Engine
-from dalle2_jax.models import models
+from dalle2_jax.models.frozen import Frozen
 from dalle2_jax.runtime import partition, processes
+from dalle2_jax.systems import cascade
 
 
 def measure(
@@ -65,7 +65,7 @@ def measure(
                     progress(name, len(parts) * batch_size, len(numbers) * batch_size)
             return {key: np.array([part[key] for part in parts]) for key in sorted(parts[0])}
 
-        scalars = processes.in_shares(batches, count // batch_size)
+        scalars = processes.split_over_processes(batches, count // batch_size)
         values = scalars["loss"]
         value, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
         means = {key: float(column.mean()) for key, column in scalars.items()}
@@ -75,31 +75,28 @@ def measure(
 
 
 def _reads_clip(stage) -> bool:
-    return hasattr(stage, "loss") and bool(set(stage.batch_spec(1)) & set(models.CLIP_FIELDS))
+    return hasattr(stage, "loss") and bool(cascade.uses(stage))
 
 
 def _of_stage(model: Engine, name: str, images, captions, batch_size: int, numbers, seed: int, mesh):
     """Yields the scalars of a stage's loss for each batch of these numbers."""
-    stage, needed = model.stage(name), set(model.stage(name).batch_spec(1))
-    clip: Any = None
-    frozen: Any = {}
-    if needed & set(models.CLIP_FIELDS):
-        clip, frozen = models.FrozenClip(model.stage("clip")), model.params("clip")
-    reads = needed - set(models.CLIP_FIELDS) | (clip.fields(needed) if clip else set())
-    reader = name if getattr(stage, "context_length", None) else "clip"
-    tokenizer = model.tokenizer(reader) if "tokens" in reads else None
+    stage = model.stage(name)
+    used = {"clip": model.stage("clip")} if _reads_clip(stage) else {}
+    frozen, frozen_params = Frozen(stage, used), {clip: model.params(clip) for clip in used}
+    reads = set(frozen.dataset_spec(1))
+    own_length = getattr(stage, "context_length", None)
+    tokenizer = model.tokenizer(name if own_length else "clip") if "tokens" in reads else None
     classes = model.configs[name]["data"].get("classes", ()) if "label" in reads else ()
     views = transforms.Views(
         image_size=stage.image_size if "image" in reads else None,
-        clip_image_size=clip.stage.image_size if "clip_image" in reads else None,
+        image_sizes={"clip.image": used["clip"].image_size} if "clip.image" in reads else {},
         low_res_size=stage.low_res_size if "low_res" in reads else None,
         crop_size=stage.crop_size if "crop_yx" in reads else None,
     )
 
     @functools.partial(jax.jit, compiler_options=partition.compiler_options())
-    def loss(params, frozen, number, batch):
-        if clip is not None:
-            batch = clip.fill(frozen, batch, needed)
+    def loss(params, frozen_params, number, batch):
+        batch = frozen.encode_batch(frozen_params, batch)
         key = jax.random.fold_in(jax.random.key(seed), number)
         loss = stage.loss(params, key, batch, train=False)
         return {"loss": loss.value} | loss.scalars
@@ -116,7 +113,8 @@ def _of_stage(model: Engine, name: str, images, captions, batch_size: int, numbe
         batch = {field: value for field, value in batch.items() if field in reads}
         with partition.use_mesh(mesh):
             number = np.uint32(start // batch_size)
-            yield jax.device_get(loss(model.params(name), frozen, number, partition.on_devices(batch, mesh)))
+            on_devices = partition.on_devices(batch, mesh)
+            yield jax.device_get(loss(model.params(name), frozen_params, number, on_devices))
 
 
 def table(losses: dict[str, dict]) -> str:

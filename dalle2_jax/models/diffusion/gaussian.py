@@ -14,10 +14,8 @@ from dalle2_jax.models.diffusion.guidance import (
     Guidance,
     clip_x0,
     dynamic_threshold,
-    guided,
     keep_known,
     steered,
-    times_inside,
 )
 from dalle2_jax.models.diffusion.process import Denoiser, Network
 
@@ -173,9 +171,7 @@ class GaussianDiffusion:
         """
         denoise = self._predict(network)
         if guidance is not None:
-            interval = guidance.interval
-            inside = None if interval is None else times_inside(self.schedule, interval)
-            denoise = guided(denoise, self._predict(guidance.network), guidance.scale, inside)
+            denoise = guidance.denoiser(denoise, self._predict(guidance.network), self.schedule)
         if log_p is not None and self.guide_rule == "score":
             denoise = steered(denoise, self.schedule, log_p)
         denoise = self._bounded(denoise)

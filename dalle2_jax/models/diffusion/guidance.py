@@ -4,7 +4,7 @@ A wrapper takes a denoiser(x_t [B, ...], t [B] int32) -> Prediction and returns 
 where they are applied: guide first, then clip, then keep the known pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,9 @@ def guide(cond: Prediction, uncond: Prediction, scale: float | jax.Array) -> Pre
 class Guidance(NamedTuple):
     """Classifier-free guidance of a network, see `guided`.
 
+    To add a rule, add a field with the default None, apply it in `denoiser`, and declare the setting
+    guidance_FIELD in `stages.settings.GUIDANCE`.
+
     Attributes:
       network: its batch of 2 B is `interleave(conditional, unconditional)`.
       scale: a number or [B]; 1 is the conditional prediction.
@@ -40,6 +43,29 @@ class Guidance(NamedTuple):
     network: Network
     scale: float | jax.Array
     interval: tuple[float, float] | None = None
+
+    def denoiser(self, conditional: Denoiser, paired: Denoiser, schedule: Schedule) -> Denoiser:
+        """The guided denoiser; `conditional` and `paired` as `guided` has them."""
+        inside = None if self.interval is None else times_inside(schedule, self.interval)
+        return guided(conditional, paired, self.scale, inside)
+
+
+# The settings of sampling that switch a rule on -> None, which leaves it off.
+NO_RULES = {f"guidance_{name}": None for name in Guidance._fields[2:]}
+
+
+def pop_rules(settings: dict) -> dict:
+    """Takes the settings of rules out of `settings`; returns them as keywords of `Guidance`."""
+    return {name.removeprefix("guidance_"): settings.pop(name, None) for name in NO_RULES}
+
+
+def check_rules(settings: Mapping, schedule: Schedule) -> None:
+    """Raise ValueError for a rule that is none, or that nothing would use."""
+    for name in NO_RULES:
+        if settings.get(name) is not None and settings["guidance_scale"] == 1:
+            raise ValueError(f"{name} has no meaning without guidance: give a guidance_scale other than 1")
+    if settings.get("guidance_interval") is not None:
+        times_inside(schedule, settings["guidance_interval"])
 
 
 def guided(

@@ -83,6 +83,39 @@ class TransformerStack(nn.Module):
         return x if caches is None else (x, tuple(after))
 
 
+class TokenTransformer(nn.Module):
+    """A token model's network (DALL-E 1, CogView): ids of tokens -> logits of the next ones.
+
+    length: of the longest sequence.
+    """
+
+    vocab_size: int
+    length: int
+    width: int
+    depth: int
+    num_heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        ids: jax.Array,
+        mask: jax.Array,
+        caches: tuple[Cache, ...] | None = None,
+        start: int | jax.Array = 0,
+    ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
+        """(logits [B, n, V] float32 of the ids after each of these, the caches) of ids [B, n] from position
+        `start` on; mask and caches: see `causal.Block`."""
+        x = TokenEmbedding(self.vocab_size, self.width, self.dtype, name="token_embedding")(ids)
+        position = Embedding((self.length, self.width), name="position")()
+        x = x + jax.lax.dynamic_slice_in_dim(position, start, ids.shape[1]).astype(self.dtype)
+        stack = TransformerStack(self.depth, self.num_heads, dtype=self.dtype, name="transformer")
+        x, caches = (stack(x, mask), None) if caches is None else stack(x, mask, caches, start)
+        x = layers.LayerNorm(dtype=self.dtype, name="norm_out")(x)
+        logits = layers.Dense(self.vocab_size, dtype=self.dtype, name="logits")(x)
+        return logits.astype(jnp.float32), caches
+
+
 def kept(null: jax.Array, null_tokens: int) -> jax.Array:
     """The null vector; without a gradient where the null caption is "" with `null_tokens` tokens."""
     return jax.lax.stop_gradient(null) if null_tokens else null

@@ -6,7 +6,9 @@ All that training knows of a stage is
     init(key, batch) -> params
     loss(params, key, batch, *, step=0, train=True) -> Loss(value, scalars, statistics)
     sample(params, keys, batch, ...) -> array          (CLIP has encode_image and encode_text instead)
-    draws = 'image'                                    (with sample: the field of a batch that it makes)
+    ops = {'sample': Op(('image',)), ...}              (what each operation reads and writes)
+    uses = ('teacher',)                                (optional: frozen stages that `loss` calls; it then
+                                                        takes frozen={'teacher': Bound(stage, params)})
     update(params, statistics, key) -> params, scalars (optional: after the optimizer, every step)
     fit_rows, fit(params, batches) -> params, scalars  (optional: statistics of the data, before training)
     measure(params, key, batch) -> statistics          (optional: of the trained network, after training)
@@ -23,11 +25,32 @@ A stage holds networks and settings, never parameters.
 """
 
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from dalle2_jax.runtime.names import nearest
+
+
+class Op(NamedTuple):
+    """What an operation, the stage's method of that name, reads and writes.
+
+    writes: the fields of a batch that it returns, in this order. reads: the fields that it takes one by one,
+    after the parameters; None: it takes the batch, with all that `batch_spec` names but `writes`.
+
+    A frozen stage computes fields of a batch by its operations whose name begins with 'encode', and shows
+    codes as pictures by 'decode'.
+    """
+
+    writes: tuple[str, ...]
+    reads: tuple[str, ...] | None = None
+
+
+class Bound(NamedTuple):
+    """A frozen stage and its parameters, as `loss` gets those that it uses."""
+
+    stage: Any
+    params: dict
 
 
 class Loss(NamedTuple):

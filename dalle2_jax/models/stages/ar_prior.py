@@ -27,13 +27,13 @@ import numpy as np
 
 from dalle2_jax.models.diffusion.guidance import is_guided
 from dalle2_jax.models.nets.latents import LatentTransformer
-from dalle2_jax.models.stages import Loss, candidates, check_settings
+from dalle2_jax.models.stages import Loss, Op, candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
-from dalle2_jax.models.stages.settings import CANDIDATES, GUIDANCE, Setting
+from dalle2_jax.models.stages.settings import CANDIDATES, SCALE, Setting
 from dalle2_jax.models.tokens.decode import Options, decode
 
 SETTINGS = (
-    GUIDANCE,
+    SCALE,
     CANDIDATES,
     Setting("temperature", float, "Temperature of an autoregressive prior.", 1e-6),
     Setting(
@@ -121,7 +121,7 @@ class ARPrior:
     [D + 1], 'kept' [K] (1 or 0)}}; the statistics have no gradient and are set by `fit`.
     """
 
-    draws = "image_embed"  # the field that `sample` makes
+    ops = {"sample": Op(("image_embed",))}
     net: LatentTransformer
     embed_dim: int
     context_length: int

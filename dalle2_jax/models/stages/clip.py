@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from dalle2_jax.models.diffusion import process, schedules
 from dalle2_jax.models.nets.text import CLIPTextTransformer
 from dalle2_jax.models.nets.vision import ModifiedResNet, ViT
-from dalle2_jax.models.stages import Loss, check_settings
+from dalle2_jax.models.stages import Loss, Op, check_settings
 from dalle2_jax.runtime.partition import batch_shards, constrain
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -125,6 +125,10 @@ class CLIP:
     schedule: schedules.Schedule | None = None
     unit_embeds: bool = True
 
+    ops = {
+        "encode_image": Op(("image_embed",), ("image",)),
+        "encode_text": Op(("text_embed", "text_states"), ("tokens", "token_mask")),
+    }
     # The loss contrasts all pairs of a batch: it is not the mean of the losses of its parts.
     whole_batch = True
 

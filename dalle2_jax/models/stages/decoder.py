@@ -16,9 +16,9 @@ from dalle2_jax.models.stages import check_settings
 from dalle2_jax.models.stages.building import unet_and_process
 from dalle2_jax.models.stages.conditions import TOKEN_TEXT, Caption, ClipImage, Label
 from dalle2_jax.models.stages.diffusion import DiffusionStage
-from dalle2_jax.models.stages.settings import ETA, GUIDANCE, INTERVAL, METHOD, SPACING, STEPS, THRESHOLD
+from dalle2_jax.models.stages.settings import ETA, GUIDANCE, METHOD, SPACING, STEPS, THRESHOLD
 
-SETTINGS = (GUIDANCE, INTERVAL, STEPS, METHOD, ETA, SPACING, THRESHOLD)
+SETTINGS = (*GUIDANCE, STEPS, METHOD, ETA, SPACING, THRESHOLD)
 
 
 def build(

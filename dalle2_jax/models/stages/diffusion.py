@@ -15,9 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.models.diffusion import gaussian, process
-from dalle2_jax.models.diffusion.guidance import Guidance, interleave, is_guided
+from dalle2_jax.models.diffusion.guidance import (
+    NO_RULES,
+    Guidance,
+    check_rules,
+    interleave,
+    is_guided,
+    pop_rules,
+)
 from dalle2_jax.models.nets.denoiser import Conditioning, DenoiserNet
-from dalle2_jax.models.stages import Loss
+from dalle2_jax.models.stages import Loss, Op
 from dalle2_jax.models.stages.conditions import (
     Caption,
     ClipImage,
@@ -26,7 +33,6 @@ from dalle2_jax.models.stages.conditions import (
     known_pixels,
     random_mask,
 )
-from dalle2_jax.models.stages.settings import check_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +48,7 @@ class DiffusionStage:
         authors trained theirs against a discriminator; training here leaves it as it is.
     """
 
-    draws = "image"  # the field that `sample` makes
+    ops = {"sample": Op(("image",)), "invert": Op(("x_T",))}
     net: DenoiserNet
     diffusion: gaussian.GaussianDiffusion
     image_size: int
@@ -115,7 +121,7 @@ class DiffusionStage:
         if self.low_res:
             return {name: own[name] for name in ("num_steps", "method", "eta")} | {"tile": self.tile}
         own = dict(num_steps=0, guidance_scale=self.guidance_scale) | own
-        return own | dict(guidance_interval=None)
+        return own | NO_RULES
 
     def check(self, settings: dict) -> None:
         """Raise ValueError for settings of `sample` that this stage cannot take."""
@@ -125,7 +131,7 @@ class DiffusionStage:
                 f"guidance_scale {scale} has no meaning for a stage that was never trained without its "
                 "condition: leave it out, or steer with a classifier"
             )
-        check_interval(settings, self.diffusion.schedule)
+        check_rules(settings, self.diffusion.schedule)
         names = ("num_steps", "spacing", "threshold")
         self.diffusion.with_settings(**{name: settings.get(name) for name in names}).timesteps()
         if settings.get("tile") is not None:
@@ -234,10 +240,10 @@ class DiffusionStage:
 
         settings: values in the place of those in `sampling`, None for those; also image_size, the side. A
         guidance scale given as the Python number 1 saves the unconditional half of the work; an array is
-        traced. guidance_interval: see `guidance.times_inside`. tile: see `in_tiles`.
+        traced. Other guidance_RULE: see `guidance.Guidance`. tile: see `in_tiles`.
         """
         settings = self.sampling | {name: value for name, value in settings.items() if value is not None}
-        scale, interval = settings.pop("guidance_scale", 1), settings.pop("guidance_interval", None)
+        scale, rules = settings.pop("guidance_scale", 1), pop_rules(settings)
         side, tile = settings.pop("image_size", self.image_size), settings.pop("tile", None)
         diffusion, shape = self.diffusion.with_settings(**settings), (side, side, 3)
         inputs, inpaint = {}, None
@@ -256,7 +262,7 @@ class DiffusionStage:
         if is_guided(scale):
             null = self._conditionings(params, batch, len(keys), null=True)
             paired = interleave((conditionings, inputs), (null, inputs))
-            guidance = Guidance(self._network(params, *paired, last_time, tile), scale, interval)
+            guidance = Guidance(self._network(params, *paired, last_time, tile), scale, **rules)
         x0 = diffusion.sample(
             diffusion.denoiser(network, guidance=guidance, log_p=log_p, inpaint=inpaint),
             keys,

@@ -26,24 +26,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.models.diffusion import gaussian, schedules
-from dalle2_jax.models.diffusion.guidance import Guidance, is_guided
+from dalle2_jax.models.diffusion.guidance import NO_RULES, Guidance, check_rules, is_guided, pop_rules
 from dalle2_jax.models.nets.transformer import PriorTransformer
-from dalle2_jax.models.stages import Loss, candidates, check_settings
+from dalle2_jax.models.stages import Loss, Op, candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
 from dalle2_jax.models.stages.settings import (
     CANDIDATES,
     ETA,
     GUIDANCE,
-    INTERVAL,
     METHOD,
     STEPS,
-    check_interval,
 )
 
 SCALE_MODES = ("paper", "l2", "meanstd")
 # 17.2 was chosen for unit vectors of 1024 entries; what it fixes is an entry's standard deviation, 17.2 / 32.
 PAPER_STD = 17.2 / 32.0
-SETTINGS = (GUIDANCE, INTERVAL, STEPS, METHOD, ETA, CANDIDATES)
+SETTINGS = (*GUIDANCE, STEPS, METHOD, ETA, CANDIDATES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Prior:
     'analytic' also 'stats': {'eps_sq' [T]}; statistics have no gradient.
     """
 
-    draws = "image_embed"  # the field that `sample` makes
+    ops = {"sample": Op(("image_embed",))}
     net: PriorTransformer
     diffusion: gaussian.GaussianDiffusion
     embed_scale: EmbedScale
@@ -115,12 +113,12 @@ class Prior:
             num_candidates=self.num_candidates,
             method=own.method,
             eta=own.eta,
-            guidance_interval=None,
+            **NO_RULES,
         )
 
     def check(self, settings: dict) -> None:
         """Raises ValueError for settings of `sample` that this stage cannot take."""
-        check_interval(settings, self.diffusion.schedule)
+        check_rules(settings, self.diffusion.schedule)
         self.diffusion.with_settings(settings["num_steps"]).timesteps()
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -227,11 +225,11 @@ class Prior:
 
         settings: values in the place of those in `sampling`, None for those. A guidance scale given as the
         Python number 1 saves the unconditional half of the work; an array is traced. Method 'ddpm' has the
-        small fixed variance; 'analytic' needs parameters that hold its statistics. guidance_interval: see
-        `guidance.times_inside`.
+        small fixed variance; 'analytic' needs parameters that hold its statistics. Other
+        guidance_RULE: see `guidance.Guidance`.
         """
         settings = self.sampling | {name: value for name, value in settings.items() if value is not None}
-        scale, interval = settings.pop("guidance_scale"), settings.pop("guidance_interval")
+        scale, rules = settings.pop("guidance_scale"), pop_rules(settings)
         num_candidates = settings.pop("num_candidates")
         diffusion, size = self.diffusion.with_settings(**settings), batch["text_embed"].shape[0]
 
@@ -248,7 +246,7 @@ class Prior:
         if is_guided(scale):
             scale = jnp.repeat(scale, num_candidates) if jnp.ndim(scale) else scale
             conditional = network_of(jax.tree.map(lambda x: x[0::2], read))
-            denoise = diffusion.denoiser(conditional, guidance=Guidance(network_of(read), scale, interval))
+            denoise = diffusion.denoiser(conditional, guidance=Guidance(network_of(read), scale, **rules))
         else:
             denoise = diffusion.denoiser(network_of(read))
         eps_sq = params.get("stats", {}).get("eps_sq")

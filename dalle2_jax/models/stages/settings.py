@@ -7,9 +7,8 @@ Python keywords, the studio's fields and the checks follow from the list.
 import dataclasses
 import math
 
-from dalle2_jax.models.diffusion.guidance import times_inside
 from dalle2_jax.models.diffusion.sampling import METHODS
-from dalle2_jax.models.diffusion.schedules import SPACINGS, Schedule
+from dalle2_jax.models.diffusion.schedules import SPACINGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +67,15 @@ class Setting:
 
 
 STEPS = Setting("num_steps", int, "Steps of {of}.", 1)
-GUIDANCE = Setting("guidance_scale", float, "Guidance of {of}; 1 is none.", 0, 100)
-INTERVAL = Setting(
-    "guidance_interval",
-    "pair",
-    "LO,HI, the noise levels sqrt((1 - abar)/abar) between which to guide {of}, such as 0.2,3.",
+SCALE = Setting("guidance_scale", float, "Guidance of {of}; 1 is none.", 0, 100)
+# The scale, and the rules of `diffusion.guidance.Guidance`.
+GUIDANCE = (
+    SCALE,
+    Setting(
+        "guidance_interval",
+        "pair",
+        "LO,HI, the noise levels sqrt((1 - abar)/abar) between which to guide {of}, such as 0.2,3.",
+    ),
 )
 METHOD = Setting("method", METHODS, "Sampler of {of}.")
 ETA = Setting("eta", float, "Noise of DDIM in {of}, 0 (none) to 1.", 0, 1)
@@ -80,14 +83,3 @@ SPACING = Setting("spacing", str, f"Choice of times of {{of}}: {', '.join(SPACIN
 THRESHOLD = Setting("threshold", float, "Percentile of dynamic thresholding in {of}, such as 99.5.", 0, 100)
 CANDIDATES = Setting("num_candidates", int, "Embeddings that {of} draws; the closest is kept.", 1)
 TILE = Setting("tile", int, "Side of the windows in which {of} draw larger pictures.")
-
-
-def check_interval(settings: dict, schedule: Schedule) -> None:
-    """Raise ValueError for a `guidance_interval` that is none, or that nothing would use."""
-    if settings.get("guidance_interval") is None:
-        return
-    if settings["guidance_scale"] == 1:
-        raise ValueError(
-            "guidance_interval has no meaning without guidance: give a guidance_scale other than 1"
-        )
-    times_inside(schedule, settings["guidance_interval"])
