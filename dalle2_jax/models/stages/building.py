@@ -32,3 +32,18 @@ def unet_style(settings: Mapping) -> Style:
     """`net` of a config, see `unet.Style`; ValueError for a setting or a value that is not there."""
     check_settings(settings, (), Style._fields, "net")
     return Style(**settings).check()
+
+
+def checked_states(text: Mapping, embed_dim: int = 0) -> dict:
+    """The settings of captions that are a frozen encoder's states; ValueError for others.
+
+    embed_dim: of the CLIP whose states they are; 0: a T5's, which are pooled by `pool_heads` heads.
+    """
+    required = ("states_width", "context_length", "width")
+    if embed_dim:
+        check_settings(text, required, ("null_tokens",), "text")
+    else:
+        check_settings(text, (*required, "pool_heads"), (), "text")
+        if text["states_width"] % text["pool_heads"]:
+            raise ValueError(f"text.pool_heads {text['pool_heads']} must divide {text['states_width']=}")
+    return dict(text)

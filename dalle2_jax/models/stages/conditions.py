@@ -61,8 +61,9 @@ class Label:
 class Caption:
     """A caption, dropped with probability `drop`.
 
-    states_width: width of the frozen CLIP's text states that are read; 0 reads tokens. embed_dim: of that
-    CLIP. null_tokens: how many positions the null caption has whose states may be read.
+    states_width: width of a frozen encoder's text states; 0 reads tokens. embed_dim: of the CLIP that makes
+    them; 0: a T5 makes them, without an embedding. null_tokens: how many positions the null caption has whose
+    states may be read.
     """
 
     context_length: int
@@ -79,7 +80,8 @@ class Caption:
         if not self.states_width:
             return specs | {"tokens": ((self.context_length,), jnp.int32)}
         states = (self.context_length, self.states_width)
-        return specs | {"text_states": (states, jnp.float32), "text_embed": ((self.embed_dim,), jnp.float32)}
+        specs |= {"text_states": (states, jnp.float32)}
+        return specs | ({"text_embed": ((self.embed_dim,), jnp.float32)} if self.embed_dim else {})
 
     def read(self, batch: dict, drop: jax.Array, null: bool) -> dict[str, jax.Array]:
         """Keywords of `DenoiserNet.condition`; drop [B] bool. Where a batch has a negative caption, `null`
@@ -88,7 +90,7 @@ class Caption:
         if null and "negative_token_mask" in batch:
             prefix, drop = "negative_", ~drop
         names = {"text": "text_states" if self.states_width else "tokens", "token_mask": "token_mask"}
-        names |= {"text_embed": "text_embed"} if self.states_width else {}
+        names |= {"text_embed": "text_embed"} if self.states_width and self.embed_dim else {}
         return {to: batch[prefix + name] for to, name in names.items()} | {"drop_text": drop}
 
 

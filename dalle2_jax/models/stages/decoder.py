@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.nets.denoiser import DenoiserNet
 from dalle2_jax.models.stages import check_settings
-from dalle2_jax.models.stages.building import unet_and_process
+from dalle2_jax.models.stages.building import checked_states, unet_and_process
 from dalle2_jax.models.stages.conditions import TOKEN_TEXT, Caption, ClipImage, Label
 from dalle2_jax.models.stages.diffusion import DiffusionStage
 from dalle2_jax.models.stages.settings import ETA, GUIDANCE, METHOD, SPACING, STEPS, THRESHOLD
@@ -62,12 +62,13 @@ def build(
     """The decoder of a config, Table 3's by default; ValueError for settings that cannot go together.
 
     text: keywords of GlideTextTransformer; None reads no captions; dict(states_width, context_length, width,
-    null_tokens=0) reads the states of a frozen CLIP's text transformer (Karlo). embed_dim: 0 reads no image
-    embeddings. embed_scale: factor of embeddings; None is sqrt(embed_dim), for those of unit norm.
+    null_tokens=0) reads the states of a frozen CLIP's text transformer (Karlo), and without embed_dim
+    dict(states_width, context_length, width, pool_heads) those of a frozen T5 (Imagen). embed_dim: 0 reads no
+    image embeddings. embed_scale: factor of embeddings; None is sqrt(embed_dim), for those of unit norm.
     num_classes: how many classes a caption may name; 0 reads no class. num_heads: of every attention, in the
     place of heads of head_dim entries. guidance_scale: 1 where nothing is ever dropped. weighting ('uniform',
     'p2', 'min_snr'), loss ('hybrid', 'vlb'): see `diffusion.process`. threshold: percentile of dynamic
-    thresholding, None to clip. inpaint: the network also gets known pixels, with random masks in training
+    thresholding, None to clip. inpaint: the network also gets unmasked pixels, with random masks in training
     (GLIDE; `init_from` a decoder without). fixed_variance, guide_rule: see `diffusion.gaussian`. net: where
     the U-Net differs from ADM's, see `unet.Style`.
     """
@@ -110,11 +111,6 @@ def _checked_text(text: dict | None, embed_dim: int) -> dict | None:
     if not text:
         return None
     if text.get("states_width"):
-        if not embed_dim:
-            raise ValueError(
-                "text.states_width is for decoders of image embeddings: set embed_dim, or read tokens"
-            )
-        check_settings(text, ("states_width", "context_length", "width"), ("null_tokens",), "text")
-        return dict(text)
+        return checked_states(text, embed_dim)
     check_settings(text, TOKEN_TEXT, ("activation", "states_width"), "text")
     return {name: value for name, value in text.items() if name != "states_width"}

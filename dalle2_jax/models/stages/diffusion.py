@@ -112,6 +112,8 @@ class DiffusionStage:
     @property
     def guidable(self) -> bool:
         """Whether there is a null for guidance to lead away from."""
+        if self.low_res:
+            return any(condition.drop for condition in self.conditions)
         return bool(self.embed_dim or self.context_length or self.label_drop)
 
     @property
@@ -119,7 +121,9 @@ class DiffusionStage:
         """The settings of `sample` and their defaults."""
         own = self.diffusion.settings
         if self.low_res:
-            return {name: own[name] for name in ("num_steps", "method", "eta")} | {"tile": self.tile}
+            names = ("num_steps", "method", "eta", *(("threshold",) if self.guidable else ()))
+            found = {name: own[name] for name in names} | {"tile": self.tile}
+            return found | (dict(guidance_scale=self.guidance_scale) | NO_RULES if self.guidable else {})
         own = dict(num_steps=0, guidance_scale=self.guidance_scale) | own
         return own | NO_RULES
 
