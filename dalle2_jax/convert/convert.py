@@ -47,10 +47,12 @@ FORMATS = (
     "adm-classifier",
     "ddpm",
     "iddpm",
+    "t5",
 )
 _NEEDED = "workdir of the {}; a decoder of image embeddings needs it"
 _ROLE_HELP = {
     "clip": _NEEDED.format("CLIP"),
+    "t5": "workdir or model directory of the T5 whose states the decoder reads",
     "prior": _NEEDED.format("prior"),
     "decoder": "workdir of the decoder",
     "noisy_clip": "workdir of a CLIP of noised pictures, which may steer the decoder",
