@@ -71,8 +71,7 @@ def test_ids_and_states_are_the_same(theirs, ours):
     with torch.no_grad():
         other = model.encoder(expected["input_ids"], expected["attention_mask"]).last_hidden_state.numpy()
     assert other.std() > 0.1
-    np.testing.assert_allclose(states[mask], other[mask], atol=1e-5 * np.abs(other).max())
-    assert not states[~mask].any()
+    np.testing.assert_allclose(states, other, atol=1e-5 * np.abs(other).max())  # at padding, too
 
 
 def test_a_cut_caption_keeps_its_end(ours):

@@ -43,14 +43,16 @@ class GaussianDiffusion:
 
     `num_steps`, `spacing`, `method`, `eta` and `threshold` are settings of `sample`, see `with_settings`.
     `limit` bounds |x0| in sampling (None: no bound); `threshold` in (0, 100] is the percentile of dynamic
-    thresholding in its place. `data` is 'pixels' or 'latents', `data_variance` that of an entry, which bounds
-    method 'analytic'. `loss_kind` is 'hybrid' (the weighted error, with a little of the bound where the
-    variance is learned) or 'vlb' (the bound, its times drawn by importance). `fixed_variance` is the fraction
-    f of log beta in the variance of 'ddpm' where it is not learned: 0 is beta_tilde, 1 is beta (DDPM's
-    'fixed large'). `guide_rule` is how a guide steers: 'score' shifts eps, then x0 is bounded; 'adm' does as
-    ADM's authors: x0 is bounded first, then 'ddpm' shifts its mean by the variance, and others shift eps. At
-    the last steps the first shifts up to seven times as far. `noise_scale` is a factor of the first noise
+    thresholding in its place, `threshold_max` the most that it divides by. `data` is 'pixels' or 'latents',
+    `data_variance` that of an entry, which bounds method 'analytic'. `loss_kind` is 'hybrid' (the weighted
+    error, with a little of the bound where the variance is learned) or 'vlb' (the bound, its times drawn by
+    importance). `fixed_variance` is the fraction f of log beta in the variance of 'ddpm' where it is not
+    learned: 0 is beta_tilde, 1 is beta (DDPM's 'fixed large'). `noise_scale` is a factor of the first noise
     (GLIDE's upsampler: 0.997).
+
+    `guide_rule` is how a guide steers. 'score' shifts eps, then x0 is bounded. 'adm' does as ADM's authors: x0
+    is bounded first, then 'ddpm' shifts its mean by the variance, and others shift eps. At the last steps
+    'score' shifts up to seven times as far.
     """
 
     schedule: schedules.Schedule
@@ -67,6 +69,7 @@ class GaussianDiffusion:
     threshold: float | None = None
     loss_kind: str = "hybrid"
     fixed_variance: float = 0.0
+    threshold_max: float | None = None
     guide_rule: str = "score"
     noise_scale: float = 1.0
 
@@ -258,7 +261,7 @@ class GaussianDiffusion:
 
     def _bounded(self, denoise: Denoiser) -> Denoiser:
         if self.threshold is not None:
-            return dynamic_threshold(denoise, self.schedule, self.threshold)
+            return dynamic_threshold(denoise, self.schedule, self.threshold, self.threshold_max)
         return denoise if self.limit is None else clip_x0(denoise, self.schedule, self.limit)
 
     def measure_eps_sq(self, network: Network, key: jax.Array, x0: jax.Array) -> jax.Array:

@@ -157,10 +157,13 @@ def clip_x0(denoise: Denoiser, schedule: Schedule, limit: float | jax.Array = 1.
     return clipped
 
 
-def dynamic_threshold(denoise: Denoiser, schedule: Schedule, percentile: float = 99.5) -> Denoiser:
+def dynamic_threshold(
+    denoise: Denoiser, schedule: Schedule, percentile: float = 99.5, most: float | None = None
+) -> Denoiser:
     """The denoiser with x0 clipped to [-s, s] and divided by s, s = max(1, percentile of |x0|), per sample.
 
     For pixels in [-1, 1] under strong guidance (Saharia et al. 2022, section 2.3); percentile is in (0, 100].
+    most: the largest s, None for any (IF: 1.5).
     """
     if not 0.0 < percentile <= 100.0:
         raise ValueError(f"percentile must be in (0, 100], got {percentile}")
@@ -169,6 +172,7 @@ def dynamic_threshold(denoise: Denoiser, schedule: Schedule, percentile: float =
         prediction = denoise(x_t, t)
         axes = tuple(range(1, prediction.x0.ndim))
         s = jnp.maximum(1.0, jnp.percentile(jnp.abs(prediction.x0), percentile, axis=axes, keepdims=True))
+        s = s if most is None else jnp.minimum(s, most)
         return _with_x0(schedule, prediction, jnp.clip(prediction.x0, -s, s) / s, x_t, t)
 
     return thresholded

@@ -18,7 +18,7 @@ def unet_and_process(settings: dict) -> tuple[dict, gaussian.GaussianDiffusion]:
     if settings["net"]:
         unet["style"] = unet_style(settings["net"])
     names = ("objective", "learned_variance", "weighting", "num_steps", "spacing", "method", "eta")
-    names += ("fixed_variance", "guide_rule", "noise_scale")
+    names += ("fixed_variance", "guide_rule", "noise_scale", "threshold_max")
     process = gaussian.GaussianDiffusion(
         schedule=schedules.make_schedule(settings["schedule"], settings["num_timesteps"]),
         threshold=settings.get("threshold"),
@@ -37,13 +37,14 @@ def unet_style(settings: Mapping) -> Style:
 def checked_states(text: Mapping, embed_dim: int = 0) -> dict:
     """The settings of captions that are a frozen encoder's states; ValueError for others.
 
-    embed_dim: of the CLIP whose states they are; 0: a T5's, which are pooled by `pool_heads` heads.
+    embed_dim: of the CLIP whose states they are; 0: a T5's, which are pooled by `pool_heads` heads, and read
+    at padding, too, unless `masked` (the default).
     """
     required = ("states_width", "context_length", "width")
     if embed_dim:
         check_settings(text, required, ("null_tokens",), "text")
     else:
-        check_settings(text, (*required, "pool_heads"), (), "text")
+        check_settings(text, (*required, "pool_heads"), ("masked",), "text")
         if text["states_width"] % text["pool_heads"]:
             raise ValueError(f"text.pool_heads {text['pool_heads']} must divide {text['states_width']=}")
     return dict(text)

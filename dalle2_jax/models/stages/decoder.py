@@ -53,6 +53,7 @@ def build(
     guidance_scale: float = 3.0,
     threshold: float | None = None,
     inpaint: bool = False,
+    threshold_max: float | None = None,
     fixed_variance: float = 0.0,
     guide_rule: str = "score",
     net: dict | None = None,
@@ -69,8 +70,8 @@ def build(
     place of heads of head_dim entries. guidance_scale: 1 where nothing is ever dropped. weighting ('uniform',
     'p2', 'min_snr'), loss ('hybrid', 'vlb'): see `diffusion.process`. threshold: percentile of dynamic
     thresholding, None to clip. inpaint: the network also gets unmasked pixels, with random masks in training
-    (GLIDE; `init_from` a decoder without). fixed_variance, guide_rule: see `diffusion.gaussian`. net: where
-    the U-Net differs from ADM's, see `unet.Style`.
+    (GLIDE; `init_from` a decoder without). threshold_max, fixed_variance, guide_rule: see
+    `diffusion.gaussian`. net: where the U-Net differs from ADM's, see `unet.Style`.
     """
     unet, process = unet_and_process(locals())
     if image_size % 2 ** (len(channel_mult) - 1):
@@ -85,7 +86,8 @@ def build(
         conditions += (Label(num_classes, label_drop),)
     if text:
         width, null_tokens = text.get("states_width", 0), text.get("null_tokens", 0)
-        conditions += (Caption(text["context_length"], text_drop, width, embed_dim, null_tokens),)
+        masked = text.get("masked", True)
+        conditions += (Caption(text["context_length"], text_drop, width, embed_dim, null_tokens, masked),)
     return DiffusionStage(
         net=DenoiserNet(
             unet=unet,

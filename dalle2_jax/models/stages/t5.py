@@ -44,9 +44,8 @@ class T5:
         return self.net.init(key, batch["tokens"], batch["token_mask"])["params"]
 
     def encode_text(self, params: dict, tokens: jax.Array, token_mask: jax.Array) -> jax.Array:
-        """States [B, L, D] float32 of tokens [B, L] with their mask [B, L]; those of padding are 0."""
-        states = self.net.apply({"params": params}, tokens, token_mask)
-        return jnp.where(token_mask[..., None], states, 0)
+        """States [B, L, D] float32 of tokens [B, L] with their mask [B, L], at padding, too."""
+        return self.net.apply({"params": params}, tokens, token_mask)
 
     def loss(
         self, params: dict, key: jax.Array, batch: dict, *, step: jax.Array | int = 0, train: bool = True

@@ -49,6 +49,7 @@ def build(
     label_drop: float = 0.0,
     guidance_scale: float = 1.0,
     threshold: float | None = None,
+    threshold_max: float | None = None,
     resize: str = "cubic",
     schedule: str = "cosine",
     num_timesteps: int = 1000,
@@ -77,7 +78,8 @@ def build(
     `diffusion.in_tiles`. last_step: a second network, parameters 'last', takes the last step. text_drop,
     label_drop: how often training drops them; without it there is no null, and no guidance.
     attention_resolutions (sides of the full picture), head_dim, num_heads, text, num_classes, threshold,
-    inpaint and net: see `decoder.build`. fixed_variance, noise_scale: see `diffusion.gaussian`.
+    threshold_max, inpaint and net: see `decoder.build`. fixed_variance, noise_scale: see
+    `diffusion.gaussian`.
     """
     unet, process = unet_and_process(locals())
     crop_size = crop_size or image_size // 4
@@ -101,7 +103,7 @@ def build(
         if not attention_resolutions:
             raise ValueError("text is read by attention layers: set attention_resolutions, or leave text out")
     conditions: tuple[Label | Caption, ...] = (Label(num_classes, label_drop),) if num_classes else ()
-    conditions += (Caption(text["context_length"], text_drop, states),) if text else ()
+    conditions += (_caption(text, text_drop),) if text else ()
     if guidance_scale != 1 and not any(condition.drop for condition in conditions):
         raise ValueError(
             f"guidance_scale {guidance_scale} needs a null: set text_drop or label_drop, such as 0.1"
@@ -125,3 +127,9 @@ def build(
         tile=tile,
         last_step=last_step,
     )
+
+
+def _caption(text: dict, drop: float) -> Caption:
+    """The caption's condition, of the settings of `text`."""
+    masked = text.get("masked", True)
+    return Caption(text["context_length"], drop, text.get("states_width", 0), masked=masked)

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from dalle2_jax.models import models
+from dalle2_jax.models.diffusion import schedules
+from dalle2_jax.models.diffusion.guidance import dynamic_threshold
+from dalle2_jax.models.diffusion.process import Prediction
 from dalle2_jax.models.frozen import Frozen
+from dalle2_jax.models.stages.conditions import LowRes
 
 ENCODER = dict(
     vocab_size=12, width=16, depth=1, num_heads=2, mlp_width=24, head_dim=8, context_length=6, mask_token=11
@@ -45,7 +49,7 @@ def test_the_loss_counts_masked_real_tokens_alone(encoder):
     assert float(loss(params, jax.random.key(1), other).value) == pytest.approx(float(value), rel=1e-6)
 
 
-def test_states_of_padding_are_zero_and_a_batch_gets_them(encoder):
+def test_a_batch_gets_states(encoder):
     """The frozen encoder computes `text_states` of the run's tokens; no other field is needed."""
     made, params, tokens, mask = encoder
     decoder = stage("decoder", image_size=8, embed_dim=0, text=TEXT, **NET)
@@ -55,7 +59,39 @@ def test_states_of_padding_are_zero_and_a_batch_gets_them(encoder):
     filled = frozen.encode_batch({"t5": params}, batch)
     states = np.asarray(filled["text_states"])
     assert set(filled) == {"image", "token_mask", "text_states"} and states.shape == (4, 6, 16)
-    assert not states[~mask].any() and np.abs(states[mask]).min(axis=-1).max() > 0
+    np.testing.assert_array_equal(states, made.encode_text(params, tokens, mask))
+
+
+def test_padding_is_read_where_it_is_not_masked(encoder):
+    """IF reads all positions; others read the caption's."""
+    _, _, tokens, mask = encoder
+    batch = {"token_mask": mask, "text_states": RNG.standard_normal((4, 6, 16)), "image": np.zeros(4)}
+    for masked in (True, False):
+        made = stage("decoder", image_size=8, embed_dim=0, text=dict(TEXT, masked=masked), **NET)
+        read = made.conditions[0].read(batch, np.zeros(4, bool), null=False)
+        np.testing.assert_array_equal(read["token_mask"], mask if masked else np.ones_like(mask))
+
+
+def test_enlarging_with_aligned_corners_equals_torchs_rule():
+    """Corners stay; between them the picture is linear, by numpy's interpolation along each axis."""
+    low = LowRes(4, 3, "align_corners")
+    x = RNG.standard_normal((2, 4, 4, 3)).astype(np.float32)
+    at, places = np.linspace(0, 3, 12), np.arange(4)
+    rows = np.apply_along_axis(lambda y: np.interp(at, places, y), 1, x)
+    expected = np.apply_along_axis(lambda y: np.interp(at, places, y), 2, rows)
+    np.testing.assert_allclose(low.enlarge(x), expected, atol=1e-5)
+    yx = np.array([[0, 0], [5, 2]], np.int32)
+    windows = low.enlarged_windows(x, yx, (6, 6))
+    np.testing.assert_allclose(windows[1], expected[1, 5:11, 2:8], atol=1e-5)
+
+
+def test_the_threshold_has_a_most():
+    """s = min(max(1, percentile), most), and the picture is divided by it (IF: 1.5)."""
+    schedule = schedules.make_schedule("cosine", 10)
+    x0 = jnp.array([[4.0, 2.0, -4.0, 0.5]])
+    denoise = dynamic_threshold(lambda x, t: Prediction(x0, x0), schedule, 100, 1.5)
+    found = denoise(jnp.ones((1, 4)), jnp.zeros(1, jnp.int32)).x0
+    np.testing.assert_allclose(found, [[1, 1, -1, 0.5 / 1.5]], rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
