@@ -48,6 +48,7 @@ FORMATS = (
     "ddpm",
     "iddpm",
     "t5",
+    "deepfloyd",
 )
 _NEEDED = "workdir of the {}; a decoder of image embeddings needs it"
 _ROLE_HELP = {

@@ -10,7 +10,7 @@ from dalle2_jax.convert import tables
 from dalle2_jax.convert.formats.hf_clip import read_json
 from dalle2_jax.convert.formats.karlo import expect
 from dalle2_jax.convert.tables import Imported, Row, dense, leaf, under
-from dalle2_jax.convert.tensors import open_tensors
+from dalle2_jax.convert.tensors import Tensors, open_tensors
 from dalle2_jax.data.tokenizer import load_t5
 
 HELP = "a folder of T5 v1.1, of which the encoder is read (google/t5-v1_1-xxl)"
@@ -42,6 +42,12 @@ def rows(depth: int) -> list[Row]:
 
 def import_weights(source: Path, tokenizer=None) -> Imported:
     """The encoder in the folder `source`."""
+    stage, tensors = read(source, CONTEXT_LENGTH)
+    return Imported({"t5": stage}, tokenizer or load_t5(source, CONTEXT_LENGTH), [tensors], LICENCE)
+
+
+def read(source: Path, context_length: int) -> tuple[tuple[dict, dict], Tensors]:
+    """((config, parameters) of the encoder in the folder `source`, its files)."""
     config = read_json(source / "config.json")
     expect(
         config,
@@ -59,10 +65,9 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
         num_heads=config["num_heads"],
         mlp_width=config["d_ff"],
         head_dim=config["d_kv"],
-        context_length=CONTEXT_LENGTH,
+        context_length=context_length,
         mask_token=min(32_099, config["vocab_size"] - 1),
     )
     tensors, table = open_tensors(source), rows(config["num_layers"])
-    stage = tables.read_stage({"stage": "t5", "model": model}, lambda params: table, tensors, ignored=IGNORED)
-    words = tokenizer or load_t5(source, CONTEXT_LENGTH)
-    return Imported({"t5": stage}, words, [tensors], LICENCE)
+    stage = {"stage": "t5", "model": model}
+    return tables.read_stage(stage, lambda params: table, tensors, ignored=IGNORED), tensors

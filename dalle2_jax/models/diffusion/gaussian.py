@@ -50,8 +50,8 @@ class GaussianDiffusion:
     learned: 0 is beta_tilde, 1 is beta (DDPM's 'fixed large'). `noise_scale` is a factor of the first noise
     (GLIDE's upsampler: 0.997).
 
-    `guide_rule` is how a guide steers. 'score' shifts eps, then x0 is bounded. 'adm' does as ADM's authors: x0
-    is bounded first, then 'ddpm' shifts its mean by the variance, and others shift eps. At the last steps
+    `guide_rule` is how a guide steers. 'score' shifts eps, then x0 is bounded. 'adm' does as ADM's authors:
+    x0 is bounded first, then 'ddpm' shifts its mean by the variance, and others shift eps. At the last steps
     'score' shifts up to seven times as far.
     """
 
