@@ -32,7 +32,7 @@ NO_PATHS = {
     *("spacing", "preset", "scenes", "metrics", "splits", "topology", "allow_changed", "host"),  # names
     *("components", "worker"),  # numbers
 }
-NO_PATHS_OF_CONVERT = {"name", "licence", "repository"}
+NO_PATHS_OF_CONVERT = {"name", "licence", "repository", "system", "stage"}
 NO_PATH_SETTINGS = {
     *("stage", "wandb", "data.source", "data.split", "data.eval_split", "data.language"),
     *("data.image_field", "data.caption_field", "optim.schedule"),

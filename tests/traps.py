@@ -187,11 +187,11 @@ TRAPS = (
     ),
     Trap(
         20,
-        "shards of features are averaged as though they had one mean",
+        "features are pooled as though their mean were zero",
         "tests/evaluate/test_distances.py::test_frechet_distance_is_right",
         "dalle2_jax/evaluate/distances.py",
-        "return Moments(count, mean, self.scatter + other.scatter + between)",
-        "return Moments(count, mean, self.scatter + other.scatter)",
+        "return Moments(mean, (x - mean).T @ (x - mean) / (len(x) - 1))",
+        "return Moments(mean, x.T @ x / (len(x) - 1))",
     ),
 )
 

@@ -45,10 +45,15 @@ FORMATS = (
     "glide",
     "adm",
     "adm-classifier",
+    "ddpm",
+    "iddpm",
+    "t5",
+    "deepfloyd",
 )
 _NEEDED = "workdir of the {}; a decoder of image embeddings needs it"
 _ROLE_HELP = {
     "clip": _NEEDED.format("CLIP"),
+    "t5": "workdir or model directory of the T5 whose states the decoder reads",
     "prior": _NEEDED.format("prior"),
     "decoder": "workdir of the decoder",
     "noisy_clip": "workdir of a CLIP of noised pictures, which may steer the decoder",
@@ -122,8 +127,8 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
     index = modeldir.read_index(source)
     stages = {name: models.load_stage(source, name)[1:] for name in index["stages"]}
     context_length = stages["clip"][0]["model"]["text"]["context_length"] if "clip" in stages else None
-    words = next((each["tokenizer"] for each in index["stages"].values() if each["tokenizer"]), "tokenizer")
-    tokenizer = load_tokenizer(source / words, context_length)
+    words = next((each["tokenizer"] for each in index["stages"].values() if each["tokenizer"]), "")
+    tokenizer = load_tokenizer(source / words, context_length) if words else None
     notes = to_diffusers.export_model(Path(folder), stages, tokenizer)
     library = "transformers" if set(stages) == {"clip"} else "diffusers"
     (folder / modeldir.CARD_FILE).write_text(card.model_card(index, stages, library))

@@ -21,7 +21,7 @@ import numpy as np
 
 from dalle2_jax.runtime import files
 
-KINDS = ("clip", "bpe", "gpt2")
+KINDS = ("clip", "bpe", "gpt2", "t5")
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 _SPACES = re.compile(r"\s+")
 _PADDING = re.compile(r"[ \t\r\n]{2,}")  # not \s, which has parts of broken letters that `clean` repairs
@@ -57,15 +57,20 @@ class Tokenizer:
                 f"context_length {context_length} leaves no room between SOT and EOT; give 3 or more"
             )
         self.kind, self.vocab_size, self.context_length = kind, vocab_size, context_length
-        self.sot, self.eot = vocab_size - 2, vocab_size - 1
-        self.has_ends = kind != "gpt2"
+        ends: dict[str, tuple[int | None, int | None]] = {"gpt2": (None, None), "t5": (None, 1)}
+        self.sot, self.eot = ends.get(kind, (vocab_size - 2, vocab_size - 1))
+        self._ends = (self.sot is not None) + (self.eot is not None)
         self._encoder = encoder
         self._cached = functools.lru_cache(maxsize=1 << 15)(self._encode)
 
     def _encode(self, caption: str) -> tuple[int, ...]:
-        text = clean(caption, _A_TOKEN * self.context_length)
+        most = _A_TOKEN * self.context_length
+        if self.kind in ("clip", "bpe"):
+            text = clean(caption, most)
+        else:  # GLIDE's captions are lowered alone, those of T5 stay as they are
+            text = caption[:most].lower() if self.kind == "gpt2" else caption[:most]
         ids = self._encoder.encode(text, add_special_tokens=False).ids
-        return tuple(ids[: self.context_length - 2 * self.has_ends])
+        return tuple(ids[: self.context_length - self._ends])
 
     def _ids(self, caption: str) -> tuple[int, ...]:
         return self._cached(caption) if len(caption) < 1000 else self._encode(caption)
@@ -76,20 +81,18 @@ class Tokenizer:
         token_mask = np.zeros(tokens.shape, bool)
         for row, caption in enumerate(captions):
             ids = self._ids(caption)
-            if self.has_ends:
-                tokens[row, : len(ids) + 2] = (self.sot, *ids, self.eot)
-            else:
-                tokens[row, : len(ids)] = ids
-            token_mask[row, : len(ids) + 2 * self.has_ends] = True
+            ends = [() if end is None else (end,) for end in (self.sot, self.eot)]
+            tokens[row, : len(ids) + self._ends] = (*ends[0], *ids, *ends[1])
+            token_mask[row, : len(ids) + self._ends] = True
         return tokens, token_mask
 
     def decode(self, ids) -> str:
         """The cleaned caption of one row of ids, up to EOT."""
         kept = []
         for number in np.asarray(ids).tolist():
-            if number == self.eot and self.has_ends:
+            if number == self.eot:
                 break
-            if number != self.sot or not self.has_ends:
+            if number != self.sot:
                 kept.append(number)
         if self.kind == "clip":  # the end-of-word mark stands for the space
             pieces = "".join(self._encoder.id_to_token(number) for number in kept)
@@ -213,3 +216,28 @@ def train_bpe(captions: Iterable[str], vocab_size: int, context_length: int) -> 
     )
     encoder.train_from_iterator(cleaned, trainer)
     return Tokenizer(encoder, "bpe", vocab_size, context_length)
+
+
+def load_t5(path: str | os.PathLike, context_length: int) -> Tokenizer:
+    """T5's tokenizer in a folder with tokenizer.json or spiece.model: no SOT, the id 1 as EOT, then zeros.
+
+    Raises ValueError for a folder without either, or without what reads spiece.model.
+    """
+    import tokenizers
+
+    if not {"tokenizer.json", "spiece.model"} & set(os.listdir(path)):
+        raise ValueError(f"{path} holds no tokenizer: expected tokenizer.json or spiece.model")
+    try:
+        import transformers
+
+        kind = getattr(transformers, "T5TokenizerFast", None) or transformers.T5Tokenizer
+        loaded = kind.from_pretrained(path)
+    except ImportError as error:
+        raise ValueError(f"reading spiece.model needs more: pip install 'dalle2_jax[t5]' ({error})") from None
+    if (loaded.pad_token_id, loaded.eos_token_id) != (0, 1):
+        raise ValueError(f"{path}: the ids of padding and end must be 0 and 1, as T5's are")
+    # A copy: transformers wraps methods of the one that it holds.
+    encoder = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    encoder.no_padding()
+    encoder.no_truncation()
+    return Tokenizer(encoder, "t5", max(loaded.get_vocab().values()) + 1, context_length)

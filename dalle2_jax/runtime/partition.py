@@ -37,7 +37,7 @@ RULES = (
     # statistics of the data: the autoregressive prior's principal components
     (r"(^|/)stats/\w+$", P()),
     # positions and learned stand-ins [L, D]: few rows, added to activations, which must not inherit a split
-    (r"(^|/)(position|padding|query|class_token|null_\w+)(/embedding)?$", P()),
+    (r"(^|/)(position(_bias)?|padding|query|class_token|null_\w+)(/embedding)?$", P()),
     # tables looked up by id [V, D]: were D over `fsdp`, every device would gather the whole output gradient
     (r"(^|/|_)embedding$", P("fsdp", "tensor")),
     # kernels that close a pair of layers

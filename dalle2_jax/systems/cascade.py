@@ -16,11 +16,12 @@ from dalle2_jax.models.stages.clip import CLIP
 from dalle2_jax.models.stages.diffusion import DiffusionStage
 from dalle2_jax.models.stages.prior import Prior
 from dalle2_jax.models.stages.settings import Setting
+from dalle2_jax.models.stages.t5 import T5
 from dalle2_jax.systems import declared
 from dalle2_jax.systems.step import Step
 
 # The stages that there is one of at most; upsamplers come after them.
-ROLES = ("clip", "prior", "decoder", "noisy_clip", "classifier")
+ROLES = ("clip", "t5", "prior", "decoder", "noisy_clip", "classifier")
 LISTS = {"upsamplers": "upsampler"}
 # What may steer the decoder -> the field that it steers to.
 GUIDES = {"noisy_clip": "text_embed", "classifier": "label"}
@@ -84,7 +85,9 @@ def encode_text(clip: str = "clip") -> Step:
     return Step("text", clip, "encode_text", CLIP.ops["encode_text"])
 
 
-_TEXT = {"text_embed": "text.text_embed", "text_states": "text.text_states"}
+_READ_BY_T5 = Step("text", "t5", "encode_text", T5.ops["encode_text"])
+_STATES = {"text_states": "text.text_states"}
+_TEXT = {"text_embed": "text.text_embed", **_STATES}
 _ENCODE_IMAGE = Step("image", "clip", "encode_image", CLIP.ops["encode_image"])
 _PRIOR = Step(
     "prior",
@@ -118,9 +121,10 @@ _INVERT = Step(
 def _enlarge(stages: Mapping) -> tuple[Step, ...]:
     found, before = [], "decoder"
     for k, name in enumerate(upsamplers(stages)):
-        bind = {"low_res": f"{before}.image"}
-        common = dict(fold=_UPSAMPLER_FOLD + k, bind=bind, role="upsampler")
-        found.append(Step(name, name, "sample", _DECODER.op, optional=("inpaint_image",), **common))
+        bind = {"low_res": f"{before}.image", **(_STATES if _reads_t5(stages[name]) else {})}
+        fold, optional = _UPSAMPLER_FOLD + k, ("inpaint_image",)
+        op = _DECODER.op
+        found.append(Step(name, name, "sample", op, fold, bind, optional, role="upsampler"))
         before = name
     return tuple(found)
 
@@ -130,9 +134,18 @@ def _prior(stages: Mapping) -> tuple[Step, ...]:
     return encode_text(), _PRIOR
 
 
+def _reads_t5(stage) -> bool:
+    """Whether a stage reads the states of a text encoder without an embedding."""
+    return bool(getattr(stage, "states_width", 0)) and not stage.embed_dim
+
+
 def _draw(stages: Mapping) -> tuple[Step, ...]:
     _need(stages, "decoder")
-    return (*(_prior(stages) if reads_embeds(stages) else ()), _DECODER, *_enlarge(stages))
+    before: tuple[Step, ...] = _prior(stages) if reads_embeds(stages) else ()
+    if any(_reads_t5(stages[name]) for name in ("decoder", *upsamplers(stages))):
+        _need(stages, "t5")
+        before += (_READ_BY_T5,)
+    return (*before, _DECODER, *_enlarge(stages))
 
 
 def _explain(stages: Mapping) -> tuple[Step, ...]:
@@ -217,6 +230,8 @@ def actions(stages: Mapping) -> dict[str, tuple[Step, ...]]:
 
 def uses(stage) -> dict[str, str]:
     """The frozen stages that compute what a stage reads: what it calls each -> its name in the model."""
+    if _reads_t5(stage):
+        return {"t5": "t5"}
     return {"clip": "clip"} if Frozen(stage, {"clip": CLIP}).encoders else {}
 
 
@@ -224,6 +239,8 @@ def complete(stages: Mapping) -> None:
     """Raise ValueError unless a model of trained stages has all that its decoder needs."""
     if reads_embeds(stages) and not {"clip", "prior"} <= stages.keys():
         raise ValueError("this decoder draws image embeddings: give a clip and a prior, too")
+    if "decoder" in stages and _reads_t5(stages["decoder"]) and "t5" not in stages:
+        raise ValueError("this decoder reads the states of a T5: give a t5, too")
 
 
 def check(
@@ -241,6 +258,9 @@ def check(
         clip = stages.get(uses.get(name, {}).get("clip", "clip"))
         if name in stages and clip is not None:
             _check_clip(name, stages[name], clip)
+    for name in ("decoder", *upsamplers(stages)):
+        if name in stages and "t5" in stages and _reads_t5(stages[name]):
+            _check_t5(name, stages[name], stages["t5"])
     for name in GUIDES:
         if name in stages and "decoder" in stages:
             _check_guide(name, stages[name], stages["decoder"])
@@ -273,6 +293,16 @@ def _check_clip(name: str, stage, clip) -> None:
         raise ValueError(
             f"the {name} reads CLIP's states at {stage.context_length} positions, CLIP has "
             f"{clip.context_length}: train them with one context_length"
+        )
+
+
+def _check_t5(name: str, stage, encoder) -> None:
+    """Raise ValueError unless a stage reads states of this encoder's width and context."""
+    reads, made = (stage.states_width, stage.context_length), (encoder.net.width, encoder.context_length)
+    if reads != made:
+        raise ValueError(
+            f"the {name} reads states of width {reads[0]} at {reads[1]} positions, the t5 has {made[0]} at "
+            f"{made[1]}: use the one that it was trained with"
         )
 
 

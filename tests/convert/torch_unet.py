@@ -79,6 +79,28 @@ class Attention(nn.Module):
         return x + self.proj_out(attend(q, k, v)).reshape(x.shape)
 
 
+class Halve(nn.Module):
+    """Improved DDPM's: a convolution of stride 2."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x, emb, context):
+        return self.op(x)
+
+
+class Double(nn.Module):
+    """Improved DDPM's: nearest neighbours, then a convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, emb, context):
+        return self.conv(nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
+
+
 class Block(nn.Sequential):
     def forward(self, x, emb, context):
         for layer in self:
@@ -89,7 +111,8 @@ class Block(nn.Sequential):
 class UNet(nn.Module):
     """guided-diffusion's UNetModel; `attends`: levels with attention, `context_width`: of what they read.
 
-    num_heads: in the place of heads of HEAD_DIM; blocks: queries, keys and values in blocks; classes: added.
+    num_heads: in the place of heads of HEAD_DIM; blocks: queries, keys and values in blocks; classes: added;
+    by_convs: convolutions halve and double the side.
     """
 
     def __init__(
@@ -105,6 +128,7 @@ class UNet(nn.Module):
         num_heads=0,
         blocks=False,
         classes=0,
+        by_convs=False,
     ):
         super().__init__()
         self.channels, emb = channels, 4 * channels
@@ -125,7 +149,8 @@ class UNet(nn.Module):
                 now = after
                 skips.append(now)
             if level < len(mult) - 1:
-                self.input_blocks.append(Block(Res(now, now, emb, scale_shift, "down")))
+                down = Halve(now) if by_convs else Res(now, now, emb, scale_shift, "down")
+                self.input_blocks.append(Block(down))
                 skips.append(now)
         middle = [Attention(now, context_width, num_heads, blocks)] if attends else []
         self.middle_block = Block(Res(now, now, emb, scale_shift), *middle, Res(now, now, emb, scale_shift))
@@ -134,8 +159,9 @@ class UNet(nn.Module):
             for j in range(depth + 1):
                 own = layers(now + skips.pop(), mult[level], level)
                 now = mult[level]
-                up = [Res(now, now, emb, scale_shift, "up")] if level and j == depth else []
-                self.output_blocks.append(Block(*own, *up))
+                if level and j == depth:
+                    own.append(Double(now) if by_convs else Res(now, now, emb, scale_shift, "up"))
+                self.output_blocks.append(Block(*own))
         self.out = nn.Sequential(group_norm(now), nn.SiLU(), nn.Conv2d(now, c_out, 3, padding=1))
 
     def embed(self, t):

@@ -169,9 +169,9 @@ def test_clip_is_short_for_the_frozen_clip():
 
 
 def test_paths_of_frozen_stages_are_expanded(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/x")
+    monkeypatch.setenv("HOME", "/a/home")
     config = models.expand_paths(dict(clip="~/c", frozen=dict(t5="~/t", vq="hf://a/b@c")))
-    assert config == dict(clip="/home/x/c", frozen=dict(t5="/home/x/t", vq="hf://a/b@c"))
+    assert config == dict(clip="/a/home/c", frozen=dict(t5="/a/home/t", vq="hf://a/b@c"))
 
 
 # --- parameters that rest ---

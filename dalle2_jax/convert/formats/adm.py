@@ -5,7 +5,7 @@ So do all sizes; the first level with attention is always that of 32 x 32, which
 conditioned on by their names, as for the classifier: see adm_classifier.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dalle2_jax.convert.formats import adm_classifier
@@ -33,13 +33,20 @@ def rows(params: Mapping, num_heads: int = 0, blocks: bool = False) -> list[Row]
 
 def import_weights(source: Path, tokenizer=None) -> Imported:
     """The stages in the file, or the folder, `source`."""
+    return import_files(source, _stage)
+
+
+def import_files(
+    source: Path, stage_of: Callable[[Tensors, Path], tuple[str, tuple[dict, dict]]]
+) -> Imported:
+    """The stages in the .pt file, or the folder, `source`; stage_of(tensors, folder) reads one of them."""
     files = sorted(source.glob("*.pt")) if source.is_dir() else [source]
     if not files:
         raise FileNotFoundError(f"{source} holds no .pt file")
     folder, stages, opened = files[0].parent, {}, []
     for path in files:
         tensors = open_tensors(path)
-        role, stage = _stage(tensors, folder)
+        role, stage = stage_of(tensors, folder)
         if role in stages:
             raise ValueError(f"{source} holds two files for the {role}, {path.name} is one too many")
         stages[role] = stage

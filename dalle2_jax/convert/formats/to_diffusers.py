@@ -1,7 +1,8 @@
-"""Our models as folders of diffusers and transformers: a cascade as UnCLIPPipeline, a CLIP as CLIPModel.
+"""Our models as folders of diffusers and transformers.
 
-The tables are those of the imports (karlo.py, hf_clip.py) in the other direction. UnCLIPPipeline supports
-Karlo's settings alone; a setting that it does not support is an error that names the setting.
+A cascade becomes an UnCLIPPipeline, a CLIP alone a CLIPModel, an unconditional generator a DDPMPipeline. The
+tables are those of the imports (karlo.py, hf_clip.py, ddpm.py) in the other direction. UnCLIPPipeline
+supports Karlo's settings alone; a setting that it does not support is an error that names the setting.
 """
 
 import importlib
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dalle2_jax.convert import tables
-from dalle2_jax.convert.formats import hf_clip, karlo
+from dalle2_jax.convert.formats import ddpm, hf_clip, karlo
 from dalle2_jax.convert.formats.unet import check_groups
 from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.models import models
@@ -25,13 +26,14 @@ _TEXT_PROJ = "diffusers.pipelines.deprecated.unclip.text_proj"
 _SCHEDULERS = {"prior": "fixed_small_log", "decoder": "learned_range", "super_res": "fixed_small_log"}
 
 
-def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Tokenizer) -> list[str]:
+def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Tokenizer | None) -> list[str]:
     """Write the folder `out`; returns notes for the user.
 
     Args:
       out: made if absent; files of the same names are replaced.
-      stages: role -> (config, parameters); 'clip' alone, or 'clip', 'prior', 'decoder' and one upsampler.
-      tokenizer: theirs.
+      stages: role -> (config, parameters); 'clip' alone, 'decoder' alone without captions, or 'clip',
+        'prior', 'decoder' and one upsampler.
+      tokenizer: theirs; None: they read no captions.
 
     Raises:
       ValueError: names a setting that diffusers does not support, before anything is written.
@@ -41,14 +43,18 @@ def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Toke
     files: dict[str, dict] = {}  # file -> JSON value
     weights: dict[str, dict] = {}  # file -> tensors
     is_clip = set(stages) == {"clip"}
-    if is_clip:
+    if tokenizer is None:
+        if set(stages) != {"decoder"}:
+            raise ValueError(f"diffusers has no pipeline of {', '.join(stages)} without captions")
+        files, weights = ddpm.export(settings["decoder"], params["decoder"])
+    elif is_clip:
         _check_clip(settings["clip"])
         files |= hf_clip.settings_files(settings["clip"])
         weights["model.safetensors"] = tables.exported(hf_clip.rows(settings["clip"]), params["clip"])
     else:
         files["model_index.json"] = _index(tokenizer)
         _pipeline(settings, params, files, weights)
-    notes = [] if is_clip else _null_differs(stages, tokenizer)
+    notes = [] if is_clip or tokenizer is None else _null_differs(stages, tokenizer)
     for name in (*weights, *files):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
     for name, tensors in weights.items():
@@ -56,7 +62,8 @@ def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Toke
         modeldir.write_tensors(out / name, tensors, types, kind="pt")
     for name, value in files.items():
         modeldir.write_json(out / name, value)
-    save_tokenizer(tokenizer, out if is_clip else out / "tokenizer")
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, out if is_clip else out / "tokenizer")
     return notes
 
 

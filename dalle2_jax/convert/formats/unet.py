@@ -34,14 +34,17 @@ def diffusers_rows(params: Mapping[str, Any], prefix: str = "") -> list[Row]:
 
     rows = conv("conv_in", "conv_in") + conv("conv_out", "conv_out") + norm("norm_out", "conv_norm_out")
     for name, block in _blocks(net):
+        if "kernel" in block:  # resampling by a convolution
+            rows += conv(name, f"{theirs(name)}.conv")
+            continue
         if "conv1" in block:
             part = norm("norm1", "norm1") + conv("conv1", "conv1") + dense("emb_proj", "time_emb_proj")
             part += norm("norm2", "norm2") + conv("conv2", "conv2")
             part += conv("skip", "conv_shortcut") if "skip" in block else []
         else:
-            part = (
-                norm("norm", "group_norm") + dense("out", "to_out.0") + dense("qkv", "to_q", "to_k", "to_v")
-            )
+            part = norm("norm", "group_norm") + dense("out", "to_out.0")
+            part += dense("qkv", "to_q", "to_k", "to_v") if "qkv" in block else dense("q", "to_q")
+            part += norm("norm_context", "norm_cross") if "norm_context" in block else []
             part += dense("text_kv", "add_k_proj", "add_v_proj") if "text_kv" in block else []
         rows += under(name, part, f"{theirs(name)}.")
     time = dense("time/fc1", "time_embedding.linear_1") + dense("time/fc2", "time_embedding.linear_2")
@@ -77,6 +80,9 @@ def adm_rows(
     rows += norm("norm_out", "out.0") + (conv("conv_out", "out.2") if "conv_out" in net else [])
     for name, place in places.items():
         block = net[name]
+        if "kernel" in block:  # improved DDPM resamples by convolutions
+            rows += conv(name, f"{place}.conv" if "_up" in name else f"{place}.op")
+            continue
         if "conv1" in block:
             part = norm("norm1", "in_layers.0") + conv("conv1", "in_layers.2")
             part += dense("emb_proj", "emb_layers.1")
@@ -107,8 +113,8 @@ def split_inpaint_input(tensors: Tensors, low_res: bool) -> Tensors:
 def _adm_depth(names: list[str], source: str) -> tuple[int, int]:
     """(levels, residual blocks a level) of a U-Net in OpenAI's layout, or of its way down alone."""
     if any(name.startswith("output_blocks.") for name in names):
-        # A block that doubles the side is a second residual block in its module, at every level but one.
-        second = r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight"
+        # What doubles the side, a block or a convolution, comes last in its module, at every level but one.
+        second = r"output_blocks\.\d+\.[12]\.(in_layers\.0|conv)\.weight"
         levels = 1 + sum(re.fullmatch(second, name) is not None for name in names)
         above = {name.split(".")[1] for name in names if name.startswith("output_blocks.")}
         return levels, len(above) // levels - 1

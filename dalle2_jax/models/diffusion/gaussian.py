@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.models.diffusion import process, sampling, schedules
+from dalle2_jax.models.diffusion import likelihood, process, sampling, schedules
 from dalle2_jax.models.diffusion.guidance import (
     Guidance,
     clip_x0,
@@ -43,9 +43,16 @@ class GaussianDiffusion:
 
     `num_steps`, `spacing`, `method`, `eta` and `threshold` are settings of `sample`, see `with_settings`.
     `limit` bounds |x0| in sampling (None: no bound); `threshold` in (0, 100] is the percentile of dynamic
-    thresholding in its place. `data` is 'pixels' or 'latents', `data_variance` that of an entry, which bounds
-    method 'analytic'. `loss_kind` is 'hybrid' (the weighted error, with a little of the bound where the
-    variance is learned) or 'vlb' (the bound, its times drawn by importance).
+    thresholding in its place, `threshold_max` the most that it divides by. `data` is 'pixels' or 'latents',
+    `data_variance` that of an entry, which bounds method 'analytic'. `loss_kind` is 'hybrid' (the weighted
+    error, with a little of the bound where the variance is learned) or 'vlb' (the bound, its times drawn by
+    importance). `fixed_variance` is the fraction f of log beta in the variance of 'ddpm' where it is not
+    learned: 0 is beta_tilde, 1 is beta (DDPM's 'fixed large'). `noise_scale` is a factor of the first noise
+    (GLIDE's upsampler: 0.997).
+
+    `guide_rule` is how a guide steers. 'score' shifts eps, then x0 is bounded. 'adm' does as ADM's authors:
+    x0 is bounded first, then 'ddpm' shifts its mean by the variance, and others shift eps. At the last steps
+    'score' shifts up to seven times as far.
     """
 
     schedule: schedules.Schedule
@@ -61,6 +68,10 @@ class GaussianDiffusion:
     data_variance: float = 1.0
     threshold: float | None = None
     loss_kind: str = "hybrid"
+    fixed_variance: float = 0.0
+    threshold_max: float | None = None
+    guide_rule: str = "score"
+    noise_scale: float = 1.0
 
     def __post_init__(self):
         if self.method not in sampling.METHODS:
@@ -71,6 +82,12 @@ class GaussianDiffusion:
             raise ValueError(f"loss {self.loss_kind!r} is unknown: choose 'hybrid' or 'vlb'")
         if self.loss_kind == "vlb" and not self.learned_variance:
             raise ValueError("loss 'vlb' is the bound of a learned variance: set learned_variance=True")
+        if self.guide_rule not in ("score", "adm"):
+            raise ValueError(f"guide_rule {self.guide_rule!r} is unknown: choose 'score' or 'adm'")
+        if not 0 <= self.fixed_variance <= 1 or (self.fixed_variance and self.learned_variance):
+            raise ValueError(
+                f"fixed_variance {self.fixed_variance} must be in 0 .. 1, and 0 where the variance is learned"
+            )
         if self.threshold is not None and (self.limit is None or not 0 < self.threshold <= 100):
             raise ValueError(f"threshold {self.threshold} must be a percentile in (0, 100], of pixels")
 
@@ -127,7 +144,7 @@ class GaussianDiffusion:
         given = dict(num_steps=num_steps, method=method, eta=eta, spacing=spacing, threshold=threshold)
         settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         own_spacing = settings.get("spacing", self.spacing) == self.spacing
-        fixed = self.spacing not in ("uniform", "trailing")
+        fixed = self.spacing not in ("uniform", "trailing", "adm")
         if own_spacing and fixed and settings.get("num_steps", self.num_steps) != self.num_steps:
             settings["spacing"] = "uniform"
         return dataclasses.replace(self, **settings)
@@ -157,9 +174,11 @@ class GaussianDiffusion:
         denoise = self._predict(network)
         if guidance is not None:
             denoise = guidance.denoiser(denoise, self._predict(guidance.network), self.schedule)
-        if log_p is not None:
+        if log_p is not None and self.guide_rule == "score":
             denoise = steered(denoise, self.schedule, log_p)
         denoise = self._bounded(denoise)
+        if log_p is not None and self.guide_rule == "adm":
+            denoise = steered(denoise, self.schedule, log_p, mean=self.method == "ddpm")
         return denoise if inpaint is None else keep_known(denoise, self.schedule, *inpaint)
 
     def sample(
@@ -189,6 +208,8 @@ class GaussianDiffusion:
         """(the state [B, *shape] that a walk starts from, the times that it visits)."""
         timesteps = self.timesteps()
         noise = sampling.init_noise(keys, shape) if start.x_T is None else start.x_T
+        if self.noise_scale != 1 and start.x_T is None:
+            noise = noise * self.noise_scale
         if start.strength >= 1.0:
             return noise, timesteps
         if start.init is None:
@@ -203,13 +224,29 @@ class GaussianDiffusion:
                 f"method 'analytic' needs the measured eps_sq of all {self.schedule.num_timesteps} times: "
                 "measure it (Prior.measure), or use 'ddpm'"
             )
+        names: dict[float, str | float] = {0: "fixed_small", 1: "fixed_large"}
+        fixed = names.get(self.fixed_variance, self.fixed_variance)
         options: dict[str, dict[str, Any]] = {
-            "ddpm": dict(variance="learned" if self.learned_variance else "fixed_small"),
+            "ddpm": dict(variance="learned" if self.learned_variance else fixed),
             "ddim": dict(eta=self.eta),
             "analytic": dict(eps_sq=eps_sq, data_variance=self.data_variance),
         }
         sampler: Any = sampling.SAMPLERS[self.method]
         return sampler(steps, **options.get(self.method, {}))
+
+    def bits_per_dim(
+        self, network: Network, key: jax.Array, x0: jax.Array, num_steps: int | None = None
+    ) -> dict[str, jax.Array]:
+        """The bound on -log2 p(x0) of 8-bit pictures x0 [B, H, W, C] in [-1, 1], see `likelihood`.
+
+        num_steps: the steps of the bound, evenly spaced; None: all T.
+        """
+        times = schedules.space_timesteps(
+            num_steps or self.schedule.num_timesteps, self.schedule.num_timesteps
+        )
+        denoise = clip_x0(self._predict(network), self.schedule)
+        fraction = None if self.learned_variance else self.fixed_variance
+        return likelihood.bits_per_dim(denoise, self.schedule, key, x0, times, fraction)
 
     def invert(self, network: Network, x0: jax.Array) -> jax.Array:
         """The noise x_T from which `sample` by 'ddim' with eta 0, no guidance, and as many steps returns to
@@ -225,7 +262,7 @@ class GaussianDiffusion:
 
     def _bounded(self, denoise: Denoiser) -> Denoiser:
         if self.threshold is not None:
-            return dynamic_threshold(denoise, self.schedule, self.threshold)
+            return dynamic_threshold(denoise, self.schedule, self.threshold, self.threshold_max)
         return denoise if self.limit is None else clip_x0(denoise, self.schedule, self.limit)
 
     def measure_eps_sq(self, network: Network, key: jax.Array, x0: jax.Array) -> jax.Array:

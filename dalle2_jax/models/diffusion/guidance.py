@@ -123,18 +123,23 @@ def steered(
     schedule: Schedule,
     log_p: Callable[[jax.Array, jax.Array], jax.Array],
     scale: float | jax.Array = 1.0,
+    *,
+    mean: bool = False,
 ) -> Denoiser:
     """The denoiser of data weighed by p(y | x)^scale: eps - scale sqrt(1 - alpha_bar) grad log p(y | x_t).
 
     log_p(x_t, t) -> [B] is that of a classifier of noised pictures, or how well they match a caption by a
     CLIP that was trained on noised pictures (Dhariwal & Nichol 2021, algorithm 2; Nichol et al. 2021, section
-    2.4). `scale` is a number or [B]; 0 steers nowhere.
+    2.4). `scale` is a number or [B]; 0 steers nowhere. mean: only the gradient is returned, by which an
+    ancestral step shifts its mean (ibid., algorithm 1).
     """
 
     def steer(x_t, t):
         prediction = denoise(x_t, t)
         gradient = jax.grad(lambda x: log_p(x, t).sum())(x_t).astype(jnp.float32)
         gradient = gradient * jnp.asarray(scale, jnp.float32).reshape(-1, *[1] * (x_t.ndim - 1))
+        if mean:
+            return prediction._replace(gradient=gradient)
         signal, sigma = signal_and_sigma(schedule, t, x_t.ndim)
         x0 = prediction.x0 + sigma**2 / signal * gradient
         return Prediction(x0, prediction.eps - sigma * gradient, prediction.var_frac)
@@ -152,10 +157,13 @@ def clip_x0(denoise: Denoiser, schedule: Schedule, limit: float | jax.Array = 1.
     return clipped
 
 
-def dynamic_threshold(denoise: Denoiser, schedule: Schedule, percentile: float = 99.5) -> Denoiser:
+def dynamic_threshold(
+    denoise: Denoiser, schedule: Schedule, percentile: float = 99.5, most: float | None = None
+) -> Denoiser:
     """The denoiser with x0 clipped to [-s, s] and divided by s, s = max(1, percentile of |x0|), per sample.
 
     For pixels in [-1, 1] under strong guidance (Saharia et al. 2022, section 2.3); percentile is in (0, 100].
+    most: the largest s, None for any (IF: 1.5).
     """
     if not 0.0 < percentile <= 100.0:
         raise ValueError(f"percentile must be in (0, 100], got {percentile}")
@@ -164,6 +172,7 @@ def dynamic_threshold(denoise: Denoiser, schedule: Schedule, percentile: float =
         prediction = denoise(x_t, t)
         axes = tuple(range(1, prediction.x0.ndim))
         s = jnp.maximum(1.0, jnp.percentile(jnp.abs(prediction.x0), percentile, axis=axes, keepdims=True))
+        s = s if most is None else jnp.minimum(s, most)
         return _with_x0(schedule, prediction, jnp.clip(prediction.x0, -s, s) / s, x_t, t)
 
     return thresholded
@@ -179,7 +188,8 @@ def keep_known(denoise: Denoiser, schedule: Schedule, image: jax.Array, mask: ja
         drawn = denoise(x_t, t)
         there = _with_x0(schedule, drawn, image, x_t, t)
         x0 = mask * drawn.x0 + (1 - mask) * there.x0
-        return Prediction(x0, mask * drawn.eps + (1 - mask) * there.eps, drawn.var_frac)
+        gradient = None if drawn.gradient is None else mask * drawn.gradient
+        return Prediction(x0, mask * drawn.eps + (1 - mask) * there.eps, drawn.var_frac, gradient)
 
     return kept
 
@@ -188,4 +198,4 @@ def _with_x0(
     schedule: Schedule, prediction: Prediction, x0: jax.Array, x_t: jax.Array, t: jax.Array
 ) -> Prediction:
     signal, sigma = signal_and_sigma(schedule, t, x_t.ndim)
-    return Prediction(x0, (x_t - signal * x0) / sigma, prediction.var_frac)
+    return prediction._replace(x0=x0, eps=(x_t - signal * x0) / sigma)

@@ -45,12 +45,14 @@ WEIGHTINGS = ("uniform", "min_snr", "p2")
 class Prediction(NamedTuple):
     """What a denoiser returns, whatever its network predicts: arrays [B, ...] float32 of the shape of x_t.
 
-    var_frac, the variance fraction f of the module's docstring, is None without a learned variance.
+    var_frac, the variance fraction f of the module's docstring, is None without a learned variance. gradient,
+    that of a guide's log p(y | x_t), shifts the mean of an ancestral step by its variance; None: no guide.
     """
 
     x0: jax.Array
     eps: jax.Array
     var_frac: jax.Array | None = None
+    gradient: jax.Array | None = None
 
 
 # network(x_t [B, ...], t [B] int32) -> output, of twice as many channels where the variance is learned
@@ -238,16 +240,32 @@ def vb_bits_per_dim(
     log_beta = _at(tables.log_beta[::-1], t, x0.ndim, dtype)
     log_beta_tilde = _at(tables.log_beta_tilde[::-1], t, x0.ndim, dtype)
     coef_x0 = _at(tables.coef_x0[::-1], t, x0.ndim, dtype)
+    first = (t == 0).reshape(-1, *[1] * (x0.ndim - 1))
+    return vb_of_step(prediction, x0, log_beta, log_beta_tilde, coef_x0, first)
+
+
+def vb_of_step(
+    prediction: Prediction,
+    x0: jax.Array,
+    log_beta: jax.Array,
+    log_beta_tilde: jax.Array,
+    coef_x0: jax.Array,
+    last: jax.Array,
+) -> jax.Array:
+    """The term of one step from t to s, in bits per dimension: [B] float32.
+
+    The KL of the module's docstring, or the negative log likelihood of x0 where `last` (s is the clean end).
+    The tables' entries of the step, see `schedules.TwoTime`, and `last` are broadcastable to x0 [B, H, W, C].
+    """
     assert prediction.var_frac is not None
     log_var = prediction.var_frac * log_beta + (1.0 - prediction.var_frac) * log_beta_tilde
     # Both means have the same term in x_t, so their difference is that of x0 and free of cancellation.
     gap = coef_x0 * (prediction.x0 - x0)
     ratio = log_beta_tilde - log_var
     kl = 0.5 * (jnp.expm1(ratio) - ratio + jnp.square(gap) * jnp.exp(-log_var))
-    # At t = 0 the mean is the predicted x0 itself: coef_x0 is 1 and the coefficient of x_t is 0.
+    # At the last step the mean is the predicted x0 itself: coef_x0 is 1 and the coefficient of x_t is 0.
     nll = -discretized_log_likelihood(x0, prediction.x0, 0.5 * log_var)
-    first = (t == 0).reshape(-1, *[1] * (x0.ndim - 1))
-    return _mean(jnp.where(first, nll, kl)) / math.log(2.0)
+    return _mean(jnp.where(last, nll, kl)) / math.log(2.0)
 
 
 def discretized_log_likelihood(x0: jax.Array, mean: jax.Array, log_std: jax.Array) -> jax.Array:

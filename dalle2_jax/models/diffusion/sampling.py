@@ -40,13 +40,14 @@ class Sampler(NamedTuple):
     multistep: bool = False
 
 
-def ddpm(steps: TwoTime, variance: str = "learned") -> Sampler:
+def ddpm(steps: TwoTime, variance: str | float = "learned") -> Sampler:
     """Ancestral sampling: x_s = coef_x0 x0 + coef_x_t x_t + sqrt(var) z, no noise in the last step.
 
     var is beta_tilde ('fixed_small'), beta ('fixed_large') or beta^f beta_tilde^(1-f) ('learned'), with f the
-    prediction's variance fraction (Ho et al. 2020; Nichol & Dhariwal 2021, equation 15).
+    prediction's variance fraction (Ho et al. 2020; Nichol & Dhariwal 2021, equation 15). A number is f of
+    all steps (classifier-free guidance's samplers: 0.2 or 0.3).
     """
-    if variance not in ("learned", "fixed_small", "fixed_large"):
+    if isinstance(variance, str) and variance not in ("learned", "fixed_small", "fixed_large"):
         raise ValueError(f"unknown variance {variance!r}: choose 'learned', 'fixed_small' or 'fixed_large'")
     table = _table(
         steps,
@@ -59,7 +60,10 @@ def ddpm(steps: TwoTime, variance: str = "learned") -> Sampler:
 
     def update(x_t, prediction, x0_before, c, keys):
         mean = c["x0"] * prediction.x0 + c["x_t"] * x_t
-        std = c["noisy"] * jnp.exp(0.5 * _log_variance(variance, prediction.var_frac, c["small"], c["large"]))
+        log_var = _log_variance(variance, prediction.var_frac, c["small"], c["large"])
+        if prediction.gradient is not None:  # in the last step, too (ADM, algorithm 1)
+            mean = mean + jnp.exp(log_var) * prediction.gradient
+        std = c["noisy"] * jnp.exp(0.5 * log_var)
         return mean + std * _normal(keys, c["t"], x_t.shape[1:])
 
     return Sampler(table, update)
@@ -219,12 +223,14 @@ def _noisy(steps: TwoTime) -> np.ndarray:
 
 
 def _log_variance(
-    variance: str, var_frac: jax.Array | None, log_small: jax.Array, log_large: jax.Array
+    variance: str | float, var_frac: jax.Array | None, log_small: jax.Array, log_large: jax.Array
 ) -> jax.Array:
     if variance == "fixed_small":
         return log_small
     if variance == "fixed_large":
         return log_large
+    if not isinstance(variance, str):
+        return variance * log_large + (1.0 - variance) * log_small
     if var_frac is None:
         raise ValueError("variance='learned' needs a denoiser with a learned variance: use 'fixed_small'")
     return var_frac * log_large + (1.0 - var_frac) * log_small

@@ -22,8 +22,10 @@ import numpy as np
 
 from dalle2_jax.runtime.names import nearest
 
-NAMES = ("linear", "cosine", "cosine:4")
-SPACINGS = ("uniform", "trailing", "fast27", "sections:10,10,3,2,2")
+NAMES = ("linear", "cosine", "cosine:4", "logsnr")
+# The ends of 'logsnr': log(alpha_bar / (1 - alpha_bar)) is in +-20.
+_MOST_LOGSNR = 20.0
+SPACINGS = ("uniform", "trailing", "adm", "ddim", "fast27", "sections:10,10,3,2,2")
 
 
 def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
@@ -33,8 +35,11 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
     improved DDPM's (Nichol & Dhariwal 2021, equation 17), beta at most 0.999. 'cosine:F' is the cosine of
     pictures with 1/F of the side: its signal-to-noise ratio is divided by F^2, so that a picture made F
     times smaller by averaging shows as much as 'cosine' leaves of a picture of that size (simple diffusion,
-    Hoogeboom et al. 2023, equation 4). Raises ValueError for another name, and for fewer steps than the
-    schedule can be defined on.
+    Hoogeboom et al. 2023, equation 4). 'logsnr' is that of classifier-free guidance (Ho & Salimans 2022,
+    section 2): log SNR = -2 log tan(a u + b) at u = (t + 1) / T, within +-20. Its time is continuous: take T
+    = 65536, and scale the network's time by 1000 / T.
+
+    Raises ValueError for another name, and for fewer steps than the schedule can be defined on.
     """
     name, _, factor = name.partition(":")
     if num_timesteps < 1:
@@ -50,6 +55,11 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
         u = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
         f = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         beta = np.minimum(1.0 - f[1:] / f[:-1], 0.999)
+    elif name == "logsnr":
+        b = np.arctan(np.exp(-0.5 * _MOST_LOGSNR))
+        a = np.arctan(np.exp(0.5 * _MOST_LOGSNR)) - b
+        # alpha_bar = sigmoid(-2 log tan x) = cos(x)^2
+        return Schedule(name, np.cos(a * np.arange(1, num_timesteps + 1) / num_timesteps + b) ** 2)
     else:
         raise ValueError(
             f"unknown schedule {name!r}: choose one of {', '.join(NAMES)}{_did_you_mean(name, NAMES)}"
@@ -78,6 +88,8 @@ def space_timesteps(num_steps: int, num_timesteps: int = 1000, spacing: str = "u
     spacing:
       'uniform'   round(i (T-1) / (n-1)), halves to even, so both 0 and T-1 are among them; n = 1 gives [T-1];
       'trailing'  round(T - i T / n) - 1: starts at T-1, ends at about T/n - 1;
+      'adm'       'uniform' as ADM's code adds it up in floats, i times the stride: one off at some counts;
+      'ddim'      0, k, 2k, ... with the smallest whole k that gives n times (ADM's 'ddimN');
       'sections:a,b,...'  T is cut into equal sections, the cleanest first, with a, b, ... uniform steps;
       'fast27'    GLIDE's 27 steps of 1000: sections 10,10,3,2,2 with 997 in the place of 999, against DDIM's
                   artifacts from the noisiest times.
@@ -91,6 +103,16 @@ def space_timesteps(num_steps: int, num_timesteps: int = 1000, spacing: str = "u
         times = _uniform(T, num_steps) if num_steps > 1 else np.array([T - 1])
     elif spacing == "trailing":
         times = np.rint(T - np.arange(num_steps) * T / num_steps).astype(np.int64) - 1
+    elif spacing == "adm":
+        stride = (T - 1) / (num_steps - 1) if num_steps > 1 else 1.0
+        times = np.rint(np.cumsum([0.0] + [stride] * (num_steps - 1))).astype(np.int64)
+    elif spacing == "ddim":
+        strides = [k for k in range(1, T) if len(range(0, T, k)) == num_steps] or [T] * (num_steps == 1)
+        if not strides:
+            raise ValueError(
+                f"spacing 'ddim' has no whole stride for {num_steps} of {T} steps: use 'uniform'"
+            )
+        times = np.arange(0, T, strides[0])
     elif spacing == "fast27":
         if T != 1000 or num_steps != 27:
             raise ValueError(f"spacing 'fast27' is 27 steps of 1000, not {num_steps} of {T}: use 'uniform'")

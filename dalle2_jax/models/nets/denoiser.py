@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from dalle2_jax.models.nets import layers
-from dalle2_jax.models.nets.text import GlideTextTransformer
+from dalle2_jax.models.nets.efficient_unet import EfficientUNet
+from dalle2_jax.models.nets.text import GlideTextTransformer, TextPool
 from dalle2_jax.models.nets.transformer import NullStates, TokenEmbedding, kept
-from dalle2_jax.models.nets.unet import TimeEmbedding, UNet
+from dalle2_jax.models.nets.unet import Style, TimeEmbedding, UNet
 
 
 class Conditioning(NamedTuple):
@@ -43,6 +44,8 @@ class DenoiserNet(nn.Module):
       transformer fills it with its padding embedding. With text['states_width'] the caption is the states and
       the embedding of a frozen CLIP's text transformer (Karlo): the states are projected and attended to, the
       embedding, or a learned null one, is added like the image's. text['null_tokens'] is for NullStates.
+      Without embed_dim the states are those of a frozen T5 (Imagen): they are projected and attended to, and
+      pooled by text['pool_heads'] heads. The null caption is zeros, all of which are read.
     - inpaint: known pixels, in further channels of input.
     - The small picture of an upsampler, in further channels of input, and the level of its noise.
     """
@@ -60,21 +63,27 @@ class DenoiserNet(nn.Module):
     def setup(self):
         """Declare the layers (Flax)."""
         unet = dict(self.unet)
-        channels = unet["channels"]
-        self.net = UNet(**unet, dtype=self.dtype)
-        self.time = TimeEmbedding(channels, self.dtype)
-        self.low_res_time = TimeEmbedding(channels, self.dtype)  # without parameters unless it is used
-        self.token_width = self.text["width"] if self.text else 4 * channels
+        channels, style = unet["channels"], unet.get("style", Style())
+        net = EfficientUNet if style.efficient else UNet
+        self.net = net(**unet, dtype=self.dtype)
+        self.time = TimeEmbedding(channels, style, self.dtype)
+        self.low_res_time = TimeEmbedding(channels, style, self.dtype)  # without parameters unless it is used
+        emb_dim = style.emb_dim or 4 * channels
+        self.token_width = self.text["width"] if self.text else emb_dim
         if self.embed_dim:
-            self.image_emb_proj = layers.Dense(4 * channels, dtype=self.dtype)
+            self.image_emb_proj = layers.Dense(emb_dim, dtype=self.dtype)
             self.image_token_proj = layers.Dense(self.num_image_tokens * self.token_width, dtype=self.dtype)
             self.null_image_embed = self.param(
                 "null_image_embed", layers.normal(0.02), (self.embed_dim,), jnp.float32
             )
         if self.num_classes:
-            self.label_embed = TokenEmbedding(self.num_classes, 4 * channels, self.dtype)
+            self.label_embed = TokenEmbedding(self.num_classes, emb_dim, self.dtype)
+        if self.reads_t5:
+            self.text_states_proj = layers.Dense(self.token_width, dtype=self.dtype)
+            self.text_pool = TextPool(self.text["pool_heads"], emb_dim, self.dtype)
+            return
         if self.text:
-            self.text_emb_proj = layers.Dense(4 * channels, dtype=self.dtype)
+            self.text_emb_proj = layers.Dense(emb_dim, dtype=self.dtype)
         if self.text and self.reads_states:
             self.text_states_proj = layers.Dense(self.token_width, dtype=self.dtype)
             self.text_states_norm = layers.LayerNorm()
@@ -86,8 +95,13 @@ class DenoiserNet(nn.Module):
             self.text_net = GlideTextTransformer(**self.text, dtype=self.dtype)
 
     @property
+    def reads_t5(self) -> bool:
+        """Whether captions are the states of a text encoder without an embedding, such as T5."""
+        return self.reads_states and not self.embed_dim
+
+    @property
     def reads_states(self) -> bool:
-        """Whether captions are a frozen CLIP's states and not tokens."""
+        """Whether captions are a frozen encoder's states and not tokens."""
         return bool(self.text and self.text.get("states_width"))
 
     def condition(
@@ -116,7 +130,12 @@ class DenoiserNet(nn.Module):
             assert label is not None
             row = self.label_embed(jnp.maximum(label, 0))  # [B, 4C]
             emb = _sum(emb, jnp.where(label[:, None] < 0, 0, row))
-        if self.text and self.reads_states:
+        if self.reads_t5:
+            assert text is not None and token_mask is not None and drop_text is not None
+            drop = drop_text[:, None]  # [B, 1]
+            states, mask = jnp.where(drop[..., None], 0, text), token_mask | drop
+            emb, context = _sum(emb, self.text_pool(states, mask)), self.text_states_proj(states)
+        elif self.text and self.reads_states:
             assert text is not None and token_mask is not None and drop_text is not None
             assert text_embed is not None and context is not None  # it reads image embeddings, too
             null_embed = kept(self.null_text_embed, self.text.get("null_tokens", 0))

@@ -96,13 +96,19 @@ def activation(name: str) -> Callable:
     return _ACTIVATIONS[name]
 
 
-def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
-    """Sinusoids of t [B] as [B, dim] float32, cosines before sines (ADM's order), zero-padded when dim is
-    odd."""
+def timestep_embedding(
+    t: jax.Array, dim: int, max_period: float = 10_000.0, *, sin_first: bool = False, freq_shift: int = 0
+) -> jax.Array:
+    """Sinusoids of t [B] as [B, dim] float32, zero-padded when dim is odd.
+
+    ADM's order is cosines before sines, its frequencies are max_period^(-k / half), k = 0 .. half - 1;
+    DDPM's order is `sin_first`, and it divides by half - freq_shift = half - 1.
+    """
     half = dim // 2
-    freqs = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    freqs = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
     args = t.astype(jnp.float32)[:, None] * freqs[None]  # [B, half]
-    embedding = jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
+    waves = [jnp.sin(args), jnp.cos(args)] if sin_first else [jnp.cos(args), jnp.sin(args)]
+    embedding = jnp.concatenate(waves, axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim - 2 * half)))
 
 
@@ -113,13 +119,19 @@ def num_groups(channels: int) -> int:
 
 
 class GroupNorm(nn.Module):
-    """Group norm over [B, H, W, C] or [B, N, C], computed in float32 and returned in float32."""
+    """Group norm over [B, H, W, C] or [B, N, C], computed in float32 and returned in float32.
+
+    groups: 0 for `num_groups` of the channels.
+    """
+
+    groups: int = 0
+    epsilon: float = NORM_EPSILON
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., C] -> the same shape, float32."""
         channels = x.shape[-1]
-        groups = num_groups(channels)
+        groups = self.groups or num_groups(channels)
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         x = x.astype(jnp.float32)
@@ -133,7 +145,7 @@ class GroupNorm(nn.Module):
         group_mean = mean.mean(axis=-1)  # [B, G]
         group_var = (var + jnp.square(mean - group_mean[..., None])).mean(axis=-1)
         # (x - mean) / std * scale + bias as x * gain + shift, both [B, C]
-        gain = cpu.to_channels(jax.lax.rsqrt(group_var + NORM_EPSILON), channels) * scale
+        gain = cpu.to_channels(jax.lax.rsqrt(group_var + self.epsilon), channels) * scale
         shift = bias - cpu.to_channels(group_mean, channels) * gain
         return x * jnp.expand_dims(gain, axes) + jnp.expand_dims(shift, axes)
 
@@ -143,18 +155,19 @@ def conv(
     kernel_size: int = 3,
     *,
     stride: int = 1,
+    padding: tuple[tuple[int, int], tuple[int, int]] | None = None,
     dtype,
     name: str,
     zero: bool = False,
     bias: bool = True,
 ):
-    """A square convolution with symmetric padding (torch's convention, also for stride 2)."""
+    """A square convolution; padding: None pads alike on all sides (torch's convention, also for stride 2)."""
     pad = kernel_size // 2
     return nn.Conv(
         features,
         (kernel_size, kernel_size),
         strides=(stride, stride),
-        padding=((pad, pad), (pad, pad)),
+        padding=padding or ((pad, pad), (pad, pad)),
         use_bias=bias,
         dtype=dtype,
         param_dtype=jnp.float32,

@@ -78,3 +78,34 @@ class GlideTextTransformer(nn.Module):
             self.depth, self.num_heads, self.activation, self.remat, self.dtype, name="transformer"
         )
         return layers.LayerNorm(name="norm_out")(stack(x))
+
+
+class TextPool(nn.Module):
+    """A text's states as one vector: norm, attention of their mean to all of them, Dense, norm (Imagen, IF).
+
+    The query is the mean of the states plus a position; keys and values are those of the mean and the states.
+    """
+
+    num_heads: int
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, states: jax.Array, mask: jax.Array) -> jax.Array:
+        """states [B, L, D], mask [B, L] bool, True = read -> [B, features]. Raises ValueError if heads do not
+        divide D."""
+        width = states.shape[-1]
+        if width % self.num_heads:
+            raise ValueError(f"text states of width {width} cannot have pool_heads {self.num_heads}")
+        x = layers.LayerNorm(name="norm1")(states)
+        count = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)  # [B, 1]
+        mean = jnp.where(mask[..., None], x, 0).sum(axis=1) / count  # [B, D]
+        position = Embedding((width,), stddev=width**-0.5, name="position")()
+        x = jnp.concatenate([(mean + position)[:, None], x], axis=1).astype(self.dtype)  # [B, 1 + L, D]
+        mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)[:, None, None, :]
+        q = layers.Dense(width, dtype=self.dtype, name="q")(x[:, :1])
+        k, v = jnp.split(layers.Dense(2 * width, dtype=self.dtype, name="kv")(x), 2, axis=-1)
+        q, k, v = (layers.split_heads(y, width // self.num_heads) for y in (q, k, v))
+        pooled = layers.attention(q, k, v, mask)[:, 0]
+        out = layers.Dense(self.features, dtype=self.dtype, name="proj")(pooled)
+        return layers.LayerNorm(name="norm2")(out).astype(self.dtype)

@@ -6,6 +6,8 @@ each fed [h, skip]. The timestep embedding, to which a denoiser adds its conditi
 every block. Names of blocks are the interface of checkpoints, sharding rules and weight importers.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,57 @@ import jax.numpy as jnp
 from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.vision import AttentionPool
 from dalle2_jax.runtime.partition import constrain
+
+
+class Style(NamedTuple):
+    """Where a U-Net differs from ADM's, whose values are the defaults.
+
+    Attributes:
+      resample: 'residual', a residual block halves and doubles the side (BigGAN); or 'conv', a convolution of
+        stride 2 halves it, nearest-neighbour doubling and a convolution double it (DDPM, improved DDPM).
+      resample_pad: zeros before and after the rows that the convolution of stride 2 reads: (1, 1), torch's;
+        or (0, 1), TensorFlow's 'SAME' (DDPM). The two differ by half a pixel a level.
+      sin_first: sines before cosines in the embedding of time (DDPM).
+      freq_shift: the frequencies are 10000^(-k / (half - freq_shift)), k = 0 .. half - 1: 0, or 1 (DDPM).
+      time_scale: factor of the time: 1000 / T in improved DDPM's networks with rescaled times.
+      emb_dim: width of the embeddings of time and conditions; 0: four times `channels`.
+      activation: 'silu', or 'gelu', the exact one (IF).
+      norm_epsilon, norm_groups: of group norms; 0 groups: `layers.num_groups`. DDPM: 1e-6.
+      context_norm: norm of the context before keys and values: '', 'group' (IF) or 'layer' (Imagen).
+      context_only: attention reads the context alone, not the picture (Imagen's 1024 stage).
+      skip_scale: factor of the skips where they join the way up: 2^-0.5 in Imagen's upsamplers.
+      efficient: the levels of `efficient_unet.EfficientUNet` (Imagen's upsamplers), whose skips are scaled.
+      residual_scale: factor of a residual block's sum: 0.7071 in IF's second stage.
+    """
+
+    resample: str = "residual"
+    resample_pad: tuple[int, int] = (1, 1)
+    sin_first: bool = False
+    freq_shift: int = 0
+    time_scale: float = 1.0
+    emb_dim: int = 0
+    activation: str = "silu"
+    norm_epsilon: float = layers.NORM_EPSILON
+    norm_groups: int = 0
+    context_norm: str = ""
+    context_only: bool = False
+    skip_scale: float = 1.0
+    efficient: bool = False
+    residual_scale: float = 1.0
+
+    def check(self) -> "Style":
+        """Itself; raises ValueError for a value that is not there."""
+        for name, values in (("resample", ("residual", "conv")), ("context_norm", ("", "group", "layer"))):
+            if getattr(self, name) not in values:
+                raise ValueError(f"net.{name} {getattr(self, name)!r} is unknown; choose one of {values}")
+        if tuple(self.resample_pad) not in ((1, 1), (0, 1)):
+            raise ValueError(f"net.resample_pad {self.resample_pad} must be (1, 1) or (0, 1)")
+        layers.activation(self.activation)
+        return self
+
+    def norm(self, name: str) -> nn.Module:
+        """A group norm."""
+        return layers.GroupNorm(self.norm_groups, self.norm_epsilon, name=name)
 
 
 class ResBlock(nn.Module):
@@ -23,29 +76,31 @@ class ResBlock(nn.Module):
     dropout: float = 0.0
     resample: str = ""
     scale_shift: bool = True
+    style: Style = Style()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
         """x [B, H, W, C], emb [B, E] -> [B, H', W', channels]."""
         resample = {"": lambda y: y, "down": layers.downsample, "up": layers.upsample}[self.resample]
-        h = resample(nn.silu(layers.GroupNorm(name="norm1")(x)).astype(self.dtype))
+        act = layers.activation(self.style.activation)
+        h = resample(act(self.style.norm("norm1")(x)).astype(self.dtype))
         x = resample(x)
         # Around convolutions too: the gradient by a kernel that is split over `fsdp` would else gather the
         # whole batch where it is recomputed.
         h = constrain(layers.conv(self.channels, dtype=self.dtype, name="conv1")(constrain(h)))
         width = 2 * self.channels if self.scale_shift else self.channels
-        shift = layers.Dense(width, dtype=self.dtype, name="emb_proj")(nn.silu(emb))[:, None, None, :]
+        shift = layers.Dense(width, dtype=self.dtype, name="emb_proj")(act(emb))[:, None, None, :]
         if self.scale_shift:
             scale, shift = jnp.split(shift.astype(jnp.float32), 2, axis=-1)
-            h = layers.GroupNorm(name="norm2")(h) * (1 + scale) + shift
+            h = self.style.norm("norm2")(h) * (1 + scale) + shift
         else:
-            h = layers.GroupNorm(name="norm2")(h + shift)
-        h = nn.Dropout(self.dropout)(nn.silu(h).astype(self.dtype), deterministic=deterministic)
+            h = self.style.norm("norm2")(h + shift)
+        h = nn.Dropout(self.dropout)(act(h).astype(self.dtype), deterministic=deterministic)
         h = layers.conv(self.channels, dtype=self.dtype, name="conv2", zero=True)(constrain(h))
         if x.shape[-1] != self.channels:
             x = layers.conv(self.channels, 1, dtype=self.dtype, name="skip")(x)
-        return constrain(x + h)
+        return constrain(_scaled(x + h, self.style.residual_scale))
 
 
 class AttentionBlock(nn.Module):
@@ -54,35 +109,45 @@ class AttentionBlock(nn.Module):
 
     head_dim: int
     num_heads: int = 0
+    style: Style = Style()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array | None, context_mask: jax.Array | None) -> jax.Array:
         """x [B, H, W, C], context [B, K, D], context_mask [B, K] bool (True = attend) -> [B, H, W, C]."""
         batch, height, width, channels = x.shape
-        h = layers.GroupNorm(name="norm")(x).astype(self.dtype).reshape(batch, height * width, channels)
-        q, k, v = jnp.split(layers.Dense(3 * channels, dtype=self.dtype, name="qkv")(h), 3, axis=-1)
-        mask = None
+        h = self.style.norm("norm")(x).astype(self.dtype).reshape(batch, height * width, channels)
+        keys, values, mask, pictures = [], [], None, 0
+        if self.style.context_only:
+            q = layers.Dense(channels, dtype=self.dtype, name="q")(h)
+        else:
+            q, k, v = jnp.split(layers.Dense(3 * channels, dtype=self.dtype, name="qkv")(h), 3, axis=-1)
+            keys, values, pictures = [k], [v], height * width
         if context is not None:
-            text_k, text_v = jnp.split(
-                layers.Dense(2 * channels, dtype=self.dtype, name="text_kv")(context.astype(self.dtype)),
-                2,
-                axis=-1,
-            )
-            k, v = jnp.concatenate([text_k, k], axis=1), jnp.concatenate([text_v, v], axis=1)
-            if context_mask is not None:
-                mask = jnp.pad(context_mask, ((0, 0), (0, height * width)), constant_values=True)[
-                    :, None, None, :
-                ]
+            text_kv = layers.Dense(2 * channels, dtype=self.dtype, name="text_kv")
+            text_k, text_v = jnp.split(text_kv(self._normed(context).astype(self.dtype)), 2, axis=-1)
+            keys, values, mask = [text_k, *keys], [text_v, *values], context_mask
+        if mask is not None:  # the picture's own keys are never masked
+            mask = jnp.pad(mask, ((0, 0), (0, pictures)), constant_values=True)[:, None, None, :]
+        k, v = (ys[0] if len(ys) == 1 else jnp.concatenate(ys, axis=1) for ys in (keys, values))
         head_dim = channels // self.num_heads if self.num_heads else min(self.head_dim, channels)
         q, k, v = (layers.split_heads(y, head_dim) for y in (q, k, v))
         h = layers.attention(q, k, v, mask, cudnn=True)
         h = layers.Dense(channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")(h)
         return constrain(x + h.reshape(x.shape))
 
+    def _normed(self, context: jax.Array) -> jax.Array:
+        """The context [B, K, D] behind the norm that `style` names."""
+        if self.style.context_norm == "group":
+            return layers.GroupNorm(self.style.norm_groups, name="norm_context")(context)
+        return layers.LayerNorm(name="norm_context")(context) if self.style.context_norm else context
+
 
 class UNet(nn.Module):
-    """The ADM network. `out_channels` counts the variance channels where the variance is learned.
+    """The ADM network, or a relative of it: see `Style`.
+
+    `out_channels` counts the variance channels where the variance is learned. `num_res_blocks` may be one
+    number for each level.
 
     With `num_pool_heads` it is the way down alone, whose features are pooled by attention: ADM's classifier
     of noised pictures.
@@ -91,7 +156,7 @@ class UNet(nn.Module):
     out_channels: int
     channels: int
     channel_mult: tuple[float, ...]
-    num_res_blocks: int
+    num_res_blocks: int | tuple[int, ...]
     attention_resolutions: tuple[int, ...] = ()
     head_dim: int = 64
     num_heads: int = 0
@@ -99,6 +164,7 @@ class UNet(nn.Module):
     scale_shift: bool = True
     remat: bool | str = False
     num_pool_heads: int = 0
+    style: Style = Style()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -127,34 +193,46 @@ class UNet(nn.Module):
                 f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, "
                 f"got {x.shape[1:3]}"
             )
+        style, blocks = self.style, self.num_res_blocks
+        blocks = (blocks,) * levels if isinstance(blocks, int) else blocks
         res_block = layers.remat(ResBlock, self.remat, static_argnums=(3,))
         attention_block = layers.remat(AttentionBlock, self.remat)
 
         def res(name, channels, resample=""):
-            block = res_block(channels, self.dropout, resample, self.scale_shift, self.dtype, name=name)
+            block = res_block(
+                channels, self.dropout, resample, self.scale_shift, style, self.dtype, name=name
+            )
             return lambda h: block(h, emb, deterministic)
 
+        def resized(name, h, channels, resample):
+            if style.resample == "residual":
+                return res(name, channels, resample)(h)
+            if resample == "up":
+                return layers.conv(channels, dtype=self.dtype, name=name)(layers.upsample(h))
+            pad = (tuple(style.resample_pad),) * 2
+            return layers.conv(channels, stride=2, padding=pad, dtype=self.dtype, name=name)(h)
+
         def attention(name):
-            return attention_block(self.head_dim, self.num_heads, self.dtype, name=name)
+            return attention_block(self.head_dim, self.num_heads, style, self.dtype, name=name)
 
         def attend(name, h, level):
             if image_size // 2**level not in self.attention_resolutions:
                 return h
             return attention(name)(h, context, context_mask)
 
-        emb = emb.astype(self.dtype)
+        act, emb = layers.activation(style.activation), emb.astype(self.dtype)
         h = layers.conv(widths[0], dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
         if known is not None:
             conv = layers.conv(h.shape[-1], dtype=self.dtype, name="conv_in_known", zero=True)
             h = h + conv(known.astype(self.dtype))
         skips = [h]
         for level, width in enumerate(widths):
-            for j in range(self.num_res_blocks):
+            for j in range(blocks[level]):
                 h = res(f"down_{level}_res_{j}", width)(h)
                 h = attend(f"down_{level}_attn_{j}", h, level)
                 skips.append(h)
             if level < levels - 1:
-                h = res(f"down_{level}_down", width, "down")(h)
+                h = resized(f"down_{level}_down", h, width, "down")
                 skips.append(h)
 
         h = res("mid_res_0", h.shape[-1])(h)
@@ -162,36 +240,47 @@ class UNet(nn.Module):
             h = attention("mid_attn")(h, context, context_mask)
         h = res("mid_res_1", h.shape[-1])(h)
         if self.num_pool_heads:
-            h = nn.silu(layers.GroupNorm(name="norm_out")(h)).astype(self.dtype)
+            h = act(style.norm("norm_out")(h)).astype(self.dtype)
             pool = AttentionPool(self.num_pool_heads, self.out_channels, self.dtype, name="pool")
             return pool(h).astype(jnp.float32)
 
         for level, width in reversed(list(enumerate(widths))):
-            for j in range(self.num_res_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
+            for j in range(blocks[level] + 1):
+                h = jnp.concatenate([h, _scaled(skips.pop(), style.skip_scale)], axis=-1)
                 h = res(f"up_{level}_res_{j}", width)(h)
                 h = attend(f"up_{level}_attn_{j}", h, level)
             if level > 0:
-                h = res(f"up_{level}_up", width, "up")(h)
+                h = resized(f"up_{level}_up", h, width, "up")
 
-        h = nn.silu(layers.GroupNorm(name="norm_out")(h)).astype(self.dtype)
+        h = act(style.norm("norm_out")(h)).astype(self.dtype)
         return layers.conv(self.out_channels, dtype=self.dtype, name="conv_out", zero=True)(h).astype(
             jnp.float32
         )
 
 
+def _scaled(x: jax.Array, scale: float) -> jax.Array:
+    """x times `scale`; the same program as without it where it is 1."""
+    return x if scale == 1 else x * scale
+
+
 class TimeEmbedding(nn.Module):
-    """Sinusoids of width `channels`, then Dense-SiLU-Dense to 4 x channels (ADM)."""
+    """Sinusoids of width `channels`, then Dense, activation, Dense to `style.emb_dim` (ADM: 4 x channels)."""
 
     channels: int
+    style: Style = Style()
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
-        """t [B] -> [B, 4 * channels]."""
-        h = layers.timestep_embedding(t, self.channels).astype(self.dtype)
-        h = nn.silu(layers.Dense(4 * self.channels, dtype=self.dtype, name="fc1")(h))
-        return layers.Dense(4 * self.channels, dtype=self.dtype, name="fc2")(h)
+        """t [B], times or a number for each -> [B, E]."""
+        style, width = self.style, self.style.emb_dim or 4 * self.channels
+        t = _scaled(t, style.time_scale)
+        h = layers.timestep_embedding(
+            t, self.channels, sin_first=style.sin_first, freq_shift=style.freq_shift
+        )
+        h = layers.Dense(width, dtype=self.dtype, name="fc1")(h.astype(self.dtype))
+        h = layers.activation(style.activation)(h)
+        return layers.Dense(width, dtype=self.dtype, name="fc2")(h)
 
 
 class ClassifierNet(nn.Module):
@@ -205,6 +294,6 @@ class ClassifierNet(nn.Module):
     def __call__(self, x_t, t, deterministic=True):
         """x_t [B, H, W, 3], t [B] -> logits [B, classes] float32."""
         unet = dict(self.unet)
-        emb = TimeEmbedding(unet["channels"], self.dtype, name="time")(t)
+        time = TimeEmbedding(unet["channels"], unet.get("style", Style()), self.dtype, name="time")
         net = UNet(**unet, dtype=self.dtype, name="net")
-        return net(x_t, emb, image_size=self.image_size, deterministic=deterministic)
+        return net(x_t, time(t), image_size=self.image_size, deterministic=deterministic)

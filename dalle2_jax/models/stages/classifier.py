@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dalle2_jax.models.diffusion import process, schedules
 from dalle2_jax.models.nets.unet import ClassifierNet
 from dalle2_jax.models.stages import Loss
+from dalle2_jax.models.stages.building import unet_style
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +75,11 @@ def build(
     scale_shift: bool = True,
     schedule: str = "cosine",
     num_timesteps: int = 1000,
+    net: dict | None = None,
     remat: bool | str = "none",
     dtype: str = "float32",
 ) -> Classifier:
-    """The classifier of a config; defaults are ADM's at 64 x 64 (its table 12).
+    """The classifier of a config; defaults are ADM's at 64 x 64 (its table 12). net: see `unet.Style`.
 
     Raises ValueError for settings that cannot go together.
     """
@@ -99,6 +101,8 @@ def build(
         remat=remat,
         num_pool_heads=max(1, width // head_dim),
     )
+    if net:
+        unet["style"] = unet_style(net)
     return Classifier(
         net=ClassifierNet(unet=unet, image_size=image_size, dtype=jnp.dtype(dtype)),
         schedule=schedules.make_schedule(schedule, num_timesteps),

@@ -61,8 +61,9 @@ class Label:
 class Caption:
     """A caption, dropped with probability `drop`.
 
-    states_width: width of the frozen CLIP's text states that are read; 0 reads tokens. embed_dim: of that
-    CLIP. null_tokens: how many positions the null caption has whose states may be read.
+    states_width: width of a frozen encoder's text states; 0 reads tokens. embed_dim: of the CLIP that makes
+    them; 0: a T5 makes them, without an embedding. null_tokens: how many positions the null caption has whose
+    states may be read. masked: whether padding is hidden from the network (IF: no).
     """
 
     context_length: int
@@ -70,16 +71,18 @@ class Caption:
     states_width: int = 0
     embed_dim: int = 0
     null_tokens: int = 0
+    masked: bool = True
     name = "caption"
 
     @property
     def specs(self) -> Specs:
         """The fields of a batch that it reads."""
-        specs = {"token_mask": ((self.context_length,), jnp.bool_)}
+        specs: Specs = {"token_mask": ((self.context_length,), jnp.bool_)}
         if not self.states_width:
             return specs | {"tokens": ((self.context_length,), jnp.int32)}
         states = (self.context_length, self.states_width)
-        return specs | {"text_states": (states, jnp.float32), "text_embed": ((self.embed_dim,), jnp.float32)}
+        specs |= {"text_states": (states, jnp.float32)}
+        return specs | ({"text_embed": ((self.embed_dim,), jnp.float32)} if self.embed_dim else {})
 
     def read(self, batch: dict, drop: jax.Array, null: bool) -> dict[str, jax.Array]:
         """Keywords of `DenoiserNet.condition`; drop [B] bool. Where a batch has a negative caption, `null`
@@ -88,8 +91,9 @@ class Caption:
         if null and "negative_token_mask" in batch:
             prefix, drop = "negative_", ~drop
         names = {"text": "text_states" if self.states_width else "tokens", "token_mask": "token_mask"}
-        names |= {"text_embed": "text_embed"} if self.states_width else {}
-        return {to: batch[prefix + name] for to, name in names.items()} | {"drop_text": drop}
+        names |= {"text_embed": "text_embed"} if self.states_width and self.embed_dim else {}
+        read = {to: batch[prefix + name] for to, name in names.items()} | {"drop_text": drop}
+        return read if self.masked else read | {"token_mask": jnp.ones_like(read["token_mask"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +119,19 @@ class LowRes:
         """low_res [B, h, w, 3] -> [B, factor h, factor w, 3]."""
         batch, height, width, channels = low_res.shape
         shape = (batch, height * self.factor, width * self.factor, channels)
-        return jax.image.resize(low_res, shape, self.resize)
+        if self.resize != "align_corners":
+            return jax.image.resize(low_res, shape, self.resize)
+        # torch's align_corners: x_out = s x_in with s = (out - 1) / (in - 1). JAX counts from the edges of
+        # pixels, x_out + 1/2 = s (x_in + 1/2) + (1 - s) / 2
+        scale = jnp.array([(n * self.factor - 1) / (n - 1) for n in (height, width)])
+        resize = jax.image.scale_and_translate
+        return resize(low_res, shape, (1, 2), scale, (1 - scale) / 2, "linear", antialias=False)
 
     def enlarged_windows(self, low_res: jax.Array, crop_yx: jax.Array, size: tuple[int, int]) -> jax.Array:
         """Windows [B, H, W, 3] of that size at `crop_yx` [B, 2] of `enlarge(low_res)`.
 
         Only the windows are computed: 16 full pictures of 1024 pixels would take most of a step's memory."""
-        if self.resize == "nearest":
+        if self.resize in ("nearest", "align_corners"):
             window = jax.vmap(lambda full, yx: jax.lax.dynamic_slice(full, (yx[0], yx[1], 0), (*size, 3)))
             return window(self.enlarge(low_res), crop_yx)
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.nets.denoiser import DenoiserNet
 from dalle2_jax.models.stages import check_settings
+from dalle2_jax.models.stages.building import checked_states, unet_and_process
 from dalle2_jax.models.stages.conditions import TOKEN_TEXT, Caption, ClipImage, Label
-from dalle2_jax.models.stages.diffusion import DiffusionStage, unet_and_process
+from dalle2_jax.models.stages.diffusion import DiffusionStage
 from dalle2_jax.models.stages.settings import ETA, GUIDANCE, METHOD, SPACING, STEPS, THRESHOLD
 
 SETTINGS = (*GUIDANCE, STEPS, METHOD, ETA, SPACING, THRESHOLD)
@@ -26,7 +27,7 @@ def build(
     embed_dim: int = 1024,
     channels: int = 512,
     channel_mult: tuple[int, ...] = (1, 2, 3, 4),
-    num_res_blocks: int = 3,
+    num_res_blocks: int | tuple[int, ...] = 3,
     attention_resolutions: tuple[int, ...] = (32, 16, 8),
     head_dim: int = 64,
     num_heads: int = 0,
@@ -52,19 +53,25 @@ def build(
     guidance_scale: float = 3.0,
     threshold: float | None = None,
     inpaint: bool = False,
+    threshold_max: float | None = None,
+    fixed_variance: float = 0.0,
+    guide_rule: str = "score",
+    net: dict | None = None,
     remat: bool | str = "none",
     dtype: str = "float32",
 ) -> DiffusionStage:
     """The decoder of a config, Table 3's by default; ValueError for settings that cannot go together.
 
     text: keywords of GlideTextTransformer; None reads no captions; dict(states_width, context_length, width,
-    null_tokens=0) reads the states of a frozen CLIP's text transformer (Karlo). embed_dim: 0 reads no image
-    embeddings. embed_scale: factor of embeddings; None is sqrt(embed_dim), for those of unit norm.
+    null_tokens=0) reads the states of a frozen CLIP's text transformer (Karlo), and without embed_dim
+    dict(states_width, context_length, width, pool_heads) those of a frozen T5 (Imagen). embed_dim: 0 reads no
+    image embeddings. embed_scale: factor of embeddings; None is sqrt(embed_dim), for those of unit norm.
     num_classes: how many classes a caption may name; 0 reads no class. num_heads: of every attention, in the
     place of heads of head_dim entries. guidance_scale: 1 where nothing is ever dropped. weighting ('uniform',
     'p2', 'min_snr'), loss ('hybrid', 'vlb'): see `diffusion.process`. threshold: percentile of dynamic
-    thresholding, None to clip. inpaint: the network also gets known pixels, with random masks in training
-    (GLIDE; `init_from` a decoder without).
+    thresholding, None to clip. inpaint: the network also gets unmasked pixels, with random masks in training
+    (GLIDE; `init_from` a decoder without). threshold_max, fixed_variance, guide_rule: see
+    `diffusion.gaussian`. net: where the U-Net differs from ADM's, see `unet.Style`.
     """
     unet, process = unet_and_process(locals())
     if image_size % 2 ** (len(channel_mult) - 1):
@@ -81,7 +88,8 @@ def build(
         conditions += (Label(num_classes, label_drop),)
     if text:
         width, null_tokens = text.get("states_width", 0), text.get("null_tokens", 0)
-        conditions += (Caption(text["context_length"], text_drop, width, embed_dim, null_tokens),)
+        masked = text.get("masked", True)
+        conditions += (Caption(text["context_length"], text_drop, width, embed_dim, null_tokens, masked),)
     return DiffusionStage(
         net=DenoiserNet(
             unet=unet,
@@ -107,11 +115,6 @@ def _checked_text(text: dict | None, embed_dim: int) -> dict | None:
     if not text:
         return None
     if text.get("states_width"):
-        if not embed_dim:
-            raise ValueError(
-                "text.states_width is for decoders of image embeddings: set embed_dim, or read tokens"
-            )
-        check_settings(text, ("states_width", "context_length", "width"), ("null_tokens",), "text")
-        return dict(text)
+        return checked_states(text, embed_dim)
     check_settings(text, TOKEN_TEXT, ("activation", "states_width"), "text")
     return {name: value for name, value in text.items() if name != "states_width"}

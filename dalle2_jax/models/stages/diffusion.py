@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.models.diffusion import gaussian, process, schedules
+from dalle2_jax.models.diffusion import gaussian, process
 from dalle2_jax.models.diffusion.guidance import (
     NO_RULES,
     Guidance,
@@ -113,6 +113,8 @@ class DiffusionStage:
     @property
     def guidable(self) -> bool:
         """Whether there is a null for guidance to lead away from."""
+        if self.low_res:
+            return any(condition.drop for condition in self.conditions)
         return bool(self.embed_dim or self.context_length or self.label_drop)
 
     @property
@@ -120,7 +122,9 @@ class DiffusionStage:
         """The settings of `sample` and their defaults."""
         own = self.diffusion.settings
         if self.low_res:
-            return {name: own[name] for name in ("num_steps", "method", "eta")} | {"tile": self.tile}
+            names = ("num_steps", "method", "eta", *(("threshold",) if self.guidable else ()))
+            found = {name: own[name] for name in names} | {"tile": self.tile}
+            return found | (dict(guidance_scale=self.guidance_scale) | NO_RULES if self.guidable else {})
         own = dict(num_steps=0, guidance_scale=self.guidance_scale) | own
         return own | NO_RULES
 
@@ -340,22 +344,6 @@ class DiffusionStage:
             return in_tiles(window, (x_t, *pictures.values()), tile)
 
         return tiled
-
-
-def unet_and_process(settings: dict) -> tuple[dict, gaussian.GaussianDiffusion]:
-    """(the U-Net's settings, the noise process) of the keywords of a `build`."""
-    unet = {name: settings[name] for name in ("channels", "num_res_blocks", "head_dim", "num_heads")}
-    unet |= {name: settings[name] for name in ("dropout", "scale_shift", "remat")}
-    unet |= {name: tuple(settings[name]) for name in ("channel_mult", "attention_resolutions")}
-    unet["out_channels"] = 6 if settings["learned_variance"] else 3
-    names = ("objective", "learned_variance", "weighting", "num_steps", "spacing", "method", "eta")
-    process = gaussian.GaussianDiffusion(
-        schedule=schedules.make_schedule(settings["schedule"], settings["num_timesteps"]),
-        threshold=settings.get("threshold"),
-        loss_kind=settings.get("loss", "hybrid"),
-        **{name: settings[name] for name in names},
-    )
-    return unet, process
 
 
 def training_keys(key: jax.Array) -> dict[str, jax.Array]:

@@ -6,12 +6,13 @@ training as in sampling, and then cropped with the window of the target: enlargi
 border (trap 17).
 
 Options: noise-conditioning augmentation (Ho et al. 2021, section 4.2), for which the small picture is noised
-up to a random time, an input of the network; and sampling in tiles, for pictures whose feature maps do not
-fit at once: every step runs the network on overlapping windows of a training crop's size and blends what
-they say.
+up to a random time, which the network reads; and sampling in tiles, for pictures whose feature maps do not
+fit at once: every step runs the network on overlapping windows of a training crop's size and blends its
+outputs.
 
-The paper's upsamplers read no captions. Others do: GLIDE's attends to them by a text transformer of its own,
-and its network for repainting also gets the known pixels; ADM's has a class condition.
+The paper's upsamplers read no captions. GLIDE's has a text transformer of its own, and its network for
+inpainting reads the unmasked pixels; ADM's reads a class; Imagen's read the states of a frozen T5. Captions
+and classes that training drops can be guided.
 
 With `last_step` a second network of the same shape takes the last step of sampling. Karlo's authors trained
 theirs against a discriminator; training here leaves it as it is.
@@ -21,11 +22,12 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.nets.denoiser import DenoiserNet
 from dalle2_jax.models.stages import check_settings
+from dalle2_jax.models.stages.building import checked_states, unet_and_process
 from dalle2_jax.models.stages.conditions import TOKEN_TEXT, Caption, Label, LowRes
-from dalle2_jax.models.stages.diffusion import DiffusionStage, unet_and_process
-from dalle2_jax.models.stages.settings import ETA, METHOD, STEPS, TILE
+from dalle2_jax.models.stages.diffusion import DiffusionStage
+from dalle2_jax.models.stages.settings import ETA, GUIDANCE, METHOD, STEPS, THRESHOLD, TILE
 
-SETTINGS = (STEPS, METHOD, ETA, TILE)
+SETTINGS = (*GUIDANCE, STEPS, METHOD, ETA, THRESHOLD, TILE)
 
 
 def build(
@@ -35,7 +37,7 @@ def build(
     crop_size: int | None = None,
     channels: int = 320,
     channel_mult: tuple[int, ...] = (1, 2, 3, 4),
-    num_res_blocks: int = 3,
+    num_res_blocks: int | tuple[int, ...] = 3,
     attention_resolutions: tuple[int, ...] = (),
     head_dim: int = 64,
     num_heads: int = 0,
@@ -43,6 +45,11 @@ def build(
     scale_shift: bool = True,
     text: dict | None = None,
     num_classes: int = 0,
+    text_drop: float = 0.0,
+    label_drop: float = 0.0,
+    guidance_scale: float = 1.0,
+    threshold: float | None = None,
+    threshold_max: float | None = None,
     resize: str = "cubic",
     schedule: str = "cosine",
     num_timesteps: int = 1000,
@@ -58,6 +65,9 @@ def build(
     tile: int | None = None,
     last_step: bool = False,
     inpaint: bool = False,
+    fixed_variance: float = 0.0,
+    noise_scale: float = 1.0,
+    net: dict | None = None,
     remat: bool | str = "none",
     dtype: str = "float32",
 ) -> DiffusionStage:
@@ -65,9 +75,11 @@ def build(
 
     crop_size: None is a quarter of the side. low_res_noise: the share of the times up to which training
     noises the small picture (0: never); low_res_level: the share at which sampling does. tile: see
-    `diffusion.in_tiles`. last_step: a second network, parameters 'last', takes the last step.
-    attention_resolutions (sides of the full picture), head_dim, num_heads, text (for tokens), num_classes and
-    inpaint: see `decoder.build`.
+    `diffusion.in_tiles`. last_step: a second network, parameters 'last', takes the last step. text_drop,
+    label_drop: how often training drops them; without it there is no null, and no guidance.
+    attention_resolutions (sides of the full picture), head_dim, num_heads, text, num_classes, threshold,
+    threshold_max, inpaint and net: see `decoder.build`. fixed_variance, noise_scale: see
+    `diffusion.gaussian`.
     """
     unet, process = unet_and_process(locals())
     crop_size = crop_size or image_size // 4
@@ -83,18 +95,24 @@ def build(
         raise ValueError(
             f"low_res_level {low_res_level} must be in 0 .. low_res_noise = {low_res_noise}, that at most 1"
         )
+    states = (text or {}).get("states_width", 0)
     if text:
-        check_settings(text, TOKEN_TEXT, ("activation",), "text")
+        text = checked_states(text) if states else dict(text, remat=remat)
+        if not states:
+            check_settings(text, TOKEN_TEXT, ("activation", "remat"), "text")
         if not attention_resolutions:
             raise ValueError("text is read by attention layers: set attention_resolutions, or leave text out")
-    # Neither is dropped in training, so there is no null to guide from.
-    conditions: tuple[Label | Caption, ...] = (Label(num_classes, 0.0),) if num_classes else ()
-    conditions += (Caption(text["context_length"], 0.0),) if text else ()
+    conditions: tuple[Label | Caption, ...] = (Label(num_classes, label_drop),) if num_classes else ()
+    conditions += (_caption(text, text_drop),) if text else ()
+    if guidance_scale != 1 and not any(condition.drop for condition in conditions):
+        raise ValueError(
+            f"guidance_scale {guidance_scale} needs a null: set text_drop or label_drop, such as 0.1"
+        )
     return DiffusionStage(
         net=DenoiserNet(
             unet=unet,
             image_size=image_size,
-            text=dict(text, remat=remat) if text else None,
+            text=text or None,
             num_classes=num_classes,
             inpaint=inpaint,
             dtype=jnp.dtype(dtype),
@@ -104,7 +122,14 @@ def build(
         conditions=conditions,
         low_res=LowRes(low_res_size, image_size // low_res_size, resize, low_res_noise, low_res_level),
         crop_size=crop_size,
+        guidance_scale=guidance_scale,
         inpaint=inpaint,
         tile=tile,
         last_step=last_step,
     )
+
+
+def _caption(text: dict, drop: float) -> Caption:
+    """The caption's condition, of the settings of `text`."""
+    masked = text.get("masked", True)
+    return Caption(text["context_length"], drop, text.get("states_width", 0), masked=masked)

@@ -7,7 +7,7 @@ import pytest
 
 from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.denoiser import DenoiserNet
-from dalle2_jax.models.nets.unet import ResBlock, TimeEmbedding, UNet
+from dalle2_jax.models.nets.unet import ResBlock, Style, TimeEmbedding, UNet
 from dalle2_jax.preflight import hlo
 from dalle2_jax.runtime import partition
 from dalle2_jax.runtime.modeldir import flatten
@@ -66,12 +66,21 @@ def res_block(block):
 
 
 def attention_block(block):
-    return {
-        "norm": norm(block.group_norm),
-        "qkv": joined(block.to_q, block.to_k, block.to_v),
-        "text_kv": joined(block.add_k_proj, block.add_v_proj),
-        "out": dense(block.to_out[0]),
-    }
+    params = {"norm": norm(block.group_norm), "out": dense(block.to_out[0])}
+    if block.to_k is None:
+        params["q"] = dense(block.to_q)
+    else:
+        params["qkv"] = joined(block.to_q, block.to_k, block.to_v)
+    if block.norm_cross is not None:
+        params["norm_context"] = norm(block.norm_cross)
+    if getattr(block, "add_k_proj", None) is not None:
+        params["text_kv"] = joined(block.add_k_proj, block.add_v_proj)
+    return params
+
+
+def resampling(block):
+    """A residual block, or a convolution alone."""
+    return conv(block.conv) if hasattr(block, "conv") else res_block(block)
 
 
 def unet(model):
@@ -86,14 +95,14 @@ def unet(model):
     for level, block in enumerate(model.down_blocks):
         add(f"down_{level}", block)
         if block.downsamplers is not None:
-            params[f"down_{level}_down"] = res_block(block.downsamplers[0])
+            params[f"down_{level}_down"] = resampling(block.downsamplers[0])
     params["mid_res_0"], params["mid_res_1"] = (res_block(b) for b in model.mid_block.resnets)
     if getattr(model.mid_block, "attentions", None) and model.mid_block.attentions[0] is not None:
         params["mid_attn"] = attention_block(model.mid_block.attentions[0])
     for level, block in enumerate(reversed(model.up_blocks)):
         add(f"up_{level}", block)
         if block.upsamplers is not None:
-            params[f"up_{level}_up"] = res_block(block.upsamplers[0])
+            params[f"up_{level}_up"] = resampling(block.upsamplers[0])
     params["norm_out"], params["conv_out"] = norm(model.conv_norm_out), conv(model.conv_out)
     time = {
         "fc1": dense(model.time_embedding.linear_1),
@@ -107,14 +116,8 @@ def diffusers_model(name, **options):
     torch = pytest.importorskip("torch", reason="the oracle is diffusers, which runs on torch")
     diffusers = pytest.importorskip("diffusers", reason="the oracle is diffusers' U-Nets")
     torch.manual_seed(0)
-    model = getattr(diffusers, name)(
-        sample_size=SIDE,
-        block_out_channels=(128, 256),
-        layers_per_block=1,
-        norm_num_groups=32,
-        attention_head_dim=64,
-        **options,
-    ).eval()
+    common = dict(sample_size=SIDE, block_out_channels=(128, 256), layers_per_block=1, norm_num_groups=32)
+    model = getattr(diffusers, name)(**common | dict(attention_head_dim=64) | options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -194,6 +197,160 @@ def test_an_upsamplers_network_equals_diffusers(scale_shift):
     net = DenoiserNet(settings, SIDE)
     actual = jax.jit(net.apply)({"params": {"time": time, "net": params}}, x_t, t, {}, low_res_up)
     assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("pad", [0, 1], ids=["ddpm", "iddpm"])
+def test_resampling_by_convolutions_equals_diffusers(pad):
+    """DDPM: one head, sines first, epsilon 1e-6, padding of TensorFlow. With padding 1: improved DDPM's."""
+    torch, model = diffusers_model(
+        "UNet2DModel",
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        downsample_padding=pad,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+    )
+    x, t = normal(2, SIDE, SIDE, 3), np.array([0, 871])
+    with torch.no_grad():
+        expected = model(channels_first(torch, x), torch.from_numpy(t)).sample
+    time, params = unet(model)
+    style = Style(
+        resample="conv",
+        resample_pad=(pad, 1),
+        sin_first=True,
+        freq_shift=1,
+        norm_epsilon=1e-6,
+        norm_groups=32,
+    )
+    settings = dict(out_channels=3, channels=32, channel_mult=(1, 2), num_res_blocks=1, scale_shift=False)
+    settings |= dict(attention_resolutions=(4,), num_heads=1, style=style.check())
+    net = DenoiserNet(settings, SIDE)
+    assert_same(jax.jit(net.apply)({"params": {"time": time, "net": params}}, x, t), expected)
+
+
+@pytest.mark.parametrize("stage", ["I", "II", "context only"])
+def test_deepfloyds_unet_equals_diffusers(stage):
+    """GELU and a norm of the context; in stage II a free width of time, and sums by 1 / 1.414."""
+    second = stage == "II"
+    torch, model = diffusers_model(
+        "UNet2DConditionModel",
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(64, 128),
+        layers_per_block=(1, 2) if second else 1,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=32,
+        cross_attention_norm="group_norm",
+        act_fn="gelu",
+        resnet_time_scale_shift="scale_shift",
+        only_cross_attention=stage == "context only",
+        mid_block_only_cross_attention=stage == "context only",
+        **dict(
+            time_embedding_dim=96,
+            time_embedding_act_fn="gelu",
+            resnet_skip_time_act=True,
+            resnet_out_scale_factor=1.414,
+            mid_block_scale_factor=1.414,
+        )
+        if second
+        else {},
+    )
+    x, context, t = normal(2, SIDE, SIDE, 3), normal(2, 5, 64), np.array([3, 871])
+    with torch.no_grad():
+        expected = model(channels_first(torch, x), torch.from_numpy(t), torch.from_numpy(context)).sample
+    time, params = unet(model)
+    style = Style(activation="gelu", context_norm="group", norm_groups=32)
+    style = style._replace(context_only=stage == "context only")
+    style = style._replace(emb_dim=96, residual_scale=1 / 1.414) if second else style
+    blocks = (1, 2) if second else 1
+    net = UNet(6, 64, (1, 2), blocks, attention_resolutions=(4,), head_dim=32, style=style.check())
+
+    @jax.jit
+    def ours(time, params):
+        emb = TimeEmbedding(64, style).apply({"params": time}, t)
+        return net.apply({"params": params}, x, emb, context, image_size=SIDE)
+
+    assert_same(ours(time, params), expected)
+
+
+def test_imagens_text_pathway_equals_deepfloyds():
+    """Projected states in front of the keys, and the pooled vector, added to the embedding of time."""
+    torch, model = diffusers_model(
+        "UNet2DConditionModel",
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(32, 64),
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        encoder_hid_dim=24,
+        encoder_hid_dim_type="text_proj",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+        cross_attention_dim=64,
+        attention_head_dim=32,
+        cross_attention_norm="group_norm",
+        act_fn="gelu",
+        resnet_time_scale_shift="scale_shift",
+    )
+    x, states, t = normal(2, SIDE, SIDE, 3), normal(2, 5, 24), np.array([3, 871])
+    states[1] = 0  # the null caption
+    with torch.no_grad():
+        expected = model(channels_first(torch, x), torch.from_numpy(t), torch.from_numpy(states)).sample
+    time, params = unet(model)
+    pool = model.add_embedding.pool
+    pooling = {
+        "norm1": norm(model.add_embedding.norm1),
+        "position": {"embedding": pool.positional_embedding.detach().numpy()[0]},
+        "q": dense(pool.q_proj),
+        "kv": joined(pool.k_proj, pool.v_proj),
+        "proj": dense(model.add_embedding.proj),
+        "norm2": norm(model.add_embedding.norm2),
+    }
+    params = {"time": time, "net": params, "text_pool": pooling}
+    params["text_states_proj"] = dense(model.encoder_hid_proj)
+    style = Style(activation="gelu", context_norm="group", norm_groups=32, emb_dim=128)
+    settings = dict(out_channels=6, channels=32, channel_mult=(1, 2), num_res_blocks=1, head_dim=32)
+    settings |= dict(attention_resolutions=(4,), style=style)
+    text = dict(states_width=24, context_length=5, width=64, pool_heads=4)
+    net = DenoiserNet(settings, SIDE, text=text)
+    mask, drop = np.ones((2, 5), bool), np.array([False, True])
+    given = normal(2, 5, 24)
+    given[0] = states[0]
+    conditions = dict(text=given, token_mask=mask, drop_text=drop)
+    assert_same(jax.jit(net.apply)({"params": params}, x, t, conditions), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(resample="pool"), dict(resample_pad=(2, 2)), dict(context_norm="batch"), dict(activation="x")],
+)
+def test_a_style_that_is_not_built_is_refused(wrong):
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values()))).replace("(", "\\(")[:3]):
+        Style(**wrong).check()
+
+
+def test_skips_are_scaled_where_they_join():
+    """Scaled skips are skips of a network whose kernels behind them are scaled."""
+    plain, half = build(), build(style=Style(skip_scale=0.5))
+    x, emb = normal(2, SIDE, SIDE, 3), normal(2, 32)
+    params = random_params(plain, x, emb, image_size=SIDE)
+    out = [net.apply({"params": params}, x, emb, image_size=SIDE) for net in (plain, half)]
+    assert np.abs(out[0] - out[1]).max() > 1e-3
+    zero = build(style=Style(skip_scale=0.0)).apply({"params": params}, x, emb, image_size=SIDE)
+    for j in range(2):  # without skips the kernels that read them are of no use
+        block = params[f"up_0_res_{j}"]
+        block["skip"]["kernel"][..., 8:, :] = 0
+    without = build(style=Style(skip_scale=0.0)).apply({"params": params}, x, emb, image_size=SIDE)
+    assert np.abs(zero - without).max() < 1e-5
 
 
 def test_what_is_zero_at_the_start():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.models import models
-from dalle2_jax.models.diffusion import gaussian
+from dalle2_jax.models.diffusion import guidance
 from dalle2_jax.models.stages import conditions, decoder
 from dalle2_jax.train import optim
 from dalle2_jax.train.step import init_state, make_train_step
@@ -470,11 +470,11 @@ def test_guidance_inside_an_interval(sampler, monkeypatch):
     assert lowered() == lowered(guidance_interval=None)
     assert "stablehlo.case" in lowered(guidance_interval=(0.5, 1e3)) and "stablehlo.case" not in lowered()
     plain, none = sample(keys, batch, scale), sample(keys, batch, np.ones(3, np.float32))
-    times_inside = gaussian.times_inside
+    times_inside = guidance.times_inside
 
     @jax.jit
     def draw(params, inside):  # the times as an argument: one program for all intervals
-        monkeypatch.setattr(gaussian, "times_inside", lambda schedule, interval: inside)
+        monkeypatch.setattr(guidance, "times_inside", lambda schedule, interval: inside)
         return stage.sample(params, keys, batch, guidance_scale=scale, guidance_interval=(0.0, 1.0))
 
     everywhere, nowhere, some = (

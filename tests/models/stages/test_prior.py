@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.models import flops, models
-from dalle2_jax.models.diffusion import gaussian
+from dalle2_jax.models.diffusion import guidance
 from dalle2_jax.models.stages import prior
 from dalle2_jax.models.stages.clip import unit_norm
 from tests.learned import assert_within, descend, key_of, share_nearest
@@ -155,13 +155,13 @@ def test_guidance_inside_an_interval(monkeypatch):
     """All times inside: plain guidance. None: guidance 1, with each candidate's own text."""
     stage, batch = build(num_candidates=2, num_steps=4), batch_of(3)
     params, keys = random_params(stage), jax.random.split(KEY, 3)
-    how, times_inside = dict(return_candidates=True), gaussian.times_inside
+    how, times_inside = dict(return_candidates=True), guidance.times_inside
     scaled = jax.jit(lambda params, scale: stage.sample(params, keys, batch, guidance_scale=scale, **how))
     plain, none = (np.asarray(scaled(params, np.float32(scale))) for scale in (3, 1))
 
     @jax.jit
     def draw(params, inside):  # the times as an argument: one program for all intervals
-        monkeypatch.setattr(gaussian, "times_inside", lambda schedule, interval: inside)
+        monkeypatch.setattr(guidance, "times_inside", lambda schedule, interval: inside)
         return stage.sample(params, keys, batch, guidance_scale=3.0, guidance_interval=(0.0, 1.0), **how)
 
     everywhere, nowhere, some = (

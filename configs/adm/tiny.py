@@ -1,0 +1,15 @@
+"""ADM's unconditional generator at 16 x 16 on scenes; configs/tiny/classifier.py steers it to a class.
+
+python -m dalle2_jax.train --config=configs/adm/tiny.py --workdir=DIR
+"""
+
+from configs.tiny import decoder
+
+
+def get_config(preset: str = ""):
+    """No presets."""
+    config = decoder.get_config(preset)
+    for name in ("text", "image_drop", "text_drop", "guidance_scale"):
+        del config.model[name]
+    config.model.update(embed_dim=0, learned_variance=True, guide_rule="adm", num_steps=50, method="ddpm")
+    return config

@@ -1,0 +1,34 @@
+"""DDPM at 16 x 16 on scenes, without captions: about fifteen minutes on two cores.
+
+python -m dalle2_jax.train --config=configs/ddpm/tiny.py --workdir=DIR
+"""
+
+from configs.ddpm.common import NET
+from configs.tiny import common
+
+
+def get_config(preset: str = ""):
+    """No presets."""
+    common.common.check_preset(preset, ())
+    config = common.get_config(num_steps=3000, batch_size=32, learning_rate=2e-3)
+    config.stage = "decoder"
+    config.model = dict(
+        image_size=16,
+        embed_dim=0,
+        channels=32,
+        channel_mult=(1, 2, 3),
+        num_res_blocks=1,
+        attention_resolutions=(8, 4),
+        num_heads=1,
+        dropout=0.0,
+        scale_shift=False,
+        schedule="linear",
+        learned_variance=False,
+        fixed_variance=1.0,
+        num_steps=250,
+        method="ddpm",
+        net=dict(NET, norm_groups=0),
+    )
+    config.optim.update(beta2=0.99, muon_learning_rate=0.02, final_fraction=0.25)
+    config.ema_decay = 0.997
+    return config

@@ -1,0 +1,15 @@
+"""GLIDE at 16 x 16 on scenes: captions alone, about thirteen minutes on two cores.
+
+python -m dalle2_jax.train --config=configs/glide/tiny.py --workdir=DIR
+"""
+
+from configs.tiny import decoder
+
+
+def get_config(preset: str = ""):
+    """No presets."""
+    config = decoder.get_config(preset)
+    del config.model["image_drop"]
+    config.model.update(embed_dim=0, guidance_scale=3.0)
+    config.model.text.depth = 2
+    return config

@@ -1,0 +1,14 @@
+"""Improved DDPM at 16 x 16 on scenes: DDPM's tiny recipe with a learned variance and cosine noise.
+
+python -m dalle2_jax.train --config=configs/iddpm/tiny.py --workdir=DIR
+"""
+
+from configs.ddpm import tiny
+
+
+def get_config(preset: str = ""):
+    """No presets."""
+    config = tiny.get_config(preset)
+    config.model.update(schedule="cosine", learned_variance=True, fixed_variance=0.0, scale_shift=True)
+    config.model.net = dict(resample="conv")
+    return config

@@ -1,0 +1,170 @@
+"""DeepFloyd IF from folders of diffusers: networks and whole walks with the same noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax.convert import convert
+from dalle2_jax.models import models
+from dalle2_jax.models.diffusion.sampling import init_noise
+from dalle2_jax.runtime import modeldir
+
+torch = pytest.importorskip("torch", reason="the oracle is diffusers, which runs on torch")
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+SIDE, LARGE, LENGTH, STEPS = 8, 32, 77, 5
+KEYS = jax.random.split(jax.random.key(0), 2)
+RNG = np.random.default_rng(0)
+
+
+def unet(side, **changes):
+    torch.manual_seed(side)
+    made = diffusers.UNet2DConditionModel(
+        sample_size=side,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        encoder_hid_dim=24,
+        encoder_hid_dim_type="text_proj",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+        cross_attention_dim=64,
+        attention_head_dim=32,
+        cross_attention_norm="group_norm",
+        act_fn="gelu",
+        resnet_time_scale_shift="scale_shift",
+        **changes,
+    ).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return made
+
+
+def scheduler(**changes):
+    return diffusers.DDPMScheduler(
+        1000,
+        beta_schedule="squaredcos_cap_v2",
+        variance_type="learned_range",
+        prediction_type="epsilon",
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """(stage I's network, stage II's, the folder of both)."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("if")
+    first = unet(SIDE)
+    second = unet(
+        LARGE,
+        class_embed_type="timestep",
+        time_embedding_dim=96,
+        time_embedding_act_fn="gelu",
+        resnet_skip_time_act=True,
+        resnet_out_scale_factor=1 / 0.7071,
+        mid_block_scale_factor=1 / 0.7071,
+    )
+    second.conv_in = torch.nn.Conv2d(6, 32, 3, padding=1)
+    second.register_to_config(in_channels=6)
+    thresholds = dict(thresholding=True, dynamic_thresholding_ratio=0.95, sample_max_value=1.5)
+    for name, net, noise in (("I", first, scheduler(**thresholds)), ("II", second, scheduler())):
+        net.save_pretrained(folder / name / "unet")
+        noise.save_pretrained(folder / name / "scheduler")
+    settings = dict(vocab_size=96, d_model=24, d_kv=8, d_ff=20, num_layers=1, num_heads=3)
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**settings, feed_forward_proj="gated-gelu"))
+    encoder.save_pretrained(folder / "I" / "text_encoder")
+    (folder / "I" / "tokenizer").mkdir()
+    with open(folder / "I" / "tokenizer" / "spiece.model", "wb") as file:
+        texts = ["a red star above a blue ring", "a green square to the left of a cross"]
+        ids = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts * 40),
+            model_writer=file,
+            vocab_size=60,
+            hard_vocab_limit=False,
+            **ids,
+        )
+    return first, second, folder
+
+
+@pytest.fixture(scope="module")
+def ours(theirs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ours") / "model"
+    assert convert.main(["deepfloyd", str(theirs[2]), str(out), "--dtype=float32"]) == 0
+    index = modeldir.read_index(out)
+    assert list(index["stages"]) == ["t5", "decoder", f"upsampler{LARGE}"] and "research" in index["licence"]
+    return out
+
+
+def channels_first(x):
+    return torch.from_numpy(np.moveaxis(np.asarray(x), -1, 1).copy())
+
+
+def walk(net, states, side, scale, monkeypatch, low_res=None, level=None):
+    """The loop of IF's pipelines, with the noise that our sampler draws."""
+    from diffusers.schedulers import scheduling_ddpm
+
+    def noise(fold):
+        draw = lambda key: jax.random.normal(jax.random.fold_in(key, fold), (side, side, 3))  # noqa: E731
+        return channels_first(jax.vmap(draw)(KEYS))
+
+    steps = net.scheduler
+    steps.set_timesteps(STEPS)
+    x, both = channels_first(init_noise(KEYS, (side, side, 3))), torch.cat([torch.zeros_like(states), states])
+    for t in steps.timesteps:
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, t=t, **__: noise(int(t)))
+        seen = x if low_res is None else torch.cat([x, low_res], dim=1)
+        labels = None if level is None else torch.full((4,), level)
+        with torch.no_grad():
+            out = net.unet(torch.cat([seen] * 2), t, both, class_labels=labels).sample
+        (null, _), (cond, var) = (part.split(3, dim=1) for part in out.chunk(2))
+        x = steps.step(torch.cat([null + scale * (cond - null), var], dim=1), t, x).prev_sample
+    return np.moveaxis(x.numpy(), 1, -1)
+
+
+class Net:
+    def __init__(self, unet, scheduler):
+        self.unet, self.scheduler = unet, scheduler
+
+
+def test_stage_one_draws_the_same(theirs, ours, monkeypatch):
+    """Guidance from zeros, dynamic thresholding up to 1.5, learned variance, strided times."""
+    stage, config, params = models.load_stage(ours, "decoder")
+    assert config["model"]["threshold_max"] == 1.5 and not config["model"]["text"]["masked"]
+    states = RNG.standard_normal((2, LENGTH, 24)).astype(np.float32)
+    noise = diffusers.DDPMScheduler.from_pretrained(theirs[2] / "I" / "scheduler")
+    expected = walk(Net(theirs[0], noise), torch.from_numpy(states), SIDE, 7.0, monkeypatch)
+    batch = {"text_states": states, "token_mask": np.arange(LENGTH) < np.array([[5], [9]])}
+    sample = jax.jit(lambda b: stage.sample(params, KEYS, b, num_steps=STEPS, guidance_scale=jnp.float32(7)))
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(sample(batch), np.clip(expected, -1, 1), atol=2e-3)
+
+
+def test_stage_two_draws_the_same(theirs, ours, monkeypatch):
+    """The small picture is enlarged with aligned corners and noised to time 250, which the network reads."""
+    stage, config, params = models.load_stage(ours, f"upsampler{LARGE}")
+    small = np.round(RNG.uniform(0, 255, (2, LARGE // 4, LARGE // 4, 3))).astype(np.float32) / 127.5 - 1
+    states = RNG.standard_normal((2, LENGTH, 24)).astype(np.float32)
+    noise = scheduler()
+    low = torch.nn.functional.interpolate(
+        channels_first(small), size=LARGE, mode="bilinear", align_corners=True
+    )
+    fold = 2**31 - 2
+    draw = lambda key: jax.random.normal(jax.random.fold_in(key, fold), small.shape[1:])  # noqa: E731
+    # IF noises the enlarged picture, we the small one: hand in the enlarged noise
+    drawn = channels_first(jax.vmap(draw)(KEYS))
+    drawn = torch.nn.functional.interpolate(drawn, size=LARGE, mode="bilinear", align_corners=True)
+    low = noise.add_noise(low, drawn, torch.full((2,), 250))
+    expected = walk(Net(theirs[1], noise), torch.from_numpy(states), LARGE, 4.0, monkeypatch, low, 250)
+    batch = {"text_states": states, "token_mask": np.ones((2, LENGTH), bool), "low_res": small}
+    sample = jax.jit(lambda b: stage.sample(params, KEYS, b, num_steps=STEPS, guidance_scale=jnp.float32(4)))
+    assert expected.std() > 0.1 and config["model"]["low_res_level"] == 0.25
+    np.testing.assert_allclose(sample(batch), np.clip(expected, -1, 1), atol=2e-3)

@@ -1,0 +1,69 @@
+"""The papers' sizes of the systems beside DALL-E 2: exact counts of parameters, from shapes alone."""
+
+import importlib
+import json
+
+import jax
+import pytest
+
+from dalle2_jax.models import models
+from dalle2_jax.train import checks
+
+COUNTS = {
+    ("ddpm.cifar10", ""): 35_746_307,
+    ("ddpm.pictures256", ""): 113_673_219,
+    ("ddpm.pictures256", "bedroom_large"): 255_677_955,
+    ("iddpm.generator", "imagenet64"): 121_063_942,
+    ("iddpm.generator", "conditional"): 273_049_350,
+    ("iddpm.generator", "cifar10"): 52_546_438,
+    ("iddpm.generator", "bedroom256"): 113_676_678,
+    ("iddpm.upsampler256", ""): 279_792_390,
+    ("adm.generator", "64"): 295_904_454,
+    ("adm.generator", "128"): 421_529_606,
+    ("adm.generator", "256"): 553_838_086,
+    ("adm.generator", "256_unconditional"): 552_814_086,
+    ("adm.generator", "512"): 558_997_638,
+    ("adm.upsampler", "256"): 311_795_910,
+    ("adm.upsampler", "512"): 308_835_270,
+    ("adm.classifier", "64"): 65_438_568,
+    ("adm.classifier", "128"): 42_568_040,
+    ("adm.classifier", "256"): 54_096_360,
+    ("adm.classifier", "512"): 54_448_360,
+    ("cfg.generator", "64"): 295_904_454 - 3 * (9 * 192 + 1),  # ADM's without the variance's outputs
+    ("glide.decoder", "released"): 385_030_726,
+    ("glide.upsampler256", ""): 398_361_286,
+    # the U-Net, the text transformer, and the projection of its last state
+    ("glide.decoder", ""): 2_238_164_486 + 1_312_053_248 + 2048 * 2048 + 2048,
+}
+QUICK = (
+    ("ddpm.cifar10", ""),
+    ("iddpm.generator", "cifar10"),
+    ("adm.classifier", "512"),
+    ("adm.upsampler", "512"),
+)
+# of improved DDPM's scaling study, in millions
+ROUNDED = {
+    ("iddpm.generator", f"width{width}"): count for width, count in ((64, 30.3), (96, 68.13), (192, 272.28))
+}
+
+
+def counted(recipe, preset):
+    config = importlib.import_module(f"configs.{recipe}").get_config(preset)
+    config = json.loads(json.dumps(models.to_plain(config)))
+    checks.check_names(config)
+    params = models.abstract_params(models.build_stage(config))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    "recipe, preset",
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in COUNTS],
+)
+def test_a_recipe_has_the_papers_count(recipe, preset):
+    assert counted(recipe, preset) == COUNTS[recipe, preset]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe, preset", ROUNDED)
+def test_the_scaling_studys_widths(recipe, preset):
+    assert counted(recipe, preset) == pytest.approx(ROUNDED[recipe, preset] * 1e6, rel=2e-3)
