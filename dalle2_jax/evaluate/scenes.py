@@ -163,7 +163,7 @@ def _background(picture: np.ndarray) -> np.ndarray | None:
     border = np.concatenate([picture[:3].reshape(-1, 3), picture[-3:].reshape(-1, 3)])
     border = np.concatenate([border, picture[3:-3, :3].reshape(-1, 3), picture[3:-3, -3:].reshape(-1, 3)])
     codes = (border // 32).astype(np.int64) @ np.array([64, 8, 1])
-    colour = border[codes == np.bincount(codes).argmax()].mean(0)
+    colour = border[codes == np.argmax(np.bincount(codes))].mean(0)
     for _ in range(2):
         close = np.linalg.norm(border - colour, axis=1) < FAINT
         if close.mean() < 0.5:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dalle2_jax.models.nets import layers
 from dalle2_jax.runtime.partition import constrain
@@ -33,7 +34,7 @@ class Cache(NamedTuple):
     values: jax.Array
 
 
-def empty_cache(batch_size: int, length: int, width: int, num_heads: int, dtype: jnp.dtype) -> Cache:
+def empty_cache(batch_size: int, length: int, width: int, num_heads: int, dtype: DTypeLike) -> Cache:
     """The cache of one block before its first position."""
     zeros = jnp.zeros((batch_size, length, num_heads, width // num_heads), dtype)
     return Cache(zeros, zeros)
@@ -54,7 +55,7 @@ class Attention(nn.Module):
 
     num_heads: int
     out_std: float
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -83,7 +84,7 @@ class CrossAttention(nn.Module):
     width: int
     num_heads: int
     out_std: float
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         """Declare the layers (Flax)."""
@@ -110,7 +111,7 @@ class Mlp(nn.Module):
 
     activation: str
     out_std: float
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     hidden: int = 0
 
     @nn.compact
@@ -135,7 +136,7 @@ class Block(nn.Module):
     num_heads: int
     activation: str
     out_std: float
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     mlp_width: int = 0
     cross_attention: bool = False
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.efficient_unet import EfficientUNet
@@ -58,7 +59,7 @@ class DenoiserNet(nn.Module):
     embed_scale: float = 1.0
     num_classes: int = 0
     inpaint: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         """Declare the layers (Flax)."""

@@ -12,6 +12,7 @@ embeddings enter once a level; an attention block is that of the U-Net. With the
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.unet import AttentionBlock, Style
@@ -24,7 +25,7 @@ class PlainResBlock(nn.Module):
     channels: int
     dropout: float
     style: Style
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
@@ -53,7 +54,7 @@ class EfficientUNet(nn.Module):
     remat: bool | str = False
     num_pool_heads: int = 0
     style: Style = Style()
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

@@ -9,6 +9,7 @@ beside 319 codes.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.causal import Block, Cache, causal_mask, empty_cache, out_std
@@ -33,7 +34,7 @@ class LatentTransformer(nn.Module):
     num_heads: int
     activation: str = "gelu"
     remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         """Declare the layers (Flax)."""

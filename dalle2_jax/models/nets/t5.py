@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.transformer import TokenEmbedding
@@ -42,7 +43,7 @@ class T5Block(nn.Module):
     num_heads: int
     head_dim: int
     mlp_width: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -73,7 +74,7 @@ class T5Encoder(nn.Module):
     mlp_width: int
     head_dim: int = 64
     remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array, token_mask: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.causal import causal_mask
@@ -25,7 +26,7 @@ class CLIPTextTransformer(nn.Module):
     embed_dim: int
     activation: str = "gelu"
     remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     scan: bool = False
 
     @nn.compact
@@ -61,7 +62,7 @@ class GlideTextTransformer(nn.Module):
     num_heads: int
     activation: str = "gelu"
     remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array, token_mask: jax.Array) -> jax.Array:
@@ -88,7 +89,7 @@ class TextPool(nn.Module):
 
     num_heads: int
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, states: jax.Array, mask: jax.Array) -> jax.Array:

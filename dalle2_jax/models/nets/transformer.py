@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.causal import Block, Cache, causal_mask, empty_cache, out_std
@@ -27,7 +28,7 @@ class TokenEmbedding(nn.Module):
 
     vocab_size: int
     width: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -49,7 +50,7 @@ class TransformerStack(nn.Module):
     num_heads: int
     activation: str = "gelu"
     remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     mlp_width: int = 0
     scan: bool = False
 
@@ -96,7 +97,7 @@ class TokenTransformer(nn.Module):
     width: int
     depth: int
     num_heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -175,7 +176,7 @@ class PriorTransformer(nn.Module):
     null_tokens: int = 0
     activation: str = "gelu"
     remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     scan: bool = False
 
     def read(self, params: dict, *text: jax.Array) -> dict:

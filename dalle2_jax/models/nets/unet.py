@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.vision import AttentionPool
@@ -77,7 +78,7 @@ class ResBlock(nn.Module):
     resample: str = ""
     scale_shift: bool = True
     style: Style = Style()
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
@@ -110,7 +111,7 @@ class AttentionBlock(nn.Module):
     head_dim: int
     num_heads: int = 0
     style: Style = Style()
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array | None, context_mask: jax.Array | None) -> jax.Array:
@@ -165,7 +166,7 @@ class UNet(nn.Module):
     remat: bool | str = False
     num_pool_heads: int = 0
     style: Style = Style()
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -268,7 +269,7 @@ class TimeEmbedding(nn.Module):
 
     channels: int
     style: Style = Style()
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
@@ -288,7 +289,7 @@ class ClassifierNet(nn.Module):
 
     unet: dict
     image_size: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x_t, t, deterministic=True):

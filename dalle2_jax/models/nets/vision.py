@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dalle2_jax.models.nets import cpu, layers
 from dalle2_jax.models.nets.transformer import Embedding, TransformerStack
@@ -17,7 +18,7 @@ class Patches(nn.Module):
 
     size: int
     width: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
@@ -46,7 +47,7 @@ class ViT(nn.Module):
     activation: str = "gelu"
     mlp_width: int = 0
     remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     scan: bool = False
 
     @nn.compact
@@ -116,7 +117,7 @@ class Bottleneck(nn.Module):
     features: int
     stride: int
     norm: str
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -142,7 +143,7 @@ class AttentionPool(nn.Module):
 
     num_heads: int
     embed_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -177,7 +178,7 @@ class ModifiedResNet(nn.Module):
     embed_dim: int
     norm: str = "group"
     remat: bool | str = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, image: jax.Array, t: jax.Array | None = None) -> jax.Array:

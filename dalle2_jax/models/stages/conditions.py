@@ -8,11 +8,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dalle2_jax.models.diffusion import process
 from dalle2_jax.models.diffusion.schedules import Schedule
 
-Specs = dict[str, tuple[tuple[int, ...], jnp.dtype]]  # field -> shape of one example, type
+Specs = dict[str, tuple[tuple[int, ...], DTypeLike]]  # field -> shape of one example, type
 
 # Settings of a text transformer that reads tokens.
 TOKEN_TEXT = ("vocab_size", "context_length", "width", "depth", "num_heads")

@@ -175,8 +175,8 @@ class Prior:
                 f"embed_scale.mode {self.embed_scale.mode!r} has no statistics: set it to 'meanstd'"
             )
         x = np.concatenate([np.asarray(batch["image_embed"], np.float64) for batch in batches()])
-        fitted = {"embed_mean": x.mean(axis=0), "embed_std": np.maximum(x.std(axis=0), 1e-6)}
-        fitted = {name: jnp.asarray(value, jnp.float32) for name, value in fitted.items()}
+        moments = {"embed_mean": x.mean(axis=0), "embed_std": np.maximum(x.std(axis=0), 1e-6)}
+        fitted = {name: jnp.asarray(value, jnp.float32) for name, value in moments.items()}
         scalars = dict(rows=len(x), mean_std=float(fitted["embed_std"].mean()))
         return params | {"stats": params["stats"] | fitted}, scalars
 
