@@ -35,6 +35,7 @@ KINDS = ("draw", "edit", "train", "resume")
 CAPTIONS = ("a red star above a blue ring", "a yellow circle", "a green cross", "a purple square")
 SEEDS = (0, 1)
 STEPS, MORE_STEPS = 20, 4
+DEVICES = "2"  # of each command
 
 # edit: the arguments of `python -m dalle2_jax.edit`; A and B are pictures of BASE.
 EDITS = {
@@ -98,7 +99,7 @@ class Side:
     def run(self, *command: str) -> str:
         """Runs `python -m dalle2_jax.COMMAND ...` in the commit's tree; returns '' or the failure."""
         tree, program = self.folder / "tree", [sys.executable, "-P", "-m", f"dalle2_jax.{command[0]}"]
-        environment = os.environ | {"PYTHONPATH": str(tree), "JAX_NUM_CPU_DEVICES": "2"}
+        environment = os.environ | {"PYTHONPATH": str(tree), "JAX_NUM_CPU_DEVICES": DEVICES}
         output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         done = subprocess.run([*program, *command[1:]], cwd=tree, env=environment, **output)
         return "" if done.returncode == 0 else "failed: " + " / ".join(done.stdout.splitlines()[-3:])
@@ -144,6 +145,7 @@ def outputs_in(folder: Path) -> dict[str, str]:
 
 def trained_in(folder: Path) -> dict[str, str]:
     """Hashes of the leaves of the last checkpoint, and the scalars that training logged."""
+    os.environ["JAX_NUM_CPU_DEVICES"] = DEVICES  # a checkpoint is restored onto as many as saved it
     import orbax.checkpoint as ocp
 
     last = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal())
