@@ -144,7 +144,7 @@ class GaussianDiffusion:
         given = dict(num_steps=num_steps, method=method, eta=eta, spacing=spacing, threshold=threshold)
         settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         own_spacing = settings.get("spacing", self.spacing) == self.spacing
-        fixed = self.spacing not in ("uniform", "trailing", "adm")
+        fixed = self.spacing not in ("uniform", "trailing", "adm", "ddim")
         if own_spacing and fixed and settings.get("num_steps", self.num_steps) != self.num_steps:
             settings["spacing"] = "uniform"
         return dataclasses.replace(self, **settings)
