@@ -157,11 +157,8 @@ def test_stage_two_draws_the_same(theirs, ours, monkeypatch):
     low = torch.nn.functional.interpolate(
         channels_first(small), size=LARGE, mode="bilinear", align_corners=True
     )
-    fold = 2**31 - 2
-    draw = lambda key: jax.random.normal(jax.random.fold_in(key, fold), small.shape[1:])  # noqa: E731
-    # IF noises the enlarged picture, we the small one: hand in the enlarged noise
+    draw = lambda key: jax.random.normal(jax.random.fold_in(key, 2**31 - 2), (LARGE, LARGE, 3))  # noqa: E731
     drawn = channels_first(jax.vmap(draw)(KEYS))
-    drawn = torch.nn.functional.interpolate(drawn, size=LARGE, mode="bilinear", align_corners=True)
     low = noise.add_noise(low, drawn, torch.full((2,), 250))
     expected = walk(Net(theirs[1], noise), torch.from_numpy(states), LARGE, 4.0, monkeypatch, low, 250)
     batch = {"text_states": states, "token_mask": np.ones((2, LENGTH), bool), "low_res": small}

@@ -147,4 +147,6 @@ def settings(config: Mapping, scheduler: Mapping, where: str) -> tuple[str, dict
     if stage == "decoder":
         return stage, model | dict(embed_dim=0, spacing="ddim")
     low = dict(low_res_size=side // 4, crop_size=side, resize="align_corners")
-    return stage, model | low | dict(low_res_noise=1.0, low_res_level=0.25, spacing="ddim")
+    return stage, model | low | dict(
+        low_res_noise=1.0, low_res_level=0.25, noise_enlarged=True, spacing="ddim"
+    )

@@ -108,6 +108,7 @@ class LowRes:
       size: its side. factor: how much larger the picture of the stage is. resize: the filter.
       noise, level: the small picture is noised up to a random time in training, below the share `noise` of
         all, and to the share `level` in sampling; the network reads the time (Ho et al. 2021, section 4.2).
+      noise_enlarged: the noise is added behind the enlarging, pixel by pixel (IF), and not before it.
     """
 
     size: int
@@ -115,6 +116,7 @@ class LowRes:
     resize: str
     noise: float = 0.0
     level: float = 0.0
+    noise_enlarged: bool = False
 
     def enlarge(self, low_res: jax.Array) -> jax.Array:
         """low_res [B, h, w, 3] -> [B, factor h, factor w, 3]."""
@@ -150,23 +152,27 @@ class LowRes:
             most = max(1, round(self.noise * schedule.num_timesteps))
             level = jax.random.randint(keys["level"], low_res.shape[:1], 0, most)
             level = level if train else jnp.zeros_like(level)
-            noise = jax.random.normal(keys["noise"], low_res.shape)
-            low_res = process.q_sample(schedule, low_res, level, noise)
+            if not self.noise_enlarged:
+                noise = jax.random.normal(keys["noise"], low_res.shape)
+                low_res = process.q_sample(schedule, low_res, level, noise)
         windows = self.enlarged_windows(low_res, batch["crop_yx"], batch["image"].shape[1:3])
+        if self.noise and self.noise_enlarged:
+            noise = jax.random.normal(keys["noise"], windows.shape)
+            windows = process.q_sample(schedule, windows, level, noise)
         return {"low_res_up": windows, "low_res_t": level}
 
     def for_sampling(self, keys: jax.Array, low_res: jax.Array, schedule: Schedule) -> dict:
         """Keywords of `DenoiserNet.denoise` for small pictures [B, h, w, 3] of any size, one key each."""
         # The network was trained on pictures, which have 256 levels.
         low_res = jnp.round((jnp.clip(low_res, -1, 1) + 1) * 127.5) / 127.5 - 1
-        level = None
+        level, low_res = None, self.enlarge(low_res) if self.noise_enlarged else low_res
         if self.noise:
             time = round(self.level * (schedule.num_timesteps - 1))
             level = jnp.full(low_res.shape[:1], time, jnp.int32)
             noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, _LOW_RES_FOLD))(keys)
             noise = jax.vmap(lambda key: jax.random.normal(key, low_res.shape[1:]))(noise_keys)
             low_res = process.q_sample(schedule, low_res, level, noise)
-        return {"low_res_up": self.enlarge(low_res), "low_res_t": level}
+        return {"low_res_up": low_res if self.noise_enlarged else self.enlarge(low_res), "low_res_t": level}
 
 
 def random_mask(key: jax.Array, count: int, side: int) -> jax.Array:

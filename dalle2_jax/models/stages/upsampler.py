@@ -62,6 +62,7 @@ def build(
     eta: float = 0.0,
     low_res_noise: float = 0.0,
     low_res_level: float = 0.0,
+    noise_enlarged: bool = False,
     tile: int | None = None,
     last_step: bool = False,
     inpaint: bool = False,
@@ -74,9 +75,9 @@ def build(
     """The upsampler of a config, by default Table 3's 64 -> 256; ValueError for sizes that do not fit.
 
     crop_size: None is a quarter of the side. low_res_noise: the share of the times up to which training
-    noises the small picture (0: never); low_res_level: the share at which sampling does. tile: see
-    `diffusion.in_tiles`. last_step: a second network, parameters 'last', takes the last step. text_drop,
-    label_drop: how often training drops them; without it there is no null, and no guidance.
+    noises the small picture (0: never); low_res_level: the share at which sampling does; noise_enlarged: see
+    `LowRes`. tile: see `diffusion.in_tiles`. last_step: a second network, parameters 'last', takes the last
+    step. text_drop, label_drop: how often training drops them; without it there is no null, and no guidance.
     attention_resolutions (sides of the full picture), head_dim, num_heads, text, num_classes, threshold,
     threshold_max, inpaint and net: see `decoder.build`. fixed_variance, noise_scale: see
     `diffusion.gaussian`.
@@ -120,7 +121,9 @@ def build(
         diffusion=process,
         image_size=image_size,
         conditions=conditions,
-        low_res=LowRes(low_res_size, image_size // low_res_size, resize, low_res_noise, low_res_level),
+        low_res=LowRes(
+            low_res_size, image_size // low_res_size, resize, low_res_noise, low_res_level, noise_enlarged
+        ),
         crop_size=crop_size,
         guidance_scale=guidance_scale,
         inpaint=inpaint,

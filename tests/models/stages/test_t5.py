@@ -85,6 +85,22 @@ def test_enlarging_with_aligned_corners_equals_torchs_rule():
     np.testing.assert_allclose(windows[1], expected[1, 5:11, 2:8], atol=1e-5)
 
 
+def test_noise_behind_the_enlarging_is_that_of_single_pixels():
+    """Before it, neighbours share their noise; both have the same level in training and in sampling."""
+    schedule, keys = schedules.make_schedule("cosine", 10), jax.random.split(jax.random.key(0), 2)
+    small, named = jnp.zeros((2, 8, 8, 3)), {"level": keys[0], "noise": keys[1]}
+    batch = {"low_res": small, "crop_yx": jnp.zeros((2, 2), jnp.int32), "image": jnp.zeros((2, 32, 32, 3))}
+    for behind in (False, True):
+        low = LowRes(8, 4, "nearest", 1.0, 0.5, behind)
+        for found in (
+            low.for_sampling(keys, small, schedule),
+            low.for_training(named, batch, schedule, True),
+        ):
+            up = np.asarray(found["low_res_up"])
+            assert up.shape == (2, 32, 32, 3)
+            assert (up[:, ::4] == up[:, 1::4]).all() == (not behind)
+
+
 def test_the_threshold_has_a_most():
     """s = min(max(1, percentile), most), and the picture is divided by it (IF: 1.5)."""
     schedule = schedules.make_schedule("cosine", 10)
