@@ -46,7 +46,7 @@ TRAPS = (
         "rows of tokens without start and end",
         "tests/data/test_tokenizer.py::test_rows_are_well_formed_and_cut_rows_keep_eot",
         "dalle2_jax/data/tokenizer.py",
-        "tokens[row, : len(ids) + 2] = (self.sot, *ids, self.eot)",
+        "tokens[row, : len(ids) + self._ends] = (*ends[0], *ids, *ends[1])",
         "tokens[row, : len(ids)] = ids",
     ),
     Trap(

@@ -34,7 +34,7 @@ def get_config(preset: str = "256"):
         spacing="adm",
         method="ddpm",
         guidance_scale=1.0,
-        guide_rule="adm",
+        process=dict(guide_rule="adm"),
     )
     config = common.get_config("decoder", model | MODELS[preset])
     if not config.model.num_classes:

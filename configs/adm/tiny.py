@@ -11,5 +11,7 @@ def get_config(preset: str = ""):
     config = decoder.get_config(preset)
     for name in ("text", "image_drop", "text_drop", "guidance_scale"):
         del config.model[name]
-    config.model.update(embed_dim=0, learned_variance=True, guide_rule="adm", num_steps=50, method="ddpm")
+    config.model.update(
+        embed_dim=0, learned_variance=True, process=dict(guide_rule="adm"), num_steps=50, method="ddpm"
+    )
     return config

@@ -9,8 +9,20 @@ from configs import common
 
 TIMES = 65_536  # log SNR is continuous in the paper
 MODELS = {
-    "64": dict(image_size=64, channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=3, fixed_variance=0.3),
-    "128": dict(image_size=128, channels=256, channel_mult=(1, 1, 2, 3, 4), num_heads=4, fixed_variance=0.2),
+    "64": dict(
+        image_size=64,
+        channels=192,
+        channel_mult=(1, 2, 3, 4),
+        num_res_blocks=3,
+        process=dict(fixed_variance=0.3),
+    ),
+    "128": dict(
+        image_size=128,
+        channels=256,
+        channel_mult=(1, 1, 2, 3, 4),
+        num_heads=4,
+        process=dict(fixed_variance=0.2),
+    ),
 }
 STEPS = {"64": 400_000, "128": 2_700_000}
 

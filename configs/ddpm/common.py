@@ -26,7 +26,7 @@ def get_config(model: dict):
         scale_shift=False,
         schedule="linear",
         learned_variance=False,
-        fixed_variance=1.0,
+        process=dict(fixed_variance=1.0),
         num_steps=1000,
         method="ddpm",
         remat="products",

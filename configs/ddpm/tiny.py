@@ -24,7 +24,7 @@ def get_config(preset: str = ""):
         scale_shift=False,
         schedule="linear",
         learned_variance=False,
-        fixed_variance=1.0,
+        process=dict(fixed_variance=1.0),
         num_steps=250,
         method="ddpm",
         net=dict(NET, norm_groups=0),

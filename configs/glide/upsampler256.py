@@ -29,7 +29,7 @@ def get_config(preset: str = ""):
         num_steps=27,
         spacing="fast27",
         method="ddim",
-        noise_scale=0.997,
+        process=dict(noise_scale=0.997),
         remat="products",
         dtype="bfloat16",
         net=dict(norm_groups=32),

@@ -9,6 +9,6 @@ from configs.ddpm import tiny
 def get_config(preset: str = ""):
     """No presets."""
     config = tiny.get_config(preset)
-    config.model.update(schedule="cosine", learned_variance=True, fixed_variance=0.0, scale_shift=True)
+    config.model.update(schedule="cosine", learned_variance=True, process=None, scale_shift=True)
     config.model.net = dict(resample="conv")
     return config

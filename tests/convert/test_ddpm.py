@@ -68,7 +68,10 @@ def walk(pipeline, monkeypatch, keys):
 
 def test_whole_walks_are_the_same(theirs, ours, monkeypatch):
     _, stage, config, params = ours
-    assert config["model"]["fixed_variance"] == 1 and config["model"]["net"]["resample_pad"] == [0, 1]
+    assert config["model"]["process"]["fixed_variance"] == 1 and config["model"]["net"]["resample_pad"] == [
+        0,
+        1,
+    ]
     keys = jax.random.split(jax.random.key(0), 2)
     mine = np.asarray(jax.jit(lambda: stage.sample(params, keys, {}))())
     other = walk(theirs[0], monkeypatch, keys)

@@ -138,7 +138,7 @@ class Net:
 def test_stage_one_draws_the_same(theirs, ours, monkeypatch):
     """Guidance from zeros, dynamic thresholding up to 1.5, learned variance, strided times."""
     stage, config, params = models.load_stage(ours, "decoder")
-    assert config["model"]["threshold_max"] == 1.5 and not config["model"]["text"]["masked"]
+    assert config["model"]["process"]["threshold_max"] == 1.5 and not config["model"]["text"]["masked"]
     states = RNG.standard_normal((2, LENGTH, 24)).astype(np.float32)
     noise = diffusers.DDPMScheduler.from_pretrained(theirs[2] / "I" / "scheduler")
     expected = walk(Net(theirs[0], noise), torch.from_numpy(states), SIDE, 7.0, monkeypatch)

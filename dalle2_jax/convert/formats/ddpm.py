@@ -98,7 +98,7 @@ def noise(config: Mapping, where: str) -> dict:
         schedule=SCHEDULES[schedule],
         num_timesteps=config["num_train_timesteps"],
         learned_variance=False,
-        fixed_variance=VARIANCES[variance],
+        process=dict(fixed_variance=VARIANCES[variance]),
         num_steps=config["num_train_timesteps"],
         method="ddpm",
         guidance_scale=1.0,
@@ -131,8 +131,9 @@ def export(model: Mapping, params: Any) -> tuple[dict[str, dict], dict[str, dict
             raise ValueError(f"decoder: model.{name} is {model[name]!r}, DDPMPipeline needs {value!r}")
     variances = {value: name for name, value in VARIANCES.items()}
     schedules = {ours: theirs for theirs, ours in SCHEDULES.items()}
-    if model["fixed_variance"] not in variances or model["schedule"] not in schedules:
-        raise ValueError("DDPMScheduler needs model.fixed_variance 0 or 1 and schedule 'linear' or 'cosine'")
+    fraction = (model["process"] or {}).get("fixed_variance", 0.0)
+    if fraction not in variances or model["schedule"] not in schedules:
+        raise ValueError("DDPMScheduler needs process.fixed_variance 0 or 1, schedule 'linear' or 'cosine'")
     levels, pad = range(len(model["channel_mult"])), net.pop("resample_pad", (1, 1))
     attends = [model["image_size"] // 2**level in model["attention_resolutions"] for level in levels]
     one_head = model["num_heads"] == 1
@@ -160,7 +161,7 @@ def export(model: Mapping, params: Any) -> tuple[dict[str, dict], dict[str, dict
         beta_schedule=schedules[model["schedule"]],
         beta_start=1e-4 * scale,
         beta_end=0.02 * scale,
-        variance_type=variances[model["fixed_variance"]],
+        variance_type=variances[fraction],
         prediction_type="epsilon",
         clip_sample=True,
     )

@@ -139,7 +139,7 @@ def settings(config: Mapping, scheduler: Mapping, where: str) -> tuple[str, dict
         num_timesteps=scheduler["num_train_timesteps"],
         learned_variance=True,
         threshold=100 * scheduler["dynamic_thresholding_ratio"] if threshold else None,
-        threshold_max=scheduler["sample_max_value"] if threshold else None,
+        process=dict(threshold_max=scheduler["sample_max_value"]) if threshold else None,
         method="ddpm",
         net=net,
         **SAMPLING[stage],

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dalle2_jax.models.nets import layers
-from dalle2_jax.models.nets.unet import AttentionBlock, Style
+from dalle2_jax.models.nets.unet import AttentionBlock, Style, check_sides
 from dalle2_jax.runtime.partition import constrain
 
 
@@ -75,11 +75,7 @@ class EfficientUNet(nn.Module):
         """
         levels, style = len(self.channel_mult), self.style
         widths = [int(self.channels * mult) for mult in self.channel_mult]
-        if x.shape[1] % 2**levels or x.shape[2] % 2**levels:
-            raise ValueError(
-                f"an Efficient U-Net of {levels} levels needs sides that are multiples of {2**levels}, got "
-                f"{x.shape[1:3]}"
-            )
+        check_sides(x, levels)
         if len(self.num_res_blocks) != levels or known is not None:
             raise ValueError("num_res_blocks must have a number for each level; inpaint is not built")
         res_block = layers.remat(PlainResBlock, self.remat, static_argnums=(2,))

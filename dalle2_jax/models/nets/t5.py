@@ -12,7 +12,6 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from dalle2_jax.models.nets import layers
@@ -22,19 +21,24 @@ NUM_BUCKETS, MAX_DISTANCE = 32, 128
 RMSNorm = partial(nn.RMSNorm, epsilon=1e-6, dtype=jnp.float32, param_dtype=jnp.float32)
 
 
-def buckets(length: int) -> np.ndarray:
-    """[N, N] int32: the bucket of key j seen from query i.
+def buckets(length: int) -> jax.Array:
+    """[N, N] int32: the bucket of each key (axis 1) for each query (axis 0).
 
     Half of the buckets are for keys behind the query. Of each half the first half are distances 0 .. 7, the
     others grow by the logarithm up to MAX_DISTANCE, beyond which all distances share the last one.
     """
-    distance = np.arange(length)[None] - np.arange(length)[:, None]  # key - query
     half = NUM_BUCKETS // 2
     exact = half // 2
-    size = np.abs(distance)
-    grown = np.log(np.maximum(size, 1) / exact) / math.log(MAX_DISTANCE / exact) * (half - exact)
-    far = np.minimum(exact + grown.astype(np.int32), half - 1)
-    return (half * (distance > 0) + np.where(size < exact, size, far)).astype(np.int32)
+
+    def bucket(distance: int) -> int:  # in Python's floats: float32 is one off at powers of two
+        if distance < exact:
+            return distance
+        share = math.log(distance / exact) / math.log(MAX_DISTANCE / exact)
+        return min(exact + int(share * (half - exact)), half - 1)
+
+    distance = jnp.arange(length)[None] - jnp.arange(length)[:, None]  # key - query
+    table = jnp.array([bucket(number) for number in range(max(length, 1))], jnp.int32)
+    return half * (distance > 0) + table[jnp.abs(distance)]
 
 
 class T5Block(nn.Module):

@@ -189,11 +189,7 @@ class UNet(nn.Module):
         whatever the size of x). Raises ValueError when H or W cannot be halved often enough.
         """
         levels, widths = len(self.channel_mult), [int(self.channels * mult) for mult in self.channel_mult]
-        if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
-            raise ValueError(
-                f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, "
-                f"got {x.shape[1:3]}"
-            )
+        check_sides(x, levels - 1)
         style, blocks = self.style, self.num_res_blocks
         blocks = (blocks,) * levels if isinstance(blocks, int) else blocks
         res_block = layers.remat(ResBlock, self.remat, static_argnums=(3,))
@@ -206,12 +202,10 @@ class UNet(nn.Module):
             return lambda h: block(h, emb, deterministic)
 
         def resized(name, h, channels, resample):
-            if style.resample == "residual":
-                return res(name, channels, resample)(h)
-            if resample == "up":
-                return layers.conv(channels, dtype=self.dtype, name=name)(layers.upsample(h))
-            pad = (tuple(style.resample_pad),) * 2
-            return layers.conv(channels, stride=2, padding=pad, dtype=self.dtype, name=name)(h)
+            by_conv = style.resample == "conv"
+            return (
+                self._resampled(name, h, channels, resample) if by_conv else res(name, channels, resample)(h)
+            )
 
         def attention(name):
             return attention_block(self.head_dim, self.num_heads, style, self.dtype, name=name)
@@ -241,9 +235,8 @@ class UNet(nn.Module):
             h = attention("mid_attn")(h, context, context_mask)
         h = res("mid_res_1", h.shape[-1])(h)
         if self.num_pool_heads:
-            h = act(style.norm("norm_out")(h)).astype(self.dtype)
             pool = AttentionPool(self.num_pool_heads, self.out_channels, self.dtype, name="pool")
-            return pool(h).astype(jnp.float32)
+            return pool(act(style.norm("norm_out")(h)).astype(self.dtype)).astype(jnp.float32)
 
         for level, width in reversed(list(enumerate(widths))):
             for j in range(blocks[level] + 1):
@@ -256,6 +249,22 @@ class UNet(nn.Module):
         h = act(style.norm("norm_out")(h)).astype(self.dtype)
         return layers.conv(self.out_channels, dtype=self.dtype, name="conv_out", zero=True)(h).astype(
             jnp.float32
+        )
+
+    def _resampled(self, name: str, h: jax.Array, channels: int, resample: str) -> jax.Array:
+        """h [B, H, W, C] halved or doubled by a convolution."""
+        if resample == "up":
+            return layers.conv(channels, dtype=self.dtype, name=name)(layers.upsample(h))
+        pad = (tuple(self.style.resample_pad),) * 2
+        return layers.conv(channels, stride=2, padding=pad, dtype=self.dtype, name=name)(h)
+
+
+def check_sides(x: jax.Array, halvings: int) -> None:
+    """Raise ValueError unless the sides of x [B, H, W, C] can be halved so often."""
+    if x.shape[1] % 2**halvings or x.shape[2] % 2**halvings:
+        raise ValueError(
+            f"a U-Net of {halvings} halvings needs sides that are multiples of {2**halvings}, got "
+            f"{x.shape[1:3]}"
         )
 
 

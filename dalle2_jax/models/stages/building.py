@@ -6,6 +6,9 @@ from dalle2_jax.models.diffusion import gaussian, schedules
 from dalle2_jax.models.nets.unet import Style
 from dalle2_jax.models.stages import check_settings
 
+# `process` of a config: further settings of `GaussianDiffusion`.
+PROCESS = ("fixed_variance", "guide_rule", "noise_scale", "threshold_max")
+
 
 def unet_and_process(settings: dict) -> tuple[dict, gaussian.GaussianDiffusion]:
     """(the U-Net's settings, the noise process) of the keywords of a `build`."""
@@ -17,13 +20,14 @@ def unet_and_process(settings: dict) -> tuple[dict, gaussian.GaussianDiffusion]:
     unet["out_channels"] = 6 if settings["learned_variance"] else 3
     if settings["net"]:
         unet["style"] = unet_style(settings["net"])
-    names = ["objective", "learned_variance", "weighting", "num_steps", "spacing", "method", "eta"]
-    names += ("fixed_variance", "guide_rule", "noise_scale", "threshold_max")
+    names = ("objective", "learned_variance", "weighting", "num_steps", "spacing", "method", "eta")
+    check_settings(settings["process"] or {}, (), PROCESS, "process")
     process = gaussian.GaussianDiffusion(
         schedule=schedules.make_schedule(settings["schedule"], settings["num_timesteps"]),
         threshold=settings.get("threshold"),
         loss_kind=settings.get("loss", "hybrid"),
-        **{name: settings[name] for name in names if name in settings},
+        **{name: settings[name] for name in names},
+        **(settings["process"] or {}),
     )
     return unet, process
 

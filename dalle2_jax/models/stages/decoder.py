@@ -53,9 +53,7 @@ def build(
     guidance_scale: float = 3.0,
     threshold: float | None = None,
     inpaint: bool = False,
-    threshold_max: float | None = None,
-    fixed_variance: float = 0.0,
-    guide_rule: str = "score",
+    process: dict | None = None,
     net: dict | None = None,
     remat: bool | str = "none",
     dtype: str = "float32",
@@ -70,16 +68,11 @@ def build(
     place of heads of head_dim entries. guidance_scale: 1 where nothing is ever dropped. weighting ('uniform',
     'p2', 'min_snr'), loss ('hybrid', 'vlb'): see `diffusion.process`. threshold: percentile of dynamic
     thresholding, None to clip. inpaint: the network also gets unmasked pixels, with random masks in training
-    (GLIDE; `init_from` a decoder without). threshold_max, fixed_variance, guide_rule: see
-    `diffusion.gaussian`. net: where the U-Net differs from ADM's, see `unet.Style`.
+    (GLIDE; `init_from` a decoder without). process: `PROCESS`, see `diffusion.gaussian`.
+    net: where the U-Net differs from ADM's, see `unet.Style`.
     """
-    unet, process = unet_and_process(locals())
-    if image_size % 2 ** (len(channel_mult) - 1):
-        raise ValueError(
-            f"image_size {image_size} cannot be halved {len(channel_mult) - 1} times: shorten "
-            f"channel_mult {channel_mult} "
-            f"or make image_size a multiple of {2 ** (len(channel_mult) - 1)}"
-        )
+    unet, diffusion = unet_and_process(locals())
+    _check_side(image_size, channel_mult)
     text = _checked_text(text, embed_dim)
     conditions: tuple[ClipImage | Label | Caption, ...] = (
         (ClipImage(embed_dim, image_drop),) if embed_dim else ()
@@ -102,12 +95,22 @@ def build(
             num_classes=num_classes,
             dtype=jnp.dtype(dtype),
         ),
-        diffusion=process,
+        diffusion=diffusion,
         image_size=image_size,
         conditions=conditions,
         guidance_scale=guidance_scale if embed_dim or text or label_drop else 1.0,
         inpaint=inpaint,
     )
+
+
+def _check_side(image_size: int, channel_mult: tuple) -> None:
+    """Raise ValueError for a side that the network cannot halve."""
+    if image_size % 2 ** (len(channel_mult) - 1):
+        raise ValueError(
+            f"image_size {image_size} cannot be halved {len(channel_mult) - 1} times: shorten "
+            f"channel_mult {channel_mult} "
+            f"or make image_size a multiple of {2 ** (len(channel_mult) - 1)}"
+        )
 
 
 def _checked_text(text: dict | None, embed_dim: int) -> dict | None:

@@ -49,7 +49,6 @@ def build(
     label_drop: float = 0.0,
     guidance_scale: float = 1.0,
     threshold: float | None = None,
-    threshold_max: float | None = None,
     resize: str = "cubic",
     schedule: str = "cosine",
     num_timesteps: int = 1000,
@@ -66,8 +65,7 @@ def build(
     tile: int | None = None,
     last_step: bool = False,
     inpaint: bool = False,
-    fixed_variance: float = 0.0,
-    noise_scale: float = 1.0,
+    process: dict | None = None,
     net: dict | None = None,
     remat: bool | str = "none",
     dtype: str = "float32",
@@ -79,30 +77,16 @@ def build(
     `LowRes`. tile: see `diffusion.in_tiles`. last_step: a second network, parameters 'last', takes the last
     step. text_drop, label_drop: how often training drops them; without it there is no null, and no guidance.
     attention_resolutions (sides of the full picture), head_dim, num_heads, text, num_classes, threshold,
-    threshold_max, inpaint and net: see `decoder.build`. fixed_variance, noise_scale: see
-    `diffusion.gaussian`.
+    inpaint, process and net: see `decoder.build`.
     """
-    unet, process = unet_and_process(locals())
+    unet, diffusion = unet_and_process(locals())
     crop_size = crop_size or image_size // 4
-    halvings = 2 ** (len(channel_mult) - 1)
-    if image_size % low_res_size:
-        raise ValueError(f"image_size {image_size} must be a multiple of low_res_size {low_res_size}")
-    if crop_size % halvings or crop_size > image_size:
-        raise ValueError(
-            f"crop_size {crop_size} must be a multiple of {halvings} (the halvings of channel_mult "
-            f"{channel_mult}) and at most image_size {image_size}"
-        )
+    _check_sizes(image_size, low_res_size, crop_size, channel_mult)
     if not 0 <= low_res_level <= low_res_noise <= 1:
         raise ValueError(
             f"low_res_level {low_res_level} must be in 0 .. low_res_noise = {low_res_noise}, that at most 1"
         )
-    states = (text or {}).get("states_width", 0)
-    if text:
-        text = checked_states(text) if states else dict(text, remat=remat)
-        if not states:
-            check_settings(text, TOKEN_TEXT, ("activation", "remat"), "text")
-        if not attention_resolutions:
-            raise ValueError("text is read by attention layers: set attention_resolutions, or leave text out")
+    text = _checked_text(text, attention_resolutions, remat)
     conditions: tuple[Label | Caption, ...] = (Label(num_classes, label_drop),) if num_classes else ()
     conditions += (_caption(text, text_drop),) if text else ()
     if guidance_scale != 1 and not any(condition.drop for condition in conditions):
@@ -113,12 +97,12 @@ def build(
         net=DenoiserNet(
             unet=unet,
             image_size=image_size,
-            text=text or None,
+            text=text,
             num_classes=num_classes,
             inpaint=inpaint,
             dtype=jnp.dtype(dtype),
         ),
-        diffusion=process,
+        diffusion=diffusion,
         image_size=image_size,
         conditions=conditions,
         low_res=LowRes(
@@ -132,7 +116,30 @@ def build(
     )
 
 
+def _checked_text(text: dict | None, attention_resolutions: tuple, remat: bool | str) -> dict | None:
+    """The settings of `text` as the network takes them; ValueError for those that cannot work."""
+    if not text:
+        return None
+    if not text.get("states_width"):
+        check_settings(text, TOKEN_TEXT, ("activation",), "text")
+    if not attention_resolutions:
+        raise ValueError("text is read by attention layers: set attention_resolutions, or leave text out")
+    return checked_states(text) if text.get("states_width") else dict(text, remat=remat)
+
+
 def _caption(text: dict, drop: float) -> Caption:
     """The caption's condition, of the settings of `text`."""
     masked = text.get("masked", True)
     return Caption(text["context_length"], drop, text.get("states_width", 0), masked=masked)
+
+
+def _check_sizes(image_size: int, low_res_size: int, crop_size: int, channel_mult: tuple) -> None:
+    """Raise ValueError for sides that do not fit together."""
+    halvings = 2 ** (len(channel_mult) - 1)
+    if image_size % low_res_size:
+        raise ValueError(f"image_size {image_size} must be a multiple of low_res_size {low_res_size}")
+    if crop_size % halvings or crop_size > image_size:
+        raise ValueError(
+            f"crop_size {crop_size} must be a multiple of {halvings} (the halvings of channel_mult "
+            f"{channel_mult}) and at most image_size {image_size}"
+        )
