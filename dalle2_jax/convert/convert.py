@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from dalle2_jax import systems
 from dalle2_jax.convert import card, inception_weights
 from dalle2_jax.convert.formats import refused, to_diffusers
 from dalle2_jax.convert.tensors import sha256
@@ -158,7 +159,8 @@ def make_parser() -> argparse.ArgumentParser:
         "workdirs", aliases=["export"], help="averaged weights of training workdirs"
     )
     several = "workdir of a stage of another system than unclip; may be given several times"
-    workdirs.add_argument("--system", default="unclip", help="what the stages are together")
+    known = dict(default="unclip", choices=[*systems.SYSTEMS])
+    workdirs.add_argument("--system", **known, help="what the stages are together")
     workdirs.add_argument("--stage", type=_stage, action="append", default=[], metavar="NAME=W", help=several)
     for role in ROLES:
         workdirs.add_argument(f"--{role}", **path, metavar="W", help=_ROLE_HELP[role])

@@ -15,15 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.models.diffusion import gaussian, process
-from dalle2_jax.models.diffusion.guidance import (
-    NO_RULES,
-    Guidance,
-    check_rules,
-    interleave,
-    is_guided,
-    pop_rules,
-)
+from dalle2_jax.models.diffusion import gaussian, guidance, process
 from dalle2_jax.models.nets.denoiser import Conditioning, DenoiserNet
 from dalle2_jax.models.stages import Loss, Op
 from dalle2_jax.models.stages.conditions import (
@@ -124,9 +116,9 @@ class DiffusionStage:
         if self.low_res:
             names = ("num_steps", "method", "eta", *(("threshold",) if self.guidable else ()))
             found = {name: own[name] for name in names} | {"tile": self.tile}
-            return found | (dict(guidance_scale=self.guidance_scale) | NO_RULES if self.guidable else {})
+            return found | (dict(guidance_scale=self.guidance_scale) | guidance.NO_RULES if self.guidable else {})
         own = dict(num_steps=0, guidance_scale=self.guidance_scale) | own
-        return own | NO_RULES
+        return own | guidance.NO_RULES
 
     def check(self, settings: dict) -> None:
         """Raise ValueError for settings of `sample` that this stage cannot take."""
@@ -136,7 +128,7 @@ class DiffusionStage:
                 f"guidance_scale {scale} has no meaning for a stage that was never trained without its "
                 "condition: leave it out, or steer with a classifier"
             )
-        check_rules(settings, self.diffusion.schedule)
+        guidance.check_rules(settings, self.diffusion.schedule)
         names = ("num_steps", "spacing", "threshold")
         self.diffusion.with_settings(**{name: settings.get(name) for name in names}).timesteps()
         if settings.get("tile") is not None:
@@ -249,7 +241,7 @@ class DiffusionStage:
         traced. Other guidance_RULE: see `guidance.Guidance`. tile: see `in_tiles`.
         """
         settings = self.sampling | {name: value for name, value in settings.items() if value is not None}
-        scale, rules = settings.pop("guidance_scale", 1), pop_rules(settings)
+        scale, rules = settings.pop("guidance_scale", 1), guidance.pop_rules(settings)
         side, tile = settings.pop("image_size", self.image_size), settings.pop("tile", None)
         diffusion = self.diffusion.with_settings(**settings)
         shape: tuple[int, ...] = (side, side, 3)
@@ -263,16 +255,16 @@ class DiffusionStage:
             inputs |= {"known": known_pixels(*inpaint)} if self.inpaint else {}
         if tile is not None and self.check_tile(tile) >= max(shape[:2]):
             tile = None
-
         last_time = diffusion.timesteps()[-1] if self.last_step else None
         conditionings = self._conditionings(params, batch, len(keys))
-        network, guidance = self._network(params, conditionings, inputs, last_time, tile), None
-        if is_guided(scale):
+        network, guide = self._network(params, conditionings, inputs, last_time, tile), None
+        if guidance.is_guided(scale):
             null = self._conditionings(params, batch, len(keys), null=True)
-            both, both_inputs = interleave((conditionings, inputs), (null, inputs))
-            guidance = Guidance(self._network(params, both, both_inputs, last_time, tile), scale, **rules)
+            both, both_inputs = guidance.interleave((conditionings, inputs), (null, inputs))
+            paired = self._network(params, both, both_inputs, last_time, tile)
+            guide = guidance.Guidance(paired, scale, **rules)
         x0 = diffusion.sample(
-            diffusion.denoiser(network, guidance=guidance, log_p=log_p, inpaint=inpaint),
+            diffusion.denoiser(network, guidance=guide, log_p=log_p, inpaint=inpaint),
             keys,
             shape,
             start=gaussian.Start(batch.get("x_T"), batch.get("init"), strength),
