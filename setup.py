@@ -52,7 +52,7 @@ EXTRAS = {
     # gradio 6 wants pillow below 13, and brings the other three
     "studio": ["gradio>=6.31,<7", "fastapi>=0.115", "starlette>=0.40", "uvicorn>=0.30"],
     "browser": ["selenium>=4.51"],  # drives the Chromium of the system in the tests of the studio
-    "t5": ["protobuf>=4", "sentencepiece>=0.2", "transformers>=4.46,<6"],  # `convert t5`, once
+    "sentencepiece": ["protobuf>=4", "sentencepiece>=0.2", "transformers>=4.46,<6"],  # `convert t5`, once
     "hub": ["huggingface_hub>=0.34"],
     "wandb": ["wandb>=0.19"],
     "test": ["mypy>=2.4", "packaging>=24", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.17"],

@@ -9,6 +9,7 @@ from configs.ddpm import tiny
 def get_config(preset: str = ""):
     """No presets."""
     config = tiny.get_config(preset)
-    config.model.update(schedule="cosine", learned_variance=True, process=None, scale_shift=True)
+    del config.model["process"]
+    config.model.update(schedule="cosine", learned_variance=True, scale_shift=True)
     config.model.net = dict(resample="conv")
     return config

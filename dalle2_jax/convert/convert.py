@@ -159,8 +159,8 @@ def make_parser() -> argparse.ArgumentParser:
         "workdirs", aliases=["export"], help="averaged weights of training workdirs"
     )
     several = "workdir of a stage of another system than unclip; may be given several times"
-    known = dict(default="unclip", choices=[*systems.SYSTEMS])
-    workdirs.add_argument("--system", **known, help="what the stages are together")
+    about = "what the stages are together"
+    workdirs.add_argument("--system", default="unclip", choices=[*systems.SYSTEMS], help=about)
     workdirs.add_argument("--stage", type=_stage, action="append", default=[], metavar="NAME=W", help=several)
     for role in ROLES:
         workdirs.add_argument(f"--{role}", **path, metavar="W", help=_ROLE_HELP[role])

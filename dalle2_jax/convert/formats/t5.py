@@ -1,7 +1,7 @@
 """The text encoder of T5 v1.1 (google/t5-v1_1-*), a folder with config.json, weights and a tokenizer.
 
 Weights of the decoder are left out. `tokenizer.json` is made once from spiece.model, by transformers with
-sentencepiece (the extra `t5`), so that drawing needs neither.
+sentencepiece (the extra of that name), so that drawing needs neither.
 """
 
 from pathlib import Path

@@ -201,11 +201,8 @@ class UNet(nn.Module):
             )
             return lambda h: block(h, emb, deterministic)
 
-        def resized(name, h, channels, resample):
-            by_conv = style.resample == "conv"
-            return (
-                self._resampled(name, h, channels, resample) if by_conv else res(name, channels, resample)(h)
-            )
+        def resized(name, h, *how):
+            return self._resampled(name, h, *how) if style.resample == "conv" else res(name, *how)(h)
 
         def attention(name):
             return attention_block(self.head_dim, self.num_heads, style, self.dtype, name=name)
@@ -255,7 +252,8 @@ class UNet(nn.Module):
         """h [B, H, W, C] halved or doubled by a convolution."""
         if resample == "up":
             return layers.conv(channels, dtype=self.dtype, name=name)(layers.upsample(h))
-        pad = (tuple(self.style.resample_pad),) * 2
+        before, after = self.style.resample_pad
+        pad = ((before, after), (before, after))
         return layers.conv(channels, stride=2, padding=pad, dtype=self.dtype, name=name)(h)
 
 

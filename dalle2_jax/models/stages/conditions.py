@@ -156,7 +156,7 @@ class LowRes:
                 noise = jax.random.normal(keys["noise"], low_res.shape)
                 low_res = process.q_sample(schedule, low_res, level, noise)
         windows = self.enlarged_windows(low_res, batch["crop_yx"], batch["image"].shape[1:3])
-        if self.noise and self.noise_enlarged:
+        if level is not None and self.noise_enlarged:
             noise = jax.random.normal(keys["noise"], windows.shape)
             windows = process.q_sample(schedule, windows, level, noise)
         return {"low_res_up": windows, "low_res_t": level}

@@ -112,13 +112,12 @@ class DiffusionStage:
     @property
     def sampling(self) -> dict:
         """The settings of `sample` and their defaults."""
-        own = self.diffusion.settings
+        own, scale = self.diffusion.settings, dict(guidance_scale=self.guidance_scale)
         if self.low_res:
             names = ("num_steps", "method", "eta", *(("threshold",) if self.guidable else ()))
             found = {name: own[name] for name in names} | {"tile": self.tile}
-            return found | (dict(guidance_scale=self.guidance_scale) | guidance.NO_RULES if self.guidable else {})
-        own = dict(num_steps=0, guidance_scale=self.guidance_scale) | own
-        return own | guidance.NO_RULES
+            return found | scale | guidance.NO_RULES if self.guidable else found
+        return dict(num_steps=0) | scale | own | guidance.NO_RULES
 
     def check(self, settings: dict) -> None:
         """Raise ValueError for settings of `sample` that this stage cannot take."""

@@ -82,10 +82,8 @@ def build(
     unet, diffusion = unet_and_process(locals())
     crop_size = crop_size or image_size // 4
     _check_sizes(image_size, low_res_size, crop_size, channel_mult)
-    if not 0 <= low_res_level <= low_res_noise <= 1:
-        raise ValueError(
-            f"low_res_level {low_res_level} must be in 0 .. low_res_noise = {low_res_noise}, that at most 1"
-        )
+    noised = low_res_noise, low_res_level, noise_enlarged
+    _check_level(low_res_level, low_res_noise)
     text = _checked_text(text, attention_resolutions, remat)
     conditions: tuple[Label | Caption, ...] = (Label(num_classes, label_drop),) if num_classes else ()
     conditions += (_caption(text, text_drop),) if text else ()
@@ -105,9 +103,7 @@ def build(
         diffusion=diffusion,
         image_size=image_size,
         conditions=conditions,
-        low_res=LowRes(
-            low_res_size, image_size // low_res_size, resize, low_res_noise, low_res_level, noise_enlarged
-        ),
+        low_res=LowRes(low_res_size, image_size // low_res_size, resize, *noised),
         crop_size=crop_size,
         guidance_scale=guidance_scale,
         inpaint=inpaint,
@@ -131,6 +127,12 @@ def _caption(text: dict, drop: float) -> Caption:
     """The caption's condition, of the settings of `text`."""
     masked = text.get("masked", True)
     return Caption(text["context_length"], drop, text.get("states_width", 0), masked=masked)
+
+
+def _check_level(level: float, noise: float) -> None:
+    """Raise ValueError for a level that training never noises the small picture to."""
+    if not 0 <= level <= noise <= 1:
+        raise ValueError(f"low_res_level {level} must be in 0 .. low_res_noise = {noise}, that at most 1")
 
 
 def _check_sizes(image_size: int, low_res_size: int, crop_size: int, channel_mult: tuple) -> None:

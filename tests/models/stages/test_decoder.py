@@ -612,5 +612,5 @@ def test_a_class_that_is_left_out_is_none():
 
 
 def test_states_of_a_clip_without_its_embeddings_are_refused():
-    with pytest.raises(ValueError, match="text.states_width is for decoders of image embeddings"):
+    with pytest.raises(ValueError, match="text lacks text.pool_heads"):  # those of a T5
         build(embed_dim=0, text=dict(states_width=4, context_length=LENGTH, width=8))
