@@ -217,6 +217,14 @@ class Checkpointer:
         finally:
             with contextlib.suppress(Exception):
                 self._manager.close()
+            if self._failed:  # again: threads of Orbax may have written since
+                self._remove_partial()
+
+    def _remove_partial(self) -> None:
+        """Removes partial checkpoints; another process may still write one."""
+        for left in self.directory.glob("*.orbax-checkpoint-tmp") if jax.process_count() == 1 else ():
+            with contextlib.suppress(OSError):
+                left.rmtree()
 
     @contextlib.contextmanager
     def _explain_failure(self) -> Iterator[None]:
@@ -227,10 +235,7 @@ class Checkpointer:
             self._failed = True
             with contextlib.suppress(Exception):
                 self._manager.wait_until_finished()
-            if jax.process_count() == 1:
-                for left in self.directory.glob("*.orbax-checkpoint-tmp"):
-                    with contextlib.suppress(OSError):
-                        left.rmtree()
+            self._remove_partial()
             steps = ", ".join(map(str, self.all_steps())) or "none"
             raise SaveFailed(
                 f"a checkpoint could not be written to {self.directory}: {cause(error)}. Whole ones are "
