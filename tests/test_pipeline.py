@@ -345,7 +345,9 @@ def test_samplers_and_windows_reach_the_stages(model, monkeypatch):
         diffusion, "in_tiles", lambda f, x, tile: windows.append(tile) or in_tiles(f, x, tile)
     )
     monkeypatch.setattr(
-        gaussian, "dynamic_threshold", lambda d, s, share: thresholds.append(share) or bounded(d, s, share)
+        gaussian,
+        "dynamic_threshold",
+        lambda d, s, share, *most: thresholds.append(share) or bounded(d, s, share, *most),
     )
     model.text_to_image(
         ["a"],

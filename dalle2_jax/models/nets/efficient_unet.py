@@ -75,7 +75,7 @@ class EfficientUNet(nn.Module):
         """
         levels, style = len(self.channel_mult), self.style
         widths = [int(self.channels * mult) for mult in self.channel_mult]
-        check_sides(x, levels)
+        check_sides(x, levels, levels)
         if len(self.num_res_blocks) != levels or known is not None:
             raise ValueError("num_res_blocks must have a number for each level; inpaint is not built")
         res_block = layers.remat(PlainResBlock, self.remat, static_argnums=(2,))

@@ -189,7 +189,7 @@ class UNet(nn.Module):
         whatever the size of x). Raises ValueError when H or W cannot be halved often enough.
         """
         levels, widths = len(self.channel_mult), [int(self.channels * mult) for mult in self.channel_mult]
-        check_sides(x, levels - 1)
+        check_sides(x, levels, levels - 1)
         style, blocks = self.style, self.num_res_blocks
         blocks = (blocks,) * levels if isinstance(blocks, int) else blocks
         res_block = layers.remat(ResBlock, self.remat, static_argnums=(3,))
@@ -257,12 +257,11 @@ class UNet(nn.Module):
         return layers.conv(channels, stride=2, padding=pad, dtype=self.dtype, name=name)(h)
 
 
-def check_sides(x: jax.Array, halvings: int) -> None:
+def check_sides(x: jax.Array, levels: int, halvings: int) -> None:
     """Raise ValueError unless the sides of x [B, H, W, C] can be halved so often."""
     if x.shape[1] % 2**halvings or x.shape[2] % 2**halvings:
         raise ValueError(
-            f"a U-Net of {halvings} halvings needs sides that are multiples of {2**halvings}, got "
-            f"{x.shape[1:3]}"
+            f"a U-Net of {levels} levels needs sides that are multiples of {2**halvings}, got {x.shape[1:3]}"
         )
 
 
