@@ -19,6 +19,7 @@ from dalle2_jax.models import models
 from dalle2_jax.models.diffusion import sampling
 from dalle2_jax.runtime import modeldir
 from dalle2_jax.train import inputs
+from dalle2_jax.train.plan import make_plan
 from dalle2_jax.train.run import started_from
 
 torch = pytest.importorskip("torch", reason="the oracle is in torch")
@@ -241,7 +242,7 @@ def test_a_stage_is_trained_on_with_its_own_tokenizer(repainting, stage, tmp_pat
     tokens, _ = inputs.make_tokenizer(config, tmp_path)([CAPTION])
     assert (tokens == load_tokenizer(repainting[2] / "tokenizer", LENGTH)([CAPTION])[0]).all()
     built = models.build_stage(config)
-    fields = inputs.dataset_fields(config, built, None)
+    fields = inputs.dataset_fields(config, make_plan(config))
     assert {"image", "tokens", "token_mask"} <= fields and "image_embed" not in fields
     _, _, params = models.load_start(config["init_from"], config)
     modeldir.check_params(started_from("", params, models.abstract_params(built)), params)
@@ -250,13 +251,17 @@ def test_a_stage_is_trained_on_with_its_own_tokenizer(repainting, stage, tmp_pat
 def test_the_tokenizer_has_neither_start_nor_end(tmp_path):
     write_tokenizer(tmp_path)
     made = load_tokenizer(tmp_path, LENGTH)
-    tokens, mask = made([" A  RED\nstar", "a"])
-    pieces = [made._encoder.id_to_token(number) for number in tokens[0][mask[0]]]
-    assert pieces == ["a", "Ġred", "Ġ", "st", "a", "r"] and mask.sum(1).tolist() == [6, 1]
+    tokens, mask = made(["A RED star", "a  &amp;"])
+    pieces = [
+        [made._encoder.id_to_token(n) for n in row[real]] for row, real in zip(tokens, mask, strict=True)
+    ]
+    assert pieces[0] == ["a", "Ġred", "Ġ", "st", "a", "r"]
+    # Its authors' code lowers the text and changes nothing else: neither spaces nor entities.
+    assert "".join(pieces[1]).startswith("aĠĠ&") and mask.sum(1).tolist() == [6, len(pieces[1])]
     assert made(["red red red red red red red red"])[1].all()
     assert made.decode(tokens[0]) == "a red star"
     made.save(tmp_path / "saved")
-    np.testing.assert_array_equal(load_tokenizer(tmp_path / "saved")([" A  RED\nstar", "a"])[0], tokens)
+    np.testing.assert_array_equal(load_tokenizer(tmp_path / "saved")(["A RED star", "a  &amp;"])[0], tokens)
 
 
 @pytest.mark.parametrize(
