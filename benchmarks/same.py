@@ -173,15 +173,15 @@ def reads_clip(case: str) -> bool:
     return TRAININGS[case][0].split(":")[0] in READ_CLIP
 
 
-def training(side: Side, case: str, workdir: Path, steps: int) -> str:
-    """Trains a case up to a number of steps; returns '' or the failure."""
+def training(side: Side, case: str, workdir: Path, steps: int, of_clip: Side) -> str:
+    """Trains a case up to a number of steps, with the CLIP of `of_clip`; returns '' or the failure."""
     recipe, settings = TRAININGS[case]
     every = ("num_steps", "eval_every", "sample_every", "checkpoint_every")
     command = ["train", f"--config=configs/{recipe}", f"--workdir={workdir}", "--config.log_every=1"]
     command += [f"--config.{name}={steps}" for name in every]
     command += [f"--config.{setting}" for setting in settings]
     if reads_clip(case):
-        command.append(f"--config.clip={side.place('train:clip')}")
+        command.append(f"--config.clip={of_clip.place('train:clip')}")
     return side.run(*command)
 
 
@@ -217,12 +217,12 @@ def compare(base: Side, new: Side, kinds: set[str], chosen: set[str]) -> list[st
     if kinds & {"train", "resume"} and any(chosen & {case} and reads_clip(case) for case in TRAININGS):
         chosen = chosen | {"clip"}
     for case in TRAININGS if kinds & {"train", "resume"} else ():
-        both(f"train:{case}", lambda s, w, case=case: training(s, case, w, STEPS), trained_in)
+        both(f"train:{case}", lambda s, w, case=case: training(s, case, w, STEPS, s), trained_in)
     for case in TRAININGS if "resume" in kinds else ():
 
         def go_on(side: Side, workdir: Path, case=case) -> str:
             shutil.copytree(base.place(f"train:{case}"), workdir)
-            return training(side, case, workdir, STEPS + MORE_STEPS)
+            return training(side, case, workdir, STEPS + MORE_STEPS, base)  # as the workdir's config says
 
         both(f"resume:{case}", go_on, trained_in)
     return names
