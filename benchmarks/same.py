@@ -119,7 +119,8 @@ class Side:
         print(f"{self.commit[:12]} {case}: {time.monotonic() - began:.0f} s {failure}", flush=True)
         if not failure:  # else the next run tries again
             self.found[case] = found
-            (self.folder / "found.json").write_text(json.dumps(self.found, indent=1))
+            kept = {name: entry for name, entry in self.found.items() if "failed" not in entry}
+            (self.folder / "found.json").write_text(json.dumps(kept, indent=1))
         else:
             self.found[case] = found | {"of": self.commit}  # differs from the other side's
 
