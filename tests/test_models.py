@@ -159,6 +159,10 @@ def test_a_caption_that_is_cut_ends_in_its_end_of_text():
     np.testing.assert_array_equal(tokens, expected)
     np.testing.assert_array_equal(mask, np.arange(5) < np.array([3, 5, 5, 5])[:, None])
     assert ((tokens == EOT).sum(axis=1) == 1).all()  # trap 2
+    # T5's end of text, 1, is not the highest id
+    t5 = np.array([[7, 8, 9, 6, 1, 0], [7, 8, 1, 0, 0, 0]], np.int32)
+    cut, _ = models.crop_tokens(jnp.asarray(t5), jnp.asarray(t5 > 0), 3)
+    np.testing.assert_array_equal(cut, [[7, 8, 1], [7, 8, 1]])
 
 
 def test_shorter_captions_are_padded_and_equal_ones_kept():

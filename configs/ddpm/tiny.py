@@ -1,4 +1,4 @@
-"""DDPM at 16 x 16 on scenes, without captions: about fifteen minutes on two cores.
+"""DDPM at 16 x 16 on scenes, without captions.
 
 python -m dalle2_jax.train --config=configs/ddpm/tiny.py --workdir=DIR
 """

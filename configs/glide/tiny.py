@@ -1,4 +1,4 @@
-"""GLIDE at 16 x 16 on scenes: captions alone, about thirteen minutes on two cores.
+"""GLIDE at 16 x 16 on scenes: captions alone.
 
 python -m dalle2_jax.train --config=configs/glide/tiny.py --workdir=DIR
 """

@@ -63,9 +63,8 @@ class RecordSource:
     files: list[tuple[str, int, int]] = []  # (relative path, size in bytes, number of records) of each
     fingerprint: str = ""  # of the files
     refused: Mapping[str, int] = {}  # {reason: records or members lost while indexing}
-    passed: Mapping[
-        str, int
-    ] = {}  # {reason: files and members left out without loss, or with an allowed loss}
+    # {reason: files and members left out without loss, or with an allowed loss}
+    passed: Mapping[str, int] = {}
     examples: Mapping[str, str] = {}  # {reason: the name of one of them}
     embed_dims: Mapping[str, int] = {}  # {'image_embed': E, ...}
     clip_sha256: str = ""  # of the parameters of the embeddings' CLIP, if it is known

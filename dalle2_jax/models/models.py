@@ -197,8 +197,8 @@ def zeros(spec: dict) -> dict:
 
 
 def crop_tokens(tokens: jax.Array, token_mask: jax.Array, context_length: int) -> tuple[jax.Array, jax.Array]:
-    """The first `context_length` tokens, a caption that is cut ending in its end-of-text token (the highest
-    id).
+    """The first `context_length` tokens, a caption that is cut ending in its end-of-text token, its last
+    real one.
 
     tokens [B, L] int32, token_mask [B, L] bool; shorter ones are padded with 0.
     """
@@ -207,6 +207,7 @@ def crop_tokens(tokens: jax.Array, token_mask: jax.Array, context_length: int) -
         pad = ((0, 0), (0, context_length - length))
         return jnp.pad(tokens, pad), jnp.pad(token_mask, pad)
     cut = token_mask[:, context_length]
-    end = tokens.max(axis=1)
+    # the last real token: CLIP's highest id, T5's 1
+    end = jnp.take_along_axis(tokens, token_mask.sum(axis=1, keepdims=True) - 1, axis=1)[:, 0]
     last = jnp.where(cut, end, tokens[:, context_length - 1])
     return tokens[:, :context_length].at[:, -1].set(last), token_mask[:, :context_length]

@@ -40,7 +40,10 @@ class PlainResBlock(nn.Module):
 
 
 class EfficientUNet(nn.Module):
-    """Takes the place of `unet.UNet`: the same arguments, one number of `num_res_blocks` for each level."""
+    """Takes the place of `unet.UNet`: its arguments, with a number of `num_res_blocks` for each level.
+
+    `scale_shift` has no effect: embeddings are added, once a level.
+    """
 
     out_channels: int
     channels: int
@@ -52,7 +55,6 @@ class EfficientUNet(nn.Module):
     dropout: float = 0.0
     scale_shift: bool = False
     remat: bool | str = False
-    num_pool_heads: int = 0
     style: Style = Style()
     dtype: DTypeLike = jnp.float32
 
