@@ -20,11 +20,7 @@ NEW_PAIRS=("a yellow star" "a purple cross" "a red ring" "a green square")
 NEW_RELATIONS=("a red star above a blue cross" "a blue star to the left of a red circle")
 NEW_RELATIONS+=("a purple triangle above a green ring" "an orange ring to the left of a purple square")
 
-if [ "$(uname)" = Linux ]; then
-  # XLA's large buffers come from mmap and are page-faulted in anew at every step: with huge pages a sixth faster.
-  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
-fi
-
+huge_pages
 steps=9 number=0 child=0 stopped="" key="$(cat configs/common.py configs/tiny/*.py | cksum)"
 
 # Prints a command so that it can be pasted into a shell.

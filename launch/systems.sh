@@ -9,4 +9,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$ROOT"
 prepare train,eval
+huge_pages
 exec python -m benchmarks.systems --out="${SYSTEMS_DIR:-systems}" "$@"

@@ -251,6 +251,14 @@ def find_objects(image: np.ndarray) -> tuple[tuple[Found, ...], str | None]:
     return tuple(found), background_name
 
 
+def is_legal(image: np.ndarray) -> bool:
+    """Whether a picture uint8 [H, W, 3] is a scene of any caption: one or two objects, all of a named colour
+    and shape, on a background with a name."""
+    found, background = find_objects(image)
+    named = all(thing.colour and thing.shape for thing in found)
+    return background is not None and 1 <= len(found) <= 2 and named
+
+
 def _split(part: np.ndarray, strength: np.ndarray):
     """The objects in one connected part of one colour: (mask a > 1/2, pixels it may reach) of each."""
     top = np.quantile(strength[part], 0.9)

@@ -2,6 +2,9 @@
 
 The kinds are single_seen, single_heldout (one object, whose colour and shape training showed together or
 never), pair_seen and pair_heldout_relation (two objects, whose relation training showed or never).
+
+A model that reads no captions draws n pictures, and the share of legal ones counts: one or two objects, all
+of a named colour and shape, on a background with a name.
 """
 
 import json
@@ -25,13 +28,13 @@ JUDGED = ("colour", "shape", "relation", "count", "background", "correct")
 ASPECTS = ("colour", "shape", "relation", "named", "count", "background", "correct")
 
 
-def load_checker():
-    """`evaluate.scenes.check`. Raises ValueError where scipy is not installed."""
+def load_checker(name: str = "check"):
+    """`evaluate.scenes.check`, or `is_legal`. Raises ValueError where scipy is not installed."""
     try:
-        from dalle2_jax.evaluate.scenes import check
+        from dalle2_jax.evaluate import scenes as checker
     except ModuleNotFoundError as error:
         raise ValueError(f"the checker needs {error.name}: pip install 'dalle2_jax[eval]'") from error
-    return check
+    return getattr(checker, name)
 
 
 def draw_captions(config: scenes.SceneConfig, n: int, seed: int) -> tuple[list[str], list[str]]:
@@ -89,8 +92,17 @@ def score(verdicts: Sequence, kinds: Sequence[str]) -> dict:
     return result
 
 
+def score_legal(legal: Sequence[bool]) -> dict:
+    """{'uncaptioned': {'n', 'legal', 'interval'}} of pictures without captions."""
+    interval = {"legal": [round(bound, 4) for bound in wilson(int(np.sum(legal)), len(legal))]}
+    return {"uncaptioned": {"n": len(legal), "legal": float(np.mean(legal)), "interval": interval}}
+
+
 def table(scores: dict) -> str:
-    """The scores of `score` as lines of text, the interval of `named` last."""
+    """The scores of `score` as lines of text, the interval of `named` last; or those of `score_legal`."""
+    if (entry := scores.get("uncaptioned")) is not None:
+        low, high = entry["interval"]["legal"]
+        return f"legal scenes: {entry['legal']:.3f} of {entry['n']} ({low:.3f} .. {high:.3f})"
     lines = [f"{'':24}{'n':>6}" + "".join(f"{aspect:>11}" for aspect in ASPECTS) + "   95 % of named"]
     for kind, entry in scores.items():
         shares = "".join(f"{'-' if entry[a] is None else format(entry[a], '.3f'):>11}" for a in ASPECTS)
@@ -114,11 +126,12 @@ def measure(
 
     settings: keywords of `UnCLIP.text_to_image`.
     """
+    how = dict(seed=seed, batch_size=batch_size, progress=progress, **(settings or {}))
+    if not model.reads_captions:
+        return _measure_uncaptioned(model, out, n, how)
     check = load_checker()
     captions, kinds = draw_captions(config, n, seed)
-    result = model.text_to_image(
-        captions, seed=seed, batch_size=batch_size, progress=progress, **(settings or {})
-    )
+    result = model.text_to_image(captions, **how)
     verdicts = [check(image, caption) for image, caption in zip(result.images, captions, strict=True)]
     pictures = []
     for kind in dict.fromkeys(kinds):
@@ -131,6 +144,19 @@ def measure(
     lines = "".join(json.dumps(picture, ensure_ascii=False) + "\n" for picture in pictures)
     (epath.Path(out) / "scenes.jsonl").write_text(lines)
     return score(verdicts, kinds), picture_sets.of_images("drawn", result.images, captions)
+
+
+def _measure_uncaptioned(
+    model: pipeline.Pipeline, out: epath.Path, n: int, how: dict
+) -> tuple[dict, picture_sets.PictureSet]:
+    """`measure` of a model that reads no captions; writes scenes_uncaptioned.png."""
+    legal = load_checker("is_legal")
+    images = model.text_to_image(n=n, **how).images
+    right = [legal(image) for image in images]
+    labels = ["legal" if one else "not legal" for one in right[:GRID_PICTURES]]
+    grid = metrics.labelled_grid(images[:GRID_PICTURES], labels)
+    metrics.save_png(epath.Path(out) / "scenes_uncaptioned.png", grid)
+    return score_legal(right), picture_sets.of_images("drawn", images)
 
 
 def _mark(verdict) -> str:
