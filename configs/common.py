@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.tokenizer = ConfigDict(dict(path="", vocab_size=49408, context_length=77))
     config.optim = ConfigDict(  # fields of dalle2_jax.train.optim.Settings
         dict(
+            optimizer="adamw",  # | adafactor
             learning_rate=1.2e-4,
             schedule="constant",
             final_fraction=0.0,

@@ -134,6 +134,8 @@ def test_each_device_holds_its_part_of_the_papers_stages(name):
 
 def test_every_sharding_rule_is_one_that_a_recipe_uses(monkeypatch):
     trees = [abstract(config_of(recipe))[1] for recipe in RECIPES]
+    adafactor = optim.make_optimizer(learning_rate=1e-4, num_steps=1, optimizer="adafactor")  # Imagen's
+    trees.append(jax.eval_shape(adafactor.init, trees[0]))
     partition.check_rules(trees)
     dead = (r"(^|/)not_in_any_network/kernel$", partition.P())
     monkeypatch.setattr(partition, "RULES", (dead, *partition.RULES))

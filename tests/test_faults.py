@@ -315,6 +315,8 @@ def test_settings_that_change_what_a_step_computes_are_refused_on_resume_and_oth
                 resume.Resumption(workdir, changed)
     assert all(name.split(".")[-1] in stored[name.split(".")[0]] for name in free if "." in name)
     older = {name: value for name, value in stored.items() if name not in resume.SETTINGS_SINCE}
+    older["optim"] = {name: x for name, x in stored["optim"].items() if name not in resume.OPTIM_SINCE}
+    assert older["optim"] != stored["optim"]
     (workdir / "config.json").write_text(json.dumps(older))
     resume.Resumption(workdir, stored)  # what came later is as it was without
     with pytest.raises(ValueError, match="spike_sigma: 0.0 in the workdir, 6 now"):

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 from optax import contrib
 
-from dalle2_jax.runtime import partition
+from dalle2_jax.runtime import checkpoint, modeldir, partition
 from dalle2_jax.train import optim
 
 SETTINGS = dict(learning_rate=0.1, num_steps=100, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5)
@@ -119,6 +120,70 @@ def test_muon_is_the_same_with_kernels_shared_over_devices():
     assert partition.shardings(state, partition.make_mesh(fsdp=8, data=1))  # every array has a rule
 
 
+def large_trees():
+    """Arrays that Adafactor factors (two axes of 128 or more), and others; gradients of each step."""
+    shapes = dict(fc1=(128, 136), conv1=(3, 3, 128, 128), conv_out=(3, 3, 128, 4), q=(2, 2))
+    shapes = {f"{name}/kernel": shape for name, shape in shapes.items()} | {"norm/scale": (7,), "rate": ()}
+    draw = np.random.default_rng(0)
+    params, *grads = (
+        modeldir.unflatten({name: draw.normal(size=s).astype(np.float32) for name, s in shapes.items()})
+        for _ in range(4)
+    )
+    return params, grads
+
+
+def test_adafactor_is_optaxs():
+    """Three steps with a schedule and no weight decay; of a kernel that is factored, rows and columns."""
+    params, grads = large_trees()
+    ours = optim.make_optimizer(learning_rate=0.1, num_steps=9, schedule="cosine", optimizer="adafactor")
+    theirs = optax.adafactor(optim.make_schedule(0.1, 9, "cosine"))
+    found, expected = params, params
+    state, other = ours.init(params), theirs.init(params)
+    for g in grads:
+        updates, state = ours.update(g, state, found)
+        found = optax.apply_updates(found, updates)
+        updates, other = theirs.update(g, other, expected)
+        expected = optax.apply_updates(expected, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    kept = modeldir.flatten({"v_row": optax.tree_utils.tree_get(state, "v_row")})
+    assert kept["v_row/fc1/kernel"].shape == (128,) and kept["v_row/conv1/kernel"].shape == (3, 3, 128)
+    assert kept["v_row/conv_out/kernel"].shape == (1,)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state) if x.ndim)
+
+
+def test_adafactor_is_the_same_on_a_mesh_and_after_a_restart(tmp_path):
+    """The state has a sharding on 2 x 2 x 2 devices; saved, restored and stepped there: the same bits."""
+    params, grads = large_trees()
+    settings = dict(learning_rate=0.1, num_steps=9, weight_decay=0.1, grad_clip=1.0, warmup_steps=2)
+    optimizer = optim.make_optimizer(**settings, optimizer="adafactor")
+    mesh = partition.make_mesh(2, 2, 2)
+
+    def step(state, g):
+        updates, opt_state = optimizer.update(g, state["opt_state"], state["params"])
+        return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
+
+    begun = {"params": params, "opt_state": optimizer.init(params)}
+    where = partition.shardings(begun, mesh)
+    factored = optax.tree_utils.tree_get(where["opt_state"], "v_row")
+    assert factored["conv1"]["kernel"].spec == P()
+    assert optax.tree_utils.tree_get(where["opt_state"], "v")["conv_out"]["kernel"].spec != P()
+    alone, spread = jax.jit(step), jax.jit(step, out_shardings=where)
+    one, here = begun, jax.device_put(begun, where)
+    for number, g in enumerate(grads):
+        one, here = alone(one, g), spread(here, jax.device_put(g, where["params"]))
+        if number == 1:
+            with checkpoint.Checkpointer(tmp_path) as saver:
+                saver.save(2, here, {})
+                saver.wait()
+                shapes = jax.tree.map(
+                    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), begun, where
+                )
+                restored, _ = saver.restore(shapes)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), here, one)
+    again = spread(restored, jax.device_put(grads[2], where["params"]))
+    jax.tree.map(np.testing.assert_array_equal, again, here)
+
+
 def test_clipping_scales_the_gradient_to_the_limit():
     """Seen through a large eps, where the update is nearly g / eps: norm 5 clipped to 1 is a fifth of it."""
     params = {"kernel": jnp.zeros((1, 2))}
@@ -207,6 +272,7 @@ class TestSchedule:
         (dict(weight_decay=-0.1), "optim.weight_decay"),
         (dict(grad_clip=-1.0), "optim.grad_clip"),
         (dict(muon_learning_rate=-1.0), "optim.muon_learning_rate"),
+        (dict(optimizer="adafacto"), "optim.optimizer='adafacto' is unknown .did you mean 'adafactor'"),
     ],
 )
 def test_wrong_settings_are_named(wrong, message):

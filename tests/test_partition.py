@@ -161,6 +161,8 @@ class TestRules:
             ("norm1/scale", 1, P(None)),
             ("logit_scale", 0, P()),
             ("opt_state/1/0/mu/block/fc2/kernel", 2, P("tensor", "fsdp")),
+            ("opt_state/1/0/v_row/conv2/kernel", 3, P(None, None, None)),
+            ("opt_state/1/0/v/conv2/kernel", 4, P(None, None, "tensor", "fsdp")),
         ],
     )
     def test_spec_of(self, name, rank, spec):

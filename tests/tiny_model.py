@@ -90,11 +90,14 @@ def make_model(directory: Path, dtype: str = "float32", extended: bool = False) 
     return directory
 
 
-def make_class_model(directory: Path, classes: tuple[str, ...] = ()) -> Path:
-    """Write a model directory of a decoder alone, 8 x 8, as ADM's: of classes, or of nothing; no CLIP."""
+def make_class_model(directory: Path, classes: tuple[str, ...] = (), **model) -> Path:
+    """Write a model directory of a decoder alone, 8 x 8, as ADM's: of classes, or of nothing; no CLIP.
+
+    model: further settings of the decoder.
+    """
     config = configs()["decoder"]
     config["model"] |= dict(
-        embed_dim=0, text=None, num_classes=len(classes), text_drop=0.0, image_drop=0.0, num_steps=2
+        embed_dim=0, text=None, num_classes=len(classes), text_drop=0.0, image_drop=0.0, num_steps=2, **model
     )
     config["data"] = {"classes": list(classes)}
     modeldir.save_stage(directory / "decoder", config, random_params(models.build_stage(config), 0))

@@ -27,5 +27,6 @@ def get_config(preset: str = ""):
             net=dict(context_norm="layer", norm_groups=32),
         ),
     )
+    config.optim.optimizer = "adafactor"
     config.frozen.t5 = ""  # the model directory of T5 v1.1 XXL
     return config

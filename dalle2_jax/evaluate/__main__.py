@@ -73,6 +73,7 @@ if __name__ == "__main__":
     commandline.DEFINE_path("prompts", None, "Draw the prompts of this file for an external tool.")
     commandline.DEFINE_path("stats_out", None, "Write mean and covariance of the images' Inception features.")
     flags.DEFINE_integer("n", 128, "Captions to draw, in all.", lower_bound=4)
+    flags.DEFINE_integer("bpd_steps", 0, "Steps of the bound of bpd; 0: all of the model's.", lower_bound=0)
     flags.DEFINE_multi_string("compare", None, "A way of drawing, such as 'guidance_scale=2'; once for each.")
     flags.DEFINE_integer("pictures", 4, "Pictures a caption for --compare and --prompts.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of captions and pictures.", lower_bound=0)

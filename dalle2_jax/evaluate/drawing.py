@@ -34,7 +34,8 @@ def scenes_of(model: pipeline.Pipeline, name: str | None = None) -> tuple[scenes
     if name is None and (data["source"] != "scenes" or stored not in scenes.PRESETS):
         raise ValueError(
             f"model {model.name!r} was trained on {data['path']!r} of source {data['source']!r}: choose "
-            f"the scenes to draw with --scenes={'|'.join(scenes.PRESETS)}, or give --reference=SRC"
+            f"the scenes with --scenes={'|'.join(scenes.PRESETS)}, or give pictures: --reference=SRC to draw "
+            "its captions, --images=SRC to measure the model on"
         )
     return scenes.preset(name or stored), int(side) if side.isdigit() else model.image_size
 

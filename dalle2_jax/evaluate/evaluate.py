@@ -11,6 +11,8 @@ Measures a model directory; writes report.json, its table report.txt, and labell
   edits      not by default: 64 unseen scenes are changed by text, varied and repainted, and checked
   loss       not by default: of each stage at fixed times with fixed noise, on n unseen scenes or
              --images=SRC with captions
+  bpd        not by default: bits per dimension of the base stage on n scenes of the validation split, or on
+             --images=SRC or --reference=SRC; --bpd_steps=50 instead of all its steps
 
 Measures pictures of any origin against a reference (docs/evaluation.md):
 
@@ -177,7 +179,8 @@ def evaluate(
             lines.append(f"{name}: {opened.describe()}")
     for line in lines:
         print(line, flush=True)
-    if of_model and inputs.images is None:
+    reference = inputs.reference is not None
+    if any(not (reference and OF_MODELS[name].reads_reference) for name in of_model) and not inputs.images:
         report["scenes_config"] = inputs.scenes[0].name
     out.mkdir(parents=True, exist_ok=True)
     measured = {}

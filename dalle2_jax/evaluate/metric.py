@@ -42,6 +42,7 @@ class Request:
       classes, templates: files for zero_shot, see `metrics.zero_shot`.
       scenes: grammar of the captions; None: the one that the model was trained on.
       n: captions to draw. seed: of captions and pictures. batch_size: pictures at a time.
+      bpd_steps: steps of the bound of bpd; 0: all.
       settings: keywords of `UnCLIP.text_to_image`.
       out: folder that all processes see, for drawn pictures.
       npz_out: npz file for the images after the preset's square crop.
@@ -60,6 +61,7 @@ class Request:
     n: int = 128
     seed: int = 0
     batch_size: int | None = None
+    bpd_steps: int = 0
     settings: dict = dataclasses.field(default_factory=dict)
     out: str = "evaluation"
     npz_out: str | None = None
@@ -141,6 +143,7 @@ class ModelMetric:
       measure: Inputs -> (JSON values, lines of text).
       needs_clip: whether it reads the model's CLIP; a judge does not replace it.
       draws: whether it draws or edits scenes, so that --images cannot replace them.
+      reads_reference: whether it measures the pictures of --reference where there are no --images.
       compare_with: Inputs -> (the captions that it draws, reference pictures for picture metrics); None:
         picture metrics do not measure its pictures.
       refuse: Request -> why it cannot be measured, or ''.
@@ -149,6 +152,7 @@ class ModelMetric:
     measure: Callable[[Inputs], tuple[dict, str]]
     needs_clip: bool = False
     draws: bool = False
+    reads_reference: bool = False
     compare_with: Callable[[Inputs], tuple[list[str], PictureSet]] | None = None
     refuse: Callable[[Request], str] = lambda request: ""
 

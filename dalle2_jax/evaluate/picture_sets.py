@@ -301,9 +301,15 @@ def unseen_scenes(
     return list(itertools.islice(filter(keep, found), count))
 
 
-def scene_pictures(config: scenes.SceneConfig, image_size: int, count: int, seed: int = 0) -> PictureSet:
-    """A set of `count` scenes from the splits outside training, with randomly worded captions."""
-    found = unseen_scenes(config, count, seed)
+def scene_pictures(
+    config: scenes.SceneConfig,
+    image_size: int,
+    count: int,
+    seed: int = 0,
+    splits: Sequence[str] = UNSEEN_SPLITS,
+) -> PictureSet:
+    """A set of `count` scenes from these splits, with randomly worded captions."""
+    found = unseen_scenes(config, count, seed, splits)
     words = np.random.default_rng(seed).integers(1 << 30, size=count)
     texts = [scenes.caption(scene, index=int(word)) for scene, word in zip(found, words, strict=True)]
     return rendered(f"{config.name}_{image_size}", found, image_size, texts)

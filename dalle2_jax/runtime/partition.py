@@ -34,6 +34,8 @@ BATCH_AXES = ("data", "fsdp")
 # array, so one rule serves Dense [in, out] and Conv [kh, kw, in, out] kernels, and layers stacked by a scan.
 # Arrays of rank 0 and 1 (gains, biases, temperatures, counters) are always replicated.
 RULES = (
+    # Adafactor's means of squared gradients over rows and columns: small, with one axis less than a parameter
+    (r"(^|/)v_(row|col)/", P()),
     # statistics of the data: the autoregressive prior's principal components
     (r"(^|/)stats/\w+$", P()),
     # positions and learned stand-ins [L, D]: few rows, added to activations, which must not inherit a split

@@ -1,10 +1,14 @@
-"""The optimizer: AdamW with decoupled weight decay, Muon for kernels on request; schedules and clipping.
+"""The optimizer: AdamW or Adafactor, Muon for kernels on request; weight decay, schedules, clipping.
 
-One step (Loshchilov & Hutter, arXiv:1711.05101), with g the clipped gradient and n = 1, 2, ... its number:
+One step of AdamW (Loshchilov & Hutter, arXiv:1711.05101), with g the clipped gradient and n = 1, 2, ... its
+number:
 
     m = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g^2
     u = (m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + eps)
     params = params - lr(n - 1) (u + weight_decay params)
+
+Adafactor (Shazeer & Stern, arXiv:1804.04235) keeps of v its means over rows and columns alone, and no m: see
+`_adafactor`.
 
 With `muon_learning_rate` the kernels of hidden layers take Muon's steps instead (Jordan et al. 2024): the
 momentum, made orthogonal by Newton-Schulz iterations. A convolution counts as the matrix
@@ -31,7 +35,16 @@ from dalle2_jax.runtime.names import nearest
 # states of a null caption that is "".
 UNTRAINED = ("stats", "last", "null_text_states")
 SCHEDULES = ("constant", "cosine", "linear")
+OPTIMIZERS = ("adamw", "adafactor")
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 4
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError for a value of the setting `name` that is not among `choices`."""
+    if value not in choices:
+        near = nearest(value, choices)
+        hint = f" (did you mean {near}?)" if near else ""
+        raise ValueError(f"optim.{name}={value!r} is unknown{hint}: use one of {', '.join(choices)}")
 
 
 def make_schedule(
@@ -49,10 +62,7 @@ def make_schedule(
       linear:   learning_rate (1 - p (1 - final_fraction))
       cosine:   learning_rate (final_fraction + (1 - final_fraction) (1 + cos(pi p)) / 2)
     """
-    if schedule not in SCHEDULES:
-        near = nearest(schedule, SCHEDULES)
-        hint = f" (did you mean {near}?)" if near else ""
-        raise ValueError(f"optim.schedule={schedule!r} is unknown{hint}: use one of {', '.join(SCHEDULES)}")
+    check_choice("schedule", schedule, SCHEDULES)
     if learning_rate < 0:
         raise ValueError(f"optim.learning_rate={learning_rate} must be >= 0 (0 changes no parameter)")
     if not 0 <= warmup_steps < max(1, num_steps):
@@ -159,20 +169,32 @@ def _muon() -> optax.GradientTransformation:
     return optax.chain(momentum, optax.GradientTransformation(optax.init_empty_state, update))
 
 
+def _adafactor() -> optax.GradientTransformation:
+    """Adafactor's direction with optax's defaults, as Imagen's base model was trained (arXiv 2205.11487).
+
+    g is divided by the root of v, which decays by 1 - n^-0.8 and is factored in arrays with two axes of 128
+    or more. The result has an RMS of at most 1 in each array; it is multiplied by the parameter's RMS, or by
+    1e-3 if that is more.
+    """
+    rms = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+    return optax.chain(*rms, optax.scale_by_param_block_rms())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What `config.optim` holds, and the length of the run.
 
     Attributes:
       learning_rate: the peak.
+      optimizer: 'adamw' or 'adafactor'; of Adafactor's a rate is relative to the RMS of each array.
       num_steps: length of the run; cosine and linear schedules end there at `final_fraction` of the peak.
       warmup_steps: steps of linear warm-up.
       schedule: 'constant', 'cosine' or 'linear'.
-      beta1, beta2, eps: of Adam, each beta in [0, 1).
+      beta1, beta2, eps: of AdamW, each beta in [0, 1).
       weight_decay: decoupled, multiplied by the learning rate; only on arrays of rank 2 and more.
       grad_clip: largest global norm of the gradient; None or 0 for no clipping.
       muon_learning_rate: peak for the arrays of `is_hidden_kernel`, on the same schedule; it multiplies
-        sqrt(max(1, out / in)) and an orthogonal matrix, so 0.02 is usual. 0 for AdamW everywhere.
+        sqrt(max(1, out / in)) and an orthogonal matrix, so 0.02 is usual. 0: `optimizer` everywhere.
 
     Raises:
       ValueError: for a value outside its range; the message names the setting.
@@ -180,6 +202,7 @@ class Settings:
 
     learning_rate: float
     num_steps: int
+    optimizer: str = "adamw"
     warmup_steps: int = 0
     schedule: str = "constant"
     final_fraction: float = 0.0
@@ -191,6 +214,7 @@ class Settings:
     muon_learning_rate: float = 0.0
 
     def __post_init__(self):
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
@@ -199,7 +223,7 @@ class Settings:
         for name, none in (
             ("weight_decay", "0 for none"),
             ("grad_clip", "0 or None for none"),
-            ("muon_learning_rate", "0 for AdamW alone"),
+            ("muon_learning_rate", "0 for none"),
         ):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be >= 0 ({none})")
@@ -224,7 +248,7 @@ def make_optimizer(**settings) -> optax.GradientTransformation:
         return optax.chain(direction, *decay, rate)
 
     adam = optax.scale_by_adam(b1=made.beta1, b2=made.beta2, eps=made.eps, mu_dtype=jnp.float32)
-    optimizer = chain(adam, made.learning_rate)
+    optimizer = chain(_adafactor() if made.optimizer == "adafactor" else adam, made.learning_rate)
     if made.muon_learning_rate:
 
         def labels(params):

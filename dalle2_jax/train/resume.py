@@ -45,6 +45,7 @@ FREE = (
 )
 # Settings that config.json of older workdirs lacks, with what these runs did.
 SETTINGS_SINCE = {"spike_sigma": 0.0, "frozen": {}, "trainable": []}
+OPTIM_SINCE = {"optimizer": "adamw"}  # the same of config.optim
 # Names that also stand for what is compared with the checkpoint, beside settings.
 DATA, CLIP = "data", "clip"
 MAX_FILES = 10_000  # of a dataset that a checkpoint lists
@@ -106,10 +107,10 @@ class Resumption:
         self._workdir = workdir
         self._allowed = tuple(CLIP if name == f"frozen.{CLIP}" else name for name in allowed)
         path = workdir / "config.json"
-        now = _flat(SETTINGS_SINCE | frozen.short(json.loads(json.dumps(config))))
+        now = _compared(json.loads(json.dumps(config)))
         stored = json.loads(path.read_text()) if path.exists() else {}
         # Older runs stored paths as they were written.
-        stored = _flat(SETTINGS_SINCE | frozen.short(models.expand_paths(stored))) if stored else now
+        stored = _compared(models.expand_paths(stored)) if stored else now
         names = stored.keys() | now.keys()
         groups = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
         models.check_names(self._allowed, sorted(groups), "config")
@@ -191,6 +192,12 @@ class Resumption:
 def _noted(workdir: epath.Path) -> list[dict]:
     path = workdir / "changes.json"
     return json.loads(path.read_text())["changes"] if path.exists() else []
+
+
+def _compared(config: Mapping) -> dict:
+    """{'a.b': value} of a config, with what older ones lack."""
+    config = SETTINGS_SINCE | frozen.short(config)
+    return _flat(config | {"optim": OPTIM_SINCE | config.get("optim", {})})
 
 
 def _flat(tree, prefix: str = "") -> dict:

@@ -11,13 +11,11 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from PIL import Image
 
-from dalle2_jax.data import pipeline, transforms
 from dalle2_jax.evaluate.metric import Inputs, ModelMetric, entry
 from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet, chosen, scene_pictures
+from dalle2_jax.evaluate.stage_examples import StageExamples
 from dalle2_jax.generate.engine import Engine
-from dalle2_jax.models.frozen import Frozen
 from dalle2_jax.runtime import partition, processes
 from dalle2_jax.systems import cascade
 
@@ -75,42 +73,24 @@ def measure(
 
 
 def _reads_clip(stage) -> bool:
-    return hasattr(stage, "loss") and bool(cascade.uses(stage))
+    return hasattr(stage, "loss") and "clip" in cascade.uses(stage)
 
 
 def _of_stage(model: Engine, name: str, images, captions, batch_size: int, numbers, seed: int, mesh):
     """Yields the scalars of a stage's loss for each batch of these numbers."""
-    stage = model.stage(name)
-    used = {"clip": model.stage("clip")} if _reads_clip(stage) else {}
-    frozen, frozen_params = Frozen(stage, used), {clip: model.params(clip) for clip in used}
-    reads = set(frozen.dataset_spec(1))
-    own_length = getattr(stage, "context_length", None)
-    tokenizer = model.tokenizer(name if own_length else "clip") if "tokens" in reads else None
-    classes = model.configs[name]["data"].get("classes", ()) if "label" in reads else ()
-    views = transforms.Views(
-        image_size=stage.image_size if "image" in reads else None,
-        image_sizes={"clip.image": used["clip"].image_size} if "clip.image" in reads else {},
-        low_res_size=stage.low_res_size if "low_res" in reads else None,
-        crop_size=stage.crop_size if "crop_yx" in reads else None,
-    )
+    stage, examples = model.stage(name), StageExamples(model, name)
+    frozen_params = {called: model.params(used) for called, used in examples.uses.items()}
 
     @functools.partial(jax.jit, compiler_options=partition.compiler_options())
     def loss(params, frozen_params, number, batch):
-        batch = frozen.encode_batch(frozen_params, batch)
+        batch = examples.frozen.encode_batch(frozen_params, batch)
         key = jax.random.fold_in(jax.random.key(seed), number)
         loss = stage.loss(params, key, batch, train=False)
         return {"loss": loss.value} | loss.scalars
 
     for start in (int(number) * batch_size for number in numbers):
         part = slice(start, start + batch_size)
-        draws = transforms.uniforms(seed, 0, np.arange(start, start + batch_size))
-        made = [views.make(Image.fromarray(x), u) for x, u in zip(images[part], draws, strict=True)]
-        batch = {field: np.stack([one[field] for one in made]) for field in made[0]}
-        if tokenizer is not None:
-            batch["tokens"], batch["token_mask"] = tokenizer(captions[part])
-        if classes:
-            batch["label"] = np.array([pipeline.label_of(text, classes) for text in captions[part]], np.int32)
-        batch = {field: value for field, value in batch.items() if field in reads}
+        batch = examples.make(images[part], captions[part], seed, start)
         with partition.use_mesh(mesh):
             number = np.uint32(start // batch_size)
             on_devices = partition.on_devices(batch, mesh)

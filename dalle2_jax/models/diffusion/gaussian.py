@@ -235,18 +235,18 @@ class GaussianDiffusion:
         return sampler(steps, **options.get(self.method, {}))
 
     def bits_per_dim(
-        self, network: Network, key: jax.Array, x0: jax.Array, num_steps: int | None = None
+        self, network: Network, keys: jax.Array, x0: jax.Array, num_steps: int | None = None
     ) -> dict[str, jax.Array]:
         """The bound on -log2 p(x0) of 8-bit pictures x0 [B, H, W, C] in [-1, 1], see `likelihood`.
 
-        num_steps: the steps of the bound, evenly spaced; None: all T.
+        keys [B]: of each picture's noise. num_steps: the steps of the bound, evenly spaced; None: all T.
         """
         times = schedules.space_timesteps(
             num_steps or self.schedule.num_timesteps, self.schedule.num_timesteps
         )
         denoise = clip_x0(self._predict(network), self.schedule)
         fraction = None if self.learned_variance else self.fixed_variance
-        return likelihood.bits_per_dim(denoise, self.schedule, key, x0, times, fraction)
+        return likelihood.bits_per_dim(denoise, self.schedule, keys, x0, times, fraction)
 
     def invert(self, network: Network, x0: jax.Array) -> jax.Array:
         """The noise x_T from which `sample` by 'ddim' with eta 0, no guidance, and as many steps returns to

@@ -8,6 +8,7 @@ discretised decoder, equation 13). A walk of fewer steps has a bound of its own,
 Dhariwal 2021, section 4).
 """
 
+import functools
 import math
 
 import jax
@@ -29,16 +30,16 @@ def prior_bits(schedule: Schedule, x0: jax.Array, t: int) -> jax.Array:
 def bits_per_dim(
     denoise: Denoiser,
     schedule: Schedule,
-    key: jax.Array,
+    keys: jax.Array,
     x0: jax.Array,
     timesteps: np.ndarray,
     var_frac: float | None = None,
 ) -> dict[str, jax.Array]:
     """The bound of 8-bit pictures x0 [B, H, W, C] in [-1, 1], for the walk down `timesteps` [n].
 
-    The noise at each time is drawn from `key` and the time. var_frac: of the reverse variance, where the
-    denoiser has none. Returns 'bpd' [B], 'prior' [B], 'terms' [n, B] in the order of `timesteps`, and 'mse'
-    [n, B], that of eps; float32.
+    The noise of a picture at each time is drawn from its key, of `keys` [B], and the time. var_frac: of the
+    reverse variance, where the denoiser has none. Returns 'bpd' [B], 'prior' [B], 'terms' [n, B] in the order
+    of `timesteps`, and 'mse' [n, B], that of eps; float32.
     """
     steps = two_time(schedule, timesteps)
     rows = dict(log_beta=steps.log_beta, log_beta_tilde=steps.log_beta_tilde, coef_x0=steps.coef_x0)
@@ -47,7 +48,8 @@ def bits_per_dim(
 
     def term(c):
         t = jnp.full(len(x0), c["t"], jnp.int32)
-        noise = jax.random.normal(jax.random.fold_in(key, c["t"]), x0.shape, x0.dtype)
+        draw = functools.partial(jax.random.normal, shape=x0.shape[1:], dtype=x0.dtype)
+        noise = jax.vmap(lambda key: draw(jax.random.fold_in(key, c["t"])))(keys)
         prediction = denoise(q_sample(schedule, x0, t, noise), t)
         if var_frac is not None:
             prediction = prediction._replace(var_frac=var_frac)

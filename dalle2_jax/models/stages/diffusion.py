@@ -280,6 +280,11 @@ class DiffusionStage:
         conditionings = self._conditionings(params, batch, len(batch["image"]))
         return diffusion.invert(self._network(params, conditionings, {}), batch["image"])
 
+    def bits_per_dim(self, params: dict, keys: jax.Array, batch: dict, num_steps: int | None = None) -> dict:
+        """The bound on -log2 p(image | conditions) of a decoder, see `GaussianDiffusion.bits_per_dim`."""
+        network = self._network(params, self._conditionings(params, batch, len(keys)), {})
+        return self.diffusion.bits_per_dim(network, keys, batch["image"], num_steps)
+
     def _networks(self, params: dict) -> list[dict]:
         """Parameters of the network, and of the one that takes the last step, if it is another."""
         first = {name: value for name, value in params.items() if name != "last"}

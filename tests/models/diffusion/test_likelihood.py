@@ -36,7 +36,8 @@ def test_the_bound_is_that_of_an_independent_recurrence(var_frac, steps):
         x0 = jnp.asarray(levels / 127.5 - 1.0, jnp.float64)
         times = schedules.space_timesteps(steps, T)
         denoise = best_denoiser(LINEAR, 0.5)
-        found = likelihood.bits_per_dim(denoise, LINEAR, KEY, x0, times, var_frac)
+        keys = jax.random.split(KEY, 2)
+        found = likelihood.bits_per_dim(denoise, LINEAR, keys, x0, times, var_frac)
         x0, total = np.asarray(x0), 0.0
         bars = np.append(LINEAR.alpha_bar[times[::-1]][::-1], 1.0)
         var_tilde = [None] * steps
@@ -46,7 +47,8 @@ def test_the_bound_is_that_of_an_independent_recurrence(var_frac, steps):
                 var_tilde[i] = 1 / (1 / (1 - bars[i + 1]) + alpha / (1 - alpha))
         var_tilde[-1] = var_tilde[-2]
         for i, t in enumerate(times):
-            noise = np.asarray(jax.random.normal(jax.random.fold_in(KEY, t), x0.shape, jnp.float64))
+            folded = [jax.random.fold_in(key, t) for key in keys]
+            noise = np.stack([jax.random.normal(key, x0.shape[1:], jnp.float64) for key in folded])
             x_t = np.sqrt(bars[i]) * x0 + np.sqrt(1 - bars[i]) * noise
             guess = np.asarray(denoise(jnp.asarray(x_t), jnp.full(2, t)).x0)
             alpha = bars[i] / bars[i + 1]
@@ -81,9 +83,9 @@ def test_the_bound_lies_above_the_entropy_of_gaussian_data_and_falls_with_the_st
     entropy = -(mass * np.log2(np.maximum(mass, 1e-300))).sum()
     levels = np.random.default_rng(1).choice(256, (64, 8, 8, 3), p=mass)
     x0 = jnp.asarray(levels / 127.5 - 1.0, jnp.float32)
-    schedule = schedules.make_schedule("linear", 1000)
+    schedule, keys = schedules.make_schedule("linear", 1000), jax.random.split(KEY, 64)
     bits = [
-        likelihood.bits_per_dim(best_denoiser(schedule, 0.25), schedule, KEY, x0, times, 1.0)["bpd"]
+        likelihood.bits_per_dim(best_denoiser(schedule, 0.25), schedule, keys, x0, times, 1.0)["bpd"]
         for times in (schedules.space_timesteps(n, 1000) for n in (20, 100, 1000))
     ]
     bounds = [float(one.mean()) for one in bits]  # beta is nearly the right variance of wide data
@@ -107,7 +109,7 @@ def test_the_bound_of_a_stages_diffusion_uses_its_variance():
             raw = jnp.full_like(mean, 2 * fraction - 1)  # f = (raw + 1) / 2
             return jnp.concatenate([mean, raw], axis=-1) if learned else mean
 
-        return made.bits_per_dim(network, KEY, x0, 9)["bpd"]
+        return made.bits_per_dim(network, jax.random.split(KEY, 2), x0, 9)["bpd"]
 
     for fraction in (0.0, 0.4, 1.0):
         np.testing.assert_allclose(bits(fraction, False), bits(fraction, True), rtol=1e-5)
