@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import hashlib
+import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +13,16 @@ import numpy as np
 
 from benchmarks.scores import Score
 from dalle2_jax.data import scenes
-from dalle2_jax.evaluate import drawing
+from dalle2_jax.evaluate import drawing, picture_sets
+from dalle2_jax.evaluate.metrics import bpd
 from dalle2_jax.evaluate.metrics import scenes as scenes_metric
+from dalle2_jax.evaluate.picture_sets import PictureSet
+from dalle2_jax.evaluate.stage_examples import StageExamples
 from dalle2_jax.generate.pipeline import Pipeline
+from dalle2_jax.runtime import checkpoint, modeldir
 
 BATCH = 64  # pictures at a time
+BITS, BITS_STEPS = 256, 50  # pictures, and steps of the bound, of bits per dimension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +75,39 @@ class Trained:
     def model(self, name: str = "") -> Pipeline:
         """A model directory by name; the first by default."""
         return Pipeline.load(self.folder / "models" / (name or self.names[0]))
+
+    def at_step(self, step: int, stage: str = "decoder") -> str:
+        """The name of a copy of the first model with the average of a stage's checkpoint `step`."""
+        name = f"step{step}"
+        source, out = (self.folder / "models" / one for one in (self.names[0], name))
+        if not out.exists():
+            params = checkpoint.restore_ema_params(self.folder / stage, step)
+            config = json.loads((source / stage / modeldir.CONFIG_FILE).read_text())
+            shutil.copytree(source, out)
+            modeldir.save_stage(out / stage, config, params)
+        return name
+
+    def bits(self, name: str = "") -> np.ndarray:
+        """Bits per dimension [BITS] of a model of pictures of the validation split, by BITS_STEPS steps."""
+        engine, examples = self.model(name).engine, StageExamples(self.model(name).engine, "decoder")
+        pictures = self.scenes("validation", BITS)
+        images, texts = [item.picture() for item in pictures.items()], pictures.texts
+        batch = examples.make(images, texts, seed=0) | {"number": np.arange(BITS, dtype=np.uint32)}
+        print(f"bits per dimension of {name or self.names[0]}", flush=True)
+        return bpd.bits_of(engine, batch, examples, num_steps=BITS_STEPS, progress=_Progress())["bpd"]
+
+    def histogram_bits(self) -> np.ndarray:
+        """Bits per dimension [BITS] of the same pictures by a histogram of each channel in training."""
+        examples = StageExamples(self.model().engine, "decoder")
+        seen, held_out = (
+            examples.make([item.picture() for item in some.items()], some.texts, seed=0)["image"]
+            for some in (self.scenes("train", 512), self.scenes("validation", BITS))
+        )
+        return bpd.histogram_bits(seen, held_out)
+
+    def scenes(self, split: str, count: int) -> PictureSet:
+        """Rendered scenes of a split, 64 pixels."""
+        return picture_sets.scene_pictures(self.grammar, 64, count, 0, (split,))
 
     def draw(self, captions: Sequence[str] | int, model: str = "", **settings) -> np.ndarray:
         """Pictures uint8 [N, H, W, 3]: one a caption, or N of a model that reads none.
