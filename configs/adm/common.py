@@ -1,6 +1,6 @@
 """What ADM's recipes share."""
 
-from configs import common
+from dalle2_jax.configs import common
 
 CLASSES = tuple(map(str, range(1000)))  # names of classes, as captions and labels have them
 

@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/adm/upsampler.py:256 --workdir=DIR --config.data.path=SHARDS
 """
 
-from configs.adm import common
+from dalle2_jax.configs.adm import common
 
 MODELS = {
     "256": dict(image_size=256, low_res_size=64, attention_resolutions=(32, 16, 8), num_heads=4),

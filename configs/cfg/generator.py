@@ -5,7 +5,7 @@ python -m dalle2_jax.train --config=configs/cfg/generator.py --workdir=DIR --con
 Its w is guidance_scale - 1 here. The class is dropped for a tenth of the examples; 0.2 is as good.
 """
 
-from configs import common
+from dalle2_jax.configs import common
 
 TIMES = 65_536  # log SNR is continuous in the paper
 MODELS = {

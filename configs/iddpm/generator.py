@@ -5,7 +5,7 @@ python -m dalle2_jax.train --config=configs/iddpm/generator.py:cifar10 --workdir
 imagenet64 (default) has no classes; with model.loss=vlb it is trained on the bound alone.
 """
 
-from configs import common
+from dalle2_jax.configs import common
 
 # Convolutions halve and double the side. The network reads t 1000 / T.
 NET = dict(resample="conv", norm_groups=32)

@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/iddpm/upsampler256.py --workdir=DIR --config.data.path=SHARDS
 """
 
-from configs import common
+from dalle2_jax.configs import common
 
 
 def get_config(preset: str = ""):
