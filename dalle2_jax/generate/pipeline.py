@@ -323,9 +323,9 @@ class Pipeline:
             raise ValueError(f"n {n} must be 1 or more pictures a caption")
         steps, settings, timings = self.steps("draw"), self.settings(**options), {}
         self._check_classes(steps, settings, captions if read else None)
-        led = []  # steps that read the negative caption
-        for step in steps if negative is not None else ():
-            if "negative" in step.optional:
+        led: list[str] = []  # steps that read the negative caption
+        if negative is not None:
+            for step in (step for step in steps if "negative" in step.optional):
                 self._check_negative(step, settings[step.name], negative)
                 led.append(step.name)
         if not upsample:
