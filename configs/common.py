@@ -70,11 +70,11 @@ def get_config() -> ConfigDict:
     return config
 
 
-def debug(config: ConfigDict, model: dict) -> ConfigDict:
-    """The preset `debug`: two steps on scenes with the smaller `model`."""
+def debug(config: ConfigDict, model: dict, side: int = 64) -> ConfigDict:
+    """The preset `debug`: two steps on scenes of `side` pixels with the smaller `model`."""
     config.model.update(model)
     config.model.dtype = "float32"
-    config.data.update(source="scenes", path="debug_64")
+    config.data.update(source="scenes", path=f"debug_{side}")
     config.tokenizer.update(vocab_size=512, context_length=32)
     config.mesh.update(data=-1, fsdp=1, tensor=1)
     config.batch_size, config.num_steps, config.optim.warmup_steps = 8, 2, 0

@@ -39,13 +39,14 @@ def get_config(preset: str = ""):
         common.debug(
             config,
             dict(
-                image_size=64,
-                low_res_size=16,
-                crop_size=16,
+                image_size=256,
+                low_res_size=64,
+                crop_size=64,
                 channels=16,
                 channel_mult=(1, 2),
                 num_res_blocks=1,
                 num_steps=3,
             ),
+            side=256,
         )
     return config

@@ -1,5 +1,5 @@
 """Stages in the loop, each with what comes before: two steps of their recipes' presets `debug`, and a picture
-that what came of them draws. The upsampler is in test_train.py."""
+that the whole cascade draws."""
 
 import importlib
 import json
@@ -23,7 +23,9 @@ from tests import tiny_model
 # Less than the presets have, so that a step compiles in seconds. SAM is in tests/models/stages/test_clip.py.
 SMALLER = {
     "clip": dict(sam_rho=0.0),
-    "decoder64": dict(image_size=8, channels=8, head_dim=8, channel_mult=[1], attention_resolutions=[8]),
+    "decoder64": dict(channels=8, head_dim=8, channel_mult=[1], attention_resolutions=[16]),
+    "upsampler256": dict(channels=8, channel_mult=[1]),
+    "upsampler1024": dict(channels=8, channel_mult=[1]),
 }
 
 
@@ -36,12 +38,14 @@ def recipe(name: str, **changes) -> dict:
 
 @pytest.fixture(scope="module")
 def root(one_device, tmp_path_factory):
-    """Workdirs of two steps each: clip, prior, ar_prior, decoder64."""
+    """Workdirs of two steps each: clip, prior, ar_prior, decoder64, upsampler256, upsampler1024."""
     root = tmp_path_factory.mktemp("stages")
     clip = str(root / "clip")
     loop.train(recipe("clip"), clip)
     for name in ("prior", "ar_prior", "decoder64"):
         loop.train(recipe(name, clip=clip), str(root / name))
+    for name in ("upsampler256", "upsampler1024"):
+        loop.train(recipe(name), str(root / name))
     return root
 
 
@@ -143,13 +147,14 @@ def test_what_was_trained_draws_a_picture_and_what_was_not_measured_is_refused(r
         clip=str(root / "clip"),
         prior=str(root / "prior"),
         decoder=str(root / "decoder64"),
-        upsamplers=[],
+        upsamplers=[str(root / "upsampler256"), str(root / "upsampler1024")],
     )
     stored = modeldir.load_stage(tmp_path / "model" / "prior", keep_dtype=True)[1]
     assert stored["stats"]["eps_sq"].dtype == np.float32  # though the weights are bfloat16
     model = pipeline.UnCLIP.load(tmp_path / "model")
-    drawn = model.text_to_image(["a red star"])
-    assert drawn.images.shape == (1, 8, 8, 3) and drawn.settings["prior"]["method"] == "analytic"
+    drawn = model.text_to_image(["a red star"], upsampler_steps=[3, 2])
+    assert drawn.base.shape == (1, 16, 16, 3) and drawn.images.shape == (1, 256, 256, 3)
+    assert drawn.settings["prior"]["method"] == "analytic"
     model.engine.params("prior")["stats"]["eps_sq"] = jnp.full(1000, jnp.nan)
     with pytest.raises(ValueError, match="prior: method 'analytic' needs statistics"):
         model.settings()

@@ -11,7 +11,7 @@ STATES = dict(states_width=64, context_length=common.TEXT["context_length"], wid
 def get_config(preset: str = ""):
     """No presets."""
     config = decoder.get_config(preset)
-    del config.model["image_drop"]
+    del config.model["image_drop"], config.model["text"]
     config.model.update(
         embed_dim=0,
         text=dict(STATES),

@@ -46,6 +46,7 @@ CONFIGS = {
         ScenesConfig("full", 256, 100_000),
         ScenesConfig("full", 1024, 10_000),
         ScenesConfig("quickstart", 64, 64, 64, name="debug_64"),
+        ScenesConfig("quickstart", 256, 64, 64, name="debug_256"),
     )
 }
 
