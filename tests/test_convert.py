@@ -129,14 +129,15 @@ def test_without_paths(value, kept):
 def test_what_is_written_can_be_opened_and_written_again(converted, tmp_path):
     model = pipeline.UnCLIP.load(converted)
     assert model.name == "mine" and model.image_size == 32
-    again = sources(
-        converted.parent, **dict.fromkeys(("clip", "prior", "decoder"), str(converted)), upsamplers=()
-    )
+    (folder,) = converted.glob("upsampler*")  # a stage's own folder
+    models = dict.fromkeys(("clip", "prior", "decoder"), str(converted))
+    again = sources(converted.parent, **models, upsamplers=(str(folder),))
     convert.convert_workdirs(tmp_path / "again", **again, dtype="float32")
     for name in ("clip/model.safetensors", "decoder/config.json", "tokenizer/tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (converted / name).read_bytes()
     index = modeldir.read_index(tmp_path / "again")
-    assert index["trained_steps"]["decoder"] == 2 and list(index["stages"]) == ["clip", "prior", "decoder"]
+    assert list(index["stages"]) == ["clip", "prior", "decoder", folder.name]
+    assert index["trained_steps"] == dict.fromkeys(index["stages"], 2)
 
 
 def test_stages_that_do_not_fit_are_refused(workdirs, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dalle2_jax.edit import actions
 from dalle2_jax.generate import engine
 from dalle2_jax.generate.result import Result
 from tests.tiny_model import make_model
@@ -42,9 +43,11 @@ def test_notebooks_are_stored_without_outputs():
 
 
 def test_the_notebook_of_drawing(tmp_path, monkeypatch):
-    """With a tiny model in the place of the bundled one."""
+    """With a tiny model in the place of the bundled one, and programs that other tests compile too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engine, "BUNDLED", make_model(tmp_path / "tiny"))
+    monkeypatch.setattr(actions, "INVERSION_STEPS", 6)
+    monkeypatch.setattr(actions, "RESAMPLE", 2)
     shown = run("draw")
     assert [len(result.images) for result in shown] == [4, 4, 4, 4, 4]
     assert all(result._repr_png_() for result in shown)

@@ -45,9 +45,9 @@ def convert_workdirs(
       dtype: 'bfloat16' (half the size) or 'float32' (exact).
       name: of the model; by default the last name of `out`.
       licence: of the weights, for the model card; by default those of the models that stages began from.
-      sources: a name of the system's `ROLES` -> a workdir, or a model directory that holds the stage, or its
-        hf:// address; a name of its `LISTS`, such as 'upsamplers' -> several of them, in the order in which
-        they run. '' is none; a decoder of image embeddings needs CLIP and prior.
+      sources: a name of the system's `ROLES` -> a workdir, a model directory that holds the stage, the
+        stage's folder in one, or an hf:// address; a name of its `LISTS`, such as 'upsamplers' -> several of
+        them, in the order in which they run. '' is none; a decoder of image embeddings needs CLIP and prior.
 
     Raises:
       FileNotFoundError, ValueError: an incomplete workdir, or stages that do not match.
@@ -70,7 +70,7 @@ def convert_workdirs(
         stages[folder], parts[folder] = stage, (without_paths(config) | {"wandb": ""}, params)
         steps[folder], frozen[folder] = _training(local[source], folder)
         if getattr(stage, "context_length", None):
-            tokenizers[folder] = epath.Path(local[source]) / "tokenizer"
+            tokenizers[folder] = _root(local[source]) / "tokenizer"
         print(f"read {folder} from {source}", flush=True)
     module.complete(stages)
     tokenizer = _shared_tokenizer(list(tokenizers.values())) if tokenizers else None
@@ -155,13 +155,20 @@ def _shared_tokenizer(folders: list[epath.Path]) -> Tokenizer:
     return max(loaded, key=lambda tokenizer: tokenizer.context_length)
 
 
+def _root(source: str) -> epath.Path:
+    """The workdir or model directory of a source, which may be a stage's folder in one."""
+    folder = epath.Path(source)
+    alone = models.is_workdir(folder) or (folder / modeldir.INDEX_FILE).exists()
+    return folder.parent if not alone and (folder.parent / modeldir.INDEX_FILE).exists() else folder
+
+
 def _training(source: str, folder: str) -> tuple[int | None, dict[str, str]]:
     """(the step whose average `models.load_stage` read, the sha256 of the frozen stages that it was trained
     with); for a model directory those of its index."""
     if models.is_workdir(source):
         step, meta = checksums.read_meta(source)
         return step, {name: sha256 for name, sha256 in frozen_of(meta).items() if name != trainable.BASE}
-    index = modeldir.read_index(source)
+    index = modeldir.read_index(_root(source))
     entry = index["stages"].get(folder, {})
     return index.get("trained_steps", {}).get(folder), entry.get("frozen", {})
 
