@@ -114,11 +114,13 @@ def _pictures(root: str, name: str, refused: records.Counts, passed: records.Cou
             relative = path[begin:]
             if file.startswith("."):
                 passed.note("hidden_file", os.fsencode(relative))
-            elif file.rpartition(".")[2].lower() not in records.IMAGE_EXTENSIONS:
+            elif os.path.splitext(file)[1][1:].lower() not in records.IMAGE_EXTENSIONS:
                 passed.note("other_extension", os.fsencode(relative))
             else:
-                size = _size(path, os.fsencode(relative), refused)
-                if size is not None:
+                size, lost = _size(path)
+                if lost:
+                    refused.note(lost, os.fsencode(relative))
+                else:
                     yield relative, size
 
 
@@ -126,17 +128,15 @@ def _fail(error: OSError) -> None:
     raise error
 
 
-def _size(path: str, name: bytes, refused: records.Counts) -> int | None:
-    """The size of a file; None: it is counted as lost."""
+def _size(path: str) -> tuple[int, str]:
+    """(size of a file in bytes, why it cannot be used or '')."""
     try:
         found = os.stat(path)
     except OSError:  # a link to nothing
-        return refused.note("unreadable", name)
+        return 0, "unreadable"
     if not stat.S_ISREG(found.st_mode):
-        return refused.note("not_a_regular_file", name)
-    if found.st_size > records.MAX_MEMBER_BYTES:
-        return refused.note("member_too_large", name)
-    return found.st_size
+        return 0, "not_a_regular_file"
+    return found.st_size, "member_too_large" * (found.st_size > records.MAX_MEMBER_BYTES)
 
 
 def _nothing_in(root: str, refused: records.Counts) -> str:
