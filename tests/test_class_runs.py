@@ -15,6 +15,7 @@ from dalle2_jax.train import loop
 from tests import tiny_run
 from tests.data import shards_for_tests as made
 
+pytestmark = pytest.mark.usefixtures("one_device")
 CLASSES = {"cat": [0, 1, 2], "dog": [3, 4, 105], "fox": [6, 7, 8]}
 RECIPES = (
     *(("ddpm.cifar10", ""), ("ddpm.pictures256", ""), ("iddpm.generator", "cifar10")),
@@ -88,7 +89,7 @@ def test_a_run_is_refused_before_it_compiles(
 
 
 @pytest.mark.parametrize("source", ["folder", pytest.param("tfds", marks=pytest.mark.slow)])
-def test_ddpm_trains_on_pictures_alone(one_device, pets, tmp_path, monkeypatch, source):
+def test_ddpm_trains_on_pictures_alone(pets, tmp_path, monkeypatch, source):
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # it would prepare the dataset by its own rules
     config = importlib.import_module("configs.ddpm.cifar10").get_config("debug")
     recipe = importlib.import_module("configs.ddpm.cifar10").get_config()

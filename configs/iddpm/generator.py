@@ -3,8 +3,7 @@
 python -m dalle2_jax.train --config=configs/iddpm/generator.py --workdir=DIR --config.data.path=PATH
 
 PATH: tar shards, with KEY.cls for classes; with --config.data.source=folder a folder of folders by class.
-cifar10 reads tfds by itself. imagenet64 (default) has no
-classes; with model.loss=vlb it is trained on the bound alone.
+cifar10 reads tfds. imagenet64 (default) has no classes; with model.loss=vlb it is trained on the bound alone.
 """
 
 from configs import common
