@@ -1,6 +1,7 @@
 """The package definition: what generating needs is the base, everything else is an extra.
 
-    pip install -e '.[train,eval,test]' -c constraints.txt
+    pip install -e '.[train,eval,test]' -c constraints.txt    a clone to work in
+    pip wheel --no-deps .                                     a wheel, with the recipes as dalle2_jax.configs
 
 `REQUIRED` and `EXTRAS` are plain literals, so that tests/test_package.py can read them without running this.
 """
@@ -10,7 +11,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-INIT = (Path(__file__).resolve().parent / "dalle2_jax/__init__.py").read_text("utf-8")
+ROOT = Path(__file__).resolve().parent
+INIT = (ROOT / "dalle2_jax/__init__.py").read_text("utf-8")
+HOME = "https://github.com/OWNER/dalle2_jax"  # a placeholder until there is a public repository
 
 # Loading a model directory and drawing with it. jax 0.10 is the last for Python 3.11.
 REQUIRED = [
@@ -55,23 +58,53 @@ EXTRAS = {
     "sentencepiece": ["protobuf>=4", "sentencepiece>=0.2", "transformers>=4.46,<6"],  # `convert t5`, once
     "hub": ["huggingface_hub>=0.34"],
     "wandb": ["wandb>=0.19"],
-    "test": ["mypy>=2.4", "packaging>=24", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.17"],
+    # setuptools builds the wheel of tests/test_wheel.py
+    "test": [
+        "mypy>=2.4",
+        "packaging>=24",
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.17",
+        "setuptools>=77",
+    ],
     # the torch networks that the tests compare with; without them those tests say that they were skipped
     "oracle": ["diffusers>=0.35", "torch==2.13.0", "torchmetrics>=1.6", "transformers>=4.46,<6"],
 }
 EXTRAS["dev"] = sorted({need for name in ("train", "eval", "test", "oracle") for need in EXTRAS[name]})
 
+
 setup(
     name="dalle2_jax",
     version=re.search(r'^__version__ = "(.+)"$', INIT, re.M)[1],
     description="DALL·E 2 (unCLIP) in JAX: CLIP, diffusion prior, decoder and upsamplers, one training loop",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    url=HOME,
+    project_urls={
+        "Documentation": f"{HOME}/tree/main/docs",
+        "Changelog": f"{HOME}/blob/main/CHANGELOG.md",
+        "Issues": f"{HOME}/issues",
+    },
     license="Apache-2.0",
+    keywords="dall-e dalle2 unclip diffusion text-to-image clip glide imagen jax flax",
     python_requires=">=3.11",
-    packages=find_packages(include=["dalle2_jax", "dalle2_jax.*"]),
+    packages=[
+        *find_packages(include=["dalle2_jax", "dalle2_jax.*"]),
+        *(f"dalle2_jax.configs.{name}" for name in find_packages("configs")),
+    ],
+    package_dir={"dalle2_jax.configs": "configs"},
     package_data={"dalle2_jax": ["bundled/**/*"]},
+    entry_points={"console_scripts": ["dalle2-jax = dalle2_jax.__main__:main"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",

@@ -7,7 +7,7 @@ Learning rate 3e-4, SAM with rho 0.1 by replicas of 64 pairs; what the paper doe
 for a laptop.
 """
 
-from configs import common
+from dalle2_jax.configs import common
 
 
 def get_config(preset: str = ""):

@@ -12,10 +12,11 @@ are a beginning for small data: 1000 steps of 32 pictures at a constant rate. `-
 import json
 from pathlib import Path
 
-from configs import common
+import dalle2_jax
+from dalle2_jax.configs import common
 from dalle2_jax.runtime import hub
 
-BUNDLED = Path(__file__).resolve().parents[1] / "dalle2_jax" / "bundled" / "decoder"
+BUNDLED = Path(dalle2_jax.__file__).parent / "bundled" / "decoder"
 
 
 def get_config(preset: str = ""):

@@ -7,7 +7,7 @@
 `:debug` is the same code in small, for a laptop.
 """
 
-from configs import common
+from dalle2_jax.configs import common
 
 
 def get_config(preset: str = ""):

@@ -1,4 +1,13 @@
-"""python -m dalle2_jax: lists the commands."""
+"""dalle2-jax [COMMAND ...], or python -m dalle2_jax [COMMAND ...]: lists the commands, or runs one.
+
+`dalle2-jax generate "a red star"` is `python -m dalle2_jax.generate "a red star"`.
+"""
+
+import runpy
+import sys
+
+import dalle2_jax
+from dalle2_jax.runtime.names import nearest
 
 COMMANDS = {
     "train": "train one stage, or go on with it",
@@ -12,7 +21,25 @@ COMMANDS = {
     "studio": "a page in the browser to draw and edit with",
 }
 
+
+def main() -> None:
+    """Run the command that the arguments name; without one, or with --help, list all."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(f"dalle2_jax {dalle2_jax.__version__}\n")
+        print("dalle2-jax COMMAND --help, or python -m dalle2_jax.COMMAND --help: its flags\n")
+        for command, text in COMMANDS.items():
+            print(f"  {command:10} {text}")
+    elif name == "--version":
+        print(dalle2_jax.__version__)
+    elif name in COMMANDS:
+        sys.argv[1:] = arguments
+        runpy.run_module(f"dalle2_jax.{name}", run_name="__main__", alter_sys=True)
+    else:
+        near = nearest(name, COMMANDS)
+        hint = f"did you mean {near}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        sys.exit(f"error: there is no command {name!r}; {hint}")
+
+
 if __name__ == "__main__":
-    print("python -m dalle2_jax.COMMAND --help: its flags\n")
-    for name, text in COMMANDS.items():
-        print(f"  {name:10} {text}")
+    main()

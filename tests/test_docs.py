@@ -22,6 +22,7 @@ from dalle2_jax.data import damage
 from dalle2_jax.data.settings import DataSettings
 from dalle2_jax.generate.settings import SETTINGS
 from dalle2_jax.models.diffusion import sampling
+from dalle2_jax.runtime import commandline
 from tests import settings_page
 from tests.settings_page import flatten
 
@@ -156,11 +157,10 @@ def flags_of(module: str) -> dict:
 
 @functools.cache
 def recipe(where: str) -> dict:
-    """The settings of FILE.py[:preset] and the rest of its model and data, flat; ValueError says why none."""
+    """The settings of RECIPE[:preset] and the rest of its model and data, flat; ValueError says why none."""
     name, _, preset = where.partition(":")
-    if not (ROOT / name).is_file():
-        raise ValueError(f"there is no {name}")
-    module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+    path = Path(commandline.recipe_file(name)).resolve()
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     config = module.get_config(preset).to_dict()
     build = importlib.import_module(f"dalle2_jax.models.stages.{config['stage']}").build
     defaults = {
@@ -285,7 +285,7 @@ def test_the_pages_have_commands():
         ("dalle2_jax.convert hf-clip a b --dtyp=float32", "no flag --dtyp"),
         ("dalle2_jax.convert openai --clip=a --prior=b --decoder=c --out=d", "no subcommand"),
         ("dalle2_jax.train --config=configs/clip.py", "--workdir is missing"),
-        ("dalle2_jax.train --config=configs/klip.py --workdir=d", "no configs/klip.py"),
+        ("dalle2_jax.train --config=configs/klip.py --workdir=d", "no recipe configs/klip.py"),
         ("dalle2_jax.train --config=configs/clip.py:big --workdir=d", "preset 'big' is unknown"),
         ("dalle2_jax.train --config=configs/clip.py --workdir=d --config.data.pth=x", "no setting data.pth"),
         ("dalle2_jax.train --config=configs/clip.py --workdir=d --config.mesh.fsdp=all", "invalid literal"),

@@ -124,7 +124,7 @@ class TestWriter:
 
     def test_absent_wandb_says_what_to_do(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "wandb", None)
-        with pytest.raises(ValueError, match="pip install wandb"):
+        with pytest.raises(ValueError, match="pip install 'dalle2_jax.wandb.'"):
             metrics.Writer(tmp_path, wandb="project")
 
     def test_wandb_goes_on_in_the_same_run(self, tmp_path, monkeypatch):

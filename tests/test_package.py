@@ -154,6 +154,15 @@ def test_every_imported_distribution_is_in_setup_py():
     assert not undeclared
 
 
+def test_messages_name_extras_that_exist():
+    extras, named = definition()[1], set()
+    for path in [*(ROOT / "dalle2_jax").rglob("*.py"), *(ROOT / "docs").rglob("*.ipynb")]:
+        lines = [line for line in path.read_text("utf-8").splitlines() if "pip install" in line]
+        named |= {name for line in lines for name in re.findall(r"dalle2_jax\[(\w+)\]", line)}
+        assert all("dalle2_jax[" in line for line in lines), path
+    assert {"eval", "hub", "studio", "tpu", "train", "wandb"} <= named <= extras.keys()
+
+
 def test_the_bundled_model_is_packaged():
     setup = (ROOT / "setup.py").read_text("utf-8")
     assert '"bundled/**/*"' in setup

@@ -5,7 +5,7 @@ python -m dalle2_jax.train --config=configs/adm/classifier.py:256 --workdir=DIR 
 PATH: tar shards with KEY.cls; with --config.data.source=folder a folder of folders by class (ImageNet's).
 """
 
-from configs.adm import common
+from dalle2_jax.configs.adm import common
 
 MODELS = {
     "64": dict(image_size=64, channel_mult=(1, 2, 3, 4), num_res_blocks=4, schedule="cosine"),

@@ -1,6 +1,6 @@
 """What ADM's recipes share."""
 
-from configs import common
+from dalle2_jax.configs import common
 
 
 def get_config(stage: str, model: dict):

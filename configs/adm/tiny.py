@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/adm/tiny.py --workdir=DIR
 """
 
-from configs.tiny import decoder
+from dalle2_jax.configs.tiny import decoder
 
 
 def get_config(preset: str = ""):

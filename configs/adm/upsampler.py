@@ -5,7 +5,7 @@ python -m dalle2_jax.train --config=configs/adm/upsampler.py:256 --workdir=DIR -
 PATH: tar shards with KEY.cls; with --config.data.source=folder a folder of folders by class (ImageNet's).
 """
 
-from configs.adm import common
+from dalle2_jax.configs.adm import common
 
 MODELS = {
     "256": dict(image_size=256, low_res_size=64, attention_resolutions=(32, 16, 8), num_heads=4),

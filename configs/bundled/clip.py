@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/bundled/clip.py --workdir=DIR
 """
 
-from configs.tiny import clip
+from dalle2_jax.configs.tiny import clip
 
 
 def get_config(preset: str = ""):

@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/bundled/decoder.py --workdir=DIR --config.clip=CLIP
 """
 
-from configs.tiny import common, decoder
+from dalle2_jax.configs.tiny import common, decoder
 
 
 def get_config(preset: str = ""):

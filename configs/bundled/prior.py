@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/bundled/prior.py --workdir=DIR --config.clip=CLIP
 """
 
-from configs.tiny import prior
+from dalle2_jax.configs.tiny import prior
 
 
 def get_config(preset: str = ""):

@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/bundled/upsampler64.py --workdir=DIR
 """
 
-from configs.tiny import upsampler64
+from dalle2_jax.configs.tiny import upsampler64
 
 
 def get_config(preset: str = ""):

@@ -7,7 +7,7 @@ PATH: tar shards with KEY.cls; with --config.data.source=folder a folder of fold
 Its w is guidance_scale - 1 here. The class is dropped for a tenth of the examples; 0.2 is as good.
 """
 
-from configs import common
+from dalle2_jax.configs import common
 
 TIMES = 65_536  # log SNR is continuous in the paper
 MODELS = {

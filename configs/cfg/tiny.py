@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/cfg/tiny.py --workdir=DIR
 """
 
-from configs.glide import tiny
+from dalle2_jax.configs.glide import tiny
 
 
 def get_config(preset: str = ""):

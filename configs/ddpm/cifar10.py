@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/ddpm/cifar10.py --workdir=DIR
 """
 
-from configs.ddpm import common
+from dalle2_jax.configs.ddpm import common
 
 
 def get_config(preset: str = ""):

@@ -1,6 +1,6 @@
 """What DDPM's recipes share: the network of its code, linear noise, eps, the larger fixed variance."""
 
-from configs import common
+from dalle2_jax.configs import common
 
 # The network beside ADM's: convolutions of stride 2 with TensorFlow's padding, sines first.
 NET = dict(

@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/ddpm/pictures256.py:church --workdir=DIR --config.data.path=SHARDS
 """
 
-from configs.ddpm import common
+from dalle2_jax.configs.ddpm import common
 
 STEPS = {"": 500_000, "bedroom": 2_400_000, "bedroom_large": 1_150_000, "cat": 1_800_000, "church": 1_200_000}
 

@@ -3,8 +3,8 @@
 python -m dalle2_jax.train --config=configs/ddpm/tiny.py --workdir=DIR
 """
 
-from configs.ddpm.common import NET
-from configs.tiny import common
+from dalle2_jax.configs.ddpm.common import NET
+from dalle2_jax.configs.tiny import common
 
 
 def get_config(preset: str = ""):

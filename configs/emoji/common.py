@@ -4,7 +4,7 @@ The shards hold `train-*.tar` and `val-*.tar` as img2dataset writes them, with `
 the JSON of a record; give their folder with --config.data.path.
 """
 
-from configs import common
+from dalle2_jax.configs import common
 
 EMBED_DIM = 128
 TEXT = dict(vocab_size=2048, context_length=32, width=128, depth=3, num_heads=4)

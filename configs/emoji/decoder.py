@@ -4,7 +4,7 @@ python -m dalle2_jax.train --config=configs/emoji/decoder.py --workdir=DIR --con
     --config.data.path=SHARDS
 """
 
-from configs.emoji import common
+from dalle2_jax.configs.emoji import common
 
 
 def get_config(preset: str = ""):

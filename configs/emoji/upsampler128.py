@@ -5,7 +5,7 @@ Why it predicts x0: configs/tiny/upsampler64.py.
 python -m dalle2_jax.train --config=configs/emoji/upsampler128.py --workdir=DIR --config.data.path=SHARDS
 """
 
-from configs.emoji import common
+from dalle2_jax.configs.emoji import common
 
 
 def get_config(preset: str = ""):

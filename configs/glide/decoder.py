@@ -5,7 +5,7 @@ python -m dalle2_jax.train --config=configs/glide/decoder.py --workdir=DIR --con
 Fine-tuning for guidance drops a fifth of the captions (its section 3.1); the text's vocabulary is GPT-2's.
 """
 
-from configs import common
+from dalle2_jax.configs import common
 
 VOCABULARY = 50_257
 

@@ -3,8 +3,8 @@
 python -m dalle2_jax.train --config=configs/glide/upsampler256.py --workdir=DIR --config.data.path=SHARDS
 """
 
-from configs import common
-from configs.glide.decoder import VOCABULARY
+from dalle2_jax.configs import common
+from dalle2_jax.configs.glide.decoder import VOCABULARY
 
 
 def get_config(preset: str = ""):

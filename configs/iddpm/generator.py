@@ -6,7 +6,7 @@ PATH: tar shards, with KEY.cls for classes; with --config.data.source=folder a f
 cifar10 reads tfds. imagenet64 (default) has no classes; with model.loss=vlb it is trained on the bound alone.
 """
 
-from configs import common
+from dalle2_jax.configs import common
 
 # Convolutions halve and double the side. The network reads t 1000 / T.
 NET = dict(resample="conv", norm_groups=32)

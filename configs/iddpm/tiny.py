@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/iddpm/tiny.py --workdir=DIR
 """
 
-from configs.ddpm import tiny
+from dalle2_jax.configs.ddpm import tiny
 
 
 def get_config(preset: str = ""):

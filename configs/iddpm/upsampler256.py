@@ -5,7 +5,7 @@ python -m dalle2_jax.train --config=configs/iddpm/upsampler256.py --workdir=DIR 
 PATH: tar shards with KEY.cls; with --config.data.source=folder a folder of folders by class (ImageNet's).
 """
 
-from configs import common
+from dalle2_jax.configs import common
 
 
 def get_config(preset: str = ""):

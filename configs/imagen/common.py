@@ -1,6 +1,6 @@
 """What Imagen's recipes share: the states of T5 v1.1 XXL, dropped for a tenth of the captions."""
 
-from configs import common
+from dalle2_jax.configs import common
 
 STATES = dict(states_width=4096, context_length=128, pool_heads=64)
 

@@ -4,7 +4,7 @@ python -m dalle2_jax.train --config=configs/imagen/decoder.py --workdir=DIR --co
 --config.frozen.t5=T5
 """
 
-from configs.imagen import common
+from dalle2_jax.configs.imagen import common
 
 
 def get_config(preset: str = ""):

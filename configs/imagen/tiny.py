@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/imagen/tiny.py --workdir=DIR --config.frozen.t5=T5
 """
 
-from configs.tiny import common, decoder
+from dalle2_jax.configs.tiny import common, decoder
 
 STATES = dict(states_width=64, context_length=common.TEXT["context_length"], width=64, pool_heads=4)
 

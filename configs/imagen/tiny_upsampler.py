@@ -3,9 +3,9 @@
 python -m dalle2_jax.train --config=configs/imagen/tiny_upsampler.py --workdir=DIR --config.frozen.t5=T5
 """
 
-from configs.imagen.tiny import STATES
-from configs.imagen.upsampler256 import NOISE
-from configs.tiny import common
+from dalle2_jax.configs.imagen.tiny import STATES
+from dalle2_jax.configs.imagen.upsampler256 import NOISE
+from dalle2_jax.configs.tiny import common
 
 
 def get_config(preset: str = ""):

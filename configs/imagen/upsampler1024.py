@@ -4,7 +4,7 @@ python -m dalle2_jax.train --config=configs/imagen/upsampler1024.py --workdir=DI
 --config.frozen.t5=T5
 """
 
-from configs.imagen import upsampler256
+from dalle2_jax.configs.imagen import upsampler256
 
 
 def get_config(preset: str = ""):

@@ -4,7 +4,7 @@ python -m dalle2_jax.train --config=configs/imagen/upsampler256.py --workdir=DIR
 --config.frozen.t5=T5
 """
 
-from configs.imagen import common
+from dalle2_jax.configs.imagen import common
 
 # Noise of any level in training, a fifth in sampling (section 2.4).
 NOISE = dict(low_res_noise=1.0, low_res_level=0.2, resize="linear")

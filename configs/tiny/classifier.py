@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/tiny/classifier.py --workdir=DIR
 """
 
-from configs.tiny import common
+from dalle2_jax.configs.tiny import common
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")

@@ -5,7 +5,7 @@ python -m dalle2_jax.train --config=configs/tiny/clip.py --workdir=DIR
 Of 100 distinct unseen captions it then finds the right one for more than 80 % of the pictures.
 """
 
-from configs.tiny import common
+from dalle2_jax.configs.tiny import common
 
 
 def get_config(preset: str = ""):

@@ -1,7 +1,7 @@
 """Common settings of the quickstart's recipes: the paper's cascade at 16 -> 64 -> 256 on scenes, for two CPU
 cores."""
 
-from configs import common
+from dalle2_jax.configs import common
 
 EMBED_DIM = 64
 TEXT = dict(vocab_size=512, context_length=32, width=64, depth=2, num_heads=4)

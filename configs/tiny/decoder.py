@@ -8,7 +8,7 @@ the steps of AdamW. Both conditions are dropped often enough that guidance has a
 lean on.
 """
 
-from configs.tiny import common
+from dalle2_jax.configs.tiny import common
 
 
 def get_config(preset: str = ""):

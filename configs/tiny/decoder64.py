@@ -6,7 +6,7 @@ The quickstart's decoder with two more levels around it. With plain cosine most 
 times when 64 x 64 pixels already show the whole scene.
 """
 
-from configs.tiny import decoder
+from dalle2_jax.configs.tiny import decoder
 
 
 def get_config(preset: str = ""):

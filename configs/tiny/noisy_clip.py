@@ -4,7 +4,7 @@ python -m dalle2_jax.train --config=configs/tiny/noisy_clip.py --workdir=DIR \
     --config.tokenizer.path=CLIP/tokenizer
 """
 
-from configs.tiny import common
+from dalle2_jax.configs.tiny import common
 
 
 def get_config(preset: str = ""):

@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/tiny/prior.py --workdir=DIR --config.clip=CLIP
 """
 
-from configs.tiny import common
+from dalle2_jax.configs.tiny import common
 
 
 def get_config(preset: str = ""):

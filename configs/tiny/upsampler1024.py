@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/tiny/upsampler1024.py --workdir=DIR
 """
 
-from configs.tiny import upsampler256
+from dalle2_jax.configs.tiny import upsampler256
 
 
 def get_config(preset: str = ""):

@@ -3,7 +3,7 @@
 python -m dalle2_jax.train --config=configs/tiny/upsampler256.py --workdir=DIR
 """
 
-from configs.tiny import common
+from dalle2_jax.configs.tiny import common
 
 
 def get_config(preset: str = ""):

@@ -6,7 +6,7 @@ The small picture says almost all, so a network of this size that predicts the p
 one that predicts v or eps has to hand the noise through exactly, and what it gets wrong stays as grain.
 """
 
-from configs.tiny import common
+from dalle2_jax.configs.tiny import common
 
 
 def get_config(preset: str = ""):

@@ -24,8 +24,8 @@ import numpy as np
 from dalle2_jax.edit.latents import Latents, slerp, unit
 from dalle2_jax.generate import unclip
 from dalle2_jax.generate.pictures import square_mask, square_picture, whole_picture
-from dalle2_jax.generate.pipeline import Pipeline, Result, Running
-from dalle2_jax.generate.settings import of_step
+from dalle2_jax.generate.pipeline import RUNNING, Pipeline, Result, Running
+from dalle2_jax.generate.settings import check_keywords, of_step
 
 INVERSION_STEPS = 50
 RESAMPLE = 4
@@ -61,10 +61,16 @@ class Drawing(Running):
     fit: str = "crop"
     upsample: bool = True
 
+    @staticmethod
+    def of(options: dict) -> "Drawing":
+        """The fields from keywords; ValueError names the nearest field for an unknown one."""
+        check_keywords(options, [x.name for x in dataclasses.fields(Drawing)], "option of an edit")
+        return Drawing(**options)
+
     @property
     def running(self) -> dict[str, Any]:
         """The fields of `Running` as keywords."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Running)}
+        return {name: getattr(self, name) for name in RUNNING}
 
     @property
     def inverting(self) -> dict[str, Any]:
@@ -125,7 +131,7 @@ def variations(
     eta in [0, 1] is DDIM's noise on the way from the picture's x_T: 0, with guidance_scale 1, draws the
     picture again. strength < 1 takes that share of the steps, from the noised picture, and keeps its layout.
     """
-    how, captions = Drawing(**drawing), None if caption is None else [caption]
+    how, captions = Drawing.of(drawing), None if caption is None else [caption]
     pipe.steps("variations")
     _check_strength(strength)
     square = square_picture(picture, pipe.image_size, how.fit)
@@ -143,7 +149,7 @@ def variations(
 
 def from_latents(pipe: Pipeline, latents: Latents, *, eta: float = 0.0, **drawing) -> Result:
     """The pictures of latents, by as many steps as their inversion took."""
-    how = Drawing(**drawing)
+    how = Drawing.of(drawing)
     pipe.steps("redraw")
     if how.num_steps not in (None, latents.num_steps):
         raise ValueError(f"these latents are drawn in the {latents.num_steps} steps of their inversion")
@@ -163,7 +169,7 @@ def interpolate(
     """
     _check_frames(frames)
     pipe.steps("interpolate")
-    how = Drawing(**drawing)
+    how = Drawing.of(drawing)
     (z_1, x_1), (z_2, x_2) = (_end(pipe, thing, i, how) for i, thing in enumerate((first, second)))
     return _path(pipe, np.linspace(0, 1, frames), (z_1, z_2), (x_1, x_1 if same_noise else x_2), how)
 
@@ -198,7 +204,7 @@ def textdiff(
         raise ValueError(f"theta {theta} must lie in 0 .. 1; 0.25 to 0.5 are usual")
     _check_frames(frames)
     pipe.steps("textdiff")
-    how, texts = Drawing(**drawing), [target] if source is None else [target, source]
+    how, texts = Drawing.of(drawing), [target] if source is None else [target, source]
     (embeds, _), _ = pipe.encode_text(texts, how.batch_size, how.progress)
     if source is not None and np.allclose(embeds[0], embeds[1]):
         raise ValueError(f"{source!r} and {target!r} are the same to this model's CLIP: say what differs")
@@ -222,7 +228,7 @@ def image_to_image(
     """`n` pictures of `caption` that begin as `picture`, noised by the share `strength` of the steps."""
     _check_strength(strength)
     pipe.steps("image_to_image")
-    how = Drawing(**drawing)
+    how = Drawing.of(drawing)
     init = np.repeat(base_pictures(pipe, [picture], how.fit), n, axis=0)
     return _draw_caption(pipe, caption, n, how, dict(init=init, strength=strength, negative=negative))
 
@@ -244,7 +250,7 @@ def inpaint(
     of the finished picture. resample: how often each step is taken, so that the new part fits the old; None:
     1 for a decoder trained with `inpaint`, else RESAMPLE.
     """
-    how = Drawing(**drawing)
+    how = Drawing.of(drawing)
     pipe.steps("inpaint")
     picture = whole_picture(picture)
     repaint = square_mask(mask, pipe.image_size, picture.shape[1::-1], how.fit)
@@ -284,7 +290,7 @@ def reconstruct(pipe: Pipeline, picture, components: Sequence[int], **drawing) -
     for k in components:
         if not 1 <= k <= most:
             raise ValueError(f"{k} components are not possible: give 1 .. {most}")
-    how = Drawing(**drawing)
+    how = Drawing.of(drawing)
     square = square_picture(picture, pipe.image_size, how.fit)
     z = pipe.encode_image([square], how.batch_size)[0] - stats["mean"]
     bases = [stats["components"][:k] for k in components]
@@ -348,7 +354,8 @@ def _draw(
         images, more = unclip.upsample(pipe, base, captions, **common)
         timings |= more
     used = {name: value for name, value in options.items() if isinstance(value, int | float | str)}
-    return Result(tuple(labels), numbers, how.seed, embeds, base, images, {"decoder": used}, timings)
+    drawn = embeds, base, images, {"decoder": used}, timings, pipe.name
+    return Result(tuple(labels), numbers, how.seed, *drawn)
 
 
 Ends = tuple[np.ndarray, np.ndarray]

@@ -5,6 +5,8 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -12,8 +14,11 @@ from etils import epath
 
 import dalle2_jax
 from dalle2_jax.data import shards
-from dalle2_jax.generate.pipeline import Result
 from dalle2_jax.runtime import grid, processes
+from dalle2_jax.runtime.metrics import show_duration
+
+if TYPE_CHECKING:
+    from dalle2_jax.generate.result import Result
 
 
 def slug(caption: str, length: int = 48) -> str:
@@ -21,7 +26,7 @@ def slug(caption: str, length: int = 48) -> str:
     return "-".join(re.findall(r"\w+", caption.lower()))[:length].rstrip("-") or "picture"
 
 
-def report(result: Result, name: str) -> dict:
+def report(result: "Result", name: str) -> dict:
     """Model, seed, settings, timings and versions behind the pictures of `result`, JSON values."""
     return {
         "model": name,
@@ -48,19 +53,25 @@ def report(result: Result, name: str) -> dict:
     }
 
 
-def identity(result: Result, i: int, **more) -> dict:
+def identity(result: "Result", i: int, **more) -> dict:
     """Caption, number and seed of picture i, and `more`, JSON values."""
     return {"caption": result.captions[i], "number": result.numbers[i], "seed": result.seed} | more
 
 
-def metadata(result: Result, i: int, name: str, **more) -> dict[str, str]:
+def metadata(result: "Result", i: int, name: str, **more) -> dict[str, str]:
     """The text entries of picture i's PNG: its caption; its `identity`, model and settings as JSON."""
     made = identity(result, i, **more) | {"model": name, "settings": result.settings}
     return {"caption": result.captions[i], "dalle2_jax": json.dumps(made)}
 
 
+def result_grid(result: "Result") -> np.ndarray:
+    """The pictures with their captions below, uint8 [H, W, 3]; a row a caption if n is above 1."""
+    columns = max(result.numbers) + 1
+    return grid.labelled_grid(result.images, result.captions, columns if columns > 1 else None)
+
+
 def write_pictures(
-    out: str | os.PathLike, result: Result, name: str, command: str = "generate", **more
+    out: str | os.PathLike, result: "Result", name: str, command: str = "generate", **more
 ) -> list[epath.Path]:
     """Write the pictures, grid.png and COMMAND.json of `result` into `out`; return the pictures' paths.
 
@@ -71,9 +82,8 @@ def write_pictures(
     paths = [folder / f"{i:04d}_{slug(caption)}.png" for i, caption in enumerate(result.captions)]
     for i, (path, image) in enumerate(zip(paths, result.images, strict=True)):
         grid.save_png(path, image, metadata(result, i, name, **more))
-    columns = max(result.numbers) + 1
-    table = grid.labelled_grid(result.images, result.captions, columns if columns > 1 else None)
-    grid.save_png(folder / "grid.png", table, {"captions": json.dumps(result.captions, ensure_ascii=False)})
+    captions = json.dumps(result.captions, ensure_ascii=False)
+    grid.save_png(folder / "grid.png", result_grid(result), {"captions": captions})
     pictures = [{"file": path.name} | identity(result, i, **more) for i, path in enumerate(paths)]
     summary = {"pictures": pictures, "grid": "grid.png"} | report(result, name)
     text = shards.encodable(json.dumps(summary, indent=2, ensure_ascii=False))  # files may have any name
@@ -102,3 +112,43 @@ class StageLines:
         self._last = now
         line = f"{stage:>12} {done}/{total} pictures, {seconds:.2f} s, {seconds / done:.3f} s a picture"
         print(line, file=self._file, flush=True)
+
+
+class ProgressLine:
+    """One line of progress, written over itself: the step, pictures done, the time left.
+
+    The time left is that of all steps if their speeds are known, else that of the step. A context: at its end
+    the line says how many seconds it took.
+
+    Args:
+      steps: the steps that will run, in their order.
+      speeds: step -> seconds a picture when it last ran; updated.
+      file: None: stderr.
+    """
+
+    def __init__(self, steps: Sequence[str], speeds: dict[str, float], file=None, clock=time.monotonic):
+        self._steps, self._speeds, self._file, self._clock = list(steps), speeds, file, clock
+        self._began, self._width, self._silent = clock(), 0, not processes.is_first()
+
+    def __enter__(self) -> "ProgressLine":
+        self._show("drawing" if self._speeds else "drawing (the first time compiles, once)")
+        return self
+
+    def __exit__(self, error, *_) -> None:
+        if error is None:
+            self._show(f"drawn in {show_duration(self._clock() - self._began)}", "\n")
+        else:  # its message takes the line's place
+            self._show("", "\r")
+
+    def __call__(self, step: str, done: int, total: int, seconds: float) -> None:
+        """Show that `done` of `total` pictures have passed a step, `seconds` after its start."""
+        self._speeds[step] = seconds / done
+        later = self._steps[self._steps.index(step) + 1 :] if step in self._steps else []
+        left = (total - done) * self._speeds[step] + total * sum(self._speeds.get(name, 0) for name in later)
+        of_all = all(name in self._speeds for name in later)
+        self._show(f"{step} {done}/{total}, {show_duration(left)} left{'' if of_all else ' in this step'}")
+
+    def _show(self, text: str, end: str = "") -> None:
+        if not self._silent:
+            print(f"\r{text:<{self._width}}", end=end, file=self._file or sys.stderr, flush=True)
+            self._width = len(text)

@@ -11,44 +11,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from dalle2_jax.data.shards import encodable
 from dalle2_jax.generate import captions as texts
-from dalle2_jax.generate import tasks
+from dalle2_jax.generate import output, tasks
 from dalle2_jax.generate.captions import check_captions
 from dalle2_jax.generate.engine import Engine, OnImages, Progress, Timing
 from dalle2_jax.generate.pictures import shrink_mask, square_picture
-from dalle2_jax.generate.settings import resolve
+from dalle2_jax.generate.result import Result
+from dalle2_jax.generate.settings import SETTINGS, check_keywords, resolve
 from dalle2_jax.runtime import processes
 from dalle2_jax.systems.step import Step
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """Drawn pictures, n of each caption side by side.
-
-    Attributes:
-      captions: N captions, one a picture; "" for a model that reads none.
-      numbers: N picture numbers, by default 0 .. n-1 within a caption; with seed and settings they fix the
-        picture.
-      seed: the seed of all of them.
-      image_embeds: [N, E] float32 of the prior, in CLIP's scale; [N, 0] where no step reads them.
-      base: uint8 [N, h, w, 3], the first step's pictures.
-      images: uint8 [N, H, W, 3], after the last upsampler (`base` without upsamplers).
-      settings: step -> its settings, JSON values.
-      timings: step -> Timing, in the order in which they ran; 'text' is CLIP reading the captions.
-    """
-
-    captions: tuple[str, ...]
-    numbers: tuple[int, ...]
-    seed: int
-    image_embeds: np.ndarray
-    base: np.ndarray
-    images: np.ndarray
-    settings: dict
-    timings: dict[str, Timing]
-
-    def __post_init__(self):
-        object.__setattr__(self, "captions", tuple(map(encodable, self.captions)))  # to be written into files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +41,12 @@ class Running:
     @staticmethod
     def take(options: dict) -> "Running":
         """Removes its fields from keywords, and returns them."""
-        names = [field.name for field in dataclasses.fields(Running)]
-        return Running(**{name: options.pop(name) for name in names if name in options})
+        return Running(**{name: options.pop(name) for name in RUNNING if name in options})
+
+
+RUNNING = tuple(field.name for field in dataclasses.fields(Running))
+# keywords of `Pipeline.text_to_image` beside `SETTINGS`
+KEYWORDS = ("captions", "n", "numbers", "upsample", "negative", *RUNNING)
 
 
 def repeated(captions: Sequence[str], n: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -97,6 +72,7 @@ class Pipeline:
 
     def __init__(self, engine: Engine):
         self.engine, self.name = engine, engine.name
+        self._speeds: dict[str, float] = {}  # step -> seconds a picture when it last ran
         self.actions = engine.system.actions(engine.stages)
 
     @classmethod
@@ -122,9 +98,19 @@ class Pipeline:
         """
         return cls(Engine(model_dir, dtype, mesh, low_memory))
 
-    def __call__(self, captions: Sequence[str] = (), **options) -> Result:
-        """`text_to_image`."""
-        return self.text_to_image(captions, **options)
+    def __call__(
+        self, captions: str | Sequence[str] = (), *, progress: Progress | bool | None = True, **options
+    ) -> Result:
+        """`text_to_image` of a caption or several, with a line of progress on stderr.
+
+        progress: True: the line; False or None: none; or a function, see `Running`. options, errors: those of
+        `text_to_image`.
+        """
+        captions = [captions] if isinstance(captions, str) else captions
+        if progress is not True:
+            return self.text_to_image(captions, progress=progress or None, **options)
+        with output.ProgressLine([step.name for step in self.steps("draw")], self._speeds) as line:
+            return self.text_to_image(captions, progress=line, **options)
 
     def steps(self, action: str) -> tuple[Step, ...]:
         """The steps of an action. ValueError names what the model lacks for it, and its actions."""
@@ -233,11 +219,7 @@ class Pipeline:
             at_size = square_picture(picture, stage.image_size), shrink_mask(mask, stage.image_size)
             found["inpaint_image"], found["inpaint_mask"] = (np.repeat(x[None], count, 0) for x in at_size)
         if "negative" in step.optional and batch.get("negative") is not None:
-            check_captions([batch["negative"]])
-            if settings["guidance_scale"] == 1 or stage.context_length is None:
-                raise ValueError(
-                    f"a negative caption needs a {step.name} that reads captions, and guidance above 1"
-                )
+            self._check_negative(step, settings, batch["negative"])
             fields = [field for field in needed if field in texts.FIELDS]
             negative = self.conditioning(step, fields, [batch["negative"]] * count, count, how)
             found |= {f"negative_{field}": value for field, value in negative.items()}
@@ -271,6 +253,14 @@ class Pipeline:
             found |= {field: value for field, value in made.items() if field in found}
         return found
 
+    def _check_negative(self, step: Step, settings: dict, negative: str) -> None:
+        """Raise ValueError for an invalid negative caption, and for a step that cannot read one."""
+        check_captions([negative])
+        if settings["guidance_scale"] == 1 or self.engine.stage(step.stage).context_length is None:
+            raise ValueError(
+                f"a negative caption needs a {step.name} that reads captions, and guidance above 1"
+            )
+
     def _guide_examples(self, step: Step, settings: dict, captions, how: Running) -> dict[str, np.ndarray]:
         """The targets of the guides: a text embedding, a label a caption."""
         targets, found = tasks.guide_fields(self.engine, step, settings), {}
@@ -300,6 +290,7 @@ class Pipeline:
         n: int = 1,
         numbers: Sequence[int] | None = None,
         upsample: bool = True,
+        negative: str | None = None,
         **options,
     ) -> Result:
         """Draw n pictures of each caption.
@@ -310,6 +301,7 @@ class Pipeline:
           numbers: instead of n, one a caption, the number of its picture. With the seed it fixes all
             randomness of a picture.
           upsample: False: base pictures alone.
+          negative: a caption that the decoder's guidance leads away from; None: the null caption.
           options: the fields of `Running`: seed, batch_size, progress, on_images; and any of
             `settings.SETTINGS` (guidance_scale, decoder_steps, prior_method, ...), by default the model's.
 
@@ -319,6 +311,7 @@ class Pipeline:
         Raises:
           ValueError: for invalid captions or settings, before anything is computed.
         """
+        check_keywords(options, (*KEYWORDS, *SETTINGS))
         how = Running.take(options)
         read = isinstance(captions, str) or len(captions) > 0 or self.reads_captions
         if read:
@@ -330,6 +323,11 @@ class Pipeline:
             raise ValueError(f"n {n} must be 1 or more pictures a caption")
         steps, settings, timings = self.steps("draw"), self.settings(**options), {}
         self._check_classes(steps, settings, captions if read else None)
+        led: list[str] = []  # steps that read the negative caption
+        if negative is not None:
+            for step in (step for step in steps if "negative" in step.optional):
+                self._check_negative(step, settings[step.name], negative)
+                led.append(step.name)
         if not upsample:
             first = next(i for i, step in enumerate(steps) if "image" in step.writes)
             steps = steps[: first + 1]
@@ -338,8 +336,9 @@ class Pipeline:
         labels = captions if read else [""] * len(numbers)
 
         def draw(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            self._prepare(steps, settings, len(chosen), how)
-            batch: dict = {"number": [numbers[i] for i in chosen]}
+            # The decoder's program with a negative caption has further inputs: it is compiled at its turn.
+            self._prepare([s for s in steps if s.name not in led], settings, len(chosen), how)
+            batch: dict = {"number": [numbers[i] for i in chosen], "negative": negative}
             batch |= {"caption": [captions[i] for i in chosen]} if read else {}
             made, more = self.run(steps, batch, settings, how)
             timings.update(more)
@@ -349,7 +348,9 @@ class Pipeline:
 
         embeds, base, images = processes.split_over_processes(draw, len(numbers))
         used = {name: values for name, values in settings.items() if name in timings}
-        return Result(tuple(labels), tuple(numbers), how.seed, embeds, base, images, used, timings)
+        used |= {name: used[name] | {"negative": negative} for name in led}
+        drawn = embeds, base, images, used, timings, self.name
+        return Result(tuple(labels), tuple(numbers), how.seed, *drawn)
 
     def prepare(self, *, n: int = 1, **options) -> None:
         """Begin, in the background, to compile `text_to_image` of a caption with these arguments."""

@@ -4,7 +4,7 @@
 declare them (`models/stages/settings.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,15 +15,37 @@ from dalle2_jax.systems.step import Step
 
 SETTINGS = {k: setting for name in systems.SYSTEMS for k, setting in systems.load(name).SETTINGS.items()}
 
+# keywords of diffusers -> ours
+OF_DIFFUSERS = {
+    "prompt": "captions",
+    "num_images_per_prompt": "n",
+    "negative_prompt": "negative",
+    "generator": "seed",
+    "num_inference_steps": "decoder_steps",
+    "decoder_num_inference_steps": "decoder_steps",
+    "prior_num_inference_steps": "prior_steps",
+    "super_res_num_inference_steps": "upsampler_steps",
+    "decoder_guidance_scale": "guidance_scale",
+    "callback_on_step_end": "progress",
+}
+
+
+def check_keywords(given: Iterable[str], known: Sequence[str], what: str = "setting of sampling") -> None:
+    """Raise ValueError for names that are not known; the message has the nearest, or ours for diffusers'."""
+    for name in given:
+        if name not in known:
+            ours, near = OF_DIFFUSERS.get(name), nearest(name, known)
+            hint = f"; did you mean {near}?" if near else f": choose from {', '.join(known)}"
+            if ours in known:
+                hint = f", but diffusers' name of {ours!r}"
+            raise ValueError(f"{name!r} is no {what}{hint}")
+
 
 def by_role(keywords: dict) -> dict[str, dict]:
     """role -> {keyword of the stage's `sample`: value} of keywords in `SETTINGS`, without those of None."""
+    check_keywords(keywords, tuple(SETTINGS))
     roles: dict[str, dict] = {}
     for name, value in keywords.items():
-        if name not in SETTINGS:
-            near = nearest(name, SETTINGS)
-            hint = f"; did you mean {near}?" if near else f": choose from {', '.join(SETTINGS)}"
-            raise ValueError(f"{name!r} is no setting of sampling{hint}")
         if value is not None:
             roles.setdefault(SETTINGS[name].role, {})[SETTINGS[name].name] = value
     return roles

@@ -12,7 +12,7 @@ from dalle2_jax.models import flops, models
 from dalle2_jax.preflight import chips
 from dalle2_jax.preflight.advice import Setup, advise
 from dalle2_jax.preflight.report import Report, compiled_report, refused_report
-from dalle2_jax.runtime import metrics, partition
+from dalle2_jax.runtime import commandline, metrics, partition
 from dalle2_jax.train.plan import Plan
 
 # a lowered program, the model's FLOPs in it, its arguments as ShapeDtypeStructs
@@ -25,8 +25,8 @@ def _placed(tree, sharding):
 
 
 def _with_clip(plan: Plan, path: str) -> Plan:
-    """The plan with the frozen CLIP that the config file `path` describes."""
-    clip = models.build_stage(models.to_plain(runpy.run_path(path)["get_config"]()))
+    """The plan with the frozen CLIP that the recipe `path` describes."""
+    clip = models.build_stage(models.to_plain(runpy.run_path(commandline.recipe_file(path))["get_config"]()))
     width = getattr(plan.stage, "embed_dim", 0) or clip.embed_dim  # 0: it reads no embedding
     if width != clip.embed_dim:
         raise ValueError(f"{path} has embeddings of {clip.embed_dim} entries, the stage reads {width}")

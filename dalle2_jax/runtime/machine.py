@@ -58,8 +58,9 @@ def set_compilation_cache() -> None:
             return
         _config.update("jax_compilation_cache_dir", str(directory))
     # By default JAX keeps programs that took a second or more. Every start compiles dozens of shorter ones,
-    # seconds in all.
-    _config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # seconds in all. A user's own value stays.
+    if _config.jax_persistent_cache_min_compile_time_secs == 1.0:
+        _config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _cpu_fingerprint() -> str:

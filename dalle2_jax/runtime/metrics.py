@@ -184,7 +184,7 @@ def _start_wandb(workdir: epath.Path, where: str):
         import wandb
     except ImportError as error:
         raise ValueError(
-            "wandb is not installed: pip install wandb, or leave --config.wandb empty"
+            "wandb is not installed: pip install 'dalle2_jax[wandb]', or leave --config.wandb empty"
         ) from error
     entity, _, project = where.rpartition("/")
     id_file = workdir / "wandb_id.txt"  # for a resumption
