@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.scores import Score, difference, mean, share
 from benchmarks.trained import BATCH, Recipe, Trained, Training
-from configs.imagen.upsampler256 import NOISE
+from dalle2_jax.configs.imagen.upsampler256 import NOISE
 from dalle2_jax.data import scenes
 from dalle2_jax.evaluate.metrics import edits, retrieval, zero_shot
 from dalle2_jax.evaluate.metrics import scenes as scenes_metric

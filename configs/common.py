@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()  # keywords of dalle2_jax.models.stages.<stage>.build
     config.data = ConfigDict(  # of dalle2_jax.data.settings.DataSettings
         dict(
-            source="tar",  # scenes | tar | tfrecord | tfds | embeddings
+            source="tar",  # scenes | tar | tfrecord | tfds | folder | embeddings
             path="",
             split="train",
             eval_split="validation",
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
             max_bad_fraction=1e-3,
             num_workers=2,
             group=1,
-            classes=(),
+            classes=(),  # (): the names that the data have
         )
     )
     # path: a folder or hub name; '': the frozen CLIP's tokenizer, or a byte-level BPE of vocab_size tokens

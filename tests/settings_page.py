@@ -25,6 +25,7 @@ FILLED_IN = {
     "image_sizes",
     "low_res_size",
     "crop_size",
+    "num_classes",
     "tokenizer",
     "seed",
 }

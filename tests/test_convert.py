@@ -120,6 +120,7 @@ def test_nothing_of_the_machine_is_in_it(converted):
         ("a caption, of words", "a caption, of words"),
         (["x/y", 1, None, 2.5, True], ["y", 1, None, 2.5, True]),
         ({"a": {"b": "x/y"}}, {"a": {"b": "y"}}),
+        ({"classes": ["home/indoor"]}, {"classes": ["home/indoor"]}),
     ],
 )
 def test_without_paths(value, kept):

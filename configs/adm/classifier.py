@@ -1,6 +1,8 @@
 """ADM's classifiers of noised pictures at 64, 128, 256 and 512 (table 12).
 
-python -m dalle2_jax.train --config=configs/adm/classifier.py:256 --workdir=DIR --config.data.path=SHARDS
+python -m dalle2_jax.train --config=configs/adm/classifier.py:256 --workdir=DIR --config.data.path=PATH
+
+PATH: tar shards with KEY.cls; with --config.data.source=folder a folder of folders by class (ImageNet's).
 """
 
 from dalle2_jax.configs.adm import common
@@ -26,6 +28,7 @@ def get_config(preset: str = "256"):
         schedule="linear",
     )
     config = common.get_config("classifier", model | MODELS[preset])
+    config.data.random_crop = True
     config.optim.update(learning_rate=3e-4, schedule="linear", weight_decay=0.05)
     config.num_steps, config.batch_size = 300_000, 256
     return config

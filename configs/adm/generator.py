@@ -1,6 +1,8 @@
 """ADM's generators at 64, 128, 256 and 512, class-conditional; 256_unconditional has no classes (table 11).
 
-python -m dalle2_jax.train --config=configs/adm/generator.py:256 --workdir=DIR --config.data.path=SHARDS
+python -m dalle2_jax.train --config=configs/adm/generator.py:256 --workdir=DIR --config.data.path=PATH
+
+PATH: tar shards with KEY.cls; with --config.data.source=folder a folder of folders by class (ImageNet's).
 """
 
 from dalle2_jax.configs.adm import common
@@ -37,8 +39,6 @@ def get_config(preset: str = "256"):
         process=dict(guide_rule="adm"),
     )
     config = common.get_config("decoder", model | MODELS[preset])
-    if not config.model.num_classes:
-        config.data.classes = ()
     steps, batch, rate = TRAINING.get(preset, (1_980_000, 256, 1e-4))
     config.optim.learning_rate = rate
     config.num_steps, config.batch_size = steps, batch

@@ -1,6 +1,8 @@
 """ADM's upsamplers, 64 -> 256 and 128 -> 512, class-conditional (table 11).
 
-python -m dalle2_jax.train --config=configs/adm/upsampler.py:256 --workdir=DIR --config.data.path=SHARDS
+python -m dalle2_jax.train --config=configs/adm/upsampler.py:256 --workdir=DIR --config.data.path=PATH
+
+PATH: tar shards with KEY.cls; with --config.data.source=folder a folder of folders by class (ImageNet's).
 """
 
 from dalle2_jax.configs.adm import common

@@ -1,6 +1,8 @@
 """Classifier-free guidance's own generators on ImageNet, 64 (default) and 128 (its section 4).
 
-python -m dalle2_jax.train --config=configs/cfg/generator.py --workdir=DIR --config.data.path=SHARDS
+python -m dalle2_jax.train --config=configs/cfg/generator.py --workdir=DIR --config.data.path=PATH
+
+PATH: tar shards with KEY.cls; with --config.data.source=folder a folder of folders by class (ImageNet's).
 
 Its w is guidance_scale - 1 here. The class is dropped for a tenth of the examples; 0.2 is as good.
 """
@@ -51,7 +53,6 @@ def get_config(preset: str = "64"):
         net=dict(norm_groups=32, time_scale=1000 / TIMES),
     )
     config.model = model | MODELS[preset]
-    config.data.classes = tuple(map(str, range(1000)))
     config.optim.update(learning_rate=3e-4 if preset == "64" else 1e-4)
     config.num_steps, config.batch_size = STEPS[preset], 2048 if preset == "64" else 256
     return config

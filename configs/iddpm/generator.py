@@ -1,8 +1,9 @@
 """Improved DDPM's generators (its section 4 and appendix A).
 
-python -m dalle2_jax.train --config=configs/iddpm/generator.py:cifar10 --workdir=DIR --config.data.path=...
+python -m dalle2_jax.train --config=configs/iddpm/generator.py --workdir=DIR --config.data.path=PATH
 
-imagenet64 (default) has no classes; with model.loss=vlb it is trained on the bound alone.
+PATH: tar shards, with KEY.cls for classes; with --config.data.source=folder a folder of folders by class.
+cifar10 reads tfds. imagenet64 (default) has no classes; with model.loss=vlb it is trained on the bound alone.
 """
 
 from dalle2_jax.configs import common
@@ -68,6 +69,4 @@ def get_config(preset: str = "imagenet64"):
     config.num_steps, config.batch_size = steps, batch
     if preset == "cifar10":
         config.data.update(source="tfds", path="cifar10", eval_split="test", flip=True)
-    if preset == "conditional":
-        config.data.classes = tuple(map(str, range(1000)))
     return config

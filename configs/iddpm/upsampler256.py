@@ -1,6 +1,8 @@
 """Improved DDPM's class-conditional upsampler, 64 -> 256 on ImageNet.
 
-python -m dalle2_jax.train --config=configs/iddpm/upsampler256.py --workdir=DIR --config.data.path=SHARDS
+python -m dalle2_jax.train --config=configs/iddpm/upsampler256.py --workdir=DIR --config.data.path=PATH
+
+PATH: tar shards with KEY.cls; with --config.data.source=folder a folder of folders by class (ImageNet's).
 """
 
 from dalle2_jax.configs import common
@@ -31,7 +33,6 @@ def get_config(preset: str = ""):
         remat="products",
         net=dict(resample="conv", norm_groups=32),
     )
-    config.data.classes = tuple(map(str, range(1000)))
     config.optim.update(learning_rate=1e-4, warmup_steps=0)
     config.num_steps, config.batch_size = 500_000, 256
     return config

@@ -20,7 +20,7 @@ from dalle2_jax.train.resume import frozen_of
 def without_paths(value):
     """A config whose texts that look like paths are reduced to their last name; no model depends on them."""
     if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
+        return {key: item if key == "classes" else without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
     if isinstance(value, str) and re.search(r"[/\\~]", value):

@@ -6,7 +6,7 @@
     BytesList { repeated bytes value = 1; }
 
 Protocol buffers merge: separate parts of a message are concatenated. The last value of a repeated key and the
-last member of a oneof count. Only lists of bytes are read here.
+last member of a oneof count. Lists of bytes and of integers are read here.
 """
 
 import struct
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dalle2_jax.data.records import BadRecord, masked_crc32c
 
 _MAX_DEPTH = 100  # of groups, in unknown fields
-_BYTES_LIST, _OTHER_LISTS = 1, (2, 3)
+_BYTES_LIST, _FLOAT_LIST, _INT64_LIST = 1, 2, 3
 _FIXED = {1: 8, 5: 4}  # bytes of the wire types that have a fixed size
 
 
@@ -117,12 +117,43 @@ class Example:
         found: list[bytes] = []
         for part in self._features.get(name, ()):
             for kind, begin, end in _messages(self._data, *part):
-                if kind in _OTHER_LISTS:
+                if kind in (_FLOAT_LIST, _INT64_LIST):
                     found = []
                 elif kind == _BYTES_LIST:
                     values = _messages(self._data, begin, end)
                     found += [self._data[first:last] for number, first, last in values if number == 1]
         return found
+
+    def integers(self, name: str) -> list[int]:
+        """The values of a feature of 64-bit integers; [] for no such feature, or another kind. Raises
+        BadRecord."""
+        found: list[int] = []
+        for part in self._features.get(name, ()):
+            for kind, begin, end in _messages(self._data, *part):
+                if kind in (_BYTES_LIST, _FLOAT_LIST):
+                    found = []
+                elif kind == _INT64_LIST:
+                    found += _integers(self._data, begin, end)
+        return [(value + 2**63) % 2**64 - 2**63 for value in found]  # the bits of signed numbers
+
+
+def _integers(data: bytes, at: int, end: int) -> Iterator[int]:
+    """Yield the varints of the Int64List in data[at:end], packed or not."""
+    while at < end:
+        tag, at = _tag(data, at, end)
+        if tag == 1 << 3 | 2:
+            size, at = _varint(data, at, end)
+            if size > end - at:
+                raise _bad("a field that is longer than what holds it")
+            last = at + size
+            while at < last:
+                value, at = _varint(data, at, last)
+                yield value
+        elif tag == 1 << 3:
+            value, at = _varint(data, at, end)
+            yield value
+        else:
+            at = _skip(data, at, end, tag)
 
 
 def _field(number: int, payload: bytes) -> bytes:

@@ -39,6 +39,14 @@ def did_you_mean(
     return (f"; did you mean {near}?" if near else ";") + f" {there_is}: {shown or 'nothing'}"
 
 
+def check_mounted(path: str) -> None:
+    """Raise ValueError for the address of a bucket."""
+    if "://" in path:
+        raise ValueError(
+            f"{path}: records are read with pread from mounted file systems; mount the bucket (gcsfuse)"
+        )
+
+
 def find_files(path: str, split: str, suffix: str) -> list[str]:
     """The sorted files of a dataset: `path` is a folder, a file or a pattern; see the module.
 
@@ -49,10 +57,7 @@ def find_files(path: str, split: str, suffix: str) -> list[str]:
         ValueError: no file is found, or not all names of braces; the message lists existing names.
     """
     path = os.fspath(path)
-    if "://" in path:
-        raise ValueError(
-            f"{path}: records are read with pread from mounted file systems; mount the bucket (gcsfuse)"
-        )
+    check_mounted(path)
     if not path:
         raise ValueError("data.path is empty: give the folder, or a pattern, of the shards")
     if os.path.isdir(path):
@@ -64,7 +69,7 @@ def find_files(path: str, split: str, suffix: str) -> list[str]:
     if len(patterns) > MAX_FILES:
         raise ValueError(f"{path} names more than {MAX_FILES} files")
     if patterns == [rest] and not glob.has_magic(rest):
-        raise ValueError(f"{path} does not exist" + _held(rest.split("/")[0], head))
+        raise ValueError(f"{path} does not exist" + holds(rest.split("/")[0], head))
     found, missing, folders = set(), [], []
     for pattern in dict.fromkeys(patterns):
         matches = list(_matches(head, pattern.split("/")))
@@ -83,7 +88,7 @@ def find_files(path: str, split: str, suffix: str) -> list[str]:
         )
     if not found:
         only = f"; it matches {len(folders)} folders: add /*{suffix} for their files" if folders else ""
-        raise ValueError(f"no file matches {path}" + (only or _held("", head)))
+        raise ValueError(f"no file matches {path}" + (only or holds("", head)))
     return sorted(found)
 
 
@@ -170,7 +175,7 @@ def _in_folder(path: str, split: str, suffix: str) -> list[str]:
                 f"{folder} itself holds no *{suffix}; {count}{more} lie in folders below it: "
                 f"{os.path.join(folder, '**', '*' + suffix)} names them all"
             )
-        raise ValueError(f"{folder} holds no *{suffix}" + _held("", folder))
+        raise ValueError(f"{folder} holds no *{suffix}" + holds("", folder))
     chosen = [name for name in names if not split or _is_of_split(name, split)]
     if not chosen:
         splits = {re.split(r"[-_.]", name)[0] for name in names}
@@ -236,7 +241,7 @@ def _warn_of_others(folder: str, split: str, suffix: str, beside: int) -> None:
         )  # fmt: skip
 
 
-def _held(word: str, folder: str) -> str:
+def holds(word: str, folder: str) -> str:
     """'; did you mean FOLDER? ... holds: ...': folders near `word`, then a folder's contents.
 
     Files whose names differ only in numbers are shown as one pattern.

@@ -6,6 +6,7 @@ captions in its metadata are compared with those of the records.
 
 import collections
 import contextlib
+import dataclasses
 import os
 import re
 
@@ -49,6 +50,7 @@ class Paired(records.RecordSource):
         self._captions = columns if "text_embed" in self._table.dims else {}
         self.refused, self.passed, self.examples = source.refused, source.passed, source.examples
         self.has_images, self.embed_dims = source.has_images, self._table.dims
+        self.num_classes, self.classes = source.num_classes, source.classes
         self.clip_sha256 = embeddings.clip_sha256(plan)
         beside = [(f"embeddings/{name}", size, count) for name, size, count in self._table.entries]
         self.files = [*source.files, *beside]
@@ -67,7 +69,7 @@ class Paired(records.RecordSource):
         texts, fields = record.captions, record.fields
         if captions and self._captions:
             texts, fields = metadata.row_captions(self._captions, index, embedded=True), self._fields
-        return Record(record.key, record.image, texts, self._table.row(index), fields)
+        return dataclasses.replace(record, captions=texts, embeds=self._table.row(index), fields=fields)
 
 
 def _name(key: str) -> str:

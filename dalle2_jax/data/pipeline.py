@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 
 from dalle2_jax.data import captions as captions_module
+from dalle2_jax.data import classes as classes_module
 from dalle2_jax.data import sources, stream, transforms
 from dalle2_jax.data.bad_records import BadRecords, TooManyBadRecords
 from dalle2_jax.data.order import Order
@@ -47,6 +48,11 @@ class Dataset:
     def files(self) -> list[tuple[str, int, int]]:
         """(name, size in bytes, number of records) of each file."""
         return self.source.files
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes of the field label."""
+        return tuple(self.settings.classes)
 
     @property
     def clip_sha256(self) -> str:
@@ -115,9 +121,6 @@ class Dataset:
         made = {"index": np.array([row["index"] for row in rows], np.int64)}
         if self.settings.has(*TEXT):
             made["tokens"], made["token_mask"] = self.settings.tokenizer([row["caption"] for row in rows])
-        if self.settings.has("label"):
-            labels = [label_of(row["caption"], self.settings.classes) for row in rows]
-            made["label"] = np.array(labels, np.int32)
         for name, (dtype, shape) in self._shapes.items():
             if name not in made:
                 stack = made[name] = np.empty((len(rows), *shape), dtype)
@@ -144,7 +147,11 @@ class Dataset:
 
     @functools.cached_property
     def _needs_caption(self) -> bool:
-        return self.settings.has(*TEXT, "label")
+        return _reads_captions(self.settings, self.source)
+
+    @functools.cached_property
+    def _class_of_label(self) -> np.ndarray | None:
+        return classes_module.of_labels(self.source, self.settings.classes)
 
     def key(self, index: int) -> str:
         """The name of a record, or its number where it cannot be read."""
@@ -172,8 +179,13 @@ class Dataset:
         parts: dict[str, Any] = dict(record.embeds)
         if self._needs_caption:
             parts["caption"] = self._caption(record, draws)
+        captions = record.captions
+        if self.settings.has("label"):
+            label = parts["label"] = self._label(record, parts.get("caption", ""))
+            if self._class_of_label is not None and label >= 0:
+                captions = captions | {"class": (self.classes[label].replace("_", " "),)}
         if record.image is not None:
-            may_flip = self._views.flip and not transforms.names_sides(record.captions)
+            may_flip = self._views.flip and not transforms.names_sides(captions)
             picture = transforms.decode(record.image, enough=self._views.enough)
             parts |= self._views.make(picture, draws, may_flip)
         return parts
@@ -181,14 +193,25 @@ class Dataset:
     def _caption(self, record: Record, draws: np.ndarray) -> str:
         return captions_module.choose(record, self.settings.language, draws, self._bad.note)
 
+    def _label(self, record: Record, caption: str) -> int:
+        """The class of a record, by its label or the caption; -1 for none. Raises BadRecord."""
+        if self._class_of_label is None:
+            return label_of(caption, self.settings.classes)
+        label = record.label
+        if label is None or not -1 <= label < len(self._class_of_label):
+            raise BadRecord("no_label", "none is stored" if label is None else f"there is no class {label}")
+        return int(self._class_of_label[label]) if label >= 0 else -1
+
     def labels(self, indices) -> list[str]:
-        """The labels of records in a grid: first caption in the dataset's language, else in another, else
-        key."""
+        """The labels of records in a grid: first caption in the dataset's language, else in another, else the
+        class, else key."""
         labels = []
         for index in map(int, indices):
             try:
                 record = self.source.read(index, image=False)
                 captions = captions_module.in_any_language(record, self.settings.language)
+                if not captions and self.settings.has("label") and (label := self._label(record, "")) >= 0:
+                    captions = self.classes[label : label + 1]
                 labels.append(captions_module.cut(captions[0]) if captions else record.key)
             except BadRecord:
                 labels.append(self.key(index))
@@ -224,6 +247,8 @@ def label_of(caption: str, classes: Sequence[str]) -> int:
 
     Case is ignored. A name within another one that is also found, as 'ring' in 'red ring', does not count.
     """
+    if caption in classes:  # names may differ in case alone
+        return list(classes).index(caption)
     # The fast test by `in` saves a regular expression for each of perhaps a thousand names.
     folded = caption.casefold()
     found = [
@@ -255,6 +280,11 @@ def iterate_captions(limit: int = 50_000, **settings) -> Iterator[str]:
             yield from map(captions_module.cut, captions.get(language, ()))
 
 
+def _reads_captions(settings: DataSettings, source: RecordSource) -> bool:
+    """Whether batches need captions: as text, or because records have no label."""
+    return settings.has(*TEXT) or (settings.has("label") and not source.num_classes)
+
+
 def make_dataset(**settings) -> Dataset:
     """Open a dataset.
 
@@ -265,7 +295,10 @@ def make_dataset(**settings) -> Dataset:
     config.check()
     opened = sources.open_source(config)
     config.check_source(opened)
-    if config.has(*TEXT):
+    if config.has("label"):
+        found = classes_module.names(opened, config.classes, config.num_classes)
+        config = dataclasses.replace(config, classes=found)
+    if _reads_captions(config, opened):
         captions_module.check(opened, config.path, config.language)
     bad = BadRecords(len(opened), config.max_bad_fraction, opened.refused, opened.passed, opened.examples)
     return Dataset(config, opened, bad)

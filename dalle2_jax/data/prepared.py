@@ -1,4 +1,4 @@
-"""Datasets in the files of tensorflow-datasets: our scenes, and any with an image and a caption.
+"""Datasets in the files of tensorflow-datasets: our scenes, and any with an image, a caption or a label.
 
 A prepared folder, NAME/CONFIG/VERSION, has TFRecord files, `dataset_info.json` (the splits, and the number of
 records of each file) and `features.json` (the types of the fields). It is read by `records`, without
@@ -58,9 +58,14 @@ def _read_json(folder: str, name: str) -> dict:
     return content
 
 
+def _kind(feature: dict) -> str:
+    """The name of a feature's class, such as 'Image'."""
+    return (feature.get("pythonClassName") or feature.get("type") or "").rpartition(".")[2]
+
+
 def _flat_features(feature: dict, path: str = "") -> dict[str, str]:
-    """{path of a field: name of its class, such as 'Image'} of `features.json`."""
-    kind = (feature.get("pythonClassName") or feature.get("type") or "").rpartition(".")[2]
+    """{path of a field: name of its class} of `features.json`."""
+    kind = _kind(feature)
     old = feature.get("content") or {}  # as tensorflow-datasets wrote it before version 4.5
     if "featuresDict" in feature or (kind == "FeaturesDict" and old):
         flat: dict[str, str] = {}
@@ -84,9 +89,24 @@ def _fields(features: dict, image_field: str, caption_field: str, name: str) -> 
     captions = {path: language for path in texts if (language := language_of(path))}
     if caption_field:
         captions = {caption_field: language_of(caption_field) or "en"}
-    if not captions:
-        raise ValueError(f"tfds {name}: give data.caption_field, one of its text fields {texts}")
     return image_field or images[0], captions
+
+
+def _labels(features: dict, folder: str, label_field: str, name: str) -> tuple[str, tuple[str, ...]]:
+    """(label field, names of its classes) by the setting, else 'label', or the only one; '': none.
+
+    Classes without names have their numbers.
+    """
+    own = features.get("featuresDict", {}).get("features") or features.get("content") or {}
+    found = {field: feature for field, feature in own.items() if _kind(feature) == "ClassLabel"}
+    if label_field and label_field not in found:
+        raise ValueError(f"tfds {name} has no label field {label_field!r}" + did_you_mean(label_field, found))
+    field = label_field or ("label" if "label" in found else next(iter(found), "") * (len(found) == 1))
+    path = os.path.join(folder, field.replace("/", ".") + ".labels.txt")
+    if field and os.path.isfile(path):
+        return field, tuple(filter(None, map(str.strip, files.read_text(path).splitlines())))
+    count = int(found[field].get("classLabel", {}).get("numClasses", 0)) if field else 0
+    return field, tuple(map(str, range(count)))
 
 
 def _bound(text: str, unit: str, lengths: list[int], default: int, split: str) -> int:
@@ -152,7 +172,9 @@ def _shard_path(folder: str, info: dict, split: dict, shard: int) -> str:
     return os.path.join(folder, os.path.basename(name))
 
 
-def _open_folder(folder: str, split: str, image_field: str, caption_field: str, name: str) -> ExampleSource:
+def _open_folder(
+    folder: str, split: str, image_field: str, caption_field: str, name: str, label_field: str = ""
+) -> ExampleSource:
     """The records of one split of a prepared folder with TFRecord files."""
     info = _read_json(folder, "dataset_info.json")
     file_format = info.get("fileFormat", "tfrecord")
@@ -183,8 +205,10 @@ def _open_folder(folder: str, split: str, image_field: str, caption_field: str, 
             indexes.append(records.Index(index.rows[skip:take], index.refused, examples=index.examples))
     if not paths:
         raise ValueError(f"split {split!r} of {name} holds no record")
-    image, captions = _fields(_read_json(folder, "features.json"), image_field, caption_field, name)
-    return ExampleSource(paths, indexes, image, captions)
+    features = _read_json(folder, "features.json")
+    image, captions = _fields(features, image_field, caption_field, name)
+    label, classes = _labels(features, folder, label_field, name)
+    return ExampleSource(paths, indexes, image, captions, label, classes)
 
 
 def _prepare_scenes(config: str, data_dir: str) -> str:
@@ -256,9 +280,14 @@ def _prepare_tfds(tfds, path: str, data_dir: str) -> str:
 
 
 def open_tfds(
-    path: str, split: str, data_dir: str = "", image_field: str = "", caption_field: str = ""
+    path: str,
+    split: str,
+    data_dir: str = "",
+    image_field: str = "",
+    caption_field: str = "",
+    label_field: str = "",
 ) -> ExampleSource:
-    """A tfds dataset with an image and a caption, such as 'coco_captions'; prepared if necessary.
+    """A tfds dataset with an image, such as 'coco_captions' or 'cifar10'; prepared if necessary.
 
     Args:
         path: name, name/config or name:version.
@@ -267,6 +296,7 @@ def open_tfds(
         image_field: the image feature; '': the only one.
         caption_field: the text feature, 'captions/text' for a sequence; '': those named caption, text,
             caption_zh.
+        label_field: the ClassLabel feature; '': 'label', or the only one.
 
     Raises:
         ValueError: also if it is not prepared and TensorFlow cannot be imported.
@@ -285,4 +315,4 @@ def open_tfds(
             ) from None
     else:
         folder = _prepare_tfds(tfds, path, data_dir)
-    return _open_folder(folder, split, image_field, caption_field, path)
+    return _open_folder(folder, split, image_field, caption_field, path, label_field)

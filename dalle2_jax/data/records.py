@@ -17,7 +17,7 @@ import struct
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import google_crc32c
 import numpy as np
@@ -30,7 +30,7 @@ MAX_MEMBER_BYTES = 64 << 20
 MAX_TEXT_BYTES = 1 << 20  # of a caption, and of the JSON of a picture or a shard
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _CACHED_FROM = 16  # files
-_INDEX_VERSION = 2  # of the meaning of `Index`
+_INDEX_VERSION = 3  # of the meaning of `Index`
 
 
 class BadRecord(Exception):
@@ -46,7 +46,8 @@ class Record:
     """One record as stored.
 
     image: the encoded file; None: not read. captions: by language. embeds: image_embed and text_embed,
-    float32 [E]. fields: the names of its source's fields, captions and others.
+    float32 [E]. fields: the names of its source's fields, captions and others. label: the number of its class
+    in its source, -1 for no class; None: no label is stored, or an unreadable one.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Record:
     captions: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     embeds: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     fields: tuple[str, ...] = ()
+    label: int | None = None
 
 
 class RecordSource:
@@ -69,6 +71,8 @@ class RecordSource:
     embed_dims: Mapping[str, int] = {}  # {'image_embed': E, ...}
     clip_sha256: str = ""  # of the parameters of the embeddings' CLIP, if it is known
     has_images: bool = True
+    num_classes: int = 0  # above every label; 0: no record has a label
+    classes: Sequence[str] = ()  # names of the labels 0 ... num_classes - 1, if they are known
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -39,7 +39,8 @@ class DataSettings(SourceSettings, Views):
     max_bad_fraction: share of unusable records above which the run stops; 0: at the first.
     num_workers: reading threads.
     group: the number of successive records that stay together in the shuffled order; see `order`.
-    classes: names of the classes of the field label; see `pipeline.label_of`.
+    classes: names of the classes of the field label; see `classes.names`, and for records without labels
+    `pipeline.label_of`. num_classes: how many the stage reads; 0: any number.
     """
 
     fields: tuple[str, ...] = ()
@@ -50,6 +51,7 @@ class DataSettings(SourceSettings, Views):
     num_workers: int = 2
     group: int = 1
     classes: Sequence[str] = ()
+    num_classes: int = 0
 
     def has(self, *names: str) -> bool:
         """Whether batches have any of these fields."""
@@ -75,8 +77,6 @@ class DataSettings(SourceSettings, Views):
         """Raise ValueError, with a remedy, for an unknown, missing or impossible setting."""
         if self.group < 1:
             raise ValueError(f"data.group={self.group} must be at least 1, which keeps no records together")
-        if self.has("label") and len(set(self.classes)) < 2:
-            raise ValueError("field label needs data.classes, two or more names that captions hold")
         for field in self.fields:
             if field not in FIELDS and not field.endswith(".image"):
                 raise ValueError(f"field {field!r} is unknown" + did_you_mean(field, FIELDS))

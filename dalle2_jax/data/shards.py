@@ -1,4 +1,4 @@
-"""img2dataset's shards: tar files of KEY.jpg|png|webp, KEY.txt, KEY.json, or TFRecord files.
+"""img2dataset's shards: tar files of KEY.jpg|png|webp, KEY.txt, KEY.json, KEY.cls, or TFRecord files.
 
 KEY ends at the last dot before the extension: `v1.3.png` is the picture of `v1.3`. The name of a caption's
 field gives its language: `caption`, `text` and `.txt` are 'en', `caption_xx` is 'xx'.
@@ -180,7 +180,7 @@ def _log_losses(root: str, source: _Indexed, indexes: Sequence[records.Index]) -
 
 
 class TarSource(_Indexed):
-    """img2dataset's tar shards: KEY.jpg|png|webp with KEY.txt and KEY.json.
+    """img2dataset's tar shards: KEY.jpg|png|webp with KEY.txt, KEY.json and WebDataset's KEY.cls, a label.
 
     verify_sha256: compare the image's bytes with `sha256` in its JSON, the hash of the download. img2dataset
     keeps these bytes only with resize_mode no.
@@ -189,11 +189,12 @@ class TarSource(_Indexed):
     def __init__(self, paths: list[str], indexes: list[records.Index], verify_sha256: bool = False):
         super().__init__(paths, indexes)
         self._verify_sha256 = verify_sha256
+        self.num_classes = max(0, int(self._rows[:, 8].max()) + 1)
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         """One record; see `records.RecordSource`."""
         file, row = int(self._file_of[index]), self._rows[index].tolist()
-        (image_at, image_size), (key_at, key_size) = row[:2], row[6:]
+        (image_at, image_size), (key_at, key_size), label = row[:2], row[6:8], row[8]
         encoded, between = None, image_at - key_at
         if image and 0 < between <= _NEAR:
             data = self._files.read(file, key_at, between + image_size)
@@ -214,7 +215,8 @@ class TarSource(_Indexed):
             if expected and encoded is not None and hashlib.sha256(encoded).hexdigest() != expected:
                 raise BadRecord("sha256_differs", f"{key}: {expected} in its JSON")
         names = (".txt",) * (row[3] >= 0) + tuple(fields)
-        return Record(f"{self._names[file]}:{key}", encoded, freeze(texts), fields=names)
+        stored = None if label == tar.NO_LABEL else label
+        return Record(f"{self._names[file]}:{key}", encoded, freeze(texts), fields=names, label=stored)
 
     def former_key(self, index: int) -> str:
         """The key in embeddings of older versions, by the first 100 bytes of the name before the image."""
@@ -265,11 +267,23 @@ def open_tar(
 
 
 class ExampleSource(_Indexed):
-    """TFRecord files of tf.train.Example protos with an encoded image and captions."""
+    """TFRecord files of tf.train.Example protos with an encoded image, captions and a label.
 
-    def __init__(self, paths, indexes, image_field: str, caption_fields: dict[str, str]):
+    caption_fields: {field: language}. label_field: '' for none; classes: names of its labels.
+    """
+
+    def __init__(
+        self,
+        paths: list[str],
+        indexes: list[records.Index],
+        image_field: str,
+        caption_fields: dict[str, str],
+        label_field: str = "",
+        classes: Sequence[str] = (),
+    ):
         super().__init__(paths, indexes)
         self._image_field, self._caption_fields = image_field, caption_fields
+        self._label_field, self.classes, self.num_classes = label_field, classes, len(classes)
 
     def example(self, index: int) -> Example:
         """One record. Raises BadRecord."""
@@ -295,7 +309,8 @@ class ExampleSource(_Indexed):
                     add_caption(texts, language, decode_caption(value))
         keys = example.values("key")
         key = keys[0].decode("utf-8", "replace") if keys else self._key(index)
-        return Record(key, encoded, freeze(texts), fields=tuple(sorted(example)))
+        label = next(iter(example.integers(self._label_field)), None) if self._label_field else None
+        return Record(key, encoded, freeze(texts), fields=tuple(sorted(example)), label=label)
 
 
 def _example_fields(names, path: str) -> tuple[str, dict[str, str]]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dalle2_jax.data import embeddings, paired, prepared, records, shards
+from dalle2_jax.data import embeddings, folders, paired, prepared, records, shards
 from dalle2_jax.data.find import did_you_mean
 from dalle2_jax.runtime import files
 
@@ -16,8 +16,9 @@ class SourceSettings:
     """The source of records.
 
     source: a name of `SOURCES`. path: config of scenes, name of a tfds dataset, or folder, file or pattern of
-    shards. split: for folders see `find.find_files`; of embeddings FOLDER/SPLIT if it exists. data_dir: the
-    files of 'scenes' and 'tfds'. image_field, caption_field: of 'tfds', if they cannot be detected.
+    shards, or folder of folders of classes. split: for folders see `find.find_files`, for those of classes
+    `folders.open_folder`; of embeddings FOLDER/SPLIT if it exists. data_dir: the files of 'scenes' and
+    'tfds'. image_field, caption_field, label_field: of 'tfds', if they cannot be detected.
     embeddings: a folder (or FOLDER/SPLIT) of embeddings whose rows match the records. verify_sha256: for
     'tar', see `shards.TarSource`. allow_damaged: for 'tar' and 'tfrecord', damaged files whose intact part is
     read, separated by commas; see `damage.check`.
@@ -29,6 +30,7 @@ class SourceSettings:
     data_dir: str = ""
     image_field: str = ""
     caption_field: str = ""
+    label_field: str = ""
     embeddings: str = ""
     verify_sha256: bool = False
     allow_damaged: str | Sequence[str] = ""
@@ -36,7 +38,10 @@ class SourceSettings:
 
 SOURCES: dict[str, Callable[[SourceSettings], records.RecordSource]] = {
     "scenes": lambda s: prepared.open_scenes(s.path, s.split, s.data_dir),
-    "tfds": lambda s: prepared.open_tfds(s.path, s.split, s.data_dir, s.image_field, s.caption_field),
+    "tfds": lambda s: prepared.open_tfds(
+        s.path, s.split, s.data_dir, s.image_field, s.caption_field, s.label_field
+    ),
+    "folder": lambda s: folders.open_folder(s.path, s.split),
     "tar": lambda s: shards.open_tar(s.path, s.split, s.verify_sha256, s.allow_damaged),
     "tfrecord": lambda s: shards.open_tfrecord(s.path, s.split, s.allow_damaged),
     "embeddings": lambda s: embeddings.EmbeddingSource(_folder(s.path, s.split)),

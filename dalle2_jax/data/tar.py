@@ -6,6 +6,7 @@ of members are checked.
 """
 
 import os
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +16,12 @@ from dalle2_jax.data.records import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, Counts, 
 
 MAX_MEMBERS = 1_000_000  # of one tar shard; img2dataset writes 30,000
 MAX_HEADER_BYTES = 64 << 10  # of a pax or long-name header
+NO_LABEL = -2  # in an index: no .cls, or one without a label; -1 is the label of no class
 _END_BYTES = 2 << 20  # searched behind the end mark; `tar` fills its last block, of 10 KiB or more
 _REGULAR, _DIRECTORY = (b"0", b"\0", b"7"), b"5"
 _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
+_LABEL = re.compile(rb"\s*(-1|[0-9]{1,9})\s*")
+_MAX_LABEL_BYTES = 32
 
 
 def _number(field: bytes) -> int:
@@ -131,9 +135,9 @@ def _goes_on(file) -> bool:
 def index_tar(path: str) -> Index:
     """Index one tar shard: a row for each sample with an image.
 
-    A row is (offset, size) of the image, of its .txt, of its .json, and of the key within the image's name;
-    size -1: no such part. A sample is the members with one name up to the last dot before a known extension;
-    see `_is_part`.
+    A row is (offset, size) of the image, of its .txt, of its .json, and of the key within the image's name,
+    then the label in its .cls, or NO_LABEL; size -1: no such part. A sample is the members with one name up
+    to the last dot before a known extension; see `_is_part`.
 
     Refused: members that are no regular files, unsafe names (they are printed), members above 64 MiB,
     repeated parts, samples without an image. Passed over: hidden files, files of other kinds, parts of the
@@ -147,22 +151,24 @@ def index_tar(path: str) -> Index:
         size = os.fstat(file.fileno()).st_size
         try:
             for member in _tar_members(file, size):
-                _add_member(member, samples, refused, passed)
+                _add_member(file, member, samples, refused, passed)
         except Damaged as error:
             found = error.kind
     rows = []
     for key, row in samples.items():
         if _is_part(key, row, samples):
             passed.note("part_of_another", key.removeprefix(b"/"))
+        elif max(row[1], row[3], row[5]) < 0:
+            passed.note("other_extension", key.removeprefix(b"/") + b".cls")
         elif row[1] < 0:
             refused.note("no_image", key.removeprefix(b"/"))
         else:
             rows.append(row)
-    return Index(np.asarray(rows, np.int64).reshape(-1, 8), dict(refused), dict(passed), examples, found)
+    return Index(np.asarray(rows, np.int64).reshape(-1, 9), dict(refused), dict(passed), examples, found)
 
 
-def _add_member(member: _Member, samples: dict[bytes, list], refused: Counts, passed: Counts) -> None:
-    """Enter a member into its sample's row, or count it."""
+def _add_member(file, member: _Member, samples: dict[bytes, list], refused: Counts, passed: Counts) -> None:
+    """Enter a member of an open tar into its sample's row, or count it."""
     name = member.name
     if member.kind == _DIRECTORY:
         return
@@ -173,19 +179,30 @@ def _add_member(member: _Member, samples: dict[bytes, list], refused: Counts, pa
     folder, _, base = name.rpartition(b"/")
     stem, _, ending = base.rpartition(b".")
     extension = ending.lower().decode("ascii", "replace")
-    column = 0 if extension in IMAGE_EXTENSIONS else {"txt": 2, "json": 4}.get(extension)
+    column = 0 if extension in IMAGE_EXTENSIONS else {"txt": 2, "json": 4, "cls": 8}.get(extension)
     if base.startswith(b"."):  # such as ._KEY.jpg
         return passed.note("hidden_file", name)
     if column is None or not stem:
         return passed.note("other_extension", name)
     if member.size > MAX_MEMBER_BYTES:
         return refused.note("member_too_large", name)
-    row = samples.setdefault(folder + b"/" + stem, [0, -1, 0, -1, 0, -1, 0, 0])
+    row = samples.setdefault(folder + b"/" + stem, [0, -1, 0, -1, 0, -1, 0, 0, NO_LABEL])
+    if column == 8:
+        row[8] = _label(file, member)
+        return None
     if row[column + 1] >= 0:
         return refused.note("repeated_member", name)
     row[column : column + 2] = member.start, member.size
     if column == 0:
-        row[6:] = member.base_at, len(stem)
+        row[6:8] = member.base_at, len(stem)
+    return None
+
+
+def _label(file, member: _Member) -> int:
+    """The label in a .cls; NO_LABEL: it is no whole number from -1 on."""
+    file.seek(member.start)
+    found = _LABEL.fullmatch(file.read(min(member.size, _MAX_LABEL_BYTES)))
+    return int(found[1]) if found and member.size <= _MAX_LABEL_BYTES else NO_LABEL
 
 
 def _is_part(key: bytes, row: list, samples: dict[bytes, list]) -> bool:

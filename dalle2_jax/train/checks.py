@@ -58,7 +58,7 @@ def check_settings(config: dict, stage, mesh) -> None:
                 "--config.init_from=WORKDIR_OR_MODEL"
             )
     classes = config["data"].get("classes", ())
-    if getattr(stage, "num_classes", 0) not in (0, len(classes)):
+    if classes and getattr(stage, "num_classes", 0) not in (0, len(classes)):  # (): those of the data
         raise ValueError(
             f"data.classes has {len(classes)} names, model.num_classes is {stage.num_classes}: make them one"
         )

@@ -106,10 +106,11 @@ def make_datasets(config: dict, plan: Plan, fields: set[str], tokenizer):
         image_sizes={name: frozen_stages[owner].image_size for name, owner in owned.items()},
         low_res_size=getattr(stage, "low_res_size", None),
         crop_size=getattr(stage, "crop_size", None),
+        num_classes=getattr(stage, "num_classes", 0),
         tokenizer=tokenizer,
         seed=config["seed"],
     )
     models.check_keywords(DataSettings, dict(options, split=""), "data")
     train = pipeline.make_dataset(split=config["data"]["split"], **options)
-    held_out = dict(options, flip=False)
+    held_out = dict(options, flip=False, classes=train.classes)
     return train, pipeline.make_dataset(split=config["data"]["eval_split"], **held_out)

@@ -45,6 +45,7 @@ def _train(
 ) -> int:
     """Makes the run and its loop; returns the signal that stopped it, 0 for none."""
     # What is wrong with the settings is said before a file is written or data are read.
+    config = resume.with_stored_classes(config, workdir)
     plan = make_plan(config)
     resumption = resume.Resumption(workdir, config, allow_changed)
     loaded = frozen.load(config)
@@ -58,6 +59,8 @@ def _train(
         dataset, held_out = inputs.make_datasets(config, plan, fields, tokenizer)
         if dataset.fingerprint == held_out.fingerprint:
             logging.warning("validation reads the very records that training reads: see data.eval_split")
+        if "label" in fields:  # names that the data have themselves are kept with the run and its model
+            config = config | {"data": config["data"] | {"classes": list(dataset.classes)}}
         stops.check("data opened")
 
         check = lock.check if lock else None

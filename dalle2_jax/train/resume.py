@@ -92,6 +92,16 @@ def frozen_of(meta: Mapping | None) -> dict[str, str]:
     return (meta or {}).get("frozen") or ({"clip": clip} if clip else {})
 
 
+def with_stored_classes(config: dict, workdir: epath.Path) -> dict:
+    """The config with the workdir's names of classes, if it gives none itself."""
+    path = workdir / "config.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    found = stored.get("data", {}).get("classes")
+    if config["data"].get("classes") or not found:
+        return config
+    return config | {"data": config["data"] | {"classes": found}}
+
+
 class Resumption:
     """The comparison of a run with what lies in its workdir: of `config` (plain JSON types) at construction.
 

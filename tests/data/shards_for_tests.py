@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from dalle2_jax.data import records, sources
+from dalle2_jax.data import examples, records, sources
 
 
 def colour_of(number: int) -> tuple[int, int, int]:
@@ -73,6 +73,48 @@ def tfrecord_frame(payload: bytes) -> bytes:
 def open_source(*names: str, **settings):
     """The records of a dataset: `names` are source, path and split."""
     return sources.open_source(sources.SourceSettings(*names, **settings))
+
+
+def write_class_folder(root, classes: dict[str, list[int]]) -> None:
+    """ROOT/CLASS/NUMBER.png of `flat_png`, in folders below the class for numbers from 100 on."""
+    for name, numbers in classes.items():
+        for number in numbers:
+            path = root / name / ("below" if number >= 100 else "") / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(flat_png(number))
+
+
+def labelled_example(features: dict[str, list[bytes]], label: int, packed: bool = True) -> bytes:
+    """A tf.train.Example of lists of bytes and of the whole number `label`."""
+    value, varint = label % 2**64, bytearray()
+    while value > 127:
+        varint.append(value & 127 | 128)
+        value >>= 7
+    varint.append(value)
+    number = examples._field(1, bytes(varint)) if packed else bytes([1 << 3, *varint])
+    entry = examples._field(1, b"label") + examples._field(2, examples._field(3, number))
+    return examples.serialize(features) + examples._field(1, examples._field(1, entry))
+
+
+def write_labelled_tfds(folder, splits: dict[str, list[int]], classes: tuple[str, ...] = ()) -> None:
+    """A prepared dataset NAME/VERSION of pictures, texts that are no captions, and the labels number % 3."""
+    folder.mkdir(parents=True)
+    name = folder.parent.name
+    for split, numbers in splits.items():
+        with open(folder / f"{name}-{split}.tfrecord-00000-of-00001", "wb") as file:
+            for number in numbers:
+                features = {"image": [flat_png(number)], "id": [b"photo_%d" % number]}
+                file.write(examples.tfrecord(labelled_example(features, number % 3)))
+    entries = [{"name": split, "shardLengths": [str(len(numbers))]} for split, numbers in splits.items()]
+    info = {"name": name, "version": "1.0.0", "splits": entries}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    image, text = ({"pythonClassName": f"a.{kind}"} for kind in ("Image", "Text"))
+    label = {"pythonClassName": "a.ClassLabel", "classLabel": {"numClasses": "3"}}
+    features = {"image": image, "id": text, "label": label}
+    written = {"pythonClassName": "a.FeaturesDict", "featuresDict": {"features": features}}
+    (folder / "features.json").write_text(json.dumps(written))
+    if classes:
+        (folder / "label.labels.txt").write_text("\n".join(classes) + "\n")
 
 
 class WordTokenizer:

@@ -105,8 +105,9 @@ def test_what_lies_beside_samples_changes_no_set_that_was_read_before(tmp_path):
     for index in range(12):
         assert one.read(index).key == other.read(index).key
         assert one.read(index).captions == other.read(index).captions
+        assert (one.read(index).label, other.read(index).label) == (None, 1)  # KEY.cls
     # KEY.seg and KEY.png are one sample each of the parts; KEY.0 and KEY.depth.v2 too.
-    assert other.passed == {"part_of_another": 12 * 4, "other_extension": 12 * 3 + 1, "hidden_file": 1}
+    assert other.passed == {"part_of_another": 12 * 4, "other_extension": 12 * 2 + 1, "hidden_file": 1}
     assert other.examples["part_of_another"] == "00000.tar: 000000000.seg"
     assert other.examples["other_extension"] == "00000.tar: 000000000.npy"
 
