@@ -67,9 +67,8 @@ def test_the_time_left_is_of_all_steps_once_their_speeds_are_known():
         line("decoder", 8, 8, 80.0)
         line("prior", 2, 8, 4.0)
     shown = [text.strip() for text in file.getvalue().split("\r")[1:]]
-    assert shown[:3] == ["drawing (the first time compiles, once)"] + [
-        f"prior {done}/8, {left} left in this step" for done, left in ((2, "12s"), (8, "0s"))
-    ]
+    assert shown[0] == "drawing (the first time compiles, once)"
+    assert shown[1:3] == ["prior 2/8, 12s left in this step", "prior 8/8, next decoder"]
     assert shown[3:] == ["decoder 8/8, 0s left", "prior 2/8, 1m32s left", "drawn in 0s"]
     assert speeds == {"prior": 2.0, "decoder": 10.0}
 

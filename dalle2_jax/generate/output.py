@@ -145,8 +145,10 @@ class ProgressLine:
         self._speeds[step] = seconds / done
         later = self._steps[self._steps.index(step) + 1 :] if step in self._steps else []
         left = (total - done) * self._speeds[step] + total * sum(self._speeds.get(name, 0) for name in later)
-        of_all = all(name in self._speeds for name in later)
-        self._show(f"{step} {done}/{total}, {show_duration(left)} left{'' if of_all else ' in this step'}")
+        note = f"{show_duration(left)} left"
+        if not all(name in self._speeds for name in later):
+            note = f"next {later[0]}" if done == total else f"{note} in this step"
+        self._show(f"{step} {done}/{total}, {note}")
 
     def _show(self, text: str, end: str = "") -> None:
         if not self._silent:
