@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from dalle2_jax.configs import decoder64, prior, upsampler256, upsampler1024
 from dalle2_jax import benchmark
+from dalle2_jax.configs import decoder64, prior, upsampler256, upsampler1024
 from dalle2_jax.models import models
 from dalle2_jax.models.nets import layers
 from dalle2_jax.runtime import files, partition
