@@ -35,7 +35,7 @@ NO_PATHS = {
 NO_PATHS_OF_CONVERT = {"name", "licence", "repository", "system", "stage"}
 NO_PATH_SETTINGS = {
     *("stage", "wandb", "data.source", "data.split", "data.eval_split", "data.language"),
-    *("data.image_field", "data.caption_field", "optim.schedule"),
+    *("data.image_field", "data.caption_field", "optim.schedule", "optim.optimizer"),
     "data.allow_damaged",  # names of files among those of data.path
 }
 # Prints {command: {flag: what it makes of ~/a}} of the flags that take texts.
@@ -147,12 +147,12 @@ def test_every_setting_that_is_a_path_is_expanded_where_training_and_embedding_b
         assert (settings[group] if group else settings)[own] == f"{home}/{name}"
     assert config["clip"] == "~/clip"  # the caller's own stays
 
-    def stop(path, batch_size):
+    def stop(path, batch_size, dtype):
         raise InterruptedError
 
     expand = models.expand_paths
     monkeypatch.setattr(models, "expand_paths", lambda given: embedded.append(expand(given)) or embedded[-1])
-    monkeypatch.setattr(embed, "Encoder", stop)
+    monkeypatch.setattr(embed, "ClipEncoder", stop)
     with pytest.raises(InterruptedError):
         embed.embed(config, "clip", "out", splits=("train",))
     assert embedded[0]["data"]["path"] == f"{home}/data.path"

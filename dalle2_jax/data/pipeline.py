@@ -14,11 +14,11 @@ import numpy as np
 from absl import logging
 
 from dalle2_jax.data import captions as captions_module
-from dalle2_jax.data import sources, stream, transforms
+from dalle2_jax.data import sources, stream, text_states, transforms
 from dalle2_jax.data.bad_records import BadRecords, TooManyBadRecords
 from dalle2_jax.data.order import Order
 from dalle2_jax.data.records import BadRecord, Record, RecordSource
-from dalle2_jax.data.settings import TEXT, DataSettings
+from dalle2_jax.data.settings import DataSettings
 from dalle2_jax.data.transforms import Views
 
 # Records a call: enough to amortize it, few enough to split a batch over the workers and to bound memory.
@@ -49,9 +49,9 @@ class Dataset:
         return self.source.files
 
     @property
-    def clip_sha256(self) -> str:
-        """sha256 of the parameters of the embeddings' CLIP; '' if it is unknown."""
-        return self.source.clip_sha256
+    def encoder_sha256(self) -> dict[str, str]:
+        """Name -> sha256 of the parameters of the embeddings' encoder, such as 'clip'; {}: unknown."""
+        return dict(self.source.encoder_sha256)
 
     def bad_records(self) -> dict[str, int]:
         """{reason: count} of losses so far, in indexing and in reading."""
@@ -113,7 +113,7 @@ class Dataset:
         draws = transforms.uniforms(self.settings.seed, epochs, indices)
         rows = [self._load_good(int(i), int(e), d) for i, e, d in zip(indices, epochs, draws, strict=True)]
         made = {"index": np.array([row["index"] for row in rows], np.int64)}
-        if self.settings.has(*TEXT):
+        if self.settings.tokenizes:
             made["tokens"], made["token_mask"] = self.settings.tokenizer([row["caption"] for row in rows])
         if self.settings.has("label"):
             labels = [label_of(row["caption"], self.settings.classes) for row in rows]
@@ -144,7 +144,7 @@ class Dataset:
 
     @functools.cached_property
     def _needs_caption(self) -> bool:
-        return self.settings.has(*TEXT, "label")
+        return self.settings.tokenizes or self.settings.has("label")
 
     def key(self, index: int) -> str:
         """The name of a record, or its number where it cannot be read."""
@@ -170,6 +170,8 @@ class Dataset:
     def _parts(self, record: Record, draws: np.ndarray) -> dict[str, Any]:
         """The arrays and the caption of one record. Raises BadRecord."""
         parts: dict[str, Any] = dict(record.embeds)
+        if self.settings.has("text_states"):
+            parts |= text_states.padded(parts["text_states"], self.settings.tokenizer.context_length)
         if self._needs_caption:
             parts["caption"] = self._caption(record, draws)
         if record.image is not None:
@@ -265,7 +267,7 @@ def make_dataset(**settings) -> Dataset:
     config.check()
     opened = sources.open_source(config)
     config.check_source(opened)
-    if config.has(*TEXT):
+    if config.tokenizes:
         captions_module.check(opened, config.path, config.language)
     bad = BadRecords(len(opened), config.max_bad_fraction, opened.refused, opened.passed, opened.examples)
     return Dataset(config, opened, bad)
