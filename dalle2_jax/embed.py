@@ -1,16 +1,23 @@
 """python -m dalle2_jax.embed --config=configs/X.py --clip=MODEL --out=DIR [--config.data.path=...]
+python -m dalle2_jax.embed --config=configs/X.py --config.frozen.t5=MODEL --out=DIR [--config.data.path=...]
 
 Writes the CLIP embeddings of a data set in clip-retrieval's layout, to train stages from them:
 
     DIR/SPLIT/img_emb/img_emb_00000.npy      [n, E], one row a record, in the data set's order
     DIR/SPLIT/text_emb/text_emb_00000.npy    [n, E], of the record's first caption in data.language
     DIR/SPLIT/metadata/metadata_00000.parquet   key, that caption, and why a record has no embedding
-    DIR/SPLIT/embed.json                     data set, CLIP, number of rows, records left out
+    DIR/SPLIT/embed.json                     data set, encoder, number of rows, records left out
     DIR/tokenizer                            CLIP's
 
-`data` of the config names the data set, as in training. A record that cannot be read has a row of NaN, which
-training counts and replaces, so row i is always record i. The same command again writes the missing shards.
-Several processes (see `processes`), or machines started separately with --worker=I/N, share the shards.
+Without --clip it writes the states of the frozen text encoder of the config, as many as a caption has tokens:
+
+    DIR/SPLIT/text_states/text_states_00000.npy    the bits of bfloat16 [tokens, D], caption after caption
+    DIR/SPLIT/token_counts/token_counts_00000.npy  [n], the tokens of each record's first caption
+
+`data` of the config names the data set, as in training. A record that cannot be read has a row of NaN, or no
+states, which training counts and replaces, so row i is always record i. The same command again writes the
+missing shards. Several processes (see `processes`), or machines started separately with --worker=I/N, share
+the shards.
 """
 
 import concurrent.futures
@@ -20,13 +27,14 @@ from collections import Counter
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from dalle2_jax.data import embeddings
+from dalle2_jax.data import embeddings, text_states
 from dalle2_jax.data.records import BadRecord
-from dalle2_jax.models import models
+from dalle2_jax.models import frozen, models
 from dalle2_jax.runtime import commandline, files, hub, metrics, modeldir, partition, processes
 from dalle2_jax.runtime.batch import as_floats
 from dalle2_jax.runtime.batched import Batched
@@ -36,11 +44,17 @@ from dalle2_jax.train import checks
 DTYPES = ("float16", "float32")
 
 
-class Encoder:
+class ClipEncoder:
     """A trained CLIP as a function of batches of one size, on this process's devices."""
 
-    def __init__(self, path: str, batch_size: int):
+    def __init__(self, path: str, batch_size: int, dtype: str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
         self.stage, _, params = models.load_stage(path, "clip")
+        self.folder, self._dtype = epath.Path(hub.local(path)), dtype
+        self.data = dict(
+            fields=("clip.image", "tokens", "token_mask"), image_sizes={"clip.image": self.stage.image_size}
+        )
 
         def encode(params, batch):
             tokens, mask = models.crop_tokens(batch["tokens"], batch["token_mask"], self.stage.context_length)
@@ -49,20 +63,85 @@ class Encoder:
 
         options = partition.compiler_options()
         self._encode = Batched(encode, params, batch_size, prepare=as_floats, compiler_options=options)
-        self.batch_size, self._params = self._encode.size, self._encode.params
+        self.batch_size = self._encode.size
+        self.plan = dict(
+            clip_sha256=modeldir.sha256(self._encode.params),
+            embed_dim=self.stage.embed_dim,
+            unit_norm=getattr(self.stage, "unit_embeds", True),
+            dtype=dtype,
+        )
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(image embeddings, text embeddings) float32 [n, E] of n <= batch_size examples.
+    def __call__(self, batch: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The embeddings of image and text, floats [2, E], of each of n <= batch_size examples.
 
         batch: clip.image uint8 [n, S, S, 3], tokens int32 [n, L], token_mask bool [n, L].
         """
         image, text = self._encode(batch)
-        return np.asarray(image, np.float32), np.asarray(text, np.float32)
+        return list(np.stack([image, text], axis=1).astype(np.float32))
+
+    def pack(self, rows: list[np.ndarray | None]) -> dict[str, np.ndarray]:
+        """{kind: array to write} of the records of a shard, NaN for None."""
+        lost = np.full((2, self.stage.embed_dim), np.nan, np.float32)
+        table = np.stack([lost if row is None else row for row in rows]).astype(self._dtype)
+        return dict(zip(embeddings.OF_CLIP, table.swapaxes(0, 1), strict=True))
+
+
+class StatesEncoder:
+    """A frozen text encoder, such as a T5, as a function of batches of one size."""
+
+    def __init__(self, name: str, path: str, batch_size: int):
+        found = frozen.load({"frozen": {name: path}})[name]
+        self.stage, self.folder = found.stage, epath.Path(hub.local(path))
+        self.data = dict(fields=("tokens", "token_mask"))
+
+        def encode(params, batch):
+            tokens, mask = models.crop_tokens(batch["tokens"], batch["token_mask"], self.stage.context_length)
+            reads = {"tokens": tokens, "token_mask": mask}
+            states = frozen.call(self.stage, "encode_text", params, reads)["text_states"]
+            return states.astype(jnp.bfloat16), mask.sum(axis=1)
+
+        options = partition.compiler_options()
+        self._encode = Batched(encode, found.params, batch_size, compiler_options=options)
+        self.batch_size = self._encode.size
+        self._width = models.encoded_specs(self.stage)["text_states"].shape[-1]
+        self.plan = dict(
+            frozen={name: found.sha256},
+            width=self._width,
+            context_length=self.stage.context_length,
+            dtype="bfloat16",
+        )
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The states bfloat16 [tokens, D] of each of n <= batch_size captions: as many as it has tokens.
+
+        batch: tokens int32 [n, L], token_mask bool [n, L].
+        """
+        states, counts = self._encode(batch)
+        return [one[:count] for one, count in zip(states, counts, strict=True)]
+
+    def pack(self, rows: list[np.ndarray | None]) -> dict[str, np.ndarray]:
+        """{kind: array to write} of the records of a shard."""
+        return text_states.packed(rows, self._width)
+
+
+def make_encoder(config: dict, clip: str, batch_size: int, dtype: str) -> ClipEncoder | StatesEncoder:
+    """The CLIP at `clip`, or else the one text encoder among `config.frozen`. ValueError without either."""
+    if clip:
+        return ClipEncoder(clip, batch_size, dtype)
+    paths = frozen.paths({"frozen": config.get("frozen")})
+    stages = {name: models.open_stage(path, name)[0] for name, path in paths.items()}
+    texts = [name for name, stage in stages.items() if frozen.ops(stage, "encode_text")]
+    if len(texts) != 1 or texts == ["clip"]:
+        raise ValueError(
+            "give --clip=MODEL for CLIP's embeddings, or --config.frozen.t5=MODEL for the states of one text "
+            f"encoder; config.frozen has {', '.join(texts) or 'none'}"
+        )
+    return StatesEncoder(texts[0], paths[texts[0]], batch_size)
 
 
 def embed_split(
     dataset,
-    encoder: Encoder,
+    encoder: ClipEncoder | StatesEncoder,
     folder: epath.Path,
     plan: dict,
     *,
@@ -73,15 +152,15 @@ def embed_split(
     """Write the missing shards of a split, every N-th of them; returns the unreadable records by reason.
 
     Args:
-      dataset: of `data.pipeline.make_dataset` with clip.image, tokens and token_mask.
-      plan: JSON values that must not differ between runs, rows_per_shard and dtype among them.
+      dataset: of `data.pipeline.make_dataset` with the encoder's fields.
+      plan: JSON values that must not differ between runs, as `embed` makes them.
       worker: (I, N).
       threads: that read records while the devices compute.
       progress: called as progress(records done, records of this worker).
 
     Raises ValueError if the folder holds other embeddings.
     """
-    parts = embeddings.Parts(folder, dataset.num_records, plan["rows_per_shard"])
+    parts = embeddings.Parts(folder, plan)
     embeddings.keep_plan(folder, plan)
     mine = [part for part in range(worker[0], parts.count, worker[1]) if not parts.is_complete(part)]
     total, done = sum(len(parts.rows(part)) for part in mine), 0
@@ -89,8 +168,7 @@ def embed_split(
     with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
         for part in mine:
             rows = parts.rows(part)
-            shape = len(rows), encoder.stage.embed_dim
-            image, text = (np.full(shape, np.nan, np.float32) for _ in range(2))
+            made: list[np.ndarray | None] = [None] * len(rows)
             keys, captions, reasons = ([""] * len(rows) for _ in range(3))
             for chunk, records in _read_ahead(pool, dataset, rows, encoder.batch_size):
                 readable = []
@@ -100,17 +178,15 @@ def embed_split(
                     if fields is not None:
                         readable.append((place, fields))
                 if readable:
-                    places = [place for place, _ in readable]
                     names = readable[0][1]
-                    image[places], text[places] = encoder(
-                        {name: np.stack([fields[name] for _, fields in readable]) for name in names}
-                    )
+                    batch = {name: np.stack([fields[name] for _, fields in readable]) for name in names}
+                    for (place, _), encoded in zip(readable, encoder(batch), strict=True):
+                        made[place] = encoded
                 done += len(chunk)
                 if progress is not None:
                     progress(done, total)
             lost.update(reason for reason in reasons if reason)
-            image, text = image.astype(plan["dtype"]), text.astype(plan["dtype"])
-            parts.write(part, image, text, keys, captions, reasons)
+            parts.write(part, encoder.pack(made), keys, captions, reasons)
     return lost
 
 
@@ -161,20 +237,16 @@ def embed(
     dtype: str = "float16",
     worker: tuple[int, int] = (0, 1),
 ) -> dict[str, Counter]:
-    """Embed `splits` of the data set of `config` (plain JSON types) with the CLIP at `clip` into `out`.
+    """Embed `splits` of the data set of `config` (plain JSON types) into `out`, by `make_encoder`'s encoder.
 
     Returns split -> unreadable records of this worker by reason. Raises ValueError for impossible settings,
-    and if `out` holds the embeddings of another data set or CLIP.
+    and if `out` holds the embeddings of another data set or encoder.
     """
     from dalle2_jax.data import pipeline, tokenizer
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
     config, place = models.expand_paths(config), epath.Path(files.expand(out))
-    encoder = Encoder(clip, batch_size)
-    folder = epath.Path(hub.local(clip)) / "tokenizer"
-    words = tokenizer.load_tokenizer(folder, encoder.stage.context_length)
-    sha256, lost = modeldir.sha256(encoder._params), {}
+    encoder, lost = make_encoder(config, clip, batch_size, dtype), {}
+    words = tokenizer.load_tokenizer(encoder.folder / "tokenizer", encoder.stage.context_length)
     if worker[0] == 0:
         words.save(place / "tokenizer")
     data = {name: value for name, value in config["data"].items() if name not in ("split", "eval_split")}
@@ -183,18 +255,14 @@ def embed(
         dataset = pipeline.make_dataset(
             **data,
             split=split,
-            fields=("clip.image", "tokens", "token_mask"),
-            image_sizes={"clip.image": encoder.stage.image_size},
             tokenizer=words,
+            **encoder.data,
         )
         plan = dict(
             fingerprint=dataset.fingerprint,
             records=dataset.num_records,
             rows_per_shard=rows_per_shard,
-            clip_sha256=sha256,
-            embed_dim=encoder.stage.embed_dim,
-            unit_norm=getattr(encoder.stage, "unit_embeds", True),
-            dtype=dtype,
+            **encoder.plan,
             data={n: data[n] for n in ("source", "path", "language")} | {"split": split},
         )
         lost[split] = embed_split(
@@ -237,7 +305,7 @@ def main(argv):
         worker = parse_worker(FLAGS.worker) if FLAGS.worker else (jax.process_index(), jax.process_count())
         lost = embed(
             config,
-            FLAGS.clip,
+            FLAGS.clip or "",
             FLAGS.out,
             splits=splits,
             rows_per_shard=FLAGS.rows_per_shard,
@@ -260,14 +328,16 @@ def main(argv):
 
 if __name__ == "__main__":
     define_config("Config file with the data to embed; override with --config.data.path=... and the like.")
-    commandline.DEFINE_path("clip", None, "Workdir or model directory of the trained CLIP.")
+    commandline.DEFINE_path(
+        "clip", None, "Workdir or model directory of a trained CLIP; without, states are written."
+    )
     commandline.DEFINE_path("out", None, "Folder for the embeddings; an interrupted pass resumes there.")
     flags.DEFINE_list("splits", None, "Splits to embed; default: data.split and data.eval_split.")
     flags.DEFINE_integer("rows_per_shard", 10_000, "Records a file.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 64, "Records that this process embeds at once.", lower_bound=1)
-    flags.DEFINE_enum("dtype", "float16", DTYPES, "Type of the stored numbers.")
+    flags.DEFINE_enum("dtype", "float16", DTYPES, "Type of stored embeddings; states are bfloat16.")
     flags.DEFINE_string("worker", None, "I/N: embed every N-th shard from I, without other processes.")
     flags.DEFINE_bool("debug", False, "Show the full traceback of an error in the settings.")
-    flags.mark_flags_as_required(["config", "clip", "out"])
+    flags.mark_flags_as_required(["config", "out"])
     logging.set_verbosity(logging.INFO)
     app.run(main)

@@ -29,7 +29,7 @@ def test_masks_are_masks_and_stages_draw_what_there_is():
     assert [batch.field(name).kind for name in made] == ["image", "embedding", "embedding"]
 
 
-def test_images_and_videos_alone_become_floats():
+def test_images_videos_and_states_alone_become_floats():
     levels = np.arange(8 * 2 * 4 * 4 * 3).astype(np.uint8)
     host = {
         "video": levels.reshape(8, 2, 4, 4, 3),
@@ -38,6 +38,7 @@ def test_images_and_videos_alone_become_floats():
         "top.codes": levels.reshape(8, -1).astype(np.int32),
         "negative.tokens": np.ones((8, 3), np.int32),
         "t2v.index": np.arange(8),
+        "t5.text_states": np.array(8 * [[[0x3FC0, 0xC000]]], np.uint16),  # 1.5 and -2 in bfloat16
     }
     mesh = partition.make_mesh()
     found = partition.on_devices(host, mesh)
@@ -45,7 +46,9 @@ def test_images_and_videos_alone_become_floats():
     assert {name: str(x.dtype) for name, x in found.items() if x.dtype != host[name].dtype} == {
         "video": "float32",
         "clip.image": "float32",
+        "t5.text_states": "float32",
     }
+    np.testing.assert_array_equal(found["t5.text_states"], 8 * [[[1.5, -2]]])
     np.testing.assert_array_equal(found["codes"], host["codes"])
     np.testing.assert_array_equal(batch.to_uint8(found["video"]), host["video"])
     with pytest.raises(ValueError, match="no field 'x'"):

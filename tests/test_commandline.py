@@ -147,12 +147,12 @@ def test_every_setting_that_is_a_path_is_expanded_where_training_and_embedding_b
         assert (settings[group] if group else settings)[own] == f"{home}/{name}"
     assert config["clip"] == "~/clip"  # the caller's own stays
 
-    def stop(path, batch_size):
+    def stop(path, batch_size, dtype):
         raise InterruptedError
 
     expand = models.expand_paths
     monkeypatch.setattr(models, "expand_paths", lambda given: embedded.append(expand(given)) or embedded[-1])
-    monkeypatch.setattr(embed, "Encoder", stop)
+    monkeypatch.setattr(embed, "ClipEncoder", stop)
     with pytest.raises(InterruptedError):
         embed.embed(config, "clip", "out", splits=("train",))
     assert embedded[0]["data"]["path"] == f"{home}/data.path"

@@ -1,9 +1,9 @@
-"""Folders of precomputed CLIP embeddings in clip-retrieval's layout, read and written.
+"""Folders of precomputed CLIP embeddings in clip-retrieval's layout, or of text states, read and written.
 
 FOLDER/img_emb/img_emb_N.npy and FOLDER/text_emb/text_emb_N.npy have floats [n, E],
 FOLDER/metadata/metadata_N.parquet (or .jsonl) their captions; row i of each belongs to record i. Arrays are
 mapped, never unpickled. A folder of `dalle2_jax.embed` also has embed.json, which names the dataset and the
-CLIP and says whether it is complete, and each record's key in the metadata.
+encoder and says whether it is complete, and each record's key in the metadata. See `text_states` for states.
 """
 
 import collections
@@ -15,15 +15,16 @@ from collections.abc import Iterable
 import numpy as np
 from etils import epath
 
-from dalle2_jax.data import metadata, records
+from dalle2_jax.data import metadata, records, text_states
 from dalle2_jax.data.find import did_you_mean
 from dalle2_jax.data.records import BadRecord, Record
 from dalle2_jax.data.shards import language_of
 from dalle2_jax.runtime import files
 from dalle2_jax.runtime.files import AnyPath
 
-KINDS = ("img_emb", "text_emb", "metadata")
-_ENDINGS = {"img_emb": (".npy",), "text_emb": (".npy",), "metadata": (".parquet", ".jsonl")}
+OF_CLIP = ("img_emb", "text_emb")
+KINDS = (*OF_CLIP, *text_states.KINDS, "metadata")
+_ENDINGS = dict.fromkeys(KINDS, (".npy",)) | {"metadata": (".parquet", ".jsonl")}
 _COLUMNS = {"image_embed": "img_emb", "text_embed": "text_emb"}  # field of a record -> folder
 
 
@@ -88,10 +89,10 @@ def _embedding_shards(paths: Iterable[str]) -> list[np.ndarray]:
 
 
 class Embeddings:
-    """Rows of img_emb/*.npy and text_emb/*.npy as one table.
+    """Rows of img_emb/*.npy and text_emb/*.npy, or of text states, as one table.
 
     metadata: the metadata files and the number of rows that each must have, in the order of the table; may be
-    empty.
+    empty. dims: field -> entries of a row, of a state for text_states. most_tokens: of a caption with states.
     """
 
     def __init__(self, path: AnyPath):
@@ -104,21 +105,27 @@ class Embeddings:
         self._shards = {
             name: _embedding_shards(found[kind].values()) for name, kind in _COLUMNS.items() if kind in found
         }
-        if not self._shards:
+        self._states = None
+        if kinds := [kind for kind in text_states.KINDS if kind in found]:
+            if len(kinds) == 1:
+                raise ValueError(
+                    f"{path} holds {kinds[0]} alone: states need {' and '.join(text_states.KINDS)}"
+                )
+            self._states = text_states.StateFiles(*(found[kind].values() for kind in kinds))
+        if not self._shards and not self._states:
             raise ValueError(
                 f"{path} holds neither img_emb/*.npy nor text_emb/*.npy"
                 + did_you_mean("img_emb", os.listdir(path))
             )
-        counts = {name: [len(shard) for shard in shards] for name, shards in self._shards.items()}
-        if len({tuple(count) for count in counts.values()}) > 1:
-            files = zip(*(found[kind].values() for kind in ("img_emb", "text_emb")), strict=True)
-            differing = next(
-                f"{one} has {a} rows, {other} {b}"
-                for (one, other), a, b in zip(files, *counts.values(), strict=True)
-                if a != b
-            )
-            raise ValueError(f"the shards of img_emb and text_emb differ in rows: {differing}")
-        rows = next(iter(counts.values()))
+        counts = {_COLUMNS[name]: [len(x) for x in shards] for name, shards in self._shards.items()}
+        counts |= {"token_counts": self._states.rows} if self._states else {}
+        (kind, rows), *others = counts.items()
+        for other, theirs in others:
+            files = zip(found[kind].values(), found[other].values(), strict=True)
+            for (one, beside), a, b in zip(files, rows, theirs, strict=True):
+                if a != b:
+                    differing = f"{one} has {a} rows, {beside} {b}"
+                    raise ValueError(f"the shards of {kind} and {other} differ in rows: {differing}")
         self.metadata = (
             list(zip(found["metadata"].values(), rows, strict=True)) if "metadata" in found else []
         )
@@ -129,18 +136,28 @@ class Embeddings:
             for name, shards in self._shards.items()
             for i, shard in enumerate(shards)
         ]
+        self.most_tokens = 0
+        if self._states:
+            self.dims["text_states"], self.most_tokens = self._states.width, self._states.most
+            sizes = enumerate(zip(self._states.sizes, rows, strict=True))
+            self.entries += [(f"text_states/{i}", size, count) for i, (size, count) in sizes]
 
     def __len__(self):
         return int(self._first[-1])
 
     def row(self, index: int) -> dict[str, np.ndarray]:
-        """{'image_embed': float32 [E], 'text_embed': [E]}, or one of them. Raises BadRecord."""
+        """{'image_embed': float32 [E], 'text_embed': [E], 'text_states': uint16 [tokens, D]}, some of them.
+
+        Raises BadRecord.
+        """
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         found = {}
         for name, shards in self._shards.items():
             found[name] = np.asarray(shards[shard][index - self._first[shard]], np.float32)
             if not np.isfinite(found[name]).all():
                 raise BadRecord("embedding_not_finite", name)
+        if self._states:
+            found["text_states"] = self._states.row(shard, int(index - self._first[shard]))
         return found
 
 
@@ -159,9 +176,16 @@ def read_plan(folder: str) -> dict | None:
     return plan
 
 
-def clip_sha256(plan: dict | None) -> str:
-    """The sha256 of the CLIP in embed.json, or ''."""
-    return str((plan or {}).get("clip_sha256", ""))
+def encoder_sha256(plan: dict | None) -> dict[str, str]:
+    """Name -> sha256 of the frozen stage in embed.json that made the rows; {} if it is unknown."""
+    plan = plan or {}
+    found = plan.get("frozen") or ({"clip": plan["clip_sha256"]} if plan.get("clip_sha256") else {})
+    return {str(name): str(sha256) for name, sha256 in dict(found).items()}
+
+
+def kinds_of(plan: dict) -> tuple[str, ...]:
+    """The kinds of arrays of a folder with this embed.json."""
+    return text_states.KINDS if plan.get("frozen") else OF_CLIP
 
 
 def _stored_plan(folder: str | os.PathLike) -> dict:
@@ -212,46 +236,47 @@ def _write_plan(path: epath.Path, plan: dict) -> None:
 
 
 class Parts:
-    """The shards of a folder that is being written: part p has the records `rows(p)`."""
+    """The shards of a folder that is being written by a plan: part p has the records `rows(p)`."""
 
-    def __init__(self, folder: epath.Path, records: int, rows_per_shard: int):
-        self._folder, self._records, self._size = folder, records, rows_per_shard
-        self.count = -(-records // rows_per_shard)
+    def __init__(self, folder: epath.Path, plan: dict):
+        self._folder, self._records, self._size = folder, plan["records"], plan["rows_per_shard"]
+        self._language, self._kinds = plan["data"]["language"], kinds_of(plan)
+        self.count = -(-self._records // self._size)
 
     def rows(self, part: int) -> range:
         """The records of a part."""
         return range(part * self._size, min(self._records, (part + 1) * self._size))
 
-    def _paths(self, part: int) -> list[epath.Path]:
-        names = ("img_emb", "npy"), ("text_emb", "npy"), ("metadata", "parquet")
-        return [self._folder / name / f"{name}_{part:05d}.{suffix}" for name, suffix in names]
+    def _paths(self, part: int) -> dict[str, epath.Path]:
+        suffixes = dict.fromkeys(self._kinds, "npy") | {"metadata": "parquet"}
+        return {kind: self._folder / kind / f"{kind}_{part:05d}.{end}" for kind, end in suffixes.items()}
 
     def is_complete(self, part: int) -> bool:
         """Whether a part has all its files; the metadata are written last."""
-        return all(path.exists() for path in self._paths(part))
+        return all(path.exists() for path in self._paths(part).values())
 
-    def write(self, part: int, image, text, keys: list[str], captions: list[str], reasons: list[str]) -> None:
-        """Write a part: arrays [n, E], and key, caption and reason ('' or why it is left out) of each row."""
+    def write(
+        self, part: int, arrays: dict, keys: list[str], captions: list[str], reasons: list[str]
+    ) -> None:
+        """Write a part: {kind: array}, and key, caption and reason ('' or why it is left out) of each row."""
         import pyarrow
         import pyarrow.parquet
 
-        image_path, text_path, metadata_path = self._paths(part)
-        for path in (image_path, text_path, metadata_path):
+        paths = self._paths(part)
+        for path in paths.values():
             path.parent.mkdir(parents=True, exist_ok=True)
-        for path, array in ((image_path, image), (text_path, text)):
-            with files.atomic_write(path) as partial, partial.open("wb") as file:
-                np.save(file, array, allow_pickle=False)
-        language = _stored_plan(self._folder)["data"]["language"]
-        column = "caption" if language in ("en", "any") else f"caption_{language}"
+        for kind in self._kinds:
+            with files.atomic_write(paths[kind]) as partial, partial.open("wb") as file:
+                np.save(file, arrays[kind], allow_pickle=False)
+        column = "caption" if self._language in ("en", "any") else f"caption_{self._language}"
         table = pyarrow.table({"key": keys, column: captions, "left_out": reasons})
-        with files.atomic_write(metadata_path) as partial, partial.open("wb") as file:
+        with files.atomic_write(paths["metadata"]) as partial, partial.open("wb") as file:
             pyarrow.parquet.write_table(table, file)
 
 
 def missing_parts(folder: epath.Path) -> int:
     """The number of missing shards of a folder with embed.json."""
-    plan = _stored_plan(folder)
-    parts = Parts(folder, plan["records"], plan["rows_per_shard"])
+    parts = Parts(folder, _stored_plan(folder))
     return sum(not parts.is_complete(part) for part in range(parts.count))
 
 
@@ -277,9 +302,9 @@ class EmbeddingSource(records.RecordSource):
     has_images = False
 
     def __init__(self, path: str):
-        self.clip_sha256, self._table = clip_sha256(read_plan(path)), Embeddings(path)
+        self.encoder_sha256, self._table = encoder_sha256(read_plan(path)), Embeddings(path)
         self._captions, self._fields = metadata.read_columns(self._table.metadata, language_of)
-        self.embed_dims = self._table.dims
+        self.embed_dims, self.most_tokens = self._table.dims, self._table.most_tokens
         self.files, self.fingerprint = self._table.entries, records.fingerprint(self._table.entries)
 
     def __len__(self):
@@ -289,6 +314,6 @@ class EmbeddingSource(records.RecordSource):
         """The embeddings of one row; see `records.RecordSource`."""
         if image:
             raise ValueError("source 'embeddings' holds no images")
-        embedded = "text_embed" in self._table.dims
+        embedded = bool({"text_embed", "text_states"} & self._table.dims.keys())
         texts = metadata.row_captions(self._captions, index, embedded) if captions else {}
         return Record(f"row:{index}", None, texts, self._table.row(index), self._fields)

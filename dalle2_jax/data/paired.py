@@ -47,11 +47,11 @@ class Paired(records.RecordSource):
         )
         keys = [columns.pop(name) for name in _KEYS if name in columns]
         self._keys = _checked_keys(path, source, keys, columns, foreign=not plan)
-        self._captions = columns if "text_embed" in self._table.dims else {}
+        self._captions = columns if {"text_embed", "text_states"} & self._table.dims.keys() else {}
         self.refused, self.passed, self.examples = source.refused, source.passed, source.examples
         self.has_images, self.embed_dims = source.has_images, self._table.dims
         self.num_classes, self.classes = source.num_classes, source.classes
-        self.clip_sha256 = embeddings.clip_sha256(plan)
+        self.encoder_sha256, self.most_tokens = embeddings.encoder_sha256(plan), self._table.most_tokens
         beside = [(f"embeddings/{name}", size, count) for name, size, count in self._table.entries]
         self.files = [*source.files, *beside]
         self.fingerprint = records.fingerprint([(source.fingerprint, 0, len(source)), *self._table.entries])

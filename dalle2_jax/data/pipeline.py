@@ -15,11 +15,11 @@ from absl import logging
 
 from dalle2_jax.data import captions as captions_module
 from dalle2_jax.data import classes as classes_module
-from dalle2_jax.data import sources, stream, transforms
+from dalle2_jax.data import sources, stream, text_states, transforms
 from dalle2_jax.data.bad_records import BadRecords, TooManyBadRecords
 from dalle2_jax.data.order import Order
 from dalle2_jax.data.records import BadRecord, Record, RecordSource
-from dalle2_jax.data.settings import TEXT, DataSettings
+from dalle2_jax.data.settings import DataSettings
 from dalle2_jax.data.transforms import Views
 
 # Records a call: enough to amortize it, few enough to split a batch over the workers and to bound memory.
@@ -55,9 +55,9 @@ class Dataset:
         return tuple(self.settings.classes)
 
     @property
-    def clip_sha256(self) -> str:
-        """sha256 of the parameters of the embeddings' CLIP; '' if it is unknown."""
-        return self.source.clip_sha256
+    def encoder_sha256(self) -> dict[str, str]:
+        """Name -> sha256 of the parameters of the embeddings' encoder, such as 'clip'; {}: unknown."""
+        return dict(self.source.encoder_sha256)
 
     def bad_records(self) -> dict[str, int]:
         """{reason: count} of losses so far, in indexing and in reading."""
@@ -119,7 +119,7 @@ class Dataset:
         draws = transforms.uniforms(self.settings.seed, epochs, indices)
         rows = [self._load_good(int(i), int(e), d) for i, e, d in zip(indices, epochs, draws, strict=True)]
         made = {"index": np.array([row["index"] for row in rows], np.int64)}
-        if self.settings.has(*TEXT):
+        if self.settings.tokenizes:
             made["tokens"], made["token_mask"] = self.settings.tokenizer([row["caption"] for row in rows])
         for name, (dtype, shape) in self._shapes.items():
             if name not in made:
@@ -177,6 +177,8 @@ class Dataset:
     def _parts(self, record: Record, draws: np.ndarray) -> dict[str, Any]:
         """The arrays and the caption of one record. Raises BadRecord."""
         parts: dict[str, Any] = dict(record.embeds)
+        if self.settings.has("text_states"):
+            parts |= text_states.padded(parts["text_states"], self.settings.tokenizer.context_length)
         if self._needs_caption:
             parts["caption"] = self._caption(record, draws)
         captions = record.captions
@@ -282,7 +284,7 @@ def iterate_captions(limit: int = 50_000, **settings) -> Iterator[str]:
 
 def _reads_captions(settings: DataSettings, source: RecordSource) -> bool:
     """Whether batches need captions: as text, or because records have no label."""
-    return settings.has(*TEXT) or (settings.has("label") and not source.num_classes)
+    return settings.tokenizes or (settings.has("label") and not source.num_classes)
 
 
 def make_dataset(**settings) -> Dataset:

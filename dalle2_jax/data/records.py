@@ -46,8 +46,9 @@ class Record:
     """One record as stored.
 
     image: the encoded file; None: not read. captions: by language. embeds: image_embed and text_embed,
-    float32 [E]. fields: the names of its source's fields, captions and others. label: the number of its class
-    in its source, -1 for no class; None: no label is stored, or an unreadable one.
+    float32 [E]; text_states, the bits of bfloat16 [tokens, D]. fields: the names of its source's fields,
+    captions and others. label: the number of its class in its source, -1 for no class; None: no label is
+    stored, or an unreadable one.
     """
 
     key: str
@@ -68,8 +69,9 @@ class RecordSource:
     # {reason: files and members left out without loss, or with an allowed loss}
     passed: Mapping[str, int] = {}
     examples: Mapping[str, str] = {}  # {reason: the name of one of them}
-    embed_dims: Mapping[str, int] = {}  # {'image_embed': E, ...}
-    clip_sha256: str = ""  # of the parameters of the embeddings' CLIP, if it is known
+    embed_dims: Mapping[str, int] = {}  # {'image_embed': E, ...}, {'text_states': D}
+    encoder_sha256: Mapping[str, str] = {}  # {'clip': of its parameters} of the embeddings' encoder, if known
+    most_tokens: int = 0  # of a caption with stored text states
     has_images: bool = True
     num_classes: int = 0  # above every label; 0: no record has a label
     classes: Sequence[str] = ()  # names of the labels 0 ... num_classes - 1, if they are known

@@ -20,6 +20,7 @@ FIELDS = (
     "token_mask",
     "image_embed",
     "text_embed",
+    "text_states",
     "label",
 )
 TEXT = ("tokens", "token_mask")
@@ -58,6 +59,11 @@ class DataSettings(SourceSettings, Views):
         return bool(set(names) & set(self.fields))
 
     @property
+    def tokenizes(self) -> bool:
+        """Whether captions are tokenized; stored text states have a mask of their own."""
+        return self.has("tokens") or (self.has("token_mask") and not self.has("text_states"))
+
+    @property
     def pictures(self) -> tuple[str, ...]:
         """The fields that are cut from a picture."""
         return tuple(name for name in self.fields if name in SIDES or name.endswith(".image"))
@@ -92,6 +98,8 @@ class DataSettings(SourceSettings, Views):
             )
         if self.has(*TEXT) and self.tokenizer is None:
             raise ValueError("fields tokens and token_mask need a tokenizer")
+        if self.has("text_states") and (self.has("tokens") or not self.has("token_mask")):
+            raise ValueError("field text_states comes with token_mask, which is its own, and without tokens")
         self._check_low_res()
 
     def _check_low_res(self) -> None:
@@ -111,11 +119,16 @@ class DataSettings(SourceSettings, Views):
         """Raise ValueError for a field that the source does not have."""
         embeddings = source.embed_dims
         for field in self.fields:
-            if batch.field(field).kind == "embedding" and field not in embeddings:
+            if batch.field(field).kind in ("embedding", "states") and field not in embeddings:
                 raise ValueError(
                     f"field {field!r} is not in the dataset (there is {sorted(embeddings) or 'none'}); "
-                    "set data.embeddings to a folder of embeddings, or compute it with a CLIP"
+                    "set data.embeddings to a folder of embeddings, or compute it with a frozen encoder"
                 )
+        if self.has("text_states") and source.most_tokens > self.tokenizer.context_length:
+            raise ValueError(
+                f"the stored text_states are of captions of up to {source.most_tokens} tokens, and "
+                f"tokenizer.context_length is {self.tokenizer.context_length}: make them one"
+            )
         cut = sorted(self.pictures)
         if cut and not source.has_images:
             raise ValueError(f"source {self.source!r} holds no images, but {cut} are needed")
@@ -132,6 +145,7 @@ class DataSettings(SourceSettings, Views):
             "token_mask": (length,),
             "image_embed": (source.embed_dims.get("image_embed"),),
             "text_embed": (source.embed_dims.get("text_embed"),),
+            "text_states": (length, source.embed_dims.get("text_states")),
             "label": (),
             "index": (),
         } | {name: (side, side, 3) for name, side in views.image_sizes.items()}

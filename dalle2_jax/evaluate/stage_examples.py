@@ -32,7 +32,7 @@ class StageExamples:
         self._tokenizer = model.tokenizer(name if own_length else "clip") if tokens else None
         self._classes = model.configs[name]["data"].get("classes", ()) if "label" in self.reads else ()
         encoders = self.frozen.stages.items()
-        sides = {f"{called}.image": getattr(encoder, "image_size", None) for called, encoder in encoders}
+        sides = {f"{called}.image": getattr(encoder, "image_size", 0) for called, encoder in encoders}
         self._views = transforms.Views(
             image_size=stage.image_size if "image" in self.reads else None,
             image_sizes={field: side for field, side in sides.items() if field in self.reads},

@@ -1,4 +1,4 @@
-"""The fields of a batch in one table, `FIELDS`; pictures as uint8 and as floats.
+"""The fields of a batch in one table, `FIELDS`; pictures and text states on the host and as floats.
 
 A batch is a dict of arrays whose axis 0 is the example. Its names are those of `FIELDS`, with or without an
 owner before a dot: `clip.image` (an image cut for CLIP), `t5.text_states`, `top.codes`. The part behind the
@@ -10,7 +10,8 @@ a type:
     tokens     [B, L]           the ids of a text's tokens; `mask` says which are real
     codes      [B, ...]         indices into a code book, of any integer type
     embedding  [B, E]           a vector of an example
-    states     [B, L, D]        a vector of each token; `mask` says which are real
+    states     [B, L, D]        a vector of each token; `mask` says which are real; on the host uint16, the
+                                bits of bfloat16
     mask       [B, L]           bool
     label      [B]              a class, -1 for none
     number     [B, ...]         other numbers of an example
@@ -45,7 +46,7 @@ FIELDS = {
     "codes": Field("int32", "codes"),
     "image_embed": Field("float32", "embedding"),
     "text_embed": Field("float32", "embedding"),
-    "text_states": Field("float32", "states", mask="token_mask"),
+    "text_states": Field("uint16", "states", mask="token_mask"),
     "label": Field("int32", "label"),
     "index": Field("int64", "index"),
 }
@@ -74,11 +75,15 @@ def to_float(images: jax.Array) -> jax.Array:
 
 @jax.jit
 def as_floats(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The batch with its uint8 images and videos as floats; other fields stay as they are."""
+    """The batch with its uint8 images and videos, and states in uint16, as floats; other fields stay."""
 
     def one(name: str, x: jax.Array) -> jax.Array:
-        levels = field(name).kind in PICTURES and x.dtype == jnp.uint8
-        return to_float(x) if levels else x
+        kind = field(name).kind
+        if kind in PICTURES and x.dtype == jnp.uint8:
+            return to_float(x)
+        if kind == "states" and x.dtype == jnp.uint16:
+            return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(jnp.float32)
+        return x
 
     return {name: one(name, x) for name, x in batch.items()}
 

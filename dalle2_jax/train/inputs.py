@@ -3,6 +3,7 @@
 from etils import epath
 
 from dalle2_jax.models import frozen, models
+from dalle2_jax.models.stages.conditions import Caption
 from dalle2_jax.runtime import hub, processes
 from dalle2_jax.runtime.batch import field
 from dalle2_jax.train import checks
@@ -32,7 +33,7 @@ def make_tokenizer(config: dict, workdir: epath.Path):
     elif settings["path"]:
         made = tokenizer.load_tokenizer(hub.local(settings["path"]), settings["context_length"])
     elif _precomputed(config) and (epath.Path(_precomputed(config)) / "tokenizer").exists():
-        folder = epath.Path(_precomputed(config)) / "tokenizer"  # of the CLIP that embedded the captions
+        folder = epath.Path(_precomputed(config)) / "tokenizer"  # of the encoder that read the captions
         made = tokenizer.load_tokenizer(folder, settings["context_length"])
     else:
         captions = pipeline.iterate_captions(
@@ -68,15 +69,22 @@ def dataset_fields(config: dict, plan: Plan) -> set[str]:
     """What the dataset has to provide: the stage's fields, or what frozen stages compute them from."""
     found = set(plan.frozen.dataset_spec(1))
     missing = {name for name in found if field(name).kind in ("embedding", "states")}
+    of_clip = bool(getattr(plan.stage, "embed_dim", 0))
     if missing and not _precomputed(config):
+        encoder = "clip=WORKDIR_OR_MODEL of a trained CLIP" if of_clip else "frozen.t5=MODEL of a T5"
         raise ValueError(
-            f"stage {config['stage']!r} needs {sorted(missing)}: give --config.clip=WORKDIR_OR_MODEL of a "
-            "trained CLIP, or train from precomputed embeddings (--config.data.source=embeddings, or beside "
-            "pictures --config.data.embeddings=FOLDER)"
+            f"stage {config['stage']!r} needs {sorted(missing)}: give --config.{encoder}, or train from "
+            f"precomputed {'embeddings' if of_clip else 'states'} (--config.data.source=embeddings, or "
+            "beside pictures --config.data.embeddings=FOLDER)"
         )
-    if "text_states" in missing:
+    if "text_states" in missing and of_clip:
         raise ValueError(
             f"this {config['stage']} reads CLIP's text states, which are not precomputed: give --config.clip"
+        )
+    if "text_states" in missing and not plan.stage.condition(Caption).masked:
+        raise ValueError(
+            f"this {config['stage']} reads the states of padding, too (model.text.masked=False), which are "
+            "not precomputed: give --config.frozen.t5"
         )
     if codes := sorted(name for name in found if field(name).kind == "codes"):
         raise ValueError(
@@ -112,5 +120,13 @@ def make_datasets(config: dict, plan: Plan, fields: set[str], tokenizer):
     )
     models.check_keywords(DataSettings, dict(options, split=""), "data")
     train = pipeline.make_dataset(split=config["data"]["split"], **options)
+    spec = stage.batch_spec(1)
+    for name, (_, shape) in train.settings.shapes(train.source).items():
+        stored = name in spec and field(name).kind in ("embedding", "states")
+        if stored and shape != spec[name].shape[1:]:
+            raise ValueError(
+                f"the stored {name} of an example are {list(shape)}, the {config['stage']} reads "
+                f"{list(spec[name].shape[1:])}: use the encoder that the config was written for"
+            )
     held_out = dict(options, flip=False, classes=train.classes)
     return train, pipeline.make_dataset(split=config["data"]["eval_split"], **held_out)

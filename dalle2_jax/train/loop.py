@@ -55,7 +55,7 @@ def _train(
         models.load_start(config["init_from"], config)
 
     with claimed(workdir) as lock:
-        tokenizer = inputs.shared_tokenizer(config, workdir) if "tokens" in fields else None
+        tokenizer = inputs.shared_tokenizer(config, workdir) if {"tokens", "token_mask"} & fields else None
         dataset, held_out = inputs.make_datasets(config, plan, fields, tokenizer)
         if dataset.fingerprint == held_out.fingerprint:
             logging.warning("validation reads the very records that training reads: see data.eval_split")
@@ -72,8 +72,7 @@ def _train(
                 start, state, meta = checkpointer.restore_newest(plan.abstract)
             frozen_params, sha256 = frozen_parameters(plan, loaded, workdir, meta)
             del loaded  # the devices have it
-            of_data = {"clip": dataset.clip_sha256} if dataset.clip_sha256 else {}
-            about = resume.describe(dataset, of_data | sha256)
+            about = resume.describe(dataset, dataset.encoder_sha256 | sha256)
             logging.info(
                 "%s: %.2fM parameters, %d records, mesh %s, steps %d -> %d",
                 config["stage"],

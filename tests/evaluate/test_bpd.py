@@ -25,11 +25,12 @@ def alone(tmp_path_factory):
     return pipeline.UnCLIP.load(make_class_model(tmp_path_factory.mktemp("alone"), num_timesteps=T))
 
 
-def by_hand(engine, fields, rows, num_steps):
-    stage = engine.stage("decoder")
-    keys = picture_keys(np.uint32(3), np.asarray(rows, np.uint32), 0)
-    bits = jax.jit(lambda params, batch: stage.bits_per_dim(params, keys, batch, num_steps))
-    return jax.device_get(bits(engine.params("decoder"), as_floats(fields)))
+def by_hand(engine, num_steps=None):
+    """The stage's own function of 8 pictures, compiled once."""
+    stage, params = engine.stage("decoder"), engine.params("decoder")
+    keys = picture_keys(np.uint32(3), np.arange(8, dtype=np.uint32), 0)
+    bits = jax.jit(lambda batch: stage.bits_per_dim(params, keys, batch, num_steps))
+    return lambda fields: jax.device_get(bits(as_floats(fields)))
 
 
 def test_the_number_is_the_mean_of_the_stages_bound(alone):
@@ -39,12 +40,12 @@ def test_the_number_is_the_mean_of_the_stages_bound(alone):
     examples = StageExamples(alone.engine, "decoder")
     assert examples.reads == {"image"} and not examples.reads_captions
     images = [item.picture() for item in PICTURES.items()]
-    expected = by_hand(alone.engine, examples.make(images, (), 3), range(8), None)
+    expected = by_hand(alone.engine)(examples.make(images, (), 3))
     values = expected["bpd"].astype(np.float64)
-    np.testing.assert_allclose(found["value"], values.mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["value"], values.mean(), rtol=1e-4)
     np.testing.assert_allclose(found["standard_error"], values.std(ddof=1) / 8**0.5, rtol=1e-4)
     terms = [expected["prior"], expected["terms"][:-1].sum(axis=0), expected["terms"][-1]]
-    np.testing.assert_allclose(list(found["terms"].values()), [x.mean() for x in terms], rtol=1e-5)
+    np.testing.assert_allclose(list(found["terms"].values()), [x.mean() for x in terms], rtol=1e-4)
     assert sum(found["terms"].values()) == pytest.approx(found["value"], rel=1e-5)
     assert found["n"] == 8 and found["num_steps"] == found["num_timesteps"] == T
     assert found["interval"][0] < found["value"] < found["interval"][1]
@@ -54,7 +55,7 @@ def test_the_number_is_the_mean_of_the_stages_bound(alone):
     assert bpd.measure(alone.engine, PICTURES, batch_size=8, n=8, seed=4)["value"] != found["value"]
     few = bpd.measure(alone.engine, PICTURES, batch_size=8, n=3, seed=3)
     rows = np.sort(np.random.default_rng(3).permutation(8)[:3])
-    np.testing.assert_allclose(few["value"], values[rows].mean(), rtol=1e-5)
+    np.testing.assert_allclose(few["value"], values[rows].mean(), rtol=1e-4)
 
 
 def test_a_conditional_models_pictures_are_coded_by_their_own_conditions(tmp_path):
@@ -62,16 +63,16 @@ def test_a_conditional_models_pictures_are_coded_by_their_own_conditions(tmp_pat
     engine = pipeline.UnCLIP.load(make_model(tmp_path)).engine
     found = bpd.measure(engine, PICTURES, n=8, seed=3, num_steps=2, batch_size=8)
     images, texts = [item.picture() for item in PICTURES.items()], PICTURES.captions()
-    embeds = pipeline.Pipeline(engine).encode_image(images, 8)
+    embeds, bound = pipeline.Pipeline(engine).encode_image(images, 8), by_hand(engine, 2)
 
     def bits(embeds, texts):
         fields = StageExamples(engine, "decoder").make(images, texts, 3)
         assert fields.keys() >= {"image", "clip.image", "tokens", "token_mask"}
-        return by_hand(engine, fields | {"image_embed": embeds}, range(8), 2)["bpd"].mean()
+        return bound(fields | {"image_embed": embeds})["bpd"].mean()
 
-    np.testing.assert_allclose(found["value"], bits(embeds, texts), rtol=1e-5)
+    np.testing.assert_allclose(found["value"], bits(embeds, texts), rtol=1e-4)
     for other in (bits(embeds[::-1], texts), bits(embeds, texts[::-1])):
-        assert abs(other - found["value"]) > 1e-4 * found["value"]
+        assert abs(other - found["value"]) > 1e-3 * found["value"]
     with pytest.raises(ValueError, match="has a caption"):
         bpd.measure(engine, picture_sets.of_images("plain", np.stack(images)), n=8)
 

@@ -13,6 +13,7 @@ guidance. A walk of fewer steps has a looser bound; numbers of different `num_st
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ def measure(
             f"the {STAGE} draws classes, and caption {texts[row]!r} does not name exactly one of data.classes"
         )
     batch["number"] = rows.astype(np.uint32)
-    how = dict(seed=seed, num_steps=num_steps, batch_size=batch_size, progress=progress)
+    how: dict[str, Any] = dict(seed=seed, num_steps=num_steps, batch_size=batch_size, progress=progress)
     bits = bits_of(model, batch, examples, **how)
     found = _entry(bits["bpd"], num_steps=num_steps or timesteps, num_timesteps=timesteps)
     found["terms"] = {name: float(bits[name].mean()) for name in ("prior", "transitions", "decoder")}
@@ -157,8 +158,8 @@ def _measure(inputs: Inputs) -> tuple[dict, str]:
         of_split = functools.partial(scene_pictures, *inputs.scenes, seed=request.seed)
         pictures = of_split(count=request.n, splits=("validation",))
         training = of_split(count=TRAINING_SCENES, splits=("train",))
-    how = dict(n=request.n, num_steps=request.bpd_steps, seed=request.seed, batch_size=request.batch_size)
-    found = measure(inputs.model.engine, pictures, training, **how, progress=StageLines())
+    how: dict[str, Any] = dict(n=request.n, num_steps=request.bpd_steps, batch_size=request.batch_size)
+    found = measure(inputs.model.engine, pictures, training, seed=request.seed, progress=StageLines(), **how)
     return found, table(found)
 
 
