@@ -110,5 +110,5 @@ def test_a_recipe_has_the_papers_settings(recipe, preset):
     for name, value in SETTINGS[recipe, preset].items():
         found = model.get(name)
         if isinstance(value, dict):  # some of the settings of a part
-            found = {key: found.get(key) for key in value}
+            found = {key: (found or {}).get(key) for key in value}
         assert found == value, name

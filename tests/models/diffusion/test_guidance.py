@@ -43,9 +43,9 @@ def predicted(made, condition, scale=None, none=0.0, slope=0.7):
 @pytest.mark.parametrize("objective", process.OBJECTIVES)
 def test_a_scale_of_1_is_the_condition_and_of_0_is_none_to_the_bit(objective):
     made = diffusion(objective=objective, limit=None)
-    for factor in (1.0, 0.0):
-        expected = predicted(made, CONDITION * np.float32(factor))
-        found = predicted(made, CONDITION, np.full(3, factor, np.float32))
+    for scale in (1.0, 0.0, np.ones(3, np.float32)):
+        expected = predicted(made, CONDITION * np.float32(np.max(scale)))
+        found = predicted(made, CONDITION, scale)
         np.testing.assert_array_equal(found.x0, expected.x0)
         np.testing.assert_array_equal(found.eps, expected.eps)
 
