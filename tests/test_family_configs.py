@@ -72,3 +72,43 @@ def test_a_recipe_has_the_papers_count(recipe, preset):
 def test_a_recipe_has_about_the_papers_count(recipe, preset):
     millions, tolerance = ROUNDED[recipe, preset]
     assert counted(recipe, preset) == pytest.approx(millions * 1e6, rel=tolerance)
+
+
+# Settings of the model that a count of parameters does not show, by recipe and preset.
+DDPM_NET = dict(resample="conv", resample_pad=[0, 1], sin_first=True, freq_shift=1, norm_epsilon=1e-6)
+DDPM = dict(schedule="linear", num_steps=1000, learned_variance=False, scale_shift=False, num_heads=1)
+DDPM |= dict(method="ddpm", process=dict(fixed_variance=1.0), net=DDPM_NET)
+IDDPM = dict(num_timesteps=4000, learned_variance=True)
+CONV, SCALED = dict(resample="conv", time_scale=None), dict(resample="conv", time_scale=0.25)
+ENLARGED = dict(schedule="linear", resize="linear")
+FAST = dict(num_steps=27, spacing="fast27", process=dict(noise_scale=0.997))
+IMAGEN = dict(text_drop=0.1, threshold=99.5, learned_variance=False, process=None)
+NOISED = dict(low_res_noise=1.0, low_res_level=0.2)
+NORMED, EFFICIENT = dict(context_norm="layer"), dict(context_norm="layer", efficient=True)
+SETTINGS = {
+    ("ddpm.cifar10", ""): DDPM | dict(dropout=0.1),
+    ("ddpm.pictures256", ""): DDPM | dict(dropout=0.0),
+    ("ddpm.tiny", ""): DDPM | dict(num_steps=250),
+    ("iddpm.generator", "imagenet64"): IDDPM | dict(schedule="cosine", net=SCALED),
+    ("iddpm.generator", "conditional"): IDDPM | dict(schedule="cosine", net=CONV),
+    ("iddpm.upsampler256", ""): IDDPM | ENLARGED | dict(net=CONV),
+    ("adm.generator", "64"): dict(schedule="cosine", head_dim=64, process=dict(guide_rule="adm")),
+    ("adm.generator", "128"): dict(schedule="linear", num_heads=4, process=dict(guide_rule="adm")),
+    ("cfg.generator", "64"): dict(schedule="logsnr", label_drop=0.1, process=dict(fixed_variance=0.3)),
+    ("glide.decoder", "released"): dict(schedule="cosine", text_drop=0.2),
+    ("glide.upsampler256", ""): ENLARGED | FAST,
+    ("imagen.decoder", ""): IMAGEN | dict(schedule="cosine", net=NORMED),
+    ("imagen.upsampler256", ""): IMAGEN | NOISED | dict(schedule="cosine", net=EFFICIENT),
+    ("imagen.upsampler1024", ""): IMAGEN | NOISED | dict(schedule="linear", net=dict(context_only=True)),
+}
+
+
+@pytest.mark.parametrize("recipe, preset", SETTINGS)
+def test_a_recipe_has_the_papers_settings(recipe, preset):
+    config = importlib.import_module(f"configs.{recipe}").get_config(preset)
+    model = json.loads(json.dumps(models.to_plain(config)))["model"]
+    for name, value in SETTINGS[recipe, preset].items():
+        found = model.get(name)
+        if isinstance(value, dict):  # some of the settings of a part
+            found = {key: (found or {}).get(key) for key in value}
+        assert found == value, name

@@ -189,6 +189,16 @@ def test_rows_are_well_formed_and_cut_rows_keep_eot(kind, request):
     assert (np.diff(token_mask.astype(int)) <= 0).all()  # real tokens first
 
 
+def test_rows_of_t5_end_in_1_and_keep_it_where_they_are_cut():
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 5, "Red": 6, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made = tokenizer_module.Tokenizer(words, "t5", 32_128, 4)
+    tokens, mask = made(["a Red", "", "a a a Red Red"])  # T5's captions are not lowered
+    assert tokens.tolist() == [[5, 6, 1, 0], [1, 0, 0, 0], [5, 5, 5, 1]]
+    assert mask.sum(axis=1).tolist() == [3, 1, 4]
+
+
 @pytest.mark.parametrize("kind", ["clip", "bpe"])
 def test_round_trip(kind, request):
     made = request.getfixturevalue("clip") if kind == "clip" else train_bpe(CAPTIONS, 400, 77)

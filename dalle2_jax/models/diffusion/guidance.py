@@ -16,10 +16,13 @@ from dalle2_jax.models.diffusion.schedules import Schedule
 
 
 def guide(cond: Prediction, uncond: Prediction, scale: float | jax.Array) -> Prediction:
-    """Classifier-free guidance, uncond + scale (cond - uncond); scale is a number or [B], 1 is cond exactly.
+    """Classifier-free guidance, uncond + scale (cond - uncond); scale is a number or [B].
 
-    Only x0 and eps are guided. The variance fraction is the conditional one: extrapolating it leaves [0, 1].
+    1 is cond to the bit, the Python number 0 uncond. Only x0 and eps are guided. The variance fraction is the
+    conditional one: extrapolating it leaves [0, 1].
     """
+    if isinstance(scale, int | float) and scale == 0:
+        return Prediction(uncond.x0, uncond.eps, cond.var_frac)  # cond - (cond - uncond) is rounded
     scale = jnp.asarray(scale, jnp.float32)
     if scale.ndim:
         scale = scale.reshape(-1, *[1] * (cond.x0.ndim - 1))

@@ -143,6 +143,7 @@ def test_the_log_snr_schedule_is_that_of_its_paper():
     u = np.arange(1, 4097) / 4096
     b = np.arctan(np.exp(-10))
     a = np.arctan(np.exp(10)) - b
+    assert [-2 * np.log(np.tan(a * end + b)) for end in (0, 1)] == pytest.approx([20, -20])
     np.testing.assert_allclose(np.log(schedule.snr)[:-1], (-2 * np.log(np.tan(a * u + b)))[:-1], rtol=1e-9)
     assert np.log(schedule.snr[-1]) == pytest.approx(-20, abs=1e-3)
     finer = schedules.make_schedule("logsnr", 8192)

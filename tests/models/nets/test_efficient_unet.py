@@ -83,6 +83,29 @@ def test_levels_halve_first_and_double_last():
         net.apply(variables, x[:, :6], emb, context, image_size=16)
 
 
+def test_skips_are_scaled_by_the_root_of_a_half():
+    """A block without a second convolution is its 1x1 one alone, of [h, skip / sqrt(2)]; h is the last state
+    + embeddings."""
+    net = EfficientUNet(3, 8, (1,), (1,), style=Style(efficient=True))
+    x, emb = RNG.standard_normal((1, 8, 8, 6)), RNG.standard_normal((1, 8))
+    with layers.shapes_only(True):
+        tree = jax.eval_shape(lambda: net.init(jax.random.key(0), x, emb, image_size=8))["params"]
+    params = jax.tree.map(lambda leaf: RNG.standard_normal(leaf.shape).astype(np.float32), tree)
+    block = params["up_0_res_0"]
+    block["conv2"] = jax.tree.map(np.zeros_like, block["conv2"])
+
+    @jax.jit
+    def inner(params):
+        kept = dict(capture_intermediates=True, mutable=["intermediates"])
+        found = net.apply({"params": params}, x, emb, image_size=8, **kept)[1]["intermediates"]
+        return [found[name]["__call__"][0] for name in ("down_0_res_0", "up_0_emb_proj", "up_0_res_0")]
+
+    skip, added, out = jax.device_get(inner(params))
+    h = np.concatenate([skip + added[:, None, None], skip / np.sqrt(2)], axis=-1)
+    expected = h @ block["skip"]["kernel"][0, 0] + block["skip"]["bias"]
+    np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_it_reads_time_text_and_mask_and_the_gradient_reaches_all():
     settings = dict(out_channels=3, channels=8, channel_mult=(1, 2), num_res_blocks=(1, 1))
     settings |= dict(attention_resolutions=(4,), num_heads=2, style=Style(efficient=True, emb_dim=12))

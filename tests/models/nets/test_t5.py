@@ -21,6 +21,49 @@ def test_buckets_follow_the_rule():
     assert (np.diff(row[:200]) <= 0).all() and (np.diff(row[201:]) >= 0).all()
 
 
+def by_definition(params, tokens, mask):
+    """The states of T5 v1.1's encoder of SMALL, in float64 numpy."""
+
+    def norm(x, part):
+        return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + 1e-6) * part["scale"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    def bucket(r):  # r = key - query
+        far = 8 + int(8 * np.log(max(abs(r), 8) / 8) / np.log(16))
+        return 16 * (r > 0) + (abs(r) if abs(r) < 8 else min(15, far))
+
+    batch, length = tokens.shape
+    bias = params["position_bias"][[[bucket(k - q) for k in range(length)] for q in range(length)]]
+    x = params["token_embedding"]["embedding"][tokens].astype(np.float64)
+    for i in range(SMALL["depth"]):
+        block = params[f"block_{i}"]
+        qkv = np.split(norm(x, block["norm1"]) @ block["qkv"]["kernel"], 3, axis=-1)
+        q, k, v = (y.reshape(batch, length, SMALL["num_heads"], SMALL["head_dim"]) for y in qkv)
+        logits = np.einsum("bqhd,bkhd->bhqk", q, k) + bias.transpose(2, 0, 1)  # no 1 / sqrt(d)
+        weights = np.exp(logits) * mask[:, None, None]
+        weights /= weights.sum(axis=-1, keepdims=True)
+        h = np.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, -1)
+        x = x + h @ block["out"]["kernel"]
+        h = norm(x, block["norm2"])
+        h = gelu(h @ block["fc_gate"]["kernel"]) * (h @ block["fc1"]["kernel"])
+        x = x + h @ block["fc2"]["kernel"]
+    return norm(x, params["norm_out"])
+
+
+def test_the_encoder_equals_its_definition():
+    net, draw = T5Encoder(**SMALL), np.random.default_rng(0)
+    tokens, mask = draw.integers(0, 40, (2, 12)).astype(np.int32), np.arange(12) < np.array([[12], [9]])
+    with layers.shapes_only(True):
+        shapes = jax.eval_shape(net.init, jax.random.key(0), tokens, mask)["params"]
+    params = jax.tree.map(lambda x: np.asarray(0.3 * draw.standard_normal(x.shape) + 0.1, np.float32), shapes)
+    params["token_embedding"]["embedding"][::2] *= 2e-3  # beside which the norm's epsilon counts
+    expected = by_definition(params, tokens, mask)
+    actual = jax.jit(net.apply)({"params": params}, tokens, mask)
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_encoder_equals_transformers(bf16):
     torch = pytest.importorskip("torch", reason="the oracle is transformers, which runs on torch")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.models.nets import layers
-from dalle2_jax.models.nets.text import CLIPTextTransformer, GlideTextTransformer, last_true
+from dalle2_jax.models.nets.text import CLIPTextTransformer, GlideTextTransformer, TextPool, last_true
 
 KEY = jax.random.key(0)
 LENGTH, VOCAB = 6, 13
@@ -84,3 +84,30 @@ def test_glide_looks_both_ways_and_not_at_padded_ids(glide_text):
     np.testing.assert_array_equal(states, apply(np.where(mask, tokens, 0), mask))
     changed = apply(np.where(np.arange(LENGTH) == 1, (tokens + 1) % VOCAB, tokens), mask)
     assert (np.abs(states - changed).max(axis=-1) > 1e-4).all()
+
+
+def test_pooling_equals_its_definition():
+    """Norm, attention of the mean + position to the mean and the states, Dense, norm (Imagen, IF)."""
+    net, draw = TextPool(num_heads=2, features=6), np.random.default_rng(1)
+    states, mask = 3 * draw.standard_normal((2, 4, 8)) + 1, np.array([[True] * 4, [True, True, False, False]])
+    with layers.shapes_only(True):
+        shapes = jax.eval_shape(net.init, KEY, states, mask)["params"]
+    params = jax.tree.map(lambda x: np.asarray(0.5 * draw.standard_normal(x.shape), np.float32), shapes)
+
+    def norm(name, x):
+        x = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+        return x * params[name]["scale"] + params[name]["bias"]
+
+    def dense(name, x):
+        return x @ params[name]["kernel"] + params[name]["bias"]
+
+    expected = []
+    for x, real in zip(norm("norm1", states), mask, strict=True):
+        x = x[real]
+        x = np.concatenate([x.mean(axis=0, keepdims=True) + params["position"]["embedding"], x])
+        q, (k, v) = dense("q", x[:1]).reshape(2, 4), np.split(dense("kv", x).reshape(-1, 4, 4), 2, axis=1)
+        weights = np.exp(np.einsum("hd,khd->hk", q, k) / 2)
+        weights /= weights.sum(axis=1, keepdims=True)
+        pooled = np.einsum("hk,khd->hd", weights, v).reshape(8)
+        expected.append(norm("norm2", dense("proj", pooled)))
+    np.testing.assert_allclose(jax.jit(net.apply)({"params": params}, states, mask), expected, atol=1e-4)

@@ -7,7 +7,7 @@ import pytest
 
 from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.denoiser import DenoiserNet
-from dalle2_jax.models.nets.unet import ResBlock, Style, TimeEmbedding, UNet
+from dalle2_jax.models.nets.unet import AttentionBlock, ResBlock, Style, TimeEmbedding, UNet
 from dalle2_jax.preflight import hlo
 from dalle2_jax.runtime import partition
 from dalle2_jax.runtime.modeldir import flatten
@@ -336,6 +336,95 @@ def test_imagens_text_pathway_equals_deepfloyds():
 def test_a_style_that_is_not_built_is_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values()))).replace("(", "\\(")[:3]):
         Style(**wrong).check()
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize(
+    "style",
+    [Style(), Style(sin_first=True, freq_shift=1), Style(time_scale=0.25, emb_dim=5)],
+    ids=["adm", "ddpm", "iddpm"],
+)
+def test_the_embedding_of_time_equals_its_definition(style):
+    """DDPM: sines first, frequencies by half - 1. Improved DDPM: times of T = 4000 by 1000 / T, as floats."""
+    net, t = TimeEmbedding(8, style), np.array([0, 3, 999])
+    params = random_params(net, t)
+    args = t[:, None] * style.time_scale * 10_000.0 ** (-np.arange(4) / (4 - style.freq_shift))
+    waves = [np.sin(args), np.cos(args)]
+    h = np.concatenate(waves if style.sin_first else waves[::-1], axis=1)
+    h = silu(h @ params["fc1"]["kernel"] + params["fc1"]["bias"])
+    expected = h @ params["fc2"]["kernel"] + params["fc2"]["bias"]
+    assert expected.shape == (3, style.emb_dim or 32)
+    np.testing.assert_allclose(jax.jit(net.apply)({"params": params}, t), expected, atol=2e-4)
+
+
+def test_the_epsilon_of_a_style_reaches_its_norms():
+    """Variance 1e-6 beside DDPM's epsilon of 1e-6 halves the variance of the output; 1e-5 would leave 9 %."""
+    x = np.float32(1e-3) * np.where(np.arange(64) % 2, 1, -1).astype(np.float32)[None, :, None].repeat(8, 2)
+    norm, params = Style(norm_epsilon=1e-6).norm("norm"), {"scale": np.ones(8), "bias": np.zeros(8)}
+    np.testing.assert_allclose(np.square(norm.apply({"params": params}, x)).mean(), 0.5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("pad", [(0, 1), (1, 1)], ids=["ddpm", "iddpm"])
+def test_the_convolution_that_halves_begins_where_its_padding_says(pad):
+    """Output i reads rows 2i - pad .. 2i - pad + 2; a kernel of its first entry alone copies row 2i - pad."""
+    net = UNet(3, 4, (1, 1), 1, scale_shift=False, style=Style(resample="conv", resample_pad=pad))
+    x, emb = normal(1, SIDE, SIDE, 3), normal(1, 16)
+    params = random_params(net, x, emb, image_size=SIDE)
+    kernel = np.zeros((3, 3, 4, 4), np.float32)
+    kernel[0, 0] = np.eye(4)
+    params["down_0_down"] = {"kernel": kernel, "bias": np.zeros(4, np.float32)}
+
+    @jax.jit
+    def around(params):
+        kept = dict(capture_intermediates=True, mutable=["intermediates"])
+        found = net.apply({"params": params}, x, emb, image_size=SIDE, **kept)[1]["intermediates"]
+        return [found[name]["__call__"][0] for name in ("down_0_res_0", "down_0_down")]
+
+    before, after = jax.device_get(around(params))
+    padded = np.pad(before, ((0, 0), pad, pad, (0, 0)))
+    np.testing.assert_allclose(after, padded[:, :SIDE:2, :SIDE:2], atol=1e-6)
+
+
+def test_attention_reads_text_and_picture_in_one_softmax():
+    """Keys and values of the text, behind a layer norm, are concatenated with the picture's (Imagen, IF)."""
+    block = AttentionBlock(4, style=Style(context_norm="layer"))
+    x, context, mask = normal(2, 2, 3, 8), normal(2, 3, 5), np.array([[True, True, False], [True] * 3])
+    params = random_params(block, x, context, mask)
+
+    def dense(name, x):
+        return x @ params[name]["kernel"] + params[name]["bias"]
+
+    def normed(name, x, groups):
+        y = x.reshape(len(x), -1, groups, x.shape[-1] // groups) if groups else x
+        axes = (1, 3) if groups else -1
+        y = (y - y.mean(axes, keepdims=True)) / np.sqrt(y.var(axes, keepdims=True) + 1e-5)
+        return y.reshape(x.shape) * params[name]["scale"] + params[name]["bias"]
+
+    q, k, v = np.split(dense("qkv", normed("norm", x, 2).reshape(2, 6, 8)), 3, axis=-1)
+    both = np.split(dense("text_kv", normed("norm_context", context, 0)), 2, axis=-1)
+    k, v = (np.concatenate(pair, axis=1) for pair in zip(both, (k, v), strict=True))  # the text first
+    heads = [y.reshape(2, -1, 2, 4) for y in (q, k, v)]
+    logits = np.einsum("bqhd,bkhd->bhqk", heads[0], heads[1]) / 2
+    read = np.concatenate([mask, np.ones((2, 6), bool)], axis=1)
+    weights = np.exp(logits) * read[:, None, None]
+    weights /= weights.sum(axis=-1, keepdims=True)
+    h = np.einsum("bhqk,bkhd->bqhd", weights, heads[2]).reshape(2, 6, 8)
+    expected = x + dense("out", h).reshape(x.shape)
+    np.testing.assert_allclose(
+        jax.jit(block.apply)({"params": params}, x, context, mask), expected, atol=1e-5
+    )
+
+
+def test_the_sum_of_a_residual_block_is_scaled():
+    """Both of its branches (IF's second stage)."""
+    x, emb = normal(1, 4, 4, 4), normal(1, 6)
+    plain, scaled = (ResBlock(8, style=Style(residual_scale=scale)) for scale in (1.0, 0.7071))
+    params = {"params": random_params(plain, x, emb, True)}
+    one, other = jax.jit(lambda params: [net.apply(params, x, emb, True) for net in (plain, scaled)])(params)
+    np.testing.assert_allclose(other, 0.7071 * one, rtol=1e-5, atol=1e-6)
 
 
 def test_skips_are_scaled_where_they_join():

@@ -62,6 +62,39 @@ def test_a_batch_gets_states(encoder):
     np.testing.assert_array_equal(states, made.encode_text(params, tokens, mask))
 
 
+def test_a_dropped_caption_is_zeros_that_are_all_read(encoder):
+    """One null for the vector and the keys (Imagen, IF); the null of guidance drops caption and class."""
+    _, _, _, mask = encoder
+    made = stage("decoder", image_size=8, embed_dim=0, text=TEXT, num_classes=3, label_drop=0.1, **NET)
+    draw = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda x: np.float32(0.3) * draw.standard_normal(x.shape).astype(np.float32),
+        models.abstract_params(made),
+    )
+    batch = {"text_states": draw.standard_normal((4, 6, 16)).astype(np.float32), "token_mask": mask}
+    batch["label"] = np.array([0, 1, 2, 2])
+
+    @jax.jit
+    def embedded(batch, drop_caption, drop_label):
+        read = made._read(batch, {"caption": drop_caption, "label": drop_label})
+        return made.net.apply({"params": params}, **read, method="condition")
+
+    no, one = np.zeros(4, bool), np.arange(4) == 1
+    emb, context, read = jax.device_get(embedded(batch, one, no))
+    kept_emb, kept_context, kept_mask = jax.device_get(embedded(batch, no, no))
+    np.testing.assert_array_equal(kept_mask, mask)
+    np.testing.assert_array_equal(read, mask | one[:, None])
+    np.testing.assert_allclose(context[1], np.tile(params["text_states_proj"]["bias"], (6, 1)), atol=1e-6)
+    for found, before in ((emb, kept_emb), (context, kept_context)):
+        np.testing.assert_array_equal(found[~one], before[~one])
+        assert np.abs(found[1] - before[1]).max() > 1e-2
+    zeros = {"text_states": 0 * batch["text_states"], "token_mask": np.ones_like(mask)}
+    np.testing.assert_allclose(emb[1], embedded(batch | zeros, no, no).emb[1], atol=1e-5)
+    null = jax.jit(lambda batch: made._conditionings(params, batch, 4, null=True)[0])(batch)
+    expected = embedded(batch | zeros, no, ~no)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), tuple(null), tuple(expected))
+
+
 def test_padding_is_read_where_it_is_not_masked(encoder):
     """IF reads all positions; others read the caption's."""
     _, _, tokens, mask = encoder

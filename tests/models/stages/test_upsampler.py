@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.models import models
-from dalle2_jax.models.diffusion import schedules
+from dalle2_jax.models.diffusion import sampling, schedules
 from dalle2_jax.models.stages import diffusion, upsampler
 from dalle2_jax.runtime import partition
 from tests.learned import assert_within, descend, key_of
@@ -67,12 +67,14 @@ class Spy:
     seen: list = dataclasses.field(default_factory=list)
     deterministic: list = dataclasses.field(default_factory=list)
     levels: list = dataclasses.field(default_factory=list)
+    times: list = dataclasses.field(default_factory=list)
 
     def apply(
         self, variables, x_t, t, conditions, low_res_up=None, low_res_t=None, deterministic=True, **options
     ):
         self.seen.append(low_res_up)
         self.levels.append(low_res_t)
+        self.times.append(t)
         self.deterministic.append(deterministic)
         return low_res_up
 
@@ -373,6 +375,25 @@ def test_noise_conditioning_noises_what_the_network_sees_and_says_how_far():
     ):
         with pytest.raises(ValueError, match=message):
             build(**changes)
+
+
+def test_level_and_noise_of_the_small_picture_are_its_own():
+    """In training the level is no function of the time, in sampling the noise is not that of the picture."""
+    stage, keys = spying(low_res_noise=1.0), jax.random.split(CHEAP_KEY, 2)
+    batch = {"image": np.zeros((400, 8, 8, 3), np.float32), "crop_yx": np.zeros((400, 2), np.int32)}
+    batch["low_res"] = np.zeros((400, 4, 4, 3), np.float32)
+
+    @jax.jit
+    def drawn(batch):
+        stage.loss({}, CHEAP_KEY, batch)
+        return stage.net.times[-1], stage.net.levels[-1]
+
+    times, levels = jax.device_get(drawn(batch))
+    assert min(times.std(), levels.std()) > 250 and abs(np.corrcoef(times, levels)[0, 1]) < 0.25
+    low = dataclasses.replace(stage.low_res, factor=1, level=1.0)
+    noise = low.for_sampling(keys, jnp.zeros((2, 16, 16, 3)), stage.diffusion.schedule)["low_res_up"]
+    first = sampling.init_noise(keys, (16, 16, 3))
+    assert np.std(noise) > 0.5 and abs(np.corrcoef(np.ravel(noise), np.ravel(first))[0, 1]) < 0.2
 
 
 def test_an_upsampler_reads_captions_classes_and_what_is_kept():
