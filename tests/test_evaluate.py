@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +93,24 @@ def test_scenes_of_captions_show_what_they_say():
         assert (pictures[2 * i] != pictures[2 * i + 1]).any()
     assert not check(pictures[0], captions[1]).correct
     assert len(drawn) == 48 and drawn == scenes_metric.draw_scenes(CONFIG, 24, 2, seed=3)
+
+
+def test_a_model_without_captions_is_measured_by_its_legal_scenes(tmp_path):
+    drawn = [scenes.render(scene, 32) for scene in scenes_metric.draw_scenes(CONFIG, 6, 1, seed=3)]
+    images = np.stack([*drawn, np.zeros_like(drawn[0])])
+
+    class Model:
+        reads_captions = False
+
+        def text_to_image(self, *, n, seed, **_):
+            assert (n, seed) == (7, 5)
+            return SimpleNamespace(images=images)
+
+    scores, pictures = scenes_metric.measure(Model(), tmp_path, config=CONFIG, n=7, seed=5)
+    assert scores["uncaptioned"]["n"] == 7 and scores["uncaptioned"]["legal"] == 6 / 7
+    low, high = scores["uncaptioned"]["interval"]["legal"]
+    assert low < 6 / 7 < high and "legal scenes: 0.857 of 7" in scenes_metric.table(scores)
+    assert pictures.count == 7 and (tmp_path / "scenes_uncaptioned.png").exists()
 
 
 def test_retrieval_asks_for_different_facts():

@@ -393,6 +393,15 @@ def test_pictures_that_are_none():
         judge.check(np.zeros((64, 64), np.uint8), "a red star")
 
 
+@pytest.mark.parametrize("side", [16, 64])
+def test_scenes_of_one_or_two_named_objects_are_legal(side):
+    drawn = sampled(QUICKSTART, 24)
+    assert all(judge.is_legal(scenes.render(scene, side)) for scene in drawn)
+    empty = np.full((side, side, 3), 255, np.uint8)
+    three = [("red", "star", "small", x, 0.5, 0.2) for x in (0.2, 0.5, 0.8)]
+    assert not judge.is_legal(empty) and not judge.is_legal(draw(*three))
+
+
 def test_the_judge_knows_nothing_of_the_renderer():
     for path in pathlib.Path(judge.__file__).parent.glob("scenes*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
