@@ -130,6 +130,7 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
     context_length = stages["clip"][0]["model"]["text"]["context_length"] if "clip" in stages else None
     words = next((each["tokenizer"] for each in index["stages"].values() if each["tokenizer"]), "")
     tokenizer = load_tokenizer(source / words, context_length) if words else None
+    print(f"licence of these weights: {index.get('licence') or card.UNKNOWN}", flush=True)
     notes = to_diffusers.export_model(Path(folder), stages, tokenizer)
     library = "transformers" if set(stages) == {"clip"} else "diffusers"
     (folder / modeldir.CARD_FILE).write_text(card.model_card(index, stages, library))
