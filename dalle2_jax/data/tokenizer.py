@@ -181,9 +181,9 @@ def _load_clip(path: str, context_length: int) -> Tokenizer:
         raise ValueError(
             f"{path}: SOT and EOT have ids {ids}; in CLIP's vocabulary of {size} they are the two highest"
         )
-    # A copy: transformers wraps methods of its own. `clean` is the whole normalization: theirs would also
-    # compose letters of entities, such as e&#769;, which OpenAI's leaves apart. Tokenizers that were saved
-    # with it keep it, since the ids of their captions would change.
+    # A copy: transformers wraps methods of its own. `clean` is the whole normalization. Theirs would also
+    # compose the letters of "e&#769; <", which OpenAI's leaves apart. Tokenizers that were saved with theirs
+    # keep it, so that no run's tokens change.
     state = json.loads(loaded.backend_tokenizer.to_str()) | {"normalizer": None}
     encoder = tokenizers.Tokenizer.from_str(json.dumps(state))
     encoder.no_padding()
