@@ -146,8 +146,9 @@ def _licence(source: str) -> str:
 def _shared_tokenizer(folders: list[epath.Path]) -> Tokenizer:
     """The one tokenizer of the stages that read captions, at the longest of their contexts."""
     loaded = [load_tokenizer(folder) for folder in folders]
-    for folder in folders[1:]:
-        if (folder / "tokenizer.json").read_bytes() != (folders[0] / "tokenizer.json").read_bytes():
+    tables = [json.loads((folder / "tokenizer.json").read_text())["model"] for folder in folders]
+    for folder, table in zip(folders, tables, strict=True):
+        if table != tables[0]:
             raise ValueError(
                 f"{folder.parent} was trained with another tokenizer than {folders[0].parent}: train all "
                 "stages with one CLIP (--config.clip), which hands its tokenizer on"

@@ -181,8 +181,11 @@ def _load_clip(path: str, context_length: int) -> Tokenizer:
         raise ValueError(
             f"{path}: SOT and EOT have ids {ids}; in CLIP's vocabulary of {size} they are the two highest"
         )
-    # A copy: transformers wraps methods of its own.
-    encoder = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    # A copy: transformers wraps methods of its own. `clean` is the whole normalization. Theirs would also
+    # compose the letters of "e&#769; <", which OpenAI's leaves apart. Tokenizers that were saved with theirs
+    # keep it, so that no run's tokens change.
+    state = json.loads(loaded.backend_tokenizer.to_str()) | {"normalizer": None}
+    encoder = tokenizers.Tokenizer.from_str(json.dumps(state))
     encoder.no_padding()
     encoder.no_truncation()
     return Tokenizer(encoder, "clip", size, context_length)

@@ -162,7 +162,7 @@ class Pipeline:
 
         Args:
           images: uint8 [N, H, W, 3], or a sequence of PIL pictures and uint8 [H, W, 3] of any sizes; each is
-            resized bicubically to CLIP's size and its central square taken, as in training.
+            resized bicubically to CLIP's size and its central square taken, as by OpenAI's CLIP.
           batch_size: pictures at a time.
         """
         (step,) = self.steps("encode_image")
