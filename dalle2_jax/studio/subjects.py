@@ -1,7 +1,7 @@
 """What a model can draw, by the data that it was trained on: a sentence, and captions to try."""
 
 from dalle2_jax.data.scenes_captions import phrases
-from dalle2_jax.data.scenes_grammar import preset
+from dalle2_jax.data.scenes_grammar import PRESETS
 from dalle2_jax.generate.pipeline import Pipeline
 
 MOST = 12  # classes that are named
@@ -23,9 +23,10 @@ def subjects(model: Pipeline) -> tuple[str, list[str]]:
     if classes := list(data.get("classes") or ()):
         more = f" and {len(classes) - MOST} more" if len(classes) > MOST else ""
         return f"A caption names what it draws: {', '.join(classes[:MOST])}{more}.", classes[:4]
-    if data.get("source") != "scenes":
+    grammar = PRESETS.get(data.get("path", "").rpartition("_")[0])
+    if data.get("source") != "scenes" or grammar is None:
         return "It draws what its training pictures show.", []
-    grammar, language = preset(data["path"].rpartition("_")[0]), data["language"]
+    language = data.get("language", "en")
     captions = [phrases(*facts, language=language)[-1 if facts[2] else 0] for facts in _SCENES]
     count = ("one", "two", "three")[grammar.max_objects - 1]
     return (
