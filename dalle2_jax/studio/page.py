@@ -14,7 +14,7 @@ from dalle2_jax.runtime.grid import png_bytes
 from dalle2_jax.studio import html
 from dalle2_jax.studio.html import Visit, cards, details, history, note
 from dalle2_jax.studio.requests import ACTIONS, MAX_PICTURES, SAMPLING, Refused, read_upload, too_large
-from dalle2_jax.studio.subjects import subjects
+from dalle2_jax.studio.subjects import subjects, welcome
 from dalle2_jax.studio.work import Picture, Stopped, Studio
 
 MAX_HISTORY = 48  # pictures that a visit keeps
@@ -267,7 +267,8 @@ def _edits(gr, studio: Studio, chosen, second, painted) -> tuple[dict[str, tuple
 
     There is a tab for each action that a model can do.
     """
-    made, keep, states = {}, (), {"picture": chosen, "first": second, "second": chosen}
+    made, states = {}, {"picture": chosen, "first": second, "second": chosen}
+    keep: tuple = ()
     models = studio.models.values()
     reads = any(model.reads_captions for model in models)
     for tab, (action, text, id) in TABS.items():
@@ -315,14 +316,9 @@ def build(studio: Studio):
     import gradio as gr
 
     model = next(iter(studio.models.values()))
-    names = list(studio.models) if len(studio.models) > 1 else [model.name]
-    welcome = [
-        f"Model **{name}**, {each.image_size} x {each.image_size} pixels. {subjects(each)[0]}"
-        for name, each in zip(names, studio.models.values(), strict=True)
-    ]
     with gr.Blocks(title="dalle2_jax studio", analytics_enabled=False, fill_width=True) as blocks:
         visit, chosen, second = gr.State({}), gr.State(""), gr.State("")
-        gr.Markdown("\n\n".join(["# dalle2_jax studio", *welcome]))
+        gr.Markdown(welcome(studio.models))
         with gr.Row():
             with gr.Column(scale=2):
                 fields, buttons = _create(gr, studio)

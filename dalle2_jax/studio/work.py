@@ -193,8 +193,10 @@ class Studio:
         if step not in steps:
             return None, None
         place = steps.index(step)
-        after = [self.seconds.get((*same, later)) for later in steps[place + 1 :]]
-        left = None if None in after else max(before - seconds, 0.0) + sum(after)
+        later = [(*same, name) for name in steps[place + 1 :]]
+        left = None
+        if all(key in self.seconds for key in later):
+            left = max(before - seconds, 0.0) + sum(self.seconds[key] for key in later)
         return (place + share) / len(steps), left
 
     def compiling(self, name: str) -> bool:
