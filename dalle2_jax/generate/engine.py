@@ -207,6 +207,12 @@ class Engine:
                     del self._programs[old]
         return program
 
+    @property
+    def compiling(self) -> bool:
+        """Whether a program waits for the compiler."""
+        with self._lock:
+            return any(not program.done() for program in self._programs.values())
+
     def run(
         self,
         task: Task,
