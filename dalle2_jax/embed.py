@@ -1,4 +1,4 @@
-"""python -m dalle2_jax.embed --config=configs/X.py --clip=MODEL --out=DIR [--config.data.path=...]
+"""dalle2-jax embed --config=configs/X.py --clip=MODEL --out=DIR [--config.data.path=...]
 
 Writes the CLIP embeddings of a data set in clip-retrieval's layout, to train stages from them:
 
@@ -13,6 +13,11 @@ training counts and replaces, so row i is always record i. The same command agai
 Several processes (see `processes`), or machines started separately with --worker=I/N, share the shards.
 """
 
+from dalle2_jax.runtime import start
+
+start.begin(__name__, "embed: loading JAX")
+
+
 import concurrent.futures
 import re
 import time
@@ -21,7 +26,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
 from dalle2_jax.data import embeddings
@@ -270,4 +275,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("debug", False, "Show the full traceback of an error in the settings.")
     flags.mark_flags_as_required(["config", "clip", "out"])
     logging.set_verbosity(logging.INFO)
-    app.run(main)
+    start.run(main, settings=checks.settings_of_flag)

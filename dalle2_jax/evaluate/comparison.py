@@ -32,7 +32,7 @@ from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet, of_images
 from dalle2_jax.evaluate.reference import Stats, pictures_of
 from dalle2_jax.generate.flags import sampling_settings
 from dalle2_jax.generate.output import StageLines
-from dalle2_jax.runtime import metrics, processes
+from dalle2_jax.runtime import extras, metrics, processes
 
 FRECHET = {"fid": "FID", "fid_small": "FID of few pictures", "clip_frechet": "Frechet distance (CLIP)"}
 
@@ -173,6 +173,7 @@ def compare(
     Raises ValueError for an unknown setting, and for a model without CLIP and judge, before anything is
     drawn.
     """
+    extras.check("--compare, which draws a plot,", "matplotlib")
     if pictures < 2:
         raise ValueError("--compare measures how pictures of a caption differ: give --pictures=2 or more")
     parsed = [parse_way(way, model_dir) for way in ways]

@@ -1,4 +1,4 @@
-"""python -m dalle2_jax.evaluate [--model=DIR] [--metrics=scenes,retrieval,zero_shot --n=128 --out=DIR]
+"""dalle2-jax evaluate [--model=DIR] [--metrics=scenes,retrieval,zero_shot --n=128 --out=DIR]
 
 Measures a model directory; writes report.json, its table report.txt, and labelled grids of the pictures.
 

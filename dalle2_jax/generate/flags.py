@@ -4,10 +4,17 @@ from absl import flags
 
 from dalle2_jax.generate.settings import SETTINGS, by_role
 from dalle2_jax.models.stages.settings import Setting
-from dalle2_jax.runtime import commandline
+from dalle2_jax.runtime import commandline, start
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # --help lists these flags as the command's
+# Settings of sampling by their group of --help; the others are for experts.
+OFTEN = ("decoder_steps", "guidance_scale", "upsampler_steps")
+SAMPLING = (
+    *("prior_steps", "prior_guidance_scale", "prior_candidates", "upsampler_guidance_scale"),
+    *("method", "prior_method", "upsampler_method", "classifier", "noisy_clip"),
+)
+MEMORY = ("tile",)
 
 
 class _Parser(flags.ArgumentParser):
@@ -16,6 +23,8 @@ class _Parser(flags.ArgumentParser):
     def __init__(self, name: str, setting: Setting):
         super().__init__()
         self.name, self.setting = name, setting
+        kind = setting.kind
+        self.metavar = "NAME" if isinstance(kind, tuple) else METAVARS[kind]
 
     def parse(self, argument):
         """See `Setting.parse`."""
@@ -25,22 +34,41 @@ class _Parser(flags.ArgumentParser):
             raise ValueError(f"{self.name} {error}") from None
 
 
+METAVARS = {int: "N", float: "X", str: "TEXT", "pair": "LO,HI", "list": "N,N"}
+
+
 def define_model_flags() -> None:
     """Define the flags of the model and of how it runs."""
     commandline.DEFINE_path("model", None, "Model directory; default: the small model of the package.")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: as trained.")
-    flags.DEFINE_bool("low_memory", False, "Weights as they are stored, those of one stage at a time.")
-    flags.DEFINE_integer("batch_size", None, "Pictures at a time, rounded up to a multiple of the devices.")
-    flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
+    with start.group(start.MEMORY):
+        flags.DEFINE_integer(
+            "batch_size", None, "Pictures at a time, rounded up to a multiple of the devices."
+        )
+        flags.DEFINE_bool("low_memory", False, "Weights as they are stored, those of one stage at a time.")
+        flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: as trained.")
+    with start.group(start.EXPERT):
+        flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
 
 
 def define_sampling_flags() -> None:
     """Define the flags of the model and of sampling; `sampling_settings` reads the latter."""
     define_model_flags()
-    for name, setting in SETTINGS.items():
-        text = setting.help.removesuffix(".") + "; default: the model's setting."
-        flags.DEFINE(_Parser(name, setting), name, None, text)
-    flags.DEFINE_alias("steps", "decoder_steps")
+    groups = {start.OFTEN: OFTEN, start.SAMPLING: SAMPLING, start.MEMORY: MEMORY}
+    grouped = {name for names in groups.values() for name in names}
+    for title, names in (groups | {start.EXPERT: tuple(n for n in SETTINGS if n not in grouped)}).items():
+        with start.group(title):
+            for name in names:
+                _define_setting(name)
+
+
+def _define_setting(name: str) -> None:
+    setting = SETTINGS[name]
+    choices = f": {', '.join(setting.kind)}" if isinstance(setting.kind, tuple) else ""
+    default = "; default: the model's" if name in OFTEN else ""
+    text = f"{setting.help.removesuffix('.')}{choices}{default}."
+    flags.DEFINE(_Parser(name, setting), name, None, text)
+    if name == "decoder_steps":
+        flags.DEFINE_alias("steps", name)
 
 
 def sampling_settings(changes: dict[str, str] | None = None) -> dict:
