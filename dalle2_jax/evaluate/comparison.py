@@ -233,7 +233,15 @@ def write_report(out: epath.Path, rows: Sequence[Row], html: str | None = None) 
     if html and processes.is_first():
         shown, report = columns(rows), json.loads((out / "comparison.json").read_text())
         numbers = page.table(list(shown), list(zip(*shown.values(), strict=True)))
-        page.write(html, "Ways of drawing", numbers, text, sorted(out.glob("comparison*.png")), report)
+        title = f"{len(rows)} ways of drawing {report['captions']} captions, {rows[0].pictures} pictures each"
+        checked = [
+            page.Figure(f"{row.name}: all named", row.named, row.interval, True)
+            for row in rows
+            if row.interval
+        ]
+        found = checked or [page.Figure(f"{row.name}: CLIP cosine", row.clip) for row in rows]
+        chart = page.intervals({f.name: (f.value, f.interval) for f in checked}) if checked else ""
+        page.write(html, title, numbers + chart, text, sorted(out.glob("comparison*.png")), report, found)
 
 
 def columns(rows: Sequence[Row]) -> dict[str, list]:

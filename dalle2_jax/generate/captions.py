@@ -78,8 +78,8 @@ def unseen_words(engine: Engine, captions: Sequence[str]) -> list[str]:
             continue
         if len(unseen) == len(set(found)):
             lines.append(
-                f"caption {i}: the model has seen none of its words; it was trained on captions in {languages} "
-                f"with words such as {common}"
+                f"caption {i}: the model has seen none of its words; it was trained on captions in "
+                f"{languages} with words such as {common}"
             )
             continue
         near = {word: nearest(word, seen.counts) for word in unseen}
