@@ -35,7 +35,7 @@ NO_PATHS = {
 NO_PATHS_OF_CONVERT = {"name", "licence", "repository", "system", "stage"}
 NO_PATH_SETTINGS = {
     *("stage", "wandb", "data.source", "data.split", "data.eval_split", "data.language"),
-    *("data.image_field", "data.caption_field", "optim.schedule"),
+    *("data.image_field", "data.caption_field", "optim.schedule", "optim.optimizer"),
     "data.allow_damaged",  # names of files among those of data.path
 }
 # Prints {command: {flag: what it makes of ~/a}} of the flags that take texts.

@@ -42,10 +42,10 @@ from absl import flags, logging
 from etils import epath
 
 from dalle2_jax.data import shards
-from dalle2_jax.edit import actions
+from dalle2_jax.edit import actions, grids
 from dalle2_jax.edit.actions import INPUTS, PATHS
 from dalle2_jax.edit.latents import Latents
-from dalle2_jax.generate import pictures
+from dalle2_jax.generate import output, pictures
 from dalle2_jax.generate.flags import define_model_flags
 from dalle2_jax.generate.output import StageLines, note, write_pictures
 from dalle2_jax.generate.pipeline import Pipeline, Result
@@ -75,7 +75,9 @@ def check_arguments(argv: list[str]) -> tuple[str, list[str]]:
     action, texts = argv[0], argv[1:]
     names = INPUTS[action]
     if not texts or (len(texts) != len(names) and names[-1] != "..."):
-        raise ValueError(f"{action} needs {' '.join(names).upper()}, not {len(texts)} argument(s)")
+        many = names[-1] in ("caption", "target") and len(texts) > len(names)
+        hint = "; put the caption in quotes" if many else ""
+        raise ValueError(f"{action} needs {' '.join(names).upper()}, not {len(texts)} argument(s){hint}")
     return action, texts
 
 
@@ -158,7 +160,8 @@ def upscale(model: Pipeline, picture, out: epath.Path, record: dict) -> str:
     settings = dict(num_steps=FLAGS.steps, tile=FLAGS.tile, caption=FLAGS.caption)
     image = actions.upscale(model, picture, seed=FLAGS.seed, progress=StageLines(), **settings)
     if processes.is_first():
-        made = json.dumps(record | {"model": model.name, "seed": FLAGS.seed})
+        origin = output.origin(model, 1, FLAGS.dtype)
+        made = json.dumps(record | {"model": model.name, "seed": FLAGS.seed, "origin": origin})
         grid.save_png(out / "upscaled.png", image, {"dalle2_jax": made})
     return f"{image.shape[1]} x {image.shape[0]}: {out / 'upscaled.png'}"
 
@@ -180,7 +183,7 @@ def main(argv):
             note(pictures.ALL_WHITE)
         model = Pipeline.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
         model.steps(action)  # raises before any file is written
-        for line in model.cut_captions(texts[-1:]) if captioned else ():
+        for line in model.caption_notes(texts[-1:]) if captioned else ():
             note(line)
         out.mkdir(parents=True, exist_ok=True)
         record = {"action": action, "given": texts}
@@ -191,7 +194,13 @@ def main(argv):
             if FLAGS.keep is not None:
                 result = kept(model, result, texts[-1], FLAGS.keep)
             if processes.is_first():
-                write_pictures(out, result, model.name, command="edit", **record)
+                options = {
+                    name: FLAGS[name].value for name in FLAGS_OF.get(action, ()) if FLAGS[name].present
+                }
+                source = grids.source_of(model, action, inputs, result, options, FLAGS.fit)
+                origin = output.origin(model, len(result.images), FLAGS.dtype, FLAGS.batch_size)
+                made = dict(record, origin=origin)
+                write_pictures(out, result, model.name, command="edit", source=source, **made)
                 if action in PATHS:
                     write_animation(out / "path.webp", result.images)
             count = len(result.images)

@@ -158,16 +158,13 @@ def write(
       found: the first of them come first, in large print. about: a line under the title.
     """
     sections = [("Numbers", numbers)] if numbers else []
+    sections.append(("As text", f"<pre>{html.escape(text)}</pre>\n"))
     for file in map(epath.Path, pictures):
         grid = picture(file.read_bytes(), file.stem, pixels=file.stem != "comparison")
         sections.append((_words(file.stem), grid))
     everything = json.dumps(report, indent=2, ensure_ascii=False)
-    folded = {"The numbers as text": text, "Everything as JSON": everything}
     body = "".join(f"<h2>{html.escape(heading)}</h2>\n{content}" for heading, content in sections)
-    body += "".join(
-        f"<details><summary>{summary}</summary><pre>{html.escape(content)}</pre></details>\n"
-        for summary, content in folded.items()
-    )
+    body += f"<details><summary>Everything as JSON</summary><pre>{html.escape(everything)}</pre></details>\n"
     top = f'<p class="about">{html.escape(about)}</p>\n' if about else ""
     top += headlines(found) if found else ""
     epath.Path(path).write_text(
