@@ -37,7 +37,8 @@ def begin(module: str, line: str) -> None:
     """
     if module != "__main__":
         return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow's notes on oneDNN and instruction sets
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # TensorFlow's notes on instruction sets
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # no note on oneDNN: here TensorFlow computes nothing
     if not {"JAX_LOGGING_LEVEL", "JAX_DEBUG_LOG_MODULES"} & os.environ.keys():
         # at INFO it names every backend that is not there
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
