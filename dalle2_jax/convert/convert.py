@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        commands = next(action for action in parser._actions if action.dest == "command").choices or {}
+        commands: Any = next(action for action in parser._actions if action.dest == "command").choices
         flags = [flag for action in commands[options.command]._actions for flag in action.option_strings]
         near = nearest(unknown[0].split("=")[0], flags, show=str)
         hint = f"did you mean {near}?" if near else f"`{options.command} --help` lists the arguments"

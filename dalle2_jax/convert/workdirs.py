@@ -82,8 +82,7 @@ def convert_workdirs(
     inherited = sorted({found for _, source in wanted if (found := _licence(local[source]))})
     extra = {"name": name, "trained_steps": steps, "licence": licence or "; ".join(inherited)}
     write_model(out, parts, stages, tokenizer, dtype, extra | {"system": system, "frozen": frozen})
-    found = [read for _, source in wanted if (read := _words(local[source]))]
-    if seen := words.merged(found):
+    if seen := words.merged([read for _, source in wanted if (read := _words(local[source]))]):
         words.write(out, seen)
 
 

@@ -240,7 +240,8 @@ def write_report(out: epath.Path, rows: Sequence[Row], html: str | None = None) 
             if row.interval
         ]
         found = checked or [page.Figure(f"{row.name}: CLIP cosine", row.clip) for row in rows]
-        chart = page.intervals({f.name: (f.value, f.interval) for f in checked}) if checked else ""
+        shares = {f.name: (f.value, f.interval) for f in checked if f.interval}
+        chart = page.intervals(shares) if shares else ""
         page.write(html, title, numbers + chart, text, sorted(out.glob("comparison*.png")), report, found)
 
 

@@ -61,6 +61,7 @@ def main(argv):
             settings |= dict(seed=FLAGS.seed, n=FLAGS.n, batch_size=FLAGS.batch_size)
             result = model.text_to_image(captions, **settings, progress=output.StageLines())
         origin = output.origin(model, len(result.images), dtype, FLAGS.batch_size)
+        origin |= {name: drawn.origin[name] for name in ("count", "batch_size")} if drawn else {}
         if not processes.is_first():
             return
         count = len(output.write_pictures(out, result, model.name, origin=origin))
@@ -86,7 +87,7 @@ def read_again(captions: list[str]) -> again.Drawn:
         beside = ", ".join(["the caption"] * bool(captions) + [f"--{name}" for name in names])
         raise ValueError(f"--again takes caption, seed and settings from the picture: leave out {beside}")
     if FLAGS["out"].using_default_value:
-        FLAGS.out = "again"
+        FLAGS["out"].value = "again"
     if epath.Path(FLAGS.again).parent.resolve() == epath.Path(FLAGS.out).resolve():
         raise ValueError(f"--out={FLAGS.out} holds the picture of --again: give another folder")
     return again.read(FLAGS.again)

@@ -9,12 +9,15 @@ from dalle2_jax.runtime import commandline, start
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # --help lists these flags as the command's
 # Settings of sampling by their group of --help; the others are for experts.
-OFTEN = ("decoder_steps", "guidance_scale", "upsampler_steps")
-SAMPLING = (
-    *("prior_steps", "prior_guidance_scale", "prior_candidates", "upsampler_guidance_scale"),
-    *("method", "prior_method", "upsampler_method", "classifier", "noisy_clip"),
-)
-MEMORY = ("tile",)
+GROUPS = {
+    start.OFTEN: ("decoder_steps", "guidance_scale", "upsampler_steps"),
+    start.SAMPLING: (
+        *("prior_steps", "prior_guidance_scale", "prior_candidates", "upsampler_guidance_scale"),
+        *("method", "prior_method", "upsampler_method", "classifier", "noisy_clip"),
+    ),
+    start.MEMORY: ("tile",),
+}
+METAVARS = {int: "N", float: "X", str: "TEXT", "pair": "LO,HI", "list": "N,N"}
 
 
 class _Parser(flags.ArgumentParser):
@@ -34,9 +37,6 @@ class _Parser(flags.ArgumentParser):
             raise ValueError(f"{self.name} {error}") from None
 
 
-METAVARS = {int: "N", float: "X", str: "TEXT", "pair": "LO,HI", "list": "N,N"}
-
-
 def define_model_flags() -> None:
     """Define the flags of the model and of how it runs."""
     commandline.DEFINE_path("model", None, "Model directory; default: the small model of the package.")
@@ -53,22 +53,15 @@ def define_model_flags() -> None:
 def define_sampling_flags() -> None:
     """Define the flags of the model and of sampling; `sampling_settings` reads the latter."""
     define_model_flags()
-    groups = {start.OFTEN: OFTEN, start.SAMPLING: SAMPLING, start.MEMORY: MEMORY}
-    grouped = {name for names in groups.values() for name in names}
-    for title, names in (groups | {start.EXPERT: tuple(n for n in SETTINGS if n not in grouped)}).items():
-        with start.group(title):
-            for name in names:
-                _define_setting(name)
-
-
-def _define_setting(name: str) -> None:
-    setting = SETTINGS[name]
-    choices = f": {', '.join(setting.kind)}" if isinstance(setting.kind, tuple) else ""
-    default = "; default: the model's" if name in OFTEN else ""
-    text = f"{setting.help.removesuffix('.')}{choices}{default}."
-    flags.DEFINE(_Parser(name, setting), name, None, text)
-    if name == "decoder_steps":
-        flags.DEFINE_alias("steps", name)
+    groups = {name: title for title, names in GROUPS.items() for name in names}
+    for name, setting in SETTINGS.items():
+        choices = f": {', '.join(setting.kind)}" if isinstance(setting.kind, tuple) else ""
+        default = "; default: the model's" if groups.get(name) == start.OFTEN else ""
+        with start.group(groups.get(name, start.EXPERT)):
+            text = f"{setting.help.removesuffix('.')}{choices}{default}."
+            flags.DEFINE(_Parser(name, setting), name, None, text)
+    with start.group(start.OFTEN):
+        flags.DEFINE_alias("steps", "decoder_steps")
 
 
 def sampling_settings(changes: dict[str, str] | None = None) -> dict:

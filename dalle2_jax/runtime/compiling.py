@@ -45,14 +45,14 @@ class Watch:
             timer.daemon = True
             timer.start()
 
-    def _ended(self, event: str, seconds: float, **_) -> None:
+    def _ended(self, event: str, duration_secs: float, **_) -> None:
         if event == READ:
-            seconds = -seconds
+            duration_secs = -duration_secs
         elif event == COMPILED and (timer := self._waiting.pop(threading.get_ident(), None)):
             timer.cancel()
         if event in (READ, COMPILED):
             with self._lock:
-                self.seconds += seconds
+                self.seconds += duration_secs
 
     def _note(self) -> None:
         with self._lock:

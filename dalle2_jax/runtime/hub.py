@@ -11,6 +11,7 @@ import socket
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from dalle2_jax.runtime import extras, files, modeldir
 
@@ -70,7 +71,8 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
             f"{path} names no commit, and what it means could change: write {SCHEME}{name}@COMMIT with the "
             "40 digits that the model's page shows under 'Files and versions', 'History'"
         )
-    library, options = _library(), dict(allow_patterns=list(PATTERNS), ignore_patterns=list(IGNORED))
+    library = _library()
+    options: dict[str, Any] = dict(allow_patterns=list(PATTERNS), ignore_patterns=list(IGNORED))
     if offline := unreachable():
         options |= dict(local_files_only=True)
     try:

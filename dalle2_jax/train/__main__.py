@@ -20,6 +20,7 @@ from absl import app, flags, logging
 
 from dalle2_jax.models import models
 from dalle2_jax.runtime import commandline, partition, processes
+from dalle2_jax.runtime.commandline import define_config
 from dalle2_jax.train import checks, loop
 
 FLAGS = flags.FLAGS
@@ -69,7 +70,7 @@ def about_config() -> str:
 
 
 if __name__ == "__main__":
-    commandline.define_config()
+    define_config()
     commandline.DEFINE_path(
         "workdir", None, "Where checkpoints, logs and samples go; an existing one is resumed."
     )
