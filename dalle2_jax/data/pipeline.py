@@ -21,6 +21,7 @@ from dalle2_jax.data.order import Order
 from dalle2_jax.data.records import BadRecord, Record, RecordSource
 from dalle2_jax.data.settings import DataSettings
 from dalle2_jax.data.transforms import Views
+from dalle2_jax.data.words import WordCounter, Words
 
 # Records a call: enough to amortize it, few enough to split a batch over the workers and to bound memory.
 _CHUNK, _CHUNK_PIXELS = 32, 1 << 21
@@ -33,6 +34,7 @@ class Dataset:
     settings: DataSettings
     source: RecordSource
     _bad: BadRecords
+    _words: WordCounter
 
     @property
     def num_records(self) -> int:
@@ -62,6 +64,10 @@ class Dataset:
     def bad_records(self) -> dict[str, int]:
         """{reason: count} of losses so far, in indexing and in reading."""
         return self._bad.counts()
+
+    def words(self, before: Words | None = None) -> Words | None:
+        """The words of the captions read so far, with those `before`; None: the dataset reads no captions."""
+        return self._words.so_far(before) if self.settings.tokenizes else None
 
     def batches(
         self,
@@ -120,7 +126,9 @@ class Dataset:
         rows = [self._load_good(int(i), int(e), d) for i, e, d in zip(indices, epochs, draws, strict=True)]
         made = {"index": np.array([row["index"] for row in rows], np.int64)}
         if self.settings.tokenizes:
-            made["tokens"], made["token_mask"] = self.settings.tokenizer([row["caption"] for row in rows])
+            captions = [row["caption"] for row in rows]
+            self._words.add(captions)
+            made["tokens"], made["token_mask"] = self.settings.tokenizer(captions)
         for name, (dtype, shape) in self._shapes.items():
             if name not in made:
                 stack = made[name] = np.empty((len(rows), *shape), dtype)
@@ -303,4 +311,4 @@ def make_dataset(**settings) -> Dataset:
     if _reads_captions(config, opened):
         captions_module.check(opened, config.path, config.language)
     bad = BadRecords(len(opened), config.max_bad_fraction, opened.refused, opened.passed, opened.examples)
-    return Dataset(config, opened, bad)
+    return Dataset(config, opened, bad, WordCounter(config.language))

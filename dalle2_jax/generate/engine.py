@@ -150,7 +150,11 @@ class Engine:
 
     def weights_sha256(self, name: str) -> str:
         """The checksum of a stage's file of weights, in hexadecimal."""
-        return hashlib.sha256((self._folder(name) / modeldir.WEIGHTS_FILE).read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        with (self._folder(name) / modeldir.WEIGHTS_FILE).open("rb") as file:
+            while block := file.read(16 << 20):
+                digest.update(block)
+        return digest.hexdigest()
 
     def _task_params(self, task: Task) -> dict:
         if self.low_memory:

@@ -140,6 +140,11 @@ class Pipeline:
         steps = self.actions.get("draw") or self.actions.get("encode_text", ())
         return texts.cut_captions(self.engine, list(dict.fromkeys(step.stage for step in steps)), captions)
 
+    def caption_notes(self, captions: Sequence[str]) -> list[str]:
+        """`cut_captions`, and a line for each caption with words that the model has never seen."""
+        unseen = texts.unseen_words(self.engine, captions) if self.reads_captions else []
+        return self.cut_captions(captions) + unseen
+
     def settings(self, **keywords) -> dict[str, dict]:
         """step -> its settings in `text_to_image` with these keywords of `settings.SETTINGS`."""
         return resolve(self.engine, self.steps("draw"), **keywords)
