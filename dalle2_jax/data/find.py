@@ -18,6 +18,9 @@ from absl import logging
 from dalle2_jax.runtime.names import nearest
 
 MAX_FILES = 1_000_000  # of braces
+VALIDATION = ("validation", "val", "valid")  # names of one split
+_ENDINGS = {"tar": ".tar", "parquet": ".parquet", "tfrecord": ".tfrecord"}  # of the files of a source
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _MAX_ENTRIES = 100_000  # of folders searched for deeper files
 _INNER_BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
@@ -39,6 +42,11 @@ def did_you_mean(
     return (f"; did you mean {near}?" if near else ";") + f" {there_is}: {shown or 'nothing'}"
 
 
+def split_names(split: str) -> tuple[str, ...]:
+    """The names of a split in the order of search: 'validation', 'val' and 'valid' are one."""
+    return tuple(dict.fromkeys([split, *VALIDATION])) if split in VALIDATION else (split,)
+
+
 def check_mounted(path: str) -> None:
     """Raise ValueError for the address of a bucket."""
     if "://" in path:
@@ -51,6 +59,7 @@ def find_files(path: str, split: str, suffix: str) -> list[str]:
     """The sorted files of a dataset: `path` is a folder, a file or a pattern; see the module.
 
     In a folder, `split` picks FOLDER/SPLIT/*suffix or FOLDER/SPLIT-*suffix; '' takes the folder's files.
+    'validation', 'val' and 'valid' are one split.
     Deeper files, and others that look like parts of the data, are not read, with a warning.
 
     Raises:
@@ -163,7 +172,7 @@ def _holds(link: str, folder: str) -> bool:
 
 def _in_folder(path: str, split: str, suffix: str) -> list[str]:
     """The files of a folder; see `find_files`."""
-    folder, beside = path, 0
+    folder, beside, split = path, 0, _existing_split(path, split, suffix)
     if split and os.path.isdir(os.path.join(path, split)):
         beside = sum(_is_of_split(name, split) for name in _files_of(path, suffix))
         folder, split = os.path.join(path, split), ""
@@ -175,18 +184,52 @@ def _in_folder(path: str, split: str, suffix: str) -> list[str]:
                 f"{folder} itself holds no *{suffix}; {count}{more} lie in folders below it: "
                 f"{os.path.join(folder, '**', '*' + suffix)} names them all"
             )
-        raise ValueError(f"{folder} holds no *{suffix}" + holds("", folder))
+        raise ValueError(f"{folder} holds no *{suffix}" + _other_kind(folder, suffix) + holds("", folder))
     chosen = [name for name in names if not split or _is_of_split(name, split)]
     if not chosen:
         splits = {re.split(r"[-_.]", name)[0] for name in names}
         splits = {name for name in splits if not name.isdigit()}  # a number is no split, but a part of one
+        flag = "eval_split" if split in VALIDATION else "split"
         raise ValueError(
-            f"{path} holds neither {split}-*{suffix} nor {split}/*{suffix}; an empty split "
-            f"(--config.data.split= --config.data.eval_split=) takes all {len(names)} files"
+            f"--config.data.{flag}={split}: {path} holds neither {split}-*{suffix} nor {split}/*{suffix}; an "
+            f"empty split (--config.data.split= --config.data.eval_split=) takes all {len(names)} files"
             + (did_you_mean(split, splits, most=3) if splits else "")
         )
     _warn_of_others(folder, split, suffix, beside)
     return [os.path.join(folder, name) for name in chosen]
+
+
+def _existing_split(path: str, split: str, suffix: str) -> str:
+    """The first of the `split_names` that a folder has, as a folder or in names of files; else `split`."""
+    names = split_names(split)
+    if len(names) > 1:
+        files = _files_of(path, suffix)
+        for name in names:
+            if os.path.isdir(os.path.join(path, name)) or any(_is_of_split(file, name) for file in files):
+                return name
+    return split
+
+
+def _other_kind(folder: str, suffix: str) -> str:
+    """'; ...': the source that reads the files of a folder without *suffix, or ''."""
+    names = [name.lower() for name in os.listdir(folder)]
+    if any(re.search(r"\.(tar\.\w+|tgz)$", name) for name in names):
+        return f"; shards are read uncompressed: gunzip {folder}/*.gz"
+    for source, ending in _ENDINGS.items():
+        if ending != suffix and any(name.endswith(ending) for name in names):
+            return f"; its *{ending} are --config.data.source={source}"
+    beside = any(name.endswith(_PICTURES) for name in names)
+    if beside or any(_holds_picture(os.path.join(folder, name)) for name in sorted(os.listdir(folder))):
+        return "; folders of pictures are --config.data.source=folder"
+    return ""
+
+
+def _holds_picture(folder: str) -> bool:
+    """Whether one of the first entries of a folder is a picture."""
+    if not os.path.isdir(folder):
+        return False
+    with os.scandir(folder) as entries:
+        return any(entry.name.lower().endswith(_PICTURES) for entry in itertools.islice(entries, 100))
 
 
 def _is_of_split(name: str, split: str) -> bool:

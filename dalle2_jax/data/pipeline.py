@@ -93,7 +93,14 @@ class Dataset:
             raise ValueError(f"batch_size {batch_size} must be a positive multiple of its {num_parts} parts")
         settings = self.settings
         order = Order(
-            self.num_records, settings.seed, batch_size, tuple(parts), num_parts, shuffle, settings.group
+            self.num_records,
+            settings.seed,
+            batch_size,
+            tuple(parts),
+            num_parts,
+            shuffle,
+            settings.group,
+            self.source.mixture,
         )
         side = max(self._views.image_size or 1, *self._views.image_sizes.values(), 1)
         return stream.batches(
@@ -130,8 +137,9 @@ class Dataset:
 
     def _load_good(self, index: int, epoch: int, draws: np.ndarray) -> dict:
         """The parts of record `index`, or of the first usable one after it."""
-        for offset in range(self.num_records):
-            chosen = (index + offset) % self.num_records
+        first, count = self.source.span(index)
+        for offset in range(count):
+            chosen = first + (index - first + offset) % count
             if self._bad.reason(chosen):
                 continue
             if offset:
@@ -142,8 +150,10 @@ class Dataset:
                 record = self._read(chosen)
                 return self._parts(record, draws) | {"index": chosen}
             except BadRecord as error:
+                if record and record.source:
+                    error = BadRecord(f"{record.source}/{error.reason}", error.detail)
                 self._bad.add(chosen, record.key if record else self.key(chosen), error)
-        raise TooManyBadRecords(f"none of the {self.num_records} records can be used: {self.bad_records()}")
+        raise TooManyBadRecords(f"none of the {count} records can be used: {self.bad_records()}")
 
     @functools.cached_property
     def _needs_caption(self) -> bool:
@@ -191,7 +201,10 @@ class Dataset:
         return parts
 
     def _caption(self, record: Record, draws: np.ndarray) -> str:
-        return captions_module.choose(record, self.settings.language, draws, self._bad.note)
+        def note(reason: str) -> None:
+            self._bad.note(f"{record.source}/{reason}" if record.source else reason)
+
+        return captions_module.choose(record, self.settings.language, draws, note)
 
     def _label(self, record: Record, caption: str) -> int:
         """The class of a record, by its label or the caption; -1 for none. Raises BadRecord."""
@@ -268,7 +281,7 @@ def iterate_captions(limit: int = 50_000, **settings) -> Iterator[str]:
     """
     config = DataSettings(**settings)
     opened = sources.open_source(config)
-    captions_module.check(opened, config.path, config.language)
+    _check_captions(opened, config)
     stride = max(1, -(-len(opened) // limit))
     for index in range(0, len(opened), stride):
         try:
@@ -278,6 +291,11 @@ def iterate_captions(limit: int = 50_000, **settings) -> Iterator[str]:
         languages = sorted(captions) if config.language == captions_module.ANY_LANGUAGE else [config.language]
         for language in languages:
             yield from map(captions_module.cut, captions.get(language, ()))
+
+
+def _check_captions(source: RecordSource, settings: DataSettings) -> None:
+    for name, one in (source.sources or {settings.path: source}).items():
+        captions_module.check(one, name, settings.language)
 
 
 def _reads_captions(settings: DataSettings, source: RecordSource) -> bool:
@@ -299,6 +317,6 @@ def make_dataset(**settings) -> Dataset:
         found = classes_module.names(opened, config.classes, config.num_classes)
         config = dataclasses.replace(config, classes=found)
     if _reads_captions(config, opened):
-        captions_module.check(opened, config.path, config.language)
+        _check_captions(opened, config)
     bad = BadRecords(len(opened), config.max_bad_fraction, opened.refused, opened.passed, opened.examples)
     return Dataset(config, opened, bad)

@@ -47,7 +47,8 @@ class Record:
 
     image: the encoded file; None: not read. captions: by language. embeds: image_embed and text_embed,
     float32 [E]. fields: the names of its source's fields, captions and others. label: the number of its class
-    in its source, -1 for no class; None: no label is stored, or an unreadable one.
+    in its source, -1 for no class; None: no label is stored, or an unreadable one. source: its name in a
+    mixture of sources.
     """
 
     key: str
@@ -56,6 +57,7 @@ class Record:
     embeds: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     fields: tuple[str, ...] = ()
     label: int | None = None
+    source: str = ""
 
 
 class RecordSource:
@@ -73,6 +75,9 @@ class RecordSource:
     has_images: bool = True
     num_classes: int = 0  # above every label; 0: no record has a label
     classes: Sequence[str] = ()  # names of the labels 0 ... num_classes - 1, if they are known
+    # Of a mixture: its sources by name; (number of records, weight) of each.
+    sources: Mapping[str, "RecordSource"] = {}
+    mixture: tuple[tuple[int, float], ...] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -80,6 +85,10 @@ class RecordSource:
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         """Record `index`, with or without its image and captions. Raises BadRecord."""
         raise NotImplementedError
+
+    def span(self, index: int) -> tuple[int, int]:
+        """(first record, number of records) among which a bad record `index` is replaced."""
+        return 0, len(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _with_manifest(path: str, index: records.Index, has_end_mark: bool) -> recor
     return dataclasses.replace(index, refused=refused, passed=passed, damage=found)
 
 
-def _open_files(
+def open_files(
     path: str,
     split: str,
     suffix: str,
@@ -126,7 +126,7 @@ def _root(paths: Sequence[str]) -> str:
     return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
 
 
-class _Indexed(records.RecordSource):
+class IndexedSource(records.RecordSource):
     """The base of tar and TFRecord sources: the index rows of all files, and the file of each."""
 
     def __init__(self, paths: list[str], indexes: list[records.Index]):
@@ -166,7 +166,7 @@ class _Indexed(records.RecordSource):
         return f"{self._names[file]}:{index - int(self._first[file])}"
 
 
-def _log_losses(root: str, source: _Indexed, indexes: Sequence[records.Index]) -> None:
+def _log_losses(root: str, source: IndexedSource, indexes: Sequence[records.Index]) -> None:
     """Log the allowed damaged files, and a line for each reason of a loss."""
     for (name, _, count), index in zip(source.files, indexes, strict=True):
         if index.damage:
@@ -179,16 +179,23 @@ def _log_losses(root: str, source: _Indexed, indexes: Sequence[records.Index]) -
             logging.warning("%s: passed over %d (%s), such as %s", root, count, reason, example)
 
 
-class TarSource(_Indexed):
+class TarSource(IndexedSource):
     """img2dataset's tar shards: KEY.jpg|png|webp with KEY.txt, KEY.json and WebDataset's KEY.cls, a label.
 
     verify_sha256: compare the image's bytes with `sha256` in its JSON, the hash of the download. img2dataset
-    keeps these bytes only with resize_mode no.
+    keeps these bytes only with resize_mode no. caption_field: the field of the JSON with the captions, which
+    are then read from no other place; '': KEY.txt and the fields that `language_of` knows.
     """
 
-    def __init__(self, paths: list[str], indexes: list[records.Index], verify_sha256: bool = False):
+    def __init__(
+        self,
+        paths: list[str],
+        indexes: list[records.Index],
+        verify_sha256: bool = False,
+        caption_field: str = "",
+    ):
         super().__init__(paths, indexes)
-        self._verify_sha256 = verify_sha256
+        self._verify_sha256, self._caption_field = verify_sha256, caption_field
         self.num_classes = max(0, int(self._rows[:, 8].max()) + 1)
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
@@ -205,12 +212,12 @@ class TarSource(_Indexed):
         key = damage.printable(name)
         texts: dict[str, list[str]] = {}
         fields: dict[str, Any] = {}
-        if captions and row[3] >= 0:
+        if captions and row[3] >= 0 and not self._caption_field:
             add_caption(texts, "en", decode_caption(self._text(file, row[2], row[3])))
         if (captions or self._verify_sha256) and row[5] >= 0:
             fields = _json_fields(self._text(file, row[4], row[5]))
             if captions:
-                _add_fields(texts, fields)
+                add_fields(texts, fields, self._caption_field)
             expected = fields.get("sha256") if self._verify_sha256 else None
             if expected and encoded is not None and hashlib.sha256(encoded).hexdigest() != expected:
                 raise BadRecord("sha256_differs", f"{key}: {expected} in its JSON")
@@ -244,10 +251,16 @@ def _json_fields(data: bytes) -> dict:
     return fields
 
 
-def _add_fields(captions: dict[str, list[str]], fields: dict) -> None:
-    """Add every caption field, a text or a list of texts, to `captions`."""
+def add_fields(captions: dict[str, list[str]], fields: dict, caption_field: str = "") -> None:
+    """Add every caption field, a text or a list of texts, to `captions`.
+
+    caption_field: the only field that is read, in English unless its name is that of a caption in another
+    language; '': the fields that `language_of` knows.
+    """
+    if caption_field:
+        fields = {caption_field: fields.get(caption_field)}
     for field, value in fields.items():
-        language = language_of(field)
+        language = language_of(field) or ("en" if caption_field else None)
         if language:
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str):
@@ -255,18 +268,22 @@ def _add_fields(captions: dict[str, list[str]], fields: dict) -> None:
 
 
 def open_tar(
-    path: str, split: str, verify_sha256: bool = False, allow_damaged: str | Sequence[str] | None = None
+    path: str,
+    split: str,
+    verify_sha256: bool = False,
+    allow_damaged: str | Sequence[str] | None = None,
+    caption_field: str = "",
 ) -> TarSource:
-    """img2dataset's tar shards; see `find_files` for path and split.
+    """img2dataset's tar shards; see `find_files` for path and split, `TarSource` for the others.
 
     allow_damaged: files whose intact part is read; see `damage.check`. Raises ValueError, naming all other
     damaged files.
     """
-    opened = _open_files(path, split, ".tar", tar.index_tar, True, allow_damaged)
-    return TarSource(*opened, verify_sha256)
+    opened = open_files(path, split, ".tar", tar.index_tar, True, allow_damaged)
+    return TarSource(*opened, verify_sha256, caption_field)
 
 
-class ExampleSource(_Indexed):
+class ExampleSource(IndexedSource):
     """TFRecord files of tf.train.Example protos with an encoded image, captions and a label.
 
     caption_fields: {field: language}. label_field: '' for none; classes: names of its labels.
@@ -323,7 +340,7 @@ def _example_fields(names, path: str) -> tuple[str, dict[str, str]]:
 
 def open_tfrecord(path: str, split: str, allow_damaged: str | Sequence[str] | None = None) -> ExampleSource:
     """img2dataset's TFRecord files: key, jpg|png|webp, txt or caption, and other columns; see `open_tar`."""
-    paths, indexes = _open_files(path, split, ".tfrecord", records.index_tfrecord, False, allow_damaged)
+    paths, indexes = open_files(path, split, ".tfrecord", records.index_tfrecord, False, allow_damaged)
     source = ExampleSource(paths, indexes, "", {})
     for index in range(min(len(source), 16)):
         try:

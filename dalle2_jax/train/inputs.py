@@ -89,6 +89,8 @@ def dataset_fields(config: dict, plan: Plan) -> set[str]:
 def _precomputed(config: dict) -> str:
     """The folder of embeddings that a run reads, '' for none."""
     data = config["data"]
+    first = next(iter(data.get("sources", ())), {})
+    data = data | ({"path": first} if isinstance(first, str) else dict(first))
     return data["path"] if data["source"] == "embeddings" else data.get("embeddings", "")
 
 
