@@ -170,6 +170,8 @@ def embed(
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
+    if config["data"].get("sources"):
+        raise ValueError("data.sources: embed each source by itself, and name its folder as its embeddings")
     config, place = models.expand_paths(config), epath.Path(files.expand(out))
     encoder = Encoder(clip, batch_size)
     folder = epath.Path(hub.local(clip)) / "tokenizer"

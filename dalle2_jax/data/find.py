@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from absl import logging
 
+from dalle2_jax.data import remote
 from dalle2_jax.runtime.names import nearest
 
 MAX_FILES = 1_000_000  # of braces
@@ -48,10 +49,11 @@ def split_names(split: str) -> tuple[str, ...]:
 
 
 def check_mounted(path: str) -> None:
-    """Raise ValueError for the address of a bucket."""
-    if "://" in path:
+    """Raise ValueError for an address, where only folders are read."""
+    if remote.is_remote(path):
         raise ValueError(
-            f"{path}: records are read with pread from mounted file systems; mount the bucket (gcsfuse)"
+            f"{path}: this source reads mounted file systems; mount the bucket (gcsfuse), or pack the data "
+            "as tar, tfrecord or parquet shards, which are read from gs://, s3:// and hf://"
         )
 
 
@@ -66,7 +68,8 @@ def find_files(path: str, split: str, suffix: str) -> list[str]:
         ValueError: no file is found, or not all names of braces; the message lists existing names.
     """
     path = os.fspath(path)
-    check_mounted(path)
+    if remote.is_remote(path):
+        return _find_remote(path, split, suffix)
     if not path:
         raise ValueError("data.path is empty: give the folder, or a pattern, of the shards")
     if os.path.isdir(path):
@@ -99,6 +102,44 @@ def find_files(path: str, split: str, suffix: str) -> list[str]:
         only = f"; it matches {len(folders)} folders: add /*{suffix} for their files" if folders else ""
         raise ValueError(f"no file matches {path}" + (only or holds("", head)))
     return sorted(found)
+
+
+def _find_remote(path: str, split: str, suffix: str) -> list[str]:
+    """The sorted files of an address; see `find_files`."""
+    remote.refresh(path)
+    patterns = list(itertools.islice(_expanded(path), MAX_FILES + 1))
+    if len(patterns) > MAX_FILES:
+        raise ValueError(f"{path} names more than {MAX_FILES} files")
+    if patterns == [path] and not glob.has_magic(path):
+        return [path] if remote.is_file(path) else _in_folder(path.rstrip("/"), split, suffix)
+    found, missing, listed = set(), [], {}
+    for pattern in dict.fromkeys(patterns):
+        folder, _, name = pattern.rpartition("/")
+        if glob.has_magic(pattern):
+            matches = remote.matches(pattern)
+        else:
+            listed.setdefault(folder, set(remote.entries(folder)))
+            matches = [pattern] if (name, False) in listed[folder] else []
+        found.update(matches)
+        missing += [] if matches else [pattern]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(patterns)} names that {path} stands for are not there: "
+            + ", ".join(missing[:10])
+        )
+    return sorted(found)
+
+
+def _is_folder(path: str) -> bool:
+    return bool(remote.entries(path)) if remote.is_remote(path) else os.path.isdir(path)
+
+
+def _entries(folder: str) -> list[tuple[str, bool]]:
+    """(name, whether it is a folder) of all that lies in a folder."""
+    if remote.is_remote(folder):
+        return remote.entries(folder)
+    with os.scandir(folder or ".") as entries:
+        return [(entry.name, entry.is_dir()) for entry in entries]
 
 
 def _existing(path: str) -> tuple[str, str]:
@@ -173,7 +214,7 @@ def _holds(link: str, folder: str) -> bool:
 def _in_folder(path: str, split: str, suffix: str) -> list[str]:
     """The files of a folder; see `find_files`."""
     folder, beside, split = path, 0, _existing_split(path, split, suffix)
-    if split and os.path.isdir(os.path.join(path, split)):
+    if split and _is_folder(os.path.join(path, split)):
         beside = sum(_is_of_split(name, split) for name in _files_of(path, suffix))
         folder, split = os.path.join(path, split), ""
     names = _files_of(folder, suffix)
@@ -205,29 +246,28 @@ def _existing_split(path: str, split: str, suffix: str) -> str:
     if len(names) > 1:
         files = _files_of(path, suffix)
         for name in names:
-            if os.path.isdir(os.path.join(path, name)) or any(_is_of_split(file, name) for file in files):
+            if _is_folder(os.path.join(path, name)) or any(_is_of_split(file, name) for file in files):
                 return name
     return split
 
 
 def _other_kind(folder: str, suffix: str) -> str:
     """'; ...': the source that reads the files of a folder without *suffix, or ''."""
-    names = [name.lower() for name in os.listdir(folder)]
+    names = [name.lower() for name, _ in _entries(folder)]
     if any(re.search(r"\.(tar\.\w+|tgz)$", name) for name in names):
         return f"; shards are read uncompressed: gunzip {folder}/*.gz"
     for source, ending in _ENDINGS.items():
         if ending != suffix and any(name.endswith(ending) for name in names):
             return f"; its *{ending} are --config.data.source={source}"
     beside = any(name.endswith(_PICTURES) for name in names)
-    if beside or any(_holds_picture(os.path.join(folder, name)) for name in sorted(os.listdir(folder))):
+    folders = [os.path.join(folder, name) for name, is_folder in sorted(_entries(folder)) if is_folder]
+    if not remote.is_remote(folder) and (beside or any(map(_holds_picture, folders))):
         return "; folders of pictures are --config.data.source=folder"
     return ""
 
 
 def _holds_picture(folder: str) -> bool:
     """Whether one of the first entries of a folder is a picture."""
-    if not os.path.isdir(folder):
-        return False
     with os.scandir(folder) as entries:
         return any(entry.name.lower().endswith(_PICTURES) for entry in itertools.islice(entries, 100))
 
@@ -238,14 +278,15 @@ def _is_of_split(name: str, split: str) -> bool:
 
 def _files_of(folder: str, suffix: str) -> list[str]:
     """The sorted names of a folder's files with a suffix, without hidden ones."""
-    with os.scandir(folder) as entries:
-        found = [e.name for e in entries if e.name.endswith(suffix) and not e.is_dir()]
+    found = [name for name, is_folder in _entries(folder) if name.endswith(suffix) and not is_folder]
     return sorted(name for name in found if not name.startswith("."))
 
 
 def _deeper(folder: str, suffix: str) -> tuple[int, str]:
     """(the number of files with a suffix in folders below, ' or more' if the search ended early)."""
     count = searched = 0
+    if remote.is_remote(folder):
+        return 0, ""
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         count += sum(name.endswith(suffix) and name[0] != "." for name in names if place != folder)
@@ -271,11 +312,11 @@ def _warn_of_others(folder: str, split: str, suffix: str, beside: int) -> None:
     )
     like = [
         name
-        for name in os.listdir(folder)
+        for name, is_folder in _entries(folder)
         if shard.search(name.lower())
         and (not name.endswith(suffix) or name.startswith("."))
         and (not split or _is_of_split(name.lstrip("."), split))
-        and not os.path.isdir(os.path.join(folder, name))
+        and not is_folder
     ]
     if like:
         logging.warning(
@@ -289,8 +330,7 @@ def holds(word: str, folder: str) -> str:
 
     Files whose names differ only in numbers are shown as one pattern.
     """
-    with os.scandir(folder or ".") as entries:
-        kinds = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    kinds = [(name, is_folder) for name, is_folder in _entries(folder) if not name.startswith(".")]
     folders = [name for name, is_folder in kinds if is_folder]
     groups = collections.defaultdict(list)
     for name, is_folder in kinds:

@@ -35,6 +35,7 @@ class Mixture(records.RecordSource):
         ]
         of_each = [(f"{n} {one.fingerprint}", 0, len(one)) for n, one in enumerate(sources.values())]
         self.fingerprint = records.fingerprint(of_each)
+        self.remote = any(source.remote for source in sources.values())
         self.has_images = all(source.has_images for source in sources.values())
         self.embed_dims = self._common("embed_dims", "embeddings of one size, or none")
         self.clip_sha256 = self._common("clip_sha256", "embeddings of one CLIP")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dalle2_jax.data import damage, records, shards
+from dalle2_jax.data import damage, records, remote, shards
 from dalle2_jax.data.find import did_you_mean
 from dalle2_jax.data.records import BadRecord, Index, Record
 
@@ -40,18 +40,17 @@ def index_parquet(path: str) -> Index:
     A file without a readable footer has no records and is damaged.
     """
     import pyarrow
-    import pyarrow.parquet
 
     found, rows = "", np.zeros((0, 2), np.int64)
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with _open(path) as file:
             about = file.metadata
             counts = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
         groups = np.repeat(np.arange(len(counts)), counts)
         starts = np.cumsum([0, *counts[:-1]]) if counts else np.zeros(0, np.int64)
         rows = np.stack([groups, np.arange(len(groups)) - starts[groups]], 1) if counts else rows
     except pyarrow.ArrowInvalid:
-        with open(path, "rb") as opened:
+        with remote.open_file(path) as opened:
             head = opened.read(512)
         found = "truncated_archive" if head[:4] == b"PAR1" else damage.of_beginning(head, "not_an_archive")
     return Index(rows.astype(np.int64), {}, damage=found)
@@ -75,8 +74,9 @@ class ParquetSource(shards.IndexedSource):
         super().__init__(paths, indexes)
         self._paths, self._caption_field = paths, caption_field
         self._cache = _Cache(CACHE_BYTES)
+        self._footers: dict[str, Any] = {}  # of the files that were opened
         first = next(number for number, index in enumerate(indexes) if len(index.rows))
-        with _open(paths[first]) as file:
+        with self._open(paths[first]) as file:
             self._fields = _fields(paths[first], file.schema_arrow, image_field, caption_field, label_field)
         self.classes, self._labels = self._fields.classes, None
         if self._fields.label:
@@ -125,7 +125,7 @@ class ParquetSource(shards.IndexedSource):
         import pyarrow
 
         path = self._paths[file]
-        with _open(path) as opened:
+        with self._open(path) as opened:
             field = column.partition(".")[0]
             if field not in opened.schema_arrow.names:
                 raise ValueError(f"{path} has no column {field!r}, which {self._paths[0]} has")
@@ -139,12 +139,19 @@ class ParquetSource(shards.IndexedSource):
                     )
             try:
                 table = opened.read_row_group(group, columns=[column], use_threads=False)
+            except remote.Unreachable:
+                raise
             except (pyarrow.ArrowException, OSError) as error:
                 raise BadRecord("damaged_row_group", f"{path}: row group {group}: {error}") from None
         return table.column(0).combine_chunks()
 
+    def _open(self, path: str):
+        opened = _open(path, self._footers.get(path))
+        self._footers[path] = opened.metadata
+        return opened
+
     def _read_labels(self, path: str) -> np.ndarray:
-        with _open(path) as file:
+        with self._open(path) as file:
             column = file.read(columns=[self._fields.label], use_threads=False).column(0)
         return column.fill_null(_NO_LABEL).to_numpy().astype(np.int32)
 
@@ -182,10 +189,12 @@ class _Cache:
         return value
 
 
-def _open(path: str):
+def _open(path: str, footer=None):
+    """A pyarrow ParquetFile; footer: its `metadata`, if it is known."""
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(path)
+    source = remote.RemoteFile(path, block=0) if remote.is_remote(path) else path
+    return pyarrow.parquet.ParquetFile(source, metadata=footer)
 
 
 def _fields(path: str, schema, image_field: str, caption_field: str, label_field: str) -> _Fields:

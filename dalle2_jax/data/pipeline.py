@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from absl import logging
 
 from dalle2_jax.data import captions as captions_module
 from dalle2_jax.data import classes as classes_module
-from dalle2_jax.data import sources, stream, transforms
+from dalle2_jax.data import remote, sources, stream, transforms
 from dalle2_jax.data.bad_records import BadRecords, TooManyBadRecords
 from dalle2_jax.data.order import Order
 from dalle2_jax.data.records import BadRecord, Record, RecordSource
@@ -118,13 +119,19 @@ class Dataset:
         return self.settings.shapes(self.source)
 
     @functools.cached_property
+    def _pool(self) -> futures.ThreadPoolExecutor:
+        """Threads that wait for an object store."""
+        return futures.ThreadPoolExecutor(remote.THREADS * max(1, self.settings.num_workers))
+
+    @functools.cached_property
     def _views(self) -> Views:
         return self.settings.views
 
     def _load(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """The stacked fields of some records, with bad ones replaced."""
         draws = transforms.uniforms(self.settings.seed, epochs, indices)
-        rows = [self._load_good(int(i), int(e), d) for i, e, d in zip(indices, epochs, draws, strict=True)]
+        load = self._pool.map if self.source.remote else map
+        rows = list(load(self._load_good, indices.tolist(), epochs.tolist(), draws))
         made = {"index": np.array([row["index"] for row in rows], np.int64)}
         if self.settings.has(*TEXT):
             made["tokens"], made["token_mask"] = self.settings.tokenizer([row["caption"] for row in rows])

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from dalle2_jax.data import damage, records, tar
+from dalle2_jax.data import damage, records, remote, tar
 from dalle2_jax.data.examples import Example
 from dalle2_jax.data.find import find_files
 from dalle2_jax.data.records import BadRecord, Record
 
 _MAX_COUNT = 1 << 48  # samples of a shard in a manifest
-_NEAR = 4096  # a name and its picture are read at once if at most so many bytes apart
 _CAPTION_FIELD = re.compile(r"(?:caption|captions|text|txt)(?:_([a-z]{2,3}))?(?:/text|/raw)?")
 
 
@@ -76,7 +75,9 @@ def _expected(path: str) -> int | None:
     """The number of samples in img2dataset's `_stats.json` beside a shard; None: no valid number."""
     stats = os.path.splitext(path)[0] + "_stats.json"
     try:
-        with open(stats, encoding="utf-8") as file:
+        if remote.is_remote(path) and not remote.is_listed(stats):
+            return None
+        with remote.open_file(stats) as file:
             expected = int(json.loads(file.read(records.MAX_TEXT_BYTES))["successes"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
@@ -123,7 +124,17 @@ def open_files(
 
 def _root(paths: Sequence[str]) -> str:
     """The common folder of these files."""
+    if remote.is_remote(paths[0]):
+        name = remote.scheme(paths[0])
+        return f"{name}://" + os.path.commonpath([os.path.dirname(path[len(name) + 3 :]) for path in paths])
     return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+
+
+def _size(path: str) -> int:
+    """The size of a file in bytes, 0 where there is none."""
+    if remote.is_remote(path):
+        return remote.file_size(path)
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 class IndexedSource(records.RecordSource):
@@ -131,6 +142,7 @@ class IndexedSource(records.RecordSource):
 
     def __init__(self, paths: list[str], indexes: list[records.Index]):
         self._files = records.Files(paths)
+        self.remote = any(map(remote.is_remote, paths))
         root, counts = _root(paths), [len(index.rows) for index in indexes]
         self._file_of = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
         self._first = np.concatenate([[0], np.cumsum(counts)])
@@ -145,7 +157,7 @@ class IndexedSource(records.RecordSource):
             for reason in {**index.refused, **index.passed}:
                 example = f": {index.examples[reason]}" if reason in index.examples else ""
                 examples.setdefault(reason, damage.printable(os.fsencode(name)) + example)
-            size = os.path.getsize(path) if os.path.exists(path) else 0
+            size = _size(path)
             self.files.append((name, size, len(index.rows)))
         _log_losses(root, self, indexes)
         self.fingerprint = records.fingerprint(self.files)
@@ -201,21 +213,22 @@ class TarSource(IndexedSource):
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         """One record; see `records.RecordSource`."""
         file, row = int(self._file_of[index]), self._rows[index].tolist()
-        (image_at, image_size), (key_at, key_size), label = row[:2], row[6:8], row[8]
-        encoded, between = None, image_at - key_at
-        if image and 0 < between <= _NEAR:
-            data = self._files.read(file, key_at, between + image_size)
-            name, encoded = data[:key_size], data[between:]
-        else:
-            name = self._files.read(file, key_at, key_size)
-            encoded = self._files.read(file, image_at, image_size) if image else None
-        key = damage.printable(name)
+        wanted = {"key": row[6:8]} | ({"image": row[:2]} if image else {})
+        if captions and row[3] >= 0 and not self._caption_field:
+            wanted["txt"] = row[2:4]
+        if (captions or self._verify_sha256) and row[5] >= 0:
+            wanted["json"] = row[4:6]
+        for part in wanted.keys() & {"txt", "json"}:
+            if wanted[part][1] > records.MAX_TEXT_BYTES:  # parsed JSON takes many times its size
+                raise BadRecord("text_too_large", f"{wanted[part][1]} bytes")
+        data = dict(zip(wanted, self._files.read_ranges(file, list(wanted.values())), strict=True))
+        key, encoded, label = damage.printable(data["key"]), data.get("image"), row[8]
         texts: dict[str, list[str]] = {}
         fields: dict[str, Any] = {}
-        if captions and row[3] >= 0 and not self._caption_field:
-            add_caption(texts, "en", decode_caption(self._text(file, row[2], row[3])))
-        if (captions or self._verify_sha256) and row[5] >= 0:
-            fields = _json_fields(self._text(file, row[4], row[5]))
+        if "txt" in data:
+            add_caption(texts, "en", decode_caption(data["txt"]))
+        if "json" in data:
+            fields = _json_fields(data["json"])
             if captions:
                 add_fields(texts, fields, self._caption_field)
             expected = fields.get("sha256") if self._verify_sha256 else None
@@ -231,13 +244,6 @@ class TarSource(IndexedSource):
         data = self._files.read(file, int(self._rows[index, 0]) - 512, 100)
         name = data.split(b"\0")[0].decode("ascii", "replace").rpartition("/")[2].partition(".")[0]
         return f"{os.path.basename(self._files.paths[file])}:{name}"
-
-    def _text(self, file: int, offset: int, size: int) -> bytes:
-        """A .txt or .json. Raises BadRecord above MAX_TEXT_BYTES, for parsed JSON takes many times its
-        size."""
-        if size > records.MAX_TEXT_BYTES:
-            raise BadRecord("text_too_large", f"{size} bytes")
-        return self._files.read(file, offset, size)
 
 
 def _json_fields(data: bytes) -> dict:
