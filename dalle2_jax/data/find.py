@@ -61,8 +61,8 @@ def find_files(path: str, split: str, suffix: str) -> list[str]:
     """The sorted files of a dataset: `path` is a folder, a file or a pattern; see the module.
 
     In a folder, `split` picks FOLDER/SPLIT/*suffix or FOLDER/SPLIT-*suffix; '' takes the folder's files.
-    'validation', 'val' and 'valid' are one split.
-    Deeper files, and others that look like parts of the data, are not read, with a warning.
+    'validation', 'val' and 'valid' are one split. Deeper files, and others that look like parts of the data,
+    are not read, with a warning.
 
     Raises:
         ValueError: no file is found, or not all names of braces; the message lists existing names.
@@ -112,7 +112,8 @@ def _find_remote(path: str, split: str, suffix: str) -> list[str]:
         raise ValueError(f"{path} names more than {MAX_FILES} files")
     if patterns == [path] and not glob.has_magic(path):
         return [path] if remote.is_file(path) else _in_folder(path.rstrip("/"), split, suffix)
-    found, missing, listed = set(), [], {}
+    found, missing = set(), []
+    listed: dict[str, set[tuple[str, bool]]] = {}
     for pattern in dict.fromkeys(patterns):
         folder, _, name = pattern.rpartition("/")
         if glob.has_magic(pattern):

@@ -86,7 +86,9 @@ def _open_mixture(settings: SourceSettings) -> mixture.Mixture:
     if settings.embeddings:
         raise ValueError("data.embeddings: give the folder of each source, as embeddings in data.sources")
     names = {field.name for field in dataclasses.fields(SourceSettings)} - {"split", "sources"} | {"weight"}
-    entries = [{"path": one} if isinstance(one, str) else dict(one) for one in settings.sources]
+    entries: list[dict[str, Any]] = [
+        {"path": one} if isinstance(one, str) else dict(one) for one in settings.sources
+    ]
     weights = [entry.pop("weight", 1) for entry in entries]
     for entry, weight in zip(entries, weights, strict=True):
         for name in entry:
