@@ -259,6 +259,6 @@ def open_parquet(
     try:
         import pyarrow  # noqa: F401
     except ImportError:
-        raise ValueError("data.source=parquet needs pyarrow: pip install pyarrow") from None
+        raise ValueError("data.source=parquet needs pyarrow: pip install 'dalle2_jax[train]'") from None
     opened = shards.open_files(path, split, ".parquet", index_parquet, True, allow_damaged)
     return ParquetSource(*opened, image_field, caption_field, label_field)

@@ -47,8 +47,8 @@ def _file_system(name: str):
         return fsspec.filesystem(name)
     except ImportError as error:
         raise ValueError(
-            f"{name}:// needs a package that is not installed ({error}): pip install "
-            f"'dalle2_jax[{EXTRAS[name]}]'"
+            f"{name}:// needs a package that is not installed ({error}): "
+            f"pip install 'dalle2_jax[{EXTRAS[name]}]'"
         ) from None
 
 
