@@ -249,6 +249,8 @@ def embed(
     """
     from dalle2_jax.data import pipeline, tokenizer
 
+    if config["data"].get("sources"):
+        raise ValueError("data.sources: embed each source by itself, and name its folder as its embeddings")
     config, place = models.expand_paths(config), epath.Path(files.expand(out))
     encoder, lost = make_encoder(config, clip, batch_size, dtype), {}
     words = tokenizer.load_tokenizer(encoder.folder / "tokenizer", encoder.stage.context_length)

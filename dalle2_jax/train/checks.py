@@ -7,6 +7,7 @@ from absl import flags
 
 from dalle2_jax.models import models, trainable
 from dalle2_jax.runtime import partition
+from dalle2_jax.runtime.batch import PICTURES, field
 from dalle2_jax.train import optim, resume
 
 FAILED = 2  # exit status of a run whose settings, data or disk do not allow it
@@ -28,6 +29,7 @@ SETTINGS = (
     "trainable",
     "init_from",
 )
+OF_CAPTIONS = ("tokens", "token_mask", "label", "text_embed", "text_states")  # fields made from a caption
 TOKENIZER_SETTINGS = ("path", "vocab_size", "context_length")
 # Settings that a run fills in: no hint names them.
 FILLED_IN = {
@@ -82,6 +84,7 @@ def check_settings(config: dict, stage, mesh) -> None:
     if config["spike_sigma"] < 0:
         raise ValueError(f"spike_sigma {config['spike_sigma']} must be 0 (none) or above; 6 is usual")
     optim.Settings(**config["optim"], num_steps=config["num_steps"])
+    _check_sample_captions(config, stage)
     if patterns := config.get("trainable"):
         trainable.check(models.abstract_params(stage), patterns)
         if not config["init_from"]:
@@ -115,4 +118,22 @@ def check_vocabulary(config: dict, tokenizer) -> None:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, model.text.vocab_size is {vocab_size}: "
             f"raise it to {tokenizer.vocab_size}"
+        )
+
+
+def _check_sample_captions(config: dict, stage) -> None:
+    """Raise ValueError for `sample_captions` of a stage that does not draw pictures from captions alone."""
+    captions = config.get("sample_captions", ())
+    if not captions:
+        return
+    if isinstance(captions, str):
+        raise ValueError(f"sample_captions is a list of captions: ({captions!r},)")
+    draws = stage.ops["sample"].writes[0] if hasattr(stage, "sample") else ""
+    reads = set(stage.batch_spec(1)) - {draws, "image", "crop_yx"}
+    others = sorted(name for name in reads if name.rpartition(".")[2] not in OF_CAPTIONS)
+    if not draws or field(draws).kind not in (*PICTURES, "codes") or others or not reads:
+        also = f" also reads {', '.join(others)}" if others else " draws no pictures from captions"
+        raise ValueError(
+            f"sample_captions: stage {config['stage']!r}{also}. Leave them out: then the samples are those "
+            "of validation records; generate draws your captions with the whole model"
         )
