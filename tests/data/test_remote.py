@@ -95,11 +95,9 @@ def test_shards_are_indexed_once_and_read_in_ranges(tmp_path, monkeypatch):
         assert not server.ranges and again.fingerprint == dataset(address).fingerprint
         assert seen(dataset(address + "/{train-0,valid-0}.tar")) == {n: n for n in (*range(6), 20)}
         local = dataset(str(tmp_path))
-        for one, other in zip(data.batches(4, 3), local.batches(4, 3), strict=False):
+        for _, one, other in zip(range(3), data.batches(4, 3), local.batches(4, 3), strict=False):
             for name in one:
                 np.testing.assert_array_equal(one[name], other[name])
-            if one["index"][0] == 3:
-                break
         made.write_samples(tmp_path / "train-1.tar", range(6, 12))  # a shard of the same name
         server.files["data/train-1.tar"] = (tmp_path / "train-1.tar").read_bytes()
         assert seen(dataset(address)) == {number: number for number in range(12)}
