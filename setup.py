@@ -58,6 +58,7 @@ EXTRAS = {
     "sentencepiece": ["protobuf>=4", "sentencepiece>=0.2", "transformers>=4.46,<6"],  # `convert t5`, once
     "hub": ["huggingface_hub>=0.34"],
     "wandb": ["wandb>=0.19"],
+    "docs": ["furo>=2025.12", "myst-parser>=5", "sphinx>=9"],  # the site of docs/
     # setuptools builds the wheel of tests/test_wheel.py
     "test": [
         "mypy>=2.4",
