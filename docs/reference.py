@@ -26,7 +26,7 @@ from dalle2_jax.runtime import commandline
 from tests import settings_page
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTH = 100  # characters of a line of --help
+WIDTH = 88  # characters of a line of --help and of a signature
 SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):")
 # page -> (title, text, objects 'module:name', or modules with all that is public in them)
 DOCSTRINGS = {
