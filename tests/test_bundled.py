@@ -43,7 +43,10 @@ def test_models_has_its_stages():
     text = section("models.md")
     said = ["{vocab_size} tokens, {context_length} a caption".format(**clip["text"])]
     said += ["{image_size} x {image_size}, ResNet tower, embeddings of {embed_dim} entries".format(**clip)]
-    said += [f"{prior['text']['depth']} layers", f"{decoder['image_size']} x {decoder['image_size']}, predicts v"]
+    said += [
+        f"{prior['text']['depth']} layers",
+        f"{decoder['image_size']} x {decoder['image_size']}, predicts v",
+    ]
     assert not [words for words in said if words not in text]
     assert clip["vision"]["kind"] == "resnet" and decoder["objective"] == "v"
     assert prior.get("guidance_scale", 1.0) == 1.0 and "no guidance" in text
