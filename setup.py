@@ -56,7 +56,11 @@ EXTRAS = {
     "studio": ["gradio>=6.31,<7", "fastapi>=0.115", "starlette>=0.40", "uvicorn>=0.30"],
     "browser": ["selenium>=4.51"],  # drives the Chromium of the system in the tests of the studio
     "sentencepiece": ["protobuf>=4", "sentencepiece>=0.2", "transformers>=4.46,<6"],  # `convert t5`, once
-    "hub": ["huggingface_hub>=0.34"],
+    "hub": ["fsspec>=2024.6", "huggingface_hub>=0.34"],  # fsspec reads shards: data.path=hf://datasets/...
+    "s3": ["fsspec>=2024.6", "s3fs>=2024.6"],
+    "gs": ["fsspec>=2024.6", "gcsfs>=2024.6"],
+    # servers that stand for these stores in the tests, which are skipped without them
+    "stores": ["gcp-storage-emulator>=2024.8", "gcsfs>=2024.6", "moto[server]>=5", "s3fs>=2024.6"],
     "wandb": ["wandb>=0.19"],
     "docs": ["furo>=2025.12", "myst-parser>=5", "sphinx>=9"],  # the site of docs/
     # setuptools builds the wheel of tests/test_wheel.py

@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
     config.eval_batches = 4
     config.sample_every = 10_000
     config.num_samples = 16
+    config.sample_captions = ()  # what the samples show; (): captions of validation records
     config.checkpoint_every = 5_000
     config.keep_checkpoints = 3
     config.profile_at = 0  # first step of a profile; 0: none

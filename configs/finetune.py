@@ -3,10 +3,11 @@
     python -m dalle2_jax.train --config=configs/finetune.py:MODEL/STAGE --workdir=DIR
     --config.data.path=SHARDS
 
-The architecture is what MODEL/STAGE/config.json says, parameters start from that folder's, and prior and
-decoder read the embeddings of the CLIP beside it. MODEL is a folder, or hf://OWNER/NAME@COMMIT. The numbers
-are a beginning for small data: 1000 steps of 32 pictures at a constant rate. `--config.model.remat=all` and
-`--config.model.dtype=bfloat16` save memory. Without a folder it is the bundled decoder that is trained on.
+The architecture is what MODEL/STAGE/config.json says, parameters start from that folder's. Prior and decoder
+read the embeddings of the CLIP beside it, stages of Imagen and IF the states of the T5 beside it. MODEL is a
+folder, or hf://OWNER/NAME@COMMIT. The numbers are a beginning for small data: 1000 steps of 32 pictures at a
+constant rate. `--config.model.remat=all` and `--config.model.dtype=bfloat16` save memory. Without a folder it
+is the bundled decoder that is trained on.
 """
 
 import json
@@ -32,13 +33,15 @@ def get_config(preset: str = ""):
     config.stage = stored["stage"]
     config.model = {"dtype": "float32"} | stored["model"] | {"remat": "none"}
     config.init_from = where
+    text = stored["model"].get("text") or {}
     reads_embeds = stored["stage"] == "decoder" and stored["model"].get("embed_dim", 1) > 0
     if reads_embeds or stored["stage"] in ("prior", "ar_prior"):
         config.clip = model
+    elif text.get("states_width"):
+        config.frozen.t5 = model
     elif (folder.parent / "tokenizer").is_dir():
         config.tokenizer.path = f"{model}/tokenizer"
     config.data.classes = tuple(stored.get("data", {}).get("classes", ()))
-    text = stored["model"].get("text") or {}
     config.tokenizer.context_length = text.get("context_length", 77)
     config.tokenizer.vocab_size = text.get("vocab_size", 49408)
     config.optim.update(learning_rate=1e-5, warmup_steps=0)

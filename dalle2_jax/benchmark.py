@@ -1,4 +1,4 @@
-"""python -m dalle2_jax.benchmark --config=configs/X.py [--config.a.b=value ...]
+"""dalle2-jax benchmark --config=configs/X.py [--config.a.b=value ...]
 
 Measures training steps of a stage on this machine: examples a second, utilisation, memory, the time to
 compile. The batches are synthetic and on the devices: no data is read. The program is the one that
@@ -13,6 +13,11 @@ type, and the rate at which large arrays are copied. The fields that a frozen CL
 too: --config.clip makes no difference.
 """
 
+from dalle2_jax.runtime import start
+
+start.begin(__name__, "benchmark: loading JAX")
+
+
 import dataclasses
 import json
 import math
@@ -25,13 +30,14 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from etils import epath
 
 from dalle2_jax.models import flops, models
 from dalle2_jax.runtime import commandline, metrics, partition, processes
 from dalle2_jax.runtime.batch import field
 from dalle2_jax.runtime.commandline import define_config
+from dalle2_jax.train import checks
 from dalle2_jax.train.plan import Plan, make_plan
 
 GIB = 2**30
@@ -323,4 +329,4 @@ if __name__ == "__main__":
     commandline.DEFINE_path("json", None, "Also write the report there.")
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
     flags.mark_flags_as_required(["config"])
-    app.run(main)
+    start.run(main, settings=checks.settings_of_flag)

@@ -1,5 +1,5 @@
-"""python -m dalle2_jax.embed --config=configs/X.py --clip=MODEL --out=DIR [--config.data.path=...]
-python -m dalle2_jax.embed --config=configs/X.py --config.frozen.t5=MODEL --out=DIR [--config.data.path=...]
+"""dalle2-jax embed --config=configs/X.py --clip=MODEL --out=DIR [--config.data.path=...]
+dalle2-jax embed --config=configs/X.py --config.frozen.t5=MODEL --out=DIR [--config.data.path=...]
 
 Writes the CLIP embeddings of a data set in clip-retrieval's layout, to train stages from them:
 
@@ -20,6 +20,11 @@ missing shards. Several processes (see `processes`), or machines started separat
 the shards.
 """
 
+from dalle2_jax.runtime import start
+
+start.begin(__name__, "embed: loading JAX")
+
+
 import concurrent.futures
 import re
 import time
@@ -29,7 +34,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
 from dalle2_jax.data import embeddings, text_states
@@ -244,6 +249,8 @@ def embed(
     """
     from dalle2_jax.data import pipeline, tokenizer
 
+    if config["data"].get("sources"):
+        raise ValueError("data.sources: embed each source by itself, and name its folder as its embeddings")
     config, place = models.expand_paths(config), epath.Path(files.expand(out))
     encoder, lost = make_encoder(config, clip, batch_size, dtype), {}
     words = tokenizer.load_tokenizer(encoder.folder / "tokenizer", encoder.stage.context_length)
@@ -340,4 +347,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("debug", False, "Show the full traceback of an error in the settings.")
     flags.mark_flags_as_required(["config", "out"])
     logging.set_verbosity(logging.INFO)
-    app.run(main)
+    start.run(main, settings=checks.settings_of_flag)

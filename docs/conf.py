@@ -27,7 +27,7 @@ HOME = re.search(r'^HOME = "(.+?)"', (ROOT / "setup.py").read_text("utf-8"), re.
 # The menu: title of a part -> its pages
 PARTS = {
     "Draw": ["editing", "studio", "models"],
-    "Train": ["training", "data", "emoji", "quickstart"],
+    "Train": ["training", "data", "emoji", "systems", "quickstart"],
     "At scale": ["scaling", "launching", "reliability", "performance"],
     "Evaluate": ["evaluation", "paper"],
     "Extend": ["design", "reference/parts"],

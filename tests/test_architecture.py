@@ -28,6 +28,7 @@ INSIDE_FUNCTIONS = (
     *TENSORFLOW,
     "transformers",
     "diffusers",
+    "fsspec",
     "wandb",
     "tensorboard",
     "tensorboardX",

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "dalle2_jax").rglob("*.py")
-    if "    app.run(" in path.read_text("utf-8")
+    if "    start.run(" in path.read_text("utf-8")
 )
 # Flags whose value is text, but no path. A new one belongs here, or is defined by `commandline.DEFINE_path`.
 NO_PATHS = {
@@ -43,7 +43,7 @@ FLAGS_OF = """
 import importlib, json, runpy, sys
 from absl import app, flags
 
-app.run = lambda main: None
+app.run = lambda main, flags_parser: None
 for command in sys.argv[1:]:
     importlib.import_module(command)  # flags of what it imports are not its own
 others, found = set(flags.FLAGS), {}

@@ -261,7 +261,7 @@ def test_the_package_lists_its_commands():
     listed = re.findall(r"^  (\w+) +\w", done.stdout, re.M)
     package = ROOT / "dalle2_jax"
     mains = {path.parent.name for path in package.glob("*/__main__.py")}
-    mains |= {path.stem for path in package.glob("*.py") if "app.run(" in path.read_text("utf-8")}
+    mains |= {path.stem for path in package.glob("*.py") if "start.run(" in path.read_text("utf-8")}
     assert done.returncode == 0 and listed == list(COMMANDS) and mains == set(COMMANDS)
 
 
@@ -358,7 +358,7 @@ def there_already(items: list[str]) -> list[str]:
     What an item claims ends at its first full stop, colon or bracket; the rest may say what there is instead.
     """
     package = ROOT / "dalle2_jax"
-    mains = [path.stem for path in package.glob("*.py") if "app.run(" in path.read_text("utf-8")]
+    mains = [path.stem for path in package.glob("*.py") if "start.run(" in path.read_text("utf-8")]
     mains += [path.parent.name for path in package.glob("*/__main__.py")]
     names = "|".join(name.removesuffix("e") for name in ["launch", *mains])
     return [x for x in items if re.search(rf"\b({names})", re.split(r"[.:(]", x)[0], re.I)]

@@ -57,6 +57,7 @@ def fake(monkeypatch, tmp_path):
 
     library.snapshot_download, library.HfApi = snapshot_download, HfApi
     monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+    monkeypatch.setattr(hub, "unreachable", lambda: "")
     return library
 
 

@@ -93,4 +93,4 @@ def test_the_console_command_runs_the_commands(installed, tmp_path):
     wrong = run(program, "genrate", cwd=tmp_path, **env)
     assert wrong.returncode == 1 and "did you mean 'generate'?" in wrong.stderr
     unknown = run("-m", "dalle2_jax", "train", "--config=tiny/clp", "--workdir=w", cwd=tmp_path, **env)
-    assert unknown.returncode == 1 and "no recipe tiny/clp; did you mean tiny/clip" in unknown.stderr
+    assert unknown.returncode == 2 and "no recipe tiny/clp; did you mean tiny/clip" in unknown.stderr

@@ -1,4 +1,8 @@
-"""python -m dalle2_jax.convert SUBCOMMAND ...: weights in, model directories out."""
+"""dalle2-jax convert SUBCOMMAND ...: weights in, model directories out."""
+
+from dalle2_jax.runtime import start
+
+start.begin(__name__, "convert: loading JAX")
 
 from absl import logging
 

@@ -23,7 +23,7 @@ USES = {
     ),
     "diffusers": (
         "python",
-        'pipeline = diffusers.UnCLIPPipeline.from_pretrained("THIS_FOLDER")\n'
+        'pipeline = diffusers.DiffusionPipeline.from_pretrained("THIS_FOLDER")\n'
         'pipeline("a red star above a blue ring").images[0].save("picture.png")',
     ),
     "transformers": ("python", 'model = transformers.CLIPModel.from_pretrained("THIS_FOLDER")'),

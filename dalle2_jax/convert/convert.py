@@ -1,10 +1,10 @@
-"""python -m dalle2_jax.convert SUBCOMMAND ...: weights in, model directories out.
+"""dalle2-jax convert SUBCOMMAND ...: weights in, model directories out.
 
-    python -m dalle2_jax.convert workdirs --clip=W --prior=W --decoder=W --upsamplers=W1,W2 --out=MODEL
-    python -m dalle2_jax.convert FORMAT SRC OUT
-    python -m dalle2_jax.convert to-diffusers MODEL OUT
-    python -m dalle2_jax.convert push MODEL OWNER/NAME
-    python -m dalle2_jax.convert inception SRC.pth OUT.safetensors
+    dalle2-jax convert workdirs --clip=W --prior=W --decoder=W --upsamplers=W1,W2 --out=MODEL
+    dalle2-jax convert FORMAT SRC OUT
+    dalle2-jax convert to-diffusers MODEL OUT
+    dalle2-jax convert push MODEL OWNER/NAME
+    dalle2-jax convert inception SRC.pth OUT.safetensors
 
 The first takes the averaged parameters of training workdirs, the second weights of others: the name of a
 FORMAT is a module of `formats` (hf-clip is hf_clip.py), which describes SRC. The third makes folders of
@@ -32,7 +32,8 @@ from dalle2_jax.convert.tensors import sha256
 from dalle2_jax.convert.workdirs import check_out, check_stages, convert_workdirs, write_model
 from dalle2_jax.data.tokenizer import load_tokenizer
 from dalle2_jax.models import models
-from dalle2_jax.runtime import files, hub, modeldir
+from dalle2_jax.runtime import extras, files, hub, modeldir
+from dalle2_jax.runtime.names import nearest
 from dalle2_jax.systems import cascade
 from dalle2_jax.systems.cascade import ROLES
 
@@ -126,10 +127,12 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
     """
     source, folder = epath.Path(hub.local(model)), check_out(out, "float32")
     index = modeldir.read_index(source)
-    stages = {name: models.load_stage(source, name)[1:] for name in index["stages"]}
+    # Stored types take half the memory; CLIP's encoder runs, in float32.
+    stages = {name: models.load_stage(source, name, name != "clip")[1:] for name in index["stages"]}
     context_length = stages["clip"][0]["model"]["text"]["context_length"] if "clip" in stages else None
     words = next((each["tokenizer"] for each in index["stages"].values() if each["tokenizer"]), "")
     tokenizer = load_tokenizer(source / words, context_length) if words else None
+    print(f"licence of these weights: {index.get('licence') or card.UNKNOWN}", flush=True)
     notes = to_diffusers.export_model(Path(folder), stages, tokenizer)
     library = "transformers" if set(stages) == {"clip"} else "diffusers"
     (folder / modeldir.CARD_FILE).write_text(card.model_card(index, stages, library))
@@ -151,8 +154,8 @@ def _stage(text: str) -> tuple[str, str]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; one subcommand a source of weights."""
-    about = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m dalle2_jax.convert", description=about)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="dalle2-jax convert", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     path: dict[str, Any] = dict(type=files.expand, default="")
     workdirs = commands.add_parser(
@@ -245,10 +248,21 @@ def _print_size(out: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns 0, or 2 after an error."""
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands: Any = next(action for action in parser._actions if action.dest == "command").choices
+        flags = [flag for action in commands[options.command]._actions for flag in action.option_strings]
+        near = nearest(unknown[0].split("=")[0], flags, show=str)
+        hint = f"did you mean {near}?" if near else f"`{options.command} --help` lists the arguments"
+        print(f"error: {options.command} has no argument {unknown[0]}; {hint}", file=sys.stderr)
+        return 2
     try:
         options.run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        line = extras.missing(error) if isinstance(error, ImportError) else str(error)
+        if not line:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
     return 0

@@ -11,6 +11,7 @@ from etils import epath
 import dalle2_jax
 from dalle2_jax import systems
 from dalle2_jax.convert import card
+from dalle2_jax.data import words
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dalle2_jax.models import models, trainable
 from dalle2_jax.runtime import checksums, files, hub, modeldir
@@ -81,6 +82,8 @@ def convert_workdirs(
     inherited = sorted({found for _, source in wanted if (found := _licence(local[source]))})
     extra = {"name": name, "trained_steps": steps, "licence": licence or "; ".join(inherited)}
     write_model(out, parts, stages, tokenizer, dtype, extra | {"system": system, "frozen": frozen})
+    if seen := words.merged([read for _, source in wanted if (read := _words(local[source]))]):
+        words.write(out, seen)
 
 
 def check_out(out: str | os.PathLike, dtype: str) -> epath.Path:
@@ -113,6 +116,7 @@ def write_model(
     """
     extra = {"dalle2_jax_version": dalle2_jax.__version__} | extra | {"name": extra["name"] or out.name}
     system, frozen = extra.pop("system", "unclip"), extra.pop("frozen", {})
+    (out / words.FILE).unlink(missing_ok=True)  # of another model
     for folder, (config, params) in parts.items():
         modeldir.save_stage(out / folder, config, params, dtype)
     if tokenizer is not None:
@@ -120,9 +124,9 @@ def write_model(
         tokenizer.save(out / "tokenizer")
     entries = {}
     for folder, stage in stages.items():
-        words = "tokenizer" if getattr(stage, "context_length", None) else ""
+        reads = "tokenizer" if getattr(stage, "context_length", None) else ""
         uses = systems.load(system).uses(stage)
-        entries[folder] = {"folder": folder, "uses": uses, "tokenizer": words}
+        entries[folder] = {"folder": folder, "uses": uses, "tokenizer": reads}
         entries[folder] |= {"frozen": frozen[folder]} if frozen.get(folder) else {}
     modeldir.write_index(out, entries, system=system, extra=extra)
     (out / modeldir.CARD_FILE).write_text(card.model_card(extra, parts))
@@ -143,11 +147,21 @@ def _licence(source: str) -> str:
     return ""
 
 
+def _words(source: str) -> words.Words | None:
+    """The words of a workdir, or of the model directory that holds a stage; None: it has none."""
+    folder = epath.Path(source)
+    if models.is_workdir(folder):
+        return words.read(folder)
+    places = [place for place in (folder, folder.parent) if (place / modeldir.INDEX_FILE).exists()]
+    return words.read(places[0]) if places else None
+
+
 def _shared_tokenizer(folders: list[epath.Path]) -> Tokenizer:
     """The one tokenizer of the stages that read captions, at the longest of their contexts."""
     loaded = [load_tokenizer(folder) for folder in folders]
-    for folder in folders[1:]:
-        if (folder / "tokenizer.json").read_bytes() != (folders[0] / "tokenizer.json").read_bytes():
+    tables = [json.loads((folder / "tokenizer.json").read_text())["model"] for folder in folders]
+    for folder, table in zip(folders, tables, strict=True):
+        if table != tables[0]:
             raise ValueError(
                 f"{folder.parent} was trained with another tokenizer than {folders[0].parent}: train all "
                 "stages with one CLIP (--config.clip), which hands its tokenizer on"

@@ -70,8 +70,10 @@ def check(source: RecordSource, path: str, language: str) -> None:
         fields |= dict.fromkeys(record.fields[:_SHOWN_FIELDS])
         read += 1
     if read and not found:
-        mend = "rename the field that holds the captions" if fields else "put KEY.txt beside each KEY.jpg"
-        mend += " (tfds: give data.caption_field), or train a stage that reads none (model.text=None)"
+        mend = "put KEY.txt beside each KEY.jpg"
+        if fields:
+            mend = "rename the field that holds the captions, or name it by --config.data.caption_field"
+        mend += ", or train a stage that reads none (model.text=None)"
         raise ValueError(
             f"no captions in {path}: none of {read} records has one in KEY.txt or in a field caption, text, "
             f"txt, or caption_zh for Chinese and so on{_named(list(fields))}; {mend}"

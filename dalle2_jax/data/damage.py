@@ -12,7 +12,7 @@ KINDS = {
     "git_lfs_pointer": "is a git-lfs pointer, not the file itself: run `git lfs pull`",
     "web_page": "is a web page or XML: its download failed",
     "compressed_archive": "is compressed: decompress it (the pictures in it are compressed already)",
-    "not_an_archive": "is neither a tar archive nor a TFRecord file (a pattern must name such files alone)",
+    "not_an_archive": "is no tar archive, TFRecord or parquet file (a pattern must name such files alone)",
     "truncated_archive": "is cut: it ends early",
     "damaged_archive": "has a damaged header, and nothing says where the next record begins",
     "joined_archives": "goes on behind its end mark: join archives with `tar --concatenate`, not with `cat`",

@@ -15,9 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from absl import logging
 
+from dalle2_jax.data import remote
 from dalle2_jax.runtime.names import nearest
 
 MAX_FILES = 1_000_000  # of braces
+VALIDATION = ("validation", "val", "valid")  # names of one split
+_ENDINGS = {"tar": ".tar", "parquet": ".parquet", "tfrecord": ".tfrecord"}  # of the files of a source
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _MAX_ENTRIES = 100_000  # of folders searched for deeper files
 _INNER_BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
@@ -39,11 +43,17 @@ def did_you_mean(
     return (f"; did you mean {near}?" if near else ";") + f" {there_is}: {shown or 'nothing'}"
 
 
+def split_names(split: str) -> tuple[str, ...]:
+    """The names of a split in the order of search: 'validation', 'val' and 'valid' are one."""
+    return tuple(dict.fromkeys([split, *VALIDATION])) if split in VALIDATION else (split,)
+
+
 def check_mounted(path: str) -> None:
-    """Raise ValueError for the address of a bucket."""
-    if "://" in path:
+    """Raise ValueError for an address, where only folders are read."""
+    if remote.is_remote(path):
         raise ValueError(
-            f"{path}: records are read with pread from mounted file systems; mount the bucket (gcsfuse)"
+            f"{path}: this source reads mounted file systems; mount the bucket (gcsfuse), or pack the data "
+            "as tar, tfrecord or parquet shards, which are read from gs://, s3:// and hf://"
         )
 
 
@@ -51,13 +61,15 @@ def find_files(path: str, split: str, suffix: str) -> list[str]:
     """The sorted files of a dataset: `path` is a folder, a file or a pattern; see the module.
 
     In a folder, `split` picks FOLDER/SPLIT/*suffix or FOLDER/SPLIT-*suffix; '' takes the folder's files.
-    Deeper files, and others that look like parts of the data, are not read, with a warning.
+    'validation', 'val' and 'valid' are one split. Deeper files, and others that look like parts of the data,
+    are not read, with a warning.
 
     Raises:
         ValueError: no file is found, or not all names of braces; the message lists existing names.
     """
     path = os.fspath(path)
-    check_mounted(path)
+    if remote.is_remote(path):
+        return _find_remote(path, split, suffix)
     if not path:
         raise ValueError("data.path is empty: give the folder, or a pattern, of the shards")
     if os.path.isdir(path):
@@ -90,6 +102,45 @@ def find_files(path: str, split: str, suffix: str) -> list[str]:
         only = f"; it matches {len(folders)} folders: add /*{suffix} for their files" if folders else ""
         raise ValueError(f"no file matches {path}" + (only or holds("", head)))
     return sorted(found)
+
+
+def _find_remote(path: str, split: str, suffix: str) -> list[str]:
+    """The sorted files of an address; see `find_files`."""
+    remote.refresh(path)
+    patterns = list(itertools.islice(_expanded(path), MAX_FILES + 1))
+    if len(patterns) > MAX_FILES:
+        raise ValueError(f"{path} names more than {MAX_FILES} files")
+    if patterns == [path] and not glob.has_magic(path):
+        return [path] if remote.is_file(path) else _in_folder(path.rstrip("/"), split, suffix)
+    found, missing = set(), []
+    listed: dict[str, set[tuple[str, bool]]] = {}
+    for pattern in dict.fromkeys(patterns):
+        folder, _, name = pattern.rpartition("/")
+        if glob.has_magic(pattern):
+            matches = remote.matches(pattern)
+        else:
+            listed.setdefault(folder, set(remote.entries(folder)))
+            matches = [pattern] if (name, False) in listed[folder] else []
+        found.update(matches)
+        missing += [] if matches else [pattern]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(patterns)} names that {path} stands for are not there: "
+            + ", ".join(missing[:10])
+        )
+    return sorted(found)
+
+
+def _is_folder(path: str) -> bool:
+    return bool(remote.entries(path)) if remote.is_remote(path) else os.path.isdir(path)
+
+
+def _entries(folder: str) -> list[tuple[str, bool]]:
+    """(name, whether it is a folder) of all that lies in a folder."""
+    if remote.is_remote(folder):
+        return remote.entries(folder)
+    with os.scandir(folder or ".") as entries:
+        return [(entry.name, entry.is_dir()) for entry in entries]
 
 
 def _existing(path: str) -> tuple[str, str]:
@@ -163,8 +214,8 @@ def _holds(link: str, folder: str) -> bool:
 
 def _in_folder(path: str, split: str, suffix: str) -> list[str]:
     """The files of a folder; see `find_files`."""
-    folder, beside = path, 0
-    if split and os.path.isdir(os.path.join(path, split)):
+    folder, beside, split = path, 0, _existing_split(path, split, suffix)
+    if split and _is_folder(os.path.join(path, split)):
         beside = sum(_is_of_split(name, split) for name in _files_of(path, suffix))
         folder, split = os.path.join(path, split), ""
     names = _files_of(folder, suffix)
@@ -175,18 +226,51 @@ def _in_folder(path: str, split: str, suffix: str) -> list[str]:
                 f"{folder} itself holds no *{suffix}; {count}{more} lie in folders below it: "
                 f"{os.path.join(folder, '**', '*' + suffix)} names them all"
             )
-        raise ValueError(f"{folder} holds no *{suffix}" + holds("", folder))
+        raise ValueError(f"{folder} holds no *{suffix}" + _other_kind(folder, suffix) + holds("", folder))
     chosen = [name for name in names if not split or _is_of_split(name, split)]
     if not chosen:
         splits = {re.split(r"[-_.]", name)[0] for name in names}
         splits = {name for name in splits if not name.isdigit()}  # a number is no split, but a part of one
+        flag = "eval_split" if split in VALIDATION else "split"
         raise ValueError(
-            f"{path} holds neither {split}-*{suffix} nor {split}/*{suffix}; an empty split "
-            f"(--config.data.split= --config.data.eval_split=) takes all {len(names)} files"
+            f"--config.data.{flag}={split}: {path} holds neither {split}-*{suffix} nor {split}/*{suffix}; an "
+            f"empty split (--config.data.split= --config.data.eval_split=) takes all {len(names)} files"
             + (did_you_mean(split, splits, most=3) if splits else "")
         )
     _warn_of_others(folder, split, suffix, beside)
     return [os.path.join(folder, name) for name in chosen]
+
+
+def _existing_split(path: str, split: str, suffix: str) -> str:
+    """The first of the `split_names` that a folder has, as a folder or in names of files; else `split`."""
+    names = split_names(split)
+    if len(names) > 1:
+        files = _files_of(path, suffix)
+        for name in names:
+            if _is_folder(os.path.join(path, name)) or any(_is_of_split(file, name) for file in files):
+                return name
+    return split
+
+
+def _other_kind(folder: str, suffix: str) -> str:
+    """'; ...': the source that reads the files of a folder without *suffix, or ''."""
+    names = [name.lower() for name, _ in _entries(folder)]
+    if any(re.search(r"\.(tar\.\w+|tgz)$", name) for name in names):
+        return f"; shards are read uncompressed: gunzip {folder}/*.gz"
+    for source, ending in _ENDINGS.items():
+        if ending != suffix and any(name.endswith(ending) for name in names):
+            return f"; its *{ending} are --config.data.source={source}"
+    beside = any(name.endswith(_PICTURES) for name in names)
+    folders = [os.path.join(folder, name) for name, is_folder in sorted(_entries(folder)) if is_folder]
+    if not remote.is_remote(folder) and (beside or any(map(_holds_picture, folders))):
+        return "; folders of pictures are --config.data.source=folder"
+    return ""
+
+
+def _holds_picture(folder: str) -> bool:
+    """Whether one of the first entries of a folder is a picture."""
+    with os.scandir(folder) as entries:
+        return any(entry.name.lower().endswith(_PICTURES) for entry in itertools.islice(entries, 100))
 
 
 def _is_of_split(name: str, split: str) -> bool:
@@ -195,14 +279,15 @@ def _is_of_split(name: str, split: str) -> bool:
 
 def _files_of(folder: str, suffix: str) -> list[str]:
     """The sorted names of a folder's files with a suffix, without hidden ones."""
-    with os.scandir(folder) as entries:
-        found = [e.name for e in entries if e.name.endswith(suffix) and not e.is_dir()]
+    found = [name for name, is_folder in _entries(folder) if name.endswith(suffix) and not is_folder]
     return sorted(name for name in found if not name.startswith("."))
 
 
 def _deeper(folder: str, suffix: str) -> tuple[int, str]:
     """(the number of files with a suffix in folders below, ' or more' if the search ended early)."""
     count = searched = 0
+    if remote.is_remote(folder):
+        return 0, ""
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         count += sum(name.endswith(suffix) and name[0] != "." for name in names if place != folder)
@@ -228,11 +313,11 @@ def _warn_of_others(folder: str, split: str, suffix: str, beside: int) -> None:
     )
     like = [
         name
-        for name in os.listdir(folder)
+        for name, is_folder in _entries(folder)
         if shard.search(name.lower())
         and (not name.endswith(suffix) or name.startswith("."))
         and (not split or _is_of_split(name.lstrip("."), split))
-        and not os.path.isdir(os.path.join(folder, name))
+        and not is_folder
     ]
     if like:
         logging.warning(
@@ -246,8 +331,7 @@ def holds(word: str, folder: str) -> str:
 
     Files whose names differ only in numbers are shown as one pattern.
     """
-    with os.scandir(folder or ".") as entries:
-        kinds = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    kinds = [(name, is_folder) for name, is_folder in _entries(folder) if not name.startswith(".")]
     folders = [name for name, is_folder in kinds if is_folder]
     groups = collections.defaultdict(list)
     for name, is_folder in kinds:

@@ -8,6 +8,10 @@ with TensorFlow's stateless index shuffle, `tf.raw_ops.RandomIndexShuffle`, comp
 g > 1 groups of g successive records are permuted, so that these meet in one batch; the last N mod g records
 are left out. There is no shuffle buffer to save, any step can be the first, and a host that reads slots [i b,
 (i + 1) b) of each batch has its slice of the same global batch for any number of hosts.
+
+With several sources (`mixture`) each position, or group of positions, has a source, so that each source has
+its share of any stretch of positions to within one. The position within the source, which counts its own
+positions, gives the record as above; so each source has epochs of its own.
 """
 
 import dataclasses
@@ -118,12 +122,41 @@ def index_shuffle(index: np.ndarray, key: tuple[int, int, int], n: int) -> np.nd
     return found
 
 
+_WEIGHT_BITS = 20  # of a share; positions have 63 bits in all
+
+
+def _share(mixture: Sequence[tuple[int, float]], number: int) -> int:
+    """The weight of source `number` among it and the sources after it, in units of 2^-_WEIGHT_BITS."""
+    rest = sum(weight for _, weight in mixture[number:])
+    return min(max(round(mixture[number][1] / rest * 2**_WEIGHT_BITS), 1), 2**_WEIGHT_BITS)
+
+
+def assign(position: np.ndarray, mixture: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """(source number, position within it), int64 [k] both, of positions int64 [k] of a mixture.
+
+    Of the first p positions source 0 has floor(p w), for its share w; position p is its own if that number
+    grows there. The other positions are those of the next sources, by the same rule. Whole numbers: every
+    machine computes the same.
+    """
+    source = np.full_like(position, len(mixture) - 1)
+    within, waiting = position.copy(), np.arange(len(position))
+    for number in range(len(mixture) - 1):
+        share, at = _share(mixture, number), within[waiting]
+        before, after = at * share >> _WEIGHT_BITS, (at + 1) * share >> _WEIGHT_BITS
+        mine = after > before
+        source[waiting[mine]] = number
+        within[waiting] = np.where(mine, before, at - before)
+        waiting = waiting[~mine]
+    return source, within
+
+
 @dataclasses.dataclass(frozen=True)
 class Order:
     """The records of a host, which reads `parts` of the `num_parts` equal parts of each batch.
 
     Its element e is slot e mod `local` of its concatenated parts of step e // `local`. num_records, seed,
-    group: see the module. shuffle: False: the order of the records.
+    group: see the module. shuffle: False: the order of the records. mixture: (number of records, weight) of
+    each source, in the order of the records; (): one source.
     """
 
     num_records: int
@@ -133,6 +166,7 @@ class Order:
     num_parts: int
     shuffle: bool
     group: int = 1
+    mixture: tuple[tuple[int, float], ...] = ()
 
     @property
     def size(self) -> int:
@@ -146,7 +180,7 @@ class Order:
 
     @property
     def _group(self) -> int:
-        return min(self.group, self.num_records)
+        return min(self.group, self.num_records, *(count for count, _ in self.mixture))
 
     @property
     def epoch_records(self) -> int:
@@ -162,15 +196,29 @@ class Order:
         """(record numbers, epochs), int64 [k] both, of this host's elements int64 [k]."""
         step, slot = np.divmod(elements, self.local)
         part = np.asarray(self.parts, np.int64)[slot // self.size]
-        epoch, index = np.divmod(
-            step * self.batch_size + part * self.size + slot % self.size, self.epoch_records
-        )
-        group, num_groups = self._group, self.epoch_records // self._group
+        position = step * self.batch_size + part * self.size + slot % self.size
+        if not self.shuffle or len(self.mixture) < 2:
+            return self._of_source(position, self.num_records, self.seed)
+        found, epoch = np.empty_like(position), np.empty_like(position)
+        source, within = assign(position // self._group, self.mixture)
+        first = 0
+        for number, (count, _) in enumerate(self.mixture):
+            mine = source == number
+            own = within[mine] * self._group + position[mine] % self._group
+            found[mine], epoch[mine] = self._of_source(own, count, self.seed + number)
+            found[mine] += first
+            first += count
+        return found, epoch
+
+    def _of_source(self, position: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(record numbers, epochs) of the positions within a source of `count` records."""
+        num_groups = count // self._group
+        epoch, index = np.divmod(position, num_groups * self._group)
         if self.shuffle and num_groups > 1:
-            permuted = index // group
+            permuted = index // self._group
             for one in np.unique(epoch):
                 of_epoch = epoch == one
-                key = shuffle_key(self.seed, int(one))
+                key = shuffle_key(seed, int(one))
                 permuted[of_epoch] = index_shuffle(permuted[of_epoch], key, num_groups)
-            index = permuted * group + index % group
+            index = permuted * self._group + index % self._group
         return index, epoch

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from absl import logging
 
 from dalle2_jax.data import captions as captions_module
 from dalle2_jax.data import classes as classes_module
-from dalle2_jax.data import sources, stream, text_states, transforms
+from dalle2_jax.data import remote, sources, stream, text_states, transforms
 from dalle2_jax.data.bad_records import BadRecords, TooManyBadRecords
 from dalle2_jax.data.order import Order
 from dalle2_jax.data.records import BadRecord, Record, RecordSource
 from dalle2_jax.data.settings import DataSettings
 from dalle2_jax.data.transforms import Views
+from dalle2_jax.data.words import WordCounter, Words
 
 # Records a call: enough to amortize it, few enough to split a batch over the workers and to bound memory.
 _CHUNK, _CHUNK_PIXELS = 32, 1 << 21
@@ -33,6 +35,7 @@ class Dataset:
     settings: DataSettings
     source: RecordSource
     _bad: BadRecords
+    _words: WordCounter
 
     @property
     def num_records(self) -> int:
@@ -62,6 +65,10 @@ class Dataset:
     def bad_records(self) -> dict[str, int]:
         """{reason: count} of losses so far, in indexing and in reading."""
         return self._bad.counts()
+
+    def words(self, before: Words | None = None) -> Words | None:
+        """The words of the captions read so far, with those `before`; None: the dataset reads no captions."""
+        return self._words.so_far(before) if self.settings.tokenizes else None
 
     def batches(
         self,
@@ -93,7 +100,14 @@ class Dataset:
             raise ValueError(f"batch_size {batch_size} must be a positive multiple of its {num_parts} parts")
         settings = self.settings
         order = Order(
-            self.num_records, settings.seed, batch_size, tuple(parts), num_parts, shuffle, settings.group
+            self.num_records,
+            settings.seed,
+            batch_size,
+            tuple(parts),
+            num_parts,
+            shuffle,
+            settings.group,
+            self.source.mixture,
         )
         side = max(self._views.image_size or 1, *self._views.image_sizes.values(), 1)
         return stream.batches(
@@ -111,16 +125,24 @@ class Dataset:
         return self.settings.shapes(self.source)
 
     @functools.cached_property
+    def _pool(self) -> futures.ThreadPoolExecutor:
+        """Threads that wait for an object store."""
+        return futures.ThreadPoolExecutor(remote.THREADS * max(1, self.settings.num_workers))
+
+    @functools.cached_property
     def _views(self) -> Views:
         return self.settings.views
 
     def _load(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """The stacked fields of some records, with bad ones replaced."""
         draws = transforms.uniforms(self.settings.seed, epochs, indices)
-        rows = [self._load_good(int(i), int(e), d) for i, e, d in zip(indices, epochs, draws, strict=True)]
+        load = self._pool.map if self.source.remote else map
+        rows = list(load(self._load_good, indices.tolist(), epochs.tolist(), draws))
         made = {"index": np.array([row["index"] for row in rows], np.int64)}
         if self.settings.tokenizes:
-            made["tokens"], made["token_mask"] = self.settings.tokenizer([row["caption"] for row in rows])
+            captions = [row["caption"] for row in rows]
+            self._words.add(captions)
+            made["tokens"], made["token_mask"] = self.settings.tokenizer(captions)
         for name, (dtype, shape) in self._shapes.items():
             if name not in made:
                 stack = made[name] = np.empty((len(rows), *shape), dtype)
@@ -130,8 +152,9 @@ class Dataset:
 
     def _load_good(self, index: int, epoch: int, draws: np.ndarray) -> dict:
         """The parts of record `index`, or of the first usable one after it."""
-        for offset in range(self.num_records):
-            chosen = (index + offset) % self.num_records
+        first, count = self.source.span(index)
+        for offset in range(count):
+            chosen = first + (index - first + offset) % count
             if self._bad.reason(chosen):
                 continue
             if offset:
@@ -142,8 +165,10 @@ class Dataset:
                 record = self._read(chosen)
                 return self._parts(record, draws) | {"index": chosen}
             except BadRecord as error:
+                if record and record.source:
+                    error = BadRecord(f"{record.source}/{error.reason}", error.detail)
                 self._bad.add(chosen, record.key if record else self.key(chosen), error)
-        raise TooManyBadRecords(f"none of the {self.num_records} records can be used: {self.bad_records()}")
+        raise TooManyBadRecords(f"none of the {count} records can be used: {self.bad_records()}")
 
     @functools.cached_property
     def _needs_caption(self) -> bool:
@@ -193,7 +218,10 @@ class Dataset:
         return parts
 
     def _caption(self, record: Record, draws: np.ndarray) -> str:
-        return captions_module.choose(record, self.settings.language, draws, self._bad.note)
+        def note(reason: str) -> None:
+            self._bad.note(f"{record.source}/{reason}" if record.source else reason)
+
+        return captions_module.choose(record, self.settings.language, draws, note)
 
     def _label(self, record: Record, caption: str) -> int:
         """The class of a record, by its label or the caption; -1 for none. Raises BadRecord."""
@@ -270,7 +298,7 @@ def iterate_captions(limit: int = 50_000, **settings) -> Iterator[str]:
     """
     config = DataSettings(**settings)
     opened = sources.open_source(config)
-    captions_module.check(opened, config.path, config.language)
+    _check_captions(opened, config)
     stride = max(1, -(-len(opened) // limit))
     for index in range(0, len(opened), stride):
         try:
@@ -280,6 +308,11 @@ def iterate_captions(limit: int = 50_000, **settings) -> Iterator[str]:
         languages = sorted(captions) if config.language == captions_module.ANY_LANGUAGE else [config.language]
         for language in languages:
             yield from map(captions_module.cut, captions.get(language, ()))
+
+
+def _check_captions(source: RecordSource, settings: DataSettings) -> None:
+    for name, one in (source.sources or {settings.path: source}).items():
+        captions_module.check(one, name, settings.language)
 
 
 def _reads_captions(settings: DataSettings, source: RecordSource) -> bool:
@@ -301,6 +334,6 @@ def make_dataset(**settings) -> Dataset:
         found = classes_module.names(opened, config.classes, config.num_classes)
         config = dataclasses.replace(config, classes=found)
     if _reads_captions(config, opened):
-        captions_module.check(opened, config.path, config.language)
+        _check_captions(opened, config)
     bad = BadRecords(len(opened), config.max_bad_fraction, opened.refused, opened.passed, opened.examples)
-    return Dataset(config, opened, bad)
+    return Dataset(config, opened, bad, WordCounter(config.language))

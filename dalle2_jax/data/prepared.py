@@ -275,6 +275,7 @@ def _prepare_tfds(tfds, path: str, data_dir: str) -> str:
             builder = make_builder()  # another process may have prepared it meanwhile
             if not builder.is_prepared():
                 logging.info("preparing %s in %s (once)", path, builder.data_dir)
+                tfds.disable_progress_bar()  # dozens of lines in a log
                 builder.download_and_prepare(file_format="tfrecord")
     return os.fspath(builder.data_dir)
 

@@ -23,13 +23,15 @@ import google_crc32c
 import numpy as np
 from absl import logging
 
-from dalle2_jax.data import damage
+from dalle2_jax.data import damage, remote
 from dalle2_jax.runtime import files
 
 MAX_MEMBER_BYTES = 64 << 20
 MAX_TEXT_BYTES = 1 << 20  # of a caption, and of the JSON of a picture or a shard
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_CACHED_FROM = 16  # files
+_CACHED_FROM = 16  # files; those of an object store always
+_NEAR, _NEAR_REMOTE = 4096, 64 << 10  # bytes between ranges that are read at once
+_REMOTE_SCANS = 8  # files of an object store that are indexed at once
 _INDEX_VERSION = 3  # of the meaning of `Index`
 
 
@@ -48,7 +50,7 @@ class Record:
     image: the encoded file; None: not read. captions: by language. embeds: image_embed and text_embed,
     float32 [E]; text_states, the bits of bfloat16 [tokens, D]. fields: the names of its source's fields,
     captions and others. label: the number of its class in its source, -1 for no class; None: no label is
-    stored, or an unreadable one.
+    stored, or an unreadable one. source: its name in a mixture of sources.
     """
 
     key: str
@@ -57,6 +59,7 @@ class Record:
     embeds: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     fields: tuple[str, ...] = ()
     label: int | None = None
+    source: str = ""
 
 
 class RecordSource:
@@ -73,8 +76,12 @@ class RecordSource:
     encoder_sha256: Mapping[str, str] = {}  # {'clip': of its parameters} of the embeddings' encoder, if known
     most_tokens: int = 0  # of a caption with stored text states
     has_images: bool = True
+    remote: bool = False  # whether a record is a request to an object store
     num_classes: int = 0  # above every label; 0: no record has a label
     classes: Sequence[str] = ()  # names of the labels 0 ... num_classes - 1, if they are known
+    # Of a mixture: its sources by name; (number of records, weight) of each.
+    sources: Mapping[str, "RecordSource"] = {}
+    mixture: tuple[tuple[int, float], ...] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -82,6 +89,10 @@ class RecordSource:
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         """Record `index`, with or without its image and captions. Raises BadRecord."""
         raise NotImplementedError
+
+    def span(self, index: int) -> tuple[int, int]:
+        """(first record, number of records) among which a bad record `index` is replaced."""
+        return 0, len(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +141,10 @@ def fingerprint(entries: Iterable[tuple[str, int, int]]) -> str:
 
 
 class Files:
-    """Reads byte ranges of many files from many threads, with at most `limit` idle files open."""
+    """Reads byte ranges of many files from many threads, with at most `limit` idle files open.
+
+    The files of an object store are read by `remote`.
+    """
 
     def __init__(self, paths: list[str], limit: int = 128):
         self.paths, self._limit = paths, limit
@@ -140,6 +154,31 @@ class Files:
 
     def read(self, file: int, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` of file number `file`. Raises BadRecord('truncated') past its end."""
+        if remote.is_remote(self.paths[file]):
+            data = remote.read(self.paths[file], offset, size)
+        else:
+            data = self._read_local(file, offset, size)
+        if len(data) != size:
+            raise BadRecord("truncated", f"{self.paths[file]} ends before byte {offset + size}")
+        return data
+
+    def read_ranges(self, file: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each (offset, size); ranges that lie near each other are read at once."""
+        near = _NEAR_REMOTE if remote.is_remote(self.paths[file]) else _NEAR
+        spans: list[list[int]] = []  # begin, end
+        for begin, size in sorted(ranges):
+            if spans and begin - spans[-1][1] <= near:
+                spans[-1][1] = max(spans[-1][1], begin + size)
+            else:
+                spans.append([begin, begin + size])
+        data = [self.read(file, begin, end - begin) for begin, end in spans]
+        found = []
+        for begin, size in ranges:
+            span = next(n for n, (first, end) in enumerate(spans) if first <= begin and begin + size <= end)
+            found.append(data[span][begin - spans[span][0] :][:size])
+        return found
+
+    def _read_local(self, file: int, offset: int, size: int) -> bytes:
         with self._lock:
             entry = self._open.get(file)
             if entry is None:
@@ -148,13 +187,10 @@ class Files:
             entry[1] += 1
             self._open.move_to_end(file)
         try:
-            data = os.pread(entry[0], size, offset)
+            return os.pread(entry[0], size, offset)
         finally:
             with self._lock:
                 entry[1] -= 1
-        if len(data) != size:
-            raise BadRecord("truncated", f"{self.paths[file]} ends before byte {offset + size}")
-        return data
 
     def _close_idle(self):
         if len(self._open) >= self._limit:
@@ -185,8 +221,8 @@ def index_tfrecord(path: str) -> Index:
     rows, offset, found = [], 0, ""
     examples: dict[str, str] = {}
     refused = Counts(examples)
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with remote.open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
         if not size:
             found = "empty_file"
         while offset < size and not found:
@@ -217,18 +253,26 @@ def cache_dir() -> str:
 
 
 def scan(paths: list[str], index_file: Callable[[str], Index]) -> list[Index]:
-    """Index files with `index_file`; the indexes of many files are kept in the cache directory.
+    """Index files with `index_file`; the indexes of many files, and of any in an object store, are kept in
+    the cache directory.
 
-    A file that cannot be opened has an index without rows, with the damage 'unreadable'.
+    A file that cannot be opened has an index without rows, with the damage 'unreadable'. Raises
+    `remote.Unreachable`.
     """
-    indexes, started, logged = [], time.monotonic(), 0.0
-    for number, path in enumerate(paths):
+
+    def one(path: str) -> Index:
         try:
-            cached = len(paths) >= _CACHED_FROM
-            indexes.append(_cached_index(path, index_file) if cached else index_file(path))
+            cached = len(paths) >= _CACHED_FROM or remote.is_remote(path)
+            return _cached_index(path, index_file) if cached else index_file(path)
+        except remote.Unreachable:
+            raise
         except OSError as error:
             reason = {"unreadable": error.strerror or str(error)}
-            indexes.append(Index(np.zeros((0, 0), np.int64), {}, {}, reason, "unreadable"))
+            return Index(np.zeros((0, 0), np.int64), {}, {}, reason, "unreadable")
+
+    indexes, started, logged = [], time.monotonic(), 0.0
+    for number, index in enumerate(remote.mapped(one, paths, _REMOTE_SCANS)):
+        indexes.append(index)
         if time.monotonic() - started > logged + 10:
             logged = time.monotonic() - started
             logging.info("indexed %d of %d files, once, in %.0f s", number + 1, len(paths), logged)
@@ -236,8 +280,12 @@ def scan(paths: list[str], index_file: Callable[[str], Index]) -> list[Index]:
 
 
 def _cached_index(path: str, index_file: Callable[[str], Index]) -> Index:
-    state = os.stat(path)
-    identity = [_INDEX_VERSION, index_file.__name__, os.path.abspath(path), state.st_size, state.st_mtime_ns]
+    if remote.is_remote(path):
+        state = [path, *remote.identity(path)]
+    else:
+        found = os.stat(path)
+        state = [os.path.abspath(path), found.st_size, found.st_mtime_ns]
+    identity = [_INDEX_VERSION, index_file.__name__, *state]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest() + ".npz"
     cached = os.path.join(cache_dir(), "index", name)
     try:

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from dalle2_jax.data import damage, records, tar
+from dalle2_jax.data import damage, records, remote, tar
 from dalle2_jax.data.examples import Example
 from dalle2_jax.data.find import find_files
 from dalle2_jax.data.records import BadRecord, Record
 
 _MAX_COUNT = 1 << 48  # samples of a shard in a manifest
-_NEAR = 4096  # a name and its picture are read at once if at most so many bytes apart
 _CAPTION_FIELD = re.compile(r"(?:caption|captions|text|txt)(?:_([a-z]{2,3}))?(?:/text|/raw)?")
 
 
@@ -76,7 +75,9 @@ def _expected(path: str) -> int | None:
     """The number of samples in img2dataset's `_stats.json` beside a shard; None: no valid number."""
     stats = os.path.splitext(path)[0] + "_stats.json"
     try:
-        with open(stats, encoding="utf-8") as file:
+        if remote.is_remote(path) and not remote.is_listed(stats):
+            return None
+        with remote.open_file(stats) as file:
             expected = int(json.loads(file.read(records.MAX_TEXT_BYTES))["successes"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
@@ -104,7 +105,7 @@ def _with_manifest(path: str, index: records.Index, has_end_mark: bool) -> recor
     return dataclasses.replace(index, refused=refused, passed=passed, damage=found)
 
 
-def _open_files(
+def open_files(
     path: str,
     split: str,
     suffix: str,
@@ -123,14 +124,25 @@ def _open_files(
 
 def _root(paths: Sequence[str]) -> str:
     """The common folder of these files."""
+    if remote.is_remote(paths[0]):
+        name = remote.scheme(paths[0])
+        return f"{name}://" + os.path.commonpath([os.path.dirname(path[len(name) + 3 :]) for path in paths])
     return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
 
 
-class _Indexed(records.RecordSource):
+def _size(path: str) -> int:
+    """The size of a file in bytes, 0 where there is none."""
+    if remote.is_remote(path):
+        return remote.file_size(path)
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+class IndexedSource(records.RecordSource):
     """The base of tar and TFRecord sources: the index rows of all files, and the file of each."""
 
     def __init__(self, paths: list[str], indexes: list[records.Index]):
         self._files = records.Files(paths)
+        self.remote = any(map(remote.is_remote, paths))
         root, counts = _root(paths), [len(index.rows) for index in indexes]
         self._file_of = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
         self._first = np.concatenate([[0], np.cumsum(counts)])
@@ -145,7 +157,7 @@ class _Indexed(records.RecordSource):
             for reason in {**index.refused, **index.passed}:
                 example = f": {index.examples[reason]}" if reason in index.examples else ""
                 examples.setdefault(reason, damage.printable(os.fsencode(name)) + example)
-            size = os.path.getsize(path) if os.path.exists(path) else 0
+            size = _size(path)
             self.files.append((name, size, len(index.rows)))
         _log_losses(root, self, indexes)
         self.fingerprint = records.fingerprint(self.files)
@@ -166,7 +178,7 @@ class _Indexed(records.RecordSource):
         return f"{self._names[file]}:{index - int(self._first[file])}"
 
 
-def _log_losses(root: str, source: _Indexed, indexes: Sequence[records.Index]) -> None:
+def _log_losses(root: str, source: IndexedSource, indexes: Sequence[records.Index]) -> None:
     """Log the allowed damaged files, and a line for each reason of a loss."""
     for (name, _, count), index in zip(source.files, indexes, strict=True):
         if index.damage:
@@ -179,38 +191,46 @@ def _log_losses(root: str, source: _Indexed, indexes: Sequence[records.Index]) -
             logging.warning("%s: passed over %d (%s), such as %s", root, count, reason, example)
 
 
-class TarSource(_Indexed):
+class TarSource(IndexedSource):
     """img2dataset's tar shards: KEY.jpg|png|webp with KEY.txt, KEY.json and WebDataset's KEY.cls, a label.
 
     verify_sha256: compare the image's bytes with `sha256` in its JSON, the hash of the download. img2dataset
-    keeps these bytes only with resize_mode no.
+    keeps these bytes only with resize_mode no. caption_field: the field of the JSON with the captions, which
+    are then read from no other place; '': KEY.txt and the fields that `language_of` knows.
     """
 
-    def __init__(self, paths: list[str], indexes: list[records.Index], verify_sha256: bool = False):
+    def __init__(
+        self,
+        paths: list[str],
+        indexes: list[records.Index],
+        verify_sha256: bool = False,
+        caption_field: str = "",
+    ):
         super().__init__(paths, indexes)
-        self._verify_sha256 = verify_sha256
+        self._verify_sha256, self._caption_field = verify_sha256, caption_field
         self.num_classes = max(0, int(self._rows[:, 8].max()) + 1)
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         """One record; see `records.RecordSource`."""
         file, row = int(self._file_of[index]), self._rows[index].tolist()
-        (image_at, image_size), (key_at, key_size), label = row[:2], row[6:8], row[8]
-        encoded, between = None, image_at - key_at
-        if image and 0 < between <= _NEAR:
-            data = self._files.read(file, key_at, between + image_size)
-            name, encoded = data[:key_size], data[between:]
-        else:
-            name = self._files.read(file, key_at, key_size)
-            encoded = self._files.read(file, image_at, image_size) if image else None
-        key = damage.printable(name)
+        wanted = {"key": row[6:8]} | ({"image": row[:2]} if image else {})
+        if captions and row[3] >= 0 and not self._caption_field:
+            wanted["txt"] = row[2:4]
+        if (captions or self._verify_sha256) and row[5] >= 0:
+            wanted["json"] = row[4:6]
+        for part in wanted.keys() & {"txt", "json"}:
+            if wanted[part][1] > records.MAX_TEXT_BYTES:  # parsed JSON takes many times its size
+                raise BadRecord("text_too_large", f"{wanted[part][1]} bytes")
+        data = dict(zip(wanted, self._files.read_ranges(file, list(wanted.values())), strict=True))
+        key, encoded, label = damage.printable(data["key"]), data.get("image"), row[8]
         texts: dict[str, list[str]] = {}
         fields: dict[str, Any] = {}
-        if captions and row[3] >= 0:
-            add_caption(texts, "en", decode_caption(self._text(file, row[2], row[3])))
-        if (captions or self._verify_sha256) and row[5] >= 0:
-            fields = _json_fields(self._text(file, row[4], row[5]))
+        if "txt" in data:
+            add_caption(texts, "en", decode_caption(data["txt"]))
+        if "json" in data:
+            fields = _json_fields(data["json"])
             if captions:
-                _add_fields(texts, fields)
+                add_fields(texts, fields, self._caption_field)
             expected = fields.get("sha256") if self._verify_sha256 else None
             if expected and encoded is not None and hashlib.sha256(encoded).hexdigest() != expected:
                 raise BadRecord("sha256_differs", f"{key}: {expected} in its JSON")
@@ -225,13 +245,6 @@ class TarSource(_Indexed):
         name = data.split(b"\0")[0].decode("ascii", "replace").rpartition("/")[2].partition(".")[0]
         return f"{os.path.basename(self._files.paths[file])}:{name}"
 
-    def _text(self, file: int, offset: int, size: int) -> bytes:
-        """A .txt or .json. Raises BadRecord above MAX_TEXT_BYTES, for parsed JSON takes many times its
-        size."""
-        if size > records.MAX_TEXT_BYTES:
-            raise BadRecord("text_too_large", f"{size} bytes")
-        return self._files.read(file, offset, size)
-
 
 def _json_fields(data: bytes) -> dict:
     """The object in a JSON file. Raises BadRecord."""
@@ -244,10 +257,16 @@ def _json_fields(data: bytes) -> dict:
     return fields
 
 
-def _add_fields(captions: dict[str, list[str]], fields: dict) -> None:
-    """Add every caption field, a text or a list of texts, to `captions`."""
+def add_fields(captions: dict[str, list[str]], fields: dict, caption_field: str = "") -> None:
+    """Add every caption field, a text or a list of texts, to `captions`.
+
+    caption_field: the only field that is read, in English unless its name is that of a caption in another
+    language; '': the fields that `language_of` knows.
+    """
+    if caption_field:
+        fields = {caption_field: fields.get(caption_field)}
     for field, value in fields.items():
-        language = language_of(field)
+        language = language_of(field) or ("en" if caption_field else None)
         if language:
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str):
@@ -255,18 +274,22 @@ def _add_fields(captions: dict[str, list[str]], fields: dict) -> None:
 
 
 def open_tar(
-    path: str, split: str, verify_sha256: bool = False, allow_damaged: str | Sequence[str] | None = None
+    path: str,
+    split: str,
+    verify_sha256: bool = False,
+    allow_damaged: str | Sequence[str] | None = None,
+    caption_field: str = "",
 ) -> TarSource:
-    """img2dataset's tar shards; see `find_files` for path and split.
+    """img2dataset's tar shards; see `find_files` for path and split, `TarSource` for the others.
 
     allow_damaged: files whose intact part is read; see `damage.check`. Raises ValueError, naming all other
     damaged files.
     """
-    opened = _open_files(path, split, ".tar", tar.index_tar, True, allow_damaged)
-    return TarSource(*opened, verify_sha256)
+    opened = open_files(path, split, ".tar", tar.index_tar, True, allow_damaged)
+    return TarSource(*opened, verify_sha256, caption_field)
 
 
-class ExampleSource(_Indexed):
+class ExampleSource(IndexedSource):
     """TFRecord files of tf.train.Example protos with an encoded image, captions and a label.
 
     caption_fields: {field: language}. label_field: '' for none; classes: names of its labels.
@@ -323,7 +346,7 @@ def _example_fields(names, path: str) -> tuple[str, dict[str, str]]:
 
 def open_tfrecord(path: str, split: str, allow_damaged: str | Sequence[str] | None = None) -> ExampleSource:
     """img2dataset's TFRecord files: key, jpg|png|webp, txt or caption, and other columns; see `open_tar`."""
-    paths, indexes = _open_files(path, split, ".tfrecord", records.index_tfrecord, False, allow_damaged)
+    paths, indexes = open_files(path, split, ".tfrecord", records.index_tfrecord, False, allow_damaged)
     source = ExampleSource(paths, indexes, "", {})
     for index in range(min(len(source), 16)):
         try:

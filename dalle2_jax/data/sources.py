@@ -3,11 +3,11 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dalle2_jax.data import embeddings, folders, paired, prepared, records, shards
-from dalle2_jax.data.find import did_you_mean
+from dalle2_jax.data import embeddings, folders, mixture, paired, parquet, prepared, records, shards
+from dalle2_jax.data.find import did_you_mean, split_names
 from dalle2_jax.runtime import files
 
 
@@ -16,12 +16,14 @@ class SourceSettings:
     """The source of records.
 
     source: a name of `SOURCES`. path: config of scenes, name of a tfds dataset, or folder, file or pattern of
-    shards, or folder of folders of classes. split: for folders see `find.find_files`, for those of classes
+    shards, or folder of pictures. split: for folders see `find.find_files`, for those of pictures
     `folders.open_folder`; of embeddings FOLDER/SPLIT if it exists. data_dir: the files of 'scenes' and
-    'tfds'. image_field, caption_field, label_field: of 'tfds', if they cannot be detected.
+    'tfds'. image_field ('tfds', 'parquet'), caption_field (these, 'tar', 'folder'), label_field ('tfds',
+    'parquet'): fields that cannot be detected by type and name.
     embeddings: a folder (or FOLDER/SPLIT) of embeddings whose rows match the records. verify_sha256: for
-    'tar', see `shards.TarSource`. allow_damaged: for 'tar' and 'tfrecord', damaged files whose intact part is
-    read, separated by commas; see `damage.check`.
+    'tar', see `shards.TarSource`. allow_damaged: for 'tar', 'tfrecord' and 'parquet', damaged files whose
+    intact part is read, separated by commas; see `damage.check`. sources: several sources, each a path or a
+    dict of `path`, `weight` (1) and the settings above, but for split, that differ from these; see `mixture`.
     """
 
     source: str
@@ -34,6 +36,7 @@ class SourceSettings:
     embeddings: str = ""
     verify_sha256: bool = False
     allow_damaged: str | Sequence[str] = ""
+    sources: Sequence[str | Mapping[str, Any]] = ()
 
 
 SOURCES: dict[str, Callable[[SourceSettings], records.RecordSource]] = {
@@ -41,17 +44,20 @@ SOURCES: dict[str, Callable[[SourceSettings], records.RecordSource]] = {
     "tfds": lambda s: prepared.open_tfds(
         s.path, s.split, s.data_dir, s.image_field, s.caption_field, s.label_field
     ),
-    "folder": lambda s: folders.open_folder(s.path, s.split),
-    "tar": lambda s: shards.open_tar(s.path, s.split, s.verify_sha256, s.allow_damaged),
+    "folder": lambda s: folders.open_folder(s.path, s.split, s.caption_field),
+    "tar": lambda s: shards.open_tar(s.path, s.split, s.verify_sha256, s.allow_damaged, s.caption_field),
     "tfrecord": lambda s: shards.open_tfrecord(s.path, s.split, s.allow_damaged),
+    "parquet": lambda s: parquet.open_parquet(
+        s.path, s.split, s.image_field, s.caption_field, s.label_field, s.allow_damaged
+    ),
     "embeddings": lambda s: embeddings.EmbeddingSource(_folder(s.path, s.split)),
 }
 
 
 def _folder(path: str, split: str) -> str:
-    """PATH/SPLIT if that folder exists, else `path`."""
-    folder = os.path.join(path, split)
-    return folder if split and os.path.isdir(folder) else path
+    """PATH/SPLIT if that folder exists, under one of the `find.split_names`, else `path`."""
+    folders = [os.path.join(path, name) for name in split_names(split) if split]
+    return next(filter(os.path.isdir, folders), path)
 
 
 def open_source(settings: SourceSettings) -> records.RecordSource:
@@ -67,7 +73,33 @@ def open_source(settings: SourceSettings) -> records.RecordSource:
         name: files.expand(getattr(settings, name)) for name in ("path", "data_dir", "embeddings")
     }
     settings = dataclasses.replace(settings, **places)
+    if settings.sources:
+        return _open_mixture(settings)
     opened = SOURCES[settings.source](settings)
     if not settings.embeddings:
         return opened
     return paired.Paired(opened, _folder(settings.embeddings, settings.split))
+
+
+def _open_mixture(settings: SourceSettings) -> mixture.Mixture:
+    """The sources of `settings.sources`, whose other settings are those of `settings`."""
+    if settings.embeddings:
+        raise ValueError("data.embeddings: give the folder of each source, as embeddings in data.sources")
+    names = {field.name for field in dataclasses.fields(SourceSettings)} - {"split", "sources"} | {"weight"}
+    entries: list[dict[str, Any]] = [
+        {"path": one} if isinstance(one, str) else dict(one) for one in settings.sources
+    ]
+    weights = [entry.pop("weight", 1) for entry in entries]
+    for entry, weight in zip(entries, weights, strict=True):
+        for name in entry:
+            if name not in names:
+                raise ValueError(f"data.sources has no setting {name!r}" + did_you_mean(name, names))
+        if not entry.get("path") or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise ValueError(
+                f"data.sources: {entry | {'weight': weight}} needs a path and a weight above 0, such as "
+                "--config.data.sources=\"({'path': 'A', 'weight': 3}, {'path': 'B'})\""
+            )
+    plain = dataclasses.replace(settings, sources=())
+    opened = [open_source(dataclasses.replace(plain, **entry)) for entry in entries]
+    named = mixture.named([entry["path"] for entry in entries])
+    return mixture.Mixture(dict(zip(named, opened, strict=True)), weights)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dalle2_jax.data import damage
+from dalle2_jax.data import damage, remote
 from dalle2_jax.data.records import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, Counts, Damaged, Index
 
 MAX_MEMBERS = 1_000_000  # of one tar shard; img2dataset writes 30,000
@@ -147,8 +147,8 @@ def index_tar(path: str) -> Index:
     examples: dict[str, str] = {}
     samples: dict[bytes, list[int]] = {}
     refused, passed, found = Counts(examples), Counts(examples), ""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with remote.open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
         try:
             for member in _tar_members(file, size):
                 _add_member(file, member, samples, refused, passed)

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from dalle2_jax.runtime import files
+from dalle2_jax.runtime import extras, files, hub
 
 KINDS = ("clip", "bpe", "gpt2", "t5")
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
@@ -170,19 +170,29 @@ def _load_clip(path: str, context_length: int) -> Tokenizer:
         raise ValueError(f"{path} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
     if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(f"tokenizer folder {path} does not exist")
+    extras.check(f"reading the tokenizer {path}", "transformers")
     import tokenizers
     import transformers
 
     fast = getattr(transformers, "CLIPTokenizerFast", None) or transformers.CLIPTokenizer
-    loaded = fast.from_pretrained(path)
+    offline = "" if os.path.isdir(path) else hub.unreachable()
+    try:
+        loaded = fast.from_pretrained(path, local_files_only=bool(offline))
+    except (OSError, ValueError) as error:
+        if offline:
+            raise ValueError(hub.what_to_download(path, offline)) from error
+        raise
     ids = loaded.convert_tokens_to_ids([_SOT, _EOT])
     size = max(loaded.get_vocab().values()) + 1
     if ids != [size - 2, size - 1]:
         raise ValueError(
             f"{path}: SOT and EOT have ids {ids}; in CLIP's vocabulary of {size} they are the two highest"
         )
-    # A copy: transformers wraps methods of its own.
-    encoder = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    # A copy: transformers wraps methods of its own. `clean` is the whole normalization. Theirs would also
+    # compose the letters of "e&#769; <", which OpenAI's leaves apart. Tokenizers that were saved with theirs
+    # keep it, so that no run's tokens change.
+    state = json.loads(loaded.backend_tokenizer.to_str()) | {"normalizer": None}
+    encoder = tokenizers.Tokenizer.from_str(json.dumps(state))
     encoder.no_padding()
     encoder.no_truncation()
     return Tokenizer(encoder, "clip", size, context_length)

@@ -145,6 +145,7 @@ def square(
     place: tuple[float, float] | None = None,
     halve: bool = True,
     round_twice: bool = False,
+    round_centre: bool = False,
 ) -> Image.Image:
     """Resize the shorter side to `size` and crop a square, by the rule of this module.
 
@@ -154,6 +155,8 @@ def square(
         halve: halve with a box filter first; False: only bicubic, as for CLIP.
         round_twice: round after the rows and after the columns of that filter, as guided-diffusion does;
             False: once if both sides are even, and once for two halvings: at most 1 off for each halving.
+        round_centre: the centre begins at half of the room, rounded half to even (torchvision's CenterCrop,
+            in OpenAI's CLIP); False: rounded down. The two differ where the room is 4k + 3 pixels.
     """
     while halve and min(picture.size) >= 2 * size:
         if round_twice or picture.width % 2 or picture.height % 2:
@@ -169,7 +172,7 @@ def square(
     room_x, room_y = picture.width - size, picture.height - size
     if not room_x and not room_y:
         return picture
-    left, top = room_x // 2, room_y // 2
+    left, top = (round(room / 2) if round_centre else room // 2 for room in (room_x, room_y))
     if place is not None:
         left, top = int(place[0] * (room_x + 1)), int(place[1] * (room_y + 1))
     return picture.crop((left, top, left + size, top + size))

@@ -1,4 +1,4 @@
-"""python -m dalle2_jax.edit ACTION ... [--model=DIR --out=edits --seed=0 ...]
+"""dalle2-jax edit ACTION ... [--model=DIR --out=edits --seed=0 ...]
 
 Edits pictures with a model directory, or with the small model that comes with the package:
 
@@ -17,7 +17,17 @@ Edits pictures with a model directory, or with the small model that comes with t
 --out gets every picture as PNG (with the settings inside), grid.png and edit.json; interpolate and textdiff
 also write path.webp, which moves. --keep=K keeps the K pictures closest to the caption. Several processes
 (see `processes`) share the pictures of an action, and the first of them writes.
+
+examples:
+  dalle2-jax edit variations PICTURE.png --n=4
+  dalle2-jax edit textdiff PICTURE.png "a yellow star" --source="a red star"
+  dalle2-jax edit inpaint PICTURE.png 0.5,0,1,1 "a red star left of a blue ring" --n=8 --keep=2
 """
+
+from dalle2_jax.runtime import start
+
+start.begin(__name__, "edit: loading JAX")
+
 
 import dataclasses
 import io
@@ -28,14 +38,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
 from dalle2_jax.data import shards
-from dalle2_jax.edit import actions
+from dalle2_jax.edit import actions, grids
 from dalle2_jax.edit.actions import INPUTS, PATHS
 from dalle2_jax.edit.latents import Latents
-from dalle2_jax.generate import pictures
+from dalle2_jax.generate import output, pictures
 from dalle2_jax.generate.flags import define_model_flags
 from dalle2_jax.generate.output import StageLines, note, write_pictures
 from dalle2_jax.generate.pipeline import Pipeline, Result
@@ -65,7 +75,9 @@ def check_arguments(argv: list[str]) -> tuple[str, list[str]]:
     action, texts = argv[0], argv[1:]
     names = INPUTS[action]
     if not texts or (len(texts) != len(names) and names[-1] != "..."):
-        raise ValueError(f"{action} needs {' '.join(names).upper()}, not {len(texts)} argument(s)")
+        many = names[-1] in ("caption", "target") and len(texts) > len(names)
+        hint = "; put the caption in quotes" if many else ""
+        raise ValueError(f"{action} needs {' '.join(names).upper()}, not {len(texts)} argument(s){hint}")
     return action, texts
 
 
@@ -148,7 +160,8 @@ def upscale(model: Pipeline, picture, out: epath.Path, record: dict) -> str:
     settings = dict(num_steps=FLAGS.steps, tile=FLAGS.tile, caption=FLAGS.caption)
     image = actions.upscale(model, picture, seed=FLAGS.seed, progress=StageLines(), **settings)
     if processes.is_first():
-        made = json.dumps(record | {"model": model.name, "seed": FLAGS.seed})
+        origin = output.origin(model, 1, FLAGS.dtype)
+        made = json.dumps(record | {"model": model.name, "seed": FLAGS.seed, "origin": origin})
         grid.save_png(out / "upscaled.png", image, {"dalle2_jax": made})
     return f"{image.shape[1]} x {image.shape[0]}: {out / 'upscaled.png'}"
 
@@ -170,7 +183,7 @@ def main(argv):
             note(pictures.ALL_WHITE)
         model = Pipeline.load(FLAGS.model, dtype=FLAGS.dtype, low_memory=FLAGS.low_memory)
         model.steps(action)  # raises before any file is written
-        for line in model.cut_captions(texts[-1:]) if captioned else ():
+        for line in model.caption_notes(texts[-1:]) if captioned else ():
             note(line)
         out.mkdir(parents=True, exist_ok=True)
         record = {"action": action, "given": texts}
@@ -181,7 +194,13 @@ def main(argv):
             if FLAGS.keep is not None:
                 result = kept(model, result, texts[-1], FLAGS.keep)
             if processes.is_first():
-                write_pictures(out, result, model.name, command="edit", **record)
+                options = {
+                    name: FLAGS[name].value for name in FLAGS_OF.get(action, ()) if FLAGS[name].present
+                }
+                source = grids.source_of(model, action, inputs, result, options, FLAGS.fit)
+                origin = output.origin(model, len(result.images), FLAGS.dtype, FLAGS.batch_size)
+                made = dict(record, origin=origin)
+                write_pictures(out, result, model.name, command="edit", source=source, **made)
                 if action in PATHS:
                     write_animation(out / "path.webp", result.images)
             count = len(result.images)
@@ -191,25 +210,29 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    define_model_flags()
-    commandline.DEFINE_path("out", "edits", "Where pictures, grid.png and edit.json go.")
-    flags.DEFINE_integer("seed", 0, "Seed; the same seed and input give the same picture.")
     flags.DEFINE_integer("n", 4, "Pictures to draw.", lower_bound=1)
-    flags.DEFINE_integer("keep", None, "Keep so many of them, those closest to the caption.", lower_bound=1)
-    flags.DEFINE_integer("steps", None, "Steps of the decoder, and of the inversion before it.")
-    flags.DEFINE_float("guidance_scale", None, "Guidance of the decoder; 1: no guidance.")
+    flags.DEFINE_integer("seed", 0, "The same seed and input give the same picture.")
+    commandline.DEFINE_path("out", "edits", "Where pictures, grid.png and edit.json go.")
     flags.DEFINE_string("caption", None, "variations, upscale: what the picture shows.")
     flags.DEFINE_string("source", None, "textdiff: what the picture shows.")
-    flags.DEFINE_string("negative", None, "A caption to lead away from.")
-    flags.DEFINE_float("eta", None, "Noise of DDIM, 0 to 1; variations: 1, redraw: 0.")
-    flags.DEFINE_float("strength", None, "Share of the steps, 0 to 1; variations: 1, image_to_image: 0.7.")
     flags.DEFINE_float("theta", 0.5, "textdiff: how far to go, 0 to 1; 0.25 to 0.5 are usual.")
     flags.DEFINE_integer("frames", 8, "Pictures of a path, both ends included.", lower_bound=2)
-    flags.DEFINE_bool("same_noise", False, "interpolate: all from one noise.")
-    flags.DEFINE_integer("resample", None, "inpaint, outpaint: how often each step is taken.", lower_bound=1)
+    flags.DEFINE_float("strength", None, "Share of the steps, 0 to 1; variations: 1, image_to_image: 0.7.")
     flags.DEFINE_float("scale", 0.5, "outpaint: the share of the side that the picture keeps.")
-    flags.DEFINE_list("components", ["4", "8", "16"], "reconstruct: how many principal components.")
-    flags.DEFINE_integer("tile", None, "upscale: side of the windows drawn at a time.")
     flags.DEFINE_enum("fit", "crop", pictures.FITS, "How a picture becomes square.")
-    logging.set_verbosity(logging.WARNING)  # not every backend that JAX looks for in vain
-    app.run(main)
+    keep = "Keep so many of them, those closest to the caption."
+    flags.DEFINE_integer("keep", None, keep, lower_bound=1)
+    with start.group(start.SAMPLING):
+        flags.DEFINE_integer("steps", None, "Steps of the decoder, and of the inversion before it.")
+        flags.DEFINE_float("guidance_scale", None, "Guidance of the decoder; 1: no guidance.")
+        flags.DEFINE_string("negative", None, "A caption to lead away from.")
+        flags.DEFINE_float("eta", None, "Noise of DDIM, 0 to 1; variations: 1, redraw: 0.")
+        flags.DEFINE_bool("same_noise", False, "interpolate: all from one noise.")
+        often = "inpaint, outpaint: how often each step is taken."
+        flags.DEFINE_integer("resample", None, often, lower_bound=1)
+        flags.DEFINE_list("components", ["4", "8", "16"], "reconstruct: how many principal components.")
+    with start.group(start.MEMORY):
+        flags.DEFINE_integer("tile", None, "upscale: side of the windows drawn at a time.")
+    define_model_flags()
+    logging.set_verbosity(logging.WARNING)
+    start.run(main)

@@ -1,4 +1,9 @@
-"""python -m dalle2_jax.evaluate [--model=DIR] [--metrics=scenes,retrieval,zero_shot --n=128 --out=DIR]"""
+"""dalle2-jax evaluate [--model=DIR] [--metrics=scenes,retrieval,zero_shot --n=128 --out=DIR]"""
+
+from dalle2_jax.runtime import start
+
+start.begin(__name__, "evaluate: loading JAX")
+
 
 import contextlib
 import dataclasses
@@ -7,7 +12,7 @@ import os
 import tempfile
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
 from dalle2_jax import pipeline
@@ -56,27 +61,36 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    define_sampling_flags()
-    commandline.DEFINE_path("out", "evaluation", "Where the report and the grids go.")
     some = f"Some of {', '.join(metrics.METRICS)}; default: those that the other flags permit."
     flags.DEFINE_list("metrics", None, some)
-    commandline.DEFINE_path("images", None, "Pictures to measure: a folder, tar shards or an npz.")
-    commandline.DEFINE_path("classes", None, "zero_shot of --images: a file with a class on each line.")
-    commandline.DEFINE_path("templates", None, "zero_shot: a file with a line like 'a photo of a {}' each.")
-    commandline.DEFINE_path("reference", None, "Pictures to compare with, or an npz of mu and sigma.")
-    commandline.DEFINE_path("inception", None, "Weights that `dalle2_jax.convert inception` wrote.")
-    commandline.DEFINE_path("judge", None, "Another CLIP for clip_*, aesthetic and --compare; a folder.")
-    commandline.DEFINE_path("aesthetic", None, "Weights of LAION's aesthetic head, for CLIP ViT-L/14.")
-    flags.DEFINE_string("preset", "ttur", f"Protocol of FID, one of {', '.join(presets.PRESETS)}.")
-    commandline.DEFINE_path("report", None, "Write one self-contained HTML page of numbers and pictures.")
-    commandline.DEFINE_path("npz_out", None, "Write the images as an npz for guided-diffusion's evaluator.")
-    commandline.DEFINE_path("prompts", None, "Draw the prompts of this file for an external tool.")
-    commandline.DEFINE_path("stats_out", None, "Write mean and covariance of the images' Inception features.")
     flags.DEFINE_integer("n", 128, "Captions to draw, in all.", lower_bound=4)
-    flags.DEFINE_integer("bpd_steps", 0, "Steps of the bound of bpd; 0: all of the model's.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Seed of captions and pictures.", lower_bound=0)
+    commandline.DEFINE_path("out", "evaluation", "Where the report and the grids go.")
+    commandline.DEFINE_path("report", None, "Write one self-contained HTML page of numbers and pictures.")
     flags.DEFINE_multi_string("compare", None, "A way of drawing, such as 'guidance_scale=2'; once for each.")
     flags.DEFINE_integer("pictures", 4, "Pictures a caption for --compare and --prompts.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Seed of captions and pictures.", lower_bound=0)
-    flags.DEFINE_string("scenes", None, "Grammar of the captions; default: the one the model was trained on.")
-    logging.set_verbosity(logging.WARNING)  # not every backend that JAX looks for in vain
-    app.run(main)
+    with start.group("what is measured, and by what"):
+        commandline.DEFINE_path("images", None, "Pictures to measure: a folder, tar shards or an npz.")
+        commandline.DEFINE_path("reference", None, "Pictures to compare with, or an npz of mu and sigma.")
+        commandline.DEFINE_path("inception", None, "Weights that `dalle2_jax.convert inception` wrote.")
+        flags.DEFINE_string("preset", "ttur", f"Protocol of FID, one of {', '.join(presets.PRESETS)}.")
+        commandline.DEFINE_path("judge", None, "Another CLIP for clip_*, aesthetic and --compare; a folder.")
+        commandline.DEFINE_path("aesthetic", None, "Weights of LAION's aesthetic head, for CLIP ViT-L/14.")
+        commandline.DEFINE_path("classes", None, "zero_shot of --images: a file with a class on each line.")
+        commandline.DEFINE_path(
+            "templates", None, "zero_shot: a file with a line like 'a photo of a {}' each."
+        )
+        of_scenes = "Grammar of the captions; default: the one the model was trained on."
+        flags.DEFINE_string("scenes", None, of_scenes)
+        flags.DEFINE_integer(
+            "bpd_steps", 0, "Steps of the bound of bpd; 0: all of the model's.", lower_bound=0
+        )
+    with start.group("for other programs"):
+        commandline.DEFINE_path("prompts", None, "Draw the prompts of this file for an external tool.")
+        of_images = "Write the images as an npz for guided-diffusion's evaluator."
+        commandline.DEFINE_path("npz_out", None, of_images)
+        of_features = "Write mean and covariance of the images' Inception features."
+        commandline.DEFINE_path("stats_out", None, of_features)
+    define_sampling_flags()
+    logging.set_verbosity(logging.WARNING)
+    start.run(main)

@@ -32,7 +32,7 @@ from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet, of_images
 from dalle2_jax.evaluate.reference import Stats, pictures_of
 from dalle2_jax.generate.flags import sampling_settings
 from dalle2_jax.generate.output import StageLines
-from dalle2_jax.runtime import metrics, processes
+from dalle2_jax.runtime import extras, metrics, processes
 
 FRECHET = {"fid": "FID", "fid_small": "FID of few pictures", "clip_frechet": "Frechet distance (CLIP)"}
 
@@ -173,6 +173,7 @@ def compare(
     Raises ValueError for an unknown setting, and for a model without CLIP and judge, before anything is
     drawn.
     """
+    extras.check("--compare, which draws a plot,", "matplotlib")
     if pictures < 2:
         raise ValueError("--compare measures how pictures of a caption differ: give --pictures=2 or more")
     parsed = [parse_way(way, model_dir) for way in ways]
@@ -232,7 +233,16 @@ def write_report(out: epath.Path, rows: Sequence[Row], html: str | None = None) 
     if html and processes.is_first():
         shown, report = columns(rows), json.loads((out / "comparison.json").read_text())
         numbers = page.table(list(shown), list(zip(*shown.values(), strict=True)))
-        page.write(html, "Ways of drawing", numbers, text, sorted(out.glob("comparison*.png")), report)
+        title = f"{len(rows)} ways of drawing {report['captions']} captions, {rows[0].pictures} pictures each"
+        checked = [
+            page.Figure(f"{row.name}: all named", row.named, row.interval, True)
+            for row in rows
+            if row.interval
+        ]
+        found = checked or [page.Figure(f"{row.name}: CLIP cosine", row.clip) for row in rows]
+        shares = {f.name: (f.value, f.interval) for f in checked if f.interval}
+        chart = page.intervals(shares) if shares else ""
+        page.write(html, title, numbers + chart, text, sorted(out.glob("comparison*.png")), report, found)
 
 
 def columns(rows: Sequence[Row]) -> dict[str, list]:

@@ -1,4 +1,4 @@
-"""python -m dalle2_jax.evaluate [--model=DIR] [--metrics=scenes,retrieval,zero_shot --n=128 --out=DIR]
+"""dalle2-jax evaluate [--model=DIR] [--metrics=scenes,retrieval,zero_shot --n=128 --out=DIR]
 
 Measures a model directory; writes report.json, its table report.txt, and labelled grids of the pictures.
 
@@ -214,7 +214,14 @@ def write_report(out: epath.Path, report: dict, lines: Sequence[str], html: str 
         kinds = ("samples", *(name for name in OF_MODELS if name in report))
         pictures = [path for kind in kinds for path in sorted(out.glob(f"{kind}_*.png"))]
         entries = {name: x for name, x in report.items() if isinstance(x, dict) and "features" in x}
-        numbers = page.entries(entries) if entries else ""
-        page.write(html, report["model"], numbers, "\n".join(lines), pictures, report)
+        names = [name for name in report if name in METRICS or name in entries]
+        found = [figure for name in names for figure in page.figures(name, report[name])]
+        numbers = page.of_figures(found) + (page.entries(entries) if entries else "")
+        given = report.get("pictures", {})
+        subject = given["images"]["name"] if "images" in given else f"model {report['model']}"
+        against = f" against {given['reference']['name']}" if "reference" in given else ""
+        about = f"seed {report['seed']}, measured in {report['seconds']} s"
+        title = f"{', '.join(names)}: {subject}{against}"
+        page.write(html, title, numbers, "\n".join(lines), pictures, report, found, about)
     print("\n".join(lines))
     print(f"wrote {out / 'report.json'}, the table in report.txt")

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from dalle2_jax.data import transforms
-from dalle2_jax.generate.pictures import square_picture
 
 COCO_SIZE = 256
 
@@ -54,7 +53,7 @@ PRESETS = {
         "tf1",
     ),
     "karlo": Preset(
-        lambda picture: square_picture(picture, COCO_SIZE, halve=False),
+        lambda picture: np.asarray(transforms.square(Image.fromarray(picture), COCO_SIZE, halve=False)),
         "shorter side bicubic to 256, central square",
         "tf1",
     ),

@@ -4,11 +4,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dalle2_jax.data import words
 from dalle2_jax.generate.engine import Engine
+from dalle2_jax.runtime.names import nearest
 
 MAX_CAPTION = 1000
 # Fields made from captions: tokens by the stage's tokenizer, CLIP's embedding and states, classes.
 FIELDS = ("tokens", "token_mask", "text_embed", "text_states", "label")
+LANGUAGES = {"en": "English", "zh": "Chinese", "any": "several languages"}
+# Words that no caption consists of.
+GLUE = frozenset(
+    "a an the of in on at with and or to is above below under over left right near by from".split()
+)
 
 
 def check_captions(captions: Sequence[str]) -> None:
@@ -28,6 +35,16 @@ def check_captions(captions: Sequence[str]) -> None:
             raise ValueError(f"caption {i} has {len(caption)} characters: at most {MAX_CAPTION} are allowed")
 
 
+def check_quotes(captions: Sequence[str]) -> None:
+    """Raise ValueError for a sentence that a shell has split into captions of one word each."""
+    single = all(len(caption.split()) == 1 for caption in captions)
+    if len(captions) > 2 and single and {caption.lower() for caption in captions} & GLUE:
+        raise ValueError(
+            f"these are {len(captions)} captions of one word each. If you mean one caption, put it in "
+            f'quotes: "{" ".join(captions)}"'
+        )
+
+
 def cut_captions(engine: Engine, names: Sequence[str], captions: Sequence[str]) -> list[str]:
     """A line for each caption with more tokens than the `context_length` of one of these stages."""
     limits = {name: getattr(engine.stages[name], "context_length", None) for name in names}
@@ -44,6 +61,30 @@ def cut_captions(engine: Engine, names: Sequence[str], captions: Sequence[str]) 
             tokenizer = engine.tokenizer(name)
             read = tokenizer.decode(tokenizer([caption])[0][0])
             lines.append(f"caption {i} is too long by {surplus[name]} tokens: {name} reads only {read!r}")
+    return lines
+
+
+def unseen_words(engine: Engine, captions: Sequence[str]) -> list[str]:
+    """A line for each caption with words that no caption of the training had; none if they are unknown."""
+    seen = words.read(engine.directory)
+    if seen is None:
+        return []
+    common = ", ".join([word for word in seen.counts if word not in GLUE][:8])
+    languages, lines = " and ".join(LANGUAGES.get(code, code) for code in seen.languages), []
+    for i, caption in enumerate(captions, 1):
+        found = words.split(caption)
+        unseen = [word for word in dict.fromkeys(found) if word not in seen.counts]
+        if not unseen:
+            continue
+        if len(unseen) == len(set(found)):
+            lines.append(
+                f"caption {i}: the model has seen none of its words; it was trained on captions in "
+                f"{languages} with words such as {common}"
+            )
+            continue
+        near = {word: nearest(word, seen.counts) for word in unseen}
+        shown = ", ".join(repr(w) + (f" (did you mean {near[w]}?)" if near[w] else "") for w in unseen)
+        lines.append(f"caption {i}: the model has {'hardly' if seen.cut else 'never'} seen {shown}")
     return lines
 
 

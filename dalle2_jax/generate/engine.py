@@ -150,7 +150,11 @@ class Engine:
 
     def weights_sha256(self, name: str) -> str:
         """The checksum of a stage's file of weights, in hexadecimal."""
-        return hashlib.sha256((self._folder(name) / modeldir.WEIGHTS_FILE).read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        with (self._folder(name) / modeldir.WEIGHTS_FILE).open("rb") as file:
+            while block := file.read(16 << 20):
+                digest.update(block)
+        return digest.hexdigest()
 
     def _task_params(self, task: Task) -> dict:
         if self.low_memory:
@@ -206,6 +210,12 @@ class Engine:
                 if len(self._programs) > MAX_PROGRAMS and old != key:
                     del self._programs[old]
         return program
+
+    @property
+    def compiling(self) -> bool:
+        """Whether a program waits for the compiler."""
+        with self._lock:
+            return any(not program.done() for program in self._programs.values())
 
     def run(
         self,

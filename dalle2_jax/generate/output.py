@@ -1,11 +1,12 @@
 """Drawn pictures as files: PNG with settings inside, a labelled grid, a report; lines on a terminal."""
 
+import dataclasses
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -18,7 +19,10 @@ from dalle2_jax.runtime import grid, processes
 from dalle2_jax.runtime.metrics import show_duration
 
 if TYPE_CHECKING:
+    from dalle2_jax.generate.pipeline import Pipeline
     from dalle2_jax.generate.result import Result
+
+COLUMNS = 10  # of a grid
 
 
 def slug(caption: str, length: int = 48) -> str:
@@ -43,14 +47,32 @@ def report(result: "Result", name: str) -> dict:
             for stage, timing in result.timings.items()
         },
         "seconds_per_picture": round(sum(t.seconds for t in result.timings.values()) / len(result.images), 4),
-        "versions": {
-            "dalle2_jax": dalle2_jax.__version__,
-            "jax": jax.__version__,
-            "numpy": np.__version__,
-            "python": sys.version.split()[0],
-        },
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": versions(),
+        "devices": devices(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what it computes with."""
+    names = {"dalle2_jax": dalle2_jax, "jax": jax, "numpy": np}
+    return {name: module.__version__ for name, module in names.items()} | {"python": sys.version.split()[0]}
+
+
+def devices() -> str:
+    """Number and kind of the devices, '2 x cpu'."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def origin(model: "Pipeline", count: int, dtype: str | None = None, batch_size: int | None = None) -> dict:
+    """What a picture depends on besides caption, seed and settings, JSON values.
+
+    model: which drew `count` pictures. dtype, batch_size: as given to `Pipeline.load` and to the drawing.
+    The size of the compiled batch follows from count, batch_size and devices: it may change the last bits.
+    """
+    weights = {name: model.engine.weights_sha256(name) for name in model.engine.stages}
+    how = dict(dtype=dtype, low_memory=model.engine.low_memory, batch_size=batch_size)
+    how |= dict(count=len(processes.share(count)), local_devices=jax.local_device_count())
+    return {"weights": weights, **how, "versions": versions(), "devices": devices()}
 
 
 def identity(result: "Result", i: int, **more) -> dict:
@@ -59,42 +81,83 @@ def identity(result: "Result", i: int, **more) -> dict:
 
 
 def metadata(result: "Result", i: int, name: str, **more) -> dict[str, str]:
-    """The text entries of picture i's PNG: its caption; its `identity`, model and settings as JSON."""
+    """The text entries of picture i's PNG: its caption; `identity`, `origin`, model and settings as JSON."""
     made = identity(result, i, **more) | {"model": name, "settings": result.settings}
     return {"caption": result.captions[i], "dalle2_jax": json.dumps(made)}
 
 
-def result_grid(result: "Result") -> np.ndarray:
-    """The pictures with their captions below, uint8 [H, W, 3]; a row a caption if n is above 1."""
-    columns = max(result.numbers) + 1
-    return grid.labelled_grid(result.images, result.captions, columns if columns > 1 else None)
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The first cells of a grid, such as the picture that was edited.
+
+    Attributes:
+      images: uint8 [N, H, W, 3]. labels: N texts.
+      pictures: labels of the pictures after them; None: their captions.
+    """
+
+    images: np.ndarray
+    labels: Sequence[str]
+    pictures: Sequence[str] | None = None
 
 
 def write_pictures(
-    out: str | os.PathLike, result: "Result", name: str, command: str = "generate", **more
+    out: str | os.PathLike,
+    result: "Result",
+    name: str,
+    command: str = "generate",
+    *,
+    origin: Mapping | None = None,
+    source: Source | None = None,
+    **more,
 ) -> list[epath.Path]:
     """Write the pictures, grid.png and COMMAND.json of `result` into `out`; return the pictures' paths.
 
-    Replaces files of the same names alone: COMMAND.json lists its pictures. `more`, JSON values, goes into it
-    and into the pictures' metadata.
+    Replaces files of the same names alone: COMMAND.json lists its pictures.
+
+    Args:
+      origin: of the pictures (see `origin`), for the PNGs and COMMAND.json.
+      source: the first cells of the grid, such as the picture that was edited.
+      more: JSON values for COMMAND.json and the PNGs.
     """
-    folder = epath.Path(out)
+    folder, made = epath.Path(out), {"origin": origin} if origin else {}
     paths = [folder / f"{i:04d}_{slug(caption)}.png" for i, caption in enumerate(result.captions)]
     for i, (path, image) in enumerate(zip(paths, result.images, strict=True)):
-        grid.save_png(path, image, metadata(result, i, name, **more))
+        grid.save_png(path, image, metadata(result, i, name, **made, **more))
     captions = json.dumps(result.captions, ensure_ascii=False)
-    grid.save_png(folder / "grid.png", result_grid(result), {"captions": captions})
+    grid.save_png(folder / "grid.png", result_grid(result, source), {"captions": captions})
     pictures = [{"file": path.name} | identity(result, i, **more) for i, path in enumerate(paths)]
-    summary = {"pictures": pictures, "grid": "grid.png"} | report(result, name)
+    summary = {"pictures": pictures, "grid": "grid.png"} | report(result, name) | made
     text = shards.encodable(json.dumps(summary, indent=2, ensure_ascii=False))  # files may have any name
     (folder / f"{command}.json").write_text(text + "\n", "utf-8")
     return paths
 
 
+def result_grid(result: "Result", source: Source | None = None) -> np.ndarray:
+    """The labelled grid of a result: n pictures of a caption side by side, at most COLUMNS a row."""
+    if source is not None:
+        labels = [*source.labels, *(source.pictures or result.captions)]
+        return grid.labelled_grid(np.concatenate([source.images, result.images]), labels)
+    n = max(result.numbers) + 1
+    columns = -(-n // -(-n // COLUMNS))
+    if n == 1 or len(result.images) % n:
+        return grid.labelled_grid(result.images, result.captions)
+    blank = -n % columns  # each caption begins a row
+    images = result.images.reshape(-1, n, *result.images.shape[1:])
+    images = np.pad(images, ((0, 0), (0, blank), (0, 0), (0, 0), (0, 0)), constant_values=255)
+    groups = [result.captions[i : i + n] for i in range(0, len(result.images), n)]
+    labels = [label for captions in groups for label in [*captions, *[""] * blank]]
+    return grid.labelled_grid(images.reshape(-1, *images.shape[2:]), labels, columns)
+
+
+def say(line: str) -> None:
+    """Print a line; of several processes the first prints."""
+    if processes.is_first():
+        print(line, flush=True)
+
+
 def note(line: str) -> None:
     """Print a note; of several processes the first prints."""
-    if processes.is_first():
-        print(f"note: {line}", flush=True)
+    say(f"note: {line}")
 
 
 class StageLines:

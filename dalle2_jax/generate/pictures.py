@@ -200,7 +200,7 @@ def square_picture(image, size: int, fit: str = "crop", halve: bool = True) -> n
     """A PIL picture or uint8 [H, W, 3] as uint8 [size, size, 3]: upright, transparency on white.
 
     fit: 'crop' takes the central square, 'pad' adds white borders. halve: see `transforms.square`; False is
-    CLIP's way.
+    the way of OpenAI's CLIP.
     """
     from PIL import Image, ImageOps
 
@@ -211,7 +211,7 @@ def square_picture(image, size: int, fit: str = "crop", halve: bool = True) -> n
     image = Image.fromarray(whole_picture(image))
     if fit == "pad" and image.width != image.height:
         image = ImageOps.pad(image, (max(image.size),) * 2, color="white")
-    return np.asarray(transforms.square(image, size, halve=halve))
+    return np.asarray(transforms.square(image, size, halve=halve, round_centre=not halve))
 
 
 def square_mask(mask, size: int, like: tuple[int, int], fit: str = "crop") -> np.ndarray:

@@ -140,6 +140,11 @@ class Pipeline:
         steps = self.actions.get("draw") or self.actions.get("encode_text", ())
         return texts.cut_captions(self.engine, list(dict.fromkeys(step.stage for step in steps)), captions)
 
+    def caption_notes(self, captions: Sequence[str]) -> list[str]:
+        """`cut_captions`, and a line for each caption with words that the model has never seen."""
+        unseen = texts.unseen_words(self.engine, captions) if self.reads_captions else []
+        return self.cut_captions(captions) + unseen
+
     def settings(self, **keywords) -> dict[str, dict]:
         """step -> its settings in `text_to_image` with these keywords of `settings.SETTINGS`."""
         return resolve(self.engine, self.steps("draw"), **keywords)
@@ -162,7 +167,7 @@ class Pipeline:
 
         Args:
           images: uint8 [N, H, W, 3], or a sequence of PIL pictures and uint8 [H, W, 3] of any sizes; each is
-            resized bicubically to CLIP's size and its central square taken, as in training.
+            resized bicubically to CLIP's size and its central square taken, as by OpenAI's CLIP.
           batch_size: pictures at a time.
         """
         (step,) = self.steps("encode_image")

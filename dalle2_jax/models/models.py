@@ -12,7 +12,7 @@ from etils import epath
 from dalle2_jax.models import trainable
 from dalle2_jax.models.nets import layers
 from dalle2_jax.runtime import checkpoint, checksums, files, hub, modeldir
-from dalle2_jax.runtime.names import nearest
+from dalle2_jax.runtime.names import nearest, nearest_setting
 
 # The name of a stage in a config -> the module with its `build`, and `SETTINGS` of sampling. To add a stage,
 # write such a module (see `stages`) and name it here.
@@ -36,12 +36,15 @@ def check_keywords(function, keywords: dict, what: str) -> None:
         raise ValueError(f"{what} lacks {', '.join(f'{what}.{name}' for name in missing)}")
 
 
-def check_names(names: Iterable[str], known: Collection[str], what: str) -> None:
-    """Raise ValueError for a name that is not known, naming the nearest one."""
+def check_names(
+    names: Iterable[str], known: Collection[str], what: str, elsewhere: Collection[str] = ()
+) -> None:
+    """Raise ValueError for a name that is not known, naming the nearest one, or else that of `elsewhere`."""
     for name in names:
         if name not in known:
             near = nearest(name, known, show=str)
-            hint = f"; did you mean {what}.{near}?" if near else f"; it has {sorted(known)}"
+            found = f"{what}.{near}" if near else nearest_setting(name, elsewhere)
+            hint = f"; did you mean {found}?" if found else f"; it has {sorted(known)}"
             raise ValueError(f"{what}.{name} is not a setting{hint}")
 
 

@@ -1,4 +1,4 @@
-"""python -m dalle2_jax.preflight --config=configs/X.py --topology=v5p:4x4x4 [--config.a.b=value ...]
+"""dalle2-jax preflight --config=configs/X.py --topology=v5p:4x4x4 [--config.a.b=value ...]
 
 Compiles the training step of a config for a TPU slice without having one. Reports whether it fits and how
 long a step takes: bytes a chip against the chip's memory, the compiler's estimate of time and utilisation,
@@ -16,16 +16,22 @@ are hidden behind computation and links that hold it up. The cost analysis (`opt
 arithmetic and bytes, which counts a loop once. A large stage compiles for minutes (docs/scaling.md).
 """
 
+from dalle2_jax.runtime import start
+
+start.begin(__name__, "preflight: loading JAX")
+
+
 import sys
 
 import jax
-from absl import app, flags
+from absl import flags
 from etils import epath
 
 from dalle2_jax.models import models
 from dalle2_jax.preflight import preflight
 from dalle2_jax.runtime import commandline, partition, processes
 from dalle2_jax.runtime.commandline import define_config
+from dalle2_jax.train import checks
 
 FLAGS = flags.FLAGS
 
@@ -57,4 +63,4 @@ if __name__ == "__main__":
     commandline.DEFINE_path("hlo", None, "Also write the compiled program's text there.")
     flags.DEFINE_bool("debug", False, "Show the whole traceback of an error in the settings.")
     flags.mark_flags_as_required(["config"])
-    app.run(main)
+    start.run(main, settings=checks.settings_of_flag)

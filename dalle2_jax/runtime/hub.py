@@ -7,21 +7,52 @@ cache.
 
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
+from typing import Any
 
-from dalle2_jax.runtime import files, modeldir
+from dalle2_jax.runtime import extras, files, modeldir
 
 SCHEME = "hf://"
 PATTERNS = ("*.json", "*.safetensors", "*.txt", modeldir.CARD_FILE)
+TIMEOUT = 5.0  # seconds
 IGNORED = ("*.fp16.*", "*.non_ema.*")  # copies of the same weights
 
 
 def _library():
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ValueError("the hub needs huggingface_hub: pip install 'dalle2_jax[hub]'") from error
+    extras.check("the hub", "huggingface_hub")
+    import huggingface_hub
+
     return huggingface_hub
+
+
+def unreachable() -> str:
+    """Why the hub's server does not answer within TIMEOUT seconds; '' if it does.
+
+    The libraries would retry for minutes. HF_ENDPOINT names another server. A proxy is not tried.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return "HF_HUB_OFFLINE is set"
+    server = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if urllib.request.getproxies().get(server.scheme):
+        return ""
+    try:
+        port = server.port or (80 if server.scheme == "http" else 443)
+        socket.create_connection((server.hostname or "", port), TIMEOUT).close()
+        return ""
+    except OSError as error:
+        return f"{server.hostname} does not answer: {error.strerror or error}"
+
+
+def what_to_download(name: str, reason: str, revision: str = "") -> str:
+    """The message for a repository that is not on this machine and cannot be fetched."""
+    at = f" --revision {revision}" if revision else ""
+    return (
+        f"{name} is not on this machine, and {reason}. Where there is a network, run `hf download {name}{at} "
+        "--local-dir FOLDER`; copy FOLDER here, and give its path instead"
+    )
 
 
 def local(path: str | os.PathLike) -> str | os.PathLike:
@@ -41,12 +72,16 @@ def local(path: str | os.PathLike) -> str | os.PathLike:
             "40 digits that the model's page shows under 'Files and versions', 'History'"
         )
     library = _library()
+    options: dict[str, Any] = dict(allow_patterns=list(PATTERNS), ignore_patterns=list(IGNORED))
+    if offline := unreachable():
+        options |= dict(local_files_only=True)
     try:
-        fetched = library.snapshot_download(
-            name, revision=revision, allow_patterns=list(PATTERNS), ignore_patterns=list(IGNORED)
-        )
-        return Path(fetched) / folder.strip("/")
-    except library.errors.HfHubHTTPError as error:
+        return Path(library.snapshot_download(name, revision=revision, **options)) / folder.strip("/")
+    except (library.errors.HfHubHTTPError, OSError, ValueError) as error:
+        if offline:
+            raise ValueError(what_to_download(name, offline, revision)) from error
+        if not isinstance(error, library.errors.HfHubHTTPError):
+            raise
         raise ValueError(f"{path} cannot be fetched: {str(error).strip().splitlines()[0]}") from error
 
 
@@ -65,6 +100,8 @@ def push(model: str | os.PathLike, name: str, private: bool = False) -> str:
             "`python -m dalle2_jax.convert ... --licence=LICENCE`"
         )
     library = _library()
+    if offline := unreachable():
+        raise ValueError(f"{name} cannot be published: {offline}")
     api, message = library.HfApi(), f"{index.get('name', 'Model')}, by dalle2_jax"
     try:
         api.create_repo(name, private=private, exist_ok=True)

@@ -28,6 +28,8 @@ import jax
 import numpy as np
 from absl import logging
 
+from dalle2_jax.runtime import extras
+
 HEARTBEAT_SECONDS = 30  # silence after which a process counts as lost
 START_SECONDS = 300  # for all processes to connect
 WAIT_SECONDS = 6 * 3600  # for the others in `sync`; the loss of a process ends the wait long before
@@ -216,16 +218,18 @@ def fail_together(
 
     An error in `refused` is passed to `say`, without its traceback unless `debug`, and ends the program with
     `status`. With several processes any error ends this one at once, and thereby the others; a process that
-    is done waits for the others, and so notices the loss of one.
+    is done waits for the others, and so notices the loss of one. A missing package of an extra is an error of
+    one line, too.
     """
     try:
         yield
         sync("done")
-    except refused as error:
-        end_together(error, status)
-        say(str(error))
-        raise SystemExit(status) from (error if debug else None)
     except Exception as error:
+        missing = isinstance(error, ImportError) and extras.missing(error)
+        if missing or isinstance(error, refused):
+            end_together(error, status)
+            say(missing or str(error))
+            raise SystemExit(status) from (error if debug else None)
         if jax.process_count() > 1:
             traceback.print_exc()
         end_together(error, 1)

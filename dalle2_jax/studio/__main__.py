@@ -1,14 +1,18 @@
-"""python -m dalle2_jax.studio [--model=DIR] [--port=7860]: a page to draw with, in the browser.
+"""dalle2-jax studio [--model=DIR] [--port=7860]: a page to draw with, in the browser.
 
 Serves this machine alone, unless --host names another address; then anybody who reaches it may draw.
 """
 
-import importlib.util
+from dalle2_jax.runtime import start
+
+start.begin(__name__, "studio: loading JAX")
+
+
 import os
 
 from absl import app, flags, logging
 
-from dalle2_jax.runtime import commandline, partition, processes
+from dalle2_jax.runtime import commandline, extras, partition, processes
 
 FLAGS = flags.FLAGS
 
@@ -19,8 +23,7 @@ def main(argv):
         raise app.UsageError(f"too many arguments: {' '.join(argv[1:])}")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     with processes.fail_together():
-        if importlib.util.find_spec("gradio") is None:
-            raise ValueError("the studio needs gradio: pip install 'dalle2_jax[studio]'")
+        extras.check("the studio", "gradio", "uvicorn")
         from dalle2_jax.studio import server, work
 
         partition.initialise()
@@ -42,4 +45,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: as trained.")
     flags.DEFINE_bool("low_memory", False, "Weights as they are stored, those of one stage at a time.")
     logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    start.run(main)

@@ -1,26 +1,29 @@
 """The studio's page: gathers a request, and shows the answer of `work.Studio`."""
 
+import dataclasses
 import functools
 import queue
+import secrets
 import threading
 import time
 
 from dalle2_jax.edit.actions import PATHS
 from dalle2_jax.generate.pictures import square_picture
-from dalle2_jax.generate.pipeline import Pipeline
-from dalle2_jax.generate.settings import defaults
+from dalle2_jax.generate.settings import SETTINGS, defaults
 from dalle2_jax.runtime.grid import png_bytes
 from dalle2_jax.studio import html
 from dalle2_jax.studio.html import Visit, cards, details, history, note
 from dalle2_jax.studio.requests import ACTIONS, MAX_PICTURES, SAMPLING, Refused, read_upload, too_large
+from dalle2_jax.studio.subjects import subjects, welcome
 from dalle2_jax.studio.work import Picture, Stopped, Studio
 
 MAX_HISTORY = 48  # pictures that a visit keeps
 MIX_FRAMES = 5
+PATIENCE = 1  # seconds without an event, after which the page looks whether programs are compiled
 NAMES = {
-    "text": "reading",
-    "prior": "imagining",
-    "decoder": "sketching",
+    "text": "reading the caption",
+    "prior": "imagining the picture",
+    "decoder": "drawing it small",
     "inversion": "looking at the picture",
 }
 # tab -> (action, text and id of its button)
@@ -34,13 +37,19 @@ TABS = {
     "Enlarge": ("upscale", "Enlarge", "upscale"),
 }
 HINTS = {
-    "inpaint": "Paint over what shall be drawn anew, and say what the whole picture shows.",
-    "interpolate": "Choose one picture, keep it as the first, then choose another.",
+    "inpaint": "Paint over what shall be drawn anew. All else stays as it is.",
+    "interpolate": "Choose one picture and keep it as the first. Then choose another.",
+    "upscale": "A larger picture is first reduced to the size of the model's own.",
+}
+GROUPS = {  # role -> heading of its settings
+    "prior": "**Prior**: from the caption to the idea of a picture",
+    "decoder": "**Decoder**: the small picture",
+    "upsampler": "**Upsamplers**: the larger pictures",
 }
 LABELS = {
     "caption": "The whole picture shows",
-    "source": "From",
-    "target": "To",
+    "source": "It shows",
+    "target": "It should show",
     "eta": "How much is left to chance",
     "strength": "How far from the picture (1: all is new)",
     "scale": "Share of the side that the picture takes",
@@ -49,8 +58,21 @@ LABELS = {
 }
 
 
+# fields of the tabs that hold the caption of the chosen picture, by the ids of their boxes
+CAPTIONS = [
+    f"{id}_{name}"
+    for action, _, id in TABS.values()
+    for name in ("caption", "source", "target")
+    if name in ACTIONS[action]
+]
+
+
 def _events(studio: Studio, action: str, request: dict):
-    """The events of `Studio.draw`, and last ('done', what it returned) or ('error', text)."""
+    """The events of `Studio.draw`, and last ('done', what it returned) or ('error', text).
+
+    ('still',) comes after PATIENCE seconds without another event. Closing the generator stops the work at its
+    next event; gradio closes it for the stop button, and when the browser leaves.
+    """
     events: queue.Queue = queue.Queue()
     gone = threading.Event()
 
@@ -73,28 +95,15 @@ def _events(studio: Studio, action: str, request: dict):
     threading.Thread(target=work, daemon=True).start()
     try:
         while True:
-            event = events.get()
+            try:
+                event = events.get(timeout=PATIENCE)
+            except queue.Empty:
+                event = ("still",)
             yield event
             if event[0] in ("done", "error"):
                 return
     finally:
         gone.set()
-
-
-def progress_of(studio: Studio, name: str, step: str, done: int, total: int, spent: float):
-    """(the seconds left as text, the share that is done) of drawing with a model; '' and None: unknown.
-
-    By the seconds that steps took before, if they ran; else by the share.
-    """
-    steps = [step.name for step in studio.models[name].steps("draw")]
-    if step not in steps:
-        return "", None
-    place, seconds = steps.index(step), studio.seconds
-    share, after = (place + done / total) / len(steps), steps[place + 1 :]
-    left = spent / share * (1 - share)
-    if all((name, later) in seconds for later in after):
-        left = seconds[name, step] * (total - done) + sum(seconds[name, later] * total for later in after)
-    return f", about {left:.0f} s left", share
 
 
 def add(visit: Visit, pictures: list[Picture]) -> tuple[Visit, Visit]:
@@ -105,7 +114,7 @@ def add(visit: Visit, pictures: list[Picture]) -> tuple[Visit, Visit]:
 
 
 def answer(studio: Studio, action: str, fields, visit: Visit, *values):
-    """Yields dicts of changed outputs as an action goes on: status, shown, history, visit.
+    """Yields dicts of changed outputs as an action goes on: status, seed, shown, history, ...
 
     fields, values: of a click's components; chosen pictures are ids of the visit.
     """
@@ -117,19 +126,24 @@ def answer(studio: Studio, action: str, fields, visit: Visit, *values):
     if request.get("mask") == "":
         yield {"status": note("first paint over what shall be drawn anew", bad=True)}
         return
+    caption = request.get("caption") or request.get("target")
+    if not caption and ids:
+        caption = visit[list(ids.values())[-1]].caption
     request |= {name: visit[id].png for name, id in ids.items()}
-    began, notes = time.monotonic(), ""
-    yield {"status": note("starting")}
+    if not request.pop("fixed", True):
+        request["seed"] = secrets.randbelow(2**32)
+    name = request.get("model") or next(iter(studio.models))
+    began, notes, waiting, status = time.monotonic(), "", False, note("starting", stop=True)
+    yield {"status": status, "seed": request["seed"]}
     for kind, *event in _events(studio, action, request):
         seconds = time.monotonic() - began
-        if kind == "waiting":
-            yield {"status": note(f"{event[0]} before you")}
-        elif kind == "stage":
-            step, done, total, _ = event
-            name = request.get("model") or next(iter(studio.models))
-            left, share = progress_of(studio, name, step, done, total, seconds)
-            text = f"{NAMES.get(step, 'sharpening')}: {done} of {total}{left}"
-            yield {"status": note(text, share=share)}
+        if kind in ("waiting", "stage"):
+            waiting = kind == "waiting"
+            status = note(f"{event[0]} before you", stop=True) if waiting else _stage(*event)
+            yield {"status": status}
+        elif kind == "still":
+            compiling = note(f"compiling (once for these settings): {seconds:.0f} s", stop=True)
+            yield {"status": compiling if studio.compiling(name) and not waiting else status}
         elif kind == "pictures":
             yield {"shown": html.sketch(event[1])}
         elif kind == "note":
@@ -139,82 +153,36 @@ def answer(studio: Studio, action: str, fields, visit: Visit, *values):
         elif action == "explain":
             yield {"status": note(f"explained in {seconds:.1f} s"), "shown": html.explained(event[0])}
         else:
-            visit, new = add(visit, event[0])
-            shown = (html.way(event[0]) if action in PATHS else "") + cards(new)
+            made = [dataclasses.replace(picture, caption=caption or "") for picture in event[0]]
+            if action in PATHS:
+                shares = [f"{100 * i / (len(made) - 1):.0f} % of the way" for i in range(len(made))]
+                made = [
+                    dataclasses.replace(each, label=text) for each, text in zip(made, shares, strict=True)
+                ]
+            visit, new = add(visit, made)
+            id = [*new][-1 if action in PATHS else 0]
+            shown = (html.way(made) if action in PATHS else "") + cards(new, id)
             done = f"done in {seconds:.1f} s: click on a picture to change it{notes}"
-            yield {"status": note(done), "shown": shown, "history": history(visit), "visit": visit}
+            yield {"status": note(done), "shown": shown} | _chosen(visit, id, keep=action == "inpaint")
 
 
-def _settings(gr, model: Pipeline) -> dict:
-    """Fields of `create` besides the caption -> components."""
-    made = {"n": gr.Slider(1, MAX_PICTURES, 4, step=1, label="How many pictures", elem_id="n")}
-    made["seed"] = gr.Number(0, label="Seed: the same one gives the same pictures", precision=0)
-    values = defaults(model.engine, model.steps("draw"))
-    scale = values.pop("guidance_scale", 1)
-    label = "Guidance: how closely to follow the words"
-    made["guidance_scale"] = gr.Slider(0, 20, scale, step=0.5, label=label)
-    for name, field in SAMPLING.items():
-        if name not in values:
-            continue
-        label = f"{field.help.removesuffix('.')} (empty: the model's)"
-        if field.kind == "choice":
-            made[name] = gr.Dropdown([("the model's", ""), *field.choices], value="", label=label)
-        else:  # a gr.Number without a value becomes 0 as soon as it is shown; a text stays empty
-            made[name] = gr.Textbox("", label=label, placeholder="the model's", max_lines=1)
-    return made
+def _stage(step: str, done: int, total: int, share: float | None, left: float | None) -> str:
+    """The status after a part of a step."""
+    text = f"{NAMES.get(step, 'enlarging')}: {done} of {total}"
+    return note(text if left is None else f"{text}, about {left:.0f} s left", share=share, stop=True)
 
 
-def _create(gr, studio: Studio) -> tuple[dict, dict]:
-    """(field -> component, action -> button) of the column that draws captions."""
-    names = list(studio.models)
-    example = "a red star above a blue ring" if studio.folders[names[0]] is None else ""
-    fields = {"caption": gr.Textbox(example, label="What shall be drawn?", lines=2, elem_id="caption")}
-    buttons = {"create": gr.Button("Draw", variant="primary", elem_id="draw")}
-    label = "Model (and its kind of prior)"
-    fields["model"] = gr.Dropdown(names, value=names[0], label=label, visible=len(names) > 1)
-    with gr.Accordion("Settings", open=False):
-        fields |= _settings(gr, studio.models[names[0]])
-    buttons["explain"] = gr.Button("Explain how it is drawn", elem_id="explain")
-    gr.HTML(
-        "<label class=link>Upload a picture of your own"
-        "<input id=file type=file accept='image/png,image/jpeg,image/webp' style='display:none' "
-        "onchange='studio.file(this)'></label>"
-    )
-    return fields, buttons
+def _chosen(visit: Visit, id: str, keep: bool = False) -> dict:
+    """The outputs when a visit has new pictures, one of them chosen."""
+    return {"visit": visit, "history": history(visit, id)} | next(choose_one(visit, id, keep))
 
 
-def _edits(gr, chosen, second, painted) -> tuple[dict[str, tuple], tuple]:
-    """(action -> (button, field -> component) of the tabs that change a picture, (keep, its picture))."""
-    made, states = {}, {"picture": chosen, "first": second, "second": chosen}
-    keep: tuple = ()
-    for tab, (action, text, id) in TABS.items():
-        with gr.Tab(tab):
-            if action in HINTS:
-                gr.Markdown(HINTS[action])
-            if action == "interpolate":
-                button = gr.Button("Keep the chosen one as the first", elem_id="keep")
-                keep = button, gr.HTML("", elem_id="kept")
-            fields = {name: state for name, state in states.items() if name in ACTIONS[action]}
-            for name, label in LABELS.items():
-                field = ACTIONS[action].get(name)
-                if field is None:
-                    continue
-                if field.kind == "text":
-                    fields[name] = gr.Textbox(label=label, elem_id=f"{id}_{name}")
-                else:
-                    value = MIX_FRAMES if action == "interpolate" else field.default
-                    step = 1 if field.kind == "int" else 0.05
-                    fields[name] = gr.Slider(field.low, field.high, value, step=step, label=label)
-            fields |= {"mask": painted} if action == "inpaint" else {}  # the last: see `build`
-            made[action] = gr.Button(text, variant="primary", elem_id=id), fields
-    return made, keep
-
-
-def choose_one(visit: Visit, id):
-    """Yields the outputs of a click on the picture `id`."""
+def choose_one(visit: Visit, id, keep: bool = False):
+    """Yields the outputs when the picture `id` is chosen; `keep`: the brush's strokes stay."""
     id = id if isinstance(id, str) and id in visit else ""
-    brush, about = details(visit, id)
-    yield {"chosen": id, "brush": brush, "about": about, "history": history(visit, id)}
+    brush, about = details(visit, id, keep)
+    captions = dict.fromkeys(CAPTIONS, visit[id].caption) if id and visit[id].caption else {}
+    yield {"chosen": id, "brush": brush, "about": about} | captions
 
 
 def take_one(size: int, visit: Visit, data):
@@ -231,8 +199,103 @@ def take_one(size: int, visit: Visit, data):
         return
     visit, new = add(visit, [Picture(png_bytes(square), "uploaded", {}, "")])
     status, id = note("uploaded and chosen: change it below"), next(iter(new))
-    yield {"status": status, "shown": cards(new, id), "visit": visit}
-    yield from choose_one(visit, id)
+    yield {"status": status, "shown": cards(new, id)} | _chosen(visit, id)
+
+
+def _settings(gr, studio: Studio) -> dict:
+    """Fields of `create` besides caption, number and seed -> components."""
+    model = next(iter(studio.models.values()))
+    values, made = defaults(model.engine, model.steps("draw")), {}
+    scale = values.pop("guidance_scale", 1)
+    label = "Guidance: how closely to follow the caption"
+    made["guidance_scale"] = gr.Slider(0, 20, scale, step=0.5, label=label, visible=model.reads_captions)
+    found = [name for name in SAMPLING if name in values]
+    for role, heading in GROUPS.items():
+        if not any(SETTINGS[name].role == role for name in found):
+            continue
+        gr.Markdown(heading)
+        with gr.Row():
+            for name in found:
+                if SETTINGS[name].role == role:
+                    made[name] = _setting(gr, name, values[name], len(studio.models) == 1)
+    return made
+
+
+def _setting(gr, name: str, value, known: bool):
+    """The component of a setting; `known`: the model's `value` is shown where it is left empty."""
+    field, empty = SAMPLING[name], "the model's"
+    if known:
+        text = ",".join(map(str, value if isinstance(value, list) else [value]))
+        empty += f": {'none' if value is None else text}"
+    label = field.help.removesuffix(".")
+    if field.kind == "choice":
+        return gr.Dropdown([(empty, ""), *field.choices], value="", label=label)
+    # a gr.Number without a value becomes 0 as soon as it is shown; a text stays empty
+    return gr.Textbox("", label=label, placeholder=empty, max_lines=1)
+
+
+def _create(gr, studio: Studio) -> tuple[dict, dict]:
+    """(field -> component, action -> button) of the column that draws captions."""
+    names, models = list(studio.models), list(studio.models.values())
+    _, tries = subjects(models[0])
+    reads = any(model.reads_captions for model in models)
+    # With one line Enter draws.
+    box = gr.Textbox(
+        "".join(tries[:1]), label="What shall it draw?", lines=1, elem_id="caption", visible=reads
+    )
+    fields, buttons = {"caption": box}, {}
+    if tries:
+        examples = [[text] for text in tries]
+        gr.Examples(examples, box, label="For example", elem_id="examples", api_visibility="private")
+    buttons["create"] = gr.Button("Draw", variant="primary", elem_id="draw")
+    label = "Model (and its kind of prior)"
+    fields["model"] = gr.Dropdown(names, value=names[0], label=label, visible=len(names) > 1)
+    fields["n"] = gr.Slider(1, MAX_PICTURES, 4, step=1, label="How many pictures", elem_id="n")
+    with gr.Row():
+        fields["seed"] = gr.Number(0, label="Seed", precision=0, elem_id="seed")
+        fields["fixed"] = gr.Checkbox(label="Keep the seed, to draw the same again", elem_id="fixed")
+    with gr.Accordion("More settings", open=False):
+        fields |= _settings(gr, studio)
+    can = any("explain" in model.actions for model in models)
+    buttons["explain"] = gr.Button("Explain how it is drawn", elem_id="explain", visible=can)
+    gr.HTML(html.UPLOAD)
+    return fields, buttons
+
+
+def _edits(gr, studio: Studio, chosen, second, painted) -> tuple[dict[str, tuple], tuple]:
+    """(action -> (button, field -> component) of the tabs that change a picture, (keep, its picture) or ()).
+
+    There is a tab for each action that a model can do.
+    """
+    made, states = {}, {"picture": chosen, "first": second, "second": chosen}
+    keep: tuple = ()
+    models = studio.models.values()
+    reads = any(model.reads_captions for model in models)
+    for tab, (action, text, id) in TABS.items():
+        if not any(action in model.actions for model in models):
+            continue
+        with gr.Tab(tab):
+            if action in HINTS:
+                gr.Markdown(HINTS[action])
+            if action == "inpaint":
+                gr.HTML(html.TOOLS)
+            if action == "interpolate":
+                button = gr.Button("Keep the chosen one as the first", elem_id="keep")
+                keep = button, gr.HTML("", elem_id="kept")
+            fields = {name: state for name, state in states.items() if name in ACTIONS[action]}
+            for name, label in LABELS.items():
+                field = ACTIONS[action].get(name)
+                if field is None:
+                    continue
+                if field.kind == "text":
+                    fields[name] = gr.Textbox(label=label, lines=1, elem_id=f"{id}_{name}", visible=reads)
+                else:
+                    value = MIX_FRAMES if action == "interpolate" else field.default
+                    step = 1 if field.kind == "int" else 0.05
+                    fields[name] = gr.Slider(field.low, field.high, value, step=step, label=label)
+            fields |= {"mask": painted} if action == "inpaint" else {}  # the last: see `build`
+            made[action] = gr.Button(text, variant="primary", elem_id=id), fields
+    return made, keep
 
 
 def keep_one(visit: Visit, id):
@@ -252,15 +315,16 @@ def build(studio: Studio):
     """(gradio Blocks of the page, keywords of how it looks)."""
     import gradio as gr
 
-    name, model = next(iter(studio.models.items()))
+    model = next(iter(studio.models.values()))
     with gr.Blocks(title="dalle2_jax studio", analytics_enabled=False, fill_width=True) as blocks:
         visit, chosen, second = gr.State({}), gr.State(""), gr.State("")
-        gr.Markdown(f"# Studio\nSay what to draw, then change what you get. Model: **{name}**")
+        gr.Markdown(welcome(studio.models))
         with gr.Row():
             with gr.Column(scale=2):
                 fields, buttons = _create(gr, studio)
             with gr.Column(scale=3):
-                status = gr.HTML(note("Ready. The first pictures take a little longer."), elem_id="status")
+                ready = "Ready. The first pictures take longer: their programs are compiled once."
+                status = gr.HTML(note(ready), elem_id="status")
                 shown = gr.HTML("", elem_id="shown")
         gr.Markdown("## Change a picture")
         passed = gr.Textbox(visible="hidden")
@@ -269,46 +333,58 @@ def build(studio: Studio):
                 brush = gr.HTML(details({}, "")[0], elem_id="chosen")
                 about = gr.HTML("", elem_id="about")
             with gr.Column(scale=3), gr.Tabs():
-                edits, (keep, kept_one) = _edits(gr, chosen, second, passed)
+                edits, keep = _edits(gr, studio, chosen, second, passed)
         gr.Markdown("## This visit")
         zipped = gr.Button("All pictures as one archive", elem_id="zip", size="sm")
         link, past = gr.HTML("", elem_id="archive"), gr.HTML("", elem_id="history")
         with gr.Row(elem_classes="hidden", visible="hidden"):
             choose = gr.Button(elem_id="choose", visible="hidden")
             take = gr.Button(elem_id="take", visible="hidden")
+            stop = gr.Button(elem_id="stop", visible="hidden")
+        gr.HTML("<a class=link href='/api'>The actions and their fields, for programs (JSON)</a>")
 
         outputs = dict(status=status, shown=shown, history=past, visit=visit, chosen=chosen, link=link)
-        outputs |= dict(brush=brush, about=about, second=second, kept=kept_one)
+        outputs |= dict(brush=brush, about=about, second=second, seed=fields["seed"])
+        boxes = [box for _, of_tab in edits.values() for box in of_tab.values()]
+        outputs |= {"kept": keep[1]} if keep else {}
+        outputs |= {box.elem_id: box for box in boxes if box.elem_id in CAPTIONS}
+        how = dict(concurrency_limit=None, api_visibility="private", show_progress="hidden")
+        picking = f"chosen brush about {' '.join(CAPTIONS)}"
 
-        def on(button, function, inputs, changes: str, js=None):
-            """Run function(*inputs) on a click. It yields dicts of outputs, by names in `changes`."""
+        def on(button, function, inputs, changes: str, js=None, boxes=()):
+            """Run function(*inputs) on a click, or Enter in `boxes`; it yields dicts of `changes`."""
+            names = [name for name in changes.split() if name in outputs]
 
             def changed(*values):
                 for made in function(*values):
-                    yield {outputs[name]: value for name, value in made.items()}
+                    yield {outputs[name]: value for name, value in made.items() if name in names}
 
-            components = [outputs[name] for name in changes.split()]
-            how = dict(concurrency_limit=None, api_visibility="private", show_progress="hidden")
-            button.click(changed, inputs, components, js=js, **how)
+            triggers = [button.click, *(box.submit for box in boxes)]
+            return gr.on(triggers, changed, inputs, [outputs[name] for name in names], js=js, **how)
 
         def on_action(button, action: str, fields, js=None):
             function = functools.partial(answer, studio, action, fields)
-            on(button, function, [visit, *fields.values()], "status shown history visit", js)
+            boxes = [fields[name] for name in ("caption", "source", "target") if name in fields]
+            changes = f"status seed shown history visit {picking}"
+            return on(button, function, [visit, *fields.values()], changes, js, boxes)
 
-        on_action(buttons["create"], "create", fields)
-        on_action(buttons["explain"], "explain", {k: v for k, v in fields.items() if k != "n"})
+        # Explaining takes the seed of the last pictures.
+        of_explain = {k: v for k, v in fields.items() if k not in ("n", "fixed")}
+        running = [on_action(buttons["create"], "create", fields)]
+        running += [on_action(buttons["explain"], "explain", of_explain)]
         common = {"seed": fields["seed"], "num_steps": fields["decoder_steps"], "n": fields["n"]}
         for action, (button, of_tab) in edits.items():
             taken = {k: v for k, v in common.items() if k in ACTIONS[action]}
             # The script replaces the last value by the strokes of the brush.
             js = "(...all) => { all[all.length - 1] = window.studio.mask(); return all; }"
-            taken |= {"model": fields["model"]} | of_tab
-            on_action(button, action, taken, js if "mask" in of_tab else None)
-        js = "(v, p) => [v, studio.chosen]"
-        on(choose, choose_one, [visit, passed], "chosen brush about history", js)
-        changes, js = "status shown history visit chosen brush about", "(v, p) => [v, studio.upload]"
+            taken |= {"fixed": fields["fixed"], "model": fields["model"]} | of_tab
+            running += [on_action(button, action, taken, js if "mask" in of_tab else None)]
+        stop.click(lambda: note("stopped"), None, status, cancels=running, **how)
+        on(choose, choose_one, [visit, passed], picking, "(v, p) => [v, studio.chosen]")
+        changes, js = f"status shown history visit {picking}", "(v, p) => [v, studio.upload]"
         on(take, functools.partial(take_one, model.image_size), [visit, passed], changes, js)
-        on(keep, keep_one, [visit, chosen], "second kept")
+        if keep:
+            on(keep[0], keep_one, [visit, chosen], "second kept")
         on(zipped, zip_all, [visit], "link")
     blocks.queue(default_concurrency_limit=None, max_size=64)
     return blocks, dict(css=html.CSS, head=html.HEAD, show_error=False)

@@ -200,8 +200,11 @@ def _number(name: str, field: Field, value) -> int | float:
     return int(value) if field.kind == "int" else float(value)
 
 
-def check(action: str, request: dict) -> dict:
-    """The checked fields of a request, with defaults, without those left to the model; Refused otherwise."""
+def check(action: str, request: dict, reads_captions: bool = True) -> dict:
+    """The checked fields of a request, with defaults, without those left to the model; Refused otherwise.
+
+    reads_captions: False: the caption may be left out, and is "" then.
+    """
     if not isinstance(action, str) or action not in ACTIONS:
         raise Refused(f"no such action: choose one of {', '.join(ACTIONS)}")
     if not isinstance(request, dict):
@@ -212,6 +215,8 @@ def check(action: str, request: dict) -> dict:
             raise Refused(f"{str(name)[:40]!r} is no field of {action}: it has {', '.join(fields)}")
     for name, field in fields.items():
         value = request.get(name)
+        if name == "caption" and not reads_captions:
+            field = dataclasses.replace(field, needed=False, default="")
         if value is None or (value == "" and not field.needed):
             if field.needed:
                 raise Refused(f"{name} is missing: give {field.help}")

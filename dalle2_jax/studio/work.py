@@ -82,12 +82,19 @@ class Turns:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A finished picture: its PNG file with settings inside, its label, the command that makes it."""
+    """A finished picture.
+
+    Attributes:
+      png: its file, with the settings inside.
+      label: what to call it. caption: what it shows, to be changed in edits; "": unknown.
+      settings: of the drawing. command: the command line that makes it; "": none does.
+    """
 
     png: bytes
-    caption: str
+    label: str
     settings: dict
     command: str
+    caption: str = ""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -106,13 +113,13 @@ class Studio:
     Attributes:
       models: its name in requests -> Pipeline; the first is the default.
       folders: the same names -> model directories; None: the bundled model.
-      seconds: (name, step) -> seconds a picture of that step when it last ran.
+      seconds: (name, action, its settings, step) -> seconds of that step when it last ran.
     """
 
     def __init__(self, model_dirs: Sequence[str | None] = (None,), most: int = MAX_WAITING, **options):
         """Opens model directories; `options` and errors are those of `Pipeline.load`."""
         self.turns = Turns(most)
-        self.seconds: dict[tuple[str, str], float] = {}
+        self.seconds: dict[tuple[str, str, str, str], float] = {}
         self.models: dict[str, Pipeline] = {}
         self.folders: dict[str, str | None] = {}
         for folder in model_dirs:
@@ -132,9 +139,9 @@ class Studio:
     def draw(self, action: str, request: dict, tell: Callable[..., None] = lambda *event: None):
         """The pictures [Picture] of a request; for `explain` its dict.
 
-        tell: called with ('note', text), ('waiting', requests before it), ('stage', step, done, total,
-        seconds) and ('pictures', step, uint8 [N, h, w, 3]); an exception in it stops the work. A note is of a
-        request that may be a mistake.
+        tell: called with ('note', text), ('waiting', requests before it), ('stage', step, done, total, share
+        of the whole or None, seconds left or None) and ('pictures', step, uint8 [N, h, w, 3]); an exception
+        in it stops the work. A note is of a request that may be a mistake.
 
         Raises Refused for an invalid request, before anything is computed.
         """
@@ -145,10 +152,10 @@ class Studio:
                 name = chosen
         if not isinstance(name, str) or name not in self.models:
             raise Refused(f"no such model: choose one of {', '.join(self.models)}")
-        fields, model = check(action, request), self.models[name]
+        model = self.models[name]
+        fields = check(action, request, model.reads_captions)
         try:
-            if action != "create":
-                model.steps(action)
+            steps = [step.name for step in model.steps("draw" if action == "create" else action)]
             if action in ("create", "explain"):
                 model.settings(**{k: v for k, v in fields.items() if k not in ("caption", "seed", "n")})
             elif "num_steps" in fields:
@@ -159,17 +166,42 @@ class Studio:
                     tell("note", pictures.ALL_WHITE)
         except ValueError as error:
             raise Refused(str(error)) from None
+        content = ("text", "picture", "mask")
+        settings = {k: v for k, v in fields.items() if k != "seed" and ACTIONS[action][k].kind not in content}
+        same = name, action, str(settings)  # requests that take the same time
         with self.turns.turn(lambda before: tell("waiting", before)) as pass_on:
 
             def progress(step, done, total, seconds):
-                self.seconds[name, step] = seconds / done
-                tell("stage", step, done, total, seconds)
+                tell("stage", step, done, total, *self._left(same, steps, step, done / total, seconds))
                 pass_on()
 
             try:
                 return self._run(name, action, fields, progress, lambda *event: tell("pictures", *event))
             except ValueError as error:
                 raise Refused(str(error)) from None
+
+    def _left(
+        self, same: tuple[str, str, str], steps: Sequence[str], step: str, share: float, seconds: float
+    ) -> tuple[float | None, float | None]:
+        """(share of the whole that is done, seconds left), when `share` of a step has taken `seconds`.
+
+        None: unknown. The seconds left are known where all further steps ran before with the same settings.
+        """
+        before = self.seconds.get((*same, step), seconds / share)
+        if share == 1:
+            self.seconds[*same, step] = seconds
+        if step not in steps:
+            return None, None
+        place = steps.index(step)
+        later = [(*same, name) for name in steps[place + 1 :]]
+        left = None
+        if all(key in self.seconds for key in later):
+            left = max(before - seconds, 0.0) + sum(self.seconds[key] for key in later)
+        return (place + share) / len(steps), left
+
+    def compiling(self, name: str) -> bool:
+        """Whether programs of a model are being compiled."""
+        return name in self.models and self.models[name].engine.compiling
 
     def _run(self, name: str, action: str, fields: dict, progress, on_images):
         model = self.models[name]
@@ -185,7 +217,8 @@ class Studio:
         options = dict(fields)
         callbacks = dict(progress=progress, on_images=on_images)
         if action == "create":
-            result = model.text_to_image([options.pop("caption")], **options, **callbacks)
+            captions = [caption] if (caption := options.pop("caption")) else []
+            result = model.text_to_image(captions, **options, **callbacks)
         else:
             result = getattr(actions, action)(model, **options, **callbacks)
         plain = {name: value for name, value in options.items() if not isinstance(value, np.ndarray)}
@@ -200,6 +233,7 @@ class Studio:
         """The command line that makes the same pictures, from files in `FILES`."""
         order = actions.INPUTS.get(action, ("caption",))
         inputs = [FILES.get(field) or fields[field] for field in order]
+        inputs = inputs if any(inputs) else []  # `generate` without captions
         words = ["dalle2_jax.edit", action] if action in actions.INPUTS else ["dalle2_jax.generate"]
         words += [] if self.folders[name] is None else [f"--model={self.folders[name]}"]
         for field, value in fields.items():

@@ -1,9 +1,13 @@
 """Checks of settings before anything is read or compiled: unknown names, values that cannot go together."""
 
 import inspect
+from collections.abc import Callable
+
+from absl import flags
 
 from dalle2_jax.models import models, trainable
 from dalle2_jax.runtime import partition
+from dalle2_jax.runtime.batch import PICTURES, field
 from dalle2_jax.train import optim, resume
 
 FAILED = 2  # exit status of a run whose settings, data or disk do not allow it
@@ -25,17 +29,47 @@ SETTINGS = (
     "trainable",
     "init_from",
 )
+OF_CAPTIONS = ("tokens", "token_mask", "label", "text_embed", "text_states")  # fields made from a caption
 TOKENIZER_SETTINGS = ("path", "vocab_size", "context_length")
+# Settings that a run fills in: no hint names them.
+FILLED_IN = {
+    *("data.fields", "data.image_size", "data.image_sizes", "data.low_res_size", "data.crop_size"),
+    *("data.tokenizer", "data.seed", "mesh.devices", "optim.num_steps"),
+}
+
+
+def _groups(stage: str = "") -> dict[str, list[str]]:
+    """group of a config -> its settings; `model` has those of a stage."""
+    from dalle2_jax.data.settings import DataSettings
+
+    takers: dict[str, Callable] = {"data": DataSettings, "mesh": partition.make_mesh, "optim": optim.Settings}
+    if stage in models.STAGES:
+        takers["model"] = models.stage_module(stage).build
+    found = {group: [*inspect.signature(taker).parameters] for group, taker in takers.items()}
+    found["data"].append("eval_split")
+    return found | {"tokenizer": [*TOKENIZER_SETTINGS]}
+
+
+def all_settings(stage: str = "") -> list[str]:
+    """Settings of a config, such as 'num_steps' and 'optim.learning_rate'; of `model` those of a stage."""
+    groups = _groups(stage)
+    inside = [f"{group}.{name}" for group, names in groups.items() for name in names]
+    return [*(name for name in SETTINGS if name not in groups), *(n for n in inside if n not in FILLED_IN)]
+
+
+def settings_of_flag() -> list[str]:
+    """`all_settings` of the stage of --config, or without it those of no stage; for hints."""
+    config = flags.FLAGS["config"].value
+    return all_settings(config.get("stage", "") if config else "")
 
 
 def check_names(config: dict) -> None:
-    """Raise ValueError for a setting that there is not; those of `model` are looked at where it is built."""
-    from dalle2_jax.data.settings import DataSettings
-
-    models.check_names(config, SETTINGS, "config")
-    of_data = [*inspect.signature(DataSettings).parameters, "eval_split"]
-    models.check_names(config["data"], of_data, "data")
-    models.check_names(config["tokenizer"], TOKENIZER_SETTINGS, "tokenizer")
+    """Raise ValueError for a setting that there is not, naming the nearest one of all."""
+    stage = config.get("stage", "")
+    elsewhere = all_settings(stage)
+    models.check_names(config, SETTINGS, "config", [f"config.{name}" for name in elsewhere])
+    for group, names in _groups(stage).items():
+        models.check_names(config[group], names, group, elsewhere)
     models.check_keywords(partition.make_mesh, config["mesh"], "mesh")
     models.check_keywords(optim.Settings, dict(config["optim"], num_steps=1), "optim")
 
@@ -50,6 +84,7 @@ def check_settings(config: dict, stage, mesh) -> None:
     if config["spike_sigma"] < 0:
         raise ValueError(f"spike_sigma {config['spike_sigma']} must be 0 (none) or above; 6 is usual")
     optim.Settings(**config["optim"], num_steps=config["num_steps"])
+    _check_sample_captions(config, stage)
     if patterns := config.get("trainable"):
         trainable.check(models.abstract_params(stage), patterns)
         if not config["init_from"]:
@@ -83,4 +118,22 @@ def check_vocabulary(config: dict, tokenizer) -> None:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, model.text.vocab_size is {vocab_size}: "
             f"raise it to {tokenizer.vocab_size}"
+        )
+
+
+def _check_sample_captions(config: dict, stage) -> None:
+    """Raise ValueError for `sample_captions` of a stage that does not draw pictures from captions alone."""
+    captions = config.get("sample_captions", ())
+    if not captions:
+        return
+    if isinstance(captions, str):
+        raise ValueError(f"sample_captions is a list of captions: ({captions!r},)")
+    draws = stage.ops["sample"].writes[0] if hasattr(stage, "sample") else ""
+    reads = set(stage.batch_spec(1)) - {draws, "image", "crop_yx"}
+    others = sorted(name for name in reads if name.rpartition(".")[2] not in OF_CAPTIONS)
+    if not draws or field(draws).kind not in (*PICTURES, "codes") or others or not reads:
+        also = f" also reads {', '.join(others)}" if others else " draws no pictures from captions"
+        raise ValueError(
+            f"sample_captions: stage {config['stage']!r}{also}. Leave them out: then the samples are those "
+            "of validation records; generate draws your captions with the whole model"
         )

@@ -1,5 +1,7 @@
 """What a run reads: its tokenizer, and the datasets for training and validation."""
 
+from typing import Any
+
 from etils import epath
 
 from dalle2_jax.models import frozen, models
@@ -97,6 +99,8 @@ def dataset_fields(config: dict, plan: Plan) -> set[str]:
 def _precomputed(config: dict) -> str:
     """The folder of embeddings that a run reads, '' for none."""
     data = config["data"]
+    first: Any = next(iter(data.get("sources", ())), {})
+    data = data | ({"path": first} if isinstance(first, str) else dict(first))
     return data["path"] if data["source"] == "embeddings" else data.get("embeddings", "")
 
 

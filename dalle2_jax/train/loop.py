@@ -15,8 +15,9 @@ import jax
 from absl import logging
 from etils import epath
 
+from dalle2_jax.data import words
 from dalle2_jax.models import frozen, models
-from dalle2_jax.runtime import checkpoint, files, metrics, modeldir, partition, processes
+from dalle2_jax.runtime import checkpoint, compiling, files, metrics, modeldir, partition, processes
 from dalle2_jax.train import bad_steps, inputs, profiling, resume, statistics, stopping, validation
 from dalle2_jax.train.plan import Plan, make_plan
 from dalle2_jax.train.run import Run, claimed, failing_together, first_state, frozen_parameters
@@ -55,6 +56,7 @@ def _train(
         models.load_start(config["init_from"], config)
 
     with claimed(workdir) as lock:
+        logging.info("opening the data: %s %s", config["data"]["source"], config["data"]["path"])
         tokenizer = inputs.shared_tokenizer(config, workdir) if {"tokens", "token_mask"} & fields else None
         dataset, held_out = inputs.make_datasets(config, plan, fields, tokenizer)
         if dataset.fingerprint == held_out.fingerprint:
@@ -94,7 +96,8 @@ def _train(
                 resumption.note(start)
                 modeldir.write_json(workdir / "config.json", config)
             writer = metrics.Writer(workdir, wandb=config["wandb"] or None)
-            run = Run(plan, workdir, frozen_params, dataset, held_out, about, checkpointer, writer, stops)
+            read = plan, workdir, frozen_params, dataset, held_out, about
+            run = Run(*read, checkpointer, writer, stops, words.read(workdir) if start else None)
             with contextlib.closing(writer), partition.use_mesh(plan.mesh), failing_together():
                 return loop(run, state, start)
 
@@ -169,10 +172,15 @@ def loop(run: Run, state: TrainState, start: int) -> int:
 def _compiled(plan: Plan, state: TrainState, batch: dict, frozen: dict) -> tuple[Callable, float]:
     """(the compiled training step, its FLOPs as the compiler counts them; 0: it does not say)."""
     began = time.monotonic()
+    logging.info("tracing the train step")
     lowered = plan.jit_step().lower(state, batch, frozen)
     flops = (lowered.cost_analysis() or {}).get("flops", 0.0)
-    compiled = lowered.compile()
-    logging.info("compiled the train step in %.1f s (%.1f GFLOP)", time.monotonic() - began, flops / 1e9)
+    traced = time.monotonic()
+    with contextlib.closing(compiling.Watch(logging.info)) as watch:
+        compiled = lowered.compile()
+    work, seconds = watch.work, time.monotonic() - traced
+    said = "compiled the train step: tracing %.1f s, %s %.1f s (%.1f GFLOP)"
+    logging.info(said, traced - began, work, seconds, flops / 1e9)
     return compiled, flops
 
 

@@ -31,6 +31,7 @@ FREE = (
     "eval_every",
     "eval_batches",
     "num_samples",
+    "sample_captions",
     "profile_at",
     "profile_steps",
     "wandb",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
+from dalle2_jax.data import words
 from dalle2_jax.models import models, trainable
 from dalle2_jax.models.frozen import Loaded
 from dalle2_jax.runtime import checkpoint, metrics, modeldir, partition, processes
@@ -28,6 +29,7 @@ class Run:
       dataset, held_out: what training and validation read.
       about: what checkpoints say of the data and the frozen parameters, `resume.describe`.
       stops: the signals that stop it.
+      words_before: of the captions that the run read before it was interrupted; None: none.
     """
 
     plan: Plan
@@ -39,9 +41,12 @@ class Run:
     checkpointer: checkpoint.Checkpointer
     writer: metrics.Writer
     stops: stopping.Stopping
+    words_before: words.Words | None = None
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves the state after step `step`, while training goes on."""
+        """Saves the state after step `step`, while training goes on, and the words read so far."""
+        if jax.process_index() == 0 and (read := self.dataset.words(self.words_before)):
+            words.write(self.workdir, read)
         meta = self.about | dict(step=step, bad_records=self.dataset.bad_records())
         self.checkpointer.save(step, state, meta)
 

@@ -1,4 +1,5 @@
-"""Validation during training: the loss on fixed batches, and samples for fixed captions.
+"""Validation during training: the loss on fixed batches, and samples for fixed captions: those of the first
+validation records, or `sample_captions`.
 
 All processes run the sampler; process 0 alone makes the labels and the grid. A failure there is a warning,
 and training goes on.
@@ -26,9 +27,13 @@ class Validation:
         batches = dataset.batches(config["batch_size"], **partition.host_slice(mesh))
         raw = [next(batches) for _ in range(config["eval_batches"])]
         self._batches = [partition.on_devices(batch, mesh) for batch in raw]
-        count = min(config["num_samples"], config["batch_size"])
+        captions = list(config.get("sample_captions", ()))[: config["batch_size"]]
+        count = len(captions) or min(config["num_samples"], config["batch_size"])
         self._count, self._dataset = count, dataset
-        self._labels: list[str] | None = None
+        self._labels: list[str] | None = captions or None
+        self._sampled = self._batches[0]
+        if captions:
+            self._sampled = partition.on_devices(_captioned(raw[0], captions, dataset, config, mesh), mesh)
         self._warned: set[type] = set()
         self._indices = partition.gather_index(raw[0]["index"], mesh)[:count]
 
@@ -63,7 +68,7 @@ class Validation:
         """
         if self._draws is None or not self._count:
             return
-        made, batch = partition.to_host(self._sample(params, frozen, self._batches[0]))
+        made, batch = partition.to_host(self._sample(params, frozen, self._sampled))
         ((name, drawn),) = made.items()
         images = stills(name, drawn)
         if images is not None:
@@ -90,3 +95,27 @@ class Validation:
                     error,
                 )
             return None
+
+
+def _captioned(batch: dict, captions: list[str], dataset, config: dict, mesh) -> dict:
+    """This host's part of a batch with these captions, in turn, in place of its own. Raises ValueError for a
+    caption that names no class, where the stage reads classes."""
+    from dalle2_jax.data import pipeline
+
+    places = partition.host_slice(mesh)
+    size = config["batch_size"] // places["num_parts"]
+    slots = [slot for part in places["parts"] for slot in range(part * size, (part + 1) * size)]
+    if stored := [name for name in batch if field(name).kind in ("embedding", "states")]:
+        raise ValueError(
+            f"sample_captions: the data bring {', '.join(stored)} of other captions; leave them out"
+        )
+    found, written = dict(batch), [captions[slot % len(captions)] for slot in slots]
+    if "tokens" in batch:
+        found["tokens"], found["token_mask"] = dataset.settings.tokenizer(written)
+    if "label" in batch:
+        labels = [pipeline.label_of(caption, dataset.classes) for caption in written]
+        if -1 in labels:
+            unknown, shown = written[labels.index(-1)], ", ".join(dataset.classes[:20])
+            raise ValueError(f"sample_captions: {unknown!r} names none, or several, of the classes {shown}")
+        found["label"] = np.array(labels, np.int32)
+    return found

@@ -44,14 +44,30 @@ def test_the_classifier_is_the_same(made, tmp_path):
     assert config["data"]["classes"] == list("abcde")
     settings = dict(image_size=SIDE, num_res_blocks=1, channel_mult=[1, 2], attention_resolutions=[8])
     assert settings.items() <= config["model"].items() and config["model"]["schedule"] == "cosine"
+    assert_same_classifier(stage, params, model)
+    index = modeldir.read_index(tmp_path / "out")
+    assert not index["stages"]["classifier"]["tokenizer"] and "MIT" in index["licence"]
+
+
+def test_a_classifier_that_begins_with_64_channels(tmp_path):
+    """As 512x512_classifier.pt: 32 groups of two channels at the first level."""
+    torch.manual_seed(3)
+    model = torch_unet.Classifier(SIDE, CLASSES, 128, (0.5, 1), 1, attends=(1,))
+    torch.save(model.state_dict(), tmp_path / "classifier.pt")
+    convert.convert_weights("adm-classifier", tmp_path / "classifier.pt", tmp_path / "out", dtype="float32")
+    stage, config, params = models.load_stage(tmp_path / "out", "classifier")
+    assert config["model"]["channel_mult"] == [0.5, 1]
+    assert params["net"]["down_0_res_0"]["norm1"]["scale"].shape == (64,)
+    assert_same_classifier(stage, params, model)
+
+
+def assert_same_classifier(stage, params, model):
     x = np.random.default_rng(0).normal(size=(2, SIDE, SIDE, 3)).astype(np.float32)
     t = np.array([7, 900])
     ours = jax.jit(stage.net.apply)({"params": params}, x, t)
     theirs = model(torch.from_numpy(np.moveaxis(x, -1, 1).copy()), torch.from_numpy(t)).detach().numpy()
     assert theirs.std() > 1e-2
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
-    index = modeldir.read_index(tmp_path / "out")
-    assert not index["stages"]["classifier"]["tokenizer"] and "MIT" in index["licence"]
 
 
 def test_what_does_not_fit_is_refused(made, tmp_path, capsys):
@@ -112,10 +128,11 @@ def test_a_generator_with_its_upsampler_and_classifier(small, tmp_path):
     assert convert.main(["adm", str(tmp_path), str(out), "--dtype=float32"]) == 0
     stage, config, params = models.load_stage(out, "decoder")
     settings = dict(image_size=SMALL, schedule="cosine", attention_resolutions=[8, 4], num_classes=CLASSES)
+    settings |= dict(dropout=0.1, spacing="adm", process={"guide_rule": "adm"})
     assert settings.items() <= config["model"].items() and not stage.guidable
     assert_same(stage, params, generator, (SMALL, 12), lambda label: {"label": label})
     stage, config, params = models.load_stage(out, "upsampler")
-    settings = dict(image_size=LARGE, low_res_size=SMALL, schedule="linear", num_heads=4)
+    settings = dict(image_size=LARGE, low_res_size=SMALL, schedule="linear", num_heads=4, spacing="adm")
     assert settings.items() <= config["model"].items()
     low_res = np.random.default_rng(2).normal(size=(2, SMALL, SMALL, 3)).astype(np.float32)
     expected = torch.nn.functional.interpolate(
@@ -154,6 +171,19 @@ def test_a_generator_without_classes_draws_what_it_likes(small, tmp_path):
     first, second = (model.text_to_image([said], decoder_steps=2).images for said in ("a cat", "a dog"))
     np.testing.assert_array_equal(first, second)
     assert "reads no captions" in model.cut_captions(["a cat"])[0]
+
+
+def test_the_lsun_generators_have_dropout(monkeypatch, tmp_path):
+    """The name of the file tells them from ImageNet's unconditional generator, whose tensors are alike."""
+    monkeypatch.setattr(adm, "FIRST_ATTENTION", SMALL)
+    state = torch_unet.UNet(**PLAIN | dict(channels=64, mult=(1, 1))).state_dict()
+    names = ("lsun_bedroom", "lsun_cat", "lsun_horse", "256x256_diffusion_uncond")
+    for name, dropout in zip(names, (0.1, 0.1, 0.1, 0.0), strict=True):
+        torch.save(state, tmp_path / f"{name}.pt")
+        convert.convert_weights("adm", tmp_path / f"{name}.pt", tmp_path / name, dtype="float32")
+        stage, config, _ = models.load_stage(tmp_path / name, "decoder")
+        assert config["model"]["dropout"] == dropout and not config["model"]["num_classes"]
+        assert stage.diffusion.guide_rule == stage.diffusion.spacing == "adm"
 
 
 def test_checkpoints_of_training_are_the_same_model(small, tmp_path):

@@ -1,4 +1,9 @@
-"""DeepFloyd IF from folders of diffusers: networks and whole walks with the same noise."""
+"""DeepFloyd IF from and to folders of diffusers: networks and whole walks with the same noise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +11,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.convert import convert
+from dalle2_jax.convert.formats import deepfloyd, to_diffusers
 from dalle2_jax.models import models
 from dalle2_jax.models.diffusion.sampling import init_noise
 from dalle2_jax.runtime import modeldir
@@ -165,3 +171,89 @@ def test_stage_two_draws_the_same(theirs, ours, monkeypatch):
     sample = jax.jit(lambda b: stage.sample(params, KEYS, b, num_steps=STEPS, guidance_scale=jnp.float32(4)))
     assert expected.std() > 0.1 and config["model"]["low_res_level"] == 0.25
     np.testing.assert_allclose(sample(batch), np.clip(expected, -1, 1), atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def back(ours, tmp_path_factory):
+    out = tmp_path_factory.mktemp("back")
+    assert convert.main(["to-diffusers", str(ours), str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    "number, role, kind", [(0, "decoder", "IF"), (1, f"upsampler{LARGE}", "IFSuperResolution")]
+)
+def test_stages_go_back_to_diffusers_unchanged(theirs, back, number, role, kind):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(back / role)
+    assert type(pipeline).__name__ == f"{kind}Pipeline"
+    state, net = theirs[number].state_dict(), pipeline.unet.eval()
+    assert net.state_dict().keys() == state.keys()
+    for name, value in net.state_dict().items():
+        np.testing.assert_array_equal(value, state[name])
+    inputs = torch.randn(2, 3 + 3 * number, net.config.sample_size, net.config.sample_size)
+    level = {"class_labels": torch.full((2,), 250)} if number else {}
+    states, t = torch.randn(2, LENGTH, 24), torch.tensor([7, 900])
+    with torch.no_grad():
+        found, expected = (each(inputs, t, states, **level).sample for each in (net, theirs[number]))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * expected.abs().max())
+    noise = diffusers.DDPMScheduler.from_pretrained(
+        theirs[2] / ("II" if number else "I") / "scheduler"
+    ).config
+    names = ["beta_schedule", "variance_type", "prediction_type", "clip_sample", "thresholding"]
+    names += [] if number else ["dynamic_thresholding_ratio", "sample_max_value"]
+    assert {name: pipeline.scheduler.config[name] for name in names} == {name: noise[name] for name in names}
+
+
+def test_t5_goes_back_and_all_is_read_again(theirs, ours, back, tmp_path, capsys):
+    first = theirs[2] / "I"
+    pipeline = diffusers.IFPipeline.from_pretrained(back / "decoder")
+    before = transformers.T5EncoderModel.from_pretrained(first / "text_encoder").state_dict()
+    for name, value in pipeline.text_encoder.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+    texts, how = ["a red star", "Two GREEN squares"], dict(padding="max_length", max_length=LENGTH)
+    words = transformers.T5Tokenizer.from_pretrained(first / "tokenizer")
+    assert pipeline.tokenizer(texts, **how)["input_ids"] == words(texts, **how)["input_ids"]
+    assert convert.main(["deepfloyd", str(back), str(tmp_path / "again"), "--dtype=float32"]) == 0
+    assert "research alone" in capsys.readouterr().out
+    for role in modeldir.read_index(ours)["stages"]:
+        for file in ("config.json", "model.safetensors"):
+            assert (tmp_path / "again" / role / file).read_bytes() == (ours / role / file).read_bytes()
+
+
+def test_settings_that_if_does_not_have_are_named(ours):
+    stages = {"t5": ({}, {}), "decoder": models.load_stage(ours, "decoder")[1:]}
+    settings = {
+        role: to_diffusers._settings(config) if config else {} for role, (config, _) in stages.items()
+    }
+    net = settings["decoder"]["net"] | {"context_norm": "layer"}
+    for name, value in dict(learned_variance=False, objective="v", process=None, net=net).items():
+        with pytest.raises(ValueError, match={"process": "threshold_max"}.get(name, f"model.{name}")):
+            changed = settings["decoder"] | {name: value}
+            deepfloyd.export({"t5": {}, "decoder": changed}, {"decoder": stages["decoder"][1]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["decoder", f"upsampler{LARGE}"])
+def test_it_is_trained_on_and_goes_back(stage, ours, back, tmp_path):
+    """The ordinary command, on scenes; the learned variance is trained, the T5 rests."""
+    changes = dict(batch_size=4, num_steps=2, eval_batches=1, num_samples=1, log_every=1, ema_decay=0.5)
+    changes |= {"model.num_steps": 2, "data.source": "scenes", "data.path": "debug_64"}
+    command = [sys.executable, "-m", "dalle2_jax.train", f"--config=configs/finetune.py:{ours}/{stage}"]
+    command += [
+        f"--workdir={tmp_path / 'run'}",
+        *(f"--config.{name}={value}" for name, value in changes.items()),
+    ]
+    how = dict(cwd=Path(__file__).parents[2], env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
+    ran = subprocess.run(command, **how, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    tuned = (
+        {"upsamplers": (str(tmp_path / "run"),)} if stage != "decoder" else {"decoder": str(tmp_path / "run")}
+    )
+    convert.convert_workdirs(tmp_path / "tuned", t5=str(ours), **tuned, dtype="float32")
+    assert convert.main(["to-diffusers", str(tmp_path / "tuned"), str(tmp_path / "back")]) == 0
+    assert "research" in (tmp_path / "back" / "README.md").read_text()
+    net = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "back").unet
+    before = diffusers.DiffusionPipeline.from_pretrained(back / stage).unet.state_dict()
+    changed = [name for name, value in net.state_dict().items() if not torch.equal(value, before[name])]
+    assert net.config.out_channels == 6 and len(changed) > 0.9 * len(before)
+    assert not torch.equal(net.conv_out.bias[3:], before["conv_out.bias"][3:])

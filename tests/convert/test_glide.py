@@ -117,6 +117,7 @@ def test_the_upsampler_is_the_same(made, read):
     inpaint, modules, model = made
     stage, config, params = models.load_stage(model, "upsampler")
     assert stage.diffusion.spacing == "fast27" and config["model"]["resize"] == "linear"
+    assert stage.diffusion.noise_scale == 0.997
     tokens, mask, _ = read
     small, x, t = normal(2, SIDE, SIDE, 3), normal(2, LARGE, LARGE, 3), np.array([7, 900])
     kept, enlarged = known(inpaint, 2, LARGE, LARGE), stage.low_res.enlarge(small)

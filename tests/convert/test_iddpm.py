@@ -43,6 +43,7 @@ def test_a_generator_of_scaled_times(tmp_path, monkeypatch):
     converted(model, tmp_path / "a.pt", tmp_path / "out")
     stage, config, params = models.load_stage(tmp_path / "out", "decoder")
     assert config["model"]["net"]["time_scale"] == 0.25 and stage.diffusion.schedule.num_timesteps == 4000
+    assert stage.diffusion.spacing == "adm"
     compare(stage, params, model, (16, 16))
 
 

@@ -705,8 +705,8 @@ def test_splits_and_misspellings(tmp_path):
         made.open_source("tfrecord", str(tmp_path), "")
     with pytest.raises(ValueError, match="did you mean 'tar'"):
         made.open_source("tarr", str(tmp_path), "")
-    with pytest.raises(ValueError, match="mount the bucket"):
-        open_tar("gs://bucket/data")
+    with pytest.raises(ValueError, match="ftp:// is unknown: there are gs://"):
+        open_tar("ftp://bucket/data")
 
 
 def test_indexes_of_many_files_are_cached_and_follow_changes(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from dalle2_jax.data import degradations, transforms
 from dalle2_jax.data.records import BadRecord
 from dalle2_jax.data.transforms import Views
+from dalle2_jax.generate.pictures import square_picture
 from tests.data.shards_for_tests import encode, noise_picture
 
 CENTRE = np.full(8, 0.5)
@@ -170,6 +171,16 @@ def test_square_follows_the_rule_for_a_non_square_picture():
     right = transforms.square(picture, 32, place=(1 - 1e-9, 0.0))
     np.testing.assert_array_equal(np.asarray(left), np.asarray(resized.crop((0, 0, 32, 32))))
     np.testing.assert_array_equal(np.asarray(right), np.asarray(resized.crop((16, 0, 48, 32))))
+
+
+@pytest.mark.parametrize("room, clip, ours", [(3, 2, 1), (4, 2, 2), (5, 2, 2), (6, 3, 3), (7, 4, 3)])
+def test_the_centre_of_clip_is_rounded_half_to_even(room, clip, ours):
+    """torchvision's CenterCrop begins at int(round(room / 2))."""
+    picture = noise_picture((32 + room, 32))
+    pixels = np.asarray(picture)
+    np.testing.assert_array_equal(square_picture(picture, 32, halve=False), pixels[:, clip : clip + 32])
+    in_training = transforms.square(picture, 32, halve=False)
+    np.testing.assert_array_equal(np.asarray(in_training), pixels[:, ours : ours + 32])
 
 
 def test_halving_may_round_as_guided_diffusion_does():

@@ -1,6 +1,7 @@
 """The studio in a real headless Chromium; skipped by name without gradio, selenium or a browser."""
 
 import base64
+import json
 import shutil
 import threading
 import time
@@ -15,6 +16,7 @@ if not (shutil.which("chromium") and shutil.which("chromedriver")):
 from selenium import webdriver  # noqa: E402 (where there is one)
 from selenium.webdriver import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 from tests.studio.serving import served  # noqa: E402
@@ -116,6 +118,11 @@ def open_all(browser):
     return opened, len(tabs)
 
 
+def value(browser, selector):
+    """What a field of the page holds."""
+    return found(browser, selector)[0].get_attribute("value")
+
+
 def two_pictures(browser):
     """Ids of two pictures of the visit, drawn if they are not there."""
     if len(found(browser, "#history .card")) < 2:
@@ -127,8 +134,10 @@ def two_pictures(browser):
 
 def test_create_shows_sketches_and_then_pictures_with_their_settings(browser, server):
     until(browser, lambda: found(browser, "#caption textarea"))
-    write(browser, "#caption textarea", "a blue ring")
-    click(browser, "#draw")
+    examples = found(browser, "#examples button")
+    browser.execute_script("arguments[0].click()", examples[-1])
+    until(browser, lambda: value(browser, "#caption textarea") == examples[-1].text)
+    write(browser, "#caption textarea", "a blue ring" + Keys.ENTER)
     until(browser, lambda: found(browser, "#shown .sketch img"))
     until(browser, lambda: status(browser).startswith("done in"))
     cards = found(browser, "#shown .card")
@@ -136,6 +145,8 @@ def test_create_shows_sketches_and_then_pictures_with_their_settings(browser, se
     image, texts = pixels(browser, cards[0].get_attribute("data-id"))
     assert image.shape == (256, 256, 3)
     assert texts["caption"] == "a blue ring"
+    assert json.loads(texts["dalle2_jax"])["seed"] == int(value(browser, "#seed input")) != 0
+    assert found(browser, f"#chosen .brush[data-id='{cards[0].get_attribute('data-id')}']")
     download = cards[0].find_element(By.CSS_SELECTOR, "a[download]")
     assert download.get_attribute("href").startswith("data:image/png")
 
@@ -144,6 +155,8 @@ def test_brushing_changes_what_was_painted_and_keeps_the_rest(browser):
     id = two_pictures(browser)[0]
     choose(browser, id)
     tab(browser, "Brush")
+    caption = pixels(browser, id)[1]["caption"]
+    until(browser, lambda: value(browser, "#inpaint_caption textarea") == caption)
     write(browser, "#inpaint_caption textarea", "a red star")
     click(browser, "#inpaint")
     until(browser, lambda: "first paint over" in status(browser), 20)
@@ -155,6 +168,17 @@ def test_brushing_changes_what_was_painted_and_keeps_the_rest(browser):
     painted = f"return {pixels_of}.some(x => x)"
     assert browser.execute_script(painted)
     new = finished(browser, "#inpaint")
+    until(browser, lambda: found(browser, f"#chosen .brush[data-id='{new[0]}']"))
+    until(browser, lambda: browser.execute_script(painted), 10)  # the strokes follow, to try again
+    click(browser, "#eraser")
+    browser.execute_script("document.querySelector('#brush_size').value = 50")  # also the strokes' soft edges
+    canvas = found(browser, "#brush")[0]
+    drag = ActionChains(browser).move_to_element_with_offset(canvas, -90, -90).click_and_hold()
+    for offset in (40, -40):
+        drag.move_by_offset(offset, 0)
+    drag.release().perform()
+    assert not browser.execute_script(painted), "the eraser left strokes"
+    click(browser, "#eraser")
     (before, _), (after, _) = pixels(browser, id), pixels(browser, new[0])
     half = before.shape[0] // 2
     assert (before[half:] == after[half:]).all(), "the half that was not painted changed"
@@ -196,6 +220,7 @@ def test_opening_every_accordion_and_tab_changes_nothing(browser, server):
     """Parts of a page are put together when they are first shown, and their values may change by that."""
     browser.get(server[0])
     until(browser, lambda: found(browser, "#caption textarea"))
+    click(browser, "#fixed input")
     before = drawn(browser)
     opened, tabs = open_all(browser)
     assert opened >= 1 and tabs >= 2, "the page has none that were found: how does gradio write them now?"
@@ -259,7 +284,15 @@ def test_a_full_queue_is_said(browser, server):
         time.sleep(0.1)
         click(browser, "#draw")
         until(browser, lambda: "the studio is busy" in status(browser), 20)
+        studio.turns.most += 1
+        click(browser, "#draw")
+        until(browser, lambda: f"{len(threads)} before you" in status(browser), 20)
+        click(browser, "#status .note button")
+        until(browser, lambda: status(browser) == "stopped", 20)
     finally:
+        studio.turns.most = len(threads)
         release.set()
         for thread in threads:
             thread.join()
+    with studio.turns.turn():  # after the one that was stopped
+        assert status(browser) == "stopped"

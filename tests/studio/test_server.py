@@ -16,7 +16,7 @@ from PIL import Image
 pytest.importorskip("gradio")
 
 from tests.studio.serving import served  # noqa: E402 (where gradio is)
-from tests.tiny_model import make_model  # noqa: E402
+from tests.tiny_model import make_class_model, make_model  # noqa: E402
 
 QUICK = {"decoder_steps": 2, "prior_steps": 2, "upsampler_steps": "1", "n": 1}
 
@@ -145,6 +145,41 @@ def test_what_the_page_leaves_unset_is_no_component_that_cannot_be(server):
     numbers = [each for each in blocks.blocks.values() if isinstance(each, gradio.Number | gradio.Slider)]
     assert len(numbers) > 3
     assert [each.label for each in numbers if each.value is None] == []
+
+
+def test_a_model_without_captions_draws_and_repaints_without(tmp_path):
+    import gradio
+
+    from dalle2_jax.studio import page, subjects, work
+
+    studio = work.Studio([make_class_model(tmp_path)])
+    (model,) = studio.models.values()
+    blocks, _ = page.build(studio)
+    boxes = [
+        each for each in blocks.blocks.values() if isinstance(each, gradio.Textbox) and each.visible is True
+    ]
+    assert not [each.elem_id for each in boxes if each.elem_id]
+    tabs = [each.label for each in blocks.blocks.values() if isinstance(each, gradio.Tab)]
+    assert tabs == ["Brush", "Extend", "Start from it"]
+    assert "no captions" in subjects.subjects(model)[0]
+    (drawn,) = studio.draw("create", {"n": 1, "caption": ""})
+    assert drawn.command == f"python -m dalle2_jax.generate --model={tmp_path} --seed=0 --n=1"
+    mask = encoded(Image.fromarray(np.eye(8, dtype=np.uint8) * 255))
+    (repainted,) = studio.draw("inpaint", {"picture": drawn.png, "mask": mask, "n": 1, "seed": 1})
+    before, after = (np.asarray(Image.open(io.BytesIO(each.png))) for each in (drawn, repainted))
+    kept = ~np.eye(8, dtype=bool)
+    assert (before[kept] == after[kept]).all() and (before != after).any()
+
+
+def test_the_page_names_the_shapes_or_classes_that_a_model_draws(tmp_path):
+    from dalle2_jax.generate.pipeline import Pipeline
+    from dalle2_jax.studio.subjects import subjects
+
+    said, tries = subjects(Pipeline.load())
+    assert "one to two shapes (circle, square," in said and tries[0] == "a red star above a blue ring"
+    assert len(set(tries)) == len(tries) > 2
+    said, tries = subjects(Pipeline.load(make_class_model(tmp_path, ("cat", "dog"))))
+    assert said.endswith("cat, dog.") and tries == ["cat", "dog"]
 
 
 def test_zero_steps_asked_for_are_refused_and_empty_ones_are_the_models(server):

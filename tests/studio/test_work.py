@@ -6,13 +6,15 @@ import random
 import shlex
 import struct
 import threading
+import time
+import types
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dalle2_jax.studio import requests, work
+from dalle2_jax.studio import page, requests, work
 
 
 def png(mode="RGB", size=(8, 6)) -> str:
@@ -193,6 +195,34 @@ def test_who_passes_the_turn_on_lets_the_other_finish_first():
         order.append("long ends")
     thread.join(10)
     assert order == ["long begins", "short", "long ends"]
+
+
+def test_the_page_says_that_it_compiles_and_keeps_a_seed_where_it_is_fixed(monkeypatch):
+    monkeypatch.setattr(page, "PATIENCE", 0.01)
+    seeds = []
+
+    def draw(action, request, tell):
+        seeds.append(request["seed"])
+        time.sleep(0.1)
+        raise requests.Refused("enough")
+
+    studio = types.SimpleNamespace(models={"a": None}, compiling=lambda name: True, draw=draw)
+    for fixed in (True, False):
+        fields = {"caption": "a", "seed": 5, "fixed": fixed}
+        shown = list(page.answer(studio, "create", fields, {}, *fields.values()))
+        assert "compiling (once for these settings)" in shown[1]["status"] and "enough" in shown[-1]["status"]
+        assert shown[0]["seed"] == seeds[-1] and (seeds[-1] == 5) == fixed
+
+
+def test_the_seconds_left_are_those_of_the_same_request_before():
+    studio, steps = work.Studio([]), ["decoder", "upsampler"]
+    same = "a", "create", "{'n': 4}"
+    assert studio._left(same, steps, "decoder", 0.5, 1.0) == (0.25, None)
+    assert studio._left(same, steps, "decoder", 1, 2.0) == (0.5, None)
+    assert studio._left(same, steps, "upsampler", 1, 6.0) == (1.0, 0.0)
+    assert studio._left(same, steps, "decoder", 0.5, 0.5) == (0.25, 7.5)
+    assert studio._left(("a", "create", "{'n': 8}"), steps, "decoder", 1, 4.0) == (0.5, None)
+    assert studio._left(same, steps, "text", 1, 4.0) == (None, None)
 
 
 def test_the_command_line_is_safe_to_paste():

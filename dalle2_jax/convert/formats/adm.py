@@ -2,7 +2,8 @@
 
 The kind of a file follows from its tensors: an upsampler has six input channels, a classifier ends in a pool.
 So do all sizes; the first level with attention is always that of 32 x 32, which gives the side. Classes are
-conditioned on by their names, as for the classifier: see adm_classifier.py.
+conditioned on by their names, as for the classifier: see adm_classifier.py. The LSUN generators
+(lsun_bedroom.pt, lsun_cat.pt, lsun_horse.pt) are unconditional ones of 256 x 256, trained with dropout.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,8 +11,8 @@ from pathlib import Path
 
 from dalle2_jax.convert.formats import adm_classifier
 from dalle2_jax.convert.formats.adm_classifier import class_names
-from dalle2_jax.convert.formats.unet import HEAD_DIM, adm_rows, adm_settings, read_stage
-from dalle2_jax.convert.tables import OPENAI_LICENCE, Imported, Row, leaf
+from dalle2_jax.convert.formats.unet import HEAD_DIM, adm_rows, adm_settings
+from dalle2_jax.convert.tables import OPENAI_LICENCE, Imported, Row, leaf, read_stage
 from dalle2_jax.convert.tensors import Tensors, open_tensors
 
 HELP = "ADM's generator, upsampler or classifier, a .pt file, or a folder with the files of one model"
@@ -19,7 +20,7 @@ FIRST_ATTENTION = 32
 # Settings in ADM's command lines, not in its tensors, by stage and side. Otherwise heads have 64 entries, the
 # schedule is linear, and queries, keys and values are ordered by head.
 RELEASED: dict[tuple[str, int], dict] = {
-    ("decoder", 64): dict(schedule="cosine", blocks=True),
+    ("decoder", 64): dict(schedule="cosine", blocks=True, dropout=0.1),
     ("decoder", 128): dict(num_heads=4),
     ("upsampler", 256): dict(num_heads=4),
 }
@@ -77,10 +78,13 @@ def _stage(tensors: Tensors, folder: Path) -> tuple[str, tuple[dict, dict]]:
         learned_variance=tensors.shape("out.2.weight")[0] == 6,
         schedule="linear",
         num_steps=250,
+        spacing="adm",
         method="ddpm",
+        net=dict(norm_groups=32),
     )
     if stage == "decoder":
-        model |= dict(embed_dim=0, guidance_scale=1.0)
+        model |= dict(embed_dim=0, guidance_scale=1.0, process=dict(guide_rule="adm"))
+        model |= dict(dropout=0.1) if Path(tensors.source).name.startswith("lsun_") else {}
     else:
         model |= dict(low_res_size=side // 4, resize="linear")
     classes = class_names(folder, num_classes)

@@ -9,7 +9,7 @@ names are 'class 0', 'class 1', ...
 from collections.abc import Mapping
 from pathlib import Path
 
-from dalle2_jax.convert.formats.unet import HEAD_DIM, adm_rows, adm_settings, read_stage
+from dalle2_jax.convert.formats.unet import HEAD_DIM, adm_rows, adm_settings
 from dalle2_jax.convert.tables import (
     DENSE,
     OPENAI_LICENCE,
@@ -19,6 +19,7 @@ from dalle2_jax.convert.tables import (
     Row,
     dense,
     leaf,
+    read_stage,
     under,
 )
 from dalle2_jax.convert.tensors import Tensors, open_tensors, parted
@@ -75,6 +76,7 @@ def read(tensors: Tensors, folder: Path) -> tuple[dict, dict]:
         attention_resolutions=[side // 2**level for level in attending],
         head_dim=HEAD_DIM,
         schedule="cosine" if side <= 64 else "linear",
+        net=dict(norm_groups=32),
     )
     data = {"classes": class_names(folder, model["num_classes"])}
     config = {"stage": "classifier", "model": model, "data": data}

@@ -1,7 +1,8 @@
 """DeepFloyd IF, stages I and II: folders of diffusers' IFPipeline and IFSuperResolutionPipeline.
 
 IF is Imagen's open relative: a frozen T5, a decoder and an upsampler that read its states. The source is a
-folder of one stage, or a folder with both (IF-I-XL-v1.0, IF-II-L-v1.0). Stage III is another model.
+folder of one stage, or a folder with both (IF-I-XL-v1.0, IF-II-L-v1.0). Both ways; stage III is another
+model.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 from dalle2_jax.convert import tables
 from dalle2_jax.convert.formats import t5
 from dalle2_jax.convert.formats.hf_clip import read_json
-from dalle2_jax.convert.formats.karlo import BLOCK_TYPES, expect
+from dalle2_jax.convert.formats.karlo import BLOCK_TYPES, demand, expect
 from dalle2_jax.convert.formats.unet import diffusers_rows
 from dalle2_jax.convert.tables import LEADING, Imported, Row, dense, leaf, norm, under
 from dalle2_jax.convert.tensors import open_tensors
@@ -32,6 +33,7 @@ FIXED = dict(
     out_channels=6,
     resnet_time_scale_shift="scale_shift",
 )
+NOISE = dict(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", prediction_type="epsilon")
 # Settings of sampling in the pipelines' own defaults.
 SAMPLING = {
     "decoder": dict(num_steps=100, guidance_scale=7.0),
@@ -121,8 +123,7 @@ def settings(config: Mapping, scheduler: Mapping, where: str) -> tuple[str, dict
     blocks = config["layers_per_block"]
     text = dict(states_width=config["encoder_hid_dim"], context_length=CONTEXT_LENGTH, masked=False)
     text |= dict(width=config["cross_attention_dim"], pool_heads=config["addition_embed_type_num_heads"])
-    expect(scheduler, where, beta_schedule="squaredcos_cap_v2", variance_type="learned_range")
-    expect(scheduler, where, prediction_type="epsilon")
+    expect(scheduler, where, **NOISE)
     threshold = scheduler.get("thresholding", False)
     model = dict(
         image_size=side,
@@ -150,3 +151,95 @@ def settings(config: Mapping, scheduler: Mapping, where: str) -> tuple[str, dict
     return stage, model | low | dict(
         low_res_noise=1.0, low_res_level=0.25, noise_enlarged=True, spacing="ddim"
     )
+
+
+def export(settings: Mapping[str, dict], params: Mapping) -> tuple[dict[str, dict], dict[str, dict]]:
+    """(file -> JSON value, file -> tensors) of IF's pipelines: one folder, or one for each of two stages.
+
+    settings: role -> all settings of the stage. T5 goes into the first folder. Raises ValueError for a
+    setting that the pipelines do not have.
+    """
+    stages = [role for role in settings if role != "t5"]
+    kinds = [role.rstrip("0123456789") for role in stages]
+    if kinds not in (["decoder"], ["upsampler"], ["decoder", "upsampler"]):
+        raise ValueError(f"IF has a T5, a decoder and an upsampler, or one of the two; this is {[*settings]}")
+    files: dict[str, dict] = {}
+    weights: dict[str, dict] = {}
+    for role, kind in zip(stages, kinds, strict=True):
+        below = f"{role}/" if len(stages) > 1 else ""
+        scheduler = _scheduler(settings[role])
+        parts = dict(unet="UNet2DConditionModel", scheduler="DDPMScheduler")
+        parts |= dict(image_noising_scheduler="DDPMScheduler") if kind == "upsampler" else {}
+        index: dict[str, Any] = dict(_diffusers_version="0.35.0", requires_safety_checker=False)
+        index |= dict(_class_name="IFPipeline" if kind == "decoder" else "IFSuperResolutionPipeline")
+        index |= {name: ["diffusers", of] for name, of in parts.items()}
+        absent = ("safety_checker", "feature_extractor", "watermarker", "text_encoder", "tokenizer")
+        index |= {name: [None, None] for name in absent}
+        files[f"{below}unet/config.json"] = _unet_config(role, kind, settings[role])
+        weights[f"{below}unet/diffusion_pytorch_model.safetensors"] = tables.exported(
+            rows(params[role]), params[role]
+        )
+        for name in [*parts][1:]:
+            files[f"{below}{name}/scheduler_config.json"] = scheduler
+        if role == stages[0]:
+            config, tensors = t5.export(settings["t5"], params["t5"])
+            files[f"{below}text_encoder/config.json"] = config
+            weights[f"{below}text_encoder/model.safetensors"] = tensors
+            index |= dict(text_encoder=["transformers", "T5EncoderModel"])
+            index |= dict(tokenizer=["transformers", "T5TokenizerFast"])
+        files[f"{below}model_index.json"] = index
+    return files, weights
+
+
+def _scheduler(model: Mapping) -> dict:
+    """The settings of a stage's DDPMScheduler."""
+    config = NOISE | dict(_class_name="DDPMScheduler", num_train_timesteps=model["num_timesteps"])
+    config |= dict(clip_sample=True, thresholding=model["threshold"] is not None)
+    if model["threshold"] is not None:
+        most = (model["process"] or {}).get("threshold_max")
+        if most is None:
+            raise ValueError("DDPMScheduler's thresholding needs process.threshold_max, such as 1.5")
+        config |= dict(dynamic_thresholding_ratio=model["threshold"] / 100, sample_max_value=most)
+    return config
+
+
+def _unet_config(role: str, kind: str, model: Mapping) -> dict:
+    """The settings of a stage's UNet2DConditionModel."""
+    wanted = dict(objective="eps", learned_variance=True, scale_shift=True, schedule="cosine", inpaint=False)
+    demand(role, model, **wanted, num_classes=0, num_heads=0)
+    if kind == "upsampler":
+        low = dict(low_res_size=model["image_size"] // 4, resize="align_corners", noise_enlarged=True)
+        demand(role, model, **low, last_step=False)
+    else:
+        demand(role, model, embed_dim=0)
+    text, net = dict(model["text"] or {}), dict(model["net"] or {})
+    found = {"text.masked": text.get("masked", True), "text.context_length": text.get("context_length")}
+    found |= {f"net.{name}": net.pop(name, "") for name in ("activation", "context_norm")}
+    needed: dict[str, Any] = {"text.masked": False, "text.context_length": CONTEXT_LENGTH}
+    demand(role, found, **needed, **{"net.activation": "gelu", "net.context_norm": "group"})
+    groups, width, residual = (net.pop(name, 0) for name in ("norm_groups", "emb_dim", "residual_scale"))
+    if net or not groups:
+        raise ValueError(f"{role}: diffusers needs net.norm_groups and no net.{', net.'.join(net)}")
+    side, levels = model["image_size"], range(len(model["channel_mult"]))
+    attends = [side // 2**level in model["attention_resolutions"] for level in levels]
+    scale = 1 / residual if residual else 1
+    config = FIXED | dict(
+        _class_name="UNet2DConditionModel",
+        sample_size=side,
+        in_channels=6 if kind == "upsampler" else 3,
+        block_out_channels=[int(model["channels"] * mult) for mult in model["channel_mult"]],
+        layers_per_block=model["num_res_blocks"],
+        down_block_types=[BLOCK_TYPES[yes][0] for yes in attends],
+        up_block_types=[BLOCK_TYPES[yes][1] for yes in reversed(attends)],
+        encoder_hid_dim=text["states_width"],
+        cross_attention_dim=text["width"],
+        addition_embed_type_num_heads=text["pool_heads"],
+        attention_head_dim=model["head_dim"],
+        norm_num_groups=groups,
+        resnet_out_scale_factor=scale,
+        mid_block_scale_factor=scale,
+        time_embedding_dim=width or None,
+    )
+    if kind == "upsampler":  # the activation stands once outside of the blocks, as in the released stage
+        config |= dict(class_embed_type="timestep", time_embedding_act_fn="gelu", resnet_skip_time_act=True)
+    return config

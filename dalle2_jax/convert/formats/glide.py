@@ -85,6 +85,7 @@ def _stage(tensors: Tensors, stage: str) -> tuple[dict, dict]:
     if low_res:
         how = dict(method="ddpm" if inpaint else "ddim", num_steps=27, spacing="fast27")
         model |= how | dict(low_res_size=SIDES[0], resize="linear", schedule="linear")
+        model |= dict(process=dict(noise_scale=0.997))
     else:
         model |= dict(embed_dim=0, schedule="cosine", text_drop=0.2, num_steps=100, guidance_scale=3.0)
     # Their network has one convolution and one bias for the noised picture and the kept pixels.

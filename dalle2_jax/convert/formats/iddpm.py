@@ -49,6 +49,7 @@ def stage_of(tensors: Tensors, folder: Path) -> tuple[str, tuple[dict, dict]]:
         image_size=side,
         attention_resolutions=[side // 2**level for level in attending],
         num_heads=num_heads,
+        dropout=0.3 if side == 32 else 0.0,
         num_classes=num_classes,
         learned_variance=tensors.shape("out.2.weight")[0] == 6,
         schedule=schedule,

@@ -127,6 +127,13 @@ def expect(config: Mapping, where: str, **values) -> None:
             raise ValueError(f"{where}: {name} is {config[name]!r}, only {value!r} is built")
 
 
+def demand(role: str, settings: Mapping, **values) -> None:
+    """Raise ValueError for a setting of ours that diffusers does not support, with both values."""
+    for name, value in values.items():
+        if settings[name] != value:
+            raise ValueError(f"{role}: model.{name} is {settings[name]!r}, diffusers needs {value!r}")
+
+
 def _levels(config: Mapping, where: str, attends: bool) -> dict:
     """Our settings of a U-Net from diffusers' config."""
     widths = config["block_out_channels"]

@@ -1,8 +1,9 @@
 """Our models as folders of diffusers and transformers.
 
-A cascade becomes an UnCLIPPipeline, a CLIP alone a CLIPModel, an unconditional generator a DDPMPipeline. The
-tables are those of the imports (karlo.py, hf_clip.py, ddpm.py) in the other direction. UnCLIPPipeline
-supports Karlo's settings alone; a setting that it does not support is an error that names the setting.
+A cascade becomes an UnCLIPPipeline, a CLIP alone a CLIPModel, an unconditional generator a DDPMPipeline,
+stages that read a T5 become IF's pipelines. The tables are those of the imports (karlo.py, hf_clip.py,
+ddpm.py, deepfloyd.py) in the other direction. A pipeline supports the settings of its weights alone; a
+setting that it does not support is an error that names the setting.
 """
 
 import importlib
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from dalle2_jax.convert import tables
-from dalle2_jax.convert.formats import ddpm, hf_clip, karlo
+from dalle2_jax.convert.formats import ddpm, deepfloyd, hf_clip, karlo
+from dalle2_jax.convert.formats.karlo import demand
 from dalle2_jax.convert.formats.unet import check_groups
 from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.models import models
@@ -31,8 +33,8 @@ def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Toke
 
     Args:
       out: made if absent; files of the same names are replaced.
-      stages: role -> (config, parameters); 'clip' alone, 'decoder' alone without captions, or 'clip',
-        'prior', 'decoder' and one upsampler.
+      stages: role -> (config, parameters); 'clip' alone, 'decoder' alone without captions, 't5' with
+        'decoder', an upsampler or both, or 'clip', 'prior', 'decoder' and one upsampler.
       tokenizer: theirs; None: they read no captions.
 
     Raises:
@@ -42,7 +44,7 @@ def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Toke
     params = {role: params for role, (_, params) in stages.items()}
     files: dict[str, dict] = {}  # file -> JSON value
     weights: dict[str, dict] = {}  # file -> tensors
-    is_clip = set(stages) == {"clip"}
+    is_clip, reads_t5 = set(stages) == {"clip"}, "t5" in stages
     if tokenizer is None:
         if set(stages) != {"decoder"}:
             raise ValueError(f"diffusers has no pipeline of {', '.join(stages)} without captions")
@@ -51,10 +53,12 @@ def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Toke
         _check_clip(settings["clip"])
         files |= hf_clip.settings_files(settings["clip"])
         weights["model.safetensors"] = tables.exported(hf_clip.rows(settings["clip"]), params["clip"])
+    elif reads_t5:
+        files, weights = deepfloyd.export(settings, params)
     else:
         files["model_index.json"] = _index(tokenizer)
         _pipeline(settings, params, files, weights)
-    notes = [] if is_clip or tokenizer is None else _null_differs(stages, tokenizer)
+    notes = [] if is_clip or reads_t5 or tokenizer is None else _null_differs(stages, tokenizer)
     for name in (*weights, *files):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
     for name, tensors in weights.items():
@@ -63,7 +67,8 @@ def export_model(out: Path, stages: dict[str, tuple[dict, Any]], tokenizer: Toke
     for name, value in files.items():
         modeldir.write_json(out / name, value)
     if tokenizer is not None:
-        save_tokenizer(tokenizer, out if is_clip else out / "tokenizer")
+        beside = next((out / name for name in files if name.endswith("text_encoder/config.json")), None)
+        save_tokenizer(tokenizer, beside.parent.with_name("tokenizer") if beside else out)
     return notes
 
 
@@ -75,14 +80,8 @@ def _settings(config: dict) -> dict:
     return json.loads(json.dumps(models.to_plain(dict(bound.arguments))))
 
 
-def _demand(role: str, settings: Mapping, **values) -> None:
-    for name, value in values.items():
-        if settings[name] != value:
-            raise ValueError(f"{role}: model.{name} is {settings[name]!r}, diffusers needs {value!r}")
-
-
 def _check_clip(settings: Mapping) -> None:
-    _demand("clip", settings, noise=None, loss="softmax")
+    demand("clip", settings, noise=None, loss="softmax")
     if settings["vision"] and settings["vision"]["kind"] != "vit":
         raise ValueError("transformers' CLIPModel has a vision transformer, this CLIP has a ResNet")
 
@@ -96,15 +95,15 @@ def _check_cascade(settings: Mapping[str, dict]) -> str:
         raise ValueError(f"UnCLIPPipeline is {parts}; this is {', '.join(settings)}")
     noise = dict(schedule="cosine", num_timesteps=1000)
     _check_clip(settings["clip"])
-    _demand("clip", settings["clip"], unit_embeds=False)
+    demand("clip", settings["clip"], unit_embeds=False)
     if "embed_scale" not in settings["prior"]:
         raise ValueError("the prior is an autoregressive one, diffusers has the diffusion prior alone")
-    _demand("prior", settings["prior"], embed_scale={"mode": "meanstd"}, **noise)
+    demand("prior", settings["prior"], embed_scale={"mode": "meanstd"}, **noise)
     decoder = dict(objective="eps", learned_variance=True, inpaint=False, num_heads=0, num_classes=0)
-    _demand("decoder", settings["decoder"], embed_scale=1.0, **decoder, **noise)
+    demand("decoder", settings["decoder"], embed_scale=1.0, **decoder, **noise)
     upsampler = dict(low_res_noise=0.0, resize="cubic", text=None, num_classes=0, inpaint=False)
     upsampler |= dict(objective="eps", learned_variance=False, attention_resolutions=[], **noise)
-    _demand(above[0], settings[above[0]], **upsampler)
+    demand(above[0], settings[above[0]], **upsampler)
     for role in ("prior", "decoder"):
         embed_dim, text = settings[role]["embed_dim"], settings[role]["text"] or {}
         if (width := text.get("states_width")) != embed_dim:
@@ -240,9 +239,14 @@ def _tokenizer_class(tokenizer: Tokenizer) -> str:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a tokenizer as transformers reads it: SOT, the caption, EOT, padded with the token of id 0."""
+    """Write a tokenizer as transformers reads it: SOT (T5: none), the caption, EOT, padding of id 0."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
+    if tokenizer.kind == "t5":
+        ends = dict(eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+        settings = dict(tokenizer_class="T5TokenizerFast", model_max_length=tokenizer.context_length)
+        modeldir.write_json(folder / "tokenizer_config.json", settings | ends)
+        return
     state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     vocab = state["model"]["vocab"]
     words = {number: word for word, number in vocab.items()}
