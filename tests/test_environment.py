@@ -256,13 +256,13 @@ def parts(machine: Machine, **variables: str) -> tuple[int, list[list[str]], str
     return said.returncode, found, said.stdout + said.stderr
 
 
-@pytest.mark.parametrize("fails", ["none", "studio,browser", "oracle"])
+@pytest.mark.parametrize("fails", ["none", "studio,browser,docs", "oracle"])
 def test_the_suite_runs_on_the_newest_python_and_the_comparisons_on_the_oldest(machine, fails):
     oldest = python(machine.bin / "python3", (3, 11))
     newest = python(machine.where / "home/.pyenv/versions/3.13.0/bin/python3", (3, 13))
     status, (suite, comparisons), _ = parts(machine, FAILS=fails)
     assert bool(status) == (fails != "none")
-    assert suite == [str(newest), "studio,browser", str(machine.venv), "-x"]
+    assert suite == [str(newest), "studio,browser,docs", str(machine.venv), "-x"]
     assert comparisons[:3] == [str(oldest), "oracle", f"{machine.venv}-oracle"]
     selected = comparisons[3].split()
     assert selected[0] == "-x" and "tests/test_a.py" in selected and "tests/test_b.py" not in selected
@@ -272,7 +272,7 @@ def test_the_suite_runs_on_the_newest_python_and_the_comparisons_on_the_oldest(m
 
 @pytest.mark.parametrize(
     ("version", "extras", "part"),
-    [((3, 11), "oracle,studio,browser", ""), ((3, 13), "studio,browser", "no Python 3.11 here")],
+    [((3, 11), "oracle,studio,browser,docs", ""), ((3, 13), "studio,browser,docs", "no Python 3.11 here")],
 )
 def test_where_one_python_is_there_all_runs_on_it(machine, version, extras, part):
     only = python(machine.bin / "python3", version)
