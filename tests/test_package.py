@@ -14,7 +14,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import dalle2_jax
-from dalle2_jax.data import scenes
+from dalle2_jax.data import remote, scenes
+from dalle2_jax.runtime.extras import EXTRA_OF
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
@@ -155,7 +156,7 @@ def test_every_imported_distribution_is_in_setup_py():
 
 
 def test_messages_name_extras_that_exist():
-    extras, named = definition()[1], set()
+    extras, named = definition()[1], {*EXTRA_OF.values(), *remote.EXTRAS.values()}
     for path in [*(ROOT / "dalle2_jax").rglob("*.py"), *(ROOT / "docs").rglob("*.ipynb")]:
         lines = [line for line in path.read_text("utf-8").splitlines() if "pip install" in line]
         named |= {name for line in lines for name in re.findall(r"dalle2_jax\[(\w+)\]", line)}
