@@ -9,16 +9,15 @@ import time
 
 from dalle2_jax.edit.actions import PATHS
 from dalle2_jax.generate.pictures import square_picture
-from dalle2_jax.generate.settings import SETTINGS, defaults
 from dalle2_jax.runtime.grid import png_bytes
-from dalle2_jax.studio import html
+from dalle2_jax.studio import controls, html
+from dalle2_jax.studio.controls import CAPTIONS
 from dalle2_jax.studio.html import Visit, cards, details, history, note
-from dalle2_jax.studio.requests import ACTIONS, MAX_PICTURES, SAMPLING, Refused, read_upload, too_large
-from dalle2_jax.studio.subjects import subjects, welcome
+from dalle2_jax.studio.requests import ACTIONS, Refused, read_upload, too_large
+from dalle2_jax.studio.subjects import welcome
 from dalle2_jax.studio.work import Picture, Stopped, Studio
 
 MAX_HISTORY = 48  # pictures that a visit keeps
-MIX_FRAMES = 5
 PATIENCE = 1  # seconds without an event, after which the page looks whether programs are compiled
 NAMES = {
     "text": "reading the caption",
@@ -26,52 +25,13 @@ NAMES = {
     "decoder": "drawing it small",
     "inversion": "looking at the picture",
 }
-# tab -> (action, text and id of its button)
-TABS = {
-    "More like it": ("variations", "Vary", "vary"),
-    "Brush": ("inpaint", "Draw it anew", "inpaint"),
-    "Extend": ("outpaint", "Draw around it", "outpaint"),
-    "Change by text": ("textdiff", "Change", "textdiff"),
-    "Mix": ("interpolate", "Mix with the chosen one", "mix"),
-    "Start from it": ("image_to_image", "Draw", "start"),
-    "Enlarge": ("upscale", "Enlarge", "upscale"),
-}
-HINTS = {
-    "inpaint": "Paint over what shall be drawn anew. All else stays as it is.",
-    "interpolate": "Choose one picture and keep it as the first. Then choose another.",
-    "upscale": "A larger picture is first reduced to the size of the model's own.",
-}
-GROUPS = {  # role -> heading of its settings
-    "prior": "**Prior**: from the caption to the idea of a picture",
-    "decoder": "**Decoder**: the small picture",
-    "upsampler": "**Upsamplers**: the larger pictures",
-}
-LABELS = {
-    "caption": "The whole picture shows",
-    "source": "It shows",
-    "target": "It should show",
-    "eta": "How much is left to chance",
-    "strength": "How far from the picture (1: all is new)",
-    "scale": "Share of the side that the picture takes",
-    "theta": "How far",
-    "frames": "Pictures on the way",
-}
 
 
-# fields of the tabs that hold the caption of the chosen picture, by the ids of their boxes
-CAPTIONS = [
-    f"{id}_{name}"
-    for action, _, id in TABS.values()
-    for name in ("caption", "source", "target")
-    if name in ACTIONS[action]
-]
+def _events(studio: Studio, running: list, action: str, request: dict):
+    """The events of `Studio.draw`, and last ('done', what it returned), ('error', text) or ('stopped',).
 
-
-def _events(studio: Studio, action: str, request: dict):
-    """The events of `Studio.draw`, and last ('done', what it returned) or ('error', text).
-
-    ('still',) comes after PATIENCE seconds without another event. Closing the generator stops the work at its
-    next event; gradio closes it for the stop button, and when the browser leaves.
+    ('still',) comes after PATIENCE seconds without another event. running: gets a function that stops the
+    work at its next event. Closing the generator does the same, as gradio does when the browser leaves.
     """
     events: queue.Queue = queue.Queue()
     gone = threading.Event()
@@ -92,6 +52,11 @@ def _events(studio: Studio, action: str, request: dict):
             events.put(("error", f"something went wrong: {type(error).__name__}"))
             raise
 
+    def stop():
+        gone.set()
+        events.put(("stopped",))
+
+    running.append(stop)
     threading.Thread(target=work, daemon=True).start()
     try:
         while True:
@@ -100,10 +65,11 @@ def _events(studio: Studio, action: str, request: dict):
             except queue.Empty:
                 event = ("still",)
             yield event
-            if event[0] in ("done", "error"):
+            if event[0] in ("done", "error", "stopped"):
                 return
     finally:
         gone.set()
+        running.remove(stop)
 
 
 def add(visit: Visit, pictures: list[Picture]) -> tuple[Visit, Visit]:
@@ -113,10 +79,10 @@ def add(visit: Visit, pictures: list[Picture]) -> tuple[Visit, Visit]:
     return dict([*visit.items(), *new.items()][-MAX_HISTORY:]), new
 
 
-def answer(studio: Studio, action: str, fields, visit: Visit, *values):
+def answer(studio: Studio, action: str, fields, running: list, visit: Visit, *values):
     """Yields dicts of changed outputs as an action goes on: status, seed, shown, history, ...
 
-    fields, values: of a click's components; chosen pictures are ids of the visit.
+    fields, values: of a click's components; chosen pictures are ids of the visit. running: see `_events`.
     """
     request = dict(zip(fields, values, strict=True))
     ids = {name: request[name] for name in ("picture", "first", "second") if name in request}
@@ -135,7 +101,7 @@ def answer(studio: Studio, action: str, fields, visit: Visit, *values):
     name = request.get("model") or next(iter(studio.models))
     began, notes, waiting, status = time.monotonic(), "", False, note("starting", stop=True)
     yield {"status": status, "seed": request["seed"]}
-    for kind, *event in _events(studio, action, request):
+    for kind, *event in _events(studio, running, action, request):
         seconds = time.monotonic() - began
         if kind in ("waiting", "stage"):
             waiting = kind == "waiting"
@@ -150,6 +116,8 @@ def answer(studio: Studio, action: str, fields, visit: Visit, *values):
             notes += f". Note: {event[0]}"
         elif kind == "error":
             yield {"status": note(event[0], bad=True)}
+        elif kind == "stopped":
+            yield {"status": note("stopped")}
         elif action == "explain":
             yield {"status": note(f"explained in {seconds:.1f} s"), "shown": html.explained(event[0])}
         else:
@@ -202,108 +170,18 @@ def take_one(size: int, visit: Visit, data):
     yield {"status": status, "shown": cards(new, id)} | _chosen(visit, id)
 
 
-def _settings(gr, studio: Studio) -> dict:
-    """Fields of `create` besides caption, number and seed -> components."""
-    model = next(iter(studio.models.values()))
-    values, made = defaults(model.engine, model.steps("draw")), {}
-    scale = values.pop("guidance_scale", 1)
-    label = "Guidance: how closely to follow the caption"
-    made["guidance_scale"] = gr.Slider(0, 20, scale, step=0.5, label=label, visible=model.reads_captions)
-    found = [name for name in SAMPLING if name in values]
-    for role, heading in GROUPS.items():
-        if not any(SETTINGS[name].role == role for name in found):
-            continue
-        gr.Markdown(heading)
-        with gr.Row():
-            for name in found:
-                if SETTINGS[name].role == role:
-                    made[name] = _setting(gr, name, values[name], len(studio.models) == 1)
-    return made
-
-
-def _setting(gr, name: str, value, known: bool):
-    """The component of a setting; `known`: the model's `value` is shown where it is left empty."""
-    field, empty = SAMPLING[name], "the model's"
-    if known:
-        text = ",".join(map(str, value if isinstance(value, list) else [value]))
-        empty += f": {'none' if value is None else text}"
-    label = field.help.removesuffix(".")
-    if field.kind == "choice":
-        return gr.Dropdown([(empty, ""), *field.choices], value="", label=label)
-    # a gr.Number without a value becomes 0 as soon as it is shown; a text stays empty
-    return gr.Textbox("", label=label, placeholder=empty, max_lines=1)
-
-
-def _create(gr, studio: Studio) -> tuple[dict, dict]:
-    """(field -> component, action -> button) of the column that draws captions."""
-    names, models = list(studio.models), list(studio.models.values())
-    _, tries = subjects(models[0])
-    reads = any(model.reads_captions for model in models)
-    # With one line Enter draws.
-    box = gr.Textbox(
-        "".join(tries[:1]), label="What shall it draw?", lines=1, elem_id="caption", visible=reads
-    )
-    fields, buttons = {"caption": box}, {}
-    if tries:
-        examples = [[text] for text in tries]
-        gr.Examples(examples, box, label="For example", elem_id="examples", api_visibility="private")
-    buttons["create"] = gr.Button("Draw", variant="primary", elem_id="draw")
-    label = "Model (and its kind of prior)"
-    fields["model"] = gr.Dropdown(names, value=names[0], label=label, visible=len(names) > 1)
-    fields["n"] = gr.Slider(1, MAX_PICTURES, 4, step=1, label="How many pictures", elem_id="n")
-    with gr.Row():
-        fields["seed"] = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-        fields["fixed"] = gr.Checkbox(label="Keep the seed, to draw the same again", elem_id="fixed")
-    with gr.Accordion("More settings", open=False):
-        fields |= _settings(gr, studio)
-    can = any("explain" in model.actions for model in models)
-    buttons["explain"] = gr.Button("Explain how it is drawn", elem_id="explain", visible=can)
-    gr.HTML(html.UPLOAD)
-    return fields, buttons
-
-
-def _edits(gr, studio: Studio, chosen, second, painted) -> tuple[dict[str, tuple], tuple]:
-    """(action -> (button, field -> component) of the tabs that change a picture, (keep, its picture) or ()).
-
-    There is a tab for each action that a model can do.
-    """
-    made, states = {}, {"picture": chosen, "first": second, "second": chosen}
-    keep: tuple = ()
-    models = studio.models.values()
-    reads = any(model.reads_captions for model in models)
-    for tab, (action, text, id) in TABS.items():
-        if not any(action in model.actions for model in models):
-            continue
-        with gr.Tab(tab):
-            if action in HINTS:
-                gr.Markdown(HINTS[action])
-            if action == "inpaint":
-                gr.HTML(html.TOOLS)
-            if action == "interpolate":
-                button = gr.Button("Keep the chosen one as the first", elem_id="keep")
-                keep = button, gr.HTML("", elem_id="kept")
-            fields = {name: state for name, state in states.items() if name in ACTIONS[action]}
-            for name, label in LABELS.items():
-                field = ACTIONS[action].get(name)
-                if field is None:
-                    continue
-                if field.kind == "text":
-                    fields[name] = gr.Textbox(label=label, lines=1, elem_id=f"{id}_{name}", visible=reads)
-                else:
-                    value = MIX_FRAMES if action == "interpolate" else field.default
-                    step = 1 if field.kind == "int" else 0.05
-                    fields[name] = gr.Slider(field.low, field.high, value, step=step, label=label)
-            fields |= {"mask": painted} if action == "inpaint" else {}  # the last: see `build`
-            made[action] = gr.Button(text, variant="primary", elem_id=id), fields
-    return made, keep
-
-
 def keep_one(visit: Visit, id):
     """Yields the outputs when a picture is kept as the first of a mix."""
     if id in visit:
         yield {"second": id, "kept": html.img(visit[id], "width=96")}
     else:
         yield {"second": "", "kept": note("first choose a picture: click on one", bad=True)}
+
+
+def stop_all(running: list) -> None:
+    """Stops all work of a visit."""
+    for stop in list(running):
+        stop()
 
 
 def zip_all(visit: Visit):
@@ -317,11 +195,11 @@ def build(studio: Studio):
 
     model = next(iter(studio.models.values()))
     with gr.Blocks(title="dalle2_jax studio", analytics_enabled=False, fill_width=True) as blocks:
-        visit, chosen, second = gr.State({}), gr.State(""), gr.State("")
+        visit, chosen, second, running = gr.State({}), gr.State(""), gr.State(""), gr.State([])
         gr.Markdown(welcome(studio.models))
         with gr.Row():
             with gr.Column(scale=2):
-                fields, buttons = _create(gr, studio)
+                fields, buttons = controls.create(gr, studio)
             with gr.Column(scale=3):
                 ready = "Ready. The first pictures take longer: their programs are compiled once."
                 status = gr.HTML(note(ready), elem_id="status")
@@ -333,7 +211,7 @@ def build(studio: Studio):
                 brush = gr.HTML(details({}, "")[0], elem_id="chosen")
                 about = gr.HTML("", elem_id="about")
             with gr.Column(scale=3), gr.Tabs():
-                edits, keep = _edits(gr, studio, chosen, second, passed)
+                edits, keep = controls.edits(gr, studio, chosen, second, passed)
         gr.Markdown("## This visit")
         zipped = gr.Button("All pictures as one archive", elem_id="zip", size="sm")
         link, past = gr.HTML("", elem_id="archive"), gr.HTML("", elem_id="history")
@@ -360,26 +238,27 @@ def build(studio: Studio):
                     yield {outputs[name]: value for name, value in made.items() if name in names}
 
             triggers = [button.click, *(box.submit for box in boxes)]
-            return gr.on(triggers, changed, inputs, [outputs[name] for name in names], js=js, **how)
+            gr.on(triggers, changed, inputs, [outputs[name] for name in names], js=js, **how)
 
         def on_action(button, action: str, fields, js=None):
             function = functools.partial(answer, studio, action, fields)
-            boxes = [fields[name] for name in ("caption", "source", "target") if name in fields]
+            entered = () if action == "explain" else ("caption", "source", "target")
+            boxes = [fields[name] for name in entered if name in fields]
             changes = f"status seed shown history visit {picking}"
-            return on(button, function, [visit, *fields.values()], changes, js, boxes)
+            on(button, function, [running, visit, *fields.values()], changes, js, boxes)
 
         # Explaining takes the seed of the last pictures.
         of_explain = {k: v for k, v in fields.items() if k not in ("n", "fixed")}
-        running = [on_action(buttons["create"], "create", fields)]
-        running += [on_action(buttons["explain"], "explain", of_explain)]
+        on_action(buttons["create"], "create", fields)
+        on_action(buttons["explain"], "explain", of_explain)
         common = {"seed": fields["seed"], "num_steps": fields["decoder_steps"], "n": fields["n"]}
         for action, (button, of_tab) in edits.items():
             taken = {k: v for k, v in common.items() if k in ACTIONS[action]}
             # The script replaces the last value by the strokes of the brush.
             js = "(...all) => { all[all.length - 1] = window.studio.mask(); return all; }"
             taken |= {"fixed": fields["fixed"], "model": fields["model"]} | of_tab
-            running += [on_action(button, action, taken, js if "mask" in of_tab else None)]
-        stop.click(lambda: note("stopped"), None, status, cancels=running, **how)
+            on_action(button, action, taken, js if "mask" in of_tab else None)
+        stop.click(stop_all, running, None, **how)
         on(choose, choose_one, [visit, passed], picking, "(v, p) => [v, studio.chosen]")
         changes, js = f"status shown history visit {picking}", "(v, p) => [v, studio.upload]"
         on(take, functools.partial(take_one, model.image_size), [visit, passed], changes, js)

@@ -141,7 +141,7 @@ def test_create_shows_sketches_and_then_pictures_with_their_settings(browser, se
     until(browser, lambda: found(browser, "#shown .sketch img"))
     until(browser, lambda: status(browser).startswith("done in"))
     cards = found(browser, "#shown .card")
-    assert len(cards) == 4
+    assert len(cards) == 4 and not server[1].turns._queue, "Enter began more than the drawing"
     image, texts = pixels(browser, cards[0].get_attribute("data-id"))
     assert image.shape == (256, 256, 3)
     assert texts["caption"] == "a blue ring"

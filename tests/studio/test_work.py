@@ -209,9 +209,29 @@ def test_the_page_says_that_it_compiles_and_keeps_a_seed_where_it_is_fixed(monke
     studio = types.SimpleNamespace(models={"a": None}, compiling=lambda name: True, draw=draw)
     for fixed in (True, False):
         fields = {"caption": "a", "seed": 5, "fixed": fixed}
-        shown = list(page.answer(studio, "create", fields, {}, *fields.values()))
+        shown = list(page.answer(studio, "create", fields, [], {}, *fields.values()))
         assert "compiling (once for these settings)" in shown[1]["status"] and "enough" in shown[-1]["status"]
         assert shown[0]["seed"] == seeds[-1] and (seeds[-1] == 5) == fixed
+
+
+def test_work_that_is_stopped_ends_at_its_next_event():
+    ended, running, fields = threading.Event(), [], {"caption": "a", "seed": 5}
+
+    def draw(action, request, tell):
+        try:
+            for _ in range(1000):
+                tell("waiting", 1)
+                time.sleep(0.01)
+        except work.Stopped:
+            ended.set()
+            raise
+
+    studio = types.SimpleNamespace(models={"a": None}, draw=draw)
+    shown = page.answer(studio, "create", fields, running, {}, *fields.values())
+    assert "starting" in next(shown)["status"] and "1 before you" in next(shown)["status"]
+    page.stop_all(running)
+    assert "stopped" in list(shown)[-1]["status"] and not running
+    assert ended.wait(10)
 
 
 def test_the_seconds_left_are_those_of_the_same_request_before():
