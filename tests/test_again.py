@@ -9,6 +9,7 @@ from PIL import Image
 
 from dalle2_jax.generate import again, output
 from dalle2_jax.generate.pipeline import Pipeline
+from dalle2_jax.generate.result import Result
 from tests.tiny_model import CAPTIONS, make_model
 
 SETTINGS = dict(guidance_scale=2.0, guidance_interval=(0.2, 3.0), prior_steps=2, decoder_steps=2)
@@ -78,8 +79,8 @@ def test_many_pictures_of_a_caption_wrap(captions, n, cells):
     images = np.zeros((captions * n, 128, 128, 3), np.uint8)
     texts = tuple("ab"[i % 2] for i in range(captions) for _ in range(n))
     numbers = tuple(range(n)) * captions
-    result = output.Result(texts, numbers, 0, images[:, 0, 0], images, images, {}, {})
-    table = output.table(result)
+    result = Result(texts, numbers, 0, images[:, 0, 0], images, images, {}, {})
+    table = output.result_grid(result)
     rows, columns = cells
     assert table.shape[1] == columns * 132 + 4 and table.shape[0] // rows in range(132, 160)
     first = (rows // captions if captions > 1 else 0) * ((table.shape[0] - 4) // rows) + 20
@@ -88,7 +89,7 @@ def test_many_pictures_of_a_caption_wrap(captions, n, cells):
 
 def test_the_grid_of_an_edit_shows_its_source():
     images = np.zeros((2, 128, 128, 3), np.uint8)
-    result = output.Result(("a", "b"), (0, 1), 0, images[:, 0, 0], images, images, {}, {})
+    result = Result(("a", "b"), (0, 1), 0, images[:, 0, 0], images, images, {}, {})
     source = output.Source(np.full((1, 128, 128, 3), 77, np.uint8), ["source"])
-    table = output.table(result, source)
+    table = output.result_grid(result, source)
     assert (table[10, 10] == 77).all() and (table[10, 150] == 0).all()

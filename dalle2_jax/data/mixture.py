@@ -38,7 +38,8 @@ class Mixture(records.RecordSource):
         self.remote = any(source.remote for source in sources.values())
         self.has_images = all(source.has_images for source in sources.values())
         self.embed_dims = self._common("embed_dims", "embeddings of one size, or none")
-        self.clip_sha256 = self._common("clip_sha256", "embeddings of one CLIP")
+        self.encoder_sha256 = self._common("encoder_sha256", "embeddings of one encoder")
+        self.most_tokens = max(source.most_tokens for source in sources.values())
         self.classes = self._common("classes", "the same classes, or none")
         self.num_classes = max(source.num_classes for source in sources.values())
         if self.num_classes and not all(source.num_classes for source in sources.values()):
