@@ -131,7 +131,7 @@ def test_the_upsampler_is_the_same(made, read):
 
 def ancestral(network, beta, times, noise, kept, keep, scale=1.0):
     """DDPM's sampling in torch with learned variances (improved DDPM, equations 14 and 15) and the same noise
-    `x` at every step; x0 is `kept` where `keep` is 1."""
+    at every step; x0 is `kept` where `keep` is 1."""
     alpha_bar = np.cumprod(1 - np.asarray(beta, np.float64))
     x, before = scale * noise, [*alpha_bar[times[1:]], 1.0]
     for number, (t, bar_s) in enumerate(zip(times, before, strict=True)):
