@@ -19,7 +19,7 @@ from dalle2_jax.data import scenes
 from dalle2_jax.evaluate import picture_sets
 from dalle2_jax.evaluate.metric import Inputs, ModelMetric, wilson
 from dalle2_jax.generate.output import StageLines
-from dalle2_jax.runtime import metrics
+from dalle2_jax.runtime import extras, metrics
 
 GRID_PICTURES = 64
 # Aspects of a verdict of the checker. `named` is colour, shape and relation at once; `correct` is every
@@ -33,7 +33,7 @@ def load_checker(name: str = "check"):
     try:
         from dalle2_jax.evaluate import scenes as checker
     except ModuleNotFoundError as error:
-        raise ValueError(f"the checker needs {error.name}: pip install 'dalle2_jax[eval]'") from error
+        raise ValueError(f"the checker needs {error.name}: {extras.how_to_install('scipy')}") from error
     return getattr(checker, name)
 
 
