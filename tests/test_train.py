@@ -15,7 +15,8 @@ import pytest
 
 from configs import upsampler256
 from dalle2_jax.models import models
-from dalle2_jax.train import checks, lock, loop
+from dalle2_jax.runtime import partition
+from dalle2_jax.train import checks, lock, loop, validation
 from dalle2_jax.train.run import started_from
 from tests import tiny_run
 from tests.tiny_run import ROOT, assert_same, logged, stored_state
@@ -200,6 +201,27 @@ def test_sigterm_saves_and_ends_with_status_0(data, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 0 and "run the same command to go on" in said.read_text()
     assert tiny_run.steps_of(workdir) == [max(logged(workdir, "train/loss"))]
+
+
+def test_validation_measures_the_average_and_samples_from_it(data, tmp_path, monkeypatch):
+    passed = {}
+
+    def keep(name):
+        def method(self, params, *rest):
+            passed[name] = partition.to_host(params)
+            return {}
+
+        return method
+
+    for name in ("losses", "samples"):
+        monkeypatch.setattr(validation.Validation, name, keep(name))
+    assert tiny_run.status(tiny_run.config(data, 2), tmp_path, monkeypatch) == 0
+    stored = stored_state(tmp_path, 2)
+    for params in (passed["losses"], passed["samples"]):
+        for layer in ("fc1", "fc2"):
+            path = f"['{layer}']['kernel']"
+            np.testing.assert_array_equal(params[layer]["kernel"], stored[f"['ema_params']{path}"])
+            assert (params[layer]["kernel"] != stored[f"['params']{path}"]).any()
 
 
 def test_init_from_starts_from_the_parameters(data, tmp_path, monkeypatch):
