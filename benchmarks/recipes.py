@@ -12,6 +12,7 @@ from benchmarks.scores import Score, difference, mean, share
 from benchmarks.trained import BATCH, Recipe, Trained, Training
 from dalle2_jax.configs.imagen.upsampler256 import NOISE
 from dalle2_jax.data import scenes
+from dalle2_jax.edit import actions
 from dalle2_jax.evaluate.metrics import edits, retrieval, zero_shot
 from dalle2_jax.evaluate.metrics import scenes as scenes_metric
 from dalle2_jax.evaluate.scenes import find_objects
@@ -154,7 +155,7 @@ def _inpainted(run: Trained) -> tuple[np.ndarray, np.ndarray]:
     for seed, case in enumerate(cases):
         before = scenes.render(case.scene, model.image_size)
         mask = edits.mask_of(case, len(before))
-        after = model.inpaint(before, mask, case.target, seed=seed).images[0]
+        after = actions.inpaint(model, before, mask, case.target, seed=seed).images[0]
         kept.append(bool((after[~mask] == before[~mask]).all()))
         painted.append(bool(scenes_metric.verdict_aspects(check(after, case.target))["named"]))
     return np.array(painted), np.array(kept)
