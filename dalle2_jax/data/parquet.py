@@ -16,6 +16,7 @@ import numpy as np
 from dalle2_jax.data import damage, records, remote, shards
 from dalle2_jax.data.find import did_you_mean
 from dalle2_jax.data.records import BadRecord, Index, Record
+from dalle2_jax.runtime import extras
 
 CACHE_BYTES = 1 << 30  # of row groups in memory
 MAX_GROUP_BYTES = 1 << 30  # of the pictures of a row group
@@ -256,9 +257,6 @@ def open_parquet(
 
     Raises ValueError also for damaged files that `allow_damaged` does not name, and without pyarrow.
     """
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise ValueError("data.source=parquet needs pyarrow: pip install 'dalle2_jax[train]'") from None
+    extras.check("data.source=parquet", "pyarrow")
     opened = shards.open_files(path, split, ".parquet", index_parquet, True, allow_damaged)
     return ParquetSource(*opened, image_field, caption_field, label_field)

@@ -14,11 +14,13 @@ from typing import Any
 
 from absl import logging
 
+from dalle2_jax.runtime import extras
+
 BLOCK_BYTES = 8 << 20  # of one request where a file is read from its beginning to its end
 RETRIES, FIRST_PAUSE, LONGEST_PAUSE = 8, 0.2, 30.0  # seconds; about a minute in all
 THREADS = 16  # requests of a chunk of records at once
-# The extra that brings the file system of an address.
-EXTRAS = {"gs": "gs", "gcs": "gs", "s3": "s3", "hf": "hub"}
+# The package with the file system of an address.
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub"}
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, TypeError)
 
 
@@ -39,17 +41,12 @@ def scheme(path: str) -> str:
 @functools.lru_cache(16)
 def _file_system(name: str):
     """The fsspec file system of a scheme. Raises ValueError, with a remedy."""
-    if name not in EXTRAS:
-        raise ValueError(f"{name}:// is unknown: there are {', '.join(f'{one}://' for one in EXTRAS)}")
-    try:
-        import fsspec
+    if name not in PACKAGES:
+        raise ValueError(f"{name}:// is unknown: there are {', '.join(f'{one}://' for one in PACKAGES)}")
+    extras.check(f"{name}://", PACKAGES[name])
+    import fsspec
 
-        return fsspec.filesystem(name)
-    except ImportError as error:
-        raise ValueError(
-            f"{name}:// needs a package that is not installed ({error}): "
-            f"pip install 'dalle2_jax[{EXTRAS[name]}]'"
-        ) from None
+    return fsspec.filesystem(name)
 
 
 def _retried(path: str, what: str, call) -> Any:
