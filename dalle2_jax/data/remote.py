@@ -7,6 +7,7 @@ no record: the order of examples stays what it was.
 
 import functools
 import io
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -121,6 +122,19 @@ def entries(folder: str) -> list[tuple[str, bool]]:
     return [(name, is_folder) for name, is_folder in named if name]
 
 
+def sizes(folder: str) -> dict[str, int]:
+    """{path below a folder: size in bytes} of all files in and below it, by one listing."""
+    system, begin = _file_system(scheme(folder)), len(_key(folder)) + 1
+    found = _retried(folder, "listing", lambda: system.find(folder, detail=True))
+    named = {path[begin:]: int(info["size"]) for path, info in found.items() if info["type"] == "file"}
+    return {name: size for name, size in named.items() if name and not name.endswith("/")}
+
+
+def _key(path: str) -> str:
+    """bucket/key of gs://bucket/key, without a slash at its end."""
+    return path.partition("://")[2].rstrip("/")
+
+
 def is_listed(path: str) -> bool:
     """Whether the listing of a file's folder, which is kept, has it."""
     folder, _, name = path.rpartition("/")
@@ -137,7 +151,9 @@ def mapped(call: Callable[[str], Any], paths: Sequence[str], threads: int) -> It
 
 
 def is_file(path: str) -> bool:
-    """Whether there is such a file."""
+    """Whether there is such a file, on the disk or in an object store."""
+    if not is_remote(path):
+        return os.path.isfile(path)
     return _retried(path, "looking for it", lambda: _file_system(scheme(path)).isfile(path))
 
 
@@ -150,6 +166,8 @@ def matches(pattern: str) -> list[str]:
 
 class RemoteFile(io.RawIOBase):
     """A file of an object store, open for reading; one block at a time is in memory.
+
+    `readline` is slow: wrap it in an `io.BufferedReader` for lines.
 
     block: bytes of a request, at least; 0: exactly those that are read.
     """
@@ -175,6 +193,12 @@ class RemoteFile(io.RawIOBase):
         """Move to a position; see `io.IOBase`."""
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
         return self._at
+
+    def readinto(self, buffer) -> int:
+        """Fills a buffer; returns the number of bytes."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def read(self, size: int = -1) -> bytes:
         """Up to `size` bytes, all to the end for -1."""
