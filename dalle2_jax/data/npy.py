@@ -40,12 +40,11 @@ class RemoteRows:
         return self.shape[0]
 
     def __getitem__(self, rows: int | slice) -> np.ndarray:
-        one = not isinstance(rows, slice)
-        begin, end, _ = (slice(rows, rows + 1) if one else rows).indices(len(self))
+        begin, end, _ = rows.indices(len(self)) if isinstance(rows, slice) else (rows, rows + 1, 1)
         size = self.nbytes // max(1, len(self))
         data = remote.read(self._path, self._begin + begin * size, (end - begin) * size)
         found = np.frombuffer(data, self.dtype).reshape(end - begin, *self.shape[1:])
-        return found[0] if one else found
+        return found if isinstance(rows, slice) else found[0]
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype)

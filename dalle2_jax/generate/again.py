@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -93,7 +93,7 @@ def draw(model: Pipeline, drawn: Drawn, progress: Progress | None = None) -> tup
     used = {name: drawn.settings[name] | values for name, values in settings.items() if name in timings}
     alone = (drawn.caption,), (drawn.number,), drawn.seed
     batch_of = {name: drawn.origin[name] for name in ("count", "batch_size")}
-    origin = functools.partial(dict, here, **batch_of)
+    origin: Callable[[], dict] = functools.partial(dict, here, **batch_of)
     result = Result(*alone, embeds, images[0], images[-1], used, timings, model.name, origin)
     verdict = f"the same picture as {drawn.path}, to the bit"
     if not same:

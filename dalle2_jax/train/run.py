@@ -91,7 +91,7 @@ def first_state(plan: Plan, frozen: dict, dataset) -> TrainState:
         params = started_from(source, trained, params)
     elif getattr(plan.stage, "fit_rows", 0):
         params = statistics.fit(plan, params, frozen, dataset)
-    if not source and getattr(plan.stage, "null_tokens", 0):
+    if not source and getattr(plan.stage, "null_tokens", False):
         tokenizer = dataset.settings.tokenizer
         params = statistics.with_null_caption(plan, params, frozen, tokenizer)
     if params is state.params:
