@@ -75,13 +75,13 @@ def origin(model: "Pipeline", count: int, batch_size: int | None = None) -> Call
         change the last bits.
     """
     engine = model.engine
-    weights = {name: engine.weights_file(name) for name in engine.stages}
+    weights = {name: os.fspath(engine.weights_file(name)) for name in engine.stages}
     how = dict(dtype=engine.dtype, low_memory=engine.low_memory, batch_size=batch_size)
     how |= dict(count=len(processes.share(count)), local_devices=jax.local_device_count())
     return functools.partial(_origin, weights, how | dict(versions=versions(), devices=devices()))
 
 
-def _origin(weights: Mapping[str, epath.Path], how: dict) -> dict:
+def _origin(weights: Mapping[str, str], how: dict) -> dict:
     return {"weights": {name: files.sha256(path) for name, path in weights.items()}, **how}
 
 
