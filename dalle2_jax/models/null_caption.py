@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.models import models
@@ -22,6 +23,7 @@ def encode(clip: Any, params: dict, tokenizer: Callable) -> tuple[jax.Array, jax
     """(text embedding [E], text states [n, D] of its n tokens) of "", by a CLIP stage with its parameters."""
     tokens, mask = tokenizer([""])
     count = int(np.sum(mask))
-    tokens, mask = map(np.asarray, models.crop_tokens(tokens, mask, clip.context_length))
+    cut = models.crop_tokens(jnp.asarray(tokens), jnp.asarray(mask), clip.context_length)
+    tokens, mask = map(np.asarray, cut)  # which may meet sharded parameters
     embed, states = jax.jit(clip.encode_text)(params, tokens, mask)
     return embed[0], states[0, :count]
