@@ -2,6 +2,11 @@
 
     python -m dalle2_jax.train --config=configs/clip.py --workdir=DIR --config.data.path=SHARDS
 
+The paper draws pairs from two datasets with equal probability, those of CLIP and of DALL-E:
+
+    python -m dalle2_jax.train --config=configs/clip.py --workdir=DIR
+    --config.data.sources="({'path': 'SHARDS_A', 'weight': 1}, {'path': 'SHARDS_B', 'weight': 1})"
+
 Learning rate 3e-4, SAM with rho 0.1 by replicas of 64 pairs; what the paper does not restate is CLIP's: batch
 32768, weight decay 0.2 off gains and biases, warm-up 2000, cosine decay. `:debug` is the same code in small,
 for a laptop.

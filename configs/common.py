@@ -63,6 +63,7 @@ def get_config() -> ConfigDict:
     config.sample_every = 10_000
     config.num_samples = 16
     config.sample_captions = ()  # what the samples show; (): captions of validation records
+    config.sample_prior = ""  # workdir or model directory of the prior that draws their image embeddings
     config.checkpoint_every = 5_000
     config.keep_checkpoints = 3
     config.profile_at = 0  # first step of a profile; 0: none

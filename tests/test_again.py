@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -21,11 +22,16 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def paths(model, tmp_path_factory):
-    """Two pictures of a caption, as the command writes them."""
-    result = model.text_to_image([CAPTIONS[0]], n=2, seed=7, upsampler_steps=[2], **SETTINGS)
-    origin = output.origin(model, 2)
-    return output.write_pictures(tmp_path_factory.mktemp("drawn"), result, model.name, origin=origin)
+def result(model):
+    """Two pictures of a caption."""
+    options = SETTINGS | dict(upsampler_steps=[2], negative=CAPTIONS[1])
+    return model.text_to_image([CAPTIONS[0]], n=2, seed=7, **options)
+
+
+@pytest.fixture(scope="module")
+def paths(result, tmp_path_factory):
+    """Their files, as the library writes them."""
+    return result.save(tmp_path_factory.mktemp("drawn"))
 
 
 def test_a_picture_is_drawn_again_to_the_bit(model, paths):
@@ -37,6 +43,19 @@ def test_a_picture_is_drawn_again_to_the_bit(model, paths):
     np.testing.assert_array_equal(result.images[0], np.asarray(Image.open(paths[1])))
     assert verdict == f"the same picture as {paths[1]}, to the bit"
     assert json.loads(json.dumps(result.settings)) == drawn.settings
+    assert drawn.negative == CAPTIONS[1] and result.origin() == drawn.origin
+
+
+def test_a_base_picture_is_drawn_again(model, result, paths):
+    drawn = again.read(paths[1])
+    settings = {name: values for name, values in drawn.settings.items() if name in ("prior", "decoder")}
+    _, verdict = again.draw(model, dataclasses.replace(drawn, image=result.base[1], settings=settings))
+    assert verdict.startswith("the same picture")
+
+
+def test_a_result_is_pickled_without_its_model(result):
+    copy = pickle.loads(pickle.dumps(result))
+    assert copy.origin() == result.origin() and len(pickle.dumps(result)) < 100_000
 
 
 def test_what_differs_is_said(model, paths):

@@ -10,8 +10,8 @@ from PIL import Image
 import dalle2_jax
 from dalle2_jax.generate import output
 from dalle2_jax.generate.pipeline import KEYWORDS
-from dalle2_jax.generate.settings import OF_DIFFUSERS, SETTINGS
-from dalle2_jax.runtime import machine, partition
+from dalle2_jax.generate.settings import SETTINGS
+from dalle2_jax.runtime import machine, names, partition
 from tests.tiny_model import CAPTIONS, make_class_model, make_model
 
 
@@ -76,23 +76,29 @@ def test_the_time_left_is_of_all_steps_once_their_speeds_are_known():
 @pytest.mark.parametrize(
     ("keyword", "message"),
     [
-        ("num_inference_steps", "'num_inference_steps' is no .*, but diffusers' name of 'decoder_steps'"),
-        ("num_images_per_prompt", "diffusers' name of 'n'"),
-        ("negative_prompt", "diffusers' name of 'negative'"),
-        ("generator", "diffusers' name of 'seed'"),
+        ("num_inference_steps", "'num_inference_steps' is no .*; did you mean 'decoder_steps'"),
+        ("decoder_num_inference_steps", "did you mean 'decoder_steps'"),
+        ("prior_num_inference_steps", "did you mean 'prior_steps'"),
+        ("super_res_num_inference_steps", "did you mean 'upsampler_steps'"),
+        ("decoder_guidance_scale", "did you mean 'guidance_scale'"),
+        ("num_images_per_prompt", "did you mean 'n'"),
+        ("negative_prompt", "did you mean 'negative'"),
+        ("prompt", "did you mean 'captions'"),
+        ("generator", "did you mean 'seed'"),
+        ("callback_on_step_end", "did you mean 'progress'"),
         ("guidance_scal", "did you mean 'guidance_scale'"),
         ("sed", "did you mean 'seed'"),
         ("colour", "choose from captions, n, "),
     ],
 )
 def test_unknown_keywords_name_ours(pipe, keyword, message):
+    """Those of diffusers among them."""
     with pytest.raises(ValueError, match=message):
         pipe(CAPTIONS, **{keyword: 1})
 
 
-def test_the_names_for_diffusers_are_ours():
-    assert set(OF_DIFFUSERS.values()) <= {*KEYWORDS, *SETTINGS}
-    assert not OF_DIFFUSERS.keys() & {*KEYWORDS, *SETTINGS}
+def test_no_name_is_a_synonym_of_ours():
+    assert not names.SYNONYMS.keys() & {*KEYWORDS, *SETTINGS}
 
 
 def test_unknown_options_of_edits_name_the_nearest(pipe, drawn):

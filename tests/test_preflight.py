@@ -525,7 +525,7 @@ def test_settings_that_do_not_fit_the_mesh_are_refused_before_compiling():
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(ValueError, match=r"needs libtpu: pip install 'dalle2_jax\[tpu\]'"):
         chips.topology_devices("v5p:2x2x1")

@@ -42,8 +42,10 @@ def root(one_device, tmp_path_factory):
     root = tmp_path_factory.mktemp("stages")
     clip = str(root / "clip")
     loop.train(recipe("clip"), clip)
-    for name in ("prior", "ar_prior", "decoder64"):
+    for name in ("prior", "ar_prior"):
         loop.train(recipe(name, clip=clip), str(root / name))
+    captions = dict(sample_captions=["a red star", "a blue ring"], sample_prior=str(root / "prior"))
+    loop.train(recipe("decoder64", clip=clip, **captions), str(root / "decoder64"))
     for name in ("upsampler256", "upsampler1024"):
         loop.train(recipe(name), str(root / name))
     return root

@@ -28,7 +28,6 @@ from etils import epath
 from dalle2_jax import systems
 from dalle2_jax.convert import card, inception_weights
 from dalle2_jax.convert.formats import refused, to_diffusers
-from dalle2_jax.convert.tensors import sha256
 from dalle2_jax.convert.workdirs import check_out, check_stages, convert_workdirs, write_model
 from dalle2_jax.data.tokenizer import load_tokenizer
 from dalle2_jax.models import models
@@ -110,7 +109,8 @@ def convert_weights(
         np.asarray(leaf)  # every tensor is read before anything is written: some may not be finite
     found = [path for tensors in read.tensors for path in tensors.files]
     sums = {
-        path.name if path == Path(source) else str(path.relative_to(source)): sha256(path) for path in found
+        path.name if path == Path(source) else str(path.relative_to(source)): files.sha256(path)
+        for path in found
     }
     for file, checksum in sums.items():
         print(f"read {file}, sha256 {checksum}", flush=True)

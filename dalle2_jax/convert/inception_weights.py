@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from dalle2_jax.convert.tensors import open_tensors, sha256
+from dalle2_jax.convert.tensors import open_tensors
 from dalle2_jax.models.nets import inception
 from dalle2_jax.runtime import files, modeldir
 
@@ -74,7 +74,7 @@ def convert(source: str | os.PathLike, out: str | os.PathLike, any_checksum: boo
     """
     if not os.path.isfile(source):
         raise FileNotFoundError(f"{source} does not exist")
-    checksum = sha256(source)
+    checksum = files.sha256(source)
     if checksum != SHA256 and not any_checksum:
         raise ValueError(
             f"{source} has the sha256 {checksum}, not {SHA256}: it is another file, or damaged; with "
@@ -108,4 +108,4 @@ def load(path: str | os.PathLike) -> Weights:
         command = "python -m dalle2_jax.convert inception SRC.pth OUT.safetensors"
         raise ValueError(f"{path} is invalid: convert the released weights once, with {command}") from error
     modeldir.check_params(flat, modeldir.flatten(abstract_params()), os.fspath(path))
-    return Weights(modeldir.unflatten(flat), sha256(path), metadata.get("source_sha256", "unknown"))
+    return Weights(modeldir.unflatten(flat), files.sha256(path), metadata.get("source_sha256", "unknown"))

@@ -1,6 +1,5 @@
 """Files of tensors, read one tensor at a time: safetensors, its shards, and torch's archives."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -200,9 +199,3 @@ def _open_shards(path: Path) -> Tensors:
     shapes = {name: shards[shard].shapes[name] for name, shard in where.items()}
     files = [file for shard in shards.values() for file in shard.files]
     return Tensors(str(path), shapes, lambda name: shards[where[name]]._read(name), files)
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """The checksum of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,9 +1,10 @@
 """Folders of precomputed CLIP embeddings in clip-retrieval's layout, or of text states, read and written.
 
 FOLDER/img_emb/img_emb_N.npy and FOLDER/text_emb/text_emb_N.npy have floats [n, E],
-FOLDER/metadata/metadata_N.parquet (or .jsonl) their captions; row i of each belongs to record i. Arrays are
-mapped, never unpickled. A folder of `dalle2_jax.embed` also has embed.json, which names the dataset and the
-encoder and says whether it is complete, and each record's key in the metadata. See `text_states` for states.
+FOLDER/metadata/metadata_N.parquet (or .jsonl) their captions; row i of each belongs to record i. FOLDER may
+lie in an object store: rows are then read one by one; those on the disk are mapped, and nothing is unpickled.
+A folder of `dalle2_jax.embed` also has embed.json, which names the dataset and the encoder and says whether
+it is complete, and each record's key in the metadata. See `text_states` for states.
 """
 
 import collections
@@ -15,8 +16,8 @@ from collections.abc import Iterable
 import numpy as np
 from etils import epath
 
-from dalle2_jax.data import metadata, records, text_states
-from dalle2_jax.data.find import did_you_mean
+from dalle2_jax.data import metadata, npy, records, remote, text_states
+from dalle2_jax.data.find import did_you_mean, entries, is_folder
 from dalle2_jax.data.records import BadRecord, Record
 from dalle2_jax.data.shards import language_of
 from dalle2_jax.runtime import files
@@ -35,7 +36,7 @@ def _part_files(folder: str, kind: str) -> dict[tuple[int, ...], str]:
     """
     folder = os.path.join(folder, kind)
     found: dict[tuple[int, ...], str] = {}
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+    for name in sorted(name for name, _ in entries(folder)) if is_folder(folder) else ():
         stem, ending = os.path.splitext(name)
         if ending not in _ENDINGS[kind] or name.startswith("."):
             continue
@@ -68,15 +69,12 @@ def _files_by_kind(path: str) -> dict[str, dict[tuple[int, ...], str]]:
     return found
 
 
-def _embedding_shards(paths: Iterable[str]) -> list[np.ndarray]:
-    """The mapped arrays of .npy files. Raises ValueError for other files and shapes."""
-    shards: list[np.ndarray] = []
+def _embedding_shards(paths: Iterable[str]) -> list[np.ndarray | npy.RemoteRows]:
+    """The arrays of .npy files. Raises ValueError for other files and shapes."""
+    shards: list[np.ndarray | npy.RemoteRows] = []
     first = ""
     for path in paths:
-        try:
-            shard = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no plain array of numbers: {error}") from None
+        shard = npy.open_rows(path)
         if shard.ndim != 2 or shard.dtype.kind != "f":
             raise ValueError(f"{path}: expected floats [N, E], found {shard.dtype} {shard.shape}")
         first = first or path
@@ -97,9 +95,11 @@ class Embeddings:
 
     def __init__(self, path: AnyPath):
         path = os.fspath(path)
-        if not os.path.isdir(path):
-            parent = os.path.dirname(os.path.abspath(path))
-            listing = os.listdir(parent) if os.path.isdir(parent) else []
+        if remote.is_remote(path):
+            remote.refresh(path)
+        if not is_folder(path):
+            parent = os.path.dirname(path if remote.is_remote(path) else os.path.abspath(path))
+            listing = [name for name, _ in entries(parent)] if is_folder(parent) else []
             raise ValueError(f"{path} does not exist" + did_you_mean(os.path.basename(path), listing))
         found = _files_by_kind(path)
         self._shards = {
@@ -115,7 +115,7 @@ class Embeddings:
         if not self._shards and not self._states:
             raise ValueError(
                 f"{path} holds neither img_emb/*.npy nor text_emb/*.npy"
-                + did_you_mean("img_emb", os.listdir(path))
+                + did_you_mean("img_emb", [name for name, _ in entries(path)])
             )
         counts = {_COLUMNS[name]: [len(x) for x in shards] for name, shards in self._shards.items()}
         counts |= {"token_counts": self._states.rows} if self._states else {}
@@ -166,7 +166,7 @@ PLAN = "embed.json"
 
 def read_plan(folder: str) -> dict | None:
     """The contents of embed.json; None: no such file. Raises ValueError while shards are missing."""
-    if not os.path.isfile(os.path.join(folder, PLAN)):
+    if not remote.is_file(os.path.join(folder, PLAN)):
         return None
     plan = _stored_plan(folder)
     if "left_out" not in plan:
@@ -190,8 +190,8 @@ def kinds_of(plan: dict) -> tuple[str, ...]:
 
 def _stored_plan(folder: str | os.PathLike) -> dict:
     """embed.json, complete or not. Raises ValueError if it is no object, or above MAX_TEXT_BYTES."""
-    path = epath.Path(folder) / PLAN
-    with path.open("r", encoding="utf-8") as file:
+    path = os.path.join(folder, PLAN)
+    with remote.open_file(path) as file:
         try:
             return dict(json.loads(file.read(records.MAX_TEXT_BYTES)))
         except (ValueError, TypeError, RecursionError) as error:
@@ -305,6 +305,7 @@ class EmbeddingSource(records.RecordSource):
         self.encoder_sha256, self._table = encoder_sha256(read_plan(path)), Embeddings(path)
         self._captions, self._fields = metadata.read_columns(self._table.metadata, language_of)
         self.embed_dims, self.most_tokens = self._table.dims, self._table.most_tokens
+        self.remote = remote.is_remote(path)
         self.files, self.fingerprint = self._table.entries, records.fingerprint(self._table.entries)
 
     def __len__(self):

@@ -48,15 +48,6 @@ def split_names(split: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([split, *VALIDATION])) if split in VALIDATION else (split,)
 
 
-def check_mounted(path: str) -> None:
-    """Raise ValueError for an address, where only folders are read."""
-    if remote.is_remote(path):
-        raise ValueError(
-            f"{path}: this source reads mounted file systems; mount the bucket (gcsfuse), or pack the data "
-            "as tar, tfrecord or parquet shards, which are read from gs://, s3:// and hf://"
-        )
-
-
 def find_files(path: str, split: str, suffix: str) -> list[str]:
     """The sorted files of a dataset: `path` is a folder, a file or a pattern; see the module.
 
@@ -131,16 +122,17 @@ def _find_remote(path: str, split: str, suffix: str) -> list[str]:
     return sorted(found)
 
 
-def _is_folder(path: str) -> bool:
+def is_folder(path: str) -> bool:
+    """Whether a path is a folder, on the disk or in an object store."""
     return bool(remote.entries(path)) if remote.is_remote(path) else os.path.isdir(path)
 
 
-def _entries(folder: str) -> list[tuple[str, bool]]:
+def entries(folder: str) -> list[tuple[str, bool]]:
     """(name, whether it is a folder) of all that lies in a folder."""
     if remote.is_remote(folder):
         return remote.entries(folder)
-    with os.scandir(folder or ".") as entries:
-        return [(entry.name, entry.is_dir()) for entry in entries]
+    with os.scandir(folder or ".") as found:
+        return [(entry.name, entry.is_dir()) for entry in found]
 
 
 def _existing(path: str) -> tuple[str, str]:
@@ -215,7 +207,7 @@ def _holds(link: str, folder: str) -> bool:
 def _in_folder(path: str, split: str, suffix: str) -> list[str]:
     """The files of a folder; see `find_files`."""
     folder, beside, split = path, 0, _existing_split(path, split, suffix)
-    if split and _is_folder(os.path.join(path, split)):
+    if split and is_folder(os.path.join(path, split)):
         beside = sum(_is_of_split(name, split) for name in _files_of(path, suffix))
         folder, split = os.path.join(path, split), ""
     names = _files_of(folder, suffix)
@@ -247,30 +239,30 @@ def _existing_split(path: str, split: str, suffix: str) -> str:
     if len(names) > 1:
         files = _files_of(path, suffix)
         for name in names:
-            if _is_folder(os.path.join(path, name)) or any(_is_of_split(file, name) for file in files):
+            if is_folder(os.path.join(path, name)) or any(_is_of_split(file, name) for file in files):
                 return name
     return split
 
 
 def _other_kind(folder: str, suffix: str) -> str:
     """'; ...': the source that reads the files of a folder without *suffix, or ''."""
-    names = [name.lower() for name, _ in _entries(folder)]
+    names = [name.lower() for name, _ in entries(folder)]
     if any(re.search(r"\.(tar\.\w+|tgz)$", name) for name in names):
         return f"; shards are read uncompressed: gunzip {folder}/*.gz"
     for source, ending in _ENDINGS.items():
         if ending != suffix and any(name.endswith(ending) for name in names):
             return f"; its *{ending} are --config.data.source={source}"
     beside = any(name.endswith(_PICTURES) for name in names)
-    folders = [os.path.join(folder, name) for name, is_folder in sorted(_entries(folder)) if is_folder]
-    if not remote.is_remote(folder) and (beside or any(map(_holds_picture, folders))):
+    folders = [os.path.join(folder, name) for name, below in sorted(entries(folder)) if below]
+    if beside or (not remote.is_remote(folder) and any(map(_holds_picture, folders))):
         return "; folders of pictures are --config.data.source=folder"
     return ""
 
 
 def _holds_picture(folder: str) -> bool:
     """Whether one of the first entries of a folder is a picture."""
-    with os.scandir(folder) as entries:
-        return any(entry.name.lower().endswith(_PICTURES) for entry in itertools.islice(entries, 100))
+    with os.scandir(folder) as found:
+        return any(entry.name.lower().endswith(_PICTURES) for entry in itertools.islice(found, 100))
 
 
 def _is_of_split(name: str, split: str) -> bool:
@@ -279,7 +271,7 @@ def _is_of_split(name: str, split: str) -> bool:
 
 def _files_of(folder: str, suffix: str) -> list[str]:
     """The sorted names of a folder's files with a suffix, without hidden ones."""
-    found = [name for name, is_folder in _entries(folder) if name.endswith(suffix) and not is_folder]
+    found = [name for name, below in entries(folder) if name.endswith(suffix) and not below]
     return sorted(name for name in found if not name.startswith("."))
 
 
@@ -313,11 +305,11 @@ def _warn_of_others(folder: str, split: str, suffix: str, beside: int) -> None:
     )
     like = [
         name
-        for name, is_folder in _entries(folder)
+        for name, below in entries(folder)
         if shard.search(name.lower())
         and (not name.endswith(suffix) or name.startswith("."))
         and (not split or _is_of_split(name.lstrip("."), split))
-        and not is_folder
+        and not below
     ]
     if like:
         logging.warning(
@@ -331,11 +323,11 @@ def holds(word: str, folder: str) -> str:
 
     Files whose names differ only in numbers are shown as one pattern.
     """
-    kinds = [(name, is_folder) for name, is_folder in _entries(folder) if not name.startswith(".")]
-    folders = [name for name, is_folder in kinds if is_folder]
+    kinds = [(name, below) for name, below in entries(folder) if not name.startswith(".")]
+    folders = [name for name, below in kinds if below]
     groups = collections.defaultdict(list)
-    for name, is_folder in kinds:
-        if not is_folder:
+    for name, below in kinds:
+        if not below:
             groups[re.sub(r"\d+", "*", name)].append(name)
     shown = sorted(name + "/" for name in folders) + sorted(
         f"{pattern} ({len(names)} files)" if len(names) > 1 else names[0] for pattern, names in groups.items()

@@ -1,9 +1,11 @@
 """Columns of texts of an embedding folder, in parquet or JSON lines, read within limits."""
 
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 
+from dalle2_jax.data import parquet, remote
 from dalle2_jax.data.records import MAX_TEXT_BYTES
 from dalle2_jax.data.shards import add_caption, freeze, language_of
 
@@ -74,9 +76,8 @@ def _keep_names(names: dict[str, None], more: Iterable[str]) -> None:
 def _parquet(path: str, wanted: Callable, most: int, names: dict) -> Iterator[tuple[int, Columns]]:
     """(rows, columns) of each row group. A repeated text is kept once."""
     import pyarrow
-    import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with parquet.reader(path) as file:
         fields = [field for field in file.schema_arrow.names if wanted(field)]
         _keep_names(names, file.schema_arrow.names)
         stored = [file.schema.column(i) for i in range(len(file.schema))]
@@ -88,7 +89,7 @@ def _parquet(path: str, wanted: Callable, most: int, names: dict) -> Iterator[tu
                 f"{path}: {field!r} must be one column of texts, and is several or nested: write one text a "
                 "row, or give what is no caption another name"
             )
-    with pyarrow.parquet.ParquetFile(path, read_dictionary=fields) as file:
+    with parquet.reader(path, read_dictionary=fields) as file:
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         _check_rows(path, sum(group.num_rows for group in groups), most)
         for i, group in enumerate(groups):
@@ -132,7 +133,7 @@ def _json_lines(path: str, wanted: Callable, most: int, names: dict) -> Iterator
     """(rows, columns) of a file with one object a line. Blank lines are skipped."""
     columns: Columns = {}
     rows = 0
-    with open(path, "rb") as file:
+    with io.BufferedReader(remote.open_file(path)) as file:
         for number in itertools.count(1):
             line = file.readline(MAX_TEXT_BYTES)
             if not line:

@@ -13,7 +13,7 @@ import re
 import numpy as np
 from absl import logging
 
-from dalle2_jax.data import embeddings, metadata, records
+from dalle2_jax.data import embeddings, metadata, records, remote
 from dalle2_jax.data.records import BadRecord, Record
 from dalle2_jax.data.shards import encodable, language_of
 
@@ -50,7 +50,7 @@ class Paired(records.RecordSource):
         self._captions = columns if {"text_embed", "text_states"} & self._table.dims.keys() else {}
         self.refused, self.passed, self.examples = source.refused, source.passed, source.examples
         self.has_images, self.embed_dims = source.has_images, self._table.dims
-        self.remote = source.remote
+        self.remote = source.remote or remote.is_remote(path)
         self.num_classes, self.classes = source.num_classes, source.classes
         self.encoder_sha256, self.most_tokens = embeddings.encoder_sha256(plan), self._table.most_tokens
         beside = [(f"embeddings/{name}", size, count) for name, size, count in self._table.entries]

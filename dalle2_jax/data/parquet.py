@@ -16,6 +16,7 @@ import numpy as np
 from dalle2_jax.data import damage, records, remote, shards
 from dalle2_jax.data.find import did_you_mean
 from dalle2_jax.data.records import BadRecord, Index, Record
+from dalle2_jax.runtime import extras
 
 CACHE_BYTES = 1 << 30  # of row groups in memory
 MAX_GROUP_BYTES = 1 << 30  # of the pictures of a row group
@@ -43,7 +44,7 @@ def index_parquet(path: str) -> Index:
 
     found, rows = "", np.zeros((0, 2), np.int64)
     try:
-        with _open(path) as file:
+        with reader(path) as file:
             about = file.metadata
             counts = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
         groups = np.repeat(np.arange(len(counts)), counts)
@@ -146,7 +147,7 @@ class ParquetSource(shards.IndexedSource):
         return table.column(0).combine_chunks()
 
     def _open(self, path: str):
-        opened = _open(path, self._footers.get(path))
+        opened = reader(path, metadata=self._footers.get(path))
         self._footers[path] = opened.metadata
         return opened
 
@@ -189,12 +190,12 @@ class _Cache:
         return value
 
 
-def _open(path: str, footer=None):
-    """A pyarrow ParquetFile; footer: its `metadata`, if it is known."""
+def reader(path: str, **options):
+    """A pyarrow ParquetFile of a file, on the disk or in an object store, with these options."""
     import pyarrow.parquet
 
     source = remote.RemoteFile(path, block=0) if remote.is_remote(path) else path
-    return pyarrow.parquet.ParquetFile(source, metadata=footer)
+    return pyarrow.parquet.ParquetFile(source, **options)
 
 
 def _fields(path: str, schema, image_field: str, caption_field: str, label_field: str) -> _Fields:
@@ -256,9 +257,6 @@ def open_parquet(
 
     Raises ValueError also for damaged files that `allow_damaged` does not name, and without pyarrow.
     """
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise ValueError("data.source=parquet needs pyarrow: pip install 'dalle2_jax[train]'") from None
+    extras.check("data.source=parquet", "pyarrow")
     opened = shards.open_files(path, split, ".parquet", index_parquet, True, allow_damaged)
     return ParquetSource(*opened, image_field, caption_field, label_field)

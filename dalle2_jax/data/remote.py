@@ -7,6 +7,7 @@ no record: the order of examples stays what it was.
 
 import functools
 import io
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -14,11 +15,13 @@ from typing import Any
 
 from absl import logging
 
+from dalle2_jax.runtime import extras
+
 BLOCK_BYTES = 8 << 20  # of one request where a file is read from its beginning to its end
 RETRIES, FIRST_PAUSE, LONGEST_PAUSE = 8, 0.2, 30.0  # seconds; about a minute in all
 THREADS = 16  # requests of a chunk of records at once
-# The extra that brings the file system of an address.
-EXTRAS = {"gs": "gs", "gcs": "gs", "s3": "s3", "hf": "hub"}
+# The package with the file system of an address.
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub"}
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, TypeError)
 
 
@@ -39,17 +42,12 @@ def scheme(path: str) -> str:
 @functools.lru_cache(16)
 def _file_system(name: str):
     """The fsspec file system of a scheme. Raises ValueError, with a remedy."""
-    if name not in EXTRAS:
-        raise ValueError(f"{name}:// is unknown: there are {', '.join(f'{one}://' for one in EXTRAS)}")
-    try:
-        import fsspec
+    if name not in PACKAGES:
+        raise ValueError(f"{name}:// is unknown: there are {', '.join(f'{one}://' for one in PACKAGES)}")
+    extras.check(f"{name}://", PACKAGES[name])
+    import fsspec
 
-        return fsspec.filesystem(name)
-    except ImportError as error:
-        raise ValueError(
-            f"{name}:// needs a package that is not installed ({error}): "
-            f"pip install 'dalle2_jax[{EXTRAS[name]}]'"
-        ) from None
+    return fsspec.filesystem(name)
 
 
 def _retried(path: str, what: str, call) -> Any:
@@ -124,6 +122,19 @@ def entries(folder: str) -> list[tuple[str, bool]]:
     return [(name, is_folder) for name, is_folder in named if name]
 
 
+def sizes(folder: str) -> dict[str, int]:
+    """{path below a folder: size in bytes} of all files in and below it, by one listing."""
+    system, begin = _file_system(scheme(folder)), len(_key(folder)) + 1
+    found = _retried(folder, "listing", lambda: system.find(folder, detail=True))
+    named = {path[begin:]: int(info["size"]) for path, info in found.items() if info["type"] == "file"}
+    return {name: size for name, size in named.items() if name and not name.endswith("/")}
+
+
+def _key(path: str) -> str:
+    """bucket/key of gs://bucket/key, without a slash at its end."""
+    return path.partition("://")[2].rstrip("/")
+
+
 def is_listed(path: str) -> bool:
     """Whether the listing of a file's folder, which is kept, has it."""
     folder, _, name = path.rpartition("/")
@@ -140,7 +151,9 @@ def mapped(call: Callable[[str], Any], paths: Sequence[str], threads: int) -> It
 
 
 def is_file(path: str) -> bool:
-    """Whether there is such a file."""
+    """Whether there is such a file, on the disk or in an object store."""
+    if not is_remote(path):
+        return os.path.isfile(path)
     return _retried(path, "looking for it", lambda: _file_system(scheme(path)).isfile(path))
 
 
@@ -153,6 +166,8 @@ def matches(pattern: str) -> list[str]:
 
 class RemoteFile(io.RawIOBase):
     """A file of an object store, open for reading; one block at a time is in memory.
+
+    `readline` is slow: wrap it in an `io.BufferedReader` for lines.
 
     block: bytes of a request, at least; 0: exactly those that are read.
     """
@@ -178,6 +193,12 @@ class RemoteFile(io.RawIOBase):
         """Move to a position; see `io.IOBase`."""
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
         return self._at
+
+    def readinto(self, buffer) -> int:
+        """Fills a buffer; returns the number of bytes."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def read(self, size: int = -1) -> bytes:
         """Up to `size` bytes, all to the end for -1."""

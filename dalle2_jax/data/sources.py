@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dalle2_jax.data import embeddings, folders, mixture, paired, parquet, prepared, records, shards
-from dalle2_jax.data.find import did_you_mean, split_names
+from dalle2_jax.data.find import did_you_mean, is_folder, split_names
 from dalle2_jax.runtime import files
 
 
@@ -57,7 +57,7 @@ SOURCES: dict[str, Callable[[SourceSettings], records.RecordSource]] = {
 def _folder(path: str, split: str) -> str:
     """PATH/SPLIT if that folder exists, under one of the `find.split_names`, else `path`."""
     folders = [os.path.join(path, name) for name in split_names(split) if split]
-    return next(filter(os.path.isdir, folders), path)
+    return next(filter(is_folder, folders), path)
 
 
 def open_source(settings: SourceSettings) -> records.RecordSource:

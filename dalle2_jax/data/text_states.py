@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import ml_dtypes
 import numpy as np
 
+from dalle2_jax.data import npy
 from dalle2_jax.data.records import BadRecord
 
 KINDS = ("text_states", "token_counts")
@@ -42,7 +43,7 @@ class StateFiles:
     """
 
     def __init__(self, states: Iterable[str], counts: Iterable[str]):
-        self._states: list[np.ndarray] = []
+        self._states: list[np.ndarray | npy.RemoteRows] = []
         self._ends: list[np.ndarray] = []
         self.most = 0
         for path, of_counts in zip(states, counts, strict=True):
@@ -78,12 +79,9 @@ class StateFiles:
         return np.asarray(self._states[file][begin:end])
 
 
-def _mapped(path: str, dtype: type, rank: int) -> np.ndarray:
-    """The mapped array of a file. Raises ValueError for another type or rank."""
-    try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no plain array of numbers: {error}") from None
+def _mapped(path: str, dtype: type, rank: int) -> np.ndarray | npy.RemoteRows:
+    """The array of a file, whose rows are read one by one. Raises ValueError for another type or rank."""
+    found = npy.open_rows(path)
     if found.dtype != dtype or found.ndim != rank:
         raise ValueError(
             f"{path}: expected {np.dtype(dtype)} of {rank} axes, found {found.dtype} {found.shape}"

@@ -243,7 +243,7 @@ def load_t5(path: str | os.PathLike, context_length: int) -> Tokenizer:
         kind = getattr(transformers, "T5TokenizerFast", None) or transformers.T5Tokenizer
         loaded = kind.from_pretrained(path)
     except ImportError as error:
-        needed = "pip install 'dalle2_jax[sentencepiece]'"
+        needed = extras.how_to_install("sentencepiece")
         raise ValueError(f"reading spiece.model needs more: {needed} ({error})") from None
     if (loaded.pad_token_id, loaded.eos_token_id) != (0, 1):
         raise ValueError(f"{path}: the ids of padding and end must be 0 and 1, as T5's are")

@@ -160,7 +160,7 @@ def upscale(model: Pipeline, picture, out: epath.Path, record: dict) -> str:
     settings = dict(num_steps=FLAGS.steps, tile=FLAGS.tile, caption=FLAGS.caption)
     image = actions.upscale(model, picture, seed=FLAGS.seed, progress=StageLines(), **settings)
     if processes.is_first():
-        origin = output.origin(model, 1, FLAGS.dtype)
+        origin = output.origin(model, 1)()
         made = json.dumps(record | {"model": model.name, "seed": FLAGS.seed, "origin": origin})
         grid.save_png(out / "upscaled.png", image, {"dalle2_jax": made})
     return f"{image.shape[1]} x {image.shape[0]}: {out / 'upscaled.png'}"
@@ -198,7 +198,7 @@ def main(argv):
                     name: FLAGS[name].value for name in FLAGS_OF.get(action, ()) if FLAGS[name].present
                 }
                 source = grids.source_of(model, action, inputs, result, options, FLAGS.fit)
-                origin = output.origin(model, len(result.images), FLAGS.dtype, FLAGS.batch_size)
+                origin = output.origin(model, len(result.images), FLAGS.batch_size)()
                 made = dict(record, origin=origin)
                 write_pictures(out, result, model.name, command="edit", source=source, **made)
                 if action in PATHS:

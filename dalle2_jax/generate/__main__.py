@@ -60,11 +60,9 @@ def main(argv):
         else:
             settings |= dict(seed=FLAGS.seed, n=FLAGS.n, batch_size=FLAGS.batch_size)
             result = model.text_to_image(captions, **settings, progress=output.StageLines())
-        origin = output.origin(model, len(result.images), dtype, FLAGS.batch_size)
-        origin |= {name: drawn.origin[name] for name in ("count", "batch_size")} if drawn else {}
         if not processes.is_first():
             return
-        count = len(output.write_pictures(out, result, model.name, origin=origin))
+        count = len(result.save(out))
         waited = sum(timing.compile_seconds for timing in result.timings.values())
         sampling = sum(timing.seconds for timing in result.timings.values())
         size, seconds = model.image_size, time.monotonic() - began

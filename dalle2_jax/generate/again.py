@@ -1,8 +1,10 @@
 """A picture of `generate`, drawn again from what its PNG says of itself."""
 
 import dataclasses
+import functools
 import json
 import os
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -43,6 +45,11 @@ class Drawn:
         """Whether weights kept their stored type."""
         return self.origin["low_memory"]
 
+    @property
+    def negative(self) -> str | None:
+        """The caption that guidance led away from; None: no such caption."""
+        return next((now["negative"] for now in self.settings.values() if "negative" in now), None)
+
 
 def read(path: str | os.PathLike) -> Drawn:
     """The picture of a PNG file. Raises ValueError for one that says too little, and OSError."""
@@ -60,7 +67,8 @@ def read(path: str | os.PathLike) -> Drawn:
         return Drawn(os.fspath(path), image, *(made[name] for name in names))
     except KeyError as error:
         what = "how it was drawn" if error.args[0] == "dalle2_jax" else f"its {error.args[0]}"
-        raise ValueError(f"{path} does not say {what}: another program or an older version drew it") from None
+        others = "an edit, another program or an older version made it"
+        raise ValueError(f"{path} does not say {what}: {others}") from None
 
 
 def draw(model: Pipeline, drawn: Drawn, progress: Progress | None = None) -> tuple[Result, str]:
@@ -69,27 +77,37 @@ def draw(model: Pipeline, drawn: Drawn, progress: Progress | None = None) -> tup
     It is drawn alone; if that does not give the same numbers, in a batch of the first time's size, for which
     the compiler may order sums in another way. Raises ValueError for settings that the model does not have.
     """
-    steps, here = model.steps("draw"), output.origin(model, 1, drawn.dtype, drawn.origin["batch_size"])
+    steps, here = _steps(model, drawn), output.origin(model, 1)()
     settings = {step.name: _settings(model, step, drawn) for step in steps if step.role}
     differences = _differences(drawn, here, settings)
     many = min(drawn.origin["count"], drawn.origin["batch_size"] or max(BATCH_SIZE, here["local_devices"]))
     for copies in dict.fromkeys((1, many)):
         how = Running(drawn.seed, drawn.origin["batch_size"], progress)
-        batch: dict = {"number": [drawn.number] * copies}
+        batch: dict = {"number": [drawn.number] * copies, "negative": drawn.negative}
         batch |= {"caption": [drawn.caption] * copies} if drawn.caption else {}
         made, timings = model.run(steps, batch, settings, how)
         images = [made[f"{step.name}.image"][:1] for step in steps if "image" in step.writes]
         embeds = made.get("prior.image_embed", np.zeros((1, 0), np.float32))[:1]
         if same := np.array_equal(images[-1][0], drawn.image):
             break
-    used = {name: values for name, values in settings.items() if name in timings}
+    used = {name: drawn.settings[name] | values for name, values in settings.items() if name in timings}
     alone = (drawn.caption,), (drawn.number,), drawn.seed
-    result = Result(*alone, embeds, images[0], images[-1], used, timings)
+    batch_of = {name: drawn.origin[name] for name in ("count", "batch_size")}
+    origin: Callable[[], dict] = functools.partial(dict, here, **batch_of)
+    result = Result(*alone, embeds, images[0], images[-1], used, timings, model.name, origin)
     verdict = f"the same picture as {drawn.path}, to the bit"
     if not same:
         verdict = f"not the same picture as {drawn.path}: {_apart(images[-1][0], drawn.image)}"
     changed = differences or ([] if same else ["nothing that the picture names has changed"])
     return result, "; ".join([verdict, *changed])
+
+
+def _steps(model: Pipeline, drawn: Drawn) -> Sequence[Step]:
+    """The steps that drew a picture: without the upsamplers for a base picture."""
+    steps = model.steps("draw")
+    ran = [i for i, step in enumerate(steps) if step.name in drawn.settings]
+    known = drawn.settings.keys() <= {step.name for step in steps}  # else `_settings` says what is missing
+    return steps[: ran[-1] + 1] if ran and known else steps
 
 
 def _settings(model: Pipeline, step: Step, drawn: Drawn) -> dict:
@@ -99,6 +117,7 @@ def _settings(model: Pipeline, step: Step, drawn: Drawn) -> dict:
         raise ValueError(
             f"{drawn.path} was drawn without a {step.name}: give --model=DIR of model {drawn.model!r}"
         )
+    recorded = {name: value for name, value in recorded.items() if name != "negative"}
     defaults = json.loads(json.dumps(model.engine.stage(step.stage).sampling))
     try:
         changes = {name: value for name, value in recorded.items() if value != defaults.get(name, ())}
@@ -119,7 +138,7 @@ def _differences(drawn: Drawn, here: dict, settings: dict) -> list[str]:
     found += [f"{name} is {now[name]}, then {value}" for name, value in was.items() if now.get(name) != value]
     for step, values in json.loads(json.dumps(settings)).items():
         then = drawn.settings[step]
-        names = [name for name in values | then if values.get(name) != then.get(name)]
+        names = [name for name in values | then if values.get(name) != then.get(name) and name != "negative"]
         found += [f"{step}.{name} is {values.get(name)}, then {then.get(name)}" for name in names]
     return found
 

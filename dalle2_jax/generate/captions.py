@@ -64,13 +64,21 @@ def cut_captions(engine: Engine, names: Sequence[str], captions: Sequence[str]) 
     return lines
 
 
+def trained_on(engine: Engine) -> str:
+    """Language and commonest words of the captions of the training; '' if they are unknown."""
+    if (seen := words.read(engine.directory)) is None:
+        return ""
+    common = ", ".join([word for word in seen.counts if word not in GLUE][:8])
+    languages = " and ".join(LANGUAGES.get(code, code) for code in seen.languages)
+    return f"captions in {languages} with words such as {common}"
+
+
 def unseen_words(engine: Engine, captions: Sequence[str]) -> list[str]:
     """A line for each caption with words that no caption of the training had; none if they are unknown."""
     seen = words.read(engine.directory)
     if seen is None:
         return []
-    common = ", ".join([word for word in seen.counts if word not in GLUE][:8])
-    languages, lines = " and ".join(LANGUAGES.get(code, code) for code in seen.languages), []
+    lines = []
     for i, caption in enumerate(captions, 1):
         found = words.split(caption)
         unseen = [word for word in dict.fromkeys(found) if word not in seen.counts]
@@ -78,8 +86,7 @@ def unseen_words(engine: Engine, captions: Sequence[str]) -> list[str]:
             continue
         if len(unseen) == len(set(found)):
             lines.append(
-                f"caption {i}: the model has seen none of its words; it was trained on captions in "
-                f"{languages} with words such as {common}"
+                f"caption {i}: the model has seen none of its words; it was trained on {trained_on(engine)}"
             )
             continue
         near = {word: nearest(word, seen.counts) for word in unseen}

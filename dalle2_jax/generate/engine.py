@@ -6,7 +6,6 @@ split over a process's devices. The engine keeps a compiled function for every (
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import os
 import threading
@@ -99,6 +98,7 @@ class Engine:
       name: the model's name. system: the module of `systems` with the actions of its stages.
       entries: stage name -> its entry in the index: folder, uses, tokenizer.
       configs, stages: stage name -> stored config, built stage, in the index's order.
+      dtype: the compute type that was asked for; None: as trained.
       mesh: the devices that share a batch.
       low_memory: weights keep their stored type, and the devices hold those of one stage at a time.
     """
@@ -115,6 +115,7 @@ class Engine:
         self.name = index.get("name") or self.directory.name
         self.system, self.entries = systems.load(index["system"]), index["stages"]
         self.configs, self.stages = _read_stages(self.directory, index, dtype)
+        self.dtype = dtype
         self.mesh, self.low_memory = partition.local_mesh() if mesh is None else mesh, low_memory
         self._params: dict = {}
         self._programs: dict = {}
@@ -148,13 +149,13 @@ class Engine:
                 self._params[name] = params
         return self._params[name]
 
+    def weights_file(self, name: str) -> epath.Path:
+        """A stage's file of weights."""
+        return self._folder(name) / modeldir.WEIGHTS_FILE
+
     def weights_sha256(self, name: str) -> str:
         """The checksum of a stage's file of weights, in hexadecimal."""
-        digest = hashlib.sha256()
-        with (self._folder(name) / modeldir.WEIGHTS_FILE).open("rb") as file:
-            while block := file.read(16 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return files.sha256(self.weights_file(name))
 
     def _task_params(self, task: Task) -> dict:
         if self.low_memory:

@@ -1,12 +1,13 @@
 """Drawn pictures as files: PNG with settings inside, a labelled grid, a report; lines on a terminal."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -15,7 +16,7 @@ from etils import epath
 
 import dalle2_jax
 from dalle2_jax.data import shards
-from dalle2_jax.runtime import grid, processes
+from dalle2_jax.runtime import files, grid, processes
 from dalle2_jax.runtime.metrics import show_duration
 
 if TYPE_CHECKING:
@@ -63,16 +64,25 @@ def devices() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
-def origin(model: "Pipeline", count: int, dtype: str | None = None, batch_size: int | None = None) -> dict:
-    """What a picture depends on besides caption, seed and settings, JSON values.
+def origin(model: "Pipeline", count: int, batch_size: int | None = None) -> Callable[[], dict]:
+    """A function that returns what pictures depend on besides caption, seed and settings, JSON values.
 
-    model: which drew `count` pictures. dtype, batch_size: as given to `Pipeline.load` and to the drawing.
-    The size of the compiled batch follows from count, batch_size and devices: it may change the last bits.
+    A call reads the files of the weights, for their sha256. The function keeps no weights in memory.
+
+    Args:
+      model: has drawn `count` pictures.
+      batch_size: of the drawing. With count and devices it fixes the size of the compiled batch, which may
+        change the last bits.
     """
-    weights = {name: model.engine.weights_sha256(name) for name in model.engine.stages}
-    how = dict(dtype=dtype, low_memory=model.engine.low_memory, batch_size=batch_size)
+    engine = model.engine
+    weights = {name: os.fspath(engine.weights_file(name)) for name in engine.stages}
+    how = dict(dtype=engine.dtype, low_memory=engine.low_memory, batch_size=batch_size)
     how |= dict(count=len(processes.share(count)), local_devices=jax.local_device_count())
-    return {"weights": weights, **how, "versions": versions(), "devices": devices()}
+    return functools.partial(_origin, weights, how | dict(versions=versions(), devices=devices()))
+
+
+def _origin(weights: Mapping[str, str], how: dict) -> dict:
+    return {"weights": {name: files.sha256(path) for name, path in weights.items()}, **how}
 
 
 def identity(result: "Result", i: int, **more) -> dict:
@@ -115,10 +125,11 @@ def write_pictures(
     Replaces files of the same names alone: COMMAND.json lists its pictures.
 
     Args:
-      origin: of the pictures (see `origin`), for the PNGs and COMMAND.json.
+      origin: of the pictures, for the PNGs and COMMAND.json; None: that of the result, if it has one.
       source: the first cells of the grid, such as the picture that was edited.
       more: JSON values for COMMAND.json and the PNGs.
     """
+    origin = result.origin() if origin is None and result.origin is not None else origin
     folder, made = epath.Path(out), {"origin": origin} if origin else {}
     paths = [folder / f"{i:04d}_{slug(caption)}.png" for i, caption in enumerate(result.captions)]
     for i, (path, image) in enumerate(zip(paths, result.images, strict=True)):

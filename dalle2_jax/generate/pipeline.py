@@ -354,7 +354,8 @@ class Pipeline:
         embeds, base, images = processes.split_over_processes(draw, len(numbers))
         used = {name: values for name, values in settings.items() if name in timings}
         used |= {name: used[name] | {"negative": negative} for name in led}
-        drawn = embeds, base, images, used, timings, self.name
+        origin = output.origin(self, len(numbers), how.batch_size)
+        drawn = embeds, base, images, used, timings, self.name, origin
         return Result(tuple(labels), tuple(numbers), how.seed, *drawn)
 
     def prepare(self, *, n: int = 1, **options) -> None:

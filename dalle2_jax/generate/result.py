@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class Result:
       settings: step -> its settings, JSON values.
       timings: step -> Timing, in the order in which they ran; 'text' is CLIP reading the captions.
       model: the model's name.
+      origin: returns what the pictures depend on besides (see `output.origin`); None: unknown.
     """
 
     captions: tuple[str, ...]
@@ -39,6 +41,7 @@ class Result:
     settings: dict
     timings: dict[str, Timing]
     model: str = ""
+    origin: Callable[[], dict] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "captions", tuple(map(encodable, self.captions)))  # to be written into files
@@ -63,5 +66,8 @@ class Result:
         return output.result_grid(self)
 
     def save(self, out: str | os.PathLike) -> list[epath.Path]:
-        """Write pictures, grid.png and generate.json as `generate --out` does; return the pictures' paths."""
+        """Write pictures, grid.png and generate.json as `generate --out` does; return the pictures' paths.
+
+        `generate --again=PICTURE` draws a picture of `Pipeline.text_to_image` again.
+        """
         return output.write_pictures(out, self, self.model)

@@ -10,34 +10,19 @@ import numpy as np
 
 from dalle2_jax import systems
 from dalle2_jax.generate.engine import Engine
-from dalle2_jax.runtime.names import nearest
+from dalle2_jax.runtime.names import nearest, synonym
 from dalle2_jax.systems.step import Step
 
 SETTINGS = {k: setting for name in systems.SYSTEMS for k, setting in systems.load(name).SETTINGS.items()}
 
-# keywords of diffusers -> ours
-OF_DIFFUSERS = {
-    "prompt": "captions",
-    "num_images_per_prompt": "n",
-    "negative_prompt": "negative",
-    "generator": "seed",
-    "num_inference_steps": "decoder_steps",
-    "decoder_num_inference_steps": "decoder_steps",
-    "prior_num_inference_steps": "prior_steps",
-    "super_res_num_inference_steps": "upsampler_steps",
-    "decoder_guidance_scale": "guidance_scale",
-    "callback_on_step_end": "progress",
-}
-
 
 def check_keywords(given: Iterable[str], known: Sequence[str], what: str = "setting of sampling") -> None:
-    """Raise ValueError for names that are not known; the message has the nearest, or ours for diffusers'."""
+    """Raise ValueError for names that are not known; the message has a synonym among them, or the nearest."""
     for name in given:
         if name not in known:
-            ours, near = OF_DIFFUSERS.get(name), nearest(name, known)
+            ours = synonym(name, known)
+            near = repr(ours) if ours else nearest(name, known)
             hint = f"; did you mean {near}?" if near else f": choose from {', '.join(known)}"
-            if ours in known:
-                hint = f", but diffusers' name of {ours!r}"
             raise ValueError(f"{name!r} is no {what}{hint}")
 
 

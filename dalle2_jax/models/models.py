@@ -23,7 +23,10 @@ STAGES = {
 # What may take the place of a stage in a model.
 KINDS = {"prior": ("prior", "ar_prior"), "noisy_clip": ("clip",)}
 # Settings of a config that are paths (`data.path` of some sources is a name, which nothing is expanded in).
-PATHS = ("clip", "init_from", "tokenizer.path", "data.path", "data.data_dir", "data.embeddings")
+PATHS = (
+    *("clip", "init_from", "sample_prior", "tokenizer.path"),
+    *("data.path", "data.data_dir", "data.embeddings"),
+)
 
 
 def check_keywords(function, keywords: dict, what: str) -> None:

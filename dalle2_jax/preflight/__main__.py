@@ -2,8 +2,8 @@
 
 Compiles the training step of a config for a TPU slice without having one. Reports whether it fits and how
 long a step takes: bytes a chip against the chip's memory, the compiler's estimate of time and utilisation,
-bytes over the links. Allocates nothing and reads no data. Needs libtpu (pip install 'dalle2_jax[tpu]'), but
-no TPU. Without --topology it compiles for the devices of this machine.
+bytes over the links. Allocates nothing and reads no data. Needs libtpu (the extra tpu), but no TPU.
+Without --topology it compiles for the devices of this machine.
 
   --clip=configs/clip.py  the frozen CLIP that computes embeddings in the step; default: precomputed ones
   --sample=8              the program that draws 8 pictures, not the training step

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import os
 import re
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from dalle2_jax.runtime import extras
 from dalle2_jax.runtime.metrics import peak_flops
 
 GIB = 2**30
@@ -94,8 +94,8 @@ def topology_devices(name: str) -> list:
     chip = CHIPS[version]
     if math.prod(sizes) > chip.largest:
         raise ValueError(f"--topology={name!r}: a slice of {version} has at most {chip.largest} chips")
-    if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
-        raise ValueError("compiling for TPUs needs libtpu: pip install 'dalle2_jax[tpu]'")
+    if not os.environ.get("TPU_LIBRARY_PATH"):
+        extras.check("compiling for TPUs", "libtpu")
     # libtpu then queries no metadata server and takes no lock on a chip
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

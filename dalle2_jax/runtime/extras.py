@@ -7,11 +7,13 @@ import sys
 EXTRA_OF = {
     "diffusers": "oracle",
     "fastapi": "studio",
+    "gcsfs": "gs",
     "gradio": "studio",
     "huggingface_hub": "hub",
     "libtpu": "tpu",
     "matplotlib": "eval",
     "pyarrow": "train",
+    "s3fs": "s3",
     "scipy": "eval",
     "sentencepiece": "sentencepiece",
     "starlette": "studio",

@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,12 @@ def expand(path: str | os.PathLike) -> str:
     Call it once, where a flag, a setting or an argument of the library becomes a path.
     """
     return os.path.expanduser(os.fspath(path))
+
+
+def sha256(path: AnyPath) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

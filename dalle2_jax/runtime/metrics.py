@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from dalle2_jax.runtime import extras
 from dalle2_jax.runtime.grid import labelled_grid as labelled_grid
 from dalle2_jax.runtime.grid import save_png as save_png
 
@@ -184,7 +185,7 @@ def _start_wandb(workdir: epath.Path, where: str):
         import wandb
     except ImportError as error:
         raise ValueError(
-            "wandb is not installed: pip install 'dalle2_jax[wandb]', or leave --config.wandb empty"
+            f"wandb is not installed: {extras.how_to_install('wandb')}, or leave --config.wandb empty"
         ) from error
     entity, _, project = where.rpartition("/")
     id_file = workdir / "wandb_id.txt"  # for a resumption

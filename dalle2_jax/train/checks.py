@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from dalle2_jax.models import models, trainable
+from dalle2_jax.models import frozen, models, trainable
 from dalle2_jax.runtime import partition
 from dalle2_jax.runtime.batch import PICTURES, field
 from dalle2_jax.train import optim, resume
@@ -122,7 +122,7 @@ def check_vocabulary(config: dict, tokenizer) -> None:
 
 
 def _check_sample_captions(config: dict, stage) -> None:
-    """Raise ValueError for `sample_captions` of a stage that does not draw pictures from captions alone."""
+    """Raise ValueError for `sample_captions` of a stage that cannot draw pictures from captions."""
     captions = config.get("sample_captions", ())
     if not captions:
         return
@@ -130,10 +130,36 @@ def _check_sample_captions(config: dict, stage) -> None:
         raise ValueError(f"sample_captions is a list of captions: ({captions!r},)")
     draws = stage.ops["sample"].writes[0] if hasattr(stage, "sample") else ""
     reads = set(stage.batch_spec(1)) - {draws, "image", "crop_yx"}
+    if "image_embed" in reads and draws != "image_embed":
+        _check_sample_prior(config, stage.batch_spec(1))
+        reads -= {"image_embed"}
     others = sorted(name for name in reads if name.rpartition(".")[2] not in OF_CAPTIONS)
     if not draws or field(draws).kind not in (*PICTURES, "codes") or others or not reads:
         also = f" also reads {', '.join(others)}" if others else " draws no pictures from captions"
+        raise ValueError(f"sample_captions: stage {config['stage']!r}{also}. {_WITHOUT}")
+
+
+_WITHOUT = (
+    "Leave them out: then the samples are those of validation records; generate draws your captions with the "
+    "whole model"
+)
+
+
+def _check_sample_prior(config: dict, spec: dict) -> None:
+    """Raise ValueError unless `sample_prior` can draw the image embeddings of a stage that reads `spec`."""
+    path = config.get("sample_prior", "")
+    if not spec.keys() & {"tokens", "text_states"}:
         raise ValueError(
-            f"sample_captions: stage {config['stage']!r}{also}. Leave them out: then the samples are those "
-            "of validation records; generate draws your captions with the whole model"
+            f"sample_captions: stage {config['stage']!r} reads image_embed and no captions. {_WITHOUT}"
+        )
+    if not path or "clip" not in frozen.paths(config):
+        raise ValueError(
+            f"sample_captions: stage {config['stage']!r} also reads image_embed, which a prior draws: give "
+            "--config.sample_prior=WORKDIR_OR_MODEL, and its CLIP as --config.clip; or leave them out"
+        )
+    prior, reads = models.open_stage(path, "prior")[0].embed_dim, spec["image_embed"].shape[-1]
+    if prior != reads:
+        raise ValueError(
+            f"sample_prior {path} draws embeddings of {prior} entries, the {config['stage']} reads {reads}: "
+            "give a prior of the same CLIP"
         )

@@ -1,5 +1,7 @@
 """What a run reads: its tokenizer, and the datasets for training and validation."""
 
+import os
+import tempfile
 from typing import Any
 
 from etils import epath
@@ -34,9 +36,8 @@ def make_tokenizer(config: dict, workdir: epath.Path):
         made = tokenizer.load_tokenizer(folder, settings["context_length"])
     elif settings["path"]:
         made = tokenizer.load_tokenizer(hub.local(settings["path"]), settings["context_length"])
-    elif _precomputed(config) and (epath.Path(_precomputed(config)) / "tokenizer").exists():
-        folder = epath.Path(_precomputed(config)) / "tokenizer"  # of the encoder that read the captions
-        made = tokenizer.load_tokenizer(folder, settings["context_length"])
+    elif made := _encoders_tokenizer(_precomputed(config), settings["context_length"]):
+        pass
     else:
         captions = pipeline.iterate_captions(
             **pipeline_source(config), split=config["data"]["split"], limit=TOKENIZER_RECORDS
@@ -44,6 +45,22 @@ def make_tokenizer(config: dict, workdir: epath.Path):
         made = tokenizer.train_bpe(captions, settings["vocab_size"], settings["context_length"])
     made.save(workdir / "tokenizer")
     return made
+
+
+def _encoders_tokenizer(embeddings: str, context_length: int):
+    """The tokenizer in a folder of embeddings, of the encoder that read the captions; None: it has none."""
+    from dalle2_jax.data import find, remote, tokenizer
+
+    folder = os.path.join(embeddings, "tokenizer")
+    if not embeddings or not find.is_folder(folder):
+        return None
+    if not remote.is_remote(folder):
+        return tokenizer.load_tokenizer(folder, context_length)
+    with tempfile.TemporaryDirectory() as copy:
+        for name in (name for name, below in remote.entries(folder) if not below):
+            with remote.open_file(f"{folder}/{name}") as file:
+                (epath.Path(copy) / name).write_bytes(file.read())
+        return tokenizer.load_tokenizer(copy, context_length)
 
 
 def _frozen_tokenizer(paths: dict[str, str]) -> epath.Path | None:

@@ -32,6 +32,7 @@ FREE = (
     "eval_batches",
     "num_samples",
     "sample_captions",
+    "sample_prior",
     "profile_at",
     "profile_steps",
     "wandb",

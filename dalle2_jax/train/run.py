@@ -84,13 +84,17 @@ def failing_together() -> Iterator[None]:
 def first_state(plan: Plan, frozen: dict, dataset) -> TrainState:
     """The state before the first step: fresh, with the parameters of `init_from`, or fitted to the data."""
     state, source = plan.init(), plan.config["init_from"]
+    params = state.params
     if source:
         _, _, loaded = models.load_start(source, plan.config)
         trained, _ = trainable.split(loaded, plan.trainable)
-        params = started_from(source, trained, state.params)
+        params = started_from(source, trained, params)
     elif getattr(plan.stage, "fit_rows", 0):
-        params = statistics.fit(plan, state.params, frozen, dataset)
-    else:
+        params = statistics.fit(plan, params, frozen, dataset)
+    if not source and getattr(plan.stage, "null_tokens", False):
+        tokenizer = dataset.settings.tokenizer
+        params = statistics.with_null_caption(plan, params, frozen, tokenizer)
+    if params is state.params:
         return state
     if "stats" in params:  # fitted on this process, the same on all
         params = params | {"stats": partition.to_host(params["stats"])}

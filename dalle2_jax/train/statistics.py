@@ -1,5 +1,5 @@
-"""Statistics that a stage has beside its weights: fitted to the data before training, measured on the trained
-network after it."""
+"""What a stage has beside its trained weights: statistics that are fitted to the data before training, or
+measured on the trained network after it; the frozen CLIP's null caption."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dalle2_jax.models import models
-from dalle2_jax.runtime import partition
+from dalle2_jax.models import models, null_caption
+from dalle2_jax.runtime import modeldir, partition
 from dalle2_jax.train.plan import Plan
 from dalle2_jax.train.step import TrainState
 
@@ -32,6 +32,25 @@ def fit(plan: Plan, params: dict, frozen: dict, dataset) -> dict:
         "fitted to the data: %s", ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
     )
     return params
+
+
+def with_null_caption(plan: Plan, params: dict, frozen: dict, tokenizer) -> dict:
+    """`params` with the null caption "" as the frozen CLIP encodes it; see `models.null_caption`.
+
+    Raises ValueError if "" has another number of tokens than `model.text.null_tokens`.
+    """
+    stage, leaves = plan.stage, null_caption.LEAVES[plan.config["stage"]]
+    made = null_caption.encode(plan.frozen_stages["clip"], frozen["clip"], tokenizer)
+    embed, states = partition.to_host(made)
+    count = len(states)
+    if count != stage.null_tokens:
+        raise ValueError(
+            f"model.text.null_tokens is {stage.null_tokens}, but the caption '' has {count} tokens: "
+            f"give {count}"
+        )
+    scale = stage.net.embed_scale if plan.config["stage"] == "decoder" else stage.embed_scale.factor
+    values = dict(zip(leaves, (scale * embed, states), strict=True))
+    return modeldir.unflatten(modeldir.flatten(params) | values)
 
 
 def make_measure(plan: Plan, dataset, frozen: dict) -> Callable[[TrainState], TrainState]:

@@ -1,16 +1,19 @@
 """Validation during training: the loss on fixed batches, and samples for fixed captions: those of the first
-validation records, or `sample_captions`.
+validation records, or `sample_captions`. The image embeddings of the latter are those of `sample_prior`.
 
 All processes run the sampler; process 0 alone makes the labels and the grid. A failure there is a warning,
 and training goes on.
 """
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 from absl import logging
 
+from dalle2_jax.models import models
+from dalle2_jax.models.frozen import Frozen
 from dalle2_jax.runtime import partition
 from dalle2_jax.runtime.batch import field, stills
 from dalle2_jax.runtime.grid import labelled_grid
@@ -32,6 +35,9 @@ class Validation:
         self._count, self._dataset = count, dataset
         self._labels: list[str] | None = captions or None
         self._sampled = self._batches[0]
+        by_prior = captions and "image_embed" in stage.batch_spec(1)
+        prior = Prior.load(config["sample_prior"], plan) if by_prior else None
+        self._prior_params = prior.params if prior else {}
         if captions:
             self._sampled = partition.on_devices(_captioned(raw[0], captions, dataset, config, mesh), mesh)
         self._warned: set[type] = set()
@@ -44,8 +50,11 @@ class Validation:
             return stage.loss(params, jax.random.key(0), batch, step=step, train=False, **keywords).scalars
 
         @functools.partial(jax.jit, compiler_options=partition.compiler_options())
-        def sample(params, frozen, batch):
+        def sample(params, frozen, prior_params, batch):
             batch = {name: value[:count] for name, value in batch.items()}
+            if prior:
+                keys = jax.random.split(jax.random.fold_in(jax.random.key(config["seed"]), 1), count)
+                batch["image_embed"] = prior.sample(prior_params, frozen, keys, batch)
             batch, params = encoders.encode_batch(frozen, batch), encoders.whole(params, frozen)
             keys = jax.random.split(jax.random.key(config["seed"]), count)
             drawn = stage.sample(params, keys, batch)
@@ -68,7 +77,7 @@ class Validation:
         """
         if self._draws is None or not self._count:
             return
-        made, batch = partition.to_host(self._sample(params, frozen, self._sampled))
+        made, batch = partition.to_host(self._sample(params, frozen, self._prior_params, self._sampled))
         ((name, drawn),) = made.items()
         images = stills(name, drawn)
         if images is not None:
@@ -97,6 +106,33 @@ class Validation:
             return None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prior:
+    """The prior of `sample_prior`: draws the image embeddings of captions.
+
+    Attributes:
+      encoders: what CLIP computes for the prior. params: of the prior, on the devices.
+    """
+
+    encoders: Frozen
+    params: dict
+
+    @staticmethod
+    def load(path: str, plan: Plan) -> "Prior":
+        """Reads it from a workdir or a model directory; raises what `models.load_stage` does."""
+        stage, _, params = models.load_stage(path, "prior", keep_dtype=True)
+        encoders = Frozen(stage, {"clip": plan.frozen_stages["clip"]})
+        return Prior(encoders, jax.device_put(params, partition.shardings(params, plan.mesh)))
+
+    def sample(self, params: dict, frozen: dict, keys: jax.Array, batch: dict) -> jax.Array:
+        """Image embeddings [B, E] of a batch's captions; frozen: parameters of the frozen CLIP."""
+        stage = self.encoders.stage
+        tokens, mask = models.crop_tokens(batch["tokens"], batch["token_mask"], stage.context_length)
+        unread = jax.numpy.zeros((len(keys), stage.embed_dim))  # else CLIP would encode the records' pictures
+        read = dict(tokens=tokens, token_mask=mask, image_embed=unread)
+        return stage.sample(params, keys, self.encoders.encode_batch(frozen, read))
+
+
 def _captioned(batch: dict, captions: list[str], dataset, config: dict, mesh) -> dict:
     """This host's part of a batch with these captions, in turn, in place of its own. Raises ValueError for a
     caption that names no class, where the stage reads classes."""
@@ -105,9 +141,12 @@ def _captioned(batch: dict, captions: list[str], dataset, config: dict, mesh) ->
     places = partition.host_slice(mesh)
     size = config["batch_size"] // places["num_parts"]
     slots = [slot for part in places["parts"] for slot in range(part * size, (part + 1) * size)]
-    if stored := [name for name in batch if field(name).kind in ("embedding", "states")]:
+    stored = {name for name in batch if field(name).kind in ("embedding", "states")}
+    if config.get("sample_prior"):
+        stored.discard("image_embed")  # the prior draws another one
+    if stored:
         raise ValueError(
-            f"sample_captions: the data bring {', '.join(stored)} of other captions; leave them out"
+            f"sample_captions: the data bring {', '.join(sorted(stored))} of other captions; leave them out"
         )
     found, written = dict(batch), [captions[slot % len(captions)] for slot in slots]
     if "tokens" in batch:

@@ -33,23 +33,26 @@ class _Hub(BaseHTTPRequestHandler):
     def _missing(self):
         self._send(b"{}", 404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
 
-    def _tree(self, folder: str) -> list[dict]:
+    def _tree(self, folder: str, recursive: bool = False) -> list[dict]:
         begin, found = folder + "/" if folder else "", {}
         for path, content in self.server.files.items():
             if path.startswith(begin):
-                name, slash, _ = path[len(begin) :].partition("/")
-                kind = dict(type="directory", oid="0", path=begin + name, size=0)
-                file = dict(type="file", oid=str(hash(content)), path=path, size=len(content))
-                found[name] = kind if slash else file
+                parts = path[len(begin) :].split("/")
+                for depth in range(1, len(parts) if recursive else min(len(parts), 2)):
+                    name = begin + "/".join(parts[:depth])
+                    found[name] = dict(type="directory", oid="0", path=name, size=0)
+                if recursive or len(parts) == 1:
+                    found[path] = dict(type="file", oid=str(hash(content)), path=path, size=len(content))
         return list(found.values())
 
     def do_GET(self):
-        path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+        asked = urllib.parse.urlparse(self.path)
+        path, recursive = urllib.parse.unquote(asked.path), "recursive=true" in asked.query.lower()
         api, files = f"/api/datasets/{REPOSITORY}", f"/datasets/{REPOSITORY}/resolve/main/"
         if path in (api, api + "/revision/main"):
             return self._json(dict(id=REPOSITORY, sha="0" * 40, private=False, siblings=[], tags=[]))
         if path.startswith(api + "/tree/main"):
-            tree = self._tree(path.removeprefix(api + "/tree/main").strip("/"))
+            tree = self._tree(path.removeprefix(api + "/tree/main").strip("/"), recursive)
             return self._json(tree) if tree else self._missing()
         content = self.server.files.get(path.removeprefix(files))
         if content is None:

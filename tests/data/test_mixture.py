@@ -1,10 +1,19 @@
 """Several sources with weights: shares, epochs of each, resuming, hosts, counts by source."""
 
+import json
+import re
+import sys
+
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
+from configs import clip
 from dalle2_jax.data import order, pipeline
 from dalle2_jax.data.bad_records import TooManyBadRecords
+from dalle2_jax.models import models
+from dalle2_jax.train import checks
 from tests.data import shards_for_tests as made
 
 
@@ -60,6 +69,25 @@ def test_the_order_of_a_mixture(two):
     together = dataset(two, group=2, seed=3)
     for batch in numbers(together, 8, batch_size=4):
         assert batch[0] + 1 == batch[1] or batch[2] + 1 == batch[3]
+
+
+def test_the_flags_of_the_clip_recipe_read_two_datasets_alike(tmp_path, monkeypatch):
+    """Those of the docstring of configs/clip.py."""
+    for name, first in (("SHARDS_A", 0), ("SHARDS_B", 100)):
+        (tmp_path / name).mkdir()
+        made.write_samples(tmp_path / name / "0.tar", range(first, first + 8))
+    (flag,) = re.findall(r'(--config\.data\.sources)="(.*)"', clip.__doc__)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", lock_config=False, accept_new_attributes=True, flag_values=values
+    )
+    monkeypatch.setattr(sys, "argv", ["train", f"--config={clip.__file__}:debug", "=".join(flag)])
+    values(sys.argv)
+    config = json.loads(json.dumps(models.to_plain(values["config"].value)))
+    checks.check_names(config)
+    monkeypatch.chdir(tmp_path)
+    batches = numbers(dataset(config["data"]["sources"]), 4)
+    assert all(sum(number < 100 for number in batch) == 3 for batch in batches)
 
 
 def test_one_pass_and_one_source(two):

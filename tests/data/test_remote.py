@@ -1,6 +1,8 @@
 """Shards in object stores, on servers of this machine: indexed once, read in ranges, with connections cut."""
 
 import contextlib
+import io
+import json
 import os
 import socket
 import subprocess
@@ -150,8 +152,52 @@ def test_addresses_that_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ValueError, match=r"pip install 'dalle2_jax\[s3\]'"):
         dataset("s3://bucket/data")
-    with pytest.raises(ValueError, match="mount the bucket"):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ValueError, match=r"pip install 'dalle2_jax\[gs\]'"):
         dataset("gs://bucket/data", source="folder")
+
+
+def loose_files() -> dict[str, bytes]:
+    """Pictures with captions beside them, and embeddings of their captions."""
+    files, array = {}, io.BytesIO()
+    for n in range(7):
+        text = f"caption {n}".encode()
+        files |= {f"data/loose/train/{n}.png": made.flat_png(n), f"data/loose/train/{n}.txt": text}
+    np.save(array, np.arange(14, dtype=np.float16).reshape(7, 2))
+    lines = "".join(json.dumps({"caption": f"caption {n}"}) + "\n" for n in range(7))
+    files |= {"data/embeds/img_emb/img_emb_0.npy": array.getvalue()}
+    return files | {"data/embeds/metadata/metadata_0.jsonl": lines.encode()}
+
+
+def tried_loose(address: str, folder) -> None:
+    """Pictures and embeddings of a store are those of the same files on the disk."""
+    for name, content in loose_files().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    fields = ("image", "tokens", "image_embed")
+    both, local = (
+        dataset(f"{place}/loose", fields, source="folder", embeddings=f"{place}/embeds")
+        for place in (address, folder / "data")
+    )
+    assert both.source.remote and seen(both) == {number: number for number in range(7)}
+    assert both.fingerprint == local.fingerprint
+    alone = dataset(f"{address}/embeds", ("image_embed", "tokens"), source="embeddings")
+    for data in (both, alone):
+        (batch,) = data.batches(7, repeat=False)
+        numbers = batch["tokens"][:, 0]
+        np.testing.assert_array_equal(batch["image_embed"], np.stack([2 * numbers, 2 * numbers + 1], 1))
+
+
+def test_loose_pictures_and_embeddings_of_a_store(tmp_path, monkeypatch):
+    with hugging_face(loose_files(), monkeypatch) as (address, _, proxy):
+        tried_loose(address, tmp_path)
+        for source, message in (("folder", "absent is no folder"), ("embeddings", "absent does not exist")):
+            with pytest.raises(ValueError, match=message):
+                dataset(f"{address}/absent", ("tokens",), source=source)
+        proxy.cuts, proxy.cut_after = 3, 100
+        tried_loose(address, tmp_path)
+        assert not proxy.cuts
 
 
 def free_port() -> int:
@@ -198,9 +244,10 @@ def test_s3_on_moto(tmp_path, monkeypatch):
         monkeypatch.setitem(fsspec.config.conf, "s3", options)
         store = fsspec.filesystem("s3")
         store.mkdir("bucket")
-        for name, content in files_of(tmp_path).items():
+        for name, content in (files_of(tmp_path) | loose_files()).items():
             store.pipe(f"bucket/{name}", content)
         tried("s3://bucket/data", proxy)
+        tried_loose("s3://bucket/data", tmp_path / "loose")
         proxy.close()
 
 
@@ -214,7 +261,8 @@ def test_gs_on_its_emulator(tmp_path, monkeypatch):
         options = dict(token="anon", endpoint_url=f"http://127.0.0.1:{proxy.port}")
         monkeypatch.setitem(fsspec.config.conf, "gs", options)
         store = fsspec.filesystem("gs")
-        for name, content in files_of(tmp_path).items():
+        for name, content in (files_of(tmp_path) | loose_files()).items():
             store.pipe(f"bucket/{name}", content)
         tried("gs://bucket/data", proxy)
+        tried_loose("gs://bucket/data", tmp_path / "loose")
         proxy.close()

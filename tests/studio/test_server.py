@@ -182,6 +182,21 @@ def test_the_page_names_the_shapes_or_classes_that_a_model_draws(tmp_path):
     assert said.endswith("cat, dog.") and tries == ["cat", "dog"]
 
 
+def test_a_model_of_other_pictures_is_known_by_its_words_and_its_own_captions(tmp_path):
+    from dalle2_jax.data import words
+    from dalle2_jax.generate.pipeline import Pipeline
+    from dalle2_jax.studio.subjects import subjects
+
+    model = Pipeline.load(make_model(tmp_path))
+    model.engine.configs["decoder"]["data"]["source"] = "tar"
+    assert subjects(model) == ("It draws what its training pictures show.", [])
+    words.write(tmp_path, words.Words({"a": 9, "corgi": 5, "field": 3}, 9, ["en"]))
+    model.engine.configs["decoder"]["sample_captions"] = ["a corgi in a field"]
+    said, tries = subjects(model)
+    assert said == "It was trained on captions in English with words such as corgi, field."
+    assert tries == ["a corgi in a field"]
+
+
 def test_zero_steps_asked_for_are_refused_and_empty_ones_are_the_models(server):
     code, answer = post(f"{server[0]}/api/create", {"caption": "a"} | QUICK | {"decoder_steps": 0})
     assert code == 400 and "decoder_steps 0 is not allowed: give 1 to 250" in answer["error"]

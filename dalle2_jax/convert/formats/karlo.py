@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.convert import tables
@@ -21,6 +20,7 @@ from dalle2_jax.convert.tables import LEADING, BlockNames, Imported, Layout, Row
 from dalle2_jax.convert.tensors import Tensors, joined, open_tensors
 from dalle2_jax.data.tokenizer import load_tokenizer
 from dalle2_jax.models import models
+from dalle2_jax.models.null_caption import LEAVES, encode
 
 HELP = "Karlo, a folder of diffusers' UnCLIPPipeline"
 LICENCE = (
@@ -55,11 +55,6 @@ DECODER_NAMES = dict(
     null_image_embed="text_proj.learned_classifier_free_guidance_embeddings",
 )
 UPSAMPLER_PREFIXES = ("first.", "last.")
-# Our leaves of the null caption: its text embedding, its text states.
-NULL_LEAVES = {
-    "prior": ("net/null_text_embed/embedding", "net/null_text_states/embedding"),
-    "decoder": ("null_text_embed", "null_text_states/embedding"),
-}
 # [1, 1, D], which is a vector of ours
 QUERY = Layout(lambda x, n: [x[None, None]], lambda xs: xs[0][0, 0])
 # Sampling settings of Karlo and training settings of its decoder, for both of its formats.
@@ -191,17 +186,14 @@ def prior_config(config: Mapping, scheduler: Mapping, where: str, null_tokens: i
 
 def null_leaves(null: tuple[np.ndarray, np.ndarray], role: str) -> dict[str, np.ndarray]:
     """`null_caption` under our names of a stage's leaves."""
-    return dict(zip(NULL_LEAVES[role], null, strict=True))
+    return dict(zip(LEAVES[role], null, strict=True))
 
 
 def null_caption(clip: dict, params: Any, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """CLIP's outputs for the caption "": (text embedding [E], text states [n, D] of its n tokens)."""
-    stage = models.build_stage(clip)
-    tokens, mask = tokenizer([""])
-    tokens, mask = models.crop_tokens(jnp.asarray(tokens), jnp.asarray(mask), stage.context_length)
     text_params = {"text": jax.tree.map(np.asarray, params["text"])}
-    embed, states = jax.jit(stage.encode_text)(text_params, tokens, mask)
-    return np.asarray(embed[0]), np.asarray(states[0, : int(mask.sum())])
+    embed, states = encode(models.build_stage(clip), text_params, tokenizer)
+    return np.asarray(embed), np.asarray(states)
 
 
 def read_pipeline(source: Path, kind: str, scheduler: str, tokenizer) -> tuple[Imported, tuple]:

@@ -20,7 +20,7 @@ from dalle2_jax.convert.formats import ddpm, deepfloyd, hf_clip, karlo
 from dalle2_jax.convert.formats.karlo import demand
 from dalle2_jax.convert.formats.unet import check_groups
 from dalle2_jax.data.tokenizer import Tokenizer
-from dalle2_jax.models import models
+from dalle2_jax.models import models, null_caption
 from dalle2_jax.runtime import modeldir
 
 # The module of this class since diffusers 0.34; Karlo's index has "unclip", which is no longer found.
@@ -141,7 +141,7 @@ def _pipeline(settings: Mapping, params: Mapping, files: dict, weights: dict) ->
         additional_embeddings=4,
         dropout=0.0,
     )
-    dropped = [*karlo.NULL_LEAVES["prior"], "stats/eps_sq"]
+    dropped = [*null_caption.LEAVES["prior"], "stats/eps_sq"]
     rows = karlo.diffusers_prior_rows(text["depth"])
     add("prior", config, tables.exported(rows, params["prior"], dropped=dropped))
 
@@ -157,7 +157,7 @@ def _pipeline(settings: Mapping, params: Mapping, files: dict, weights: dict) ->
         class_embed_type="identity",
     )
     rows = karlo.diffusers_decoder_rows(params["decoder"], decoder["num_image_tokens"])
-    both = tables.exported(rows, params["decoder"], dropped=karlo.NULL_LEAVES["decoder"])
+    both = tables.exported(rows, params["decoder"], dropped=null_caption.LEAVES["decoder"])
     add("decoder", config, _below(both, "decoder."))
     config = dict(
         _class_name="UnCLIPTextProjModel",
@@ -225,7 +225,7 @@ def _null_differs(stages: Mapping, tokenizer: Tokenizer) -> list[str]:
     clip, clip_params = stages["clip"]
     null = karlo.null_caption(clip, clip_params, tokenizer)
     notes = []
-    for role, leaves in karlo.NULL_LEAVES.items():
+    for role, leaves in null_caption.LEAVES.items():
         flat = modeldir.flatten(stages[role][1])
         for name, leaf, value in zip(("text_embed", "text_states"), leaves, null, strict=True):
             ours = np.asarray(flat.get(leaf, np.zeros(0)), np.float32)

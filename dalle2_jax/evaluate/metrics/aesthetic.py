@@ -9,8 +9,9 @@ import re
 
 import numpy as np
 
-from dalle2_jax.convert.tensors import open_tensors, sha256
+from dalle2_jax.convert.tensors import open_tensors
 from dalle2_jax.evaluate.metric import Features, PictureMetric, entry
+from dalle2_jax.runtime import files
 
 
 def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarray, str]:
@@ -39,7 +40,7 @@ def load(path: str | os.PathLike, embed_dim: int) -> tuple[np.ndarray, np.ndarra
     if weight.shape[1] != embed_dim:
         sizes = f"CLIP embeddings of {weight.shape[1]} entries, the CLIP's have {embed_dim}"
         raise ValueError(f"{path} reads {sizes}: it is for OpenAI's ViT-L/14")
-    return weight[0], bias[0], sha256(path)
+    return weight[0], bias[0], files.sha256(path)
 
 
 def score(embeds: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:

@@ -105,6 +105,11 @@ class Prior:
     guidance_scale: float
 
     @property
+    def null_tokens(self) -> int:
+        """How many positions the null caption has whose states may be read."""
+        return self.net.null_tokens
+
+    @property
     def sampling(self) -> dict:
         """The settings of `sample` and their defaults."""
         own = self.diffusion
@@ -285,8 +290,8 @@ def build(
       embed_dim: size of CLIP's embeddings.
       text: dict(width, depth, num_heads, context_length) of the transformer, with `vocab_size` to learn the
         caption's token embeddings (the paper's way), or `states_width` to read the states of the frozen
-        CLIP's text transformer (then also null_tokens, the number of positions that the null caption has;
-        0, the default, for a prior that is trained here).
+        CLIP's text transformer. Then also null_tokens: with n > 0 the null caption is "" with its n tokens,
+        as CLIP encodes it; 0, the default, is a learned null.
       embed_scale: dict(mode='paper' | 'l2' | 'meanstd'), see EmbedScale; None is 'paper'.
       text_drop: how often the text is dropped in training.
       schedule, num_timesteps: of the noise, see diffusion.schedules.
