@@ -66,3 +66,10 @@ def test_the_seconds_are_those_of_the_tables_that_they_come_from():
     assert len(estimates) == 5
     for seconds, chips in estimates:
         assert {f"{1000 * float(seconds):.0f}", chips} <= scaling, seconds
+
+
+def test_readme_has_time_and_memory_of_released_models():
+    measured = {(row[2], row[4]) for row in rows(page("docs/models.md")) if len(row) == 5}
+    for model in ("Karlo, the open unCLIP", "GLIDE", "ADM 256", "DDPM, churches"):
+        _, _, memory, seconds, _ = found(page("README.md"), model)
+        assert (seconds, memory) in measured, model
