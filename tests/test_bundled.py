@@ -53,6 +53,16 @@ def test_models_has_its_stages():
     assert CONFIGS["clip"]["data"]["language"] == "en" and "English captions" in text
 
 
+def logged_minutes(stage: str) -> float:
+    """Of the steps alone: without starting, evaluation and samples."""
+    lines = (MODEL / stage / "train_log.jsonl").read_text("utf-8").splitlines()
+    steps, seconds = 0, 0.0
+    for line in map(json.loads, lines):
+        seconds += (line["step"] - steps) / line["speed/steps_per_s"]
+        steps = line["step"]
+    return seconds / 60
+
+
 def test_quickstart_has_its_training():
     text, rows = section("quickstart.md"), []
     for name, config in CONFIGS.items():
@@ -61,6 +71,9 @@ def test_quickstart_has_its_training():
         title = title.get(name, "upsampler {low_res_size} -> {image_size}").format(**model)
         rows += [f"| {title} | {INDEX['trained_steps'][name]} x {config['batch_size']} |"]
     assert not [row for row in rows if row not in text]
+    for row, name in zip(rows, CONFIGS, strict=True):
+        minutes = float(re.match(r" (\d+) \|", text.partition(row)[2])[1])
+        assert abs(minutes - logged_minutes(name)) < 1.5, name
     guidance = re.search(r"With guidance \S+ instead of (\S+) ", text)[1]
     assert float(guidance) == CONFIGS["decoder"]["model"]["guidance_scale"]
 
