@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()  # keywords of dalle2_jax.models.stages.<stage>.build
     config.data = ConfigDict(  # of dalle2_jax.data.settings.DataSettings
         dict(
-            source="tar",  # scenes | tar | tfrecord | tfds | folder | embeddings
+            source="tar",  # scenes | tar | parquet | tfrecord | tfds | folder | embeddings
             path="",
             split="train",
             eval_split="validation",

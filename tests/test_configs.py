@@ -31,7 +31,7 @@ PAPER = (
 AR_PRIOR = "configs.ar_prior"  # of the paper too, in the place of the diffusion prior
 CASES = [(recipe, "") for recipe in RECIPES] + [(recipe, "debug") for recipe in (*PAPER, AR_PRIOR)]
 # Recipes beside a folder's cascade: what may take a stage's place, or steer one.
-BESIDE = (".ar_prior", ".classifier", ".noisy_clip", ".decoder64", ".upsampler1024")
+BESIDE = (".ar_prior", ".classifier", ".noisy_clip", ".decoder64", ".upsampler1024", ".folder")
 TO_1024 = ("clip", "prior", "decoder64", "upsampler256", "upsampler1024")
 # Cascades: CLIP, prior, decoder, upsamplers.
 CASCADES = {

@@ -70,7 +70,7 @@ def check(source: RecordSource, path: str, language: str) -> None:
         fields |= dict.fromkeys(record.fields[:_SHOWN_FIELDS])
         read += 1
     if read and not found:
-        mend = "put KEY.txt beside each KEY.jpg"
+        mend = "put KEY.txt beside each KEY.jpg, set --config.data.class_captions=True for folders by class"
         if fields:
             mend = "rename the field that holds the captions, or name it by --config.data.caption_field"
         mend += ", or train a stage that reads none (model.text=None)"

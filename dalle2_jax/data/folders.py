@@ -3,7 +3,8 @@
 By class: FOLDER/SPLIT/CLASS/*.png, or FOLDER/CLASS/*.png; the sorted names of the folders are the classes 0,
 1, ... With captions: metadata.jsonl or metadata.csv in FOLDER or FOLDER/SPLIT (Hugging Face's imagefolder: a
 row has `file_name` and its captions), or KEY.txt beside KEY.jpg there; the folders below are no classes.
-KEY.txt beside pictures of classes are their captions. A folder may be one of an object store.
+KEY.txt beside pictures of classes are their captions; `class_captions` gives the others the names of their
+classes. A folder may be one of an object store.
 """
 
 import array
@@ -78,11 +79,13 @@ class FolderSource(records.RecordSource):
     """The pictures in a folder and below, sorted by path, with their classes or captions; see the module.
 
     caption_field: the column of the metadata with the captions; '': those that `shards.language_of` knows.
+    class_captions: the caption of a picture of a class without KEY.txt is the name of the class, with spaces
+    for underscores.
 
     Raises ValueError if there is no picture. Folders without a picture are no classes, with a warning.
     """
 
-    def __init__(self, root: str, caption_field: str = ""):
+    def __init__(self, root: str, caption_field: str = "", class_captions: bool = False):
         self._root, self._paths, labels = root, [], array.array("i")
         self._tree, self.remote = _Tree(root), remote.is_remote(root)
         self._has_text = bytearray()  # 1: KEY.txt holds the captions of that picture
@@ -116,6 +119,7 @@ class FolderSource(records.RecordSource):
         self.refused, self.passed = dict(refused), dict(passed)
         self.classes = () if flat else tuple(classes)
         self.num_classes, self._labels = len(self.classes), np.asarray(labels)
+        self._class_captions = [name.replace("_", " ") for name in self.classes] if class_captions else []
         files_read += [(name, self._tree.size(name)[0], 0) for name in _metadata_of(root)]
         self.fingerprint = records.fingerprint(files_read)
 
@@ -142,12 +146,14 @@ class FolderSource(records.RecordSource):
             written: dict[str, list[str]] = {}
             shards.add_caption(written, "en", shards.decode_caption(self._tree.read(_text_of(path))))
             texts = shards.freeze(written)
+        elif captions and self._class_captions:
+            texts = {"en": (self._class_captions[self._labels[index]],)}
         fields = (".txt",) if self._has_text[index] else self._fields
         label = int(self._labels[index]) if self.num_classes else None
         return Record(damage.printable(os.fsencode(path)), encoded, texts, fields=fields, label=label)
 
 
-def open_folder(path: str, split: str, caption_field: str = "") -> FolderSource:
+def open_folder(path: str, split: str, caption_field: str = "", class_captions: bool = False) -> FolderSource:
     """The pictures in FOLDER/SPLIT, or in FOLDER where it has no folders of splits; see `FolderSource`.
 
     'validation', 'val' and 'valid' are one split. Raises ValueError for no such folder or split, naming
@@ -163,13 +169,13 @@ def open_folder(path: str, split: str, caption_field: str = "") -> FolderSource:
         raise ValueError(f"{path} is no folder{near}")
     for name in split_names(split) if split else ():
         if _holds_data(folder := os.path.join(path, name)):
-            return FolderSource(folder, caption_field)
+            return FolderSource(folder, caption_field, class_captions)
     splits = [name for name in _SPLITS if _holds_data(os.path.join(path, name))]
     if splits:
         flag = "eval_split" if split in VALIDATION else "split"
         there = did_you_mean(split, splits)
         raise ValueError(f"{path} has no split {split!r}{there}; name it by --config.data.{flag}")
-    return FolderSource(path, caption_field)
+    return FolderSource(path, caption_field, class_captions)
 
 
 def _holds_data(folder: str) -> bool:

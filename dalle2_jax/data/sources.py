@@ -19,7 +19,8 @@ class SourceSettings:
     shards, or folder of pictures. split: for folders see `find.find_files`, for those of pictures
     `folders.open_folder`; of embeddings FOLDER/SPLIT if it exists. data_dir: the files of 'scenes' and
     'tfds'. image_field ('tfds', 'parquet'), caption_field (these, 'tar', 'folder'), label_field ('tfds',
-    'parquet'): fields that cannot be detected by type and name.
+    'parquet'): fields that cannot be detected by type and name. class_captions: for 'folder', see
+    `folders.FolderSource`.
     embeddings: a folder (or FOLDER/SPLIT) of embeddings whose rows match the records. verify_sha256: for
     'tar', see `shards.TarSource`. allow_damaged: for 'tar', 'tfrecord' and 'parquet', damaged files whose
     intact part is read, separated by commas; see `damage.check`. sources: several sources, each a path or a
@@ -33,6 +34,7 @@ class SourceSettings:
     image_field: str = ""
     caption_field: str = ""
     label_field: str = ""
+    class_captions: bool = False
     embeddings: str = ""
     verify_sha256: bool = False
     allow_damaged: str | Sequence[str] = ""
@@ -44,7 +46,7 @@ SOURCES: dict[str, Callable[[SourceSettings], records.RecordSource]] = {
     "tfds": lambda s: prepared.open_tfds(
         s.path, s.split, s.data_dir, s.image_field, s.caption_field, s.label_field
     ),
-    "folder": lambda s: folders.open_folder(s.path, s.split, s.caption_field),
+    "folder": lambda s: folders.open_folder(s.path, s.split, s.caption_field, s.class_captions),
     "tar": lambda s: shards.open_tar(s.path, s.split, s.verify_sha256, s.allow_damaged, s.caption_field),
     "tfrecord": lambda s: shards.open_tfrecord(s.path, s.split, s.allow_damaged),
     "parquet": lambda s: parquet.open_parquet(

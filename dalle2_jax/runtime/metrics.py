@@ -110,6 +110,7 @@ class Writer:
             save_png(path, grid, {"captions": json.dumps(list(captions or []), ensure_ascii=False)})
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        logging.info("wrote %s", path)
         if self._writes_events():
             self._board.add_image(name, grid, step, dataformats="HWC")
         if self._wandb is not None:

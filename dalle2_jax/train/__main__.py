@@ -6,6 +6,7 @@ metrics.jsonl, TensorBoard events, samples/ and, on request, profile/. Several p
 the same command on the same DIR, train as one: see `processes`.
 
 examples:
+  dalle2-jax train --config=tiny/folder --workdir=runs/mine --config.data.path=FOLDER
   dalle2-jax train --config=tiny/clip --workdir=runs/clip
   dalle2-jax train --config=tiny/prior --workdir=runs/prior --config.clip=runs/clip
   dalle2-jax train --config=clip --workdir=runs/clip --config.data.path=DIR --config.batch_size=1024
@@ -26,7 +27,7 @@ from dalle2_jax.train import checks, loop
 FLAGS = flags.FLAGS
 # The settings that --help explains.
 MOST_USED = {
-    "data.source": "tar, tfrecord, tfds, embeddings or scenes: what data.path is",
+    "data.source": "folder, tar, parquet, tfrecord, tfds, embeddings or scenes: what data.path is",
     "data.path": "the data: a folder or a pattern of files, the name of a dataset",
     "clip": "workdir or model directory of the trained CLIP, for prior and decoder",
     "init_from": "workdir or model directory whose parameters training starts from",

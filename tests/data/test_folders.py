@@ -126,6 +126,17 @@ def test_texts_beside_pictures_of_classes(tmp_path):
     assert [data.source.read(n).label for n in (0, 4)] == [0, 1]
 
 
+def test_names_of_classes_are_captions_where_that_is_set(tmp_path):
+    write(tmp_path, range(3), below="picture_7")
+    write(tmp_path, [3], below="9")
+    with pytest.raises(ValueError, match="data.class_captions=True for folders by class"):
+        dataset(tmp_path)
+    write(tmp_path, [4], texts=True, below="9")
+    data = dataset(tmp_path, class_captions=True)
+    assert seen(data) == {0: 7, 1: 7, 2: 7, 3: 9, 4: 4}
+    assert data.source.read(4).captions == {"en": ("picture 7",)}
+
+
 def test_loose_pictures_without_captions(tmp_path):
     write(tmp_path, range(2))
     with pytest.raises(
