@@ -36,8 +36,9 @@ def folder() -> Path | None:
     """Where the files lie; None: JAX's cache is off or in a bucket, or there are several processes."""
     config: Any = jax.config
     cache = config.jax_compilation_cache_dir if config.jax_enable_compilation_cache else None
-    local = KEEP and cache and "://" not in cache and jax.process_count() == 1
-    return Path(cache, "programs") if local else None
+    if not KEEP or not cache or "://" in cache or jax.process_count() > 1:
+        return None
+    return Path(cache, "programs")
 
 
 def file_of(modules: Iterable[str], mesh: Mesh, *parts: Any) -> Path | None:
@@ -100,9 +101,9 @@ def compiled(
     from jax.experimental import serialize_executable
 
     if (content := _read(path)) is not None:
-        names, _, program = content.partition(b"\n")
+        head, _, program = content.partition(b"\n")
         inputs = jax.tree.structure((arguments, {}))
-        outputs = jax.tree.structure(modeldir.unflatten(dict.fromkeys(json.loads(names), 0)))
+        outputs = jax.tree.structure(modeldir.unflatten(dict.fromkeys(json.loads(head), 0)))
         devices = list(mesh.devices.flat)
         try:
             return serialize_executable.deserialize_and_load(
