@@ -17,9 +17,10 @@ os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.perturb=0")  # glibc's def
 import jax  # noqa: E402 (after the platform is chosen)
 import pytest  # noqa: E402
 
-from dalle2_jax.runtime import partition  # noqa: E402
+from dalle2_jax.runtime import partition, programs  # noqa: E402
 
 partition.initialise(cpu_devices=8)
+programs.KEEP = False  # tests replace functions of the package
 
 _compiler_options = partition.compiler_options
 

@@ -127,7 +127,9 @@ def test_compiling_is_told_from_reading_the_cache(tmp_path, monkeypatch):
         watch._ended(compiling.READ, 2.95)
         assert watch.seconds == pytest.approx(0.05) and watch.work == "reading compiled programs"
         watch._ended(compiling.COMPILED, 3.0)
-        assert watch.work == "compiling (once)"
+        assert watch.work == "compiling (once)" and watch.traced == 0
+        watch._ended(compiling.TRACED, 1.0)
+        assert watch.traced == 1 and watch.seconds == pytest.approx(3.05)
         for _ in range(2):
             watch._note()
         assert len(said) == 1 and said[0].startswith("compiling")

@@ -66,9 +66,10 @@ def main(argv):
         waited = sum(timing.compile_seconds for timing in result.timings.values())
         sampling = sum(timing.seconds for timing in result.timings.values())
         size, seconds = model.image_size, time.monotonic() - began
+        work = f"tracing and {watch.work}" if watch.traced >= 0.1 else watch.work
         print(
-            f"{count} picture{'s' * (count > 1)} of {size} x {size} in {seconds:.1f} s (tracing and "
-            f"{watch.work} {waited:.1f} s, {sampling / count:.2f} s a picture): {out / 'grid.png'}"
+            f"{count} picture{'s' * (count > 1)} of {size} x {size} in {seconds:.1f} s ("
+            f"{work} {waited:.1f} s, {sampling / count:.2f} s a picture): {out / 'grid.png'}"
         )
         if drawn:
             print(verdict)

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from dalle2_jax import systems
 from dalle2_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dalle2_jax.models import models
 from dalle2_jax.models.nets import layers
-from dalle2_jax.runtime import batched, files, hub, modeldir, partition, processes
+from dalle2_jax.runtime import batched, files, hub, modeldir, partition, processes, programs
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 BATCH_SIZE = 8
@@ -45,6 +45,8 @@ class Task:
       scalars: numpy numbers that are traced: another value needs no new program.
       steps: network steps an example. label: the name for timing and progress; the stage's name if empty.
       others: further stages whose parameters `function` needs; it then gets {stage name: parameters}.
+      keep: keep the program on disk (`runtime.programs`): the key, the system and the configs of the stages
+        identify it in every process.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Task:
     steps: int = 1
     label: str = ""
     others: tuple[str, ...] = ()
+    keep: bool = False
 
     @property
     def key(self) -> tuple:
@@ -145,7 +148,9 @@ class Engine:
                 _, params = modeldir.load_stage(
                     path, keep_dtype=self.low_memory, place=lambda leaf: jax.device_put(leaf, replicated)
                 )
-                modeldir.check_params(params, models.abstract_params(self.stages[name]), os.fspath(path))
+                stage = self.stages[name]
+                abstract = programs.shapes(self._file_of([name]), lambda: models.abstract_params(stage))
+                modeldir.check_params(params, abstract, os.fspath(path))
                 self._params[name] = params
         return self._params[name]
 
@@ -187,10 +192,22 @@ class Engine:
         struct = jax.ShapeDtypeStruct
         batch = {n: struct((size, *x.shape), x.dtype, sharding=split) for n, x in task.specs.items()}
         scalars = {n: struct((), x.dtype, sharding=replicated) for n, x in task.scalars.items()}
-        params, options = self._task_params(task), partition.compiler_options()
-        with partition.use_mesh(self.mesh), layers.shapes_only(True):
-            jitted = jax.jit(task.function, out_shardings=split, compiler_options=options)
-            return jitted.lower(params, batch, scalars).compile()
+        arguments, options = (self._task_params(task), batch, scalars), partition.compiler_options()
+
+        def compiled():
+            with partition.use_mesh(self.mesh), layers.shapes_only(True):
+                jitted = jax.jit(task.function, out_shardings=split, compiler_options=options)
+                return jitted.lower(*arguments).compile()
+
+        inputs = {name: (x.shape, str(x.dtype)) for name, x in modeldir.flatten(arguments).items()}
+        path = self._file_of((task.name, *task.others), task.key, inputs, options) if task.keep else None
+        return programs.compiled(path, compiled, arguments, self.mesh)
+
+    def _file_of(self, names: Sequence[str], *parts) -> Path | None:
+        """Where to keep on disk what follows from these stages and `parts`; None: nowhere."""
+        modules = [self.system.__name__, *(type(self.stages[name]).__module__ for name in names)]
+        configs = [(name, self.configs[name]["stage"], self.configs[name]["model"]) for name in names]
+        return programs.file_of(modules, self.mesh, self.system.__name__, configs, *parts)
 
     def prepare(self, task: Task, count: int, batch_size: int | None = None) -> None:
         """Begin, in the background, to read a stage's weights and to compile a task for `count` examples.

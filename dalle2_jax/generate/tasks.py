@@ -98,5 +98,6 @@ def make_task(engine: Engine, step: Step, settings: Mapping, specs: dict, seed: 
     scalars: dict[str, np.generic] = {guide: np.float32(settings[guide]) for guide in guides}
     scalars |= {"seed": np.uint32(seed)} if step.fold is not None else {}
     scalars |= {"guidance_scale": np.float32(scale)} if scale != 1 else {}
-    key, num_steps = (step.do, *fixed.items()), fixed.get("num_steps", 1)
-    return Task(step.stage, function, key, specs, scalars, num_steps, step.name, tuple(guides))
+    key = (step.do, step.op, step.fold, "guidance_scale" in settings, *fixed.items())
+    steps, others = fixed.get("num_steps", 1), tuple(guides)
+    return Task(step.stage, function, key, specs, scalars, steps, step.name, others, keep=True)

@@ -1,6 +1,6 @@
 """Whether JAX compiles or reads the cache, by its own events: a note when it compiles, the seconds of it.
 
-A program that the cache holds is traced and read, not compiled.
+A program that the cache holds is traced and read, not compiled; one of `programs` is only read.
 """
 
 import threading
@@ -12,17 +12,18 @@ NOTE_AFTER = 2.0  # seconds; reading a program from the cache takes less
 REQUEST = "/jax/compilation_cache/compile_requests_use_cache"
 COMPILED = "/jax/core/compile/backend_compile_duration"  # or read from the cache
 READ = "/jax/compilation_cache/cache_retrieval_time_sec"
+TRACED = "/jax/core/compile/jaxpr_trace_duration"
 
 
 class Watch:
-    """Counts the seconds of the compiler in this process from now on.
+    """Counts the seconds of the compiler, and of tracing, in this process from now on.
 
     Args:
       say: called once, with a line, when a program is compiled for longer than NOTE_AFTER.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda line: None):
-        self.seconds, self._say, self._lock = 0.0, say, threading.Lock()
+        self.seconds, self.traced, self._say, self._lock = 0.0, 0.0, say, threading.Lock()
         self._waiting: dict[int, threading.Timer] = {}  # by thread
         jax.monitoring.register_event_listener(self._began)
         jax.monitoring.register_event_duration_secs_listener(self._ended)
@@ -50,9 +51,9 @@ class Watch:
             duration_secs = -duration_secs
         elif event == COMPILED and (timer := self._waiting.pop(threading.get_ident(), None)):
             timer.cancel()
-        if event in (READ, COMPILED):
-            with self._lock:
-                self.seconds += duration_secs
+        with self._lock:
+            self.seconds += duration_secs if event in (READ, COMPILED) else 0
+            self.traced += duration_secs if event == TRACED else 0  # nested ones count twice
 
     def _note(self) -> None:
         with self._lock:

@@ -50,7 +50,7 @@ def set_compilation_cache() -> None:
         if not root:
             return
         # One folder for each kind of CPU: machines that share a home may lack each other's instructions.
-        directory = Path(root, "xla", _cpu_fingerprint())
+        directory = Path(root, "xla", cpu_fingerprint())
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -63,7 +63,8 @@ def set_compilation_cache() -> None:
         _config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def _cpu_fingerprint() -> str:
+def cpu_fingerprint() -> str:
+    """The kind of this machine's CPU: architecture and a checksum of its features."""
     flags = ""
     with contextlib.suppress(OSError):
         flags = next((s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("flags")), "")
