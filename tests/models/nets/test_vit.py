@@ -2,7 +2,10 @@
 
 import functools
 import importlib
+import importlib.util
 import math
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +204,85 @@ def test_a_loop_over_blocks_is_the_written_out_network_with_its_dropout_and_rema
     draw = jax.jit(lambda p, key: loss(scanned, p, deterministic=False, rngs={"dropout": key}))
     first, again, other = (float(draw(params, jax.random.key(seed, impl="rbg"))) for seed in (0, 0, 1))
     assert first == again != other
+
+
+# --- against the authors' network ---
+
+
+def jit_module():
+    """azula's copy of JiT's network (`pip install --no-deps azula einops`), without what azula imports."""
+    found = importlib.util.find_spec("azula")
+    if not (found and importlib.util.find_spec("torch") and importlib.util.find_spec("einops")):
+        pytest.skip("the comparison needs azula, einops and torch")
+    folder = Path(found.submodule_search_locations[0]) / "plugins/jit/_src"
+    where = dict(submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location("azula_jit", folder / "__init__.py", **where)
+    sys.modules["azula_jit"] = importlib.util.module_from_spec(spec)
+    return importlib.import_module("azula_jit.model")
+
+
+def ours_from_jit(state, heads):
+    """Parameters of a DenoiserNet. A pair of theirs is (2i, 2i + 1), of ours (i, i + D / 2)."""
+
+    def dense(name):
+        return {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
+
+    def block(i):
+        own = {name.removeprefix(f"blocks.{i}."): x for name, x in state.items() if f"blocks.{i}." in name}
+        half = len(own["attn.q_norm.weight"]) // 2
+        order = np.concatenate([2 * np.arange(half), 2 * np.arange(half) + 1])
+        columns = (2 * half * np.arange(2 * heads)[:, None] + order).reshape(-1)  # of queries and keys
+        columns = np.append(columns, np.arange(len(columns), len(columns) * 3 // 2))
+        qkv, gates = dense(f"blocks.{i}.attn.qkv"), dense(f"blocks.{i}.mlp.w12")
+        (gate, up), (gate_bias, up_bias) = (np.split(gates[name], 2, axis=-1) for name in ("kernel", "bias"))
+        return {
+            "modulation": dense(f"blocks.{i}.adaLN_modulation.1"),
+            "norm1": {"scale": own["norm1.weight"]},
+            "norm2": {"scale": own["norm2.weight"]},
+            "norm_q": {"scale": own["attn.q_norm.weight"][order]},
+            "norm_k": {"scale": own["attn.k_norm.weight"][order]},
+            "qkv": {"kernel": qkv["kernel"][:, columns], "bias": qkv["bias"][columns]},
+            "out": dense(f"blocks.{i}.attn.proj"),
+            "fc_gate": {"kernel": gate, "bias": gate_bias},
+            "fc1": {"kernel": up, "bias": up_bias},
+            "fc2": dense(f"blocks.{i}.mlp.w3"),
+        }
+
+    first, second = (state[f"x_embedder.proj{i}.weight"] for i in (1, 2))
+    net = {f"block_{i}": block(i) for i in range(sum("norm1" in name for name in state))}
+    net["patches_bottleneck"] = {"kernel": first.transpose(2, 3, 1, 0).reshape(-1, len(first))}
+    net["patches_in"] = {"kernel": second[:, :, 0, 0].T, "bias": state["x_embedder.proj2.bias"]}
+    net["position"] = {"embedding": state["in_context_posemb"][0]}
+    net["norm_out"] = {"scale": state["final_layer.norm_final.weight"]}
+    net["modulation_out"] = dense("final_layer.adaLN_modulation.1")
+    net["patches_out"] = dense("final_layer.linear")
+    time = {"fc1": dense("t_embedder.mlp.0"), "fc2": dense("t_embedder.mlp.2")}
+    return {
+        "net": net,
+        "time": time,
+        "label_embed": {"embedding": state["y_embedder.embedding_table.weight"]},
+    }
+
+
+def test_it_is_jits_network():
+    """But for JiT's fixed table of positions, which is zero here: rotations are all the positions we have."""
+    jit = jit_module()
+    import torch
+
+    sizes = dict(input_size=6, patch_size=2, hidden_size=16, depth=3, num_heads=2, num_classes=3)
+    theirs = jit.JiT(**sizes, bottleneck_dim=6, in_context_len=3, in_context_start=1).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.from_numpy(0.3 * normal(*parameter.shape)))
+        theirs.pos_embed.zero_()
+        x, t, label = normal(2, 6, 6, 3), np.array([0.1, 0.8], np.float32), np.array([0, 2])
+        torch.compiler.set_stance("force_eager")
+        expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(t), torch.tensor(label))
+    net = denoiser(num_classes=4, body=dict(depth=3, context_start=1, mlp_width=42))
+    params = ours_from_jit({name: y.numpy() for name, y in theirs.state_dict().items()}, heads=2)
+    actual = jax.jit(net.apply)({"params": params}, x, t, {"label": label})
+    expected = expected.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
 
 
 # --- with its conditions ---
