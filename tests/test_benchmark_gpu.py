@@ -76,7 +76,7 @@ def test_the_papers_decoder_is_measured_without_its_text_tower():
     config = gpu.settings(gpu.decoder64, False, text=None, channels=320)
     assert config["model"]["text"] is None and config["model"]["dtype"] == "bfloat16"
     stage = gpu.models.build_stage(config)
-    assert stage.context_length is None and stage.net.unet["channels"] == 320
+    assert stage.context_length is None and stage.net.body["channels"] == 320
 
 
 @pytest.mark.parametrize(

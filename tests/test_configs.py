@@ -29,7 +29,9 @@ PAPER = (
     "configs.upsampler1024",
 )
 AR_PRIOR = "configs.ar_prior"  # of the paper too, in the place of the diffusion prior
-CASES = [(recipe, "") for recipe in RECIPES] + [(recipe, "debug") for recipe in (*PAPER, AR_PRIOR)]
+MODERN = tuple(f"configs.modern.{name}" for name in ("decoder64", "upsampler256", "upsampler1024"))
+DEBUG = (*PAPER, AR_PRIOR, *MODERN)
+CASES = [(recipe, "") for recipe in RECIPES] + [(recipe, "debug") for recipe in DEBUG]
 # Recipes beside a folder's cascade: what may take a stage's place, or steer one.
 BESIDE = (".ar_prior", ".classifier", ".noisy_clip", ".decoder64", ".upsampler1024", ".folder")
 TO_1024 = ("clip", "prior", "decoder64", "upsampler256", "upsampler1024")
@@ -120,7 +122,9 @@ def test_every_parameter_of_a_recipe_has_a_place_on_a_mesh(recipe):
     assert count(params) > 1000 and len(jax.tree.leaves(placed)) == len(jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("name", ["clip", "prior", "ar_prior", "decoder64", "upsampler256"])
+@pytest.mark.parametrize(
+    "name", ["clip", "prior", "ar_prior", "decoder64", "upsampler256", "modern.decoder64"]
+)
 def test_each_device_holds_its_part_of_the_papers_stages(name):
     """Every leaf has a rule, and each of 8 devices holds about an eighth."""
     _, params = abstract(config_of(f"configs.{name}"))

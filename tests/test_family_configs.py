@@ -32,6 +32,9 @@ COUNTS = {
     ("cfg.generator", "64"): 295_904_454 - 3 * (9 * 192 + 1),  # ADM's without the variance's outputs
     ("glide.decoder", "released"): 385_030_726,
     ("glide.upsampler256", ""): 398_361_286,
+    # blocks, and what stands around them
+    ("modern.upsampler256", ""): 24 * 29_187_072 + 6_955_264,
+    ("modern.upsampler1024", ""): 16 * 19_155_712 + 4_856_576,
     # the U-Net, the text transformer, and the projection of its last state
     ("glide.decoder", ""): 2_238_164_486 + 1_312_053_248 + 2048 * 2048 + 2048,
 }
@@ -40,14 +43,17 @@ QUICK = (
     ("iddpm.generator", "cifar10"),
     ("adm.classifier", "512"),
     ("adm.upsampler", "512"),
+    ("modern.upsampler1024", ""),
 )
-# in millions, and to how much: improved DDPM's scaling study; Imagen, whose paper leaves parts open
+# in millions, and to how much: improved DDPM's scaling study; Imagen, whose paper leaves parts open; ours
 ROUNDED = {
     ("iddpm.generator", "width64"): (30.30, 2e-3),
     ("iddpm.generator", "width96"): (68.13, 2e-3),
     ("iddpm.generator", "width192"): (272.28, 2e-3),
     ("imagen.decoder", ""): (2238.16 + 58.75, 0.02),
     ("imagen.upsampler256", ""): (599.4, 0.02),
+    # blocks, what stands around them, the paper's text transformer
+    ("modern.decoder64", ""): (28 * 76.584 + 32.27 + 1310.84, 1e-3),
 }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs.modern import common as modern
 from dalle2_jax.models import models
 from dalle2_jax.runtime import modeldir, partition
 from dalle2_jax.train import checks
@@ -23,6 +24,7 @@ MESHES = {"8x1": (8, 1, 1), "1x8": (1, 8, 1), "2x4": (2, 4, 1), "2x2x2": (2, 2, 
 VIT = dict(kind="vit", patch_size=8, width=32, depth=2, num_heads=2)
 CHANGES = {"clip": dict(sam_batch_size=2, vision=VIT)}
 CHANGES["clip scanned"] = CHANGES["clip"] | dict(scan_blocks=True)
+CHANGES["pixels scanned"] = dict(net=dict(modern.DEBUG, kind="vit", scan_blocks=True))
 QUICK = {("classifier", "2x2x2")}  # transformers on a mesh in every run: tests/models/stages/test_clip.py
 # Devices add in another order, which float32 rounds by some 1e-7 of the largest number that is added; a
 # gradient goes through tens of such sums one after the other. Measured: up to 4e-6.
@@ -35,7 +37,8 @@ def settings(kind: str) -> dict:
     Adam divides by the gradient's size, which turns the rounding of a gradient near zero into a step of full
     length: an `eps` that is not far below the gradients keeps the parameters comparable.
     """
-    recipe = {"upsampler": "upsampler256", "classifier": "decoder64"}.get(kind, kind.split()[0])
+    recipes = {"upsampler": "upsampler256", "classifier": "decoder64", "pixels": "modern.decoder64"}
+    recipe = recipes.get(kind.split()[0], kind.split()[0])
     config = models.to_plain(importlib.import_module(f"configs.{recipe}").get_config("debug"))
     if kind == "classifier":
         config |= dict(
@@ -129,7 +132,10 @@ def farthest(got: dict, expected: dict) -> dict[str, float]:
         for kind in ("clip", "prior", "ar_prior", "decoder64", "upsampler", "classifier")
         for mesh in MESHES
     ]
-    + [pytest.param("clip scanned", "2x2x2", marks=pytest.mark.slow)],
+    + [
+        pytest.param(kind, "2x2x2", marks=pytest.mark.slow)
+        for kind in ("clip scanned", "pixels", "pixels scanned")
+    ],
 )
 def test_two_steps_on_a_mesh_are_those_of_one_device(kind, mesh):
     alone, here = two_steps(kind.removesuffix(" scanned"), (1, 1, 1)), two_steps(kind, MESHES[mesh])

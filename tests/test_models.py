@@ -56,8 +56,8 @@ def test_a_config_survives_json():
     assert stored == UPSAMPLER
     built = models.build_stage(stored)
     assert built.net == models.build_stage(models.to_plain(config)).net
-    assert built.net.unet["channel_mult"] == (1, 2)
-    hash(built.net.unet["channel_mult"])
+    assert built.net.body["channel_mult"] == (1, 2)
+    hash(built.net.body["channel_mult"])
 
 
 def test_parameters_are_drawn_also_after_their_shapes_were_asked_for():

@@ -67,6 +67,7 @@ def test_muon_steps_hidden_kernels_orthogonally_and_adam_the_rest():
     shapes = {
         "net": {
             "conv_in": {"kernel": (3, 3, 3, 8), "bias": (8,)},
+            "patches_out": {"kernel": (8, 12)},
             "conv1": {"kernel": (3, 3, 4, 8)},
             "fc1": {"kernel": (6, 24)},
             "embedding": (10, 6),
@@ -87,7 +88,7 @@ def test_muon_steps_hidden_kernels_orthogonally_and_adam_the_rest():
         step = np.asarray(got - kept).reshape(-1, got.shape[-1])
         values = np.linalg.svd(step, compute_uv=False) / (0.01 * scale)
         assert values.min() > 0.5 and values.max() < 1.3  # what five Newton-Schulz iterations promise
-    for name in ("conv_in", "embedding"):
+    for name in ("conv_in", "patches_out", "embedding"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), muon[name], adam[name])
 
 

@@ -43,7 +43,7 @@ RULES = (
     # tables looked up by id [V, D]: were D over `fsdp`, every device would gather the whole output gradient
     (r"(^|/|_)embedding$", P("fsdp", "tensor")),
     # kernels that close a pair of layers
-    (r"(^|/)(out|fc2|\w+_fc2|conv2|conv_out|skip)/kernel$", P("tensor", "fsdp")),
+    (r"(^|/)(out|fc2|\w+_fc2|conv2|conv_out|patches_out|skip)/kernel$", P("tensor", "fsdp")),
     # any other kernel opens a pair: qkv, q, k, v, kv, text_kv, fc1, conv1, conv_in, emb_proj, proj ...
     (r"(^|/)kernel$", P("fsdp", "tensor")),
 )

@@ -97,7 +97,7 @@ def decay_mask(params) -> object:
 def is_hidden_kernel(path, p) -> bool:
     """Whether Muon may step an array: kernels, but those between a network and its input or output."""
     name = "/".join(str(getattr(key, "key", key)) for key in path)
-    return len(p.shape) >= 2 and re.search(r"(^|/)(?!conv_in|conv_out)\w+/kernel$", name) is not None
+    return len(p.shape) >= 2 and re.search(r"(^|/)(?!conv_in|conv_out|patches_)\w+/kernel$", name) is not None
 
 
 def orthogonal(matrices: Sequence[jax.Array]) -> list[jax.Array]:

@@ -27,7 +27,7 @@ def compare(stage, params, model, sides, label=None, *others):
     conditions = {} if label is None else {"label": label}
     ours = jax.jit(stage.net.apply)({"params": params}, x, t, conditions, *others)
     seen = np.moveaxis(np.concatenate([x, *others], axis=-1), -1, 1).copy()
-    scale = dict(stage.net.unet)["style"].time_scale
+    scale = dict(stage.net.body)["style"].time_scale
     added = 0 if label is None else model.label_emb(torch.from_numpy(label))
     with torch.no_grad():
         theirs = model(torch.from_numpy(seen), torch.from_numpy(t * np.float32(scale)), added).numpy()

@@ -104,6 +104,9 @@ def _check_cascade(settings: Mapping[str, dict]) -> str:
     upsampler = dict(low_res_noise=0.0, resize="cubic", text=None, num_classes=0, inpaint=False)
     upsampler |= dict(objective="eps", learned_variance=False, attention_resolutions=[], **noise)
     demand(above[0], settings[above[0]], **upsampler)
+    for role in ("decoder", above[0]):
+        if (settings[role]["net"] or {}).get("kind") == "vit":
+            raise ValueError(f"{role}: model.net.kind is 'vit', diffusers' unCLIP has U-Nets alone")
     for role in ("prior", "decoder"):
         embed_dim, text = settings[role]["embed_dim"], settings[role]["text"] or {}
         if (width := text.get("states_width")) != embed_dim:

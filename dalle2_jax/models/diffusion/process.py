@@ -39,7 +39,7 @@ from dalle2_jax.models.diffusion.schedules import Schedule, two_time
 from dalle2_jax.runtime.names import nearest
 
 OBJECTIVES = ("eps", "x0", "v")
-WEIGHTINGS = ("uniform", "min_snr", "p2")
+WEIGHTINGS = ("uniform", "min_snr", "p2", "v")
 
 
 class Prediction(NamedTuple):
@@ -212,7 +212,8 @@ def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarr
     'uniform' is 1. The others weigh the error in x0 by a function of the signal-to-noise ratio, and are
     carried over to the objective (error in x0 = error in eps / SNR = error in v / (SNR + 1)): 'min_snr' is
     min(SNR, 5) (Hang et al. 2023), 'p2' is SNR / (1 + SNR), that is 1 / (1 + SNR) on the error in eps (Choi
-    et al. 2022, k = gamma = 1).
+    et al. 2022, k = gamma = 1). 'v' is SNR + 1 = 1 / sigma^2, that is the error in v, with sigma at least
+    0.05 (JiT, Li & He 2025).
     """
     snr = schedule.snr
     if objective not in OBJECTIVES:
@@ -223,6 +224,8 @@ def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarr
         on_x0 = np.minimum(snr, 5.0)
     elif weighting == "p2":
         on_x0 = snr / (1.0 + snr)
+    elif weighting == "v":
+        on_x0 = np.minimum(snr + 1.0, 0.05**-2)
     else:
         raise ValueError(_unknown("weighting", weighting, WEIGHTINGS))
     return on_x0 / {"eps": snr, "x0": 1.0, "v": snr + 1.0}[objective]

@@ -1,4 +1,4 @@
-"""The denoiser of every picture stage: a U-Net, and the layers of the conditions that it reads.
+"""The denoiser of every picture stage: a U-Net or a transformer, with the layers of its conditions.
 
 Section 2 of the paper, with the text pathway of GLIDE (arXiv 2112.10741). `condition` embeds what stays the
 same at every step (image embedding, class, caption) and runs once a picture; `denoise` runs at every step.
@@ -17,13 +17,14 @@ from dalle2_jax.models.nets.efficient_unet import EfficientUNet
 from dalle2_jax.models.nets.text import GlideTextTransformer, TextPool
 from dalle2_jax.models.nets.transformer import NullStates, TokenEmbedding, kept
 from dalle2_jax.models.nets.unet import Style, TimeEmbedding, UNet
+from dalle2_jax.models.nets.vit import TIME_WIDTH, PixelViT
 
 
 class Conditioning(NamedTuple):
     """The embedded conditions of a batch, None where there is none.
 
     Attributes:
-      emb: [B, 4C], added to the timestep embedding.
+      emb: [B, E], the pooled conditions, added to the timestep embedding.
       context: [B, K, D], tokens whose keys and values every attention layer reads.
       mask: [B, K] bool, True = attend; None attends to all of the context.
     """
@@ -34,7 +35,10 @@ class Conditioning(NamedTuple):
 
 
 class DenoiserNet(nn.Module):
-    """A U-Net with the layers of its conditions, all of which may be absent.
+    """A U-Net or a transformer with the layers of its conditions, all of which may be absent.
+
+    body: keywords of `UNet` (of `EfficientUNet`, where the style is efficient); with kind='vit' those of
+    `PixelViT`, and time_scale, the factor of the time.
 
     - embed_dim: a CLIP image embedding (section 2.1), projected twice: added to the timestep embedding, and
       to `num_image_tokens` context tokens. The null embedding is a learned vector before the projections, so
@@ -51,7 +55,7 @@ class DenoiserNet(nn.Module):
     - The small picture of an upsampler, in further channels of input, and the level of its noise.
     """
 
-    unet: dict
+    body: dict
     image_size: int
     text: dict | None = None
     embed_dim: int = 0
@@ -63,10 +67,16 @@ class DenoiserNet(nn.Module):
 
     def setup(self):
         """Declare the layers (Flax)."""
-        unet = dict(self.unet)
-        channels, style = unet["channels"], unet.get("style", Style())
-        net = EfficientUNet if style.efficient else UNet
-        self.net = net(**unet, dtype=self.dtype)
+        body = dict(self.body)
+        net: type[nn.Module]
+        if self.is_vit:
+            del body["kind"]
+            net, channels = PixelViT, TIME_WIDTH
+            style = Style(emb_dim=body["width"], time_scale=body.pop("time_scale", 1.0))
+        else:
+            channels, style = body["channels"], body.get("style", Style())
+            net = EfficientUNet if style.efficient else UNet
+        self.net = net(**body, dtype=self.dtype)
         self.time = TimeEmbedding(channels, style, self.dtype)
         self.low_res_time = TimeEmbedding(channels, style, self.dtype)  # without parameters unless it is used
         emb_dim = style.emb_dim or 4 * channels
@@ -94,6 +104,11 @@ class DenoiserNet(nn.Module):
             )
         elif self.text:
             self.text_net = GlideTextTransformer(**self.text, dtype=self.dtype)
+
+    @property
+    def is_vit(self) -> bool:
+        """Whether the body is a transformer."""
+        return self.body.get("kind") == "vit"
 
     @property
     def reads_t5(self) -> bool:
@@ -175,14 +190,16 @@ class DenoiserNet(nn.Module):
             emb = emb + self.low_res_time(low_res_t)
         if self.inpaint and known is None:
             known = jnp.zeros((*x_t.shape[:3], 4))
+        # the U-Net's levels with attention go by the side, the transformer's tokens take pooled conditions
+        further = {"pooled": conditioning.emb} if self.is_vit else {"image_size": self.image_size}
         return self.net(
             x_t if low_res_up is None else jnp.concatenate([x_t, low_res_up], axis=-1),
             emb,
             conditioning.context,
             conditioning.mask,
-            image_size=self.image_size,
             deterministic=deterministic,
             known=known if self.inpaint else None,
+            **further,
         )
 
     def __call__(

@@ -1,7 +1,8 @@
 """Layers that every network shares, with the numerics of the published weights fixed in one place.
 
 Parameters are float32; `dtype` is the compute type. Norms, softmax and timestep embeddings are float32
-whatever `dtype` is. Layer and group norm use epsilon 1e-5, GELU is exact unless a network asks for QuickGELU.
+whatever `dtype` is. Layer and group norm use epsilon 1e-5, RMS norm 1e-6. GELU is exact unless a network asks
+for QuickGELU.
 """
 
 import math
@@ -41,6 +42,7 @@ def _unless_shapes_only(draw: Callable) -> Callable:
 
 Dense = partial(nn.Dense, param_dtype=jnp.float32, kernel_init=lecun_normal(), dot_general=cpu.dot_general)
 LayerNorm = partial(nn.LayerNorm, epsilon=NORM_EPSILON, dtype=jnp.float32, param_dtype=jnp.float32)
+RMSNorm = partial(nn.RMSNorm, epsilon=1e-6, dtype=jnp.float32, param_dtype=jnp.float32)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

@@ -18,7 +18,6 @@ from dalle2_jax.models.nets import layers
 from dalle2_jax.models.nets.transformer import TokenEmbedding
 
 NUM_BUCKETS, MAX_DISTANCE = 32, 128
-RMSNorm = partial(nn.RMSNorm, epsilon=1e-6, dtype=jnp.float32, param_dtype=jnp.float32)
 
 
 def buckets(length: int) -> jax.Array:
@@ -54,14 +53,14 @@ class T5Block(nn.Module):
         """x [B, N, C], bias [B or 1, H, N, N] float32 -> [B, N, C]."""
         width, inner = x.shape[-1], self.num_heads * self.head_dim
         dense = partial(layers.Dense, use_bias=False, dtype=self.dtype)
-        h = RMSNorm(name="norm1")(x).astype(self.dtype)
+        h = layers.RMSNorm(name="norm1")(x).astype(self.dtype)
         qkv = dense(3 * inner, kernel_init=layers.normal(width**-0.5), name="qkv")(h)
         q, k, v = (layers.split_heads(y, self.head_dim) for y in jnp.split(qkv, 3, axis=-1))
         # softmax(q k^T + bias) v, without a scale
         h = jax.nn.dot_product_attention(q, k, v, bias=bias, scale=1.0)
         h = h.reshape(*h.shape[:2], inner)  # [B, N, H, D] -> [B, N, H D]
         x = x + dense(width, kernel_init=layers.normal(inner**-0.5), name="out")(h)
-        h = RMSNorm(name="norm2")(x).astype(self.dtype)
+        h = layers.RMSNorm(name="norm2")(x).astype(self.dtype)
         init = layers.normal(width**-0.5)
         gate = dense(self.mlp_width, kernel_init=init, name="fc_gate")(h)
         h = nn.gelu(gate, approximate=True) * dense(self.mlp_width, kernel_init=init, name="fc1")(h)
@@ -93,4 +92,4 @@ class T5Encoder(nn.Module):
         for i in range(self.depth):
             common = (self.num_heads, self.head_dim, self.mlp_width, self.dtype)
             x = block(*common, name=f"block_{i}")(x, bias)
-        return RMSNorm(name="norm_out")(x)
+        return layers.RMSNorm(name="norm_out")(x)

@@ -1,5 +1,6 @@
 """Stacks of transformer blocks, and the diffusion prior's network, which is little more than one of them."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -36,6 +37,16 @@ class TokenEmbedding(nn.Module):
         shape = (self.vocab_size, self.width)
         table = self.param("embedding", layers.normal(0.02), shape, jnp.float32)
         return jnp.take(table.astype(self.dtype), tokens, axis=0)
+
+
+def scan_blocks(apply: Callable, blocks: Sequence[dict], x: jax.Array, each: Any = None) -> jax.Array:
+    """x behind all blocks, as one loop whose body is compiled once.
+
+    apply(params, x, part of each) -> x; blocks: the parameters of every block, in trees of the same shapes;
+    each: further arrays [depth, ...] of the blocks.
+    """
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)  # leaves [depth, ...]
+    return jax.lax.scan(lambda x, own: (apply(own[0], x, own[1]), None), x, (stacked, each))[0]
 
 
 class TransformerStack(nn.Module):
@@ -75,10 +86,8 @@ class TransformerStack(nn.Module):
         common = (width, self.num_heads, self.activation, std, self.dtype, self.mlp_width)
         names = [f"block_{i}" for i in range(self.depth)]
         if self.scan and caches is None and not self.is_initializing():
-            params, one = self.variables["params"], block(*common, parent=None)
-            # leaves [depth, ...]
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
-            return jax.lax.scan(lambda x, p: (one.apply({"params": p}, x, mask)[0], None), x, stacked)[0]
+            one, blocks = block(*common, parent=None), [self.variables["params"][name] for name in names]
+            return scan_blocks(lambda params, x, _: one.apply({"params": params}, x, mask)[0], blocks, x)
         after = []
         for name, cache in zip(names, caches or [None] * self.depth, strict=True):
             x, cache = block(*common, name=name)(x, mask, cache, start)

@@ -5,6 +5,8 @@ projected to four tokens in front of the text transformer's outputs, which every
 training the image embedding is dropped with probability 0.1 and the caption, independently, with 0.5;
 classifier-free guidance drops both.
 
+A transformer may take the U-Net's place (`net` with kind='vit').
+
 The same stage is a generator without image embeddings: of captions alone (GLIDE), of classes (ADM), or of
 nothing at all.
 """
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.nets.denoiser import DenoiserNet
 from dalle2_jax.models.stages import check_settings
-from dalle2_jax.models.stages.building import checked_states, unet_and_process
+from dalle2_jax.models.stages.building import body_and_process, check_side, checked_states
 from dalle2_jax.models.stages.conditions import TOKEN_TEXT, Caption, ClipImage, Label
 from dalle2_jax.models.stages.diffusion import DiffusionStage
 from dalle2_jax.models.stages.settings import ETA, GUIDANCE, METHOD, SPACING, STEPS, THRESHOLD
@@ -66,13 +68,13 @@ def build(
     image embeddings. embed_scale: factor of embeddings; None is sqrt(embed_dim), for those of unit norm.
     num_classes: how many classes a caption may name; 0 reads no class. num_heads: of every attention, in the
     place of heads of head_dim entries. guidance_scale: 1 where nothing is ever dropped. weighting ('uniform',
-    'p2', 'min_snr'), loss ('hybrid', 'vlb'): see `diffusion.process`. threshold: percentile of dynamic
+    'p2', 'min_snr', 'v'), loss ('hybrid', 'vlb'): see `diffusion.process`. threshold: percentile of dynamic
     thresholding, None to clip. inpaint: the network also gets unmasked pixels, with random masks in training
-    (GLIDE; `init_from` a decoder without). process: `PROCESS`, see `diffusion.gaussian`.
-    net: where the U-Net differs from ADM's, see `unet.Style`.
+    (GLIDE; `init_from` a decoder without). process: `PROCESS`, see `diffusion.gaussian`. net: where the U-Net
+    differs from ADM's, see `unet.Style`; or dict(kind='vit', ...), a transformer, see `vit.PixelViT`.
     """
-    unet, diffusion = unet_and_process(locals())
-    _check_side(image_size, channel_mult)
+    body, diffusion = body_and_process(build, locals())
+    check_side(body, "image_size", image_size)
     text = _checked_text(text, embed_dim)
     conditions: tuple[ClipImage | Label | Caption, ...] = (
         (ClipImage(embed_dim, image_drop),) if embed_dim else ()
@@ -85,7 +87,7 @@ def build(
         conditions += (Caption(text["context_length"], text_drop, width, embed_dim, null_tokens, masked),)
     return DiffusionStage(
         net=DenoiserNet(
-            unet=unet,
+            body=body,
             text=text if not text or text.get("states_width") else text | {"remat": remat},
             embed_dim=embed_dim,
             image_size=image_size,
@@ -101,16 +103,6 @@ def build(
         guidance_scale=guidance_scale if embed_dim or text or label_drop else 1.0,
         inpaint=inpaint,
     )
-
-
-def _check_side(image_size: int, channel_mult: tuple) -> None:
-    """Raise ValueError for a side that the network cannot halve."""
-    if image_size % 2 ** (len(channel_mult) - 1):
-        raise ValueError(
-            f"image_size {image_size} cannot be halved {len(channel_mult) - 1} times: shorten "
-            f"channel_mult {channel_mult} "
-            f"or make image_size a multiple of {2 ** (len(channel_mult) - 1)}"
-        )
 
 
 def _checked_text(text: dict | None, embed_dim: int) -> dict | None:

@@ -18,6 +18,7 @@ import numpy as np
 from dalle2_jax.models.diffusion import gaussian, guidance, process
 from dalle2_jax.models.nets.denoiser import Conditioning, DenoiserNet
 from dalle2_jax.models.stages import Loss, Op
+from dalle2_jax.models.stages.building import check_side
 from dalle2_jax.models.stages.conditions import (
     Caption,
     ClipImage,
@@ -55,7 +56,7 @@ class DiffusionStage:
 
     def __post_init__(self):
         if self.tile is not None:
-            self.check_tile(self.tile)
+            check_side(self.net.body, "tile", self.tile)
 
     def condition(self, kind: type) -> Any:
         """The condition of that class, or None."""
@@ -131,14 +132,7 @@ class DiffusionStage:
         names = ("num_steps", "spacing", "threshold")
         self.diffusion.with_settings(**{name: settings.get(name) for name in names}).timesteps()
         if settings.get("tile") is not None:
-            self.check_tile(settings["tile"])
-
-    def check_tile(self, tile: int) -> int:
-        """`tile`, the side of windows to draw in; ValueError for one that the network cannot halve."""
-        halvings = 2 ** (len(self.net.unet["channel_mult"]) - 1)
-        if tile < halvings or tile % halvings:
-            raise ValueError(f"tile {tile} must be a multiple of {halvings} (the halvings of channel_mult)")
-        return tile
+            check_side(self.net.body, "tile", settings["tile"])
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads them without `image` and `crop_yx`."""
@@ -252,8 +246,9 @@ class DiffusionStage:
         if "inpaint_image" in batch:
             inpaint = batch["inpaint_image"], batch["inpaint_mask"]
             inputs |= {"known": known_pixels(*inpaint)} if self.inpaint else {}
-        if tile is not None and self.check_tile(tile) >= max(shape[:2]):
-            tile = None
+        if tile is not None:
+            check_side(self.net.body, "tile", tile)
+            tile = None if tile >= max(shape[:2]) else tile
         last_time = diffusion.timesteps()[-1] if self.last_step else None
         conditionings = self._conditionings(params, batch, len(keys))
         network, guide = self._network(params, conditionings, inputs, last_time, tile), None

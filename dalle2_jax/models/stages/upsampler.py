@@ -10,6 +10,8 @@ up to a random time, which the network reads; and sampling in tiles, for picture
 fit at once: every step runs the network on overlapping windows of a training crop's size and blends its
 outputs.
 
+A transformer may take the U-Net's place (`net` with kind='vit').
+
 The paper's upsamplers read no captions. GLIDE's has a text transformer of its own, and its network for
 inpainting reads the unmasked pixels; ADM's reads a class; Imagen's read the states of a frozen T5. Captions
 and classes that training drops can be guided.
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.nets.denoiser import DenoiserNet
 from dalle2_jax.models.stages import check_settings
-from dalle2_jax.models.stages.building import checked_states, unet_and_process
+from dalle2_jax.models.stages.building import body_and_process, check_side, checked_states
 from dalle2_jax.models.stages.conditions import TOKEN_TEXT, Caption, Label, LowRes
 from dalle2_jax.models.stages.diffusion import DiffusionStage
 from dalle2_jax.models.stages.settings import ETA, GUIDANCE, METHOD, STEPS, THRESHOLD, TILE
@@ -79,12 +81,12 @@ def build(
     attention_resolutions (sides of the full picture), head_dim, num_heads, text, num_classes, threshold,
     inpaint, process and net: see `decoder.build`.
     """
-    unet, diffusion = unet_and_process(locals())
+    body, diffusion = body_and_process(build, locals())
     crop_size = crop_size or image_size // 4
-    _check_sizes(image_size, low_res_size, crop_size, channel_mult)
+    _check_sizes(body, image_size, low_res_size, crop_size)
     noised = low_res_noise, low_res_level, noise_enlarged
     _check_level(low_res_level, low_res_noise)
-    text = _checked_text(text, attention_resolutions, remat)
+    text = _checked_text(text, body, remat)
     conditions: tuple[Label | Caption, ...] = (Label(num_classes, label_drop),) if num_classes else ()
     conditions += (_caption(text, text_drop),) if text else ()
     if guidance_scale != 1 and not any(condition.drop for condition in conditions):
@@ -93,7 +95,7 @@ def build(
         )
     return DiffusionStage(
         net=DenoiserNet(
-            unet=unet,
+            body=body,
             image_size=image_size,
             text=text,
             num_classes=num_classes,
@@ -112,13 +114,13 @@ def build(
     )
 
 
-def _checked_text(text: dict | None, attention_resolutions: tuple, remat: bool | str) -> dict | None:
+def _checked_text(text: dict | None, body: dict, remat: bool | str) -> dict | None:
     """The settings of `text` as the network takes them; ValueError for those that cannot work."""
     if not text:
         return None
     if not text.get("states_width"):
         check_settings(text, TOKEN_TEXT, ("activation",), "text")
-    if not attention_resolutions:
+    if body.get("kind") != "vit" and not body["attention_resolutions"]:
         raise ValueError("text is read by attention layers: set attention_resolutions, or leave text out")
     return checked_states(text) if text.get("states_width") else dict(text, remat=remat)
 
@@ -135,13 +137,10 @@ def _check_level(level: float, noise: float) -> None:
         raise ValueError(f"low_res_level {level} must be in 0 .. low_res_noise = {noise}, that at most 1")
 
 
-def _check_sizes(image_size: int, low_res_size: int, crop_size: int, channel_mult: tuple) -> None:
-    """Raise ValueError for sides that do not fit together."""
-    halvings = 2 ** (len(channel_mult) - 1)
+def _check_sizes(body: dict, image_size: int, low_res_size: int, crop_size: int) -> None:
+    """Raise ValueError for sides that do not fit together, or that the network cannot work on."""
+    check_side(body, "crop_size", crop_size)
     if image_size % low_res_size:
         raise ValueError(f"image_size {image_size} must be a multiple of low_res_size {low_res_size}")
-    if crop_size % halvings or crop_size > image_size:
-        raise ValueError(
-            f"crop_size {crop_size} must be a multiple of {halvings} (the halvings of channel_mult "
-            f"{channel_mult}) and at most image_size {image_size}"
-        )
+    if crop_size > image_size:
+        raise ValueError(f"crop_size {crop_size} must be at most image_size {image_size}")

@@ -118,7 +118,7 @@ def test_a_perfect_output_has_no_loss(example, objective, weighting):
     np.testing.assert_allclose(loss, 0.0, atol=1e-9)
 
 
-@pytest.mark.parametrize("weighting", ["min_snr", "p2"])
+@pytest.mark.parametrize("weighting", ["min_snr", "p2", "v"])
 def test_weightings_do_not_depend_on_the_objective(example, weighting):
     """One guess of x0, expressed as each objective's output, must cost the same at every time."""
     guess = 0.5 * example["x0"] + 0.1
@@ -139,6 +139,7 @@ def test_weightings_do_not_depend_on_the_objective(example, weighting):
         ("eps", "min_snr", lambda snr: min(snr, 5) / snr),
         ("x0", "min_snr", lambda snr: min(snr, 5)),
         ("v", "min_snr", lambda snr: min(snr, 5) / (snr + 1)),
+        ("x0", "v", lambda snr: min(snr + 1, 400)),  # JiT: sigma is at least .05
     ],
 )
 def test_weights_are_those_of_their_papers(objective, weighting, expected):

@@ -337,7 +337,9 @@ def test_eight_pictures_are_learned():
 
 
 def test_sides_that_cannot_be_halved_are_refused():
-    with pytest.raises(ValueError, match="image_size 6 cannot be halved 2 times: shorten channel_mult"):
+    with pytest.raises(
+        ValueError, match="image_size 6 must be a multiple of 4 .the halvings of channel_mult"
+    ):
         build(image_size=6, channel_mult=(1, 2, 3))
 
 

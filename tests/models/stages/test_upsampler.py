@@ -267,11 +267,8 @@ def test_a_sample_depends_on_its_own_key_and_picture_alone():
     "changes, message",
     [
         (dict(low_res_size=5), "image_size 16 must be a multiple of low_res_size 5"),
-        (
-            dict(crop_size=7, channel_mult=(1, 2)),
-            "crop_size 7 must be a multiple of 2 .* at most image_size 16",
-        ),
-        (dict(crop_size=32), "crop_size 32 must be"),
+        (dict(crop_size=7, channel_mult=(1, 2)), "crop_size 7 must be a multiple of 2"),
+        (dict(crop_size=32), "crop_size 32 must be at most image_size 16"),
     ],
 )
 def test_sizes_that_cannot_work_are_named(changes, message):

@@ -1,0 +1,27 @@
+"""What the recipes of transformers on pixels share: x0 predicted, the error weighed as v's."""
+
+from dalle2_jax.configs import common
+
+DEBUG = dict(patch_size=4, width=32, depth=3, num_heads=2, mlp_width=64, bottleneck=16, context_tokens=4)
+
+
+def get_config(stage: str, batch_size: int, model: dict):
+    """A recipe of a stage; 1M steps at the constant rate of 1e-4 after 10K steps of warm-up."""
+    config = common.get_config()
+    config.stage = stage
+    config.model = dict(
+        dropout=0.0,
+        schedule="cosine",
+        objective="x0",
+        learned_variance=False,
+        weighting="v",
+        method="dpm++",
+        remat="products",
+        dtype="bfloat16",
+    )
+    config.model.update(model)
+    config.optim.update(learning_rate=1e-4, beta2=0.95, eps=1e-8, weight_decay=0.0)
+    config.batch_size, config.num_steps = batch_size, 1_000_000
+    config.ema_decay = 0.9999
+    config.mesh.update(data=1, fsdp=-1)
+    return config
