@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 
 from dalle2_jax.models.diffusion import gaussian, schedules
+from dalle2_jax.models.diffusion.process import Times
 from dalle2_jax.models.nets.unet import Style
 from dalle2_jax.models.stages import check_settings
 
 # `process` of a config: further settings of `GaussianDiffusion`.
-PROCESS = ("fixed_variance", "guide_rule", "noise_scale", "threshold_max")
+PROCESS = ("fixed_variance", "guide_rule", "noise_scale", "threshold_max", *Times._fields)
 
 
 def unet_and_process(settings: dict) -> tuple[dict, gaussian.GaussianDiffusion]:
@@ -21,13 +22,15 @@ def unet_and_process(settings: dict) -> tuple[dict, gaussian.GaussianDiffusion]:
     if settings["net"]:
         unet["style"] = unet_style(settings["net"])
     names = ("objective", "learned_variance", "weighting", "num_steps", "spacing", "method", "eta")
-    check_settings(settings["process"] or {}, (), PROCESS, "process")
+    further = dict(settings["process"] or {})
+    check_settings(further, (), PROCESS, "process")
     process = gaussian.GaussianDiffusion(
         schedule=schedules.make_schedule(settings["schedule"], settings["num_timesteps"]),
         threshold=settings.get("threshold"),
         loss_kind=settings.get("loss", "hybrid"),
+        times=Times(**{name: further.pop(name) for name in Times._fields if name in further}),
         **{name: settings[name] for name in names},
-        **(settings["process"] or {}),
+        **further,
     )
     return unet, process
 
