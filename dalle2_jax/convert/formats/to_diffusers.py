@@ -98,7 +98,7 @@ def _check_cascade(settings: Mapping[str, dict]) -> str:
     demand("clip", settings["clip"], unit_embeds=False)
     if "embed_scale" not in settings["prior"]:
         raise ValueError("the prior is an autoregressive one, diffusers has the diffusion prior alone")
-    demand("prior", settings["prior"], embed_scale={"mode": "meanstd"}, **noise)
+    demand("prior", settings["prior"], embed_scale={"mode": "meanstd"}, objective="x0", **noise)
     decoder = dict(objective="eps", learned_variance=True, inpaint=False, num_heads=0, num_classes=0)
     demand("decoder", settings["decoder"], embed_scale=1.0, **decoder, **noise)
     upsampler = dict(low_res_noise=0.0, resize="cubic", text=None, num_classes=0, inpaint=False)

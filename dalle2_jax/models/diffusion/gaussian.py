@@ -48,7 +48,7 @@ class GaussianDiffusion:
     error, with a little of the bound where the variance is learned) or 'vlb' (the bound, its times drawn by
     importance). `fixed_variance` is the fraction f of log beta in the variance of 'ddpm' where it is not
     learned: 0 is beta_tilde, 1 is beta (DDPM's 'fixed large'). `noise_scale` is a factor of the first noise
-    (GLIDE's upsampler: 0.997).
+    (GLIDE's upsampler: 0.997). `times` is how training draws its times.
 
     `guide_rule` is how a guide steers. 'score' shifts eps, then x0 is bounded. 'adm' does as ADM's authors:
     x0 is bounded first, then 'ddpm' shifts its mean by the variance, and others shift eps. At the last steps
@@ -72,6 +72,7 @@ class GaussianDiffusion:
     threshold_max: float | None = None
     guide_rule: str = "score"
     noise_scale: float = 1.0
+    times: process.Times = process.UNIFORM
 
     def __post_init__(self):
         if self.method not in sampling.METHODS:
@@ -90,6 +91,14 @@ class GaussianDiffusion:
             )
         if self.threshold is not None and (self.limit is None or not 0 < self.threshold <= 100):
             raise ValueError(f"threshold {self.threshold} must be a percentile in (0, 100], of pixels")
+        if self.schedule.alpha_bar[-1] == 0:
+            zero = f"divides by alpha_bar, and schedule {self.schedule.name!r} begins with alpha_bar = 0"
+            if self.objective == "eps":
+                raise ValueError(f"objective 'eps' {zero}: choose 'flow', 'x0' or 'v'")
+            if self.method == "analytic":
+                raise ValueError(f"method 'analytic' {zero}: choose 'euler', 'heun' or 'dpm++'")
+        if self.times.check() != process.UNIFORM and self.learned_variance:
+            raise ValueError("a learned variance is trained at uniform times: set learned_variance=False")
 
     def loss(
         self,
@@ -100,20 +109,22 @@ class GaussianDiffusion:
         train: bool,
         history: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, Any], jax.Array]:
-        """(loss [B], its parts [B], the network's output) at one time an example; see `draw_timesteps`.
+        """(loss [B], its parts [B], the predicted x0) at one time an example; see `draw_timesteps`.
 
         With a `history` (of 'vlb', in training) times are drawn by importance, and among the parts is
         'statistics': the times and values that `process.observe` takes.
         """
         t_key, noise_key = jax.random.split(key)
-        weight = None
+        weight, size, num_timesteps = None, x0.shape[0], self.schedule.num_timesteps
         if train and history is not None:
-            t, weight = process.draw_by_importance(t_key, x0.shape[0], history)
+            t, weight = process.draw_by_importance(t_key, size, history)
+        elif train and self.times != process.UNIFORM:
+            t = process.draw_path_times(t_key, size, num_timesteps, self.times)
         else:
-            t = process.draw_timesteps(t_key, x0.shape[0], self.schedule.num_timesteps, train=train)
+            t = process.draw_timesteps(t_key, size, num_timesteps, train=train)
         noise = jax.random.normal(noise_key, x0.shape)
         x_t = process.q_sample(self.schedule, x0, t, noise)
-        output = network(x_t, t)
+        output = network(process.network_input(self.schedule, x_t, t), t)
         losses, metrics = process.training_loss(
             self.schedule,
             output,
@@ -124,9 +135,10 @@ class GaussianDiffusion:
             vlb_weight=math.inf if self.loss_kind == "vlb" else 1e-3,
             data=self.data,
         )
+        predicted = self._prediction(output, x_t, t).x0
         if weight is not None:
-            return losses * weight, {**metrics, "statistics": {"t": t, "values": losses}}, output
-        return losses, metrics, output
+            return losses * weight, {**metrics, "statistics": {"t": t, "values": losses}}, predicted
+        return losses, metrics, predicted
 
     def with_settings(
         self,
@@ -144,7 +156,7 @@ class GaussianDiffusion:
         given = dict(num_steps=num_steps, method=method, eta=eta, spacing=spacing, threshold=threshold)
         settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         own_spacing = settings.get("spacing", self.spacing) == self.spacing
-        fixed = self.spacing not in ("uniform", "trailing", "adm", "ddim")
+        fixed = self.spacing.startswith(("fast", "sections"))
         if own_spacing and fixed and settings.get("num_steps", self.num_steps) != self.num_steps:
             settings["spacing"] = "uniform"
         return dataclasses.replace(self, **settings)
@@ -255,10 +267,12 @@ class GaussianDiffusion:
 
     def _predict(self, network: Network) -> Denoiser:
         def denoise(x_t, t):
-            output = network(x_t, t)
-            return process.to_prediction(self.schedule, output, x_t, t, self.objective, self.learned_variance)
+            return self._prediction(network(process.network_input(self.schedule, x_t, t), t), x_t, t)
 
         return denoise
+
+    def _prediction(self, output: jax.Array, x_t: jax.Array, t: jax.Array) -> process.Prediction:
+        return process.to_prediction(self.schedule, output, x_t, t, self.objective, self.learned_variance)
 
     def _bounded(self, denoise: Denoiser) -> Denoiser:
         if self.threshold is not None:

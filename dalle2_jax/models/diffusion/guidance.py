@@ -144,6 +144,9 @@ def steered(
         if mean:
             return prediction._replace(gradient=gradient)
         signal, sigma = signal_and_sigma(schedule, t, x_t.ndim)
+        if schedule.alpha_bar[-1] == 0:  # pure noise says nothing of y
+            sigma = jnp.where(signal > 0, sigma, 0.0)
+            signal = jnp.where(signal > 0, signal, 1.0)
         x0 = prediction.x0 + sigma**2 / signal * gradient
         return Prediction(x0, prediction.eps - sigma * gradient, prediction.var_frac)
 

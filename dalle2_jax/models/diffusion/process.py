@@ -2,10 +2,12 @@
 
     x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps,      v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0
 
-A network predicts one of eps, x0, v; given x_t, each of them determines the others:
+A network predicts one of eps, x0, v, and flow matching's velocity dz / du = k eps - x0 ('flow'); given x_t,
+each of them determines the others:
 
     x0  = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)  = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v
     eps = (x_t - sqrt(alpha_bar) x0) / sqrt(1 - alpha_bar)   = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) v
+    x0  = z - u velocity,  k eps = z + (1 - u) velocity      with z = (1 - u) x0 + u k eps (see `schedules`)
 
 A network with a learned variance has twice the channels: the first half is the prediction, the second half
 is raw, and f = (raw + 1) / 2 is the variance fraction, log var = f log beta + (1 - f) log beta_tilde
@@ -35,11 +37,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax.models.diffusion.schedules import Schedule, two_time
+from dalle2_jax.models.diffusion.schedules import Schedule, shifted, two_time
 from dalle2_jax.runtime.names import nearest
 
-OBJECTIVES = ("eps", "x0", "v")
-WEIGHTINGS = ("uniform", "min_snr", "p2", "v")
+OBJECTIVES = ("eps", "x0", "v", "flow")
+WEIGHTINGS = ("uniform", "min_snr", "p2", "v", "flow")
+TIMES = ("uniform", "logit_normal")
 
 
 class Prediction(NamedTuple):
@@ -70,6 +73,45 @@ def draw_timesteps(key: jax.Array, size: int, num_timesteps: int, *, train: bool
     if train:
         return jax.random.randint(key, (size,), 0, num_timesteps)
     return (jnp.arange(size) * 2 + 1) * num_timesteps // (2 * size)
+
+
+class Times(NamedTuple):
+    """How training draws times: settings of `process` in a config, see `draw_path_times`."""
+
+    times: str = "uniform"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_shift: float = 1.0
+
+    def check(self) -> "Times":
+        """Itself; ValueError for values that cannot be, or that nothing would read."""
+        if self.times not in TIMES:
+            raise ValueError(_unknown("process.times", self.times, TIMES))
+        if self.times == "uniform" and (self.time_mean, self.time_std) != (0.0, 1.0):
+            raise ValueError("process.time_mean and process.time_std need process.times='logit_normal'")
+        if not (self.time_std > 0 and 0 < self.time_shift < math.inf):
+            raise ValueError(
+                f"process.time_std {self.time_std} and process.time_shift {self.time_shift} must be positive"
+            )
+        return self
+
+
+UNIFORM = Times()
+
+
+def draw_path_times(key: jax.Array, size: int, num_timesteps: int, law: Times) -> jax.Array:
+    """Times [size] int32, the nearest to random times u of the straight path.
+
+    logit(u) ~ N(time_mean, time_std^2) for 'logit_normal', or u is uniform in (0, 1); then u is `shifted` by
+    time_shift (Esser et al. 2024, sections 3.1 and 5.3.2). A positive mean is for more noise; JiT's time is
+    1 - u, and its mean of -0.8 is 0.8 here.
+    """
+    if law.times == "uniform":
+        u = jax.random.uniform(key, (size,))
+    else:
+        u = jax.nn.sigmoid(law.time_mean + law.time_std * jax.random.normal(key, (size,)))
+    t = jnp.rint(num_timesteps * shifted(u, law.time_shift)).astype(jnp.int32) - 1
+    return jnp.clip(t, 0, num_timesteps - 1)
 
 
 HISTORY = 10  # values of a term that its probability rests on
@@ -117,6 +159,13 @@ def q_sample(schedule: Schedule, x0: jax.Array, t: jax.Array, noise: jax.Array) 
     return signal * x0.astype(dtype) + sigma * noise.astype(dtype)
 
 
+def network_input(schedule: Schedule, x_t: jax.Array, t: jax.Array) -> jax.Array:
+    """What a network reads of x_t [B, ...] at times t [B]: z of a flow's straight path, else x_t itself."""
+    if schedule.path_noise is None:
+        return x_t
+    return _at(schedule.path_scale, t, x_t.ndim, x_t.dtype) * x_t
+
+
 def to_prediction(
     schedule: Schedule,
     output: jax.Array,
@@ -139,6 +188,11 @@ def to_prediction(
         return Prediction(prediction, (x_t - signal * prediction) / sigma, var_frac)
     if objective == "v":
         return Prediction(signal * x_t - sigma * prediction, sigma * x_t + signal * prediction, var_frac)
+    if objective == "flow":  # (1 - u, u k) = (signal, sigma) path_scale
+        k = schedule.path_noise or 1.0
+        total = k * signal + sigma
+        x0, eps = k * x_t - sigma * prediction, x_t + signal * prediction
+        return Prediction(x0 / total, eps / total, var_frac)
     raise ValueError(_unknown("objective", objective, OBJECTIVES))
 
 
@@ -188,6 +242,8 @@ def training_loss(
     elif objective == "v":
         signal, sigma = signal_and_sigma(schedule, t, x0.ndim, dtype)
         target = signal * noise - sigma * x0
+    elif objective == "flow":
+        target = (schedule.path_noise or 1.0) * noise - x0
     else:
         raise ValueError(_unknown("objective", objective, OBJECTIVES))
     mse = _mean(jnp.square(target - prediction))
@@ -210,12 +266,13 @@ def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarr
     """w_t [T] float64 for the squared error in the objective's own variable.
 
     'uniform' is 1. The others weigh the error in x0 by a function of the signal-to-noise ratio, and are
-    carried over to the objective (error in x0 = error in eps / SNR = error in v / (SNR + 1)): 'min_snr' is
-    min(SNR, 5) (Hang et al. 2023), 'p2' is SNR / (1 + SNR), that is 1 / (1 + SNR) on the error in eps (Choi
-    et al. 2022, k = gamma = 1). 'v' is SNR + 1 = 1 / sigma^2, that is the error in v, with sigma at least
-    0.05 (JiT, Li & He 2025).
+    carried over to the objective (error in x0 = error in eps / SNR = error in v / (SNR + 1) = error in the
+    velocity u^2): 'min_snr' is min(SNR, 5) (Hang et al. 2023), 'p2' is SNR / (1 + SNR), that is 1 / (1 + SNR)
+    on the error in eps (Choi et al. 2022, k = gamma = 1). 'v' is SNR + 1 = 1 / sigma^2, the error in v, with
+    sigma at least 0.05. 'flow' is 1 / max(u, 0.05)^2, the error in the velocity for a network of any
+    objective (JiT, Li & He 2025).
     """
-    snr = schedule.snr
+    snr, u = schedule.snr, schedule.path_time
     if objective not in OBJECTIVES:
         raise ValueError(_unknown("objective", objective, OBJECTIVES))
     if weighting == "uniform":
@@ -226,9 +283,11 @@ def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarr
         on_x0 = snr / (1.0 + snr)
     elif weighting == "v":
         on_x0 = np.minimum(snr + 1.0, 0.05**-2)
+    elif weighting == "flow":
+        on_x0 = 1.0 / np.maximum(u, 0.05) ** 2
     else:
         raise ValueError(_unknown("weighting", weighting, WEIGHTINGS))
-    return on_x0 / {"eps": snr, "x0": 1.0, "v": snr + 1.0}[objective]
+    return on_x0 / {"eps": snr, "x0": 1.0, "v": snr + 1.0, "flow": 1.0 / u**2}[objective]
 
 
 def vb_bits_per_dim(

@@ -33,11 +33,13 @@ class Sampler(NamedTuple):
       table: name -> coefficient of every step [n], float32; 't' has the times, int32.
       update: (x_t [B, ...], Prediction, x0 of the step before, the step's coefficients, keys [B]) -> x_s.
       multistep: whether `update` reads x0 of the step before; it gets () else.
+      ends: entries of the table that end a step, where a step has several; None: all.
     """
 
     table: dict[str, jax.Array]
     update: Callable[..., jax.Array]
     multistep: bool = False
+    ends: np.ndarray | None = None
 
 
 def ddpm(steps: TwoTime, variance: str | float = "learned") -> Sampler:
@@ -50,7 +52,7 @@ def ddpm(steps: TwoTime, variance: str | float = "learned") -> Sampler:
     if isinstance(variance, str) and variance not in ("learned", "fixed_small", "fixed_large"):
         raise ValueError(f"unknown variance {variance!r}: choose 'learned', 'fixed_small' or 'fixed_large'")
     table = _table(
-        steps,
+        steps.t,
         x0=steps.coef_x0,
         x_t=steps.coef_x_t,
         noisy=_noisy(steps),
@@ -79,7 +81,7 @@ def ddim(steps: TwoTime, eta: float = 0.0) -> Sampler:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     sigma = eta * np.sqrt(steps.beta_tilde)
     to_eps = np.sqrt(np.maximum(1.0 - steps.alpha_bar_s - sigma**2, 0.0))
-    table = _table(steps, x0=np.sqrt(steps.alpha_bar_s), eps=to_eps, std=sigma)
+    table = _table(steps.t, x0=np.sqrt(steps.alpha_bar_s), eps=to_eps, std=sigma)
 
     def update(x_t, prediction, x0_before, c, keys):
         mean = c["x0"] * prediction.x0 + c["eps"] * prediction.eps
@@ -97,7 +99,7 @@ def analytic(steps: TwoTime, eps_sq: jax.Array, data_variance: float = 1.0) -> S
     over the training data of the trained denoiser's eps at time t. v, `data_variance`, is the data's variance
     an entry (Bao et al. 2022, theorem 1 and section 3; the bound of their pixels is 1).
     """
-    table = _table(steps, x0=steps.coef_x0, x_t=steps.coef_x_t, noisy=_noisy(steps))
+    table = _table(steps.t, x0=steps.coef_x0, x_t=steps.coef_x_t, noisy=_noisy(steps))
     table["std"] = jnp.sqrt(_analytic_variance(steps, eps_sq, data_variance)) * table["noisy"]
 
     def update(x_t, prediction, x0_before, c, keys):
@@ -119,19 +121,55 @@ def dpmpp_2m(steps: TwoTime) -> Sampler:
     """
     signal_s, sigma_s = np.sqrt(steps.alpha_bar_s), np.sqrt(1.0 - steps.alpha_bar_s)
     sigma_t = np.sqrt(1.0 - steps.alpha_bar_t)
-    h = np.diff(0.5 * (np.log(steps.alpha_bar_t) - np.log1p(-steps.alpha_bar_t)))
+    with np.errstate(divide="ignore"):  # at pure noise, where a flow begins, lambda is -infinite
+        h = np.diff(0.5 * (np.log(steps.alpha_bar_t) - np.log1p(-steps.alpha_bar_t)))
     x0 = signal_s * -np.expm1(-np.append(h, np.inf))
     change = np.zeros_like(x0)
     change[1:-1] = 0.5 * x0[1:-1] * np.minimum(h[1:] / h[:-1], 1.0)
-    table = _table(steps, x0=x0, x_t=sigma_s / sigma_t, change=change)
+    table = _table(steps.t, x0=x0, x_t=sigma_s / sigma_t, change=change)
 
-    def update(x_t, prediction, x0_before, c, keys):
-        return c["x0"] * prediction.x0 + c["x_t"] * x_t + c["change"] * (prediction.x0 - x0_before)
-
-    return Sampler(table, update, multistep=True)
+    return Sampler(table, _update_by_change, multistep=True)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "analytic": analytic, "dpm++": dpmpp_2m}
+def _update_by_change(x_t, prediction, x0_before, c, keys):
+    return c["x0"] * prediction.x0 + c["x_t"] * x_t + c["change"] * (prediction.x0 - x0_before)
+
+
+def euler(steps: TwoTime) -> Sampler:
+    """Euler's method along the straight path, z_s = z_t + (u_s - u_t) (k eps - x0): `ddim` without noise."""
+    return ddim(steps)
+
+
+def heun(steps: TwoTime) -> Sampler:
+    """Heun's method along the straight path, deterministic, of second order, two evaluations a step.
+
+    z'  = z_t + (u_s - u_t) velocity(z_t, t)
+    z_s = z_t + (u_s - u_t) (velocity(z_t, t) + velocity(z', s)) / 2 = z' + (u_t - u_s) / (2 u_s) (x0' - x0)
+
+    x0' is that of z' at s. Both forms are equal, as velocity(z', s) = (z' - x0') / u_s and velocity(z_t, t) =
+    (z' - x0) / u_s. The last step, to u_s = 0, is Euler's (Karras et al. 2022, algorithm 1).
+    """
+    signal_s, sigma_s = np.sqrt(steps.alpha_bar_s), np.sqrt(1.0 - steps.alpha_bar_s)
+    ratio = sigma_s / np.sqrt(1.0 - steps.alpha_bar_t)
+    u_t, u_s = steps.u_t[:-1], steps.u_s[:-1]
+    # x_s is z_s signal_s / (1 - u_s)
+    change = signal_s[:-1] / (1.0 - u_s) * (u_t - u_s) / (2.0 * u_s)
+
+    def both(predictor, corrector):
+        return np.append(np.stack([predictor[:-1], corrector], axis=1), predictor[-1])
+
+    zeros = np.zeros_like(u_s)
+    table = _table(
+        both(steps.t, steps.t[1:]),
+        x0=both(signal_s - ratio * np.sqrt(steps.alpha_bar_t), zeros),
+        x_t=both(ratio, np.ones_like(u_s)),
+        change=both(np.zeros_like(ratio), change),
+    )
+    ends = np.append(2 * np.arange(len(u_s)) + 1, 2 * len(u_s))
+    return Sampler(table, _update_by_change, multistep=True, ends=ends)
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "analytic": analytic, "dpm++": dpmpp_2m, "euler": euler, "heun": heun}
 METHODS = tuple(SAMPLERS)
 
 
@@ -142,7 +180,7 @@ def resampled(sampler: Sampler, steps: TwoTime, count: int) -> Sampler:
     of one step): x_t = sqrt(alpha_bar[t] / alpha_bar[s]) x_s + sqrt(1 - alpha_bar[t] / alpha_bar[s]) z.
     """
     if count < 1 or sampler.multistep:
-        raise ValueError(f"resample must be 1 or more, and 1 with 'dpm++', got {count}")
+        raise ValueError(f"resample must be 1 or more, and 1 with 'dpm++' and 'heun', got {count}")
     again = np.tile(np.arange(count) < count - 1, len(steps.t))  # [n count], False at each step's last take
     ratio = np.repeat(steps.alpha_bar_t / steps.alpha_bar_s, count)
     table = {name: jnp.repeat(row, count) for name, row in sampler.table.items()} | {
@@ -180,7 +218,9 @@ def walk(
     x_T = x_T.astype(jnp.float32)
     x0_before = jnp.zeros_like(x_T) if sampler.multistep else ()
     (x0, _), path = jax.lax.scan(step, (x_T, x0_before), sampler.table)
-    return (x0, path) if return_path else x0
+    if not return_path:
+        return x0
+    return x0, path if sampler.ends is None else path[sampler.ends]
 
 
 def init_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -211,10 +251,10 @@ def invert(denoise: Denoiser, schedule: Schedule, x0: jax.Array, *, timesteps: n
     return jax.lax.scan(step, x0.astype(jnp.float32), (times, to_x0, to_eps))[0]
 
 
-def _table(steps: TwoTime, **coefficients: np.ndarray) -> dict[str, jax.Array]:
+def _table(times: np.ndarray, **coefficients: np.ndarray) -> dict[str, jax.Array]:
     """The times, and float64 coefficients [n] as float32."""
     floats = {name: jnp.asarray(row, jnp.float32) for name, row in coefficients.items()}
-    return {"t": jnp.asarray(steps.t)} | floats
+    return {"t": jnp.asarray(times)} | floats
 
 
 def _noisy(steps: TwoTime) -> np.ndarray:

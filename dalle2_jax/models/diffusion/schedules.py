@@ -14,6 +14,11 @@ the two alpha_bars:
 For neighbouring times these are DDPM's tables (Ho et al. 2020, equations 6 and 7), for a subset those of
 respaced betas (Nichol & Dhariwal 2021, section 4), so that respacing is nothing but the choice of
 timesteps. Float64, because computing the tables in float32 costs up to 2e-3 of relative error in beta.
+
+Flow matching has the straight path z = (1 - u) x0 + u k eps from data at u = 0 to noise at u = 1, with u =
+(t + 1) / T and k = 1 (Lipman et al. 2023; Liu et al. 2023). z is a multiple of x_t, by `path_scale`, so this
+is a schedule. Its network reads z; samplers, guidance and bounds work on x_t. A walk begins at pure noise,
+alpha_bar = 0.
 """
 
 import dataclasses
@@ -22,10 +27,10 @@ import numpy as np
 
 from dalle2_jax.runtime.names import nearest
 
-NAMES = ("linear", "cosine", "cosine:4", "logsnr")
+NAMES = ("linear", "cosine", "cosine:4", "logsnr", "flow", "flow:2")
 # The ends of 'logsnr': log(alpha_bar / (1 - alpha_bar)) is in +-20.
 _MOST_LOGSNR = 20.0
-SPACINGS = ("uniform", "trailing", "adm", "ddim", "fast27", "sections:10,10,3,2,2")
+SPACINGS = ("uniform", "trailing", "adm", "ddim", "fast27", "sections:10,10,3,2,2", "shift:3")
 
 
 def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
@@ -37,7 +42,8 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
     times smaller by averaging shows as much as 'cosine' leaves of a picture of that size (simple diffusion,
     Hoogeboom et al. 2023, equation 4). 'logsnr' is that of classifier-free guidance (Ho & Salimans 2022,
     section 2): log SNR = -2 log tan(a u + b) at u = (t + 1) / T, within +-20. Its time is continuous: take T
-    = 65536, and scale the network's time by 1000 / T.
+    = 65536, and scale the network's time by 1000 / T. 'flow' is flow matching's straight path, 'flow:F' the
+    one with k = F, for pictures of F times the side (JiT, Li & He 2025: 'flow:2' at 512 pixels).
 
     Raises ValueError for another name, and for fewer steps than the schedule can be defined on.
     """
@@ -55,6 +61,10 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
         u = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
         f = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
         beta = np.minimum(1.0 - f[1:] / f[:-1], 0.999)
+    elif name == "flow":
+        u = np.arange(1, num_timesteps + 1) / num_timesteps
+        k = _factor(name, factor) if factor else 1.0
+        return Schedule(f"flow:{factor}" if factor else name, ((1.0 - u) / np.hypot(1.0 - u, k * u)) ** 2, k)
     elif name == "logsnr":
         b = np.arctan(np.exp(-0.5 * _MOST_LOGSNR))
         a = np.arctan(np.exp(0.5 * _MOST_LOGSNR)) - b
@@ -75,9 +85,10 @@ def _factor(name: str, text: str) -> float:
         factor = float(text)
     except ValueError:
         factor = 0.0
-    if name != "cosine" or not 0 < factor < np.inf:
+    if name not in ("cosine", "flow") or not 0 < factor < np.inf:
         raise ValueError(
-            f"schedule '{name}:{text}' must look like 'cosine:4', with a positive ratio of pictures' sides"
+            f"schedule '{name}:{text}' must look like 'cosine:4' or 'flow:2', with a positive ratio of "
+            "pictures' sides"
         )
     return factor
 
@@ -92,7 +103,8 @@ def space_timesteps(num_steps: int, num_timesteps: int = 1000, spacing: str = "u
       'ddim'      0, k, 2k, ... with the smallest whole k that gives n times (ADM's 'ddimN');
       'sections:a,b,...'  T is cut into equal sections, the cleanest first, with a, b, ... uniform steps;
       'fast27'    GLIDE's 27 steps of 1000: sections 10,10,3,2,2 with 997 in the place of 999, against DDIM's
-                  artifacts from the noisiest times.
+                  artifacts from the noisiest times;
+      'shift:S'   'trailing' with the times u = (t + 1) / T `shifted` by S, more of them noisy.
 
     Raises ValueError if the steps do not fit the spacing or the schedule.
     """
@@ -118,6 +130,8 @@ def space_timesteps(num_steps: int, num_timesteps: int = 1000, spacing: str = "u
             raise ValueError(f"spacing 'fast27' is 27 steps of 1000, not {num_steps} of {T}: use 'uniform'")
         times = _sections(T, [10, 10, 3, 2, 2])
         times[times == 999] = 997
+    elif spacing.startswith("shift:"):
+        times = _shifted_times(T, num_steps, spacing)
     elif spacing.startswith("sections:"):
         try:
             counts = [int(count) for count in spacing.removeprefix("sections:").split(",")]
@@ -134,6 +148,14 @@ def space_timesteps(num_steps: int, num_timesteps: int = 1000, spacing: str = "u
             f"unknown spacing {spacing!r}: choose one of {choices}{_did_you_mean(spacing, SPACINGS)}"
         )
     return np.sort(times)[::-1].copy()
+
+
+def shifted(u, factor: float):
+    """Times u in [0, 1] of the straight path, an array, for pictures of `factor` times the side.
+
+    (1 - u) / u is divided by `factor` (Stable Diffusion 3, Esser et al. 2024, equation 23).
+    """
+    return factor * u / (1.0 + (factor - 1.0) * u)
 
 
 def two_time(schedule: "Schedule", timesteps: np.ndarray) -> "TwoTime":
@@ -153,6 +175,7 @@ def two_time(schedule: "Schedule", timesteps: np.ndarray) -> "TwoTime":
         )
     alpha_bar_t = schedule.alpha_bar[t]
     alpha_bar_s = np.append(alpha_bar_t[1:], 1.0)
+    u_t = schedule.path_time[t]
     alpha = alpha_bar_t / alpha_bar_s
     beta = 1.0 - alpha
     beta_tilde = beta * (1.0 - alpha_bar_s) / (1.0 - alpha_bar_t)
@@ -166,6 +189,8 @@ def two_time(schedule: "Schedule", timesteps: np.ndarray) -> "TwoTime":
         beta_tilde=beta_tilde,
         log_beta=log_beta,
         log_beta_tilde=np.append(inner, inner[-1] if inner.size else log_beta[-1]),
+        u_t=u_t,
+        u_s=np.append(u_t[1:], 0.0),
         coef_x0=np.sqrt(alpha_bar_s) * beta / (1.0 - alpha_bar_t),
         coef_x_t=np.sqrt(alpha) * (1.0 - alpha_bar_s) / (1.0 - alpha_bar_t),
     )
@@ -173,6 +198,19 @@ def two_time(schedule: "Schedule", timesteps: np.ndarray) -> "TwoTime":
 
 def _uniform(size: int, count: int) -> np.ndarray:
     return np.rint(np.arange(count) * (size - 1) / (count - 1)).astype(np.int64)
+
+
+def _shifted_times(size: int, count: int, spacing: str) -> np.ndarray:
+    try:
+        factor = float(spacing.removeprefix("shift:"))
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < np.inf:
+        raise ValueError(f"spacing {spacing!r} must look like 'shift:3', with a positive factor")
+    times = np.rint(size * shifted(1.0 - np.arange(count) / count, factor)).astype(np.int64) - 1
+    if times[-1] < 0 or np.any(np.diff(times) >= 0):
+        raise ValueError(f"spacing {spacing!r} has no {count} distinct times of {size}: take fewer steps")
+    return times
 
 
 def _sections(num_timesteps: int, counts: list[int]) -> np.ndarray:
@@ -195,17 +233,21 @@ def _did_you_mean(name: str, names: tuple[str, ...]) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """alpha_bar [T], float64, strictly descending in (0, 1). Equal and hashed by value, as jit's static."""
+    """alpha_bar [T], float64, strictly descending in [0, 1). Equal and hashed by value, as jit's static.
+
+    path_noise: k of flow matching's straight path, which the network reads; None: the network reads x_t.
+    """
 
     name: str
     alpha_bar: np.ndarray
+    path_noise: float | None = None
 
     def __post_init__(self):
         table = np.array(self.alpha_bar, dtype=np.float64)
-        ends = np.concatenate([[1.0], table, [0.0]])
-        if table.ndim != 1 or table.size == 0 or not np.all(np.diff(ends) < 0):
+        descends = table.ndim == 1 and table.size and np.all(np.diff(table, prepend=1.0) < 0)
+        if not descends or table[-1] < 0:
             raise ValueError(
-                f"alpha_bar of schedule {self.name!r} must be one row that descends strictly within (0, 1)"
+                f"alpha_bar of schedule {self.name!r} must be one row that descends strictly within [0, 1)"
             )
         table.setflags(write=False)
         object.__setattr__(self, "alpha_bar", table)
@@ -223,10 +265,24 @@ class Schedule:
     @property
     def noise_level(self) -> np.ndarray:
         """sqrt((1 - alpha_bar) / alpha_bar) [T], float64: sigma of x0 + sigma eps, as in EDM."""
-        return np.sqrt((1.0 - self.alpha_bar) / self.alpha_bar)
+        with np.errstate(divide="ignore"):  # infinite at pure noise
+            return np.sqrt((1.0 - self.alpha_bar) / self.alpha_bar)
+
+    @property
+    def path_time(self) -> np.ndarray:
+        """u [T] in (0, 1], float64: whatever the schedule, x_t is a multiple of (1 - u) x0 + u k eps."""
+        sigma = np.sqrt(1.0 - self.alpha_bar)
+        return sigma / ((self.path_noise or 1.0) * np.sqrt(self.alpha_bar) + sigma)
+
+    @property
+    def path_scale(self) -> np.ndarray:
+        """(1 - u) x0 + u k eps over x_t, [T] float64."""
+        return 1.0 / (np.sqrt(self.alpha_bar) + np.sqrt(1.0 - self.alpha_bar) / (self.path_noise or 1.0))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Schedule) and np.array_equal(self.alpha_bar, other.alpha_bar)
+        if not isinstance(other, Schedule) or self.path_noise != other.path_noise:
+            return False
+        return np.array_equal(self.alpha_bar, other.alpha_bar)
 
     def __hash__(self) -> int:
         return hash(self.alpha_bar.tobytes())
@@ -236,7 +292,8 @@ class Schedule:
 class TwoTime:
     """Tables [n] of the posterior q(x_s | x_t, x0), one entry a step in sampling order; t is int32.
 
-    mean = coef_x0 x0 + coef_x_t x_t; a learned variance lies between beta_tilde and beta.
+    mean = coef_x0 x0 + coef_x_t x_t; a learned variance lies between beta_tilde and beta. u_t and u_s are the
+    times on the straight path.
     """
 
     t: np.ndarray
@@ -246,5 +303,7 @@ class TwoTime:
     beta_tilde: np.ndarray
     log_beta: np.ndarray
     log_beta_tilde: np.ndarray
+    u_t: np.ndarray
+    u_s: np.ndarray
     coef_x0: np.ndarray
     coef_x_t: np.ndarray

@@ -4,11 +4,12 @@ import inspect
 from collections.abc import Callable, Mapping
 
 from dalle2_jax.models.diffusion import gaussian, schedules
+from dalle2_jax.models.diffusion.process import Times
 from dalle2_jax.models.nets.unet import Style
 from dalle2_jax.models.stages import check_settings
 
 # `process` of a config: further settings of `GaussianDiffusion`.
-PROCESS = ("fixed_variance", "guide_rule", "noise_scale", "threshold_max")
+PROCESS = ("fixed_variance", "guide_rule", "noise_scale", "threshold_max", *Times._fields)
 # `net` of a config with kind='vit': keywords of `PixelViT`, and time_scale.
 VIT_REQUIRED = ("patch_size", "width", "depth", "num_heads")
 VIT_OPTIONAL = ("mlp_width", "bottleneck", "context_tokens", "context_start", "scan_blocks", "time_scale")
@@ -24,13 +25,15 @@ def body_and_process(build: Callable, settings: dict) -> tuple[dict, gaussian.Ga
     body |= {name: settings[name] for name in ("dropout", "remat")}
     body["out_channels"] = 6 if settings["learned_variance"] else 3
     names = ("objective", "learned_variance", "weighting", "num_steps", "spacing", "method", "eta")
-    check_settings(settings["process"] or {}, (), PROCESS, "process")
+    further = dict(settings["process"] or {})
+    check_settings(further, (), PROCESS, "process")
     process = gaussian.GaussianDiffusion(
         schedule=schedules.make_schedule(settings["schedule"], settings["num_timesteps"]),
         threshold=settings.get("threshold"),
         loss_kind=settings.get("loss", "hybrid"),
+        times=Times(**{name: further.pop(name) for name in Times._fields if name in further}),
         **{name: settings[name] for name in names},
-        **(settings["process"] or {}),
+        **further,
     )
     return body, process
 

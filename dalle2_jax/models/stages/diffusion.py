@@ -129,7 +129,7 @@ class DiffusionStage:
                 "condition: leave it out, or steer with a classifier"
             )
         guidance.check_rules(settings, self.diffusion.schedule)
-        names = ("num_steps", "spacing", "threshold")
+        names = ("num_steps", "method", "spacing", "threshold")
         self.diffusion.with_settings(**{name: settings.get(name) for name in names}).timesteps()
         if settings.get("tile") is not None:
             check_side(self.net.body, "tile", settings["tile"])

@@ -28,6 +28,7 @@ import numpy as np
 
 from dalle2_jax.models.diffusion import gaussian, schedules
 from dalle2_jax.models.diffusion.guidance import NO_RULES, Guidance, check_rules, is_guided, pop_rules
+from dalle2_jax.models.diffusion.process import Times
 from dalle2_jax.models.nets.transformer import PriorTransformer
 from dalle2_jax.models.stages import Loss, Op, candidates, check_settings
 from dalle2_jax.models.stages.clip import unit_norm
@@ -125,7 +126,7 @@ class Prior:
     def check(self, settings: dict) -> None:
         """Raises ValueError for settings of `sample` that this stage cannot take."""
         check_rules(settings, self.diffusion.schedule)
-        self.diffusion.with_settings(settings["num_steps"]).timesteps()
+        self.diffusion.with_settings(settings["num_steps"], settings.get("method")).timesteps()
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without `image_embed`."""
@@ -208,8 +209,8 @@ class Prior:
         def network(x_t, t):
             return self.net.apply({"params": params["net"]}, x_t, t, *self._text(batch), drop)
 
-        losses, metrics, output = self.diffusion.loss(diffusion_key, network, z, train=train)
-        predicted = unit_norm(self.embed_scale.inverse(params, output))
+        losses, metrics, predicted = self.diffusion.loss(diffusion_key, network, z, train=train)
+        predicted = unit_norm(self.embed_scale.inverse(params, predicted))
         cosine = (predicted * unit_norm(batch["image_embed"])).sum(axis=-1)
         metrics = metrics | {"loss": losses, "cosine": cosine}
         return Loss(losses.mean(), {name: value.mean() for name, value in metrics.items()})
@@ -271,6 +272,7 @@ def build(
     text_drop: float = 0.1,
     schedule: str = "cosine",
     num_timesteps: int = 1000,
+    objective: str = "x0",
     weighting: str = "uniform",
     num_steps: int = 64,
     spacing: str = "uniform",
@@ -279,6 +281,7 @@ def build(
     num_candidates: int = 2,
     guidance_scale: float = 1.0,
     clip_range: float | None = None,
+    process: dict | None = None,
     remat: bool | str = "none",
     scan_blocks: bool = False,
     dtype: str = "float32",
@@ -295,9 +298,10 @@ def build(
       embed_scale: dict(mode='paper' | 'l2' | 'meanstd'), see EmbedScale; None is 'paper'.
       text_drop: how often the text is dropped in training.
       schedule, num_timesteps: of the noise, see diffusion.schedules.
-      weighting: of the loss, see diffusion.process.
+      objective, weighting: what the network predicts, and the loss over t, see diffusion.process.
       num_steps, spacing, method, eta, num_candidates, guidance_scale: defaults of `sample`.
       clip_range: bound of |z| in sampling, in the scaled space (Karlo's weights: 5 or 10); None: no bound.
+      process: fields of `diffusion.process.Times`.
       remat: what of a block is computed again in the backward pass, 'none', 'products' (all else) or 'all'.
       scan_blocks: compile the blocks as one loop, see `TransformerStack`. dtype: compute type of the network.
     """
@@ -305,16 +309,8 @@ def build(
     check_settings(embed_scale, ("mode",), (), "embed_scale")
     if embed_scale["mode"] not in SCALE_MODES:
         raise ValueError(f"embed_scale.mode {embed_scale['mode']!r} is unknown; choose one of {SCALE_MODES}")
-    required = ("width", "depth", "num_heads", "context_length")
-    check_settings(text, required, ("vocab_size", "states_width", "null_tokens"), "text")
-    if bool(text.get("vocab_size")) == bool(text.get("states_width")):
-        raise ValueError(
-            "text needs either vocab_size (learned token embeddings) or states_width (a frozen CLIP's states)"
-        )
-    if text.get("null_tokens") and not text.get("states_width"):
-        raise ValueError(
-            "text.null_tokens is for a prior on CLIP's states: set text.states_width, or leave it out"
-        )
+    _check_text(text)
+    check_settings(process or {}, (), Times._fields, "process")
     if not 0 <= text_drop < 1:
         raise ValueError(f"text_drop must be in [0, 1), got {text_drop}")
     return Prior(
@@ -324,7 +320,7 @@ def build(
         # Embeddings are not bounded by 1: nothing is clipped unless the weights come with a range.
         diffusion=gaussian.GaussianDiffusion(
             schedule=schedules.make_schedule(schedule, num_timesteps),
-            objective="x0",
+            objective=objective,
             learned_variance=False,
             weighting=weighting,
             num_steps=num_steps,
@@ -333,6 +329,7 @@ def build(
             eta=eta,
             limit=clip_range,
             data="latents",
+            times=Times(**(process or {})),
             data_variance=PAPER_STD**2 if embed_scale["mode"] == "paper" else 1.0,
         ),
         embed_scale=EmbedScale(embed_scale["mode"], embed_dim),
@@ -343,3 +340,17 @@ def build(
         num_candidates=num_candidates,
         guidance_scale=guidance_scale,
     )
+
+
+def _check_text(text: dict) -> None:
+    """Raise ValueError for settings of `text` that are unknown, missing or do not go together."""
+    required = ("width", "depth", "num_heads", "context_length")
+    check_settings(text, required, ("vocab_size", "states_width", "null_tokens"), "text")
+    if bool(text.get("vocab_size")) == bool(text.get("states_width")):
+        raise ValueError(
+            "text needs either vocab_size (learned token embeddings) or states_width (a frozen CLIP's states)"
+        )
+    if text.get("null_tokens") and not text.get("states_width"):
+        raise ValueError(
+            "text.null_tokens is for a prior on CLIP's states: set text.states_width, or leave it out"
+        )

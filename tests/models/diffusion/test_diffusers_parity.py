@@ -15,7 +15,7 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers' schedulers are t
 
 import jax  # noqa: E402
 
-from dalle2_jax.models.diffusion import guidance, process, sampling, schedules  # noqa: E402
+from dalle2_jax.models.diffusion import gaussian, guidance, process, sampling, schedules  # noqa: E402
 
 COSINE = schedules.make_schedule("cosine")
 SHAPE = (2, 3, 3, 3)  # [B, H, W, C]; on the other side a learned variance splits axis 1, so C goes there
@@ -157,3 +157,63 @@ def test_noising_and_velocity(start_and_noise):
     prediction = process.to_prediction(COSINE, jnp.asarray(v), got, jnp.asarray(t), "v", False)
     np.testing.assert_allclose(prediction.x0, x0, atol=1e-5)
     np.testing.assert_allclose(prediction.eps, noise, atol=1e-5)
+
+
+def flow_sigmas(scheduler, num_steps):
+    """The scheduler's distinct sigmas, which are times u, without the clean end."""
+    scheduler.set_timesteps(num_steps)
+    return np.unique(scheduler.sigmas.numpy().astype(np.float64))[:0:-1]
+
+
+def even_log_snr(scheduler, num_steps):
+    """Steps of one length: of longer and longer ones diffusers extrapolates farther than our solver."""
+    scheduler.set_timesteps(num_steps)
+    sigmas = 1 / (1 + np.exp(np.linspace(-6, 5, num_steps)))
+    scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0.0))
+    scheduler.timesteps = torch.from_numpy(1000 * sigmas)
+    return sigmas
+
+
+@pytest.mark.parametrize("num_steps", [2, 9])
+@pytest.mark.parametrize(
+    "method, name, sigmas_of, options",
+    [
+        ("euler", "FlowMatchEulerDiscreteScheduler", flow_sigmas, dict(shift=3.0)),
+        ("heun", "FlowMatchHeunDiscreteScheduler", flow_sigmas, dict(shift=2.0)),
+        (
+            "dpm++",
+            "DPMSolverMultistepScheduler",
+            even_log_snr,
+            dict(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        ),
+    ],
+)
+def test_flow_schedulers(method, name, sigmas_of, options, num_steps, start_and_noise):
+    scheduler = getattr(diffusers, name)(**options)
+    u = sigmas_of(scheduler, num_steps)
+    if method != "dpm++":
+        shift = scheduler.config.shift  # which diffusers applies to the least time twice
+        even = np.linspace(1, schedules.shifted(0.001, shift), num_steps)
+        np.testing.assert_allclose(u, schedules.shifted(even, shift), rtol=1e-6)
+    x = to_torch(start_and_noise[0])
+    for t in scheduler.timesteps:
+        output = to_torch(network(np, from_torch(x), t.item())[..., :3])
+        x = scheduler.step(output, t, x.float()).prev_sample.double()
+    signal, times = (1 - u) / np.hypot(1 - u, u), jnp.asarray(1000 * u[::-1], jnp.float32)
+    own = gaussian.GaussianDiffusion(
+        schedules.Schedule("oracle", signal[::-1] ** 2, 1.0),
+        objective="flow",
+        learned_variance=False,
+        weighting="uniform",
+        num_steps=num_steps,
+        spacing="uniform",
+        method=method,
+        eta=0.0,
+        limit=None,
+    )
+    # A walk begins at x_t, the scheduler at the straight path.
+    x_T = jnp.asarray(start_and_noise[0] / own.schedule.path_scale[-1])
+    denoise = own.denoiser(lambda z, t: network(jnp, z, times[t[0]])[..., :3])
+    keys = jax.random.split(jax.random.key(0), len(x_T))
+    sample = jax.jit(lambda x_T: own.sample(denoise, keys, SHAPE[1:], start=gaussian.Start(x_T=x_T)))
+    np.testing.assert_allclose(sample(x_T), from_torch(x), atol=1e-5)
