@@ -5,6 +5,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from dalle2_jax import pipeline
 from dalle2_jax.runtime import partition, programs
@@ -26,7 +27,21 @@ def directory(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("tiny"))
 
 
-def test_pictures_are_the_same_with_programs_off_cold_warm_and_damaged(directory, place, monkeypatch):
+@pytest.fixture
+def without_jax_cache():
+    """A function that turns JAX's compilation cache off until the test ends."""
+
+    def turn(on=False):
+        jax.config.update("jax_enable_compilation_cache", on)
+        compilation_cache.reset_cache()
+
+    yield turn
+    turn(on=True)
+
+
+def test_pictures_are_the_same_with_programs_off_cold_warm_and_damaged(
+    directory, place, without_jax_cache, monkeypatch
+):
     traced = []
     original = programs.compiled
 
@@ -44,6 +59,9 @@ def test_pictures_are_the_same_with_programs_off_cold_warm_and_damaged(directory
         patch.setattr(programs, "folder", lambda: None)
         expected, stages = draw(seed=5)
     assert stages == 3  # text, prior, decoder
+    draw(seed=5)
+    assert len(list(place.iterdir())) == stages  # of shapes: the programs came from JAX's cache
+    without_jax_cache()
     cold, warm, other = draw(seed=5), draw(seed=5), draw(CAPTIONS[1], seed=6)
     assert (cold[1], warm[1], other[1]) == (stages, 0, 0)  # seed and caption are no part of a program
     np.testing.assert_array_equal(cold[0], expected)
