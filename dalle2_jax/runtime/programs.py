@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from dalle2_jax.runtime import files, machine, modeldir
+from dalle2_jax.runtime import compiling, files, machine, modeldir
 
 KEEP = True  # set it to False where functions of the package are replaced at run time, which no key shows
 MAX_FILES = 128  # the least recently used are removed
@@ -88,7 +89,7 @@ def _versions() -> list[str]:
 def compiled(
     path: Path | None, compile_program: Callable[[], jax.stages.Compiled], arguments: tuple, mesh: Mesh
 ) -> jax.stages.Compiled:
-    """The program in the file `path`, or else that of `compile_program`, which is then written there.
+    """The program in the file `path`, or else that of `compile_program`, written there if JAX compiled it.
 
     Args:
       path: of `file_of`; None: neither read nor written.
@@ -111,7 +112,9 @@ def compiled(
             )
         except Exception as error:  # whatever JAX raises for a program that it cannot load
             logging.info("%s is compiled again: %r", path, error)
-    made = compile_program()
+    made, read = _watched(compile_program)
+    if read:  # XLA loses functions of a CPU's program that it loads and writes again
+        return made
     try:
         program, _, outputs = serialize_executable.serialize(made)
     except Exception as error:  # a program with callbacks, a backend that cannot write programs
@@ -121,6 +124,21 @@ def compiled(
     if jax.tree.structure(modeldir.unflatten(dict.fromkeys(names, 0))) == outputs:
         _write(path, json.dumps(names).encode() + b"\n" + program)
     return made
+
+
+def _watched(compile_program: Callable[[], jax.stages.Compiled]) -> tuple[jax.stages.Compiled, bool]:
+    """(the program, whether JAX read it from its cache and did not compile it)."""
+    thread, read = threading.get_ident(), list[str]()
+
+    def listen(event: str, duration_secs: float, **_) -> None:
+        if event == compiling.READ and threading.get_ident() == thread:
+            read.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        return compile_program(), bool(read)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def shapes(path: Path | None, trace: Callable[[], Any]) -> dict[str, jax.ShapeDtypeStruct]:
