@@ -371,7 +371,9 @@ MODEL = dict(
     num_steps=2,
     net=NET | dict(kind="vit"),
 )
-DECODER = dict(image_size=8, embed_dim=4, text=TEXT, num_classes=3, label_drop=0.1, **MODEL)
+DECODER = dict(
+    image_size=8, embed_dim=4, text=TEXT, num_classes=3, label_drop=0.1, guidance_scale=1.0, **MODEL
+)
 UPSAMPLER = dict(image_size=16, low_res_size=4, crop_size=8, tile=8, low_res_noise=0.5, **MODEL)
 STAGES = {"decoder": DECODER, "upsampler": UPSAMPLER}
 
@@ -387,42 +389,41 @@ def batch_of(stage, size):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_learns_draws_and_is_loaded(name, tmp_path):
-    """Steps of training lower the loss on a batch, also sharded; a model directory draws the same picture."""
+def test_a_stage_learns_on_a_mesh_draws_and_is_loaded(name, tmp_path):
+    """tests/test_meshes.py compares training on meshes with that of one device."""
     config = {"stage": name, "model": STAGES[name]}
     stage = models.build_stage(config)
     batch = batch_of(stage, 8)
+    jit = functools.partial(jax.jit, compiler_options=partition.compiler_options(once=True))
 
-    @jax.jit
-    def descend(params, key):
+    @jit
+    def descend(params):
         def loss(params):
-            return stage.loss(params, key, batch, train=False).value
+            return stage.loss(params, KEY, batch, train=False).value
 
         value, grads = jax.value_and_grad(loss)(params)
         return jax.tree.map(lambda p, g: p - 0.03 * g, params, grads), value
 
     mesh = partition.make_mesh(2, 2, 2)
-    params = jax.jit(stage.init)(KEY, jax.tree.map(lambda x: x[:1], batch))
-    trained = jax.tree.map(lambda p: p + 0.02 * normal(*p.shape), params)
+    params = jit(stage.init)(KEY, jax.tree.map(lambda x: x[:1], batch))
+    values = []
     with partition.use_mesh(mesh):
-        sharded = jax.device_put(trained, partition.shardings(trained, mesh))
-        assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(sharded))
-        first, value = jax.device_get(descend(sharded, KEY))
-    after, alone = jax.device_get(descend(trained, KEY))
-    np.testing.assert_allclose(value, alone, rtol=1e-5)
-    for name_of_leaf, leaf in flatten(after).items():
-        np.testing.assert_allclose(flatten(first)[name_of_leaf], leaf, atol=1e-5, err_msg=name_of_leaf)
-    for _ in range(5):
-        trained, value = descend(trained, KEY)
-    assert value < 0.98 * alone
+        trained = jax.tree.map(lambda p: p + 0.02 * normal(*p.shape), params)
+        trained = jax.device_put(trained, partition.shardings(trained, mesh))
+        assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(trained))
+        for _ in range(6):
+            trained, value = descend(trained)
+            values.append(float(value))
+    assert values[-1] < 0.98 * values[0]
 
+    trained = jax.device_get(trained)
     keys = jax.random.split(KEY, 8)
-    drawn_by = jax.jit(stage.sample)(trained, keys, batch)
+    drawn_by = jit(stage.sample)(trained, keys, batch)
     assert drawn_by.shape == (8, *[stage.image_size] * 2, 3) and np.isfinite(drawn_by).all()
-    modeldir.save_stage(tmp_path, config, jax.device_get(trained), "float32")
+    modeldir.save_stage(tmp_path, config, trained, "float32")
     loaded, _, params = models.load_stage(tmp_path, name)
     assert loaded.net == stage.net
-    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(trained))
+    jax.tree.map(np.testing.assert_array_equal, params, trained)
 
 
 @pytest.mark.parametrize(
