@@ -24,6 +24,8 @@ TEXT = dict(vocab_size=12, context_length=5, width=8, depth=1, num_heads=2)
 STATES = dict(states_width=6, context_length=5, width=8)
 KEY = jax.random.key(0, impl="rbg")
 
+jit = functools.partial(jax.jit, compiler_options=partition.compiler_options(once=True))
+
 
 def normal(*shape):
     return RNG.standard_normal(shape).astype(np.float32)
@@ -188,20 +190,20 @@ def test_patches_come_back():
 
 
 def test_a_loop_over_blocks_is_the_written_out_network_with_its_dropout_and_remat(example):
-    params, args, more, apply = example
-    expected, plain = apply(params, args, more), vit.PixelViT(3, **NET, context_start=1)
-    options = dict(context_start=1, scan_blocks=True, remat="products")
-    scanned = vit.PixelViT(3, **NET | dict(depth=2), **options, dropout=0.5)
-    deterministic = jax.jit(lambda p: scanned.apply({"params": p}, *args, **more))(params)
-    np.testing.assert_allclose(deterministic, expected, atol=1e-5)
+    params, args, more, _ = example
+    options = dict(context_start=1, scan_blocks=True, remat="products", dropout=0.5)
+    plain, scanned = vit.PixelViT(3, **NET, context_start=1), vit.PixelViT(3, **NET, **options)
 
     def loss(net, params, **how):
         return jnp.square(net.apply({"params": params}, *args, **more, **how)).sum()
 
-    here, alone = (jax.jit(jax.grad(functools.partial(loss, net)))(params) for net in (scanned, plain))
+    (expected, alone), (value, here) = (
+        jit(jax.value_and_grad(functools.partial(loss, net)))(params) for net in (plain, scanned)
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
     for name, leaf in flatten(alone).items():
         np.testing.assert_allclose(flatten(here)[name], leaf, atol=1e-4 * np.abs(leaf).max(), err_msg=name)
-    draw = jax.jit(lambda p, key: loss(scanned, p, deterministic=False, rngs={"dropout": key}))
+    draw = jit(lambda p, key: loss(scanned, p, deterministic=False, rngs={"dropout": key}))
     first, again, other = (float(draw(params, jax.random.key(seed, impl="rbg"))) for seed in (0, 0, 1))
     assert first == again != other
 
@@ -292,8 +294,9 @@ def test_a_fresh_network_gives_zero():
     net = denoiser(num_classes=3)
     x, t = normal(3, 8, 8, 3), np.array([1, 500, 999])
     label = {"label": np.array([0, 1, -1])}
-    params = jax.jit(lambda: net.init(KEY, x, t, label))()["params"]
-    assert not np.abs(net.apply({"params": params}, x, t, label)).any()
+    out, params = jit(lambda: net.init_with_output(KEY, x, t, label))()
+    params = params["params"]
+    assert not np.abs(out).any()
     zero = {
         name for name, leaf in flatten(params).items() if name.endswith("kernel") and not np.abs(leaf).any()
     }
@@ -342,7 +345,7 @@ def test_states_of_frozen_encoders_are_read_and_their_padding_is_not():
         out = apply(read)
         padding = np.where(mask[..., None], states, 5.0).astype(np.float32)
         np.testing.assert_array_equal(apply(read | {"text": padding}), out)
-        assert np.abs(apply(read | {"text": states + 1}) - out).max(axis=(1, 2, 3)).min() > 1e-3
+        assert np.abs(apply(read | {"text": states + 1}) - out).max(axis=(1, 2, 3)).min() > 1e-4
 
 
 def test_parameters_by_a_closed_formula():
@@ -371,7 +374,9 @@ MODEL = dict(
     num_steps=2,
     net=NET | dict(kind="vit"),
 )
-DECODER = dict(image_size=8, embed_dim=4, text=TEXT, num_classes=3, label_drop=0.1, **MODEL)
+DECODER = dict(
+    image_size=8, embed_dim=4, text=TEXT, num_classes=3, label_drop=0.1, guidance_scale=1.0, **MODEL
+)
 UPSAMPLER = dict(image_size=16, low_res_size=4, crop_size=8, tile=8, low_res_noise=0.5, **MODEL)
 STAGES = {"decoder": DECODER, "upsampler": UPSAMPLER}
 
@@ -387,42 +392,40 @@ def batch_of(stage, size):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_learns_draws_and_is_loaded(name, tmp_path):
-    """Steps of training lower the loss on a batch, also sharded; a model directory draws the same picture."""
+def test_a_stage_learns_on_a_mesh_draws_and_is_loaded(name, tmp_path):
+    """tests/test_meshes.py compares training on meshes with that of one device."""
     config = {"stage": name, "model": STAGES[name]}
     stage = models.build_stage(config)
     batch = batch_of(stage, 8)
 
-    @jax.jit
-    def descend(params, key):
+    @jit
+    def descend(params):
         def loss(params):
-            return stage.loss(params, key, batch, train=False).value
+            return stage.loss(params, KEY, batch, train=False).value
 
         value, grads = jax.value_and_grad(loss)(params)
         return jax.tree.map(lambda p, g: p - 0.03 * g, params, grads), value
 
     mesh = partition.make_mesh(2, 2, 2)
-    params = jax.jit(stage.init)(KEY, jax.tree.map(lambda x: x[:1], batch))
-    trained = jax.tree.map(lambda p: p + 0.02 * normal(*p.shape), params)
+    params = jit(stage.init)(KEY, jax.tree.map(lambda x: x[:1], batch))
+    values = []
     with partition.use_mesh(mesh):
-        sharded = jax.device_put(trained, partition.shardings(trained, mesh))
-        assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(sharded))
-        first, value = jax.device_get(descend(sharded, KEY))
-    after, alone = jax.device_get(descend(trained, KEY))
-    np.testing.assert_allclose(value, alone, rtol=1e-5)
-    for name_of_leaf, leaf in flatten(after).items():
-        np.testing.assert_allclose(flatten(first)[name_of_leaf], leaf, atol=1e-5, err_msg=name_of_leaf)
-    for _ in range(5):
-        trained, value = descend(trained, KEY)
-    assert value < 0.98 * alone
+        trained = jax.tree.map(lambda p: p + 0.02 * normal(*p.shape), params)
+        trained = jax.device_put(trained, partition.shardings(trained, mesh))
+        assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(trained))
+        for _ in range(6):
+            trained, value = descend(trained)
+            values.append(float(value))
+    assert values[-1] < 0.98 * values[0]
 
+    trained = jax.device_get(trained)
     keys = jax.random.split(KEY, 8)
-    drawn_by = jax.jit(stage.sample)(trained, keys, batch)
+    drawn_by = jit(stage.sample)(trained, keys, batch)
     assert drawn_by.shape == (8, *[stage.image_size] * 2, 3) and np.isfinite(drawn_by).all()
-    modeldir.save_stage(tmp_path, config, jax.device_get(trained), "float32")
+    modeldir.save_stage(tmp_path, config, trained, "float32")
     loaded, _, params = models.load_stage(tmp_path, name)
     assert loaded.net == stage.net
-    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(trained))
+    jax.tree.map(np.testing.assert_array_equal, params, trained)
 
 
 @pytest.mark.parametrize(
