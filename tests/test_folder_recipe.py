@@ -42,7 +42,7 @@ def small(path: str) -> dict:
     config.model.update(image_size=8, channels=16, channel_mult=(1,), attention_resolutions=(8,), num_steps=4)
     config.model.text.update(width=16, depth=1)
     config.data.path = path
-    config.optim.warmup_steps = 0
+    config.optim.update(warmup_steps=0, muon_learning_rate=0.0)
     config.update(batch_size=8, num_steps=2, num_samples=6)
     return json.loads(json.dumps(models.to_plain(config)))
 
