@@ -69,9 +69,10 @@ def build(
     num_classes: how many classes a caption may name; 0 reads no class. num_heads: of every attention, in the
     place of heads of head_dim entries. guidance_scale: 1 where nothing is ever dropped. weighting ('uniform',
     'p2', 'min_snr', 'v', 'flow'), loss ('hybrid', 'vlb'): see `diffusion.process`. threshold: percentile of
-    dynamic thresholding, None to clip. inpaint: the network also gets unmasked pixels, with random masks in training
-    (GLIDE; `init_from` a decoder without). process: `PROCESS`, see `diffusion.gaussian`. net: where the U-Net
-    differs from ADM's, see `unet.Style`; or dict(kind='vit', ...), a transformer, see `vit.PixelViT`.
+    dynamic thresholding, None to clip. inpaint: the network also gets unmasked pixels, with random masks in
+    training (GLIDE; `init_from` a decoder without). process: `PROCESS`, see `diffusion.gaussian`. net: where
+    the U-Net differs from ADM's, see `unet.Style`; or dict(kind='vit', ...), a transformer, see
+    `vit.PixelViT`.
     """
     body, diffusion = body_and_process(build, locals())
     check_side(body, "image_size", image_size)
