@@ -14,8 +14,10 @@ PROCESS = ("fixed_variance", "guide_rule", "noise_scale", "threshold_max", *Time
 VIT_REQUIRED = ("patch_size", "width", "depth", "num_heads")
 VIT_OPTIONAL = ("mlp_width", "bottleneck", "context_tokens", "context_start", "scan_blocks", "time_scale")
 # Keywords of `build` that the U-Net alone reads.
-_UNET = ("channels", "channel_mult", "num_res_blocks", "attention_resolutions", "scale_shift")
-_UNET += ("head_dim", "num_heads")
+_UNET = (
+    *("channels", "channel_mult", "num_res_blocks", "attention_resolutions"),
+    *("scale_shift", "head_dim", "num_heads"),
+)
 
 
 def body_and_process(build: Callable, settings: dict) -> tuple[dict, gaussian.GaussianDiffusion]:
