@@ -4,8 +4,8 @@
 #
 #   bash launch/quickstart.sh
 #
-# At most 25 minutes on two CPU cores after the installation. After an interruption the same command continues. All
-# output is in quickstart/ in the repository, or in QUICKSTART_DIR.
+# 24 to 37 minutes on two CPU cores after the installation (docs/quickstart.md). After an interruption the same command
+# continues. All output is in quickstart/ in the repository, or in QUICKSTART_DIR.
 # EXTRAS=cuda or EXTRAS=tpu installs JAX for these; see env.sh for PYTHON and DALLE2_JAX_VENV.
 set -euo pipefail
 [ -z "${QUICKSTART_DIR:-}" ] || { mkdir -p "$QUICKSTART_DIR" && QUICKSTART_DIR="$(cd "$QUICKSTART_DIR" && pwd)"; }
