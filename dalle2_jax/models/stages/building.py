@@ -13,8 +13,15 @@ PROCESS = ("fixed_variance", "guide_rule", "noise_scale", "threshold_max")
 VIT_REQUIRED = ("patch_size", "width", "depth", "num_heads")
 VIT_OPTIONAL = ("mlp_width", "bottleneck", "context_tokens", "context_start", "scan_blocks", "time_scale")
 # Keywords of `build` that the U-Net alone reads.
-_UNET = ("channels", "channel_mult", "num_res_blocks", "attention_resolutions", "scale_shift")
-_UNET += ("head_dim", "num_heads")
+_UNET = (
+    "channels",
+    "channel_mult",
+    "num_res_blocks",
+    "attention_resolutions",
+    "head_dim",
+    "num_heads",
+    "scale_shift",
+)
 
 
 def body_and_process(build: Callable, settings: dict) -> tuple[dict, gaussian.GaussianDiffusion]:
