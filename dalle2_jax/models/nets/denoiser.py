@@ -68,7 +68,6 @@ class DenoiserNet(nn.Module):
     def setup(self):
         """Declare the layers (Flax)."""
         body = dict(self.body)
-        net: type[nn.Module]
         if self.is_vit:
             del body["kind"]
             net, channels = PixelViT, TIME_WIDTH
