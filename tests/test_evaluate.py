@@ -443,7 +443,7 @@ def test_losses_of_the_other_stages(tmp_path):
         ("guidance", "must be settings like"),
         ("guidance_scal=2", "no setting of sampling; did you mean .guidance_scale"),
         ("guidance_scale=much", "much"),
-        ("prior_method=heun", "heun"),
+        ("prior_method=huen", "huen"),
         ("model=/nowhere", "/nowhere"),
         ("decoder_steps=100000", "num_steps must be between 1 and num_timesteps = 1000"),
     ],

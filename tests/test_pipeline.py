@@ -214,7 +214,7 @@ def test_progress_counts_pictures(model):
         (["a"], dict(eta=0.5), "eta 0.5 has no meaning"),
         (["a"], dict(method="ddim", eta=2.0), "eta 2.0"),
         (["a"], dict(batch_size=0), "batch_size 0"),
-        (["a"], dict(prior_method="euler"), "method 'euler'"),
+        (["a"], dict(prior_method="eulre"), "method 'eulre'"),
         (["a"], dict(prior_candidates=0), "prior: num_candidates 0"),
         (["a"], dict(noisy_clip=1.0), "has no noisy_clip: it has clip, prior, decoder"),
         (["a"], dict(method="analytic"), "decoder: method 'analytic' needs statistics"),

@@ -29,9 +29,9 @@ class Unreachable(OSError):
     """A file of an object store cannot be read, after all retries."""
 
 
-def is_remote(path: str) -> bool:
+def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path is the address of an object store."""
-    return "://" in path
+    return "://" in os.fspath(path)
 
 
 def scheme(path: str) -> str:

@@ -205,9 +205,10 @@ class Engine:
 
     def _file_of(self, names: Sequence[str], *parts) -> Path | None:
         """Where to keep on disk what follows from these stages and `parts`; None: nowhere."""
-        modules = [self.system.__name__, *(type(self.stages[name]).__module__ for name in names)]
+        system = getattr(self.system, "__name__", "")  # '': an object of a test, no module
+        modules = [system, *(type(self.stages[name]).__module__ for name in names)]
         configs = [(name, self.configs[name]["stage"], self.configs[name]["model"]) for name in names]
-        return programs.file_of(modules, self.mesh, self.system.__name__, configs, *parts)
+        return programs.file_of(modules, self.mesh, system, configs, *parts)
 
     def prepare(self, task: Task, count: int, batch_size: int | None = None) -> None:
         """Begin, in the background, to read a stage's weights and to compile a task for `count` examples.

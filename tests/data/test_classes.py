@@ -261,7 +261,6 @@ def test_folders_that_are_refused(pets):
     refused(pets, "has no split 'test'; There is: train, val", split="test")
     refused(pets, "has no split ''; There is: train, val", split="")
     refused(pets.parent / "pest", "is no folder; did you mean 'pets'")
-    refused("gs://bucket/pets", "mount the bucket")
     refused("", "data.path is empty")
     (pets.parent / "flat").mkdir()
     refused(pets.parent / "flat", "holds no picture")

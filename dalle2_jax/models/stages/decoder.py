@@ -71,8 +71,7 @@ def build(
     'p2', 'min_snr', 'v', 'flow'), loss ('hybrid', 'vlb'): see `diffusion.process`. threshold: percentile of
     dynamic thresholding, None to clip. inpaint: the network also gets unmasked pixels, with random masks in
     training (GLIDE; `init_from` a decoder without). process: `PROCESS`, see `diffusion.gaussian`. net: where
-    the U-Net differs from ADM's, see `unet.Style`; or dict(kind='vit', ...), a transformer, see
-    `vit.PixelViT`.
+    the U-Net differs from ADM's, `unet.Style`; or dict(kind='vit', ...), a transformer, `vit.PixelViT`.
     """
     body, diffusion = body_and_process(build, locals())
     check_side(body, "image_size", image_size)
