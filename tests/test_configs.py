@@ -29,7 +29,7 @@ PAPER = (
     "configs.upsampler1024",
 )
 AR_PRIOR = "configs.ar_prior"  # of the paper too, in the place of the diffusion prior
-MODERN = tuple(f"configs.modern.{name}" for name in ("decoder64", "upsampler256", "upsampler1024"))
+MODERN = tuple(f"configs.modern.{name}" for name in ("prior", "decoder64", "upsampler256", "upsampler1024"))
 DEBUG = (*PAPER, AR_PRIOR, *MODERN)
 CASES = [(recipe, "") for recipe in RECIPES] + [(recipe, "debug") for recipe in DEBUG]
 # Recipes beside a folder's cascade: what may take a stage's place, or steer one.

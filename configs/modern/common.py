@@ -1,4 +1,6 @@
-"""What the recipes of transformers on pixels share: x0 predicted, the error weighed as v's."""
+"""What the recipes of transformers on pixels share: flow matching as in JiT (arXiv 2511.13720), x0 predicted
+with the loss in velocity, times whose logit is normal. JiT counts time from noise to picture: its mean is
+-0.8."""
 
 from dalle2_jax.configs import common
 
@@ -11,11 +13,12 @@ def get_config(stage: str, batch_size: int, model: dict):
     config.stage = stage
     config.model = dict(
         dropout=0.0,
-        schedule="cosine",
+        schedule="flow",
         objective="x0",
         learned_variance=False,
-        weighting="v",
-        method="dpm++",
+        weighting="flow",
+        process=dict(times="logit_normal", time_mean=0.8, time_std=0.8),
+        method="heun",
         remat="products",
         dtype="bfloat16",
     )

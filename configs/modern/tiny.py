@@ -15,7 +15,9 @@ def get_config(preset: str = ""):
         del config.model[name]
     config.model.update(
         objective="x0",
-        weighting="v",
+        schedule="flow",
+        weighting="flow",
+        process=dict(times="logit_normal", time_mean=0.8, time_std=0.8),
         net=dict(
             kind="vit",
             patch_size=2,

@@ -14,7 +14,7 @@ from dalle2_jax.configs.tiny import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=1000, batch_size=32, learning_rate=2e-3)
+    config = common.get_config(num_steps=850, batch_size=32, learning_rate=2e-3)
     config.stage = "decoder"
     config.data.update(source="folder", path="", class_captions=True, max_bad_fraction=0.05)
     config.tokenizer.update(vocab_size=2048, context_length=40)
@@ -38,5 +38,5 @@ def get_config(preset: str = ""):
     )
     config.optim.update(beta2=0.99, muon_learning_rate=0.02, final_fraction=0.1)
     config.eval_batches = 1
-    config.sample_every = 500
+    config.sample_every = 425
     return config
