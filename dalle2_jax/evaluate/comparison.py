@@ -312,6 +312,8 @@ def plot(rows: Sequence[Row], path: str | os.PathLike) -> None:
         if y_label.startswith(("share", "precision")):
             axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.3)
+        axes.margins(x=0.25)  # room for the names
+        axes.locator_params(axis="x", nbins=4)
     for axes in figure.axes[len(panels) :]:
         axes.remove()
     with open(os.fspath(path), "wb") as file:
