@@ -169,7 +169,7 @@ def imagen(run: Trained) -> list[Score]:
     # White and black are saturated by right: these captions name a grey background.
     grey = [f"{text} on grey" for text in singles if " on " not in text and "background" not in text]
     dynamic, static = (
-        _saturated(run.draw(grey, guidance_scale=8, threshold=percentile, upsample=False))
+        _saturated(run.draw(grey, "base", guidance_scale=8, threshold=percentile))
         for percentile in (99.5, STATIC)
     )
     return [
@@ -282,6 +282,7 @@ RECIPES = {
         ),
         {
             "model": {"t5": "t5", "decoder": "decoder", "upsamplers": "upsampler"},
+            "base": {"t5": "t5", "decoder": "decoder"},
             "plain": {"t5": "t5", "decoder": "decoder", "upsamplers": "plain"},
         },
         imagen,
