@@ -18,6 +18,10 @@ Without --clip it writes the states of the frozen text encoder of the config, as
 states, which training counts and replaces, so row i is always record i. The same command again writes the
 missing shards. Several processes (see `processes`), or machines started separately with --worker=I/N, share
 the shards.
+
+--duplicates=THRESHOLD also lists the pairs of pictures whose embeddings have that cosine or more, in
+DIR/SPLIT/duplicates.tsv, and the later record of each pair in DIR/SPLIT/leave_out.txt, a file for
+--config.data.leave_out.
 """
 
 from dalle2_jax.runtime import start
@@ -37,7 +41,7 @@ import numpy as np
 from absl import flags, logging
 from etils import epath
 
-from dalle2_jax.data import embeddings, text_states
+from dalle2_jax.data import duplicates, embeddings, text_states
 from dalle2_jax.data.records import BadRecord
 from dalle2_jax.models import frozen, models
 from dalle2_jax.runtime import commandline, files, hub, metrics, modeldir, partition, processes
@@ -257,7 +261,7 @@ def embed(
     if worker[0] == 0:
         words.save(place / "tokenizer")
     data = {name: value for name, value in config["data"].items() if name not in ("split", "eval_split")}
-    data |= dict(flip=False, random_crop=False, low_res_blur=0.0, low_res_bsr="", embeddings="")
+    data |= dict(flip=False, random_crop=False, low_res_blur=0.0, low_res_bsr="", embeddings="", leave_out="")
     for split in splits:
         dataset = pipeline.make_dataset(
             **data,
@@ -307,6 +311,8 @@ def main(argv):
         config = models.to_plain(FLAGS.config)
         checks.check_names(config)
         data = config["data"]
+        if FLAGS.duplicates is not None and not FLAGS.clip:
+            raise ValueError("--duplicates compares CLIP's embeddings: give --clip=MODEL")
         splits = tuple(FLAGS.splits or dict.fromkeys((data["split"], data["eval_split"])))
         processes.join()
         worker = parse_worker(FLAGS.worker) if FLAGS.worker else (jax.process_index(), jax.process_count())
@@ -330,6 +336,10 @@ def main(argv):
             elif jax.process_index() == 0:
                 counted = embeddings.finish(epath.Path(FLAGS.out) / split)
                 logging.info("%s is complete; records left out by reason: %s", split, counted or "none")
+                if FLAGS.duplicates is not None:
+                    folder = epath.Path(FLAGS.out) / split
+                    near, left = duplicates.write(folder, FLAGS.duplicates)
+                    logging.info("%s: %d near-duplicate pairs, %d records to leave out", folder, near, left)
         logging.info("left out by this process: %s", {name: dict(found) for name, found in lost.items()})
 
 
@@ -344,6 +354,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 64, "Records that this process embeds at once.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float16", DTYPES, "Type of stored embeddings; states are bfloat16.")
     flags.DEFINE_string("worker", None, "I/N: embed every N-th shard from I, without other processes.")
+    of_pairs = "List pairs of pictures with this cosine of their embeddings or more, such as 0.95."
+    flags.DEFINE_float("duplicates", None, of_pairs, lower_bound=-1.0, upper_bound=1.0)
     flags.DEFINE_bool("debug", False, "Show the full traceback of an error in the settings.")
     flags.mark_flags_as_required(["config", "out"])
     logging.set_verbosity(logging.INFO)

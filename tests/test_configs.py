@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
     for path in ROOT.glob("configs/**/*.py")
-    if path.stem not in ("__init__", "common")
+    if path.stem not in ("__init__", "common") and "def get_config(" in path.read_text("utf-8")
 )
 PAPER = (
     "configs.clip",

@@ -11,7 +11,7 @@ import collections
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from etils import epath
@@ -318,3 +318,8 @@ class EmbeddingSource(records.RecordSource):
         embedded = bool({"text_embed", "text_states"} & self._table.dims.keys())
         texts = metadata.row_captions(self._captions, index, embedded) if captions else {}
         return Record(f"row:{index}", None, texts, self._table.row(index), self._fields)
+
+    def keys(self) -> Iterator[str | None]:
+        """Yield the key of each embedded record, or row:NUMBER where the metadata have none."""
+        columns, _ = metadata.read_columns(self._table.metadata, lambda field: field == "key")
+        yield from columns.get("key") or (f"row:{index}" for index in range(len(self)))

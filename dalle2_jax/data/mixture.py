@@ -35,6 +35,8 @@ class Mixture(records.RecordSource):
         ]
         of_each = [(f"{n} {one.fingerprint}", 0, len(one)) for n, one in enumerate(sources.values())]
         self.fingerprint = records.fingerprint(of_each)
+        firsts = zip(self._firsts.tolist(), sources.values(), strict=False)
+        self.left_out = frozenset(first + number for first, one in firsts for number in one.left_out)
         self.remote = any(source.remote for source in sources.values())
         self.has_images = all(source.has_images for source in sources.values())
         self.embed_dims = self._common("embed_dims", "embeddings of one size, or none")

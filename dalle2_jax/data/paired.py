@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Iterator
 
 import numpy as np
 from absl import logging
@@ -59,6 +60,10 @@ class Paired(records.RecordSource):
 
     def __len__(self):
         return len(self._source)
+
+    def keys(self) -> Iterator[str | None]:
+        """See `records.RecordSource`."""
+        return self._source.keys()
 
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         """A record with the embeddings of its row; see `records.RecordSource`."""

@@ -1,7 +1,8 @@
 """Datasets of batches: records read, checked, cut to size and tokenized.
 
 `stream` has the order of records. The augmentation of a record is a function of (seed, epoch, record). A bad
-record is counted (`bad_records`) and replaced by the next usable one, the same on every run.
+record is counted (`bad_records`) and replaced by the next usable one, the same on every run, and so is one
+that `data.leave_out` names: all other records keep their places.
 """
 
 import dataclasses
@@ -155,7 +156,7 @@ class Dataset:
         first, count = self.source.span(index)
         for offset in range(count):
             chosen = first + (index - first + offset) % count
-            if self._bad.reason(chosen):
+            if chosen in self.source.left_out or self._bad.reason(chosen):
                 continue
             if offset:
                 draws = transforms.uniforms(self.settings.seed, epoch, chosen)
@@ -301,6 +302,8 @@ def iterate_captions(limit: int = 50_000, **settings) -> Iterator[str]:
     _check_captions(opened, config)
     stride = max(1, -(-len(opened) // limit))
     for index in range(0, len(opened), stride):
+        if index in opened.left_out:
+            continue
         try:
             captions = opened.read(index, image=False).captions
         except BadRecord:

@@ -17,7 +17,7 @@ import struct
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import google_crc32c
 import numpy as np
@@ -82,6 +82,7 @@ class RecordSource:
     # Of a mixture: its sources by name; (number of records, weight) of each.
     sources: Mapping[str, "RecordSource"] = {}
     mixture: tuple[tuple[int, float], ...] = ()
+    left_out: frozenset[int] = frozenset()  # numbers of the records that data.leave_out names
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -89,6 +90,14 @@ class RecordSource:
     def read(self, index: int, image: bool = True, captions: bool = True) -> Record:
         """Record `index`, with or without its image and captions. Raises BadRecord."""
         raise NotImplementedError
+
+    def keys(self) -> Iterator[str | None]:
+        """Yield the key of each record, None for one without a readable key."""
+        for index in range(len(self)):
+            try:
+                yield self.read(index, image=False, captions=False).key
+            except BadRecord:
+                yield None
 
     def span(self, index: int) -> tuple[int, int]:
         """(first record, number of records) among which a bad record `index` is replaced."""

@@ -23,8 +23,9 @@ class SourceSettings:
     `folders.FolderSource`.
     embeddings: a folder (or FOLDER/SPLIT) of embeddings whose rows match the records. verify_sha256: for
     'tar', see `shards.TarSource`. allow_damaged: for 'tar', 'tfrecord' and 'parquet', damaged files whose
-    intact part is read, separated by commas; see `damage.check`. sources: several sources, each a path or a
-    dict of `path`, `weight` (1) and the settings above, but for split, that differ from these; see `mixture`.
+    intact part is read, separated by commas; see `damage.check`. leave_out: a file with the keys of records
+    that are not read, a line each; see `_leave_out`. sources: several sources, each a path or a dict of
+    `path`, `weight` (1) and the settings above, but for split, that differ from these; see `mixture`.
     """
 
     source: str
@@ -38,6 +39,7 @@ class SourceSettings:
     embeddings: str = ""
     verify_sha256: bool = False
     allow_damaged: str | Sequence[str] = ""
+    leave_out: str = ""
     sources: Sequence[str | Mapping[str, Any]] = ()
 
 
@@ -72,21 +74,45 @@ def open_source(settings: SourceSettings) -> records.RecordSource:
             f"data.source {settings.source!r} is unknown" + did_you_mean(settings.source, SOURCES)
         )
     places: dict[str, Any] = {
-        name: files.expand(getattr(settings, name)) for name in ("path", "data_dir", "embeddings")
+        name: files.expand(getattr(settings, name))
+        for name in ("path", "data_dir", "embeddings", "leave_out")
     }
     settings = dataclasses.replace(settings, **places)
     if settings.sources:
         return _open_mixture(settings)
     opened = SOURCES[settings.source](settings)
-    if not settings.embeddings:
-        return opened
-    return paired.Paired(opened, _folder(settings.embeddings, settings.split))
+    if settings.embeddings:
+        opened = paired.Paired(opened, _folder(settings.embeddings, settings.split))
+    if settings.leave_out:
+        _leave_out(opened, settings.leave_out)
+    return opened
+
+
+def _leave_out(source: records.RecordSource, path: str) -> None:
+    """Leave out the records whose keys are the lines of a file: the fingerprint follows from them.
+
+    All keys are read once. Raises ValueError for a line that is no record's key.
+    """
+    wanted = {line.removesuffix("\r") for line in files.read_text(path).split("\n")} - {""}
+    found = {number: key for number, key in enumerate(source.keys()) if key in wanted}
+    if unknown := wanted - set(found.values()):
+        raise ValueError(
+            f"data.leave_out: {len(unknown)} of {len(wanted)} lines of {path} are keys of no record, such as "
+            f"{min(unknown)!r}"
+        )
+    if len(found) == len(source):
+        raise ValueError(f"data.leave_out: {path} leaves out all {len(source)} records")
+    source.left_out = frozenset(found)
+    source.passed = {**source.passed, "left_out": len(found)}
+    numbers = ((f"left out {number}", 0, 0) for number in found)
+    source.fingerprint = records.fingerprint([(source.fingerprint, 0, len(source)), *numbers])
 
 
 def _open_mixture(settings: SourceSettings) -> mixture.Mixture:
     """The sources of `settings.sources`, whose other settings are those of `settings`."""
-    if settings.embeddings:
-        raise ValueError("data.embeddings: give the folder of each source, as embeddings in data.sources")
+    for name, what in (("embeddings", "folder"), ("leave_out", "file")):
+        if getattr(settings, name):
+            raise ValueError(f"data.{name}: give the {what} of each source, as {name} in data.sources")
     names = {field.name for field in dataclasses.fields(SourceSettings)} - {"split", "sources"} | {"weight"}
     entries: list[dict[str, Any]] = [
         {"path": one} if isinstance(one, str) else dict(one) for one in settings.sources

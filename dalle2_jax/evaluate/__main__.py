@@ -74,7 +74,8 @@ if __name__ == "__main__":
         commandline.DEFINE_path("reference", None, "Pictures to compare with, or an npz of mu and sigma.")
         commandline.DEFINE_path("inception", None, "Weights that `dalle2_jax.convert inception` wrote.")
         flags.DEFINE_string("preset", "ttur", f"Protocol of FID, one of {', '.join(presets.PRESETS)}.")
-        commandline.DEFINE_path("judge", None, "Another CLIP for clip_*, aesthetic and --compare; a folder.")
+        of_judge = "Another model, whose CLIP and classifier read the pictures; a folder."
+        commandline.DEFINE_path("judge", None, of_judge)
         commandline.DEFINE_path("aesthetic", None, "Weights of LAION's aesthetic head, for CLIP ViT-L/14.")
         commandline.DEFINE_path("classes", None, "zero_shot of --images: a file with a class on each line.")
         commandline.DEFINE_path(

@@ -180,8 +180,9 @@ def compare(
     directories = dict.fromkeys([model_dir, *(directory for _, directory, _ in parsed)])
     models = {directory: load(directory) for directory in directories}
     for model in models.values():
-        if judge is None and not has_clip(model):
-            raise ValueError(f"--compare needs a CLIP, and model {model.name!r} has none: give --judge=DIR")
+        if not has_clip(judge or model):
+            where = f"the judge {judge.name!r}" if judge else f"model {model.name!r}"
+            raise ValueError(f"--compare needs a CLIP, and {where} has none: give --judge=DIR")
     settings = [models[directory].settings(**changes) for _, directory, changes in parsed]
     networks = open_networks(models[model_dir], request, judge)
     check, captions, reference = _captions(models[model_dir], request, pictures)

@@ -24,10 +24,14 @@ scenes. A model that reads no captions draws n pictures of its classes in turn. 
 features are those of the model's CLIP (clip_frechet, clip_mmd, ...), or with --judge=DIR those of another
 CLIP: a model directory with a CLIP, or a folder of OpenCLIP or transformers.
 
-Draws a suite of prompts for an external tool, --pictures of each, in GenEval's layout, and measures nothing:
+  --images=SRC --reference=TRAINING --metrics=memorised   the nearest training picture of each picture
+
+Draws a suite of prompts, --pictures of each, in GenEval's layout, for an external tool or a judge:
 
   --prompts=evaluation_metadata.jsonl (GenEval's; DrawBench's csv, PartiPrompts's tsv, a JSON list of texts,
     or a caption a line)
+  --images=DRAWN --judge=DIR --metrics=clip_top,class_accuracy [--reference=SRC]   is the prompt among the
+    first five of 100, is the class right; --reference is judged in the same way
 
 With --compare, once for each way of drawing, it draws n captions in each way, and writes comparison.json,
 comparison.md and comparison.png instead. The captions are those of `scenes`, which the checker reads, or of
@@ -52,7 +56,7 @@ from dalle2_jax.evaluate import drawing, fidelity, page, picture_sets, presets
 from dalle2_jax.evaluate.features import BATCH_SIZE
 from dalle2_jax.evaluate.metric import Inputs, Request
 from dalle2_jax.evaluate.metrics import METRICS, OF_MODELS, OF_PICTURES, aesthetic
-from dalle2_jax.evaluate.networks import Networks, has_clip
+from dalle2_jax.evaluate.networks import Networks, has_classifier, has_clip, network_of
 from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet
 from dalle2_jax.evaluate.reference import open_reference, pictures_of
 from dalle2_jax.generate.output import StageLines
@@ -64,7 +68,7 @@ GRID_PICTURES = 64
 
 
 def open_networks(model: Pipeline, request: Request, judge: Pipeline | None = None) -> Networks:
-    """The networks of a request; the CLIP is that of `judge`, or else of the model if it has one.
+    """The networks of a request; CLIP and classifier are those of `judge`, or without one of the model.
 
     Raises FileNotFoundError or ValueError for weights that cannot be used.
     """
@@ -73,7 +77,8 @@ def open_networks(model: Pipeline, request: Request, judge: Pipeline | None = No
         raise FileNotFoundError(f"{request.inception} does not exist")
     if request.stats_out and not request.inception:
         raise ValueError("--stats_out is of Inception's features: give --inception=FILE")
-    clip = judge or (model if has_clip(model) else None)
+    judges = judge or model
+    clip = judges if has_clip(judges) else None
     if request.aesthetic and clip is None:
         raise ValueError("--aesthetic reads a CLIP, and the model has none: give --judge=DIR with one")
     head = (
@@ -81,7 +86,8 @@ def open_networks(model: Pipeline, request: Request, judge: Pipeline | None = No
     )
     weights = inception_weights.load(request.inception) if request.inception else None
     size = request.batch_size or BATCH_SIZE
-    return Networks(weights, request.preset, clip, judge is not None, head or None, size)
+    classifier = judges if has_classifier(judges) else None
+    return Networks(weights, request.preset, clip, judge is not None, head or None, size, classifier)
 
 
 def choose_metrics(model: Pipeline, request: Request, networks: Networks) -> tuple[list[str], list[str]]:
@@ -112,8 +118,10 @@ def choose_metrics(model: Pipeline, request: Request, networks: Networks) -> tup
             raise ValueError(f"{name} measures a model: leave --images out")
         if reason := OF_MODELS[name].refuse(request):
             raise ValueError(reason)
-    if networks.judge and not any(OF_PICTURES[name].features == "clip" for name in of_pictures):
-        raise ValueError(f"--judge is a CLIP, and none of {', '.join(names)} reads it: leave it out")
+    read = {network_of(OF_PICTURES[name].features) for name in of_pictures} - {"inception"}
+    if networks.judge and not read:
+        held = networks.judged_by()
+        raise ValueError(f"--judge is a {held}, and none of {', '.join(names)} reads it: leave it out")
     if of_pictures:
         many = _planned(1 << 40, ("a caption",))
         reference = many if request.reference or not request.images else None
@@ -153,7 +161,10 @@ def measure_pictures(inputs: Inputs, names: Sequence[str], images: PictureSet | 
         square = presets.PRESETS[request.preset].square
         picture_sets.write_npz(picture_sets.mapped(images, square), request.npz_out)
     measure = functools.partial(fidelity.measure, progress=PassLines(), stats_out=request.stats_out)
-    return measure(images, reference, names, networks, seed=request.seed)
+    found = measure(images, reference, names, networks, seed=request.seed)
+    for write in filter(None, (OF_PICTURES[name].write for name in names)):
+        write(found, images, pictures_of(reference), inputs.out)
+    return found
 
 
 def evaluate(
@@ -169,7 +180,8 @@ def evaluate(
     lines = []
     if judged := inputs.networks.judge_summary():
         report["judge"] = judged
-        lines.append(f"judge: CLIP of {judged['name']}, sha256 {judged['weights_sha256']}")
+        sha256 = ", ".join(judged[key] for key in ("weights_sha256", "classifier_sha256") if key in judged)
+        lines.append(f"judge: {inputs.networks.judged_by()} of {judged['name']}, sha256 {sha256}")
     openers: dict[str, Callable] = {"images": picture_sets.open_pictures, "reference": open_reference}
     for name, opener in openers.items():
         if path := getattr(request, name):
@@ -211,7 +223,7 @@ def write_report(out: epath.Path, report: dict, lines: Sequence[str], html: str 
     (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     (out / "report.txt").write_text("\n".join(lines) + "\n")
     if html and processes.is_first():
-        kinds = ("samples", *(name for name in OF_MODELS if name in report))
+        kinds = ("samples", *(name for name in METRICS if name in report))
         pictures = [path for kind in kinds for path in sorted(out.glob(f"{kind}_*.png"))]
         entries = {name: x for name, x in report.items() if isinstance(x, dict) and "features" in x}
         names = [name for name in report if name in METRICS or name in entries]

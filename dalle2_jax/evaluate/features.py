@@ -20,6 +20,7 @@ from dalle2_jax.evaluate.picture_sets import Item, PictureSet
 from dalle2_jax.evaluate.presets import PRESETS
 from dalle2_jax.generate.pictures import square_picture
 from dalle2_jax.runtime import processes
+from dalle2_jax.runtime.batch import as_floats
 from dalle2_jax.runtime.batched import Batched
 
 BATCH_SIZE = 32
@@ -44,6 +45,21 @@ def clip_extractor(model: pipeline.Pipeline, batch_size: int) -> Extractor:
         return {"clip": model.encode_image(np.stack(padded), batch_size)[: len(prepared)]}
 
     return lambda picture: square_picture(picture, size, halve=False), run
+
+
+def classifier_extractor(model: pipeline.Pipeline, batch_size: int) -> Extractor:
+    """The extractor of a model's classifier, log p of each class; pictures are cut as in its training."""
+    stage = model.engine.stage("classifier")
+
+    def classify(params, batch):
+        return {"classes": stage.classify(params, batch["image"])}
+
+    compiled = Batched(classify, model.engine.params("classifier"), batch_size, prepare=as_floats)
+
+    def run(prepared: list) -> dict[str, np.ndarray]:
+        return compiled({"image": np.stack(prepared)})
+
+    return lambda picture: square_picture(picture, stage.image_size), run
 
 
 def extract(

@@ -32,7 +32,7 @@ def compared(name: str, reference: PictureSet | Stats | None) -> PictureSet | St
     metric = OF_PICTURES[name]
     if isinstance(reference, Stats) and metric.statistics and metric.features in reference.moments:
         return reference
-    return pictures_of(reference) if metric.reference else None
+    return pictures_of(reference) if metric.reference or metric.beside else None
 
 
 def check(
@@ -50,7 +50,9 @@ def check(
         )
     for name in names:
         metric = OF_PICTURES[name]
-        if metric.features != "clip" and networks.inception is None:
+        if metric.features == "classes" and networks.classifier is None:
+            raise ValueError(f"{name} needs a classifier: give --judge=DIR, a model directory with one")
+        if network_of(metric.features) == "inception" and networks.inception is None:
             other = f", or measure {', '.join(WITH_CLIP)} with a CLIP" if networks.clip is not None else ""
             raise ValueError(
                 f"{name} needs Inception's weights: give --inception=FILE (see docs/evaluation.md){other}"
@@ -62,7 +64,9 @@ def check(
             count = _check_reference(name, reference, networks.preset)
             counts += [] if count is None else [count]
         if metric.captions:
-            images.captions()
+            for pictures in (images, compared(name, reference) if metric.beside else None):
+                if isinstance(pictures, PictureSet):
+                    pictures.captions()
         reason = metric.refuse(name, min(counts), images.count)
         if reason or min(counts) < 2:
             raise ValueError(reason or f"{name} needs more than {min(counts)} pictures")
@@ -146,12 +150,13 @@ def measure(
     for name, part in used.items():
         metric = OF_PICTURES[name]
         target = part.moments[metric.features] if isinstance(part, Stats) else y.get(metric.features)
-        features = Features(x[metric.features], target if part else None, images, networks, seed)
+        features = Features(x[metric.features], target if part else None, images, networks, seed, pictures)
         common = {"n": images.count, "images": images.name, "what": metric.what}
         common |= {"dimensions": x[metric.features].shape[1], **described[network_of(metric.features)]}
         common |= _describe_reference(part) if part else {}
         common |= {"images_refused": images.refused} if images.refused else {}
-        results |= {key: found | common for key, found in metric.measure(name, features).items()}
+        # what a metric says of one of its numbers, such as its own n, wins
+        results |= {key: own | common | own for key, own in metric.measure(name, features).items()}
     return results
 
 
@@ -167,13 +172,14 @@ def _describe_reference(used: PictureSet | Stats) -> dict:
 
 def table(results: dict[str, dict]) -> str:
     """The entries as lines of text."""
-    lines = [f"{'':26}{'value':>11}   {'95 %':24}{'N':>7} {'reference':>9}  features"]
+    width = max(26, *(len(name) + 2 for name in results))
+    lines = [f"{'':{width}}{'value':>11}   {'95 %':24}{'N':>7} {'reference':>9}  features"]
     for name, entry in results.items():
         interval = entry["interval"]
         shown = "" if interval is None else f"{interval[0]:.4g} .. {interval[1]:.4g}"
         count = entry.get("n_reference", "-")
         against = f"{'unknown' if count is None else count:>9}  {entry['features']}"
-        lines.append(f"{name:26}{entry['value']:>11.4f}   {shown:24}{entry['n']:>7} {against}")
+        lines.append(f"{name:{width}}{entry['value']:>11.4f}   {shown:24}{entry['n']:>7} {against}")
     return "\n".join(lines + _notes(results))
 
 

@@ -17,7 +17,7 @@ A model metric measures a model, or its CLIP, on scenes or on captioned pictures
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ class Features:
     Attributes:
       images: features [N, D] of the pictures.
       reference: features [M, D] of the reference, or their `Moments`, or None.
-      pictures: the pictures, for their captions. networks: its CLIP embeds them.
+      pictures, reference_pictures: the pictures, for their captions. networks: its CLIP embeds them.
       seed: of random choices of the metric.
     """
 
@@ -109,6 +109,7 @@ class Features:
     pictures: PictureSet
     networks: Networks
     seed: int = 0
+    reference_pictures: PictureSet | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +119,14 @@ class PictureMetric:
     Attributes:
       what: a line for reports.
       measure: (name of the metric, Features) -> entries by name.
-      features: 'pool', 'spatial' or 'logits_unbiased' of Inception, or 'clip'.
+      features: 'pool', 'spatial' or 'logits_unbiased' of Inception, 'clip', or 'classes' of a classifier.
       reference, captions: whether it needs pictures to compare with, a caption of every picture.
+      beside: whether it measures the pictures of a reference, too, if there is one.
       statistics: whether mean and covariance of the reference suffice.
       head: whether it needs the aesthetic head.
       refuse: (name, fewest pictures on either side, number of images) -> why they are too few, or ''.
+      write: (entries, images, reference, folder): writes pictures and lists, and takes the lists out of the
+        entries; None: nothing.
     """
 
     what: str
@@ -130,9 +134,11 @@ class PictureMetric:
     features: str = "clip"
     reference: bool = True
     captions: bool = False
+    beside: bool = False
     statistics: bool = False
     head: bool = False
     refuse: Callable[[str, int, int], str] = lambda name, fewest, images: ""
+    write: Callable[[dict[str, dict], PictureSet, PictureSet, epath.Path], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +163,9 @@ class ModelMetric:
     refuse: Callable[[Request], str] = lambda request: ""
 
 
-def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a share of `right` in `count`; (0, 1) for a count of 0."""
+def wilson(right: float, count: float, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval of a share of `right` in `count`, whole or effective numbers; (0, 1) for a count of
+    0."""
     if not 0 <= right <= count:
         raise ValueError(f"{right} of {count} cannot be right")
     if count == 0:
@@ -180,3 +187,22 @@ def share_entry(value: float, count: int, **more) -> dict:
     """The entry of a share in 0 .. 1 of `count` pictures."""
     interval = list(wilson(round(value * count), count))
     return {"value": value, "standard_error": None, "interval": interval, "share": True} | more
+
+
+def share_by_caption(right: np.ndarray, captions: Sequence[str], **more) -> dict:
+    """The entry of the share of right pictures, whose pictures of one caption are no independent samples.
+
+    right: bool [N]. captions: of each picture. The value is the mean p of the shares p_c of the C captions.
+    The interval is Wilson's for the number of independent pictures with the variance of that mean,
+
+        N_eff = C p (1 - p) / mean of (p_c - p)^2,      C for p = 0 or 1, at most N
+    """
+    _, place, counts = np.unique(captions, return_inverse=True, return_counts=True)
+    shares = np.bincount(place, np.asarray(right, np.float64)) / counts
+    p, spread, effective = float(shares.mean()), float(shares.var()), float(len(shares))
+    if 0 < p < 1:
+        effective = min(len(place), len(shares) * p * (1 - p) / spread) if spread else len(place)
+    interval = list(wilson(p * effective, effective))
+    error = math.sqrt(spread / len(shares))
+    found = {"value": p, "standard_error": error, "interval": interval, "share": True}
+    return found | {"n": len(place), "captions": len(shares)} | more

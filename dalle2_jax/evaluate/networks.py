@@ -1,7 +1,7 @@
-"""The networks that read pictures: FID's Inception, a CLIP, and LAION's aesthetic head on that CLIP.
+"""The networks that read pictures: FID's Inception, a CLIP, LAION's aesthetic head on it, a classifier.
 
-The CLIP is the measured model's, or a judge: any other CLIP, so that a model is not judged by the network
-that guided it, and a model without CLIP can be judged at all.
+CLIP and classifier are the measured model's, or a judge's: those of any other model, so that a model is not
+judged by the network that guided it, and a model without CLIP can be judged at all.
 """
 
 import contextlib
@@ -14,7 +14,13 @@ from typing import Any
 from dalle2_jax import pipeline
 from dalle2_jax.convert import convert, inception_weights
 from dalle2_jax.evaluate import inception
-from dalle2_jax.evaluate.features import BATCH_SIZE, Extractor, clip_extractor, inception_extractor
+from dalle2_jax.evaluate.features import (
+    BATCH_SIZE,
+    Extractor,
+    classifier_extractor,
+    clip_extractor,
+    inception_extractor,
+)
 from dalle2_jax.evaluate.presets import PRESETS
 from dalle2_jax.runtime import hub, modeldir
 
@@ -27,10 +33,16 @@ def has_clip(model: pipeline.Pipeline) -> bool:
     return "clip" in model.engine.stages
 
 
+def has_classifier(model: pipeline.Pipeline) -> bool:
+    """Whether the model directory holds a classifier."""
+    return "classifier" in model.engine.stages
+
+
 @contextlib.contextmanager
 def open_judge(path: str) -> Iterator[pipeline.Pipeline]:
-    """Open the CLIP at `path`: a model directory (also hf://OWNER/NAME@COMMIT) with a CLIP, or a folder that
-    OpenCLIP or transformers wrote. Such a folder is converted into a temporary model directory.
+    """Open the judge at `path`: a model directory (also hf://OWNER/NAME@COMMIT) with a CLIP, a classifier or
+    both, or a folder that OpenCLIP or transformers wrote. Such a folder is converted into a temporary model
+    directory.
 
     Raises FileNotFoundError or ValueError for anything else.
     """
@@ -41,8 +53,9 @@ def open_judge(path: str) -> Iterator[pipeline.Pipeline]:
             convert.convert_weights(kind, folder, converted, dtype="float32", name=folder.name)
             folder = Path(converted)
         judge = pipeline.UnCLIP.load(folder)
-        if not has_clip(judge):
-            raise ValueError(f"--judge={path} holds no CLIP: it has {', '.join(judge.engine.stages)}")
+        if not has_clip(judge) and not has_classifier(judge):
+            stages = ", ".join(judge.engine.stages)
+            raise ValueError(f"--judge={path} holds no CLIP and no classifier: it has {stages}")
         yield judge
 
 
@@ -53,8 +66,9 @@ class Networks:
     Attributes:
       inception: `inception_weights.Weights` or None.
       preset: name in PRESETS, how pictures are prepared for Inception.
-      clip: a `Pipeline` whose CLIP embeds pictures and captions, or None.
-      judge: whether `clip` is another model than the measured one.
+      clip, classifier: a `Pipeline` whose CLIP embeds pictures and captions, whose classifier names the
+        classes of pictures; or None.
+      judge: whether these are of another model than the measured one.
       head: result of `metrics.aesthetic.load`, or None.
       batch_size: pictures at a time.
     """
@@ -65,21 +79,25 @@ class Networks:
     judge: bool = False
     head: Any = None
     batch_size: int = BATCH_SIZE
+    classifier: Any = None
 
     def extractor(self, network: str) -> Extractor:
-        """The functions that compute features by 'inception' or 'clip'."""
+        """The functions that compute features by 'inception', 'clip' or 'classifier'."""
         if network == "clip":
             return clip_extractor(self.clip, self.batch_size)
+        if network == "classifier":
+            return classifier_extractor(self.classifier, self.batch_size)
         return inception_extractor(self.inception, self.preset, self.batch_size)
 
     def describe(self, network: str) -> dict:
-        """JSON values that identify 'inception' or 'clip' and how it reads pictures."""
-        if network == "clip":
-            size = self.clip.engine.stage("clip").image_size
+        """JSON values that identify 'inception', 'clip' or 'classifier' and how it reads pictures."""
+        if network != "inception":
+            model, what = (self.clip, "CLIP") if network == "clip" else (self.classifier, "classifier")
+            resized = "shorter side bicubic" if network == "clip" else "halved, then bicubic,"
             return {
-                "features": f"CLIP of the {'judge' if self.judge else 'model'} {self.clip.name}",
-                "resize": f"shorter side bicubic to {size}, central square",
-                "weights_sha256": self.clip.engine.weights_sha256("clip"),
+                "features": f"{what} of the {'judge' if self.judge else 'model'} {model.name}",
+                "resize": f"{resized} to {model.engine.stage(network).image_size}, central square",
+                "weights_sha256": model.engine.weights_sha256(network),
             }
         preset = PRESETS[self.preset]
         return {
@@ -90,13 +108,23 @@ class Networks:
             "source_sha256": self.inception.source_sha256,
         }
 
+    def judged_by(self) -> str:
+        """'CLIP', 'classifier' or 'CLIP and classifier'."""
+        held = {"CLIP": self.clip, "classifier": self.classifier}
+        return " and ".join(name for name, model in held.items() if model)
+
     def judge_summary(self) -> dict | None:
         """Name and sha256 of the judge as JSON values, or None without a judge."""
         if not self.judge:
             return None
-        return {"name": self.clip.name, "weights_sha256": self.clip.engine.weights_sha256("clip")}
+        found = {"name": (self.clip or self.classifier).name}
+        if self.clip:
+            found["weights_sha256"] = self.clip.engine.weights_sha256("clip")
+        if self.classifier:
+            found["classifier_sha256"] = self.classifier.engine.weights_sha256("classifier")
+        return found
 
 
 def network_of(features: str) -> str:
-    """The network that computes these features: 'inception' or 'clip'."""
-    return "clip" if features == "clip" else "inception"
+    """The network that computes these features: 'inception', 'clip' or 'classifier'."""
+    return {"clip": "clip", "classes": "classifier"}.get(features, "inception")

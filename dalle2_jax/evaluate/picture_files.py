@@ -145,6 +145,29 @@ def read_listed(path: Path) -> tuple[list[tuple[Path, str]], set[Path]]:
     return entries, {file for file, _ in entries} | {path.parent / str(stored.get("grid"))}
 
 
+def read_suite(path: Path) -> tuple[list[tuple[Path, str]], set[Path], list[dict]]:
+    """([(file, prompt)] of the samples that `prompts` drew into a folder, all its pictures, the line of each
+    sample in prompts.jsonl, the file at `path`).
+
+    Raises ValueError for a damaged file, and for a prompt without samples.
+    """
+    try:
+        lines = [json.loads(line) for line in files.read_text(path).split("\n") if line.strip()]
+        prompts = [shards.clean_caption(line["prompt"]) for line in lines]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not as dalle2_jax.evaluate writes it: {error!r}") from None
+    entries, fields, every = [], [], set()
+    for number, (line, prompt) in enumerate(zip(lines, prompts, strict=True)):
+        folder = path.parent / f"{number:05d}"
+        samples = sorted((folder / "samples").glob("*.png"))
+        if not samples:
+            raise ValueError(f"{folder} has no samples of {prompt!r}: draw the suite again, which goes on")
+        entries += [(file, prompt) for file in samples]
+        fields += [line] * len(samples)
+        every |= {*samples, folder / "grid.png"}
+    return entries, every, fields
+
+
 def caption_beside(file: Path) -> tuple[str, str]:
     """(first line of KEY.txt or '', why it cannot be read or '')."""
     text = file.with_suffix(".txt")

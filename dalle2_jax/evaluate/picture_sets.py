@@ -2,7 +2,7 @@
 
     FOLDER       PNG, JPEG, WebP, BMP, GIF, TIFF or PPM files in the folder and below it, by name; the
                  caption of KEY.png is in KEY.txt. In a folder of `dalle2_jax.generate`: the pictures that
-                 generate.json lists
+                 generate.json lists; in one of `prompts.draw`: the samples of each line of prompts.jsonl
     *.tar        img2dataset's shards (a file, a pattern, or a folder with tars alone), see data/find.py
     *.npz        `arr_0` uint8 [N, H, W, 3], the format of guided-diffusion's evaluator
 
@@ -16,7 +16,7 @@ import itertools
 import os
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class PictureSet:
       texts: the first caption of each picture; empty if any picture lacks one.
       refused: number of left out files or samples by reason. examples: one example by reason.
       uncaptioned: a text that names pictures without caption, if only some lack one.
+      fields: of each picture of a suite, the line of its prompt in prompts.jsonl; else empty.
     """
 
     name: str
@@ -67,6 +68,7 @@ class PictureSet:
     refused: dict = dataclasses.field(default_factory=dict)
     examples: dict = dataclasses.field(default_factory=dict)
     uncaptioned: str = ""
+    fields: tuple[dict, ...] = ()
 
     def captions(self) -> list[str]:
         """The first caption of each picture. Raises ValueError unless all have one."""
@@ -220,12 +222,17 @@ def _readable(
 
 
 def _open_folder(path: str, found: picture_files.Folder, progress: Progress | None) -> PictureSet:
-    root, listed, left = Path(path), Path(path) / "generate.json", found.left
-    if listed.is_file():
-        entries, names = picture_files.read_listed(listed)
+    root, left, fields = Path(path), found.left, []
+    listed = next(filter(Path.is_file, (root / "generate.json", root / "prompts.jsonl")), None)
+    if listed is not None:
+        if listed.name == "generate.json":
+            entries, names = picture_files.read_listed(listed)
+        else:
+            entries, names, fields = picture_files.read_suite(listed)
         for file in found.files:
             if file not in names:
-                left.add("not_listed", f"{file.relative_to(root).as_posix()}: generate.json does not name it")
+                shown = file.relative_to(root).as_posix()
+                left.add("not_listed", f"{shown}: {listed.name} does not name it")
     else:
         entries = [(file, "") for file in found.files]
     for file in found.shards:
@@ -245,10 +252,11 @@ def _open_folder(path: str, found: picture_files.Folder, progress: Progress | No
     keys, texts = [], []
     for i in rows:
         file, listed_text = entries[i]
-        text, fault = (listed_text, "") if listed.is_file() else picture_files.caption_beside(file)
+        text, fault = (listed_text, "") if listed else picture_files.caption_beside(file)
         keys.append(key(i) + (f" ({fault})" if fault else ""))
         texts.append(text)
-    return _set(path, "folder", rows, read, keys, texts, left)
+    opened = _set(path, "folder", rows, read, keys, texts, left)
+    return dataclasses.replace(opened, fields=tuple(fields[i] for i in rows)) if fields else opened
 
 
 def _open_npz(path: str) -> PictureSet:
@@ -329,8 +337,13 @@ def chosen(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """(pictures uint8 [H, W, 3], their ascending row numbers): at most `count` of `rows`, drawn at random."""
     picked = np.sort(np.random.default_rng(seed).permutation(np.asarray(rows))[:count])
-    wanted = set(picked.tolist())
-    return [item.picture() for row, item in enumerate(pictures.items()) if row in wanted], picked
+    return [item.picture() for item in numbered(pictures, picked).values()], picked
+
+
+def numbered(pictures: PictureSet, rows: Iterable[int]) -> dict[int, Item]:
+    """The pictures with these row numbers, in the order of the set."""
+    wanted = set(map(int, rows))
+    return {row: item for row, item in enumerate(pictures.items()) if row in wanted}
 
 
 def write_npz(pictures: PictureSet, path: str | os.PathLike) -> None:

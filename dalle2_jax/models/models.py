@@ -25,7 +25,7 @@ KINDS = {"prior": ("prior", "ar_prior"), "noisy_clip": ("clip",)}
 # Settings of a config that are paths (`data.path` of some sources is a name, which nothing is expanded in).
 PATHS = (
     *("clip", "init_from", "sample_prior", "tokenizer.path"),
-    *("data.path", "data.data_dir", "data.embeddings"),
+    *("data.path", "data.data_dir", "data.embeddings", "data.leave_out"),
 )
 
 

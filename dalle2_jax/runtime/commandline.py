@@ -18,10 +18,11 @@ flags.disclaim_key_flags()  # --help lists the flags defined here with those of 
 
 
 def recipes() -> dict[str, Path]:
-    """The recipes of the package by name: 'decoder64', 'ddpm/tiny'."""
+    """The recipes of the package by name: 'decoder64', 'ddpm/tiny'; programs beside them are none."""
     (folder,) = importlib.import_module(RECIPES).__path__
     found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in Path(folder).rglob("*.py")}
-    return {name: found[name] for name in sorted(found) if not name.endswith(("__init__", "common"))}
+    kept = sorted(name for name in found if not name.endswith(("__init__", "common")))
+    return {name: found[name] for name in kept if "def get_config(" in found[name].read_text("utf-8")}
 
 
 def recipe_file(name: str) -> str:

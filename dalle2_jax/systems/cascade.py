@@ -309,7 +309,8 @@ def _check_t5(name: str, stage, encoder) -> None:
 def _check_guide(name: str, guide, decoder) -> None:
     """Raise ValueError unless a guide reads the very pictures that the decoder noises."""
     if guide.schedule is None:
-        raise ValueError(f"{name} was not trained on noised pictures: train one with model.noise")
+        setting = "schedule" if name == "classifier" else "noise"
+        raise ValueError(f"{name} was not trained on noised pictures: train one with model.{setting}")
     if guide.image_size != decoder.image_size or guide.schedule != decoder.diffusion.schedule:
         raise ValueError(
             f"{name} reads pictures of side {guide.image_size} with the noise of its own schedule, the "

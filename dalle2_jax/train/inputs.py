@@ -149,5 +149,10 @@ def make_datasets(config: dict, plan: Plan, fields: set[str], tokenizer):
                 f"the stored {name} of an example are {list(shape)}, the {config['stage']} reads "
                 f"{list(spec[name].shape[1:])}: use the encoder that the config was written for"
             )
-    held_out = dict(options, flip=False, classes=train.classes)
+    held_out = dict(options, flip=False, classes=train.classes, leave_out="")
+    if options.get("sources"):
+        held_out["sources"] = [
+            one if isinstance(one, str) else {name: one[name] for name in one if name != "leave_out"}
+            for one in options["sources"]
+        ]
     return train, pipeline.make_dataset(split=config["data"]["eval_split"], **held_out)

@@ -100,7 +100,7 @@ def test_ways_of_models_without_clip_are_compared_by_a_judge(model, judge_folder
 
 
 def test_a_judge_that_cannot_judge_is_refused_before_anything_is_drawn(model, judge_folder, images, tmp_path):
-    with pytest.raises(ValueError, match="holds no CLIP: it has decoder"):
+    with pytest.raises(ValueError, match="holds no CLIP and no classifier: it has decoder"):
         networks.open_judge(str(model.engine.directory)).__enter__()
     with pytest.raises(FileNotFoundError, match="no model_index.json"):
         networks.open_judge(str(images)).__enter__()

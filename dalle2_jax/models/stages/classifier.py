@@ -2,8 +2,9 @@
 
     x_t  = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps,      loss = cross entropy of p(label | x_t, t)
 
-with t uniform. Its noise has to be that of the decoder that it guides. Records without a label (-1) are left
-out of the loss.
+with t uniform. Its noise has to be that of the decoder that it guides. Without a schedule it reads clean
+pictures and judges what others draw (`evaluate --metrics=class_accuracy`). Records without a label (-1) are
+left out of the loss.
 """
 
 import dataclasses
@@ -20,10 +21,10 @@ from dalle2_jax.models.stages.building import unet_style
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """The classifier's network and noise; parameters are passed to every call."""
+    """The classifier's network and noise (None: clean pictures); parameters are passed to every call."""
 
     net: ClassifierNet
-    schedule: schedules.Schedule
+    schedule: schedules.Schedule | None
     image_size: int
     num_classes: int
 
@@ -43,9 +44,11 @@ class Classifier:
     ) -> Loss:
         """Mean cross entropy over the labelled examples, in nats, and scalars; see `draw_timesteps`."""
         t_key, noise_key, dropout_key = jax.random.split(key, 3)
-        image, label = batch["image"], batch["label"]
-        t = process.draw_timesteps(t_key, len(image), self.schedule.num_timesteps, train=train)
-        x_t = process.q_sample(self.schedule, image, t, jax.random.normal(noise_key, image.shape))
+        x_t, label = batch["image"], batch["label"]
+        t = jnp.zeros(len(x_t), jnp.int32)
+        if self.schedule is not None:
+            t = process.draw_timesteps(t_key, len(x_t), self.schedule.num_timesteps, train=train)
+            x_t = process.q_sample(self.schedule, x_t, t, jax.random.normal(noise_key, x_t.shape))
         logits: Any = self.net.apply(
             {"params": params}, x_t, t, deterministic=not train, rngs={"dropout": dropout_key}
         )
@@ -61,6 +64,11 @@ class Classifier:
         logits: Any = self.net.apply({"params": params}, x_t, t)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
 
+    def classify(self, params: dict, image: jax.Array) -> jax.Array:
+        """log p(label | image) [B, C] of pictures [B, S, S, 3] in [-1, 1], at t = 0."""
+        logits: Any = self.net.apply({"params": params}, image, jnp.zeros(len(image), jnp.int32))
+        return jax.nn.log_softmax(logits)
+
 
 def build(
     *,
@@ -73,13 +81,15 @@ def build(
     head_dim: int = 64,
     dropout: float = 0.0,
     scale_shift: bool = True,
-    schedule: str = "cosine",
+    schedule: str | None = "cosine",
     num_timesteps: int = 1000,
     net: dict | None = None,
     remat: bool | str = "none",
     dtype: str = "float32",
 ) -> Classifier:
-    """The classifier of a config; defaults are ADM's at 64 x 64 (its table 12). net: see `unet.Style`.
+    """The classifier of a config; defaults are ADM's at 64 x 64 (its table 12).
+
+    schedule: of the noise; None: pictures are not noised. net: see `unet.Style`.
 
     Raises ValueError for settings that cannot go together.
     """
@@ -105,7 +115,7 @@ def build(
         unet["style"] = unet_style(net)
     return Classifier(
         net=ClassifierNet(unet=unet, image_size=image_size, dtype=jnp.dtype(dtype)),
-        schedule=schedules.make_schedule(schedule, num_timesteps),
+        schedule=None if schedule is None else schedules.make_schedule(schedule, num_timesteps),
         image_size=image_size,
         num_classes=num_classes,
     )

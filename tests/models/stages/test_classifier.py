@@ -110,3 +110,17 @@ def test_examples_without_a_label_are_left_out(trained):
 def test_mistakes_are_answered_with_what_to_change(changes, message):
     with pytest.raises(ValueError, match=message):
         build(**changes)
+
+
+def test_without_a_schedule_it_reads_clean_pictures(trained):
+    """Its loss depends on no key, and `classify` is log p of all classes at t = 0."""
+    stage, params = trained
+    batch, clean = batch_of(6), build(channel_mult=(1,), attention_resolutions=(), schedule=None)
+    assert stage.schedule is not None and clean.schedule is None
+    loss = jax.jit(lambda key: clean.loss(params, key, batch, train=True).value)
+    log_p = jax.jit(clean.classify)(params, batch["image"])
+    np.testing.assert_array_equal(loss(KEY), loss(jax.random.key(1)))
+    np.testing.assert_allclose(loss(KEY), -log_p[np.arange(6), batch["label"]].mean(), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(log_p).sum(axis=1), 1, rtol=1e-5)
+    of_label = stage.log_p(params, batch["image"], jnp.zeros(6, jnp.int32), batch["label"])
+    np.testing.assert_allclose(log_p[np.arange(6), batch["label"]], of_label, rtol=1e-4, atol=1e-5)

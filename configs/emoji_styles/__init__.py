@@ -1,0 +1,1 @@
+"""Recipes for emoji in several styles, and the judges of their drawings."""
