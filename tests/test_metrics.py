@@ -286,6 +286,7 @@ class TestProgress:
         ("TPU v5", 459),
         ("TPU v6 lite", 918),
         ("TPU v6e", 918),
+        ("TPU7x", 1153.5),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),

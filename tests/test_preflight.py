@@ -162,7 +162,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 
 
 def test_the_clock_of_each_chip_goes_with_its_peak():
-    clocks = dict(v4=1.05e9, v5e=1.50e9, v5p=1.75e9, v6e=1.75e9)  # Google's
+    clocks = dict(v4=1.05e9, v5e=1.50e9, v5p=1.75e9, v6e=1.75e9, tpu7x=2.2e9)  # Google's, but the last
     assert clocks.keys() == chips.CHIPS.keys()
     for name, chip in chips.CHIPS.items():
         assert chip.clock == pytest.approx(clocks[name], rel=0.005)
@@ -480,6 +480,7 @@ def test_devices_are_known_by_their_kind():
         "v5e": "TPU v5 lite",
         "v5p": "TPU v5",
         "v6e": "TPU v6 lite",
+        "tpu7x": "TPU7x",
     }.items():
         assert chips.chip_of(types.SimpleNamespace(device_kind=kind)) is chips.CHIPS[version]
     assert chips.chip_of(jax.devices()[0]) is None
@@ -545,11 +546,11 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_there():
     assert found.collectives and found.link_seconds > 0
 
 
-def test_the_cores_of_a_chip_are_one_device():
+def test_a_chip_has_its_devices():
     needs_libtpu()
     for version, chip in chips.CHIPS.items():
         devices = chips.topology_devices(f"{version}:{'2x2x1' if chip.axes == 3 else '2x2'}")
-        assert len(devices) == 4 and chips.chip_of(devices[0]) is chip
+        assert len(devices) == 4 * chip.devices and chips.chip_of(devices[0]) is chip
         assert chips.memory_of(devices[0]) == chip.memory
 
 

@@ -17,11 +17,12 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of chip.
+    """A kind of chip, as JAX's device; of TPU7x a device is one half of a chip.
 
     memory: bytes. link_bandwidth: bytes/s that it sends over all of its links, and receives. cells: of its
     matrix units, each two FLOPs a cycle. axes: of the torus that slices are parts of. largest: chips of the
     largest slice. kinds: JAX's names of the device. cores: `chip_config_name` of a described slice.
+    devices: of one chip.
     """
 
     memory: float
@@ -31,6 +32,7 @@ class Chip:
     largest: int
     kinds: tuple[str, ...]
     cores: str = "default"
+    devices: int = 1
 
     @property
     def clock(self) -> float:
@@ -40,12 +42,14 @@ class Chip:
         return peak / (2 * self.cells)
 
 
-# Google's pages on the versions of Cloud TPU; link bandwidths there are for both directions together.
+# Google's pages on the versions of Cloud TPU; link bandwidths there are for both directions together. The
+# cells of TPU7x are inferred from the compiler's cycles of a large product, next to those of v6e.
 CHIPS = {
     "v4": Chip(32 * GIB, 300e9, 8 * 128**2, 3, 4096, ("TPU v4",), cores="megacore"),
     "v5e": Chip(16 * GIB, 200e9, 4 * 128**2, 2, 256, ("TPU v5 lite", "TPU v5e")),
     "v5p": Chip(95 * GIB, 600e9, 8 * 128**2, 3, 6144, ("TPU v5", "TPU v5p")),
     "v6e": Chip(32 * GIB, 400e9, 4 * 256**2, 2, 256, ("TPU v6 lite", "TPU v6e")),
+    "tpu7x": Chip(96 * GIB, 300e9, 4 * 256**2, 3, 9216, ("TPU7x",), devices=2),
 }
 
 

@@ -29,6 +29,7 @@ PEAK_FLOPS = (
     ("TPU v5e", 197e12),
     ("TPU v5", 459e12),
     ("TPU v6", 918e12),
+    ("TPU7x", 1153.5e12),  # one of the two devices of a chip
     ("A100", 312e12),
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
