@@ -55,7 +55,7 @@ CHINESE_WORDS = {
     "sketch": "线稿",
 }
 DRAWINGS = {"3d": "render", "noto": "drawing", "outline": "drawing"}  # else an icon
-SIZED = re.compile(r"\b(?:large|medium|small)\b.*\b(square|diamond)\b")
+SIZED = re.compile(r"(.*?)\b(?:large|medium-small|medium|small) (.*\b(?:square|diamond))")
 
 
 def code_of(name: str) -> str:
@@ -130,9 +130,9 @@ def picture(drawn: Image.Image, longest: int) -> bytes:
 
 
 def sized(name: str) -> str:
-    """'square' or 'diamond' for a shape that its size alone tells from others, else ''."""
-    found = SIZED.search(name)
-    return found[1] if found else ""
+    """'black square' of 'black medium square': what differs from others in size alone; '' for other names."""
+    found = SIZED.fullmatch(name)
+    return found[1] + found[2] if found else ""
 
 
 def largest(about: dict[str, dict], found: dict[str, bytes]) -> dict[str, int]:
