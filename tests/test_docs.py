@@ -304,10 +304,8 @@ def test_commands_are_read_from_blocks_and_lines():
 
 def test_settings_named_in_the_text_exist():
     names = set()
-    for path in (ROOT / "configs").rglob("*.py"):
-        if path.name not in ("__init__.py", "common.py"):
-            flat = recipe(path.relative_to(ROOT).as_posix())
-            names |= {".".join(name.split(".")[:end]) for name in flat for end in range(1, 5)}
+    for known in commandline.recipes():
+        names |= {".".join(name.split(".")[:end]) for name in recipe(known) for end in range(1, 5)}
     for page in PAGES:
         named = set(re.findall(r"--config\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)", page.read_text("utf-8")))
         named -= {"a.b"}  # stands for any

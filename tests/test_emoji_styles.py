@@ -73,8 +73,8 @@ def package(folder, name, files):
 
 
 def test_shards_are_built_from_packages(tmp_path):
-    """Of a style without SVG: the drawing is cut and centred, a sized shape is not; captions and splits."""
-    labels = {"1F98A": "fox", "25AB-FE0F": "white small square"}
+    """Of a style without SVG: drawings are cut and centred, a small square stays small; captions, splits."""
+    labels = {"1F98A": "fox", "25AB-FE0F": "white small square", "2B1C": "white large square"}
     labels["1F469-1F3FD-200D-1F373"] = "woman cook: medium skin tone"
     entries = [dict(label=label, hexcode=code, group=0, tags=["x"]) for code, label in labels.items()]
     entries[2] = dict(label="woman cook", hexcode="1F469", group=1, skins=[entries[2]])
@@ -104,7 +104,7 @@ def test_shards_are_built_from_packages(tmp_path):
         rows, columns = np.nonzero(pixels[..., 1] < 128)
         red[key] = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
     assert red["1f98a-3d"] == (35, 93, 6, 122)  # 116 x 58
-    assert red["25ab-3d"][3] - red["25ab-3d"][2] == pytest.approx(0.4 * 116, abs=1)
+    assert red["25ab-3d"][3] - red["25ab-3d"][2] == pytest.approx(0.4 * 116, abs=1)  # 40 of 100
     again = tmp_path / "again"
     shards.main([arguments[0], str(again), *arguments[2:]])
     assert (again / "train-00000.tar").read_bytes() == (tmp_path / "out/train-00000.tar").read_bytes()

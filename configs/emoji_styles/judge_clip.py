@@ -15,24 +15,25 @@ def get_config(preset: str = ""):
     config = common.get_config()
     config.stage = "clip"
     config.data.update(split="train", eval_split="val")
-    config.tokenizer.update(vocab_size=2048, context_length=32)
+    config.tokenizer.update(vocab_size=2048, context_length=24)
     config.model = dict(
         embed_dim=128,
-        image_size=64,
-        vision=dict(kind="resnet", width=32, depths=(1, 1, 1), num_heads=4),
-        text=dict(vocab_size=2048, context_length=32, width=128, depth=3, num_heads=4),
+        image_size=48,
+        vision=dict(kind="resnet", width=24, depths=(1, 1, 1), num_heads=4),
+        text=dict(vocab_size=2048, context_length=24, width=96, depth=2, num_heads=3),
     )
     config.optim.update(
         learning_rate=1e-3,
         schedule="cosine",
         final_fraction=0.02,
-        warmup_steps=200,
+        warmup_steps=50,
         beta2=0.98,
-        weight_decay=0.2,
+        weight_decay=0.1,
+        muon_learning_rate=0.02,
     )
-    config.num_steps, config.batch_size = 1500, 192
-    config.ema_decay = 0.995
+    config.num_steps, config.batch_size = 600, 128
+    config.ema_decay = 0.99
     config.seed = 2702
-    config.log_every, config.eval_every, config.eval_batches = 50, 250, 1
-    config.checkpoint_every, config.keep_checkpoints = 100, 2
+    config.log_every, config.eval_every, config.eval_batches = 50, 300, 1
+    config.checkpoint_every, config.keep_checkpoints = 50, 2
     return config

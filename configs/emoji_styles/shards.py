@@ -7,8 +7,8 @@
     python configs/emoji_styles/shards.py packages SHARDS
 
 SHARDS gets train-*.tar and val-00000.tar, as img2dataset writes them: KEY.png (RGB, 128 x 128, on white, the
-drawing centred with 6 pixels of margin on its longer side), KEY.txt, KEY.json. Packages are read as they are;
-nothing is unpacked.
+drawing centred with 6 pixels of margin on its longer side), KEY.txt, KEY.json. Squares and diamonds that
+differ in size alone keep their sizes. Packages are read as they are; nothing is unpacked.
 
 records.txt, beside this file, is the list of the records. A line has the code points of a concept, the styles
 of its training records, after a / those of its validation records, and its name in captions where that is not
@@ -55,12 +55,12 @@ CHINESE_WORDS = {
     "sketch": "线稿",
 }
 DRAWINGS = {"3d": "render", "noto": "drawing", "outline": "drawing"}  # else an icon
-SIZED = re.compile(r"\b(?:large|medium|small)\b.*\b(?:square|diamond)\b")  # told apart by size: not cut
+SIZED = re.compile(r"(.*?)\b(?:large|medium-small|medium|small) (.*\b(?:square|diamond))")
 
 
 def code_of(name: str) -> str:
-    """'1f46e_200d_2640' of '1F46E-200D-2640-FE0F': lower case, without variation selectors."""
-    return "_".join(part for part in re.split("[-_]", name.lower()) if part != "fe0f")
+    """'0034_20e3' of '34-FE0F-20E3': four digits or more, lower case, without variation selectors."""
+    return "_".join(part.zfill(4) for part in re.split("[-_]", name.lower()) if part != "fe0f")
 
 
 def members(packages: Path, package: str) -> dict[str, bytes]:
@@ -106,19 +106,19 @@ def names(packages: Path) -> dict[str, dict]:
     return found
 
 
-def picture(data: bytes, keep_size: bool) -> bytes:
-    """The PNG of a record from a WebP or an SVG.
-
-    keep_size: the whole canvas has the margin, not the drawing that is cut from it.
-    """
+def cut(data: bytes) -> Image.Image:
+    """The drawing of a WebP or an SVG, RGBA, cut from its canvas."""
     if not data.startswith(b"RIFF"):
         import resvg_py
 
         data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode("utf-8"), width=DRAWN, height=DRAWN))
     drawn = Image.open(io.BytesIO(data)).convert("RGBA")
-    box = None if keep_size else drawn.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()
-    drawn = drawn.crop(box) if box else drawn
-    scale = (SIDE - 2 * MARGIN) / max(drawn.size)
+    return drawn.crop(drawn.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox())
+
+
+def picture(drawn: Image.Image, longest: int) -> bytes:
+    """The PNG of a record: a side of `longest` pixels of the drawing fills the record but for its margin."""
+    scale = (SIDE - 2 * MARGIN) / longest
     size = tuple(max(1, round(side * scale)) for side in drawn.size)
     # with the colours of transparent pixels out of the mean
     small = drawn.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
@@ -127,6 +127,21 @@ def picture(data: bytes, keep_size: bool) -> bytes:
     out = io.BytesIO()
     made.convert("RGB").save(out, "PNG", optimize=True)
     return out.getvalue()
+
+
+def sized(name: str) -> str:
+    """'black square' of 'black medium square': what differs from others in size alone; '' for other names."""
+    found = SIZED.fullmatch(name)
+    return found[1] + found[2] if found else ""
+
+
+def largest(about: dict[str, dict], found: dict[str, bytes]) -> dict[str, int]:
+    """Shape -> the longest side of the largest drawing of that shape in a style."""
+    sides: dict[str, int] = {}
+    for code in about.keys() & found.keys():
+        if shape := sized(about[code]["en"]):
+            sides[shape] = max(sides.get(shape, 0), *cut(found[code]).size)
+    return sides
 
 
 def with_article(name: str) -> str:
@@ -159,8 +174,8 @@ def read_records(path: Path) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def record(entry: tuple[str, str, str, str], about: dict, data: bytes, trained: set[str]) -> tuple[str, dict]:
-    """(key, {ending: bytes}) of an entry of the list, about which `names` says this, and its drawing.
+def record(entry: tuple[str, str, str, str], about: dict, png: bytes, trained: set[str]) -> tuple[str, dict]:
+    """(key, {ending: bytes}) of an entry of the list, about which `names` says this, with its picture.
 
     trained: codes of the concepts in the training part.
     """
@@ -171,8 +186,7 @@ def record(entry: tuple[str, str, str, str], about: dict, data: bytes, trained: 
     fields |= dict(keywords=about["keywords"], key=key, width=SIDE, height=SIDE)
     held_out = ("pair" if code in trained else "concept") if split == "val" else None
     fields |= dict(license=licence, source=source, heldout=held_out)
-    encoded = json.dumps(fields, ensure_ascii=False).encode()
-    return key, {"png": picture(data, bool(SIZED.search(about["en"]))), "txt": text.encode(), "json": encoded}
+    return key, {"png": png, "txt": text.encode(), "json": json.dumps(fields, ensure_ascii=False).encode()}
 
 
 def write(path: Path, part: list[tuple[str, dict]]) -> None:
@@ -199,10 +213,13 @@ def main(arguments: list[str] | None = None) -> None:
     made: dict[str, list] = {"train": [], "val": []}
     for style in chosen:
         found = drawings(options.packages, style)
+        sides = largest(about, found)
         for entry in entries:
             code, of_style, split, _ = entry
             if of_style == style and code in found and code in about:
-                made[split].append(record(entry, about[code], found[code], trained))
+                drawn = cut(found[code])
+                longest = sides.get(sized(about[code]["en"]), max(drawn.size))
+                made[split].append(record(entry, about[code], picture(drawn, longest), trained))
             elif of_style == style:
                 print(f"{code}-{style}: the packages have no drawing or no name of it")
         print(f"{style}: drawn", flush=True)

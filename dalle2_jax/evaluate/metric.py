@@ -138,7 +138,7 @@ class PictureMetric:
     statistics: bool = False
     head: bool = False
     refuse: Callable[[str, int, int], str] = lambda name, fewest, images: ""
-    write: Callable[[dict[str, dict], PictureSet, PictureSet, epath.Path], None] | None = None
+    write: Callable[[dict[str, dict], PictureSet, PictureSet | None, epath.Path], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -222,7 +222,8 @@ def _readable(
 
 
 def _open_folder(path: str, found: picture_files.Folder, progress: Progress | None) -> PictureSet:
-    root, left, fields = Path(path), found.left, []
+    root, left = Path(path), found.left
+    fields: list[dict] = []
     listed = next(filter(Path.is_file, (root / "generate.json", root / "prompts.jsonl")), None)
     if listed is not None:
         if listed.name == "generate.json":
