@@ -32,7 +32,7 @@ def without_paths(value):
 def convert_workdirs(
     out: str | os.PathLike,
     *,
-    system: str = "unclip",
+    system: str = "",
     dtype: str = "bfloat16",
     name: str = "",
     licence: str = "",
@@ -42,7 +42,7 @@ def convert_workdirs(
 
     Args:
       out: the directory; made if absent. Files of the same names are replaced.
-      system: what the stages are together, a name in `systems.SYSTEMS`.
+      system: what the stages are together, a name in `systems.SYSTEMS`; '': the first that has them all.
       dtype: 'bfloat16' (half the size) or 'float32' (exact).
       name: of the model; by default the last name of `out`.
       licence: of the weights, for the model card; by default those of the models that stages began from.
@@ -53,6 +53,7 @@ def convert_workdirs(
     Raises:
       FileNotFoundError, ValueError: an incomplete workdir, or stages that do not match.
     """
+    system = system or systems.of_stages([name for name, source in sources.items() if source])
     out, module = check_out(out, dtype), systems.load(system)
     models.check_names(sources, (*module.ROLES, *module.LISTS), "sources")
     wanted: list[tuple[str, Any]] = [(role, sources[role]) for role in module.ROLES if sources.get(role)]

@@ -15,10 +15,11 @@ import html
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from dalle2_jax.data.bpe_dropout import Dropout
 from dalle2_jax.runtime import extras, files, hub
 
 KINDS = ("clip", "bpe", "gpt2", "t5")
@@ -61,26 +62,41 @@ class Tokenizer:
         self.sot, self.eot = ends.get(kind, (vocab_size - 2, vocab_size - 1))
         self._ends = (self.sot is not None) + (self.eot is not None)
         self._encoder = encoder
+        self._dropouts: dict[float, Dropout] = {}  # by their rate
         self._cached = functools.lru_cache(maxsize=1 << 15)(self._encode)
 
-    def _encode(self, caption: str) -> tuple[int, ...]:
+    def _clean(self, caption: str) -> str:
         most = _A_TOKEN * self.context_length
         if self.kind in ("clip", "bpe"):
-            text = clean(caption, most)
-        else:  # GLIDE's captions are lowered alone, those of T5 stay as they are
-            text = caption[:most].lower() if self.kind == "gpt2" else caption[:most]
-        ids = self._encoder.encode(text, add_special_tokens=False).ids
+            return clean(caption, most)
+        # GLIDE's captions are lowered alone, those of T5 stay as they are
+        return caption[:most].lower() if self.kind == "gpt2" else caption[:most]
+
+    def _encode(self, caption: str) -> tuple[int, ...]:
+        ids = self._encoder.encode(self._clean(caption), add_special_tokens=False).ids
         return tuple(ids[: self.context_length - self._ends])
 
     def _ids(self, caption: str) -> tuple[int, ...]:
         return self._cached(caption) if len(caption) < 1000 else self._encode(caption)
 
-    def __call__(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def with_dropout(
+        self, captions: Sequence[str], rate: float, seeds: Iterable[Sequence[int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As a call, but merges are left out at this rate (see `bpe_dropout`); seeds: one a caption."""
+        if rate not in self._dropouts:
+            self._dropouts[rate] = Dropout(self._encoder, rate)
+        most, encode = self.context_length - self._ends, self._dropouts[rate].encode
+        pairs = zip(captions, seeds, strict=True)
+        return self._rows([encode(self._clean(caption), seed)[:most] for caption, seed in pairs])
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32 [B, L], token_mask bool [B, L]) of B captions, cut to L tokens with SOT and EOT."""
-        tokens = np.zeros((len(captions), self.context_length), np.int32)
+        return self._rows([self._ids(caption) for caption in captions])
+
+    def _rows(self, encoded: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.zeros((len(encoded), self.context_length), np.int32)
         token_mask = np.zeros(tokens.shape, bool)
-        for row, caption in enumerate(captions):
-            ids = self._ids(caption)
+        for row, ids in enumerate(encoded):
             ends = [() if end is None else (end,) for end in (self.sot, self.eot)]
             tokens[row, : len(ids) + self._ends] = (*ends[0], *ids, *ends[1])
             token_mask[row, : len(ids) + self._ends] = True

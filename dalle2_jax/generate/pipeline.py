@@ -13,6 +13,7 @@ import numpy as np
 
 from dalle2_jax.generate import captions as texts
 from dalle2_jax.generate import output, tasks
+from dalle2_jax.generate import rerank as ranking
 from dalle2_jax.generate.captions import check_captions
 from dalle2_jax.generate.engine import Engine, OnImages, Progress, Timing
 from dalle2_jax.generate.pictures import shrink_mask, square_picture
@@ -46,7 +47,7 @@ class Running:
 
 RUNNING = tuple(field.name for field in dataclasses.fields(Running))
 # keywords of `Pipeline.text_to_image` beside `SETTINGS`
-KEYWORDS = ("captions", "n", "numbers", "upsample", "negative", *RUNNING)
+KEYWORDS = ("captions", "n", "numbers", "upsample", "negative", "rerank", "clip", *RUNNING)
 
 
 def repeated(captions: Sequence[str], n: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -296,6 +297,8 @@ class Pipeline:
         numbers: Sequence[int] | None = None,
         upsample: bool = True,
         negative: str | None = None,
+        rerank: int = 1,
+        clip: "Pipeline | None" = None,
         **options,
     ) -> Result:
         """Draw n pictures of each caption.
@@ -307,6 +310,9 @@ class Pipeline:
             randomness of a picture.
           upsample: False: base pictures alone.
           negative: a caption that the decoder's guidance leads away from; None: the null caption.
+          rerank: draw so many candidates a caption, and return the n that CLIP finds closest to it (see
+            `rerank.drawn`); 1: no candidates.
+          clip: a model whose CLIP ranks; None: this model's, or else the one of the package.
           options: the fields of `Running`: seed, batch_size, progress, on_images; and any of
             `settings.SETTINGS` (guidance_scale, decoder_steps, prior_method, ...), by default the model's.
 
@@ -317,6 +323,9 @@ class Pipeline:
           ValueError: for invalid captions or settings, before anything is computed.
         """
         check_keywords(options, (*KEYWORDS, *SETTINGS))
+        if rerank != 1:
+            more = dict(n=n, numbers=numbers, upsample=upsample, negative=negative)
+            return ranking.drawn(self, captions, rerank, clip, **more, **options)
         how = Running.take(options)
         read = isinstance(captions, str) or len(captions) > 0 or self.reads_captions
         if read:
