@@ -28,11 +28,17 @@ def build(kinds="all", grids=((3, 4),), num_codes=(7,), text=TEXT, **settings):
     return token_model.build(grids=grids, num_codes=num_codes, net=net, text=text, **settings)
 
 
+def example_codes(grids, num_codes, size, seed=0):
+    """Random codes int32 [size, N] of all levels."""
+    rng = np.random.default_rng(seed)
+    codes = [rng.integers(0, k, (size, h * w)) for (h, w), k in zip(grids, num_codes, strict=True)]
+    return np.concatenate(codes, axis=1).astype(np.int32)
+
+
 def example(stage, size=SIZE, seed=0):
     """A batch of random fields; captions of different lengths."""
     rng, batch = np.random.default_rng(seed), {}
-    codes = [rng.integers(0, part.vocab_size, (size, part.length)) for part in stage.levels]
-    batch["codes"] = np.concatenate(codes, axis=1).astype(np.int32)
+    batch["codes"] = example_codes(stage.grids, stage.num_codes, size)
     if stage.context_length:
         mask = np.arange(stage.context_length) < np.arange(2, 2 + size)[:, None]
         tokens = rng.integers(0, TEXT["vocab_size"], mask.shape)
@@ -43,13 +49,19 @@ def example(stage, size=SIZE, seed=0):
 
 
 def parameters(stage, seed=0):
-    """Large enough that every position and every id matters."""
+    """Such that every position and every id matters: no norm's bias outweighs them."""
     spec = stage.batch_spec(1)
     zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in spec.items()}
     with layers.shapes_only(True):
         shapes = jax.eval_shape(stage.init, jax.random.key(0), zeros)
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), shapes)
+
+    def draw(path, x):
+        name = path[-1].key
+        std = {"embedding": 1.0, "bias": 0.1}.get(name, 0.3)
+        return jnp.asarray((name == "scale") + std * rng.standard_normal(x.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def joined(stage, batch):
@@ -80,7 +92,7 @@ def stepwise(stage, params, ids):
     return np.stack(found, axis=1)
 
 
-@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("kinds", ["row", "column", "conv3", "all"])
 def test_logits_of_prefill_and_steps_are_those_of_the_whole_sequence(kinds):
     stage = build(kinds)
     params, batch = parameters(stage), example(stage)
@@ -117,8 +129,8 @@ def test_a_logit_depends_on_what_its_masks_reach_and_nothing_else():
         low, high = (0, 11) if ids[0, j] < 11 else (11, 18) if ids[0, j] < 18 else (18, 22)
         changed[j, j] = low + (ids[0, j] + 1 - low) % (high - low)
     apply = jax.jit(lambda ids: stage.logits(params, ids)["level0"])
-    before, after = np.asarray(apply(ids)), np.asarray(apply(changed))
-    moved = np.abs(after - before).max(axis=-1).T > 1e-6  # [codes, changed position]
+    before, after = (np.asarray(apply(x)) for x in (np.repeat(ids, count, axis=0), changed))
+    moved = np.abs(after - before).max(axis=-1).T > 1e-5  # [codes, changed position]
     np.testing.assert_array_equal(moved, reach[text - 1 :] > 0)
 
 
@@ -195,7 +207,7 @@ def test_a_completed_picture_keeps_the_first_rows():
     stage, params, batch = drawn_model()
     reads = stage.ops["complete"].reads
     assert reads == ("tokens", "token_mask", "codes")
-    complete = jax.jit(functools.partial(stage.complete, keep=0.67, temperature=0.05))
+    complete = jax.jit(functools.partial(stage.complete, keep=0.67))
     drawn = np.asarray(complete(params, KEYS, *(batch[name] for name in reads)))
     np.testing.assert_array_equal(drawn[:, :8], batch["codes"][:, :8])
     assert (drawn[:, 8:] != batch["codes"][:, 8:]).any()
