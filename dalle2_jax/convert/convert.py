@@ -33,8 +33,6 @@ from dalle2_jax.data.tokenizer import load_tokenizer
 from dalle2_jax.models import models
 from dalle2_jax.runtime import extras, files, hub, modeldir
 from dalle2_jax.runtime.names import nearest
-from dalle2_jax.systems import cascade
-from dalle2_jax.systems.cascade import ROLES
 
 FORMATS = (
     "hf-clip",
@@ -50,6 +48,8 @@ FORMATS = (
     "iddpm",
     "t5",
     "deepfloyd",
+    "openai-dvae",
+    "vqgan",
 )
 _NEEDED = "workdir of the {}; a decoder of image embeddings needs it"
 _ROLE_HELP = {
@@ -59,6 +59,7 @@ _ROLE_HELP = {
     "decoder": "workdir of the decoder",
     "noisy_clip": "workdir of a CLIP of noised pictures, which may steer the decoder",
     "classifier": "workdir of a classifier, which may steer the decoder",
+    "tokenizer": "workdir of the tokenizer of pictures, whose codes the token model draws",
 }
 
 
@@ -102,7 +103,8 @@ def convert_weights(
             f"{source} comes without a tokenizer: give a folder with CLIP's vocab.json and merges.txt, or a "
             "model directory's tokenizer, as --tokenizer=FOLDER"
         )
-    check_stages(read.stages, stages, words, cascade)
+    system = systems.of_stages(read.stages)
+    check_stages(read.stages, stages, words, systems.load(system))
     for note in dict.fromkeys(note for tensors in read.tensors for note in tensors.notes):
         print(f"note: {note}", flush=True)
     for leaf in jax.tree.leaves([params for _, params in read.stages.values()]):
@@ -117,6 +119,7 @@ def convert_weights(
     licence = licence or read.licence
     print(f"licence of these weights: {licence or card.UNKNOWN}", flush=True)
     extra = {"name": name, "made_from": {"format": format_name, "sha256": sums}, "licence": licence}
+    extra |= {"system": system}
     write_model(out, read.stages, stages, words, dtype, extra)
 
 
@@ -161,12 +164,12 @@ def make_parser() -> argparse.ArgumentParser:
     workdirs = commands.add_parser(
         "workdirs", aliases=["export"], help="averaged weights of training workdirs"
     )
-    several = "workdir of a stage of another system than unclip; may be given several times"
-    about = "what the stages are together"
-    workdirs.add_argument("--system", default="unclip", choices=[*systems.SYSTEMS], help=about)
+    several = "workdir of a stage that has no argument of its own; may be given several times"
+    about = "what the stages are together; by default the first system that has all of them"
+    workdirs.add_argument("--system", default="", choices=[*systems.SYSTEMS], help=about)
     workdirs.add_argument("--stage", type=_stage, action="append", default=[], metavar="NAME=W", help=several)
-    for role in ROLES:
-        workdirs.add_argument(f"--{role}", **path, metavar="W", help=_ROLE_HELP[role])
+    for role, text in _ROLE_HELP.items():
+        workdirs.add_argument(f"--{role}", **path, metavar="W", help=text)
     in_order = "workdirs of the upsamplers, in their order"
     workdirs.add_argument("--upsamplers", type=_paths, default="", metavar="W1,W2", help=in_order)
     workdirs.add_argument("--out", **path, required=True, metavar="MODEL", help="model directory to write")
@@ -210,7 +213,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _run_workdirs(options: argparse.Namespace) -> None:
-    given = {name: getattr(options, name) for name in (*ROLES, "upsamplers")}
+    given = {name: getattr(options, name) for name in (*_ROLE_HELP, "upsamplers")}
     sources = {name: source for name, source in given.items() if source} | dict(options.stage)
     names = ("system", "dtype", "name", "licence")
     convert_workdirs(options.out, **{name: getattr(options, name) for name in names}, **sources)

@@ -11,7 +11,7 @@ Edits pictures with a model directory, or with the small model that comes with t
   outpaint PICTURE "CAPTION"            draw around the picture, which takes the middle --scale of the side
   invert PICTURE ...                    latents.npz, and the pictures drawn from it; --steps
   redraw LATENTS.npz                    draw from latents again; --eta
-  reconstruct PICTURE                   from --components=4,8,16 of its embedding
+  reconstruct PICTURE                   from --components=4,8,16 of its embedding, or from its codes
   upscale PICTURE                       by the last upsampler; --tile, --caption
 
 --out gets every picture as PNG (with the settings inside), grid.png and edit.json; interpolate and textdiff

@@ -18,7 +18,7 @@ from dalle2_jax.runtime.names import nearest, nearest_setting
 # write such a module (see `stages`) and name it here.
 STAGES = {
     name: f"dalle2_jax.models.stages.{name}"
-    for name in ("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier", "t5")
+    for name in ("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier", "t5", "tokenizer")
 }
 # What may take the place of a stage in a model.
 KINDS = {"prior": ("prior", "ar_prior"), "noisy_clip": ("clip",)}

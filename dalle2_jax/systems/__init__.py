@@ -14,11 +14,12 @@ A system is a module with
 """
 
 import importlib
+from collections.abc import Collection
 
 from dalle2_jax.models import models
 
 # The name in a model directory's index -> the module. To add a system, write such a module and name it here.
-SYSTEMS = {"unclip": "dalle2_jax.systems.cascade"}
+SYSTEMS = {"unclip": "dalle2_jax.systems.cascade", "tokens": "dalle2_jax.systems.tokens"}
 
 
 def load(name: str):
@@ -31,3 +32,9 @@ def load(name: str):
 def declared(kind: str) -> tuple:
     """The settings of sampling that stages of a kind declare."""
     return models.stage_module(kind).SETTINGS
+
+
+def of_stages(names: Collection[str]) -> str:
+    """The name of the first system that has all of these stages; the first of all if there is none."""
+    known = {name: {*load(name).ROLES, *load(name).LISTS} for name in SYSTEMS}
+    return next((name for name in SYSTEMS if {*names} <= known[name]), next(iter(SYSTEMS)))
