@@ -1,5 +1,6 @@
 """dalle2-jax embed --config=configs/X.py --clip=MODEL --out=DIR [--config.data.path=...]
 dalle2-jax embed --config=configs/X.py --config.frozen.t5=MODEL --out=DIR [--config.data.path=...]
+dalle2-jax embed --kind=codes --config=configs/X.py --config.frozen.tokenizer=MODEL --out=DIR [...]
 
 Writes the CLIP embeddings of a data set in clip-retrieval's layout, to train stages from them:
 
@@ -13,6 +14,10 @@ Without --clip it writes the states of the frozen text encoder of the config, as
 
     DIR/SPLIT/text_states/text_states_00000.npy    the bits of bfloat16 [tokens, D], caption after caption
     DIR/SPLIT/token_counts/token_counts_00000.npy  [n], the tokens of each record's first caption
+
+With --kind=codes it writes the codes of the config's frozen tokenizer:
+
+    DIR/SPLIT/codes/codes_00000.npy    [n, L] integers, all levels of a picture in one row, the coarsest first
 
 `data` of the config names the data set, as in training. A record that cannot be read has a row of NaN, or no
 states, which training counts and replaces, so row i is always record i. The same command again writes the
@@ -129,12 +134,44 @@ class StatesEncoder:
         return text_states.packed(rows, self._width)
 
 
-def make_encoder(config: dict, clip: str, batch_size: int, dtype: str) -> ClipEncoder | StatesEncoder:
-    """The CLIP at `clip`, or else the one text encoder among `config.frozen`. ValueError without either."""
+class CodesEncoder:
+    """A frozen tokenizer of pictures as a function of batches of one size."""
+
+    def __init__(self, name: str, path: str, batch_size: int):
+        found = frozen.load({"frozen": {name: path}})[name]
+        self.stage, self.folder, self._field = found.stage, None, f"{name}.image"
+        self.data = dict(fields=(self._field,), image_sizes={self._field: self.stage.image_size})
+        ((do, _),) = frozen.ops(self.stage, "encode").items()
+
+        def encode(params, batch):
+            return frozen.call(self.stage, do, params, {"image": batch[self._field]})["codes"]
+
+        options = partition.compiler_options()
+        self._encode = Batched(encode, found.params, batch_size, prepare=as_floats, compiler_options=options)
+        self.batch_size = self._encode.size
+        self._length = sum(height * width for height, width in self.stage.grids)
+        self.plan = dict(frozen={name: found.sha256}, codes=dict(grids=self.stage.grids))
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The codes [L] of each of n <= batch_size pictures; batch: NAME.image uint8 [n, S, S, 3]."""
+        return list(self._encode(batch))
+
+    def pack(self, rows: list[np.ndarray | None]) -> dict[str, np.ndarray]:
+        """{kind: array to write} of the records of a shard."""
+        return embeddings.packed_codes(rows, self._length, max(self.stage.num_codes))
+
+
+Encoder = ClipEncoder | StatesEncoder | CodesEncoder
+
+
+def make_encoder(config: dict, clip: str, batch_size: int, dtype: str) -> Encoder:
+    """The CLIP at `clip`, or the one text encoder or tokenizer of `config.frozen`. ValueError without any."""
     if clip:
         return ClipEncoder(clip, batch_size, dtype)
     paths = frozen.paths({"frozen": config.get("frozen")})
     stages = {name: models.open_stage(path, name)[0] for name, path in paths.items()}
+    if len(stages) == 1 and hasattr([*stages.values()][0], "num_codes"):
+        return CodesEncoder(*paths.popitem(), batch_size)
     texts = [name for name, stage in stages.items() if frozen.ops(stage, "encode_text")]
     if len(texts) != 1 or texts == ["clip"]:
         raise ValueError(
@@ -146,7 +183,7 @@ def make_encoder(config: dict, clip: str, batch_size: int, dtype: str) -> ClipEn
 
 def embed_split(
     dataset,
-    encoder: ClipEncoder | StatesEncoder,
+    encoder: Encoder,
     folder: epath.Path,
     plan: dict,
     *,
@@ -252,10 +289,11 @@ def embed(
     if config["data"].get("sources"):
         raise ValueError("data.sources: embed each source by itself, and name its folder as its embeddings")
     config, place = models.expand_paths(config), epath.Path(files.expand(out))
-    encoder, lost = make_encoder(config, clip, batch_size, dtype), {}
-    words = tokenizer.load_tokenizer(encoder.folder / "tokenizer", encoder.stage.context_length)
-    if worker[0] == 0:
-        words.save(place / "tokenizer")
+    encoder, lost, words = make_encoder(config, clip, batch_size, dtype), {}, None
+    if encoder.folder is not None:
+        words = tokenizer.load_tokenizer(encoder.folder / "tokenizer", encoder.stage.context_length)
+        if worker[0] == 0:
+            words.save(place / "tokenizer")
     data = {name: value for name, value in config["data"].items() if name not in ("split", "eval_split")}
     data |= dict(flip=False, bpe_dropout=0.0, random_crop=False)
     data |= dict(low_res_blur=0.0, low_res_bsr="", embeddings="")
@@ -293,6 +331,15 @@ def parse_worker(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _tokenizer_alone(config: dict, clip: str) -> dict[str, str]:
+    """{name: path} of the one tokenizer of pictures among `config.frozen`; ValueError without."""
+    paths = frozen.paths({"frozen": config.get("frozen")})
+    found = {n: path for n, path in paths.items() if hasattr(models.open_stage(path, n)[0], "num_codes")}
+    if len(found) != 1 or clip:
+        raise ValueError("--kind=codes needs one tokenizer, --config.frozen.tokenizer=MODEL, and no --clip")
+    return found
+
+
 FLAGS = flags.FLAGS
 
 
@@ -307,6 +354,8 @@ def main(argv):
         partition.initialise()
         config = models.to_plain(FLAGS.config)
         checks.check_names(config)
+        if FLAGS.kind == "codes":
+            config["frozen"] = _tokenizer_alone(config, FLAGS.clip)
         data = config["data"]
         splits = tuple(FLAGS.splits or dict.fromkeys((data["split"], data["eval_split"])))
         processes.join()
@@ -344,6 +393,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rows_per_shard", 10_000, "Records a file.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 64, "Records that this process embeds at once.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float16", DTYPES, "Type of stored embeddings; states are bfloat16.")
+    flags.DEFINE_enum("kind", None, ("codes",), "Write codes; default: by --clip and config.frozen.")
     flags.DEFINE_string("worker", None, "I/N: embed every N-th shard from I, without other processes.")
     flags.DEFINE_bool("debug", False, "Show the full traceback of an error in the settings.")
     flags.mark_flags_as_required(["config", "out"])

@@ -48,6 +48,8 @@ FORMATS = (
     "iddpm",
     "t5",
     "deepfloyd",
+    "openai-dvae",
+    "vqgan",
 )
 _NEEDED = "workdir of the {}; a decoder of image embeddings needs it"
 _ROLE_HELP = {

@@ -43,7 +43,7 @@ def convert_workdirs(
     Args:
       out: the directory; made if absent. Files of the same names are replaced.
       system: what the stages are together, a name in `systems.SYSTEMS`; '': the first that has them all.
-      dtype: 'bfloat16' (half the size) or 'float32' (exact).
+      dtype: 'bfloat16' (half the size) or 'float32' (exact). Tokenizers are float32: rounding changes codes.
       name: of the model; by default the last name of `out`.
       licence: of the weights, for the model card; by default those of the models that stages began from.
       sources: a name of the system's `ROLES` -> a workdir, a model directory that holds the stage, the
@@ -119,7 +119,7 @@ def write_model(
     system, frozen = extra.pop("system", "unclip"), extra.pop("frozen", {})
     (out / words.FILE).unlink(missing_ok=True)  # of another model
     for folder, (config, params) in parts.items():
-        modeldir.save_stage(out / folder, config, params, dtype)
+        modeldir.save_stage(out / folder, config, params, getattr(stages[folder], "stored_dtype", dtype))
     if tokenizer is not None:
         (out / "tokenizer").mkdir(parents=True, exist_ok=True)
         tokenizer.save(out / "tokenizer")

@@ -201,7 +201,10 @@ class Dataset:
         """(key, caption, fields) of record `index`, centred and with its first caption. Raises BadRecord."""
         record = self._read(index)
         parts = self._parts(record, np.zeros(8))
-        caption = parts.pop("caption", "")
+        caption = parts.pop("caption", None)
+        if caption is None:  # the fields need none
+            texts = self.source.read(index, image=False).captions
+            caption = captions_module.cut(next(iter(texts.get(self.settings.language) or ("",))))
         if self.settings.has("tokens"):
             tokens, mask = self.settings.tokenizer([caption])
             parts |= {"tokens": tokens[0], "token_mask": mask[0]}

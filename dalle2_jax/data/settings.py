@@ -21,6 +21,7 @@ FIELDS = (
     "image_embed",
     "text_embed",
     "text_states",
+    "codes",
     "label",
 )
 TEXT = ("tokens", "token_mask")
@@ -120,7 +121,7 @@ class DataSettings(SourceSettings, Views):
         """Raise ValueError for a field that the source does not have."""
         embeddings = source.embed_dims
         for field in self.fields:
-            if batch.field(field).kind in ("embedding", "states") and field not in embeddings:
+            if batch.field(field).kind in batch.STORED and field not in embeddings:
                 raise ValueError(
                     f"field {field!r} is not in the dataset (there is {sorted(embeddings) or 'none'}); "
                     "set data.embeddings to a folder of embeddings, or compute it with a frozen encoder"
@@ -147,6 +148,7 @@ class DataSettings(SourceSettings, Views):
             "image_embed": (source.embed_dims.get("image_embed"),),
             "text_embed": (source.embed_dims.get("text_embed"),),
             "text_states": (length, source.embed_dims.get("text_states")),
+            "codes": (source.embed_dims.get("codes"),),
             "label": (),
             "index": (),
         } | {name: (side, side, 3) for name, side in views.image_sizes.items()}

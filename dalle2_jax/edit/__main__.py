@@ -12,7 +12,7 @@ Edits pictures with a model directory, or with the small model that comes with t
   complete PICTURE "CAPTION"            draw the lower part by a token model; --n, --scale is the upper part
   invert PICTURE ...                    latents.npz, and the pictures drawn from it; --steps
   redraw LATENTS.npz                    draw from latents again; --eta
-  reconstruct PICTURE                   from --components=4,8,16 of its embedding
+  reconstruct PICTURE                   from --components=4,8,16 of its embedding, or from its codes
   upscale PICTURE                       by the last upsampler; --tile, --caption
 
 --out gets every picture as PNG (with the settings inside), grid.png and edit.json; interpolate and textdiff

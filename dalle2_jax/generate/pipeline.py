@@ -124,7 +124,7 @@ class Pipeline:
     @property
     def image_size(self) -> int:
         """Side of the finished picture."""
-        action = "redraw" if "redraw" in self.actions else "draw"
+        action = next((name for name in ("redraw", "draw", "reconstruct") if name in self.actions), "draw")
         return self.engine.stage(self.steps(action)[-1].stage).image_size
 
     @property

@@ -107,7 +107,8 @@ def check(
     configs: Mapping[str, dict], stages: Mapping, vocab_sizes: Mapping[str, int], uses: Mapping[str, dict]
 ) -> None:
     """Raise ValueError unless the stages of a model fit together; see `cascade.check`."""
-    complete(stages)
+    if "tokenizer" not in stages:
+        raise ValueError("a model of picture tokens needs a tokenizer")
     check_vocabulary(configs, vocab_sizes)
     if "token_model" not in stages:
         return
