@@ -108,7 +108,10 @@ def _steps(model: Pipeline, drawn: Drawn) -> Sequence[Step]:
     steps = model.steps("draw")
     ran = [i for i, step in enumerate(steps) if step.name in drawn.settings]
     known = drawn.settings.keys() <= {step.name for step in steps}  # else `_settings` says what is missing
-    return steps[: ran[-1] + 1] if ran and known else steps
+    if not ran or not known:
+        return steps
+    left_out = [i for i, step in enumerate(steps) if step.role and i > ran[-1]]
+    return steps[: left_out[0]] if left_out else steps
 
 
 def _settings(model: Pipeline, step: Step, drawn: Drawn) -> dict:
