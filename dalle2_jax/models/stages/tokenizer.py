@@ -49,6 +49,7 @@ class Tokenizer:
         "reconstruct": Op(("image",), ("image",)),
     }
     stored_dtype = "float32"  # of a model directory: rounding changes codes
+    other_loss_in_training = True  # which `models.flops` counts
 
     @property
     def uses(self) -> tuple[str, ...]:
