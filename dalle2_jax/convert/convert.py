@@ -48,6 +48,7 @@ FORMATS = (
     "iddpm",
     "t5",
     "deepfloyd",
+    "dalle-mini",
     "openai-dvae",
     "vqgan",
 )

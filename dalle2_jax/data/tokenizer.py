@@ -22,7 +22,7 @@ import numpy as np
 from dalle2_jax.data.bpe_dropout import Dropout
 from dalle2_jax.runtime import extras, files, hub
 
-KINDS = ("clip", "bpe", "gpt2", "t5")
+KINDS = ("clip", "bpe", "gpt2", "t5", "bart")
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 _SPACES = re.compile(r"\s+")
 _PADDING = re.compile(r"[ \t\r\n]{2,}")  # not \s, which has parts of broken letters that `clean` repairs
@@ -58,7 +58,11 @@ class Tokenizer:
                 f"context_length {context_length} leaves no room between SOT and EOT; give 3 or more"
             )
         self.kind, self.vocab_size, self.context_length = kind, vocab_size, context_length
-        ends: dict[str, tuple[int | None, int | None]] = {"gpt2": (None, None), "t5": (None, 1)}
+        ends: dict[str, tuple[int | None, int | None]] = {
+            "gpt2": (None, None),
+            "t5": (None, 1),
+            "bart": (0, 2),
+        }
         self.sot, self.eot = ends.get(kind, (vocab_size - 2, vocab_size - 1))
         self._ends = (self.sot is not None) + (self.eot is not None)
         self._encoder = encoder
@@ -69,6 +73,8 @@ class Tokenizer:
         most = _A_TOKEN * self.context_length
         if self.kind in ("clip", "bpe"):
             return clean(caption, most)
+        if self.kind == "bart":  # as min-dalle
+            return caption[:most].lower().encode("ascii", "ignore").decode()
         # GLIDE's captions are lowered alone, those of T5 stay as they are
         return caption[:most].lower() if self.kind == "gpt2" else caption[:most]
 
@@ -179,6 +185,28 @@ def _load_gpt2(path: str, context_length: int) -> Tokenizer:
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoder.decoder = decoders.ByteLevel()
     return Tokenizer(encoder, "gpt2", max(vocab.values()) + 1, context_length)
+
+
+def load_bart(path: str | os.PathLike, context_length: int) -> Tokenizer:
+    """dalle-mini's tokenizer in a folder with vocab.json and merges.txt: 0 as SOT, 2 as EOT, then zeros.
+
+    Raises ValueError for a folder without them.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    names = [os.path.join(path, name) for name in ("vocab.json", "merges.txt")]
+    if not all(map(os.path.isfile, names)):
+        raise ValueError(f"{path} holds no tokenizer: expected vocab.json and merges.txt")
+    vocab = json.loads(files.read_text(names[0]))
+    lines = files.read_text(names[1]).split("\n")[1:]
+    merges = [(pair[0], pair[1]) for pair in map(str.split, lines) if len(pair) == 2]
+    if [vocab.get(token) for token in ("<s>", "</s>")] != [0, 2]:
+        raise ValueError(f"{path}: <s> and </s> must have the ids 0 and 2, as BART's have")
+    encoder = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    encoder.decoder = decoders.ByteLevel()
+    return Tokenizer(encoder, "bart", max(vocab.values()) + 1, context_length)
 
 
 def _load_clip(path: str, context_length: int) -> Tokenizer:
