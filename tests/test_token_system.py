@@ -45,7 +45,7 @@ def write(folder, **configs):
     """A model directory of random weights."""
     stages = {name: models.build_stage(config) for name, config in configs.items()}
     parts = {
-        name: (configs[name] | {"data": {}}, tiny_model.random_params(stage, i))
+        name: ({"data": {}} | configs[name], tiny_model.random_params(stage, i))
         for i, (name, stage) in enumerate(stages.items())
     }
     extra = {"name": "", "system": "tokens"}
@@ -146,7 +146,7 @@ def test_reranked_pictures_are_those_that_clip_finds_closest(model, tmp_path):
         for place in range(2):
             drawn = every.images[4 * row + best[row, place]]
             np.testing.assert_array_equal(kept.images[2 * row + place], drawn)
-    assert kept.settings["rerank"] == dict(candidates=4, clip=model.name)
+    assert kept.settings["rerank"] == dict(candidates=4, judge=model.name)
     # of numbered pictures each is the best of its own candidates
     one = model.text_to_image(captions, numbers=[0, 0], seed=5, rerank=4)
     assert one.numbers == tuple(best[:, 0])
@@ -162,8 +162,28 @@ def test_reranking_asks_for_what_it_needs(model, tmp_path):
     with pytest.raises(ValueError, match="reranking needs captions"):
         model.text_to_image([], rerank=2)
     write(tmp_path / "m", tokenizer=TOKENIZER, token_model=TOKEN_MODEL)
-    with pytest.raises(ValueError, match="cannot do encode_text"):
-        model.text_to_image([CAPTION], rerank=2, clip=Pipeline.load(tmp_path / "m"))
+    with pytest.raises(ValueError, match="cannot do encode_image"):
+        model.text_to_image([CAPTION], rerank=2, judge=Pipeline.load(tmp_path / "m"))
+
+
+def test_pictures_of_classes_are_reranked_by_the_classifier(tmp_path):
+    """A model of classes without CLIP: the candidates that its classifier finds likeliest."""
+    classes = dict(classes=["red star", "blue ring", "yellow circle"])
+    net = dict(width=8, hidden=8, num_blocks=1, num_res_blocks=1, num_heads=2, kernel=3)
+    prior = dict(grids=((4, 4),), num_codes=(6,), nets=(net,), num_classes=3, label_drop=0.1)
+    write(
+        tmp_path / "m",
+        classifier=dict(stage="classifier", model=tiny_model.CLASSIFIER, data=classes),
+        tokenizer=TOKENIZER,
+        token_model=dict(stage="pixelsnail", model=prior, data=classes),
+    )
+    model = Pipeline.load(tmp_path / "m")
+    every = model.text_to_image(["a red star"], n=4, seed=2)
+    kept = model.text_to_image(["a red star"], n=2, seed=2, rerank=4)
+    likely = model.score(every.images, ["a red star"] * 4)
+    assert kept.numbers == tuple(np.argsort(-likely)[:2]) and (likely < 0).all()
+    with pytest.raises(ValueError, match="does not name exactly one class"):
+        model.text_to_image(["a dog"], rerank=2)
 
 
 def test_the_lower_part_of_a_picture_is_completed(model):

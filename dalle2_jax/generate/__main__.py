@@ -58,8 +58,8 @@ def main(argv):
         if drawn:
             result, verdict = again.draw(model, drawn, output.StageLines())
         else:
-            settings |= dict(seed=FLAGS.seed, n=FLAGS.n, batch_size=FLAGS.batch_size, rerank=FLAGS.rerank)
-            settings |= dict(clip=Pipeline.load(FLAGS.rerank_model)) if FLAGS.rerank_model else {}
+            settings |= dict(seed=FLAGS.seed, n=FLAGS.n, batch_size=FLAGS.batch_size)
+            settings |= dict(judge=Pipeline.load(FLAGS.rerank_model)) if FLAGS.rerank_model else {}
             result = model.text_to_image(captions, **settings, progress=output.StageLines())
         if not processes.is_first():
             return
@@ -101,9 +101,7 @@ if __name__ == "__main__":
     commandline.DEFINE_path("out", "outputs", "Where pictures, grid.png and generate.json go.")
     define_sampling_flags()
     with start.group(start.SAMPLING):
-        best = "Draw so many candidates a caption, and keep the --n that CLIP finds closest to it."
-        flags.DEFINE_integer("rerank", 1, best, lower_bound=1)
-        whose = "Model whose CLIP ranks; default: this model's, or else the package's."
+        whose = "Model whose CLIP or classifier ranks; default: this one, or else the package's."
         commandline.DEFINE_path("rerank_model", None, whose)
     commandline.DEFINE_path("again", None, "Draw this picture of the command again; default of --out: again.")
     logging.set_verbosity(logging.WARNING)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dalle2_jax.models import models
 from dalle2_jax.models.frozen import Frozen
 from dalle2_jax.models.stages.ar_prior import ARPrior
+from dalle2_jax.models.stages.classifier import Classifier
 from dalle2_jax.models.stages.clip import CLIP
 from dalle2_jax.models.stages.diffusion import DiffusionStage
 from dalle2_jax.models.stages.prior import Prior
@@ -88,6 +89,7 @@ def encode_text(clip: str = "clip") -> Step:
 _READ_BY_T5 = Step("text", "t5", "encode_text", T5.ops["encode_text"])
 _STATES = {"text_states": "text.text_states"}
 _TEXT = {"text_embed": "text.text_embed", **_STATES}
+SCORE = Step("score", "classifier", "score", Classifier.ops["score"])
 ENCODE_IMAGE = Step("image", "clip", "encode_image", CLIP.ops["encode_image"])
 _PRIOR = Step(
     "prior",
@@ -183,7 +185,9 @@ def _upscale(stages: Mapping) -> tuple[Step, ...]:
     return _enlarge(stages)[-1:]
 
 
-def _clip(step: Step) -> Callable[[Mapping], tuple[Step, ...]]:
+def alone(step: Step) -> Callable[[Mapping], tuple[Step, ...]]:
+    """An action of this step alone: stages -> its steps."""
+
     def steps(stages):
         _need(stages, step.stage)
         return (step,)
@@ -204,8 +208,9 @@ _ACTIONS = {
     "redraw": _redraw,
     "reconstruct": _reconstruct,
     "upscale": _upscale,
-    "encode_text": _clip(encode_text()),
-    "encode_image": _clip(ENCODE_IMAGE),
+    "encode_text": alone(encode_text()),
+    "encode_image": alone(ENCODE_IMAGE),
+    "score": alone(SCORE),
 }
 
 

@@ -57,20 +57,13 @@ def _reconstruct(stages: Mapping) -> tuple[Step, ...]:
     return encode, _tokenizer(stages, "decode", "picture", bind={"codes": "encode.codes"})
 
 
-def _clip(step: Step):
-    def steps(stages):
-        _need(stages, step.stage)
-        return (step,)
-
-    return steps
-
-
 _ACTIONS = {
     "draw": _draw,
     "complete": _complete,
     "reconstruct": _reconstruct,
-    "encode_text": _clip(encode_text()),
-    "encode_image": _clip(cascade.ENCODE_IMAGE),
+    "encode_text": cascade.alone(encode_text()),
+    "encode_image": cascade.alone(cascade.ENCODE_IMAGE),
+    "score": cascade.alone(cascade.SCORE),
 }
 
 

@@ -139,7 +139,7 @@ def test_a_folder_of_min_dalle_becomes_a_model_that_draws(oracle, networks, tmp_
     """With the VQGAN's decoder at its own size; its pictures are min-dalle's."""
     torch, theirs = oracle
     torch.manual_seed(1)
-    detoker, (encoder, decoder) = theirs.VQGanDetokenizer().eval(), networks
+    detoker, encoder = theirs.VQGanDetokenizer().eval(), networks[0]
     wide = theirs.DalleBartDecoder(2**14, WIDTH, HEADS, HIDDEN, DEPTH, "cpu")
     for name, net in (("encoder", encoder), ("decoder", wide), ("detoker", detoker)):
         torch.save(net.state_dict(), tmp_path / f"{name}.pt")

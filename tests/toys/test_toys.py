@@ -113,7 +113,7 @@ def model(place, tokens, tokenizer):
 def draw(monkeypatch, model, out, *captions: str, n: int = 1) -> list[np.ndarray]:
     """The pictures that the command draws."""
     flags = dict(model=str(model), out=str(out), n=n, seed=3, batch_size=None, dtype=None, low_memory=False)
-    flags |= dict(again=None, rerank=1, rerank_model=None)
+    flags |= dict(again=None, rerank_model=None)
     monkeypatch.setattr(generate, "FLAGS", types.SimpleNamespace(**flags, debug=True))
     monkeypatch.setattr(generate, "sampling_settings", dict)
     generate.main(["generate", *captions])
