@@ -35,8 +35,7 @@ class Dropout:
 
     def _split(self, word: str) -> tuple[str, ...]:
         """The symbols of a word before any merge."""
-        *first, last = word
-        return (*first, last + self._end)
+        return (*word[:-1], word[-1] + self._end)
 
     def encode(self, text: str, seed: Iterable[int]) -> list[int]:
         """The ids of a cleaned text; seed: whole numbers, of this text's draws."""

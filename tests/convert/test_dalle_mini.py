@@ -29,6 +29,7 @@ def oracle():
     pytest.importorskip("min_dalle", reason="min-dalle is not installed: pip install --no-deps min-dalle")
     from min_dalle import models as theirs
 
+    torch.set_num_threads(1)  # it took all cores
     return torch, theirs
 
 
@@ -65,7 +66,7 @@ MASK = np.arange(LENGTH) < np.array([[5], [3]])
 
 
 def test_greedy_tokens_are_those_of_min_dalle(oracle, networks, imported):
-    """Of two captions, guided at 4: every step's logits, and the codes."""
+    """Of two captions, guided at 4: the logits and codes of the first 32 steps."""
     torch, _ = oracle
     encoder, decoder = networks
     stage, params = imported
@@ -83,14 +84,14 @@ def test_greedy_tokens_are_those_of_min_dalle(oracle, networks, imported):
         with torch.no_grad():
             state, cache = encoder(text), torch.zeros(DEPTH, 4, count, WIDTH)
             mask, code, found = text.not_equal(1)[:, None, None, :], CODES, []
-            for k in range(count):
+            for k in range(32):
                 prev, at = torch.tensor([[code]]), torch.tensor([k])
                 logits, cache = decoder(mask, state, cache, prev, at)
                 u, c = logits[:, -1, :CODES]
                 np.testing.assert_allclose(ours[row, k, :CODES], c, rtol=1e-4, atol=1e-4)
                 code = int((u * (1 - scale) + c * scale).argmax())
                 found.append(code)
-        np.testing.assert_array_equal(drawn[row], found)
+        np.testing.assert_array_equal(drawn[row, :32], found)
     assert len(np.unique(drawn)) > 4
 
 
