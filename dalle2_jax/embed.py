@@ -294,7 +294,7 @@ def embed(
         words = tokenizer.load_tokenizer(encoder.folder / "tokenizer", encoder.stage.context_length)
         if worker[0] == 0:
             words.save(place / "tokenizer")
-    data = {name: value for name, value in config["data"].items() if name not in ("split", "eval_split")}
+    data = {k: v for k, v in config["data"].items() if k not in ("split", "eval_split", "bpe_dropout")}
     data |= dict(flip=False, random_crop=False, low_res_blur=0.0, low_res_bsr="", embeddings="")
     for split in splits:
         dataset = pipeline.make_dataset(

@@ -48,6 +48,7 @@ FORMATS = (
     "iddpm",
     "t5",
     "deepfloyd",
+    "dalle-mini",
     "openai-dvae",
     "vqgan",
 )
@@ -60,6 +61,7 @@ _ROLE_HELP = {
     "noisy_clip": "workdir of a CLIP of noised pictures, which may steer the decoder",
     "classifier": "workdir of a classifier, which may steer the decoder",
     "tokenizer": "workdir of the tokenizer of pictures, whose codes the token model draws",
+    "token_model": "workdir of the token model",
 }
 
 

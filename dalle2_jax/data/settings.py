@@ -36,7 +36,7 @@ class DataSettings(SourceSettings, Views):
     fields: the fields of batches, of `FIELDS`; OWNER.image is a picture for the frozen stage OWNER.
     image_size ... flip: see `transforms.Views`. A record whose captions name sides is never mirrored.
     language: of captions: 'en', 'zh', ..., or 'any' for all, mixed.
-    tokenizer: for tokens and token_mask.
+    tokenizer: for tokens and token_mask. bpe_dropout: how often it leaves a merge out, see `bpe_dropout`.
     seed: of order and augmentation.
     max_bad_fraction: share of unusable records above which the run stops; 0: at the first.
     num_workers: reading threads.
@@ -48,6 +48,7 @@ class DataSettings(SourceSettings, Views):
     fields: tuple[str, ...] = ()
     language: str = "en"
     tokenizer: Any = None
+    bpe_dropout: float = 0.0
     seed: int = 0
     max_bad_fraction: float = 1e-3
     num_workers: int = 2

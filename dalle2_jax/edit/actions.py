@@ -23,7 +23,7 @@ import numpy as np
 
 from dalle2_jax.edit import codes
 from dalle2_jax.edit.latents import Latents, slerp, unit
-from dalle2_jax.generate import unclip
+from dalle2_jax.generate import rerank, unclip
 from dalle2_jax.generate.pictures import square_mask, square_picture, whole_picture
 from dalle2_jax.generate.pipeline import RUNNING, Pipeline, Result, Running
 from dalle2_jax.generate.settings import check_keywords, of_step
@@ -38,6 +38,7 @@ INPUTS = {
     "image_to_image": ("picture", "caption"),
     "inpaint": ("picture", "mask", "caption"),
     "outpaint": ("picture", "caption"),
+    "complete": ("picture", "caption"),
     "invert": ("picture", "..."),
     "redraw": ("latents",),
     "reconstruct": ("picture",),
@@ -334,8 +335,7 @@ def upscale(
 
 def rank(pipe: Pipeline, images, caption: str, batch_size: int | None = None) -> np.ndarray:
     """The order [N] of pictures by how close CLIP finds them to `caption`, the closest first."""
-    (text, _), _ = pipe.encode_text([caption], batch_size)
-    return np.argsort(-(unit(pipe.encode_image(images, batch_size)) @ text[0]), kind="stable")
+    return np.argsort(-rerank.scores(pipe, images, [caption] * len(images), batch_size), kind="stable")
 
 
 def _draw_caption(pipe: Pipeline, caption: str, n: int, how: Drawing, options: dict, inpaint=None) -> Result:

@@ -14,7 +14,7 @@ A system is a module with
 """
 
 import importlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from dalle2_jax.models import models
 
@@ -38,3 +38,17 @@ def of_stages(names: Collection[str]) -> str:
     """The name of the first system that has all of these stages; the first of all if there is none."""
     known = {name: {*load(name).ROLES, *load(name).LISTS} for name in SYSTEMS}
     return next((name for name in SYSTEMS if {*names} <= known[name]), next(iter(SYSTEMS)))
+
+
+def check_vocabulary(configs: Mapping[str, dict], vocab_sizes: Mapping[str, int]) -> None:
+    """Raise ValueError for a tokenizer of captions with more tokens than its stage has embeddings for.
+
+    configs: name -> stored config. vocab_sizes: name -> size of the tokenizer of a stage that has one.
+    """
+    for name, config in configs.items():
+        known = (config["model"].get("text") or {}).get("vocab_size")
+        if known and vocab_sizes.get(name, 0) > known:
+            raise ValueError(
+                f"the tokenizer has {vocab_sizes[name]} tokens, the {name} knows {known}: "
+                "use the tokenizer that it was trained with"
+            )

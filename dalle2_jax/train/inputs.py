@@ -84,7 +84,9 @@ def _frozen_tokenizer(paths: dict[str, str]) -> epath.Path | None:
 def pipeline_source(config: dict) -> dict:
     """The keywords of config.data that name the dataset itself."""
     return {
-        k: v for k, v in config["data"].items() if k not in ("split", "eval_split", "flip", "low_res_blur")
+        k: v
+        for k, v in config["data"].items()
+        if k not in ("split", "eval_split", "flip", "low_res_blur", "bpe_dropout")
     }
 
 
@@ -154,5 +156,5 @@ def make_datasets(config: dict, plan: Plan, fields: set[str], tokenizer):
                 f"the stored {name} of an example are {list(shape)}, the {config['stage']} reads "
                 f"{list(spec[name].shape[1:])}: use the encoder that the config was written for"
             )
-    held_out = dict(options, flip=False, classes=train.classes)
+    held_out = dict(options, flip=False, bpe_dropout=0.0, classes=train.classes)
     return train, pipeline.make_dataset(split=config["data"]["eval_split"], **held_out)

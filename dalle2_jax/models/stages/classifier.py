@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.diffusion import process, schedules
 from dalle2_jax.models.nets.unet import ClassifierNet
-from dalle2_jax.models.stages import Loss
+from dalle2_jax.models.stages import Loss, Op
 from dalle2_jax.models.stages.building import unet_style
 
 
@@ -22,6 +22,7 @@ from dalle2_jax.models.stages.building import unet_style
 class Classifier:
     """The classifier's network and noise; parameters are passed to every call."""
 
+    ops = {"score": Op(("score",), ("image", "label"))}
     net: ClassifierNet
     schedule: schedules.Schedule
     image_size: int
@@ -60,6 +61,10 @@ class Classifier:
         """log p(label | x_t, t) [B] of pictures x_t [B, S, S, 3] at times t [B], for labels [B]."""
         logits: Any = self.net.apply({"params": params}, x_t, t)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], axis=1)[:, 0]
+
+    def score(self, params: dict, image: jax.Array, label: jax.Array) -> jax.Array:
+        """log p(label | image) [B] of pictures [B, S, S, 3] without noise, for labels [B]."""
+        return self.log_p(params, image, jnp.zeros(len(image), jnp.int32), label)
 
 
 def build(
