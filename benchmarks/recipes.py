@@ -13,7 +13,8 @@ from benchmarks.trained import BATCH, Recipe, Trained, Training
 from dalle2_jax.configs.imagen.upsampler256 import NOISE
 from dalle2_jax.data import scenes
 from dalle2_jax.edit import actions, codes
-from dalle2_jax.evaluate.metrics import edits, retrieval, zero_shot
+from dalle2_jax.evaluate import picture_sets
+from dalle2_jax.evaluate.metrics import edits, reconstruction, retrieval, zero_shot
 from dalle2_jax.evaluate.metrics import scenes as scenes_metric
 from dalle2_jax.evaluate.scenes import find_objects
 from dalle2_jax.generate.pipeline import Pipeline, Running
@@ -49,6 +50,31 @@ def clip(run: Trained) -> list[Score]:
 
 def _hits(value: float, n: int) -> np.ndarray:
     return np.arange(n) < round(value * n)
+
+
+def vqvae(run: Trained) -> list[Score]:
+    """Scenes that a tokenizer gives back: right in every aspect, error, use of the codes."""
+    count = N // len(scenes.KINDS)
+    true = [one for kind in scenes.KINDS for one in scenes.evaluation_scenes(run.grammar, kind, count, 1)]
+    texts = [scenes.caption(scene) for scene in true]
+    pictures = picture_sets.rendered("scenes", true, 64, texts)
+    found, images, originals, _ = reconstruction.measure(run.model(), pictures, n=N, batch_size=BATCH)
+    check = scenes_metric.load_checker()
+    right = [
+        scenes_metric.verdict_aspects(check(*pair))["correct"] for pair in zip(images, texts, strict=True)
+    ]
+    book = found["codes"]["level_0"]
+    for image, original in list(zip(images, originals, strict=True))[:: N // 16]:
+        run.show(original, "original")
+        run.show(image, "reconstruction")
+    return [
+        share("reconstructions correct", np.array(right, bool), 0.9),
+        mean("PSNR of reconstructions, dB", reconstruction.psnr(images, originals)),
+        share(f"codes used, of {book['book']}", _hits(book["usage"], book["book"])),
+        share(
+            "perplexity above a quarter of the book", np.array([book["perplexity"] > book["book"] / 4]), 1.0
+        ),
+    ]
 
 
 def ddpm(run: Trained) -> list[Score]:
@@ -298,6 +324,9 @@ RECIPES = {
     ),
     "ddpm": Recipe(
         "DDPM", (Training("decoder", "ddpm/tiny", _CHECKPOINTS),), {"model": {"decoder": "decoder"}}, ddpm
+    ),
+    "vqvae": Recipe(
+        "VQ-VAE", (Training("tokenizer", "vqvae/tiny"),), {"model": {"tokenizer": "tokenizer"}}, vqvae
     ),
     "iddpm": Recipe(
         "Improved DDPM",

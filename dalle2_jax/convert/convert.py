@@ -51,6 +51,7 @@ FORMATS = (
     "dalle-mini",
     "openai-dvae",
     "vqgan",
+    "lpips",
 )
 _NEEDED = "workdir of the {}; a decoder of image embeddings needs it"
 _ROLE_HELP = {

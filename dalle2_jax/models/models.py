@@ -20,7 +20,7 @@ STAGES = {
     name: f"dalle2_jax.models.stages.{name}"
     for name in (
         *("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier", "t5"),
-        *("tokenizer", "token_model", "pixelsnail", "dalle_mini"),
+        *("tokenizer", "token_model", "pixelsnail", "dalle_mini", "lpips"),
     )
 }
 # What may take the place of a stage in a model.

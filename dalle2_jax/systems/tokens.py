@@ -11,7 +11,7 @@ from dalle2_jax.models.stages.settings import Setting
 from dalle2_jax.systems import cascade, check_vocabulary, declared
 from dalle2_jax.systems.step import Step
 
-ROLES = ("clip", "classifier", "tokenizer", "token_model")
+ROLES = ("clip", "classifier", "tokenizer", "token_model", "features")  # features: of a tokenizer's loss
 LISTS: dict[str, str] = {}
 GUIDES: dict[str, str] = {}
 # With the keywords of a decoder: `guidance_scale` is that of the stage that draws the picture.
@@ -100,7 +100,7 @@ def check(
     configs: Mapping[str, dict], stages: Mapping, vocab_sizes: Mapping[str, int], uses: Mapping[str, dict]
 ) -> None:
     """Raise ValueError unless the stages of a model fit together; see `cascade.check`."""
-    if "tokenizer" not in stages:
+    if "tokenizer" not in stages and {*stages} != {"features"}:
         raise ValueError("a model of picture tokens needs a tokenizer")
     check_vocabulary(configs, vocab_sizes)
     if "token_model" not in stages:

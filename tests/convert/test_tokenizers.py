@@ -10,6 +10,8 @@ import pytest
 from dalle2_jax.convert import convert, tables
 from dalle2_jax.convert.formats import vqgan
 from dalle2_jax.models import models
+from dalle2_jax.models.nets.vgg import DEPTHS
+from dalle2_jax.models.stages import lpips
 from dalle2_jax.runtime import modeldir
 from tests.convert import torch_files
 from tests.tiny_model import random_params
@@ -112,6 +114,41 @@ def test_a_vqgan_with_gumbel_codes_is_read(tmp_path):
     for name, leaf in modeldir.flatten(params).items():
         if not name.startswith("stats/"):
             np.testing.assert_array_equal(modeldir.flatten(found)[name], leaf, err_msg=name)
+
+
+def test_lpips_is_read_and_is_the_formula(tmp_path):
+    """Unit features, weighted squares, mean over positions; used by a VQGAN's loss as a frozen stage."""
+    draw, state, number, widths = np.random.default_rng(0), {}, 0, (4, 8, 8, 8, 4)
+    before = 3
+    for width, depth in zip(widths, DEPTHS, strict=True):
+        for _ in range(depth):
+            kernel = draw.normal(size=(width, before, 3, 3)) / np.sqrt(9 * before)
+            state[f"features.{number}.weight"] = kernel.astype(np.float32)
+            state[f"features.{number}.bias"] = draw.normal(size=width).astype(np.float32)
+            number, before = number + 2, width
+        number += 1
+    linear = [np.abs(draw.normal(size=(1, width, 1, 1))).astype(np.float32) for width in widths]
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    torch_files.save(
+        folder / "vgg16-397923af.pth", state | {"classifier.0.weight": np.zeros((2, 2), np.float32)}
+    )
+    torch_files.save(folder / "vgg.pth", {f"lin{i}.model.1.weight": x for i, x in enumerate(linear)})
+    convert.convert_weights("lpips", folder, tmp_path / "model", dtype="float32")
+    stage, _, params = models.load_stage(tmp_path / "model", "features")
+    x, y = draw.uniform(-1, 1, (2, 2, 32, 32, 3)).astype(np.float32)
+    found = [], []
+    for images, features in zip((x, y), found, strict=True):
+        scaled = (images - np.array(lpips.MEAN)) / np.array(lpips.DEVIATION)
+        features += [
+            np.asarray(f) for f in stage.net.apply({"params": params["net"]}, scaled.astype(np.float32))
+        ]
+    units = [[f / np.linalg.norm(f, axis=-1, keepdims=True) for f in features] for features in found]
+    expected = sum(
+        ((a - b) ** 2 @ weights[0, :, 0, 0]).mean() for a, b, weights in zip(*units, linear, strict=True)
+    )
+    np.testing.assert_allclose(stage.distance(params, x, y), expected, rtol=1e-4)
+    assert stage.distance(params, x, x) == 0
 
 
 @pytest.mark.slow

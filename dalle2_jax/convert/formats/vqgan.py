@@ -60,7 +60,9 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
 
 def read(tensors: Tensors) -> tuple[dict, dict]:
     """(config, parameters) of a VQGAN's tensors."""
-    levels, blocks, attending = set(), set(), set()
+    levels: set[int] = set()
+    blocks: set[int] = set()
+    attending: set[int] = set()
     for name in tensors.shapes:
         if found := re.match(r"encoder\.down\.(\d+)\.(block|attn)\.(\d+)\.", name):
             level, part, block = int(found[1]), found[2], int(found[3])

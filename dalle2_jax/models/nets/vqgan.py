@@ -185,9 +185,17 @@ class Discriminator(nn.Module):
         found, normal = [], nn.initializers.normal(0.02)
         for i, width in enumerate((*self.widths, 1)):
             stride = 2 if i < len(self.widths) - 1 else 1
-            how = dict(strides=(stride, stride), padding=((1, 1), (1, 1)), kernel_init=normal)
             normed = 0 < i < len(self.widths)
-            x = nn.Conv(width, (4, 4), use_bias=not normed, name=f"conv_{i}", **how)(x)
+            conv = nn.Conv(
+                width,
+                (4, 4),
+                strides=(stride, stride),
+                padding=((1, 1), (1, 1)),
+                use_bias=not normed,
+                kernel_init=normal,
+                name=f"conv_{i}",
+            )
+            x = conv(x)
             if normed:
                 mean, var = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2))  # of the global batch on a mesh
                 scale = self.param(f"scale_{i}", _near_one, (width,))

@@ -20,8 +20,16 @@ from dalle2_jax.runtime.partition import constrain
 
 def up_conv(features: int, dtype: DTypeLike, name: str | None) -> nn.Module:
     """A transposed 4 x 4 convolution of stride 2, which doubles the side (torch's with padding 1)."""
-    how = dict(strides=(2, 2), padding="SAME", dtype=dtype, param_dtype=jnp.float32, name=name)
-    return nn.ConvTranspose(features, (4, 4), kernel_init=layers.lecun_normal(), **how)
+    return nn.ConvTranspose(
+        features,
+        (4, 4),
+        strides=(2, 2),
+        padding="SAME",
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        kernel_init=layers.lecun_normal(),
+        name=name,
+    )
 
 
 def down_conv(features: int, dtype: DTypeLike, name: str) -> nn.Module:
@@ -155,7 +163,8 @@ class VQVAENet(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Makes the parameters."""
-        features, quantized = self.features(x), []
+        features = self.features(x)
+        quantized: list[jax.Array] = []
         for level in range(len(self.strides)):
             z = self.project(level, features, quantized)
             quantized.append(jnp.zeros((*z.shape[:-1], self.out_width)))

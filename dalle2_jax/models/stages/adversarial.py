@@ -70,7 +70,8 @@ class Adversarial:
             extra = jnp.float32(0)
             if self.features == "discriminator":
                 pairs = zip(judged(fixed, maps)[1], judged(fixed, x)[1], strict=True)
-                extra = sum(jnp.abs(a - jax.lax.stop_gradient(b)).mean() for a, b in pairs)
+                for a, b in pairs:
+                    extra += jnp.abs(a - jax.lax.stop_gradient(b)).mean()
             elif self.features and distance is not None:
                 extra = distance(x, maps)
             return nll(maps) + self.feature_weight * extra, extra

@@ -23,7 +23,6 @@ from dalle2_jax.models.stages import Loss, Op, adversarial, check_settings, reco
 from dalle2_jax.models.stages.adversarial import Adversarial
 from dalle2_jax.models.stages.reconstruction import Likelihood, psnr
 from dalle2_jax.models.tokens import quantize
-from dalle2_jax.models.tokens.quantize import Quantizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +31,13 @@ class Tokenizer:
 
     Attributes:
       net: with `features`, `project` and `decode`, see `nets.vqvae`.
-      quantizers: of the levels, top first.
+      quantizers: of the levels, top first: classes of `tokens.quantize`.
       strides: pixels a code of each level, top first.
       adversarial: None: no discriminator and no loss on features.
     """
 
     net: Any
-    quantizers: tuple[Quantizer, ...]
+    quantizers: tuple[Any, ...]
     strides: tuple[int, ...]
     image_size: int
     likelihood: Likelihood
@@ -128,7 +127,7 @@ class Tokenizer:
         recon = self.likelihood.nll(maps, x).mean()
         value, scalars, statistics = recon, {"recon": recon}, {}
         if self.adversarial and train:
-            value, found = self._adversarial(params, x, vectors, step, frozen)
+            value, found = self._adversarial(self.adversarial, params, x, vectors, step, frozen)
             scalars |= found
         scalars["psnr"] = psnr(self.likelihood.picture(maps), x).mean()
         for level, (_, made) in enumerate(levels):
@@ -142,7 +141,7 @@ class Tokenizer:
             scalars["hard_gap"] = value - soft
         return Loss(value, scalars | {"loss": value}, statistics)
 
-    def _adversarial(self, params: dict, x: jax.Array, vectors: list, step, frozen: Mapping | None):
+    def _adversarial(self, losses: Adversarial, params: dict, x: jax.Array, vectors: list, step, frozen):
         """`Adversarial.loss` of the pictures decoded from vectors."""
         features, net = self._net(params, "last_features", vectors), params["net"]
 
@@ -157,7 +156,7 @@ class Tokenizer:
         )
         last = maps_of, net["decoder_out"]["kernel"]
         nll = lambda maps: self.likelihood.nll(maps, x).mean()  # noqa: E731
-        return self.adversarial.loss(params["discriminator"], x, last, nll, step, distance)
+        return losses.loss(params["discriminator"], x, last, nll, step, distance)
 
     def _named(self, scalars: Mapping, level: int) -> dict:
         """Scalars of a level, with its number where there are several."""
@@ -166,7 +165,8 @@ class Tokenizer:
 
     def update(self, params: dict, statistics: dict, key: jax.Array) -> tuple[dict, dict]:
         """The books and the use of their codes, over the whole batch: `usage`, `perplexity`, `restarts`."""
-        stats, scalars = {}, {}
+        stats: dict = {}
+        scalars: dict = {}
         for level, quantizer in enumerate(self.quantizers):
             state, added = self._state(params, level), statistics[str(level)]
             new, found = quantizer.update(state, added, jax.random.fold_in(key, level))
@@ -294,7 +294,7 @@ _adversarial = adversarial.build
 
 def _chosen(settings: Mapping, kinds: Mapping[str, tuple], what: str) -> tuple[type, dict]:
     """(the class of settings.kind, its settings); ValueError for settings that it lacks or does not have."""
-    kind = settings.get("kind")
+    kind = settings.get("kind", "")
     if kind not in kinds:
         raise ValueError(f"{what}.kind {kind!r} is unknown; choose one of {', '.join(kinds)}")
     made, required, optional = kinds[kind]
@@ -318,7 +318,7 @@ def _strides(kind: str, settings: Mapping) -> tuple[int, ...]:
     return tuple(math.prod(strides[: i + 1]) for i in range(len(strides)))[::-1]
 
 
-def _quantizer(settings: Mapping, stride: int) -> Quantizer:
+def _quantizer(settings: Mapping, stride: int) -> Any:
     """The quantizer of a level; ValueError for settings that are wrong."""
     made, settings = _chosen(settings, QUANTIZERS, "quantizer")
     if made is quantize.FSQ:
