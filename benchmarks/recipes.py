@@ -12,8 +12,9 @@ from benchmarks.scores import Score, difference, mean, share
 from benchmarks.trained import BATCH, Recipe, Trained, Training
 from dalle2_jax.configs.imagen.upsampler256 import NOISE
 from dalle2_jax.data import scenes
-from dalle2_jax.edit import actions
-from dalle2_jax.evaluate.metrics import edits, retrieval, zero_shot
+from dalle2_jax.edit import actions, codes
+from dalle2_jax.evaluate import picture_sets
+from dalle2_jax.evaluate.metrics import edits, reconstruction, retrieval, zero_shot
 from dalle2_jax.evaluate.metrics import scenes as scenes_metric
 from dalle2_jax.evaluate.scenes import find_objects
 from dalle2_jax.generate.pipeline import Pipeline, Running
@@ -49,6 +50,31 @@ def clip(run: Trained) -> list[Score]:
 
 def _hits(value: float, n: int) -> np.ndarray:
     return np.arange(n) < round(value * n)
+
+
+def vqvae(run: Trained) -> list[Score]:
+    """Scenes that a tokenizer gives back: right in every aspect, error, use of the codes."""
+    count = N // len(scenes.KINDS)
+    true = [one for kind in scenes.KINDS for one in scenes.evaluation_scenes(run.grammar, kind, count, 1)]
+    texts = [scenes.caption(scene) for scene in true]
+    pictures = picture_sets.rendered("scenes", true, 64, texts)
+    found, images, originals, _ = reconstruction.measure(run.model(), pictures, n=N, batch_size=BATCH)
+    check = scenes_metric.load_checker()
+    right = [
+        scenes_metric.verdict_aspects(check(*pair))["correct"] for pair in zip(images, texts, strict=True)
+    ]
+    book = found["codes"]["level_0"]
+    for image, original in list(zip(images, originals, strict=True))[:: N // 16]:
+        run.show(original, "original")
+        run.show(image, "reconstruction")
+    return [
+        share("reconstructions correct", np.array(right, bool), 0.9),
+        mean("PSNR of reconstructions, dB", reconstruction.psnr(images, originals)),
+        share(f"codes used, of {book['book']}", _hits(book["usage"], book["book"])),
+        share(
+            "perplexity above a quarter of the book", np.array([book["perplexity"] > book["book"] / 4]), 1.0
+        ),
+    ]
 
 
 def ddpm(run: Trained) -> list[Score]:
@@ -231,9 +257,55 @@ def _enlarged(run: Trained, name: str, low_res: np.ndarray, texts: list[str], le
     return made[f"{steps[-1].name}.image"]
 
 
+def dalle1(run: Trained) -> list[Score]:
+    """Objects beside what the tokenizer can show; the best of 8 candidates by the package's CLIP."""
+    model, (true, texts) = run.model(), _single_scenes(run)
+    shown = run.named(codes.reconstruct(model, true, batch_size=BATCH).images, texts, show=8)
+    singles, pairs = run.captions("single", N), run.captions("pair", N)
+    single = run.named(run.draw(singles), singles, show=16)
+    one = run.named(run.draw(pairs), pairs)
+    best = run.named(run.draw(pairs, rerank=8), pairs, show=16)
+    return [
+        share("reconstructions right", shown, 0.9),
+        share("singles right", single, 0.9 * shown.mean()),
+        share("pairs right, one candidate", one),
+        share("pairs right, best of 8", best),
+        difference("pairs right: best of 8 less one", best, one),
+    ]
+
+
+def _single_scenes(run: Trained) -> tuple[list[np.ndarray], list[str]]:
+    """(pictures, captions) of N scenes of one object."""
+    kinds = [kind for kind in scenes.KINDS if kind.startswith("single")]
+    true = [
+        scene
+        for kind in kinds
+        for scene in scenes.evaluation_scenes(run.grammar, kind, -(-N // len(kinds)), 1)
+    ][:N]
+    return [scenes.render(scene, 64) for scene in true], [scenes.caption(scene) for scene in true]
+
+
+def vqvae2(run: Trained) -> list[Score]:
+    """Scenes beside what the tokenizer can show; a classifier's choice; the bottom follows the top."""
+    model, (true, _) = run.model(), _single_scenes(run)
+    shown = run.legal(codes.reconstruct(model, true, batch_size=BATCH).images)
+    classes = model.engine.configs["classifier"]["data"]["classes"]
+    captions = [f"a {classes[i % len(classes)]}" for i in range(N)]
+    images, chosen = run.draw(captions), run.draw(captions, rerank=2)
+    right, better = run.named(images, captions, show=16), run.named(chosen, captions)
+    return [
+        share("reconstructions legal", shown),
+        share("samples legal", run.legal(images), 0.8 * shown.mean()),
+        share("class right", right),
+        share("class right, the likelier of two by the classifier", better),
+        difference("class right: the likelier of two less one", better, right),
+    ]
+
+
 _CLIP = "--config.clip={dir}/clip"
 _CHECKPOINTS = ("--config.checkpoint_every=1000", "--config.keep_checkpoints=9")
 _T5 = "--config.frozen.t5={dir}/t5"
+_CODES = "--config.frozen.tokenizer={dir}/tokenizer"
 _PLAIN = ("--config.model.low_res_noise=0", "--config.model.low_res_level=0")
 RECIPES = {
     "dalle2": Recipe(
@@ -252,6 +324,9 @@ RECIPES = {
     ),
     "ddpm": Recipe(
         "DDPM", (Training("decoder", "ddpm/tiny", _CHECKPOINTS),), {"model": {"decoder": "decoder"}}, ddpm
+    ),
+    "vqvae": Recipe(
+        "VQ-VAE", (Training("tokenizer", "vqvae/tiny"),), {"model": {"tokenizer": "tokenizer"}}, vqvae
     ),
     "iddpm": Recipe(
         "Improved DDPM",
@@ -286,5 +361,21 @@ RECIPES = {
             "plain": {"t5": "t5", "decoder": "decoder", "upsamplers": "plain"},
         },
         imagen,
+    ),
+    "dalle1": Recipe(
+        "DALL-E 1",
+        (Training("tokenizer", "dalle1/tiny_dvae"), Training("token_model", "dalle1/tiny", (_CODES,))),
+        {"model": {"tokenizer": "tokenizer", "token_model": "token_model"}},
+        dalle1,
+    ),
+    "vqvae2": Recipe(
+        "VQ-VAE-2",
+        (
+            Training("tokenizer", "vqvae2/tiny_tokenizer"),
+            Training("prior", "vqvae2/tiny_prior", (_CODES,)),
+            Training("classifier", "tiny/classifier"),
+        ),
+        {"model": {"classifier": "classifier", "tokenizer": "tokenizer", "token_model": "prior"}},
+        vqvae2,
     ),
 }

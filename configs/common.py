@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
             learning_rate=1.2e-4,
             schedule="constant",
             final_fraction=0.0,
+            decay_steps=0,  # of a schedule; 0: num_steps
             warmup_steps=10_000,
             beta1=0.9,
             beta2=0.999,

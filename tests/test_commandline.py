@@ -12,8 +12,8 @@ import pytest
 from etils import epath
 
 from configs import common
-from dalle2_jax import embed
 from dalle2_jax.convert import convert
+from dalle2_jax.embed import embed, encoders
 from dalle2_jax.generate import pictures
 from dalle2_jax.models import models
 from dalle2_jax.runtime import files, hub
@@ -77,7 +77,9 @@ def home(tmp_path, monkeypatch):
 
 
 def test_a_tilde_is_the_home_folder_in_every_flag_that_is_a_path(home):
-    assert {"dalle2_jax.train.__main__", "dalle2_jax.embed", "dalle2_jax.studio.__main__"} <= set(COMMANDS)
+    assert {"dalle2_jax.train.__main__", "dalle2_jax.embed.__main__", "dalle2_jax.studio.__main__"} <= set(
+        COMMANDS
+    )
     recipe = (
         "from ml_collections import ConfigDict\nget_config = lambda preset: ConfigDict({'preset': preset})"
     )
@@ -152,7 +154,7 @@ def test_every_setting_that_is_a_path_is_expanded_where_training_and_embedding_b
 
     expand = models.expand_paths
     monkeypatch.setattr(models, "expand_paths", lambda given: embedded.append(expand(given)) or embedded[-1])
-    monkeypatch.setattr(embed, "ClipEncoder", stop)
+    monkeypatch.setattr(encoders, "ClipEncoder", stop)
     with pytest.raises(InterruptedError):
         embed.embed(config, "clip", "out", splits=("train",))
     assert embedded[0]["data"]["path"] == f"{home}/data.path"

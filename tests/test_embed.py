@@ -12,9 +12,10 @@ import pytest
 parquet = pytest.importorskip("pyarrow.parquet", reason="metadata of embeddings need pyarrow")
 
 from configs import decoder64, prior  # noqa: E402
-from dalle2_jax import embed, pipeline  # noqa: E402
+from dalle2_jax import pipeline  # noqa: E402
 from dalle2_jax.data import embeddings  # noqa: E402
 from dalle2_jax.data import pipeline as data_pipeline  # noqa: E402
+from dalle2_jax.embed import embed  # noqa: E402
 from dalle2_jax.models import models  # noqa: E402
 from dalle2_jax.train import checks, inputs, loop  # noqa: E402
 from dalle2_jax.train.plan import Plan  # noqa: E402

@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("pyarrow.parquet", reason="metadata of embeddings need pyarrow")
 
 from configs import decoder64  # noqa: E402
-from dalle2_jax import embed  # noqa: E402
 from dalle2_jax.data import embeddings, text_states  # noqa: E402
 from dalle2_jax.data import pipeline as data_pipeline  # noqa: E402
 from dalle2_jax.data.records import BadRecord  # noqa: E402
+from dalle2_jax.embed import embed  # noqa: E402
 from dalle2_jax.models import models  # noqa: E402
 from dalle2_jax.runtime import modeldir  # noqa: E402
 from dalle2_jax.runtime.batch import as_floats  # noqa: E402

@@ -21,6 +21,11 @@ def test_products_and_convolutions_by_hand():
 
     assert flops.count(conv, x, kernel) == 2 * 2 * 8 * 6 * 10 * 9 * 3
     assert flops.count(lambda x, k: conv(x, k, stride=2), x, kernel) == 2 * 2 * 4 * 3 * 10 * 9 * 3
+
+    def doubled(x, kernel):
+        return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME")
+
+    assert flops.count(doubled, x, kernel) == 2 * 2 * 16 * 12 * 10 * 9 * 3 // 4
     assert flops.count(lambda x, k: conv(x, k, groups=3), x, jnp.ones((3, 3, 1, 9))) == 2 * 2 * 8 * 6 * 9 * 9
 
 

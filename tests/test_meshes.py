@@ -25,6 +25,11 @@ VIT = dict(kind="vit", patch_size=8, width=32, depth=2, num_heads=2)
 CHANGES = {"clip": dict(sam_batch_size=2, vision=VIT)}
 CHANGES["clip scanned"] = CHANGES["clip"] | dict(scan_blocks=True)
 CHANGES["pixels scanned"] = dict(net=dict(modern.DEBUG, kind="vit", scan_blocks=True))
+TOKENIZER = dict(
+    image_size=16,
+    net=dict(kind="vqvae", channels=16, residual_channels=8, num_res_blocks=1, strides=(4, 2)),
+    quantizer=dict(kind="vq", num_codes=16, width=8, restart=0.1),
+)
 QUICK = {("classifier", "2x2x2")}  # transformers on a mesh in every run: tests/models/stages/test_clip.py
 # Devices add in another order, which float32 rounds by some 1e-7 of the largest number that is added; a
 # gradient goes through tens of such sums one after the other. Measured: up to 4e-6.
@@ -37,7 +42,8 @@ def settings(kind: str) -> dict:
     Adam divides by the gradient's size, which turns the rounding of a gradient near zero into a step of full
     length: an `eps` that is not far below the gradients keeps the parameters comparable.
     """
-    recipes = {"upsampler": "upsampler256", "classifier": "decoder64", "pixels": "modern.decoder64"}
+    recipes = {"upsampler": "upsampler256", "pixels": "modern.decoder64"}
+    recipes |= dict.fromkeys(("classifier", "tokenizer"), "decoder64")
     recipe = recipes.get(kind.split()[0], kind.split()[0])
     config = models.to_plain(importlib.import_module(f"configs.{recipe}").get_config("debug"))
     if kind == "classifier":
@@ -45,6 +51,8 @@ def settings(kind: str) -> dict:
             stage="classifier", model=tiny_model.CLASSIFIER | dict(image_size=16, attention_resolutions=[])
         )
         config["data"]["classes"] = ["circle", "square", "star"]
+    if kind == "tokenizer":
+        config |= dict(stage="tokenizer", model=TOKENIZER)
     config["batch_size"] = BATCH
     config["model"] |= CHANGES.get(kind, {}) | dict(dtype="float32")
     config["optim"] |= dict(learning_rate=1e-2, beta1=0.9, eps=1e-2, grad_clip=0.0)
@@ -129,7 +137,7 @@ def farthest(got: dict, expected: dict) -> dict[str, float]:
     ("kind", "mesh"),
     [
         pytest.param(kind, mesh, marks=() if (kind, mesh) in QUICK else pytest.mark.slow)
-        for kind in ("clip", "prior", "ar_prior", "decoder64", "upsampler", "classifier")
+        for kind in ("clip", "prior", "ar_prior", "decoder64", "upsampler", "classifier", "tokenizer")
         for mesh in MESHES
     ]
     + [

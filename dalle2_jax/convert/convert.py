@@ -33,8 +33,6 @@ from dalle2_jax.data.tokenizer import load_tokenizer
 from dalle2_jax.models import models
 from dalle2_jax.runtime import extras, files, hub, modeldir
 from dalle2_jax.runtime.names import nearest
-from dalle2_jax.systems import cascade
-from dalle2_jax.systems.cascade import ROLES
 
 FORMATS = (
     "hf-clip",
@@ -50,6 +48,10 @@ FORMATS = (
     "iddpm",
     "t5",
     "deepfloyd",
+    "dalle-mini",
+    "openai-dvae",
+    "vqgan",
+    "lpips",
 )
 _NEEDED = "workdir of the {}; a decoder of image embeddings needs it"
 _ROLE_HELP = {
@@ -59,7 +61,10 @@ _ROLE_HELP = {
     "decoder": "workdir of the decoder",
     "noisy_clip": "workdir of a CLIP of noised pictures, which may steer the decoder",
     "classifier": "workdir of a classifier, which may steer the decoder",
+    "tokenizer": "workdir of the tokenizer of pictures, whose codes the token model draws",
+    "token_model": "workdir of the token model",
 }
+ROLES = tuple(_ROLE_HELP)
 
 
 def convert_weights(
@@ -102,7 +107,8 @@ def convert_weights(
             f"{source} comes without a tokenizer: give a folder with CLIP's vocab.json and merges.txt, or a "
             "model directory's tokenizer, as --tokenizer=FOLDER"
         )
-    check_stages(read.stages, stages, words, cascade)
+    system = systems.of_stages(read.stages)
+    check_stages(read.stages, stages, words, systems.load(system))
     for note in dict.fromkeys(note for tensors in read.tensors for note in tensors.notes):
         print(f"note: {note}", flush=True)
     for leaf in jax.tree.leaves([params for _, params in read.stages.values()]):
@@ -117,6 +123,7 @@ def convert_weights(
     licence = licence or read.licence
     print(f"licence of these weights: {licence or card.UNKNOWN}", flush=True)
     extra = {"name": name, "made_from": {"format": format_name, "sha256": sums}, "licence": licence}
+    extra |= {"system": system}
     write_model(out, read.stages, stages, words, dtype, extra)
 
 
@@ -161,9 +168,9 @@ def make_parser() -> argparse.ArgumentParser:
     workdirs = commands.add_parser(
         "workdirs", aliases=["export"], help="averaged weights of training workdirs"
     )
-    several = "workdir of a stage of another system than unclip; may be given several times"
-    about = "what the stages are together"
-    workdirs.add_argument("--system", default="unclip", choices=[*systems.SYSTEMS], help=about)
+    several = "workdir of a stage that has no argument of its own; may be given several times"
+    about = "what the stages are together; by default the first system that has all of them"
+    workdirs.add_argument("--system", default="", choices=[*systems.SYSTEMS], help=about)
     workdirs.add_argument("--stage", type=_stage, action="append", default=[], metavar="NAME=W", help=several)
     for role in ROLES:
         workdirs.add_argument(f"--{role}", **path, metavar="W", help=_ROLE_HELP[role])

@@ -32,7 +32,7 @@ def without_paths(value):
 def convert_workdirs(
     out: str | os.PathLike,
     *,
-    system: str = "unclip",
+    system: str = "",
     dtype: str = "bfloat16",
     name: str = "",
     licence: str = "",
@@ -42,8 +42,8 @@ def convert_workdirs(
 
     Args:
       out: the directory; made if absent. Files of the same names are replaced.
-      system: what the stages are together, a name in `systems.SYSTEMS`.
-      dtype: 'bfloat16' (half the size) or 'float32' (exact).
+      system: what the stages are together, a name in `systems.SYSTEMS`; '': the first that has them all.
+      dtype: 'bfloat16' (half the size) or 'float32' (exact). Tokenizers are float32: rounding changes codes.
       name: of the model; by default the last name of `out`.
       licence: of the weights, for the model card; by default those of the models that stages began from.
       sources: a name of the system's `ROLES` -> a workdir, a model directory that holds the stage, the
@@ -53,6 +53,7 @@ def convert_workdirs(
     Raises:
       FileNotFoundError, ValueError: an incomplete workdir, or stages that do not match.
     """
+    system = system or systems.of_stages([name for name, source in sources.items() if source])
     out, module = check_out(out, dtype), systems.load(system)
     models.check_names(sources, (*module.ROLES, *module.LISTS), "sources")
     wanted: list[tuple[str, Any]] = [(role, sources[role]) for role in module.ROLES if sources.get(role)]
@@ -118,7 +119,7 @@ def write_model(
     system, frozen = extra.pop("system", "unclip"), extra.pop("frozen", {})
     (out / words.FILE).unlink(missing_ok=True)  # of another model
     for folder, (config, params) in parts.items():
-        modeldir.save_stage(out / folder, config, params, dtype)
+        modeldir.save_stage(out / folder, config, params, getattr(stages[folder], "stored_dtype", dtype))
     if tokenizer is not None:
         (out / "tokenizer").mkdir(parents=True, exist_ok=True)
         tokenizer.save(out / "tokenizer")

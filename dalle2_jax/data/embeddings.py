@@ -1,17 +1,18 @@
-"""Folders of precomputed CLIP embeddings in clip-retrieval's layout, or of text states, read and written.
+"""Folders of precomputed CLIP embeddings in clip-retrieval's layout, of text states or of codes.
 
 FOLDER/img_emb/img_emb_N.npy and FOLDER/text_emb/text_emb_N.npy have floats [n, E],
 FOLDER/metadata/metadata_N.parquet (or .jsonl) their captions; row i of each belongs to record i. FOLDER may
 lie in an object store: rows are then read one by one; those on the disk are mapped, and nothing is unpickled.
 A folder of `dalle2_jax.embed` also has embed.json, which names the dataset and the encoder and says whether
-it is complete, and each record's key in the metadata. See `text_states` for states.
+it is complete, and each record's key in the metadata. See `text_states` for states. FOLDER/codes/codes_N.npy
+has a tokenizer's codes, integers [n, L]; a record without codes has the largest number of their type.
 """
 
 import collections
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -23,10 +24,11 @@ from dalle2_jax.data.shards import language_of
 from dalle2_jax.runtime import files
 from dalle2_jax.runtime.files import AnyPath
 
-OF_CLIP = ("img_emb", "text_emb")
-KINDS = (*OF_CLIP, *text_states.KINDS, "metadata")
+OF_CLIP, CODES = ("img_emb", "text_emb"), "codes"
+KINDS = (*OF_CLIP, CODES, *text_states.KINDS, "metadata")
 _ENDINGS = dict.fromkeys(KINDS, (".npy",)) | {"metadata": (".parquet", ".jsonl")}
-_COLUMNS = {"image_embed": "img_emb", "text_embed": "text_emb"}  # field of a record -> folder
+# field of a record -> folder
+_COLUMNS = {"image_embed": "img_emb", "text_embed": "text_emb", "codes": CODES}
 
 
 def _part_files(folder: str, kind: str) -> dict[tuple[int, ...], str]:
@@ -69,14 +71,26 @@ def _files_by_kind(path: str) -> dict[str, dict[tuple[int, ...], str]]:
     return found
 
 
-def _embedding_shards(paths: Iterable[str]) -> list[np.ndarray | npy.RemoteRows]:
-    """The arrays of .npy files. Raises ValueError for other files and shapes."""
+def packed_codes(rows: Sequence[np.ndarray | None], length: int, num_codes: int) -> dict[str, np.ndarray]:
+    """{kind: array to write} of the codes [length] of each record, None for one without; all are below
+    num_codes."""
+    dtype = np.uint16 if num_codes < np.iinfo(np.uint16).max else np.int32
+    table = np.full((len(rows), length), np.iinfo(dtype).max, dtype)
+    for place, row in enumerate(rows):
+        if row is not None:
+            table[place] = row
+    return {CODES: table}
+
+
+def _row_shards(paths: Iterable[str], kinds: str) -> list[np.ndarray | npy.RemoteRows]:
+    """The arrays of .npy files of these kinds of numbers. Raises ValueError for other files and shapes."""
     shards: list[np.ndarray | npy.RemoteRows] = []
     first = ""
     for path in paths:
         shard = npy.open_rows(path)
-        if shard.ndim != 2 or shard.dtype.kind != "f":
-            raise ValueError(f"{path}: expected floats [N, E], found {shard.dtype} {shard.shape}")
+        if shard.ndim != 2 or shard.dtype.kind not in kinds:
+            what = "floats [N, E]" if kinds == "f" else "integers [N, L]"
+            raise ValueError(f"{path}: expected {what}, found {shard.dtype} {shard.shape}")
         first = first or path
         if shards and shard.shape[1] != shards[0].shape[1]:
             raise ValueError(
@@ -87,7 +101,7 @@ def _embedding_shards(paths: Iterable[str]) -> list[np.ndarray | npy.RemoteRows]
 
 
 class Embeddings:
-    """Rows of img_emb/*.npy and text_emb/*.npy, or of text states, as one table.
+    """Rows of img_emb/*.npy and text_emb/*.npy, of codes, or of text states, as one table.
 
     metadata: the metadata files and the number of rows that each must have, in the order of the table; may be
     empty. dims: field -> entries of a row, of a state for text_states. most_tokens: of a caption with states.
@@ -103,7 +117,9 @@ class Embeddings:
             raise ValueError(f"{path} does not exist" + did_you_mean(os.path.basename(path), listing))
         found = _files_by_kind(path)
         self._shards = {
-            name: _embedding_shards(found[kind].values()) for name, kind in _COLUMNS.items() if kind in found
+            name: _row_shards(found[kind].values(), "iu" if name == "codes" else "f")
+            for name, kind in _COLUMNS.items()
+            if kind in found
         }
         self._states = None
         if kinds := [kind for kind in text_states.KINDS if kind in found]:
@@ -114,7 +130,7 @@ class Embeddings:
             self._states = text_states.StateFiles(*(found[kind].values() for kind in kinds))
         if not self._shards and not self._states:
             raise ValueError(
-                f"{path} holds neither img_emb/*.npy nor text_emb/*.npy"
+                f"{path} holds none of img_emb/*.npy, text_emb/*.npy, codes/*.npy"
                 + did_you_mean("img_emb", [name for name, _ in entries(path)])
             )
         counts = {_COLUMNS[name]: [len(x) for x in shards] for name, shards in self._shards.items()}
@@ -146,14 +162,21 @@ class Embeddings:
         return int(self._first[-1])
 
     def row(self, index: int) -> dict[str, np.ndarray]:
-        """{'image_embed': float32 [E], 'text_embed': [E], 'text_states': uint16 [tokens, D]}, some of them.
+        """{'image_embed': float32 [E], 'text_embed': [E], 'codes': int32 [L], 'text_states': uint16
+        [tokens, D]}, some of them.
 
         Raises BadRecord.
         """
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         found = {}
         for name, shards in self._shards.items():
-            found[name] = np.asarray(shards[shard][index - self._first[shard]], np.float32)
+            row = shards[shard][index - self._first[shard]]
+            if name == "codes":
+                if (row == np.iinfo(row.dtype).max).any():
+                    raise BadRecord("no_codes")
+                found[name] = np.asarray(row, np.int32)
+                continue
+            found[name] = np.asarray(row, np.float32)
             if not np.isfinite(found[name]).all():
                 raise BadRecord("embedding_not_finite", name)
         if self._states:
@@ -185,6 +208,8 @@ def encoder_sha256(plan: dict | None) -> dict[str, str]:
 
 def kinds_of(plan: dict) -> tuple[str, ...]:
     """The kinds of arrays of a folder with this embed.json."""
+    if plan.get("codes"):
+        return (CODES,)
     return text_states.KINDS if plan.get("frozen") else OF_CLIP
 
 
@@ -297,7 +322,7 @@ def finish(folder: epath.Path) -> dict[str, int]:
 
 
 class EmbeddingSource(records.RecordSource):
-    """Precomputed CLIP embeddings with their captions, in clip-retrieval's layout, without images."""
+    """Precomputed CLIP embeddings or codes, in clip-retrieval's layout, with captions and without images."""
 
     has_images = False
 
@@ -315,7 +340,7 @@ class EmbeddingSource(records.RecordSource):
         """The embeddings of one row; see `records.RecordSource`."""
         if image:
             raise ValueError("source 'embeddings' holds no images")
-        embedded = bool({"text_embed", "text_states"} & self._table.dims.keys())
+        embedded = bool({"text_embed", "text_states", "codes"} & self._table.dims.keys())
         texts = metadata.row_captions(self._captions, index, embedded) if captions else {}
         return Record(f"row:{index}", None, texts, self._table.row(index), self._fields)
 

@@ -143,13 +143,21 @@ class Dataset:
         if self.settings.tokenizes:
             captions = [row["caption"] for row in rows]
             self._words.add(captions)
-            made["tokens"], made["token_mask"] = self.settings.tokenizer(captions)
+            made["tokens"], made["token_mask"] = self._tokens(captions, epochs, made["index"])
         for name, (dtype, shape) in self._shapes.items():
             if name not in made:
                 stack = made[name] = np.empty((len(rows), *shape), dtype)
                 for slot, row in enumerate(rows):
                     stack[slot] = row[name]
         return made
+
+    def _tokens(self, captions: list[str], epochs: np.ndarray, indices: np.ndarray):
+        """(tokens, their mask) of the captions of records."""
+        settings = self.settings
+        if not settings.bpe_dropout:
+            return settings.tokenizer(captions)
+        seeds = [(settings.seed, int(epoch), int(i)) for epoch, i in zip(epochs, indices, strict=True)]
+        return settings.tokenizer.with_dropout(captions, settings.bpe_dropout, seeds)
 
     def _load_good(self, index: int, epoch: int, draws: np.ndarray) -> dict:
         """The parts of record `index`, or of the first usable one after it."""
@@ -194,7 +202,10 @@ class Dataset:
         """(key, caption, fields) of record `index`, centred and with its first caption. Raises BadRecord."""
         record = self._read(index)
         parts = self._parts(record, np.zeros(8))
-        caption = parts.pop("caption", "")
+        caption = parts.pop("caption", None)
+        if caption is None:  # the fields need none
+            texts = self.source.read(index, image=False).captions
+            caption = captions_module.cut(next(iter(texts.get(self.settings.language) or ("",))))
         if self.settings.has("tokens"):
             tokens, mask = self.settings.tokenizer([caption])
             parts |= {"tokens": tokens[0], "token_mask": mask[0]}

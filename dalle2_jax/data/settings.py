@@ -21,6 +21,7 @@ FIELDS = (
     "image_embed",
     "text_embed",
     "text_states",
+    "codes",
     "label",
 )
 TEXT = ("tokens", "token_mask")
@@ -35,7 +36,7 @@ class DataSettings(SourceSettings, Views):
     fields: the fields of batches, of `FIELDS`; OWNER.image is a picture for the frozen stage OWNER.
     image_size ... flip: see `transforms.Views`. A record whose captions name sides is never mirrored.
     language: of captions: 'en', 'zh', ..., or 'any' for all, mixed.
-    tokenizer: for tokens and token_mask.
+    tokenizer: for tokens and token_mask. bpe_dropout: how often it leaves a merge out, see `bpe_dropout`.
     seed: of order and augmentation.
     max_bad_fraction: share of unusable records above which the run stops; 0: at the first.
     num_workers: reading threads.
@@ -47,6 +48,7 @@ class DataSettings(SourceSettings, Views):
     fields: tuple[str, ...] = ()
     language: str = "en"
     tokenizer: Any = None
+    bpe_dropout: float = 0.0
     seed: int = 0
     max_bad_fraction: float = 1e-3
     num_workers: int = 2
@@ -119,7 +121,7 @@ class DataSettings(SourceSettings, Views):
         """Raise ValueError for a field that the source does not have."""
         embeddings = source.embed_dims
         for field in self.fields:
-            if batch.field(field).kind in ("embedding", "states") and field not in embeddings:
+            if batch.field(field).kind in batch.STORED and field not in embeddings:
                 raise ValueError(
                     f"field {field!r} is not in the dataset (there is {sorted(embeddings) or 'none'}); "
                     "set data.embeddings to a folder of embeddings, or compute it with a frozen encoder"
@@ -146,6 +148,7 @@ class DataSettings(SourceSettings, Views):
             "image_embed": (source.embed_dims.get("image_embed"),),
             "text_embed": (source.embed_dims.get("text_embed"),),
             "text_states": (length, source.embed_dims.get("text_states")),
+            "codes": (source.embed_dims.get("codes"),),
             "label": (),
             "index": (),
         } | {name: (side, side, 3) for name, side in views.image_sizes.items()}

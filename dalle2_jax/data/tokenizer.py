@@ -15,13 +15,14 @@ import html
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from dalle2_jax.data.bpe_dropout import Dropout
 from dalle2_jax.runtime import extras, files, hub
 
-KINDS = ("clip", "bpe", "gpt2", "t5")
+KINDS = ("clip", "bpe", "gpt2", "t5", "bart")
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 _SPACES = re.compile(r"\s+")
 _PADDING = re.compile(r"[ \t\r\n]{2,}")  # not \s, which has parts of broken letters that `clean` repairs
@@ -57,30 +58,51 @@ class Tokenizer:
                 f"context_length {context_length} leaves no room between SOT and EOT; give 3 or more"
             )
         self.kind, self.vocab_size, self.context_length = kind, vocab_size, context_length
-        ends: dict[str, tuple[int | None, int | None]] = {"gpt2": (None, None), "t5": (None, 1)}
+        ends: dict[str, tuple[int | None, int | None]] = {
+            "gpt2": (None, None),
+            "t5": (None, 1),
+            "bart": (0, 2),
+        }
         self.sot, self.eot = ends.get(kind, (vocab_size - 2, vocab_size - 1))
         self._ends = (self.sot is not None) + (self.eot is not None)
         self._encoder = encoder
+        self._dropouts: dict[float, Dropout] = {}  # by their rate
         self._cached = functools.lru_cache(maxsize=1 << 15)(self._encode)
 
-    def _encode(self, caption: str) -> tuple[int, ...]:
+    def _clean(self, caption: str) -> str:
         most = _A_TOKEN * self.context_length
         if self.kind in ("clip", "bpe"):
-            text = clean(caption, most)
-        else:  # GLIDE's captions are lowered alone, those of T5 stay as they are
-            text = caption[:most].lower() if self.kind == "gpt2" else caption[:most]
-        ids = self._encoder.encode(text, add_special_tokens=False).ids
+            return clean(caption, most)
+        if self.kind == "bart":  # as min-dalle
+            return caption[:most].lower().encode("ascii", "ignore").decode()
+        # GLIDE's captions are lowered alone, those of T5 stay as they are
+        return caption[:most].lower() if self.kind == "gpt2" else caption[:most]
+
+    def _encode(self, caption: str) -> tuple[int, ...]:
+        ids = self._encoder.encode(self._clean(caption), add_special_tokens=False).ids
         return tuple(ids[: self.context_length - self._ends])
 
     def _ids(self, caption: str) -> tuple[int, ...]:
         return self._cached(caption) if len(caption) < 1000 else self._encode(caption)
 
-    def __call__(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def with_dropout(
+        self, captions: Sequence[str], rate: float, seeds: Iterable[Sequence[int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As a call, but merges are left out at this rate (see `bpe_dropout`); seeds: one a caption."""
+        if rate not in self._dropouts:
+            self._dropouts[rate] = Dropout(self._encoder, rate)
+        most, encode = self.context_length - self._ends, self._dropouts[rate].encode
+        pairs = zip(captions, seeds, strict=True)
+        return self._rows([encode(self._clean(caption), seed)[:most] for caption, seed in pairs])
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32 [B, L], token_mask bool [B, L]) of B captions, cut to L tokens with SOT and EOT."""
-        tokens = np.zeros((len(captions), self.context_length), np.int32)
+        return self._rows([self._ids(caption) for caption in captions])
+
+    def _rows(self, encoded: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.zeros((len(encoded), self.context_length), np.int32)
         token_mask = np.zeros(tokens.shape, bool)
-        for row, caption in enumerate(captions):
-            ids = self._ids(caption)
+        for row, ids in enumerate(encoded):
             ends = [() if end is None else (end,) for end in (self.sot, self.eot)]
             tokens[row, : len(ids) + self._ends] = (*ends[0], *ids, *ends[1])
             token_mask[row, : len(ids) + self._ends] = True
@@ -163,6 +185,28 @@ def _load_gpt2(path: str, context_length: int) -> Tokenizer:
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoder.decoder = decoders.ByteLevel()
     return Tokenizer(encoder, "gpt2", max(vocab.values()) + 1, context_length)
+
+
+def load_bart(path: str | os.PathLike, context_length: int) -> Tokenizer:
+    """dalle-mini's tokenizer in a folder with vocab.json and merges.txt: 0 as SOT, 2 as EOT, then zeros.
+
+    Raises ValueError for a folder without them.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    names = [os.path.join(path, name) for name in ("vocab.json", "merges.txt")]
+    if not all(map(os.path.isfile, names)):
+        raise ValueError(f"{path} holds no tokenizer: expected vocab.json and merges.txt")
+    vocab = json.loads(files.read_text(names[0]))
+    lines = files.read_text(names[1]).split("\n")[1:]
+    merges = [(pair[0], pair[1]) for pair in map(str.split, lines) if len(pair) == 2]
+    if [vocab.get(token) for token in ("<s>", "</s>")] != [0, 2]:
+        raise ValueError(f"{path}: <s> and </s> must have the ids 0 and 2, as BART's have")
+    encoder = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    encoder.decoder = decoders.ByteLevel()
+    return Tokenizer(encoder, "bart", max(vocab.values()) + 1, context_length)
 
 
 def _load_clip(path: str, context_length: int) -> Tokenizer:

@@ -9,9 +9,10 @@ Edits pictures with a model directory, or with the small model that comes with t
   inpaint PICTURE MASK "CAPTION"        draw the caption where the mask, a file, is opaque white, or in a box
                                         such as 0.5,0,1,1: left, top, right, bottom; --resample, --negative
   outpaint PICTURE "CAPTION"            draw around the picture, which takes the middle --scale of the side
+  complete PICTURE "CAPTION"            draw the lower part by a token model; --n, --scale is the upper part
   invert PICTURE ...                    latents.npz, and the pictures drawn from it; --steps
   redraw LATENTS.npz                    draw from latents again; --eta
-  reconstruct PICTURE                   from --components=4,8,16 of its embedding
+  reconstruct PICTURE                   from --components=4,8,16 of its embedding, or from its codes
   upscale PICTURE                       by the last upsampler; --tile, --caption
 
 --out gets every picture as PNG (with the settings inside), grid.png and edit.json; interpolate and textdiff
@@ -44,6 +45,7 @@ from etils import epath
 from dalle2_jax.data import shards
 from dalle2_jax.edit import actions, grids
 from dalle2_jax.edit.actions import INPUTS, PATHS
+from dalle2_jax.edit.complete import complete
 from dalle2_jax.edit.latents import Latents
 from dalle2_jax.generate import output, pictures
 from dalle2_jax.generate.flags import define_model_flags
@@ -60,6 +62,7 @@ FLAGS_OF = {
     "image_to_image": ("n", "negative", "strength"),
     "inpaint": ("n", "negative", "resample"),
     "outpaint": ("n", "negative", "resample", "scale"),
+    "complete": ("n", "scale"),
     "redraw": ("eta",),
     "reconstruct": ("components",),
 }
@@ -116,7 +119,10 @@ def edit(model: Pipeline, action: str, inputs: dict, out: epath.Path) -> Result:
     if action == "reconstruct":
         options["components"] = [int(k) if k.strip().isdigit() else 0 for k in FLAGS.components]
     options |= dict(num_steps=FLAGS.steps, guidance_scale=FLAGS.guidance_scale, fit=FLAGS.fit)
-    function = getattr(actions, "from_latents" if action == "redraw" else action)
+    if action == "complete" and options.pop("num_steps") is not None:
+        raise ValueError("complete draws codes, a step each: leave --steps out")
+    others: dict[str, Callable] = {"redraw": actions.from_latents, "complete": complete}
+    function = others.get(action) or getattr(actions, action)
     return function(model, **inputs, **options, **running)
 
 
@@ -218,7 +224,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("theta", 0.5, "textdiff: how far to go, 0 to 1; 0.25 to 0.5 are usual.")
     flags.DEFINE_integer("frames", 8, "Pictures of a path, both ends included.", lower_bound=2)
     flags.DEFINE_float("strength", None, "Share of the steps, 0 to 1; variations: 1, image_to_image: 0.7.")
-    flags.DEFINE_float("scale", 0.5, "outpaint: the share of the side that the picture keeps.")
+    flags.DEFINE_float("scale", 0.5, "outpaint, complete: the share that the picture keeps.")
     flags.DEFINE_enum("fit", "crop", pictures.FITS, "How a picture becomes square.")
     keep = "Keep so many of them, those closest to the caption."
     flags.DEFINE_integer("keep", None, keep, lower_bound=1)

@@ -7,7 +7,7 @@ conditioned on z, draws it. Inversion finds x_T: DDIM upwards, without guidance,
     interpolate    between two pictures or captions: slerp(z_1, z_2, theta), slerp(x_T1, x_T2, theta)
     textdiff       slerp(z, norm(y_to - y_from), theta) with y the text embeddings, from the picture's x_T
     inpaint        draw a caption where a mask is white, and keep the rest
-    reconstruct    z from its first principal components alone
+    reconstruct    z from its first principal components alone; of a tokenizer, from the picture's codes
     upscale        the last upsampler alone, on a picture of any size
 
 Functions of a `Pipeline`. Pictures are PIL pictures or uint8 [H, W, 3] of any size. `**drawing` are the
@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from dalle2_jax.edit import codes
 from dalle2_jax.edit.latents import Latents, slerp, unit
-from dalle2_jax.generate import unclip
+from dalle2_jax.generate import rerank, unclip
 from dalle2_jax.generate.pictures import square_mask, square_picture, whole_picture
 from dalle2_jax.generate.pipeline import RUNNING, Pipeline, Result, Running
 from dalle2_jax.generate.settings import check_keywords, of_step
@@ -37,6 +38,7 @@ INPUTS = {
     "image_to_image": ("picture", "caption"),
     "inpaint": ("picture", "mask", "caption"),
     "outpaint": ("picture", "caption"),
+    "complete": ("picture", "caption"),
     "invert": ("picture", "..."),
     "redraw": ("latents",),
     "reconstruct": ("picture",),
@@ -279,12 +281,16 @@ def outpaint(
     return inpaint(pipe, canvas, mask, caption, **options)
 
 
-def reconstruct(pipe: Pipeline, picture, components: Sequence[int], **drawing) -> Result:
+def reconstruct(pipe: Pipeline, picture, components: Sequence[int] = (4, 8, 16), **drawing) -> Result:
     """For each k of `components`, `picture` drawn from the first k principal components of its embedding.
 
     All pictures have one noise (section 4 of the paper). The components are those of an autoregressive prior.
+    A model with a tokenizer gives `picture` back from its codes instead.
     """
     pipe.steps("reconstruct")
+    if "tokenizer" in pipe.engine.stages:
+        how = Drawing.of(drawing)
+        return codes.reconstruct(pipe, [picture], fit=how.fit, **how.running)
     stats = {name: np.asarray(x, np.float64) for name, x in pipe.engine.params("prior")["stats"].items()}
     most = len(stats["components"])
     for k in components:
@@ -329,8 +335,7 @@ def upscale(
 
 def rank(pipe: Pipeline, images, caption: str, batch_size: int | None = None) -> np.ndarray:
     """The order [N] of pictures by how close CLIP finds them to `caption`, the closest first."""
-    (text, _), _ = pipe.encode_text([caption], batch_size)
-    return np.argsort(-(unit(pipe.encode_image(images, batch_size)) @ text[0]), kind="stable")
+    return np.argsort(-rerank.scores(pipe, images, [caption] * len(images), batch_size), kind="stable")
 
 
 def _draw_caption(pipe: Pipeline, caption: str, n: int, how: Drawing, options: dict, inpaint=None) -> Result:

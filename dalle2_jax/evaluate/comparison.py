@@ -30,6 +30,7 @@ from dalle2_jax.evaluate.metrics.frechet import frechet_name
 from dalle2_jax.evaluate.networks import Networks, has_clip
 from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet, of_images
 from dalle2_jax.evaluate.reference import Stats, pictures_of
+from dalle2_jax.generate import output
 from dalle2_jax.generate.flags import sampling_settings
 from dalle2_jax.generate.output import StageLines
 from dalle2_jax.runtime import extras, metrics, processes
@@ -117,7 +118,7 @@ def measure(
         verdicts = list(map(scenes_metric.verdict_aspects, map(check, result.images, result.captions)))
         named, correct = (sum(bool(verdict[key]) for verdict in verdicts) for key in ("named", "correct"))
         judged = dict(named=named / count, interval=wilson(named, count), correct=correct / count)
-    n = max(result.numbers) + 1
+    n = output.per_caption(result)
     captions = result.captions[::n]
     images = unit(clip.encode_image(result.images, batch_size)).reshape(len(captions), n, -1)
     (texts, _), _ = clip.encode_text(captions, batch_size)

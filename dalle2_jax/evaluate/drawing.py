@@ -28,7 +28,8 @@ def scenes_of(model: pipeline.Pipeline, name: str | None = None) -> tuple[scenes
     Raises ValueError for a model that was not trained on scenes, unless `name` names a grammar.
     """
     configs = model.engine.configs
-    stored_data = (configs.get("clip") or configs.get("decoder") or {}).get("data") or {}
+    names = ("clip", "decoder", "token_model", "tokenizer")
+    stored_data = next((configs[name].get("data") or {} for name in names if name in configs), {})
     data = {"path": "", "source": ""} | stored_data  # converted weights have no data settings
     stored, _, side = data["path"].partition("_")
     if name is None and (data["source"] != "scenes" or stored not in scenes.PRESETS):

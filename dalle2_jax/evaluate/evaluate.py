@@ -11,6 +11,8 @@ Measures a model directory; writes report.json, its table report.txt, and labell
   edits      not by default: 64 unseen scenes are changed by text, varied and repainted, and checked
   loss       not by default: of each stage at fixed times with fixed noise, on n unseen scenes or
              --images=SRC with captions
+  reconstruction  of a model with a tokenizer alone by default: PSNR, SSIM, use of the codes and, on scenes,
+             the checker, of n unseen scenes, --images=SRC or --reference=SRC; --inception=FILE adds rFID
   bpd        not by default: bits per dimension of the base stage on n scenes of the validation split, or on
              --images=SRC or --reference=SRC; --bpd_steps=50 instead of all its steps
 
@@ -95,8 +97,12 @@ def choose_metrics(model: Pipeline, request: Request, networks: Networks) -> tup
 
     Raises ValueError for a metric that model, networks or request do not permit, before pictures are read.
     """
+    reconstructs = "reconstruct" in model.actions and "draw" not in model.actions  # a tokenizer
     if request.metrics:
         names = list(request.metrics)
+    elif reconstructs:
+        names = ["reconstruction", *(fidelity.WITH_INCEPTION if request.inception else ())]
+        names += fidelity.WITH_CLIP if networks.judge else ()
     elif request.images or request.reference or request.inception or networks.judge:
         names = list(fidelity.WITH_INCEPTION) if request.inception else []
         names += fidelity.WITH_CLIP if networks.judge or not request.inception else ()
@@ -197,7 +203,9 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     measured = {}
     drawing_first = [name for name in of_model if OF_MODELS[name].compare_with]
-    shared = drawing_first and of_pictures and inputs.images is None and inputs.reference is None
+    compares_given = any(OF_MODELS[name].reads_reference for name in drawing_first)
+    given = inputs.images is not None or inputs.reference is not None
+    shared = drawing_first and of_pictures and (compares_given or not given)
     for name in drawing_first:
         compare_with = OF_MODELS[name].compare_with
         if shared and compare_with:  # picture metrics measure the pictures that it draws

@@ -8,7 +8,6 @@ from PIL import Image
 from dalle2_jax.data import pipeline, transforms
 from dalle2_jax.generate.engine import Engine
 from dalle2_jax.models.frozen import Frozen
-from dalle2_jax.systems import cascade
 
 
 class StageExamples:
@@ -24,7 +23,7 @@ class StageExamples:
 
     def __init__(self, model: Engine, name: str):
         stage, used = model.stage(name), model.entries[name]["uses"]
-        self.uses = {called: used.get(called, own) for called, own in cascade.uses(stage).items()}
+        self.uses = {called: used.get(called, own) for called, own in model.system.uses(stage).items()}
         self.frozen = Frozen(stage, {called: model.stage(own) for called, own in self.uses.items()})
         self.reads = frozenset(self.frozen.dataset_spec(1))
         own_length = getattr(stage, "context_length", None)

@@ -59,6 +59,7 @@ def main(argv):
             result, verdict = again.draw(model, drawn, output.StageLines())
         else:
             settings |= dict(seed=FLAGS.seed, n=FLAGS.n, batch_size=FLAGS.batch_size)
+            settings |= dict(judge=Pipeline.load(FLAGS.rerank_model)) if FLAGS.rerank_model else {}
             result = model.text_to_image(captions, **settings, progress=output.StageLines())
         if not processes.is_first():
             return
@@ -80,7 +81,9 @@ def main(argv):
 def read_again(captions: list[str]) -> again.Drawn:
     """The picture of --again; ValueError for captions and flags beside it, and for --out with the picture."""
     names = [
-        name for name in ("n", "seed", "batch_size", "dtype", "low_memory", *SETTINGS) if FLAGS[name].present
+        name
+        for name in ("n", "seed", "rerank", "batch_size", "dtype", "low_memory", *SETTINGS)
+        if FLAGS[name].present
     ]
     if captions or names:
         beside = ", ".join(["the caption"] * bool(captions) + [f"--{name}" for name in names])
@@ -97,6 +100,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "The same seed and caption give the same picture.")
     commandline.DEFINE_path("out", "outputs", "Where pictures, grid.png and generate.json go.")
     define_sampling_flags()
+    with start.group(start.SAMPLING):
+        whose = "Model whose CLIP or classifier ranks; default: this one, or else the package's."
+        commandline.DEFINE_path("rerank_model", None, whose)
     commandline.DEFINE_path("again", None, "Draw this picture of the command again; default of --out: again.")
     logging.set_verbosity(logging.WARNING)
     start.run(main)

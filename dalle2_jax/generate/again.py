@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dalle2_jax.generate import output
+from dalle2_jax.generate import output, rerank
 from dalle2_jax.generate.engine import BATCH_SIZE, Progress
 from dalle2_jax.generate.pipeline import Pipeline, Result, Running
 from dalle2_jax.generate.settings import of_step
@@ -63,6 +63,7 @@ def read(path: str | os.PathLike) -> Drawn:
             raise ValueError(
                 f"{path} was made by `edit {made['action']}`: only pictures of generate are drawn again"
             )
+        made["settings"].pop(rerank.NAME, None)  # its number is that among the candidates
         names = ("caption", "number", "seed", "model", "settings", "origin")
         return Drawn(os.fspath(path), image, *(made[name] for name in names))
     except KeyError as error:
@@ -107,7 +108,10 @@ def _steps(model: Pipeline, drawn: Drawn) -> Sequence[Step]:
     steps = model.steps("draw")
     ran = [i for i, step in enumerate(steps) if step.name in drawn.settings]
     known = drawn.settings.keys() <= {step.name for step in steps}  # else `_settings` says what is missing
-    return steps[: ran[-1] + 1] if ran and known else steps
+    if not ran or not known:
+        return steps
+    left_out = [i for i, step in enumerate(steps) if step.role and i > ran[-1]]
+    return steps[: left_out[0]] if left_out else steps
 
 
 def _settings(model: Pipeline, step: Step, drawn: Drawn) -> dict:

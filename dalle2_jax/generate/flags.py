@@ -14,6 +14,7 @@ GROUPS = {
     start.SAMPLING: (
         *("prior_steps", "prior_guidance_scale", "prior_candidates", "upsampler_guidance_scale"),
         *("method", "prior_method", "upsampler_method", "classifier", "noisy_clip"),
+        *("rerank", "temperature", "top_k", "top_p"),
     ),
     start.MEMORY: ("tile",),
 }

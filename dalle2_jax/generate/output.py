@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from etils import epath
 
 import dalle2_jax
 from dalle2_jax.data import shards
+from dalle2_jax.generate import rerank
 from dalle2_jax.runtime import files, grid, processes
 from dalle2_jax.runtime.metrics import show_duration
 
@@ -143,12 +145,20 @@ def write_pictures(
     return paths
 
 
+def per_caption(result: "Result") -> int:
+    """Pictures of each caption: by the numbers 0 .. n - 1; of reranked pictures by the runs of captions."""
+    if rerank.NAME not in result.settings:
+        return max(result.numbers) + 1
+    runs = [len([*group]) for _, group in itertools.groupby(result.captions)]
+    return min(runs)
+
+
 def result_grid(result: "Result", source: Source | None = None) -> np.ndarray:
     """The labelled grid of a result: n pictures of a caption side by side, at most COLUMNS a row."""
     if source is not None:
         labels = [*source.labels, *(source.pictures or result.captions)]
         return grid.labelled_grid(np.concatenate([source.images, result.images]), labels)
-    n = max(result.numbers) + 1
+    n = per_caption(result)
     columns = -(-n // -(-n // COLUMNS))
     if n == 1 or len(result.images) % n:
         return grid.labelled_grid(result.images, result.captions)

@@ -13,6 +13,7 @@ import numpy as np
 
 from dalle2_jax.generate import captions as texts
 from dalle2_jax.generate import output, tasks
+from dalle2_jax.generate import rerank as ranking
 from dalle2_jax.generate.captions import check_captions
 from dalle2_jax.generate.engine import Engine, OnImages, Progress, Timing
 from dalle2_jax.generate.pictures import shrink_mask, square_picture
@@ -46,7 +47,7 @@ class Running:
 
 RUNNING = tuple(field.name for field in dataclasses.fields(Running))
 # keywords of `Pipeline.text_to_image` beside `SETTINGS`
-KEYWORDS = ("captions", "n", "numbers", "upsample", "negative", *RUNNING)
+KEYWORDS = ("captions", "n", "numbers", "upsample", "negative", "judge", *RUNNING)
 
 
 def repeated(captions: Sequence[str], n: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -123,7 +124,7 @@ class Pipeline:
     @property
     def image_size(self) -> int:
         """Side of the finished picture."""
-        action = "redraw" if "redraw" in self.actions else "draw"
+        action = next((name for name in ("redraw", "draw", "reconstruct") if name in self.actions), "draw")
         return self.engine.stage(self.steps(action)[-1].stage).image_size
 
     @property
@@ -175,6 +176,17 @@ class Pipeline:
         small = np.stack([square_picture(image, size, halve=False) for image in images])
         made, _ = self.run((step,), {"image.image": small}, {}, Running(batch_size=batch_size))
         return made["image.image_embed"]
+
+    def score(self, images, captions: Sequence[str], batch_size: int | None = None) -> np.ndarray:
+        """log p(class | picture) [N] by the classifier, of pictures and of the class that each caption names.
+
+        images: see `encode_image`. Raises ValueError for a caption that names no class.
+        """
+        (step,) = self.steps("score")
+        size = self.engine.stage(step.stage).image_size
+        small = np.stack([square_picture(image, size, halve=False) for image in images])
+        batch = {"caption": captions, f"{step.name}.image": small}
+        return self.run((step,), batch, {}, Running(batch_size=batch_size))[0]["score.score"]
 
     def run(
         self, steps: Sequence[Step], batch: Mapping, settings: Mapping[str, dict], how: Running
@@ -296,6 +308,8 @@ class Pipeline:
         numbers: Sequence[int] | None = None,
         upsample: bool = True,
         negative: str | None = None,
+        rerank: int | None = None,
+        judge: "Pipeline | None" = None,
         **options,
     ) -> Result:
         """Draw n pictures of each caption.
@@ -307,6 +321,9 @@ class Pipeline:
             randomness of a picture.
           upsample: False: base pictures alone.
           negative: a caption that the decoder's guidance leads away from; None: the null caption.
+          rerank: draw so many candidates a caption, and return the n best, see `rerank.drawn`; None or
+            1: no candidates.
+          judge: a model whose CLIP or classifier ranks; None: this model, or else the one of the package.
           options: the fields of `Running`: seed, batch_size, progress, on_images; and any of
             `settings.SETTINGS` (guidance_scale, decoder_steps, prior_method, ...), by default the model's.
 
@@ -317,6 +334,9 @@ class Pipeline:
           ValueError: for invalid captions or settings, before anything is computed.
         """
         check_keywords(options, (*KEYWORDS, *SETTINGS))
+        if rerank is not None and rerank != 1:
+            options |= dict(upsample=upsample, negative=negative)
+            return ranking.drawn(self, captions, rerank, judge, n=n, numbers=numbers, **options)
         how = Running.take(options)
         read = isinstance(captions, str) or len(captions) > 0 or self.reads_captions
         if read:

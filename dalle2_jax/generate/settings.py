@@ -10,10 +10,15 @@ import numpy as np
 
 from dalle2_jax import systems
 from dalle2_jax.generate.engine import Engine
+from dalle2_jax.models.stages.settings import Setting
 from dalle2_jax.runtime.names import nearest, synonym
 from dalle2_jax.systems.step import Step
 
 SETTINGS = {k: setting for name in systems.SYSTEMS for k, setting in systems.load(name).SETTINGS.items()}
+# Of no stage: pictures are drawn and ranked (`rerank`).
+SETTINGS["rerank"] = Setting(
+    "candidates", int, "Draw so many candidates a caption, and keep those that fit it best.", 1, role="rerank"
+)
 
 
 def check_keywords(given: Iterable[str], known: Sequence[str], what: str = "setting of sampling") -> None:
@@ -42,10 +47,13 @@ def resolve(engine: Engine, steps: Sequence[Step], **keywords) -> dict[str, dict
     Raises ValueError for an unknown keyword, and for a value that the model cannot take.
     """
     roles = by_role(keywords)
+    ranked = roles.pop("rerank", {})
+    if ranked:
+        ranked = {"rerank": {"candidates": SETTINGS["rerank"].check(ranked["candidates"])}}
     found: dict[str, dict] = {}
     for role in dict.fromkeys([*(step.role for step in steps if step.role), *roles]):
         found |= of_role(engine, steps, role, **roles.get(role, {}))
-    return found
+    return found | ranked
 
 
 def defaults(engine: Engine, steps: Sequence[Step]) -> dict:

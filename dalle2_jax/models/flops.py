@@ -40,7 +40,8 @@ def of_step(stage, batch: dict, frozen: Frozen | None = None) -> int:
 
     def loss(params, batch, shapes):
         keywords = frozen.loss_keywords(shapes) if used else {}
-        return stage.loss(params, jax.random.key(0), batch, train=False, **keywords).value
+        train = getattr(stage, "other_loss_in_training", False)
+        return stage.loss(params, jax.random.key(0), batch, train=train, **keywords).value
 
     forward = count(loss, params, batch, shapes)
     return TRAINING_PASSES * forward * (2 if getattr(stage, "sam_rho", 0) else 1)
@@ -59,7 +60,8 @@ def _of_equation(equation) -> int:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
-        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs
+        spread = math.prod(parameters["lhs_dilation"])  # of a transposed one: products with zeros
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs // spread
     if parameters.get("name") == _name(cpu.winograd_3x3):
         kernel = equation.invars[1].aval.shape
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[:-1])

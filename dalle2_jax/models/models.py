@@ -18,10 +18,17 @@ from dalle2_jax.runtime.names import nearest, nearest_setting
 # write such a module (see `stages`) and name it here.
 STAGES = {
     name: f"dalle2_jax.models.stages.{name}"
-    for name in ("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier", "t5")
+    for name in (
+        *("clip", "prior", "ar_prior", "decoder", "upsampler", "classifier", "t5"),
+        *("tokenizer", "token_model", "pixelsnail", "dalle_mini", "lpips"),
+    )
 }
 # What may take the place of a stage in a model.
-KINDS = {"prior": ("prior", "ar_prior"), "noisy_clip": ("clip",)}
+KINDS = {
+    "prior": ("prior", "ar_prior"),
+    "noisy_clip": ("clip",),
+    "token_model": ("token_model", "pixelsnail", "dalle_mini"),
+}
 # Settings of a config that are paths (`data.path` of some sources is a name, which nothing is expanded in).
 PATHS = (
     *("clip", "init_from", "sample_prior", "tokenizer.path"),

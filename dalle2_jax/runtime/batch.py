@@ -50,6 +50,7 @@ FIELDS = {
     "label": Field("int32", "label"),
     "index": Field("int64", "index"),
 }
+STORED = ("embedding", "states", "codes")  # kinds that frozen stages compute, or a dataset stores
 PICTURES = ("image", "video")  # kinds whose values are levels 0 ... 255 or floats in [-1, 1]
 
 

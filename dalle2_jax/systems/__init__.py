@@ -14,11 +14,12 @@ A system is a module with
 """
 
 import importlib
+from collections.abc import Collection, Mapping
 
 from dalle2_jax.models import models
 
 # The name in a model directory's index -> the module. To add a system, write such a module and name it here.
-SYSTEMS = {"unclip": "dalle2_jax.systems.cascade"}
+SYSTEMS = {"unclip": "dalle2_jax.systems.cascade", "tokens": "dalle2_jax.systems.tokens"}
 
 
 def load(name: str):
@@ -31,3 +32,23 @@ def load(name: str):
 def declared(kind: str) -> tuple:
     """The settings of sampling that stages of a kind declare."""
     return models.stage_module(kind).SETTINGS
+
+
+def of_stages(names: Collection[str]) -> str:
+    """The name of the first system that has all of these stages; the first of all if there is none."""
+    known = {name: {*load(name).ROLES, *load(name).LISTS} for name in SYSTEMS}
+    return next((name for name in SYSTEMS if {*names} <= known[name]), next(iter(SYSTEMS)))
+
+
+def check_vocabulary(configs: Mapping[str, dict], vocab_sizes: Mapping[str, int]) -> None:
+    """Raise ValueError for a tokenizer of captions with more tokens than its stage has embeddings for.
+
+    configs: name -> stored config. vocab_sizes: name -> size of the tokenizer of a stage that has one.
+    """
+    for name, config in configs.items():
+        known = (config["model"].get("text") or {}).get("vocab_size")
+        if known and vocab_sizes.get(name, 0) > known:
+            raise ValueError(
+                f"the tokenizer has {vocab_sizes[name]} tokens, the {name} knows {known}: "
+                "use the tokenizer that it was trained with"
+            )

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from dalle2_jax.models import models
 from dalle2_jax.models.frozen import Frozen
 from dalle2_jax.models.stages.ar_prior import ARPrior
+from dalle2_jax.models.stages.classifier import Classifier
 from dalle2_jax.models.stages.clip import CLIP
 from dalle2_jax.models.stages.diffusion import DiffusionStage
 from dalle2_jax.models.stages.prior import Prior
 from dalle2_jax.models.stages.settings import Setting
 from dalle2_jax.models.stages.t5 import T5
-from dalle2_jax.systems import declared
+from dalle2_jax.systems import check_vocabulary, declared
 from dalle2_jax.systems.step import Step
 
 # The stages that there is one of at most; upsamplers come after them.
@@ -88,7 +89,8 @@ def encode_text(clip: str = "clip") -> Step:
 _READ_BY_T5 = Step("text", "t5", "encode_text", T5.ops["encode_text"])
 _STATES = {"text_states": "text.text_states"}
 _TEXT = {"text_embed": "text.text_embed", **_STATES}
-_ENCODE_IMAGE = Step("image", "clip", "encode_image", CLIP.ops["encode_image"])
+SCORE = Step("score", "classifier", "score", Classifier.ops["score"])
+ENCODE_IMAGE = Step("image", "clip", "encode_image", CLIP.ops["encode_image"])
 _PRIOR = Step(
     "prior",
     "prior",
@@ -160,7 +162,7 @@ def _redraw(stages: Mapping) -> tuple[Step, ...]:
 
 def _invert(stages: Mapping) -> tuple[Step, ...]:
     _need(stages, "decoder", *(("clip",) if reads_embeds(stages) else ()))
-    return *((_ENCODE_IMAGE,) if reads_embeds(stages) else ()), _INVERT
+    return *((ENCODE_IMAGE,) if reads_embeds(stages) else ()), _INVERT
 
 
 def _from_picture(stages: Mapping) -> tuple[Step, ...]:
@@ -174,7 +176,7 @@ def _reconstruct(stages: Mapping) -> tuple[Step, ...]:
     _need(stages, "clip", "prior")
     if not isinstance(stages["prior"], ARPrior):
         raise ValueError("it has no principal components: they come with an autoregressive prior")
-    return _ENCODE_IMAGE, *_redraw(stages)
+    return ENCODE_IMAGE, *_redraw(stages)
 
 
 def _upscale(stages: Mapping) -> tuple[Step, ...]:
@@ -183,7 +185,9 @@ def _upscale(stages: Mapping) -> tuple[Step, ...]:
     return _enlarge(stages)[-1:]
 
 
-def _clip(step: Step) -> Callable[[Mapping], tuple[Step, ...]]:
+def alone(step: Step) -> Callable[[Mapping], tuple[Step, ...]]:
+    """An action of this step alone: stages -> its steps."""
+
     def steps(stages):
         _need(stages, step.stage)
         return (step,)
@@ -204,8 +208,9 @@ _ACTIONS = {
     "redraw": _redraw,
     "reconstruct": _reconstruct,
     "upscale": _upscale,
-    "encode_text": _clip(encode_text()),
-    "encode_image": _clip(_ENCODE_IMAGE),
+    "encode_text": alone(encode_text()),
+    "encode_image": alone(ENCODE_IMAGE),
+    "score": alone(SCORE),
 }
 
 
@@ -264,13 +269,7 @@ def check(
     for name in GUIDES:
         if name in stages and "decoder" in stages:
             _check_guide(name, stages[name], stages["decoder"])
-    for name, config in configs.items():
-        known = (config["model"].get("text") or {}).get("vocab_size")
-        if known and vocab_sizes.get(name, 0) > known:
-            raise ValueError(
-                f"the tokenizer has {vocab_sizes[name]} tokens, the {name} knows {known}: "
-                "use the tokenizer that it was trained with"
-            )
+    check_vocabulary(configs, vocab_sizes)
     side, previous = getattr(stages.get("decoder"), "image_size", None), "decoder"
     for name in upsamplers(stages):
         stage = stages[name]

@@ -9,7 +9,7 @@ from etils import epath
 from dalle2_jax.models import frozen, models
 from dalle2_jax.models.stages.conditions import Caption
 from dalle2_jax.runtime import hub, processes
-from dalle2_jax.runtime.batch import field
+from dalle2_jax.runtime.batch import STORED, field
 from dalle2_jax.train import checks
 from dalle2_jax.train.plan import Plan
 
@@ -66,7 +66,11 @@ def _encoders_tokenizer(embeddings: str, context_length: int):
 def _frozen_tokenizer(paths: dict[str, str]) -> epath.Path | None:
     """The folder of the tokenizer that the frozen stages of these paths share; None: they have none."""
     folders = {name: epath.Path(hub.local(path)) / "tokenizer" for name, path in paths.items()}
-    found = {name: folder for name, folder in folders.items() if name == "clip" or folder.exists()}
+    found = {
+        name: folder
+        for name, folder in folders.items()
+        if name == "clip" or (folder / "tokenizer_config.json").exists()
+    }
     files = {name: folder / "tokenizer.json" for name, folder in found.items()}
     texts = {name: file.read_bytes() for name, file in files.items() if file.exists()}
     if len(set(texts.values())) > 1:
@@ -80,7 +84,9 @@ def _frozen_tokenizer(paths: dict[str, str]) -> epath.Path | None:
 def pipeline_source(config: dict) -> dict:
     """The keywords of config.data that name the dataset itself."""
     return {
-        k: v for k, v in config["data"].items() if k not in ("split", "eval_split", "flip", "low_res_blur")
+        k: v
+        for k, v in config["data"].items()
+        if k not in ("split", "eval_split", "flip", "low_res_blur", "bpe_dropout")
     }
 
 
@@ -105,10 +111,11 @@ def dataset_fields(config: dict, plan: Plan) -> set[str]:
             f"this {config['stage']} reads the states of padding, too (model.text.masked=False), which are "
             "not precomputed: give --config.frozen.t5"
         )
-    if codes := sorted(name for name in found if field(name).kind == "codes"):
+    codes = sorted(name for name in found if field(name).kind == "codes")
+    if codes and not _precomputed(config):
         raise ValueError(
             f"stage {config['stage']!r} needs {codes}: give --config.frozen.tokenizer=WORKDIR_OR_MODEL of "
-            "the trained stage that computes them"
+            "the trained stage that computes them, or --config.data.embeddings=FOLDER of stored codes"
         )
     return found
 
@@ -143,13 +150,13 @@ def make_datasets(config: dict, plan: Plan, fields: set[str], tokenizer):
     train = pipeline.make_dataset(split=config["data"]["split"], **options)
     spec = stage.batch_spec(1)
     for name, (_, shape) in train.settings.shapes(train.source).items():
-        stored = name in spec and field(name).kind in ("embedding", "states")
+        stored = name in spec and field(name).kind in STORED
         if stored and shape != spec[name].shape[1:]:
             raise ValueError(
                 f"the stored {name} of an example are {list(shape)}, the {config['stage']} reads "
                 f"{list(spec[name].shape[1:])}: use the encoder that the config was written for"
             )
-    held_out = dict(options, flip=False, classes=train.classes, leave_out="")
+    held_out = dict(options, flip=False, bpe_dropout=0.0, classes=train.classes, leave_out="")
     if options.get("sources"):
         held_out["sources"] = [
             one if isinstance(one, str) else {name: one[name] for name in one if name != "leave_out"}

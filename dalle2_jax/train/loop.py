@@ -111,7 +111,7 @@ def loop(run: Run, state: TrainState, start: int) -> int:
     plan, config = run.plan, run.plan.config
     evaluation = validation.Validation(plan, run.held_out)
     measure = statistics.make_measure(plan, run.dataset, run.frozen)
-    bad = bad_steps.BadSteps(run, state)
+    bad, advise = bad_steps.BadSteps(run, state), _adviser(plan.stage)
     part = partition.host_slice(plan.mesh)  # the examples of a batch that this process reads
     batches = run.dataset.batches(config["batch_size"], start_step=start, **part)
 
@@ -146,7 +146,7 @@ def loop(run: Run, state: TrainState, start: int) -> int:
             saving = finished or stop or step % config["checkpoint_every"] == 0
             sampling = finished or step % config["sample_every"] == 0
             if saving or step % config["log_every"] == 0:  # what a checkpoint counts was reported
-                _report(run, step, scalars, bad, progress)
+                advise(_report(run, step, scalars, bad, progress))
             if not stop and (saving or sampling):
                 with progress.paused():
                     state = measure(state)
@@ -184,12 +184,28 @@ def _compiled(plan: Plan, state: TrainState, batch: dict, frozen: dict) -> tuple
     return compiled, flops
 
 
-def _report(run: Run, step: int, scalars: dict, bad: bad_steps.BadSteps, progress: metrics.Progress) -> None:
-    """Logs a step. Raises FloatingPointError after too many steps that are not finite, and the error of a
-    save that has failed since."""
-    values = {f"train/{name}": float(value) for name, value in jax.device_get(scalars).items()}
+def _report(run: Run, step: int, scalars: dict, bad: bad_steps.BadSteps, progress: metrics.Progress) -> dict:
+    """Logs a step; returns its scalars. Raises FloatingPointError after too many steps that are not finite,
+    and the error of a save that has failed since."""
+    found = {name: float(value) for name, value in jax.device_get(scalars).items()}
+    values = {f"train/{name}": value for name, value in found.items()}
     bad.look(step, values)
     run.checkpointer.check()
     skipped = {f"data/bad_{reason}": count for reason, count in run.dataset.bad_records().items()}
     speed = progress.report(step, loss=values["train/loss"])
     run.writer.scalars(step, values | skipped | speed)
+    return found
+
+
+def _adviser(stage) -> Callable[[dict], None]:
+    """Returns f(scalars), which warns where a stage's `advice` on them begins to apply."""
+    before = ""
+
+    def advise(scalars: dict) -> None:
+        nonlocal before
+        found = stage.advice(scalars) if hasattr(stage, "advice") else ""
+        if found and not before:
+            logging.warning("%s", found)
+        before = found
+
+    return advise

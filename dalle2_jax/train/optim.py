@@ -53,11 +53,12 @@ def make_schedule(
     schedule: str = "constant",
     warmup_steps: int = 0,
     final_fraction: float = 0.0,
+    decay_steps: int = 0,
 ) -> optax.Schedule:
     """Returns lr(n) for n = 0 .. num_steps - 1, float32.
 
     During the warm-up lr(n) = learning_rate (n + 1) / warmup_steps, so that the first step already moves.
-    After it, with p = (n - warmup_steps) / (num_steps - warmup_steps) in [0, 1]:
+    After it, with p = (n - warmup_steps) / (D - warmup_steps) in [0, 1], and D = decay_steps or num_steps:
       constant: learning_rate
       linear:   learning_rate (1 - p (1 - final_fraction))
       cosine:   learning_rate (final_fraction + (1 - final_fraction) (1 + cos(pi p)) / 2)
@@ -67,12 +68,17 @@ def make_schedule(
         raise ValueError(f"optim.learning_rate={learning_rate} must be >= 0 (0 changes no parameter)")
     if not 0 <= warmup_steps < max(1, num_steps):
         raise ValueError(f"optim.warmup_steps={warmup_steps} must be in [0, num_steps={num_steps})")
+    if decay_steps and not warmup_steps < decay_steps <= num_steps:
+        raise ValueError(
+            f"optim.decay_steps={decay_steps} must be above warmup_steps={warmup_steps} and at most "
+            f"num_steps={num_steps}; 0: num_steps"
+        )
     if not 0 <= final_fraction <= 1:
         raise ValueError(f"optim.final_fraction={final_fraction} must be in [0, 1]")
 
     def lr(n: jax.Array | int) -> jax.Array:
         n = jnp.asarray(n, jnp.float32)
-        p = jnp.clip((n - warmup_steps) / (num_steps - warmup_steps), 0.0, 1.0)
+        p = jnp.clip((n - warmup_steps) / ((decay_steps or num_steps) - warmup_steps), 0.0, 1.0)
         if schedule == "cosine":
             shape = final_fraction + (1 - final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * p))
         elif schedule == "linear":
@@ -188,6 +194,7 @@ class Settings:
       learning_rate: the peak.
       optimizer: 'adamw' or 'adafactor'; of Adafactor's a rate is relative to the RMS of each array.
       num_steps: length of the run; cosine and linear schedules end there at `final_fraction` of the peak.
+      decay_steps: they end at this step instead, and stay there; 0: num_steps.
       warmup_steps: steps of linear warm-up.
       schedule: 'constant', 'cosine' or 'linear'.
       beta1, beta2, eps: of AdamW, each beta in [0, 1).
@@ -206,6 +213,7 @@ class Settings:
     warmup_steps: int = 0
     schedule: str = "constant"
     final_fraction: float = 0.0
+    decay_steps: int = 0
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -231,7 +239,8 @@ class Settings:
 
     def learning_rates(self, peak: float) -> optax.Schedule:
         """`make_schedule` with this peak."""
-        return make_schedule(peak, self.num_steps, self.schedule, self.warmup_steps, self.final_fraction)
+        shape = self.schedule, self.warmup_steps, self.final_fraction, self.decay_steps
+        return make_schedule(peak, self.num_steps, *shape)
 
 
 def make_optimizer(**settings) -> optax.GradientTransformation:

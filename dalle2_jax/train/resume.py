@@ -47,7 +47,7 @@ FREE = (
 )
 # Settings that config.json of older workdirs lacks, with what these runs did.
 SETTINGS_SINCE = {"spike_sigma": 0.0, "frozen": {}, "trainable": []}
-OPTIM_SINCE = {"optimizer": "adamw"}  # the same of config.optim
+OPTIM_SINCE = {"optimizer": "adamw", "decay_steps": 0}  # the same of config.optim
 # Names that also stand for what is compared with the checkpoint, beside settings.
 DATA, CLIP = "data", "clip"
 MAX_FILES = 10_000  # of a dataset that a checkpoint lists

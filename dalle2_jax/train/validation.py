@@ -9,6 +9,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -26,7 +27,8 @@ class Validation:
 
     def __init__(self, plan: Plan, dataset):
         config, mesh, stage, encoders = plan.config, plan.mesh, plan.stage, plan.frozen
-        self._draws = stage.ops["sample"].writes[0] if hasattr(stage, "sample") else None
+        shows = next((do for do in ("sample", "reconstruct") if hasattr(stage, do)), None)
+        self._draws = stage.ops[shows].writes[0] if shows else None
         batches = dataset.batches(config["batch_size"], **partition.host_slice(mesh))
         raw = [next(batches) for _ in range(config["eval_batches"])]
         self._batches = [partition.on_devices(batch, mesh) for batch in raw]
@@ -57,7 +59,10 @@ class Validation:
                 batch["image_embed"] = prior.sample(prior_params, frozen, keys, batch)
             batch, params = encoders.encode_batch(frozen, batch), encoders.whole(params, frozen)
             keys = jax.random.split(jax.random.key(config["seed"]), count)
-            drawn = stage.sample(params, keys, batch)
+            if shows == "sample":
+                drawn = stage.sample(params, keys, batch)
+            else:  # beside the original
+                drawn = jnp.concatenate([batch["image"], stage.reconstruct(params, batch["image"])], axis=2)
             return dict([encoders.decoded(frozen, self._draws, drawn)]), batch
 
         self._evaluate, self._sample = evaluate, sample
@@ -69,9 +74,9 @@ class Validation:
         return {f"eval/{name}": float(np.mean([r[name] for r in results])) for name in results[0]}
 
     def samples(self, params, frozen, writer, step) -> None:
-        """What the stage draws (the field that its `sample` writes), codes as the picture that a frozen stage
-        decodes: of images and videos a labelled grid, of an embedding the cosine to the true one, of other
-        kinds nothing.
+        """What the stage draws (the field that its `sample` writes) or reconstructs, codes as the picture
+        that a frozen stage decodes: of images and videos a labelled grid, of an embedding the cosine to the
+        true one, of other kinds nothing.
 
         Raises what the sampler raises, and OSError where the grid cannot be written (a full disk).
         """

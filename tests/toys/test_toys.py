@@ -113,7 +113,7 @@ def model(place, tokens, tokenizer):
 def draw(monkeypatch, model, out, *captions: str, n: int = 1) -> list[np.ndarray]:
     """The pictures that the command draws."""
     flags = dict(model=str(model), out=str(out), n=n, seed=3, batch_size=None, dtype=None, low_memory=False)
-    flags |= dict(again=None)
+    flags |= dict(again=None, rerank_model=None)
     monkeypatch.setattr(generate, "FLAGS", types.SimpleNamespace(**flags, debug=True))
     monkeypatch.setattr(generate, "sampling_settings", dict)
     generate.main(["generate", *captions])
@@ -267,7 +267,7 @@ def test_with_the_cache_it_draws_what_it_draws_without(drawing):
     drawn = sample(params, jax.random.split(jax.random.key(1), 8), {"tokens": words})
     ids = np.pad(words, ((0, 0), (0, 4)))
     mask = causal_mask(layout.length)
-    apply = jax.jit(lambda ids: stage.net.apply({"params": params["net"]}, ids, mask)[0])
+    apply = jax.jit(lambda ids: stage.net.apply({"params": params["net"]}, ids, layout.rows(), mask))
     for k in range(stage.context_length, layout.length):
         logits = np.where(layout.allowed()[k], apply(ids)[:, k - 1], -np.inf)
         ids[:, k] = logits.argmax(axis=-1)

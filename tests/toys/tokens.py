@@ -10,8 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.models.nets.causal import causal_mask, empty_cache
-from dalle2_jax.models.nets.transformer import TokenTransformer
+from dalle2_jax.models.nets.causal import causal_mask
+from dalle2_jax.models.nets.tokens import TokenTransformer
 from dalle2_jax.models.stages import Loss, Op
 from dalle2_jax.models.tokens.decode import Options, decode
 from dalle2_jax.models.tokens.layout import Layout, Part
@@ -34,17 +34,18 @@ class TokenModel:
 
     def batch_spec(self, batch_size):
         return {
-            part.name: jax.ShapeDtypeStruct((batch_size, part.length), jnp.int32)
+            part.name: jax.ShapeDtypeStruct((batch_size, *part.shape), jnp.int32)
             for part in self.layout.parts
         }
 
     def init(self, key, batch):
         ids = self.layout.join(batch)
-        return {"net": self.net.init(key, ids, causal_mask(ids.shape[1]))["params"]}
+        return {"net": self.net.init(key, ids, self.layout.rows(), causal_mask(ids.shape[1]))["params"]}
 
     def loss(self, params, key, batch, *, step=0, train=True, frozen):
         ids, words = self.layout.join(batch), self.context_length
-        logits, _ = self.net.apply({"params": params["net"]}, ids[:, :-1], causal_mask(ids.shape[1] - 1))
+        rows, mask = self.layout.rows()[:-1], causal_mask(ids.shape[1] - 1)
+        logits = self.net.apply({"params": params["net"]}, ids[:, :-1], rows, mask)
         logits = logits[:, words - 1 :, self.layout.parts[0].vocab_size :]  # of the codes
         log_p = jax.nn.log_softmax(logits)
         cross_entropy = -jnp.take_along_axis(log_p, batch[CODES][..., None], axis=-1).mean()
@@ -54,18 +55,20 @@ class TokenModel:
 
     def sample(self, params, keys, batch, options=Options()):  # noqa: B008 (immutable)
         """Codes [B, n] of captions: the caption is read at once, but for its last token."""
-        words, rows, length = batch["tokens"], causal_mask(self.layout.length), self.context_length
+        words, rows, length = batch["tokens"], self.layout.rows(), self.context_length
         if options.guidance_scale is not None:
             words = jnp.stack([words, jnp.zeros_like(words)], axis=1).reshape(-1, length)
         net = functools.partial(self.net.apply, {"params": params["net"]})
-        cache = empty_cache(len(words), self.layout.length, self.net.width, self.net.num_heads, jnp.float32)
-        _, caches = net(words[:, :-1], causal_mask(length - 1), (cache,) * self.net.depth)
+        caches = net(len(words), self.layout.length, method="empty_caches")
+        read = words[:, :-1], rows[: length - 1], causal_mask(length - 1), caches
+        _, caches = net(*read, method="states")
 
         def step(ids, k, caches):
             at = length - 1 + k
-            mask = jax.lax.dynamic_slice_in_dim(rows, at, 1, axis=2)
-            logits, caches = net(ids[:, None], mask, caches, at)
-            return logits[:, 0], caches
+            mask = jax.lax.dynamic_slice_in_dim(causal_mask(self.layout.length), at, 1, axis=2)
+            read = ids[:, None], jax.lax.dynamic_slice_in_dim(rows, at, 1), mask, caches, at
+            states, caches = net(*read, method="states")
+            return net(states[:, 0], 0, self.layout.vocab_size, method="head"), caches
 
         options = options._replace(allowed=self.layout.allowed()[length:])
         drawn = self.layout.length - length
@@ -81,8 +84,7 @@ class TokenModel:
 
 def build(*, text: dict, num_codes: int, length: int = 4) -> TokenModel:
     """Of a config; text: vocab_size and context_length."""
-    words = Part("tokens", text["context_length"], text["vocab_size"])
-    layout = Layout((words, Part(CODES, length, num_codes)))
-    return TokenModel(
-        TokenTransformer(layout.vocab_size, layout.length, width=32, depth=2, num_heads=2), layout
-    )
+    words = Part("tokens", (text["context_length"],), text["vocab_size"])
+    layout = Layout((words, Part(CODES, (length,), num_codes)))
+    net = TokenTransformer(layout.num_ids, layout.vocab_size, layout.num_rows, width=32, depth=2, num_heads=2)
+    return TokenModel(net, layout)

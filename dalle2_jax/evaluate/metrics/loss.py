@@ -17,7 +17,6 @@ from dalle2_jax.evaluate.picture_sets import PassLines, PictureSet, chosen, scen
 from dalle2_jax.evaluate.stage_examples import StageExamples
 from dalle2_jax.generate.engine import Engine
 from dalle2_jax.runtime import partition, processes
-from dalle2_jax.systems import cascade
 
 
 def measure(
@@ -45,7 +44,8 @@ def measure(
     if count < 2 * batch_size:
         few = f"the loss of {min(n, len(captions))} pictures is not 2 batches of {batch_size}"
         raise ValueError(f"{few}: give a larger --n or a smaller --batch_size")
-    readers = [name for name, stage in model.stages.items() if _reads_clip(stage)]
+    losses = {name: stage for name, stage in model.stages.items() if hasattr(stage, "loss")}
+    readers = [name for name, stage in losses.items() if "clip" in model.system.uses(stage)]
     if readers and "clip" not in model.stages:
         raise ValueError(f"the loss of {', '.join(readers)} needs a CLIP, and model {model.name!r} has none")
     images, rows = chosen(pictures, np.arange(len(captions)), count, seed)
@@ -70,10 +70,6 @@ def measure(
         found[name] = entry(value, error, n=count, batch_size=batch_size, scalars=means)
         found[name]["pictures"] = pictures.name
     return found
-
-
-def _reads_clip(stage) -> bool:
-    return hasattr(stage, "loss") and "clip" in cascade.uses(stage)
 
 
 def _of_stage(model: Engine, name: str, images, captions, batch_size: int, numbers, seed: int, mesh):

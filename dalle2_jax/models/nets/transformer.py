@@ -52,9 +52,10 @@ def scan_blocks(apply: Callable, blocks: Sequence[dict], x: jax.Array, each: Any
 class TransformerStack(nn.Module):
     """Blocks called block_0, block_1, ...; `remat`: see `layers.remat`.
 
-    mlp_width: of the MLPs' inner layer, 0 for four times the width. scan: the blocks are one loop, whose body
-    is compiled once. The parameters keep their names and are stacked for the loop at every call. With caches
-    there is no loop.
+    mlp_width: of the MLPs' inner layer, 0 for four times the width. kinds: which of the masks [K, 1, 1, n, M]
+    each block takes; (): all take one mask [.., n, M]. scan: the blocks are one loop, whose body is compiled
+    once. The parameters keep their names and are stacked for the loop at every call. With caches there is no
+    loop.
     """
 
     depth: int
@@ -64,12 +65,13 @@ class TransformerStack(nn.Module):
     dtype: DTypeLike = jnp.float32
     mlp_width: int = 0
     scan: bool = False
+    kinds: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array | None = None,
+        mask: Any = None,
         caches: tuple[Cache, ...] | None = None,
         start: int | jax.Array = 0,
     ) -> Any:
@@ -87,45 +89,17 @@ class TransformerStack(nn.Module):
         names = [f"block_{i}" for i in range(self.depth)]
         if self.scan and caches is None and not self.is_initializing():
             one, blocks = block(*common, parent=None), [self.variables["params"][name] for name in names]
-            return scan_blocks(lambda params, x, _: one.apply({"params": params}, x, mask)[0], blocks, x)
+
+            def apply(params, x, kind):
+                return one.apply({"params": params}, x, mask if kind is None else mask[kind])[0]
+
+            return scan_blocks(apply, blocks, x, jnp.array(self.kinds) if self.kinds else None)
+        masks = [mask[kind] for kind in self.kinds] or [mask] * self.depth
         after = []
-        for name, cache in zip(names, caches or [None] * self.depth, strict=True):
-            x, cache = block(*common, name=name)(x, mask, cache, start)
+        for name, own, cache in zip(names, masks, caches or [None] * self.depth, strict=True):
+            x, cache = block(*common, name=name)(x, own, cache, start)
             after.append(cache)
         return x if caches is None else (x, tuple(after))
-
-
-class TokenTransformer(nn.Module):
-    """A token model's network (DALL-E 1, CogView): ids of tokens -> logits of the next ones.
-
-    length: of the longest sequence.
-    """
-
-    vocab_size: int
-    length: int
-    width: int
-    depth: int
-    num_heads: int
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        ids: jax.Array,
-        mask: jax.Array,
-        caches: tuple[Cache, ...] | None = None,
-        start: int | jax.Array = 0,
-    ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
-        """(logits [B, n, V] float32 of the ids after each of these, the caches) of ids [B, n] from position
-        `start` on; mask and caches: see `causal.Block`."""
-        x = TokenEmbedding(self.vocab_size, self.width, self.dtype, name="token_embedding")(ids)
-        position = Embedding((self.length, self.width), name="position")()
-        x = x + jax.lax.dynamic_slice_in_dim(position, start, ids.shape[1]).astype(self.dtype)
-        stack = TransformerStack(self.depth, self.num_heads, dtype=self.dtype, name="transformer")
-        x, after = stack(x, mask, caches, start) if caches else (stack(x, mask), None)
-        x = layers.LayerNorm(dtype=self.dtype, name="norm_out")(x)
-        logits = layers.Dense(self.vocab_size, dtype=self.dtype, name="logits")(x)
-        return logits.astype(jnp.float32), after
 
 
 def kept(null: jax.Array, null_tokens: int) -> jax.Array:

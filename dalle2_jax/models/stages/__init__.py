@@ -5,13 +5,15 @@ All that training knows of a stage is
     batch_spec(batch_size) -> shapes and types of the fields that `loss` reads
     init(key, batch) -> params
     loss(params, key, batch, *, step=0, train=True) -> Loss(value, scalars, statistics)
-    sample(params, keys, batch, ...) -> array          (CLIP has encode_image and encode_text instead)
+    sample(params, keys, batch, ...) -> array          (CLIP has encode_image and encode_text instead, a
+                                                        tokenizer encode_sequence and reconstruct)
     ops = {'sample': Op(('image',)), ...}              (what each operation reads and writes)
     uses = ('teacher',)                                (optional: frozen stages that `loss` calls; it then
                                                         takes frozen={'teacher': Bound(stage, params)})
     update(params, statistics, key) -> params, scalars (optional: after the optimizer, every step)
     fit_rows, fit(params, batches) -> params, scalars  (optional: statistics of the data, before training)
     measure(params, key, batch) -> statistics          (optional: of the trained network, after training)
+    advice(scalars) -> text                            (optional: what to change where scalars show a failure)
 
 and generating of its keyword arguments for `sample`: the dict `sampling` has their defaults. `step` is the
 number of steps taken so far, for what a loss schedules.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.diffusion import process, schedules
 from dalle2_jax.models.nets.unet import ClassifierNet
-from dalle2_jax.models.stages import Loss
+from dalle2_jax.models.stages import Loss, Op
 from dalle2_jax.models.stages.building import unet_style
 
 
@@ -23,6 +23,7 @@ from dalle2_jax.models.stages.building import unet_style
 class Classifier:
     """The classifier's network and noise (None: clean pictures); parameters are passed to every call."""
 
+    ops = {"score": Op(("score",), ("image", "label"))}
     net: ClassifierNet
     schedule: schedules.Schedule | None
     image_size: int
@@ -68,6 +69,10 @@ class Classifier:
         """log p(label | image) [B, C] of pictures [B, S, S, 3] in [-1, 1], at t = 0."""
         logits: Any = self.net.apply({"params": params}, image, jnp.zeros(len(image), jnp.int32))
         return jax.nn.log_softmax(logits)
+
+    def score(self, params: dict, image: jax.Array, label: jax.Array) -> jax.Array:
+        """log p(label | image) [B] of pictures [B, S, S, 3] in [-1, 1], without noise, for labels [B]."""
+        return jnp.take_along_axis(self.classify(params, image), label[:, None], axis=1)[:, 0]
 
 
 def build(

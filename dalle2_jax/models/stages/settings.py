@@ -84,3 +84,9 @@ SPACING = Setting("spacing", str, f"Choice of times of {{of}}: {', '.join(SPACIN
 THRESHOLD = Setting("threshold", float, "Percentile of dynamic thresholding in {of}, such as 99.5.", 0, 100)
 CANDIDATES = Setting("num_candidates", int, "Embeddings that {of} draws; the closest is kept.", 1)
 TILE = Setting("tile", int, "Side of the windows in which {of} draw larger pictures.")
+TEMPERATURE = Setting("temperature", float, "Temperature of {of}; below 1 draws likelier tokens.", 1e-6)
+TOKENS = (
+    TEMPERATURE,
+    Setting("top_k", int, "{of} draws among so many tokens; 0: all.", 0),
+    Setting("top_p", float, "{of} draws among the likeliest tokens with this probability; 1: all.", 1e-6, 1),
+)

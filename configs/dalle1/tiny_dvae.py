@@ -1,0 +1,30 @@
+"""DALL-E 1's dVAE on scenes at 32 x 32: 8 x 8 codes of 128.
+
+python -m dalle2_jax.train --config=configs/dalle1/tiny_dvae.py --workdir=DIR
+"""
+
+from dalle2_jax.configs.tiny import common
+
+STEPS = 2500
+
+
+def get_config(preset: str = ""):
+    """No presets. The temperature falls over the first three fifths of the run."""
+    common.common.check_preset(preset, ())
+    config = common.get_config(num_steps=STEPS, batch_size=32, learning_rate=2e-3)
+    config.stage = "tokenizer"
+    config.model = dict(
+        image_size=32,
+        net=dict(kind="dvae", channels=32, num_groups=3),
+        quantizer=dict(
+            kind="gumbel",
+            num_codes=128,
+            width=32,
+            tau=(1.0, 1 / 16, 3 * STEPS / 5),
+            beta=(0.0, 0.25, STEPS / 10),
+        ),
+        likelihood="logit_laplace",
+    )
+    config.data.flip = True
+    config.ema_decay = 0.99
+    return config

@@ -1,0 +1,1 @@
+"""VQ-VAE (arXiv 1711.00937): pictures as codes of one map."""

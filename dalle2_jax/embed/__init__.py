@@ -1,0 +1,1 @@
+"""python -m dalle2_jax.embed: what frozen stages compute of a data set, stored."""

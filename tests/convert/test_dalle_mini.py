@@ -1,0 +1,176 @@
+"""dalle-mini's weights against PyPI's min-dalle with random weights: logits, greedy tokens, pictures."""
+
+import json
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from flax import serialization
+
+from dalle2_jax.convert import convert
+from dalle2_jax.convert.formats import dalle_mini
+from dalle2_jax.convert.tensors import Tensors, joined
+from dalle2_jax.generate.pipeline import Pipeline
+from dalle2_jax.models import models
+
+WIDTH, HEADS, DEPTH, HIDDEN, VOCAB, LENGTH, CODES = 128, 2, 2, 40, 300, 8, 30
+PIECES = [chr(256 + 32), *(chr(code) for code in range(97, 123))]  # the mark of a space, letters
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """(torch, min_dalle.models), without what the package downloads with."""
+    torch = pytest.importorskip("torch")
+    for name in ("requests", "emoji"):
+        if name not in sys.modules:
+            sys.modules[name] = types.SimpleNamespace(demojize=None)
+    pytest.importorskip("min_dalle", reason="min-dalle is not installed: pip install --no-deps min-dalle")
+    from min_dalle import models as theirs
+
+    torch.set_num_threads(1)  # it took all cores
+    return torch, theirs
+
+
+@pytest.fixture(scope="module")
+def networks(oracle):
+    """(encoder, decoder) of torch, small, with random weights in which every norm matters."""
+    torch, theirs = oracle
+    torch.manual_seed(0)
+    encoder = theirs.DalleBartEncoder(DEPTH, WIDTH, HEADS, VOCAB, LENGTH, HIDDEN, "cpu")
+    decoder = theirs.DalleBartDecoder(CODES, WIDTH, HEADS, HIDDEN, DEPTH, "cpu")
+    with torch.no_grad():
+        for net in (encoder, decoder):
+            for name, x in net.named_parameters():
+                x.copy_(torch.randn(x.shape) * (0.5 if x.ndim == 1 else 1.0 if "embed" in name else 0.12))
+    return encoder.eval(), decoder.eval()
+
+
+def tensors_of(net) -> Tensors:
+    arrays = {name: x.detach().numpy() for name, x in net.named_parameters()}
+    return Tensors("torch", {name: x.shape for name, x in arrays.items()}, arrays.__getitem__)
+
+
+@pytest.fixture(scope="module")
+def imported(networks):
+    """(stage, parameters) of ours."""
+    names = ("encoder.", "decoder.")
+    config, params = dalle_mini.read(joined(dict(zip(names, map(tensors_of, networks), strict=True))))
+    assert config["model"]["start_code"] == CODES and config["model"]["num_codes"] == (CODES,)
+    return models.build_stage(config), jax.tree.map(np.asarray, params)
+
+
+TOKENS = np.array([[0, 17, 5, 9, 2, 0, 0, 0], [0, 44, 2, 0, 0, 0, 0, 0]], np.int32)
+MASK = np.arange(LENGTH) < np.array([[5], [3]])
+
+
+def test_greedy_tokens_are_those_of_min_dalle(oracle, networks, imported):
+    """Of two captions, guided at 4: the logits and codes of the first 32 steps."""
+    torch, _ = oracle
+    encoder, decoder = networks
+    stage, params = imported
+    scale, count = 4.0, 256
+    sample = jax.jit(lambda *a: stage.sample(*a, guidance_scale=scale, top_k=1))
+    keys = jax.random.split(jax.random.key(0), 2)
+    batch = {"tokens": TOKENS, "token_mask": MASK}
+    drawn = np.asarray(sample(params, keys, batch))
+    codes = np.concatenate([np.full((2, 1), CODES), drawn[:, :-1]], axis=1)
+    ours = np.asarray(stage.net.apply({"params": params["net"]}, TOKENS, MASK, codes))
+    for row in range(2):
+        caption = np.where(MASK[row], TOKENS[row], 1)
+        null = np.array([caption[0], 2, *[1] * (LENGTH - 2)])
+        text = torch.tensor(np.stack([null, caption]))
+        with torch.no_grad():
+            state, cache = encoder(text), torch.zeros(DEPTH, 4, count, WIDTH)
+            mask, code, found = text.not_equal(1)[:, None, None, :], CODES, []
+            for k in range(32):
+                prev, at = torch.tensor([[code]]), torch.tensor([k])
+                logits, cache = decoder(mask, state, cache, prev, at)
+                u, c = logits[:, -1, :CODES]
+                np.testing.assert_allclose(ours[row, k, :CODES], c, rtol=1e-4, atol=1e-4)
+                code = int((u * (1 - scale) + c * scale).argmax())
+                found.append(code)
+        np.testing.assert_array_equal(drawn[row, :32], found)
+    assert len(np.unique(drawn)) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "vocab_size, num_ids, width, depth, hidden, count",
+    [
+        (50_264, 16_385, 1024, 12, 2730, 202_649_584 + 235_313_136),
+        (50_272, 16_416, 2048, 24, 4096, 1_110_220_800 + 1_477_746_688),
+    ],
+)
+def test_mini_and_mega_have_their_own_counts(vocab_size, num_ids, width, depth, hidden, count):
+    net = dict(width=width, depth=depth, num_heads=width // 64, hidden=hidden)
+    text = dict(vocab_size=vocab_size, context_length=64)
+    config = dict(stage="dalle_mini", model=dict(text=text, net=net, num_ids=num_ids, start_code=num_ids - 1))
+    params = models.abstract_params(models.build_stage(config))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+def flax_tree(networks) -> dict:
+    """The weights as dalle-mini stores them: layers stacked, gains of the norms before products left out."""
+    names = {theirs: ours for ours, theirs in dalle_mini._LAYER.items()}
+    glu, tree = {theirs: ours for ours, theirs in dalle_mini._GLU.items()}, {}
+
+    def put(path, array):
+        at = tree
+        for part in path[:-1]:
+            at = at.setdefault(part, {})
+        at[path[-1]] = array
+
+    for half, net in zip(("encoder", "decoder"), networks, strict=True):
+        arrays = {name: x.detach().numpy() for name, x in net.named_parameters()}
+        for name, array in arrays.items():
+            *parts, kind = name.split(".")
+            kind = "embedding" if "embed_" in name else {1: "scale", 2: "kernel"}[array.ndim]
+            kind = "bias" if name.endswith("bias") else kind
+            if parts[0] == "lm_head":
+                put(("lm_head", "kernel"), array.T)
+            elif parts[0] == "layers" and parts[1] == "0":
+                rest = [names[parts[2]], *(glu.get(part, part) for part in parts[3:])]
+                stack = [arrays[name.replace("layers.0.", f"layers.{i}.")] for i in range(DEPTH)]
+                whole = np.stack([x.T if kind == "kernel" else x for x in stack])
+                put(("model", half, "layers", f"FlaxBart{half.title()}Layers", *rest, kind), whole)
+            elif parts[0] != "layers":
+                put(("model", half, *parts, kind), array)
+    del tree["model"]["decoder"]["final_ln"]["scale"]
+    return tree
+
+
+def test_flax_weights_are_the_same(networks, imported, tmp_path):
+    tree = flax_tree(networks)
+    (tmp_path / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(tree))
+    config, params = dalle_mini.read(dalle_mini._bart_of_flax(tmp_path))
+    assert models.build_stage(config) == imported[0]
+    wanted = dict(imported[1]["net"])
+    wanted["norm_out"] = {"scale": np.ones(WIDTH), "bias": wanted["norm_out"]["bias"]}
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params["net"]), wanted)
+
+
+@pytest.mark.slow
+def test_a_folder_of_min_dalle_becomes_a_model_that_draws(oracle, networks, tmp_path):
+    """With the VQGAN's decoder at its own size; its pictures are min-dalle's."""
+    torch, theirs = oracle
+    torch.manual_seed(1)
+    detoker, encoder = theirs.VQGanDetokenizer().eval(), networks[0]
+    wide = theirs.DalleBartDecoder(2**14, WIDTH, HEADS, HIDDEN, DEPTH, "cpu")
+    for name, net in (("encoder", encoder), ("decoder", wide), ("detoker", detoker)):
+        torch.save(net.state_dict(), tmp_path / f"{name}.pt")
+    vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {piece: 4 + i for i, piece in enumerate(PIECES)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    out = tmp_path / "model"
+    assert convert.main(["dalle-mini", str(tmp_path), str(out), "--dtype=float32"]) == 0
+    model = Pipeline.load(out)
+    drawn = model.text_to_image(["a cat"], seed=1, batch_size=1)
+    assert drawn.images.shape == (1, 256, 256, 3)
+    codes = np.random.default_rng(0).integers(0, 2**14, (1, 256))
+    stage, params = model.engine.stage("tokenizer"), model.engine.params("tokenizer")
+    ours = np.asarray(jax.jit(stage.decode_sequence)(params, codes))
+    with torch.no_grad():
+        wanted = detoker(False, torch.tensor(codes)).numpy() / 255  # clipped, [0, 1]
+    np.testing.assert_allclose((ours[0] + 1) / 2, wanted, atol=2e-4)

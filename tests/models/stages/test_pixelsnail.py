@@ -1,0 +1,110 @@
+"""PixelSNAIL priors: no code sees itself or a later one; the level below follows the one above."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax.models.stages import pixelsnail
+from tests.models.stages.test_token_model import example_codes, parameters
+
+NET = dict(width=8, hidden=8, num_blocks=1, num_res_blocks=1, num_heads=2, kernel=3, out_blocks=1)
+GRIDS, NUM_CODES = ((2, 2), (4, 4)), (5, 7)
+KEYS = jax.random.split(jax.random.key(3), 3)
+
+
+@functools.cache
+def model():
+    stage = pixelsnail.build(
+        grids=GRIDS,
+        num_codes=NUM_CODES,
+        nets=(NET | dict(num_blocks=2), NET | dict(upper_blocks=1)),
+        num_classes=3,
+        label_drop=0.1,
+    )
+    batch = {"codes": example_codes(GRIDS, NUM_CODES, 3), "label": np.array([0, 2, -1], np.int32)}
+    return stage, parameters(stage), batch
+
+
+@functools.cache
+def logits_of(level):
+    stage, params, batch = model()
+    label = batch["label"][:1]
+
+    def logits(codes, upper):
+        size = len(codes)
+        return stage._logits(params, level, codes, upper, np.repeat(label, size))
+
+    return jax.jit(logits)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_code_depends_on_those_before_it_and_on_the_level_above(level):
+    """Brute force: every code is changed in turn, and reaches all later logits but not its own."""
+    stage, _, batch = model()
+    maps = [x[:1] for x in stage._split(batch["codes"])]
+    codes, upper = maps[level], maps[0] if level else None
+    count = codes.size
+    changed = np.repeat(codes.reshape(1, -1), count, axis=0)
+    changed[np.arange(count), np.arange(count)] = (codes.reshape(-1) + 1) % NUM_CODES[level]
+    uppers = None if upper is None else np.repeat(upper, count, axis=0)
+    before = np.asarray(logits_of(level)(np.repeat(codes, count, axis=0), uppers))
+    after = np.asarray(logits_of(level)(changed.reshape(count, *codes.shape[1:]), uppers))
+    moved = np.abs(after - before).max(axis=-1).reshape(count, count) > 1e-7  # [changed, code]
+    assert not np.tril(moved).any()
+    if level == 0:  # attention reaches every later code
+        assert moved.sum() == count * (count - 1) // 2
+    else:  # convolutions of 3 reach the next one, unless a row ends
+        within = np.arange(1, count) % GRIDS[1][1] > 0
+        assert np.diagonal(moved, 1)[within].all()
+        other = logits_of(level)(np.repeat(codes, count, axis=0), (uppers + 1) % NUM_CODES[0])
+        assert (np.abs(np.asarray(other) - before).max(axis=-1) > 1e-7).all()
+
+
+def test_a_sample_follows_from_its_own_key_and_the_logits_of_the_whole_map():
+    stage, params, batch = model()
+    batch = {"codes": batch["codes"], "label": batch["label"][:1].repeat(3)}
+    sample = jax.jit(functools.partial(stage.sample, temperature=0.8))
+    drawn = np.asarray(sample(params, KEYS, batch))
+    order = np.array([2, 0, 1])
+    np.testing.assert_array_equal(sample(params, KEYS[order], batch), drawn[order])
+    top, bottom = stage._split(drawn)
+    for level, codes, upper in ((0, top, None), (1, bottom, top)):
+        logits = np.asarray(logits_of(level)(codes, upper)).reshape(3, -1, NUM_CODES[level]) / 0.8
+        for row, key in enumerate(KEYS):
+            keys = [jax.random.fold_in(jax.random.fold_in(key, level), k) for k in range(logits.shape[1])]
+            wanted = jax.vmap(jax.random.categorical)(jnp.stack(keys), logits[row])
+            np.testing.assert_array_equal(codes[row].reshape(-1), wanted)
+
+
+def test_completed_maps_keep_their_first_rows():
+    stage, params, batch = model()
+    complete = jax.jit(functools.partial(stage.complete, keep=0.5, guidance_scale=1.5, top_k=6))
+    kept = np.asarray(complete(params, KEYS, batch["label"], batch["codes"]))
+    for drawn, given in zip(stage._split(kept), stage._split(batch["codes"]), strict=True):
+        half = given.shape[1] // 2
+        np.testing.assert_array_equal(drawn[:, :half], given[:, :half])
+        assert (drawn[:, half:] != given[:, half:]).any()
+
+
+def test_the_loss_is_the_mean_of_a_code():
+    stage, params, batch = model()
+    loss = jax.jit(functools.partial(stage.loss, train=False))(params, jax.random.key(0), batch)
+    parts = loss.scalars["level0_loss"], loss.scalars["level1_loss"]
+    np.testing.assert_allclose(loss.value, (4 * parts[0] + 16 * parts[1]) / 20, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(nets=(NET,)), "must have a value for each level"),
+        (dict(grids=((3, 3), (4, 4))), "must be a multiple of the one above it"),
+        (dict(nets=(NET | dict(kernel=4), NET)), "kernel 4 must be odd"),
+        (dict(nets=(NET | dict(num_heads=3), NET)), "num_heads must divide half of its width 8"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        pixelsnail.build(**dict(grids=GRIDS, num_codes=NUM_CODES, nets=(NET, NET)) | settings)

@@ -1,0 +1,199 @@
+"""The tokenizer's stage: likelihood, levels, losses, sizes of the papers, advice."""
+
+import functools
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax.models import models
+from dalle2_jax.models.stages import tokenizer
+from dalle2_jax.models.stages.reconstruction import Likelihood, logit_laplace
+from tests.tiny_model import random_params
+
+SIDE = 16
+SMALL = dict(
+    vq=dict(
+        net=dict(kind="vqvae", channels=8, residual_channels=4, num_res_blocks=1, strides=(4, 2)),
+        quantizer=dict(kind="vq", num_codes=16, width=4),
+    ),
+    dvae=dict(
+        net=dict(kind="dvae", channels=8, num_groups=2, num_blocks=1),
+        quantizer=dict(kind="gumbel", num_codes=16, width=4, beta=(0.0, 1.0, 10)),
+        likelihood="logit_laplace",
+    ),
+    vqgan=dict(
+        net=dict(
+            kind="vqgan",
+            channels=8,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention_resolutions=(8,),
+            z_channels=8,
+        ),
+        quantizer=dict(kind="fsq", levels=(5, 4)),
+        likelihood="l1",
+        adversarial=dict(start=2, features="discriminator", widths=(8, 8)),
+    ),
+)
+
+
+@functools.cache
+def small(kind: str, side: int = SIDE):
+    """(stage, parameters, pictures [4, S, S, 3])."""
+    stage = tokenizer.build(image_size=side, **SMALL[kind])
+    images = np.random.default_rng(0).uniform(-1, 1, (4, side, side, 3)).astype(np.float32)
+    return stage, random_params(stage, 0), jnp.asarray(images)
+
+
+def test_the_density_of_logit_laplace_integrates_to_one():
+    m = (np.arange(200_000) + 0.5) / 200_000
+    for mu, log_b in ((0.0, 0.0), (1.5, -1.0), (-2.0, 0.5)):
+        density = np.exp(-np.asarray(logit_laplace(jnp.asarray(m, jnp.float32), mu, log_b), np.float64))
+        assert density.mean() == pytest.approx(1, abs=2e-3)
+
+
+def test_the_picture_of_logit_laplace_undoes_the_margin():
+    x = jnp.linspace(-1, 1, 7).reshape(1, 1, 7, 1).repeat(3, axis=-1)
+    m = 0.8 * (x + 1) / 2 + 0.1
+    maps = jnp.concatenate([jnp.log(m / (1 - m)), jnp.zeros_like(x)], axis=-1)
+    np.testing.assert_allclose(Likelihood("logit_laplace").picture(maps), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_codes_and_pictures(kind):
+    """Levels, one row of codes, the same picture both ways; training's loss is finite and has a gradient."""
+    stage, params, images = small(kind)
+    sides = {"vq": (2, 4), "dvae": (8,), "vqgan": (8,)}[kind]
+    assert stage.grids == tuple((side, side) for side in sides)
+    codes = stage.encode(params, images)
+    assert [code.shape for code in codes] == [(4, side, side) for side in sides]
+    assert all(
+        code.dtype == jnp.int32 and 0 <= code.min() and code.max() < n
+        for code, n in zip(codes, stage.num_codes, strict=True)
+    )
+    row = stage.encode_sequence(params, images)
+    for one, other in zip(stage.split(row), codes, strict=True):
+        np.testing.assert_array_equal(one, other)
+    made = stage.decode_codes(params, codes)
+    assert made.shape == images.shape and np.abs(made).max() <= 1
+    np.testing.assert_array_equal(stage.decode_sequence(params, row), made)
+    np.testing.assert_array_equal(stage.reconstruct(params, images), made)
+    assert models.encoded_specs(stage)["codes"].shape == (1, row.shape[1])
+
+
+def test_the_bottom_follows_the_top():
+    """Other codes of the top change what the bottom quantizes, and the picture."""
+    stage, params, images = small("vq")
+    top, bottom = stage.encode(params, images)
+    other = jax.tree.map(lambda x: x, params)
+    other["stats"] = params["stats"] | {"book_0": -params["stats"]["book_0"]}
+    assert (stage.encode(other, images)[1] != bottom).any()
+    changed = stage.decode_codes(params, ((top + 1) % 16, bottom))
+    assert np.abs(changed - stage.decode_codes(params, (top, bottom))).max() > 1e-3
+
+
+def test_the_losses_of_dalle1_are_of_the_papers_scale():
+    """The KL is summed over positions and divided by the values of a picture."""
+    stage, params, images = small("dvae")
+    found = stage.loss(params, jax.random.key(0), {"image": images}, step=10)
+    side, values = stage.grids[0][0], SIDE * SIDE * 3
+    logits = stage._net(params, "project", 0, stage._net(params, "features", images), [])
+    p = jax.nn.softmax(logits)
+    kl = (p * jnp.log(p * 16)).sum(axis=-1)  # [4, h, w]
+    expected = found.scalars["recon"] + kl.sum(axis=(1, 2)).mean() / values
+    assert kl.shape[1:] == (side, side)
+    np.testing.assert_allclose(found.value, expected, rtol=1e-5)
+    hard = stage.loss(params, jax.random.key(0), {"image": images}, step=10, train=False)
+    assert "hard_gap" in hard.scalars and "hard_gap" not in found.scalars
+
+
+def test_the_adversarial_losses_of_vqgan():
+    """Before `start` they are absent; then generator and discriminator each leave the other alone, and the
+    weight is that of the norms of gradients of the last layer."""
+    stage, params, images = small("vqgan")
+
+    def loss(params, step):
+        made = stage.loss(params, jax.random.key(0), {"image": images}, step=step)
+        return made.value, made.scalars
+
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (early, scalars), gradient = both(params, jnp.int32(1))
+    for leaf in jax.tree.leaves(gradient["discriminator"]):
+        np.testing.assert_array_equal(leaf, 0)
+    plain = scalars["recon"] + scalars["discriminator_features"]
+    np.testing.assert_allclose(early, plain, rtol=1e-5)
+    (late, more), after = both(params, jnp.int32(2))
+    expected = plain + more["gan_weight"] * more["gan"] + more["discriminator"]
+    np.testing.assert_allclose(late, expected, rtol=1e-5)
+    assert (
+        more["gan_weight"] > 0 and max(np.abs(x).max() for x in jax.tree.leaves(after["discriminator"])) > 0
+    )
+    # the weight by hand: gradients of the last kernel
+    kernel = params["net"]["decoder_out"]["kernel"]
+
+    def part(kernel, name):
+        net = params["net"] | {"decoder_out": params["net"]["decoder_out"] | {"kernel": kernel}}
+        maps = stage._net(
+            {"net": net}, "decode", [stage.quantizers[0].lookup({}, stage.encode(params, images)[0])]
+        )
+        if name == "gan":
+            return -stage.adversarial.net.apply({"params": params["discriminator"]}, maps)[0].mean()
+        judged = functools.partial(stage.adversarial.net.apply, {"params": params["discriminator"]})
+        pairs = zip(judged(maps)[1], judged(images)[1], strict=True)
+        return jnp.abs(maps - images).mean() + sum(jnp.abs(a - b).mean() for a, b in pairs)
+
+    of_rec, of_gan = (jnp.linalg.norm(jax.grad(part)(kernel, name)) for name in ("rec", "gan"))
+    np.testing.assert_allclose(more["gan_weight"], 0.8 * of_rec / (of_gan + 1e-4), rtol=1e-3)
+
+
+def test_advice_after_a_collapse():
+    stage = small("vq")[0]
+    assert stage.advice({"usage_0": 1.0, "perplexity_0": 1.0}) == ""  # no window was drawn
+    assert stage.advice({"usage_0": 0.9, "perplexity_0": 12.0, "usage_1": 1.0, "perplexity_1": 9.0}) == ""
+    said = stage.advice({"usage_0": 1.0, "usage_1": 0.9, "perplexity_1": 1.5})
+    assert "usage_1 0.900 of 16 codes" in said and "restart=0.1" in said
+    assert "usage_0 0.125" in stage.advice({"usage_0": 0.125, "perplexity_0": 2.0})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(net=dict(kind="vqvea")), "net.kind 'vqvea' is unknown"),
+        (dict(quantizer=dict(kind="vq", num_code=2)), "did you mean quantizer.num_codes"),
+        (dict(quantizer=dict(kind="vq", num_codes=8, decay=0.0, restart=0.1)), "restart needs a book"),
+        (dict(image_size=12), "image_size 12 must be a multiple of 8"),
+        (dict(likelihood="l2"), "likelihood 'l2' is unknown"),
+        (dict(adversarial={}), "needs net.kind='vqgan'"),
+        (dict(net=SMALL["vq"]["net"] | dict(strides=(4, 3))), "must be powers of two"),
+    ],
+)
+def test_settings_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.build(**dict(image_size=16) | SMALL["vq"] | changes)
+
+
+def counts(recipe: str, preset: str = "") -> dict[str, int]:
+    config = importlib.import_module(f"configs.{recipe}").get_config(preset)
+    params = models.abstract_params(models.build_stage(json.loads(json.dumps(models.to_plain(config)))))
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    net = {name: count(tree) for name, tree in params["net"].items()}
+    found = {"net": count(params["net"]), "book": count(params.get("book_0", {}))}
+    found |= {
+        part: sum(n for name, n in net.items() if name.startswith(part)) for part in ("encoder", "decoder")
+    }
+    found["stats"] = sum(leaf.size for name, leaf in params["stats"].items() if name.startswith("book_"))
+    return found
+
+
+def test_the_papers_counts_of_parameters():
+    of_paper, two, dvae = counts("vqvae.pictures128"), counts("vqvae2.tokenizer256"), counts("dalle1.dvae")
+    assert of_paper["encoder"] == 2_373_120 and of_paper["book"] == 512 * 64
+    assert (two["net"], two["stats"]) == (1_716_803, 65_536)
+    assert (dvae["encoder"], dvae["decoder"] + dvae["book"]) == (53_786_240, 43_829_766)
+    f16 = counts("vqgan.tokenizer256", "16384")
+    assert (f16["net"], f16["book"]) == (29_298_176 + 42_449_795 + 131_584, 16_384 * 256)
+    assert counts("vqgan.tokenizer256", "f8")["net"] == pytest.approx((26.35e6 + 38.32e6 + 131_584), rel=1e-3)
