@@ -55,6 +55,11 @@ def chosen(*arrays: jax.Array) -> bool:
     return platforms.target().platform == "cpu" and all(array.dtype == jnp.float32 for array in arrays)
 
 
+def in_bfloat16(*arrays: jax.Array) -> bool:
+    """Whether large products of these arrays round their operands."""
+    return bfloat16_products.value and chosen(*arrays)
+
+
 def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, precision=None, **how) -> jax.Array:
     """`jax.lax.dot_general` as `flax.linen.Dense` calls it: x [..., C], kernel [C, K] -> [..., K]."""
     dense = kernel.ndim == 2 and dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
@@ -92,7 +97,7 @@ MIN_ROWS, MIN_SIDE = 64, 32
 
 def _rounds(x: jax.Array, kernel: jax.Array) -> bool:
     rows = x.size // x.shape[-1]
-    return bfloat16_products.value and rows >= MIN_ROWS and min(kernel.shape) >= MIN_SIDE
+    return in_bfloat16(x, kernel) and rows >= MIN_ROWS and min(kernel.shape) >= MIN_SIDE
 
 
 @jax.custom_vjp
@@ -104,35 +109,35 @@ def bfloat16_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _bfloat16_forward(x, kernel):
     # XLA's fast kernels take two axes, row by row, alone.
     rows, kernel = x.astype(jnp.bfloat16).reshape(-1, x.shape[-1]), kernel.astype(jnp.bfloat16)
-    return _sums(rows, kernel).reshape(*x.shape[:-1], -1), (rows, kernel)
+    return sums(rows, kernel).reshape(*x.shape[:-1], -1), (rows, kernel)
 
 
 def _bfloat16_backward(saved, gradient):
     rows, kernel = saved  # [N, C], [C, K]
     slopes = gradient.astype(jnp.bfloat16).reshape(-1, kernel.shape[1])  # [N, K]
-    by_x = _sums(slopes, _transposed(kernel)).reshape(*gradient.shape[:-1], -1)
-    if rows.shape[1] <= slopes.shape[1]:  # the smaller operand is transposed
-        return by_x, _sums(_transposed(rows), slopes)
-    return by_x, _sums(_transposed(slopes), rows).T
+    by_x = sums(slopes, transposed(kernel)).reshape(*gradient.shape[:-1], -1)
+    # Not (slopes' rows)' where that is the smaller one to transpose: XLA takes the last transpose into the
+    # product, for which there is no kernel, and fails when it runs.
+    return by_x, sums(transposed(rows), slopes)
 
 
 bfloat16_product.defvjp(_bfloat16_forward, _bfloat16_backward)
 
 
-def _sums(a, b):
-    """a [M, N] @ b [N, K] -> [M, K], of bfloat16 in float32."""
+def sums(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a [..., M, N] @ b [..., N, K] -> [..., M, K], of bfloat16 in float32."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _transposed(x):
-    """x' laid out row by row; XLA would leave it as it lies."""
-    return with_layout_constraint(x.T, Layout((0, 1)))
+def transposed(x: jax.Array) -> jax.Array:
+    """x' [..., K, M] of x [..., M, K], laid out row by row; XLA would leave it as it lies."""
+    return with_layout_constraint(x.swapaxes(-1, -2), Layout(tuple(range(x.ndim))))
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
     """`jax.nn.dot_product_attention` of q [B, N, H, D], k and v [B, M, H, D], mask [B, H, N, M]."""
     dtype = v.dtype
-    if bfloat16_products.value and chosen(q, k, v):
+    if in_bfloat16(q, k, v):
         q, k, v = (y.astype(jnp.bfloat16) for y in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, mask=mask).astype(dtype)
 
