@@ -38,7 +38,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch):
-    monkeypatch.setattr(cpu, "MIN_ROWS", 0)
+    monkeypatch.setattr(cpu, "MIN_ROUNDED_PRODUCTS", 0)
     monkeypatch.setattr(cpu, "MIN_SIDE", 0)
 
 

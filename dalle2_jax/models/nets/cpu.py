@@ -91,13 +91,13 @@ def _product_backward(saved, gradient):
 
 product.defvjp(_product_forward, _product_backward)
 
-# Products of fewer rows, or of a narrower kernel, gain nothing in bfloat16.
-MIN_ROWS, MIN_SIDE = 64, 32
+# Fewer products, of the whole batch, or narrower kernels gain nothing in bfloat16.
+MIN_ROUNDED_PRODUCTS, MIN_SIDE = 16 << 20, 32
 
 
 def _rounds(x: jax.Array, kernel: jax.Array) -> bool:
-    rows = x.size // x.shape[-1]
-    return in_bfloat16(x, kernel) and rows >= MIN_ROWS and min(kernel.shape) >= MIN_SIDE
+    large = x.size * kernel.shape[-1] >= MIN_ROUNDED_PRODUCTS and min(kernel.shape) >= MIN_SIDE
+    return in_bfloat16(x, kernel) and large
 
 
 @jax.custom_vjp
@@ -137,7 +137,7 @@ def transposed(x: jax.Array) -> jax.Array:
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
     """`jax.nn.dot_product_attention` of q [B, N, H, D], k and v [B, M, H, D], mask [B, H, N, M]."""
     dtype = v.dtype
-    if in_bfloat16(q, k, v):
+    if in_bfloat16(q, k, v) and q.size * k.shape[1] >= MIN_ROUNDED_PRODUCTS:
         q, k, v = (y.astype(jnp.bfloat16) for y in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, mask=mask).astype(dtype)
 

@@ -1,5 +1,7 @@
 """Products and attention in bfloat16 on CPUs: close to float32, traced only where they were asked for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,12 @@ from dalle2_jax.models.nets import cpu, layers, platforms
 from dalle2_jax.runtime import partition
 
 ROUNDING = 2.0**-8  # bfloat16 keeps 8 bits
-LARGE = (2, cpu.MIN_ROWS // 2, cpu.MIN_SIDE)
+LARGE = (2, 4, cpu.MIN_SIDE)
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(cpu, "MIN_ROUNDED_PRODUCTS", 8 * cpu.MIN_SIDE**2)
 
 
 def arrays(*shape, features):
@@ -25,6 +32,7 @@ def rounded(*values):
     return [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in values]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def with_gradients(function, x, kernel, gradient):
     out, pull = jax.vjp(function, x, kernel)
     return out, *pull(gradient)
@@ -54,7 +62,7 @@ def test_operands_lie_by_rows_and_a_program_of_one_device_runs(features):
     step = lambda *a: with_gradients(cpu.bfloat16_product, *a)  # noqa: E731
     laid_out = [e for e in str(jax.make_jaxpr(step)(x, kernel, gradient)).splitlines() if "layout" in e]
     assert len(laid_out) == 2 and "bf16[12,7]" in str(laid_out) and f"bf16[{features},12]" in str(laid_out)
-    assert jax.jit(step)(x, kernel, gradient)[2].shape == kernel.shape
+    assert step(x, kernel, gradient)[2].shape == kernel.shape
 
 
 def test_large_float32_products_on_cpus_have_it_where_it_is_asked_for():
@@ -85,10 +93,9 @@ def test_devices_split_it_as_they_split_float32():
     mesh = partition.make_mesh()
     split = partition.batch_sharding(mesh)
     with partition.use_mesh(mesh):
-        placed = jax.device_put((x, gradient), split)
-        step = jax.jit(lambda x, kernel, g: with_gradients(cpu.bfloat16_product, x, kernel, g))
-        program = step.lower(placed[0], kernel, placed[1]).compile()
-        found = program(placed[0], jax.device_put(kernel, partition.replicated(mesh)), placed[1])
+        placed = jax.device_put((x, kernel, gradient), (split, partition.replicated(mesh), split))
+        program = with_gradients.lower(cpu.bfloat16_product, *placed).compile()
+        found = program(*placed)
     assert "all-gather" not in program.as_text()
     for ours, expected in zip(found, alone, strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
@@ -96,11 +103,13 @@ def test_devices_split_it_as_they_split_float32():
 
 def test_attention_rounds_inside_and_returns_float32():
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(2, n, 2, 16)).astype(np.float32) for n in (6, 9, 9))
+    q, k, v = (rng.normal(size=(2, n, 4, 16)).astype(np.float32) for n in (8, 9, 9))
     mask = rng.random((2, 1, 1, 9)) < 0.7
     for keys in (None, mask):
         plain = layers.attention(q, k, v, keys)
         with cpu.bfloat16_products(True):
             ours = layers.attention(q, k, v, keys)
+            small = layers.attention(q[:, :1], k, v, keys)
+        np.testing.assert_allclose(small, plain[:, :1], atol=1e-5)
         assert ours.dtype == jnp.float32 and (ours != plain).any()
         np.testing.assert_allclose(ours, plain, atol=4 * ROUNDING * np.abs(v).max())
