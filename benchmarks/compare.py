@@ -43,8 +43,8 @@ from benchmarks.first_pictures import BATCH, CAPTION, GUIDANCE, STEPS
 from benchmarks.paired import HEADER, MAX_SPREAD, Case, Side, added_memory, measure
 from dalle2_jax import benchmark
 from dalle2_jax.models import flops, models
-from dalle2_jax.runtime import checkpoint, files, partition
-from dalle2_jax.train.plan import Plan
+from dalle2_jax.runtime import checkpoint, files, machine, partition
+from dalle2_jax.train.plan import Plan, cpu_products
 
 EMBED, LENGTH, SIDE, LARGE = 128, 16, 32, 64
 
@@ -122,9 +122,10 @@ def torch_step(modules, forward: Callable, inputs: dict) -> Side:
     for module in modules:
         module.train()
 
-    def run():
+    def run(bfloat16=False):
         optimizer.zero_grad(set_to_none=True)
-        loss = forward(**inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = forward(**inputs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -132,7 +133,9 @@ def torch_step(modules, forward: Callable, inputs: dict) -> Side:
         loss.item()
 
     arithmetic = flops.TRAINING_PASSES * flops_of(lambda: forward(**inputs))
-    return Side(run, BATCH, parameters_of(*modules), arithmetic, precision=precision_of(*modules))
+    autocast = functools.partial(run, bfloat16=True) if machine.has_fast_bfloat16() else None
+    precision = precision_of(*modules)
+    return Side(run, BATCH, parameters_of(*modules), arithmetic, precision=precision, autocast=autocast)
 
 
 def our_step(stage, stored: dict, mesh) -> Side:
@@ -142,7 +145,7 @@ def our_step(stage, stored: dict, mesh) -> Side:
     settings = dict(stage=stored["stage"], model=stored["model"], batch_size=BATCH, num_steps=1000)
     config = models.to_plain(common.get_config()) | settings
     config["optim"]["warmup_steps"] = 0
-    plan = Plan(config, stage, mesh)
+    plan = Plan(config | {"cpu_products": cpu_products(config, mesh)}, stage, mesh)
     batch = benchmark.synthetic_batch(plan, BATCH)
     with partition.use_mesh(mesh):
         step, _, _, arithmetic = benchmark.training_step(plan, batch)
@@ -338,6 +341,28 @@ def clip_step(m: Models) -> Case:
         return model(**inputs, return_loss=True).loss
 
     return Case("clip_step", our_step(stage, stored, m.mesh), torch_step((model,), loss, inputs))
+
+
+def transformer_step(m: Models) -> Case:
+    """The transformer on patches, written out in torch."""
+    import torch
+
+    from benchmarks.torch_vit import PixelViT
+
+    size = dict(width=192, depth=6, num_heads=6)
+    net = PixelViT(SIDE, 2, *size.values())
+    x = torch.from_numpy(normal(BATCH, 3, SIDE, SIDE))
+
+    def loss(x):
+        u, noise = torch.rand(BATCH), torch.randn_like(x)
+        at = u[:, None, None, None]
+        return torch.nn.functional.mse_loss(net((1 - at) * x + at * noise, 1000 * u), x)
+
+    settings = dict(kind="vit", patch_size=2, bottleneck=0, **size)
+    model = dict(image_size=SIDE, embed_dim=0, objective="x0", schedule="flow", learned_variance=False)
+    stored = dict(stage="decoder", model=model | dict(dropout=0.0, net=settings))
+    ours = our_step(models.build_stage(stored), stored, m.mesh)
+    return Case("transformer_step", ours, torch_step((net,), loss, dict(x=x)))
 
 
 def _text_batch(m: Models) -> dict:
@@ -627,7 +652,7 @@ def inception_features(m: Models) -> Case:
     )
 
 
-STEP_CASES = (clip_step, prior_step, decoder_step, upsampler_step)
+STEP_CASES = (clip_step, prior_step, decoder_step, upsampler_step, transformer_step)
 SAMPLING_CASES = (prior_sampling, decoder_sampling, upsampler_sampling)
 PICTURE_CASES = (end_to_end, cold_start, warm_start)
 OTHER_CASES = (data_against_torch, data_against_decoding, checkpoint_blocking, inception_features)

@@ -22,6 +22,7 @@ class Side:
       parameters, flops: of the networks, of one run; 0: none.
       batch, steps, precision, guidance: of the work.
       memory: bytes of a run in another process; None: by `added_memory`.
+      autocast: of a peer, the same work with bfloat16 products; None: it is not timed.
     """
 
     run: Callable[[], float | None]
@@ -32,6 +33,7 @@ class Side:
     precision: str = "float32"
     guidance: float = 1.0
     memory: Callable[[], int | None] | None = None
+    autocast: Callable[[], float | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ def check_equal(case: Case) -> None:
 class Result:
     """Seconds of a run of both sides, and the ratio peer / ours; None: the spread is too large.
 
-    ours_memory, peer_memory: bytes, see `added_memory`.
+    ours_memory, peer_memory: bytes, see `added_memory`. autocast: seconds of the peer in bfloat16, if timed.
     """
 
     name: str
@@ -76,21 +78,23 @@ class Result:
     rounds: int
     ours_memory: int | None = None
     peer_memory: int | None = None
+    autocast: Spread | None = None
 
     def line(self) -> str:
         """The row of a Markdown table."""
         shown = "refused" if self.ratio is None else f"**{self.ratio:.2f}**"
         cells = [self.name, f"{self.batch} {self.unit}", f"{self.parameters / 1e6:.2f}M"]
         cells += [f"{self.flops / 1e9:.3g}", f"{self.ours.median:.3g}", f"{self.peer.median:.3g}", shown]
+        cells += [f"{self.autocast.median / self.ours.median:.2f}" if self.autocast else "-"]
         cells += [f"{self.spread:.0%}", str(self.rounds)]
         memory = (self.ours_memory, self.peer_memory)
         return "| " + " | ".join(cells + ["-" if m is None else f"{m / 2**20:.0f}" for m in memory]) + " |"
 
 
 HEADER = (
-    "| case | a run | parameters | GFLOP | ours, s | peer, s | peer / ours | spread | rounds "
+    "| case | a run | parameters | GFLOP | ours, s | peer, s | peer / ours | in bfloat16 | spread | rounds "
     "| ours, MiB | peer, MiB |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -106,16 +110,21 @@ def judged(case: Case, ours: Sequence[float], peer: Sequence[float], max_spread:
 def measure(case: Case, rounds: int, max_spread: float = MAX_SPREAD) -> Result:
     """Run both sides in turn, with alternating order, after one round that does not count."""
     check_equal(case)
-    seconds = {"ours": [], "peer": []}
+    runs = {"ours": case.ours.run, "peer": case.peer.run}
+    if case.peer.autocast:
+        runs["autocast"] = case.peer.autocast
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
-        for name in ("ours", "peer") if i % 2 else ("peer", "ours"):
+        for name in runs if i % 2 else reversed(runs):
             time.sleep(PAUSE)
             began = time.perf_counter()
-            took = getattr(case, name).run()
+            took = runs[name]()
             took = time.perf_counter() - began if took is None else took
             if i:
                 seconds[name].append(took)
-    return judged(case, seconds["ours"], seconds["peer"], max_spread)
+    result = judged(case, seconds["ours"], seconds["peer"], max_spread)
+    autocast = Spread.of(seconds["autocast"]) if case.peer.autocast else None
+    return dataclasses.replace(result, autocast=autocast)
 
 
 def added_memory(run: Callable[[], object]) -> int | None:

@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     config.num_steps = 0
     config.grad_accum = 1
     config.spike_sigma = 0.0  # skip steps so many deviations above the mean loss or norm; 0: none
+    config.cpu_products = ""  # float32 | bfloat16 on CPUs; "": bfloat16 where the CPU has AMX
     config.ema_decay = 0.9999
     config.seed = 0
     config.clip = ""  # workdir or model directory of the frozen CLIP that computes embeddings

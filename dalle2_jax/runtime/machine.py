@@ -65,10 +65,20 @@ def set_compilation_cache() -> None:
 
 def cpu_fingerprint() -> str:
     """The kind of this machine's CPU: architecture and a checksum of its features."""
-    flags = ""
+    return f"{platform.machine()}-{hashlib.sha256(_cpu_flags().encode()).hexdigest()[:8]}"
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether the CPU has AMX for bfloat16 and JAX multiplies with it: 0.10 multiplies as fast in float32."""
+    return "amx_bf16" in _cpu_flags().split() and jax.__version_info__ >= (0, 12)
+
+
+def _cpu_flags() -> str:
+    """The line of /proc/cpuinfo with the first core's features; '': there is none."""
     with contextlib.suppress(OSError):
-        flags = next((s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("flags")), "")
-    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line for line in lines if line.startswith("flags")), "")
+    return ""
 
 
 def keep_freed_memory() -> None:

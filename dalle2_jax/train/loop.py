@@ -17,7 +17,7 @@ from etils import epath
 
 from dalle2_jax.data import words
 from dalle2_jax.models import frozen, models
-from dalle2_jax.runtime import checkpoint, compiling, files, metrics, modeldir, partition, processes
+from dalle2_jax.runtime import checkpoint, compiling, files, machine, metrics, modeldir, partition, processes
 from dalle2_jax.train import bad_steps, inputs, profiling, resume, statistics, stopping, validation
 from dalle2_jax.train.plan import Plan, make_plan
 from dalle2_jax.train.run import Run, claimed, failing_together, first_state, frozen_parameters
@@ -46,8 +46,8 @@ def _train(
 ) -> int:
     """Makes the run and its loop; returns the signal that stopped it, 0 for none."""
     # What is wrong with the settings is said before a file is written or data are read.
-    config = resume.with_stored_classes(config, workdir)
-    plan = make_plan(config)
+    plan = make_plan(resume.with_stored(config, workdir))
+    config = plan.config
     resumption = resume.Resumption(workdir, config, allow_changed)
     loaded = frozen.load(config)
     plan = dataclasses.replace(plan, frozen_stages={name: found.stage for name, found in loaded.items()})
@@ -84,6 +84,9 @@ def _train(
                 start,
                 config["num_steps"],
             )
+            if config["cpu_products"] == "bfloat16":
+                slow = "" if machine.has_fast_bfloat16() else "; slower than float32 on this machine"
+                logging.info("large products on CPUs have bfloat16 operands and float32 sums%s", slow)
             if start >= config["num_steps"]:
                 logging.info("%s is finished at step %d; raise --config.num_steps to go on", workdir, start)
                 return 0

@@ -46,7 +46,7 @@ FREE = (
     "model.scan_blocks",
 )
 # Settings that config.json of older workdirs lacks, with what these runs did.
-SETTINGS_SINCE = {"spike_sigma": 0.0, "frozen": {}, "trainable": []}
+SETTINGS_SINCE = {"spike_sigma": 0.0, "cpu_products": "float32", "frozen": {}, "trainable": []}
 OPTIM_SINCE = {"optimizer": "adamw", "decay_steps": 0}  # the same of config.optim
 # Names that also stand for what is compared with the checkpoint, beside settings.
 DATA, CLIP = "data", "clip"
@@ -94,10 +94,13 @@ def frozen_of(meta: Mapping | None) -> dict[str, str]:
     return (meta or {}).get("frozen") or ({"clip": clip} if clip else {})
 
 
-def with_stored_classes(config: dict, workdir: epath.Path) -> dict:
-    """The config with the workdir's names of classes, if it gives none itself."""
+def with_stored(config: dict, workdir: epath.Path) -> dict:
+    """The config with the workdir's names of classes and type of products, if it gives none itself."""
     path = workdir / "config.json"
-    stored = json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return config
+    stored = SETTINGS_SINCE | json.loads(path.read_text())
+    config = config | {"cpu_products": config.get("cpu_products") or stored["cpu_products"]}
     found = stored.get("data", {}).get("classes")
     if config["data"].get("classes") or not found:
         return config

@@ -5,6 +5,10 @@ where it is used, in each pass of the optimizer: a fifth of a training step of t
 (docs/performance.md). Here the gradient is x' gradient, the same sums of the same products. A 1 x 1
 convolution is such a product.
 
+Products in bfloat16. Intel's AMX multiplies bfloat16 several times as fast as float32. Inside
+`bfloat16_products(True)` large products and attention round their operands to bfloat16. Sums, results and all
+work between products stay float32.
+
 3 x 3 convolutions take half of the multiplications by Winograd's minimal filtering F(4, 3) along each row of
 a picture (Lavin and Gray, arXiv 1509.09308, sections 4.1 and 4.3):
 
@@ -21,12 +25,29 @@ On other devices, in other types than float32 and for other shapes, all of these
 
 import itertools
 import operator
-from functools import partial, reduce
+from collections.abc import Callable
+from functools import partial, reduce, wraps
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from dalle2_jax.models.nets import platforms
+
+# Inside `with bfloat16_products(True):` programs for CPUs are traced with bfloat16 operands. Part of JAX's
+# cache keys.
+bfloat16_products = jax.make_user_context(False)
+
+
+def with_bfloat16_products(function: Callable) -> Callable:
+    """The function, traced inside `bfloat16_products(True)`."""
+
+    @wraps(function)
+    def traced(*arguments):
+        with bfloat16_products(True):
+            return function(*arguments)
+
+    return traced
 
 
 def chosen(*arrays: jax.Array) -> bool:
@@ -34,12 +55,21 @@ def chosen(*arrays: jax.Array) -> bool:
     return platforms.target().platform == "cpu" and all(array.dtype == jnp.float32 for array in arrays)
 
 
+def in_bfloat16(*arrays: jax.Array) -> bool:
+    """Whether large products of these arrays round their operands."""
+    return bfloat16_products.value and chosen(*arrays)
+
+
 def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, precision=None, **how) -> jax.Array:
     """`jax.lax.dot_general` as `flax.linen.Dense` calls it: x [..., C], kernel [C, K] -> [..., K]."""
     dense = kernel.ndim == 2 and dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
     if dense and precision is None and not any(how.values()) and chosen(x, kernel):
-        return product(x, kernel)
+        return _dense(x, kernel)
     return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision, **how)
+
+
+def _dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return (bfloat16_product if _rounds(x, kernel) else product)(x, kernel)
 
 
 @jax.custom_vjp
@@ -60,6 +90,56 @@ def _product_backward(saved, gradient):
 
 
 product.defvjp(_product_forward, _product_backward)
+
+# Fewer products, of the whole batch, or narrower kernels gain nothing in bfloat16.
+MIN_ROUNDED_PRODUCTS, MIN_SIDE = 16 << 20, 32
+
+
+def _rounds(x: jax.Array, kernel: jax.Array) -> bool:
+    large = x.size * kernel.shape[-1] >= MIN_ROUNDED_PRODUCTS and min(kernel.shape) >= MIN_SIDE
+    return in_bfloat16(x, kernel) and large
+
+
+@jax.custom_vjp
+def bfloat16_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., C] @ kernel [C, K] -> [..., K] float32; operands and gradient are rounded to bfloat16."""
+    return _bfloat16_forward(x, kernel)[0]
+
+
+def _bfloat16_forward(x, kernel):
+    # XLA's fast kernels take two axes, row by row, alone.
+    rows, kernel = x.astype(jnp.bfloat16).reshape(-1, x.shape[-1]), kernel.astype(jnp.bfloat16)
+    return sums(rows, kernel).reshape(*x.shape[:-1], -1), (rows, kernel)
+
+
+def _bfloat16_backward(saved, gradient):
+    rows, kernel = saved  # [N, C], [C, K]
+    slopes = gradient.astype(jnp.bfloat16).reshape(-1, kernel.shape[1])  # [N, K]
+    by_x = sums(slopes, transposed(kernel)).reshape(*gradient.shape[:-1], -1)
+    # Not (slopes' rows)' where that is the smaller one to transpose: XLA takes the last transpose into the
+    # product, for which there is no kernel, and fails when it runs.
+    return by_x, sums(transposed(rows), slopes)
+
+
+bfloat16_product.defvjp(_bfloat16_forward, _bfloat16_backward)
+
+
+def sums(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a [..., M, N] @ b [..., N, K] -> [..., M, K], of bfloat16 in float32."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    """x' [..., K, M] of x [..., M, K], laid out row by row; XLA would leave it as it lies."""
+    return with_layout_constraint(x.swapaxes(-1, -2), Layout(tuple(range(x.ndim))))
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """`jax.nn.dot_product_attention` of q [B, N, H, D], k and v [B, M, H, D], mask [B, H, N, M]."""
+    dtype = v.dtype
+    if in_bfloat16(q, k, v) and q.size * k.shape[1] >= MIN_ROUNDED_PRODUCTS:
+        q, k, v = (y.astype(jnp.bfloat16) for y in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -136,7 +216,7 @@ def conv_general_dilated(
     border = set(itertools.chain(*padding))
     if plain and precision is None and chosen(x, kernel):
         if kernel.shape[:2] == (1, 1) and border == {0}:
-            return product(x, kernel[0, 0])
+            return _dense(x, kernel[0, 0])
         if kernel.shape[:2] == (3, 3) and border == {1} and _worth_it(x, kernel):
             return winograd_3x3(x, kernel)
     return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, precision=precision, **how)

@@ -202,7 +202,7 @@ def attention(
     else:
         if mask is not None:
             mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        out = cpu.attention(q, k, v, mask)
     return out.reshape(*out.shape[:2], -1)  # [B, N, H, D] -> [B, N, H D]
 
 

@@ -14,6 +14,8 @@ rotated. The first of them are learned tokens, to each of which the pooled condi
 """
 
 import functools
+import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -28,17 +30,24 @@ TIME_WIDTH = 256  # of the sinusoids
 _BASE = 10_000.0  # the slowest rotation takes 2 pi 10000 patches
 
 
-def rotary_angles(rows: jax.Array, columns: jax.Array, head_dim: int) -> jax.Array:
-    """Angles [R C, D / 2] float32, row by row, of the patches at `rows` [R] and `columns` [C]."""
-    quarter = head_dim // 4
-    frequencies = _BASE ** -(jnp.arange(quarter, dtype=jnp.float32) / quarter)
-    at = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2, 1)
-    return (at * frequencies).reshape(-1, 2 * quarter)
+def rotary_waves(
+    rows: Sequence[float], columns: Sequence[float], head_dim: int, context: int = 0
+) -> jax.Array:
+    """Cosines and sines [2, context + R C, D / 2] float32 of the angles of `context` tokens, which are zero,
+    then row by row of the patches at `rows` [R] and `columns` [C].
+
+    Constants: XLA would compute cosines again for every head of every example.
+    """
+    frequencies = [_BASE ** -(4 * k / head_dim) for k in range(head_dim // 4)]
+    patches = [[at * f for at in (row, column) for f in frequencies] for row in rows for column in columns]
+    angles = [[0.0] * (head_dim // 2)] * context + patches
+    waves = [[[wave(angle) for angle in token] for token in angles] for wave in (math.cos, math.sin)]
+    return jnp.asarray(waves, jnp.float32)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """x [B, N, H, D] float32 with each pair (i, i + D / 2) rotated by its angle, of [N, D / 2]."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+def rotate(x: jax.Array, waves: jax.Array) -> jax.Array:
+    """x [B, N, H, D] float32 with each pair (i, i + D / 2) rotated; waves [2, N, D / 2] of `rotary_waves`."""
+    cos, sin = waves[:, :, None]
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -71,11 +80,11 @@ class ViTBlock(nn.Module):
         self,
         x: jax.Array,
         cond: jax.Array,
-        angles: jax.Array,
+        waves: jax.Array,
         mask: jax.Array | None,
         deterministic: bool,
     ) -> jax.Array:
-        """x [B, N, C], cond [B, C] = silu(c), angles [N, D / 2], mask [B, 1, 1, N] -> [B, N, C]."""
+        """x [B, N, C], cond [B, C] = silu(c), waves [2, N, D / 2], mask [B, 1, 1, N] -> [B, N, C]."""
         width = x.shape[-1]
         dense = functools.partial(layers.Dense, dtype=self.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(6, self.dtype, "modulation", cond, width)
@@ -85,7 +94,7 @@ class ViTBlock(nn.Module):
             return x + (gate * h).astype(self.dtype)
 
         def turned(name, y):
-            return rotate(layers.RMSNorm(name=name)(y), angles).astype(self.dtype)
+            return rotate(layers.RMSNorm(name=name)(y), waves).astype(self.dtype)
 
         h = (layers.RMSNorm(name="norm1")(x) * (1 + scale1) + shift1).astype(self.dtype)
         qkv = jnp.split(dense(3 * width, name="qkv")(h), 3, axis=-1)
@@ -178,16 +187,15 @@ class PixelViT(nn.Module):
                 context_mask = jnp.pad(context_mask, ((0, 0), ends), constant_values=True)[:, None, None]
             tokens.append(dense(name="context_proj")(layers.RMSNorm(name="norm_context")(context)))
 
-        rows, columns = (jnp.arange(side // self.patch_size) for side in (height, width))
-        angles = rotary_angles(rows, columns, self.width // self.num_heads)
+        rows, columns = (range(side // self.patch_size) for side in (height, width))
+        waves = functools.partial(rotary_waves, rows, columns, self.width // self.num_heads)
         cond = nn.silu(emb.astype(self.dtype))
         start = self.depth // 3 if self.context_start is None else self.context_start
         start = start if tokens else self.depth
-        h = self._blocks(range(start), constrain(h), cond, angles, None, deterministic)
+        h = self._blocks(range(start), constrain(h), cond, waves(), None, deterministic)
         count = sum(part.shape[1] for part in tokens)
-        h, angles = jnp.concatenate([*tokens, h], axis=1), jnp.pad(angles, ((count, 0), (0, 0)))
-        h = self._blocks(range(start, self.depth), constrain(h), cond, angles, context_mask, deterministic)
-        h = h[:, count:]
+        h, last = constrain(jnp.concatenate([*tokens, h], axis=1)), range(start, self.depth)
+        h = self._blocks(last, h, cond, waves(context=count), context_mask, deterministic)[:, count:]
 
         shift, scale = modulation(2, self.dtype, "modulation_out", cond, self.width)
         h = (layers.RMSNorm(name="norm_out")(h) * (1 + scale) + shift).astype(self.dtype)
@@ -200,23 +208,23 @@ class PixelViT(nn.Module):
         numbers: range,
         x: jax.Array,
         cond: jax.Array,
-        angles: jax.Array,
+        waves: jax.Array,
         mask: jax.Array | None,
         deterministic: bool,
     ) -> jax.Array:
-        """x [B, N, width] behind the blocks of these numbers; angles [N, D / 2]."""
+        """x [B, N, width] behind the blocks of these numbers; waves [2, N, D / 2]."""
         block = layers.remat(ViTBlock, self.remat, static_argnums=(5,))
         settings = (self.num_heads, self.mlp_width or 8 * self.width // 3, self.dropout, self.dtype)
         names = [f"block_{i}" for i in numbers]
         if not self.scan_blocks or self.is_initializing() or not names:
             for name in names:
-                x = block(*settings, name=name)(x, cond, angles, mask, deterministic)
+                x = block(*settings, name=name)(x, cond, waves, mask, deterministic)
             return x
         one, draws = block(*settings, parent=None), bool(self.dropout) and not deterministic
         keys = jax.random.split(self.make_rng("dropout"), len(names)) if draws else None
 
         def apply(params, x, key):
             rngs = {"dropout": key} if draws else {}
-            return one.apply({"params": params}, x, cond, angles, mask, deterministic, rngs=rngs)
+            return one.apply({"params": params}, x, cond, waves, mask, deterministic, rngs=rngs)
 
         return scan_blocks(apply, [self.variables["params"][name] for name in names], x, keys)

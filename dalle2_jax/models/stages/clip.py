@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle2_jax.models.diffusion import process, schedules
+from dalle2_jax.models.nets import cpu
 from dalle2_jax.models.nets.text import CLIPTextTransformer
 from dalle2_jax.models.nets.vision import ModifiedResNet, ViT
 from dalle2_jax.models.stages import Loss, Op, check_settings
@@ -222,7 +223,8 @@ class CLIP:
 
         def of_group(params, part, slope):
             part, slope = jax.tree.map(constrain, (part, slope))
-            return jax.vmap(of_replica, in_axes=(None, 0, 0))(params, part, slope)
+            with cpu.bfloat16_products(False):  # a product with each replica's kernels has no fast one
+                return jax.vmap(of_replica, in_axes=(None, 0, 0))(params, part, slope)
 
         parts = jax.tree.map(grouped, (batch, slopes))
         if size // rows > shards:  # one group's copy may stay

@@ -169,8 +169,8 @@ def test_products_of_queries_and_keys_depend_on_relative_positions(shift):
     q, k = normal(1, 6, 2, 8), normal(1, 6, 2, 8)
 
     def products(rows, columns):
-        angles = vit.rotary_angles(jnp.asarray(rows), jnp.asarray(columns), 8)
-        return jnp.einsum("bnhd,bmhd->bhnm", vit.rotate(q, angles), vit.rotate(k, angles))
+        waves = vit.rotary_waves(rows, columns, 8)
+        return jnp.einsum("bnhd,bmhd->bhnm", vit.rotate(q, waves), vit.rotate(k, waves))
 
     at = np.arange(2), np.arange(3)
     moved = products(at[0] + shift[0], at[1] + shift[1])
