@@ -35,6 +35,8 @@ COUNTS = {
     # blocks, and what stands around them
     ("modern.upsampler256", ""): 24 * 29_187_072 + 6_955_264,
     ("modern.upsampler1024", ""): 16 * 19_155_712 + 4_856_576,
+    # blocks; embeddings with the pads, unembeddings, positions, the last norm
+    ("dalle1.token_model", ""): 12_095_479_808 + (2 * 24_576 + 256 + 320 + 2) * 3968,
     # the U-Net, the text transformer, and the projection of its last state
     ("glide.decoder", ""): 2_238_164_486 + 1_312_053_248 + 2048 * 2048 + 2048,
 }

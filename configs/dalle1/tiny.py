@@ -1,4 +1,4 @@
-"""DALL-E 1's transformer in small: 16 tokens of a caption, then the 8 x 8 codes of `tiny_dvae.py`.
+"""DALL-E 1's transformer in small: 20 tokens of a caption, then the 8 x 8 codes of `tiny_dvae.py`.
 
 python -m dalle2_jax.train --config=configs/dalle1/tiny.py --workdir=DIR --config.frozen.tokenizer=DVAE
 """
@@ -14,11 +14,10 @@ def get_config(preset: str = ""):
     config.model = dict(
         grids=((8, 8),),
         num_codes=(128,),
-        text=dict(vocab_size=512, context_length=16),
+        text=dict(vocab_size=512, context_length=20),
         net=dict(width=96, depth=4, num_heads=4, kinds=("row", "column", "row", "conv3")),
     )
     config.frozen.tokenizer = ""  # workdir or model directory of `tiny_dvae.py`
-    config.tokenizer.context_length = 16
-    config.data.bpe_dropout = 0.1
+    config.tokenizer.context_length = 20
     config.optim.update(beta2=0.96, weight_decay=0.045, muon_learning_rate=0.02)
     return config

@@ -64,6 +64,7 @@ _ROLE_HELP = {
     "tokenizer": "workdir of the tokenizer of pictures, whose codes the token model draws",
     "token_model": "workdir of the token model",
 }
+ROLES = tuple(_ROLE_HELP)
 
 
 def convert_weights(
@@ -171,8 +172,8 @@ def make_parser() -> argparse.ArgumentParser:
     about = "what the stages are together; by default the first system that has all of them"
     workdirs.add_argument("--system", default="", choices=[*systems.SYSTEMS], help=about)
     workdirs.add_argument("--stage", type=_stage, action="append", default=[], metavar="NAME=W", help=several)
-    for role, text in _ROLE_HELP.items():
-        workdirs.add_argument(f"--{role}", **path, metavar="W", help=text)
+    for role in ROLES:
+        workdirs.add_argument(f"--{role}", **path, metavar="W", help=_ROLE_HELP[role])
     in_order = "workdirs of the upsamplers, in their order"
     workdirs.add_argument("--upsamplers", type=_paths, default="", metavar="W1,W2", help=in_order)
     workdirs.add_argument("--out", **path, required=True, metavar="MODEL", help="model directory to write")
@@ -216,7 +217,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _run_workdirs(options: argparse.Namespace) -> None:
-    given = {name: getattr(options, name) for name in (*_ROLE_HELP, "upsamplers")}
+    given = {name: getattr(options, name) for name in (*ROLES, "upsamplers")}
     sources = {name: source for name, source in given.items() if source} | dict(options.stage)
     names = ("system", "dtype", "name", "licence")
     convert_workdirs(options.out, **{name: getattr(options, name) for name in names}, **sources)

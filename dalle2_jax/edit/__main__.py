@@ -121,7 +121,7 @@ def edit(model: Pipeline, action: str, inputs: dict, out: epath.Path) -> Result:
     options |= dict(num_steps=FLAGS.steps, guidance_scale=FLAGS.guidance_scale, fit=FLAGS.fit)
     if action == "complete" and options.pop("num_steps") is not None:
         raise ValueError("complete draws codes, a step each: leave --steps out")
-    others = {"redraw": actions.from_latents, "complete": complete}
+    others: dict[str, Callable] = {"redraw": actions.from_latents, "complete": complete}
     function = others.get(action) or getattr(actions, action)
     return function(model, **inputs, **options, **running)
 

@@ -335,8 +335,8 @@ class Pipeline:
         """
         check_keywords(options, (*KEYWORDS, *SETTINGS))
         if rerank is not None and rerank != 1:
-            more = dict(n=n, numbers=numbers, upsample=upsample, negative=negative)
-            return ranking.drawn(self, captions, rerank, judge, **more, **options)
+            options |= dict(upsample=upsample, negative=negative)
+            return ranking.drawn(self, captions, rerank, judge, n=n, numbers=numbers, **options)
         how = Running.take(options)
         read = isinstance(captions, str) or len(captions) > 0 or self.reads_captions
         if read:

@@ -95,6 +95,22 @@ def test_greedy_tokens_are_those_of_min_dalle(oracle, networks, imported):
     assert len(np.unique(drawn)) > 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "vocab_size, num_ids, width, depth, hidden, count",
+    [
+        (50_264, 16_385, 1024, 12, 2730, 202_649_584 + 235_313_136),
+        (50_272, 16_416, 2048, 24, 4096, 1_110_220_800 + 1_477_746_688),
+    ],
+)
+def test_mini_and_mega_have_their_own_counts(vocab_size, num_ids, width, depth, hidden, count):
+    net = dict(width=width, depth=depth, num_heads=width // 64, hidden=hidden)
+    text = dict(vocab_size=vocab_size, context_length=64)
+    config = dict(stage="dalle_mini", model=dict(text=text, net=net, num_ids=num_ids, start_code=num_ids - 1))
+    params = models.abstract_params(models.build_stage(config))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
 def flax_tree(networks) -> dict:
     """The weights as dalle-mini stores them: layers stacked, gains of the norms before products left out."""
     names = {theirs: ours for ours, theirs in dalle_mini._LAYER.items()}

@@ -10,6 +10,9 @@ the codes above it and to its left, in raster order:
 Convolutions have normed weights: w = g v / |v|, of each output channel (Salimans & Kingma, arXiv 1602.07868).
 """
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -75,7 +78,7 @@ class GatedResidual(nn.Module):
     ) -> jax.Array:
         """x [B, H, W, C], extra [B, H, W, E] added between the convolutions, condition [B, H, W, D] or
         [B, 1, 1, D] added to (a, b) -> [B, H, W, C]."""
-        how = dict(kernel=(self.kernel, self.kernel), causal=self.causal, dtype=self.dtype)
+        how: dict[str, Any] = dict(kernel=(self.kernel, self.kernel), causal=self.causal, dtype=self.dtype)
         h = NormedConv(self.hidden, **how, name="conv1")(nn.elu(x))
         if extra is not None:
             h = h + NormedConv(self.hidden, dtype=self.dtype, name="extra")(nn.elu(extra))
@@ -127,7 +130,7 @@ class PixelBlock(nn.Module):
     ) -> jax.Array:
         """x [B, H, W, C], place [B, H, W, 2], condition: see `GatedResidual` -> [B, H, W, C]."""
         channels, out = x.shape[-1], x
-        how = dict(dropout=self.dropout, dtype=self.dtype)
+        how: dict[str, Any] = dict(dropout=self.dropout, dtype=self.dtype)
         for i in range(self.num_res_blocks):
             block = GatedResidual(self.hidden, self.kernel, causal=True, **how, name=f"res_{i}")
             out = block(out, None, condition, deterministic)
@@ -179,19 +182,24 @@ class PixelSnail(nn.Module):
         [B, H, W, num_codes] float32."""
         size, height, width = codes.shape
         x = jax.nn.one_hot(codes, self.num_codes, dtype=self.dtype)
-        rows, half = self.kernel // 2, self.kernel // 2
+        half = self.kernel // 2
         # of the rows above: kernel [k / 2, k], then a shift down; of the codes to the left, a shift right
-        above = dict(kernel=(rows, self.kernel), pads=((rows - 1, 0), (half, half)), dtype=self.dtype)
-        above_x = NormedConv(self.width, **above, name="rows_above")(x)
-        left = dict(kernel=(rows + 1, half), pads=((rows, 0), (half - 1, 0)), dtype=self.dtype)
-        left_x = NormedConv(self.width, **left, name="left")(x)
-        x = _shifted(above_x, axis=1) + _shifted(left_x, axis=2)
+        above = NormedConv(
+            self.width,
+            (half, self.kernel),
+            ((half - 1, 0), (half, half)),
+            dtype=self.dtype,
+            name="rows_above",
+        )
+        pads = ((half, 0), (half - 1, 0))
+        left = NormedConv(self.width, (half + 1, half), pads, dtype=self.dtype, name="left")
+        x = _shifted(above(x), axis=1) + _shifted(left(x), axis=2)
         condition = self._condition(upper, label, (height, width), deterministic)
         place = jnp.stack(
             jnp.meshgrid(jnp.arange(height) / height, jnp.arange(width) / width, indexing="ij"), axis=-1
         )
         place = jnp.broadcast_to(place - 0.5, (size, height, width, 2)).astype(self.dtype)
-        how = dict(dropout=self.dropout, dtype=self.dtype)
+        how: dict[str, Any] = dict(dropout=self.dropout, dtype=self.dtype)
         for i in range(self.num_blocks):
             block = PixelBlock(
                 self.num_res_blocks,
@@ -216,10 +224,10 @@ class PixelSnail(nn.Module):
         deterministic: bool,
     ) -> jax.Array | None:
         """[B, H, W, C] or [B, 1, 1, C]; None: there is no condition."""
-        found = []
+        found: list[jax.Array] = []
         if self.num_upper:
             assert upper is not None
-            how = dict(dropout=self.dropout, dtype=self.dtype)
+            how: dict[str, Any] = dict(dropout=self.dropout, dtype=self.dtype)
             h = jax.nn.one_hot(upper, self.num_upper, dtype=self.dtype)
             h = NormedConv(self.width, (self.kernel, self.kernel), dtype=self.dtype, name="upper")(h)
             for i in range(self.upper_blocks):
@@ -231,7 +239,7 @@ class PixelSnail(nn.Module):
         if self.num_classes:
             table = Embedding((self.num_classes + 1, self.width), name="label_embedding")()
             found.append(table.astype(self.dtype)[label][:, None, None])
-        return sum(found) if found else None
+        return functools.reduce(jnp.add, found) if found else None
 
 
 def _shifted(x: jax.Array, axis: int) -> jax.Array:

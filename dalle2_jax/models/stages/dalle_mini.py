@@ -177,5 +177,9 @@ def build(
     network = DalleMiniNet(
         **text, **net, num_ids=num_ids, num_positions=height * width, remat=remat, dtype=kind
     )
-    defaults = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
-    return DalleMini(network, tuple(map(tuple, grids)), tuple(num_codes), start_code, text_drop, **defaults)
+    defaults: dict[str, Any] = dict(
+        guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    return DalleMini(
+        network, tuple((h, w) for h, w in grids), tuple(num_codes), start_code, text_drop, **defaults
+    )

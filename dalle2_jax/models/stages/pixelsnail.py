@@ -124,10 +124,13 @@ class PixelSnailPrior:
     ) -> jax.Array:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         guided = bool(self.num_classes) and is_guided(scale)
-        label, size = batch.get("label"), len(keys)
+        label: Any = batch.get("label")
+        size = len(keys)
         if guided:  # rows with the class and without in turn
             label = jnp.stack([label, jnp.full(size, -1)], axis=1).reshape(-1)
-        given = code_sampling.maps(forced, self.grids) if forced is not None else [None] * len(self.grids)
+        given: list[Any] = [None] * len(self.grids)
+        if forced is not None:
+            given = code_sampling.maps(forced, self.grids)
         drawn: list[jax.Array] = []
         upper = None
         for level, (h, w) in enumerate(self.grids):
@@ -193,7 +196,9 @@ def build(
         if (net["width"] // 2) % net.get("num_heads", 8):
             raise ValueError(f"nets[{level}].num_heads must divide half of its width {net['width']}")
         sizes = dict(num_codes=num_codes[level], num_upper=num_codes[level - 1] if level else 0)
-        usual = dict(attention=level == 0)
-        found.append(PixelSnail(**sizes, num_classes=num_classes, dtype=jnp.dtype(dtype), **(usual | net)))
-    defaults = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
-    return PixelSnailPrior(tuple(found), tuple(map(tuple, grids)), num_classes, label_drop, **defaults)
+        how: dict[str, Any] = dict(sizes, num_classes=num_classes, attention=level == 0) | net
+        found.append(PixelSnail(**how, dtype=jnp.dtype(dtype)))
+    defaults: dict[str, Any] = dict(
+        guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    return PixelSnailPrior(tuple(found), tuple((h, w) for h, w in grids), num_classes, label_drop, **defaults)

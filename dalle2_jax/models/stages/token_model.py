@@ -303,9 +303,9 @@ def build(
     levels = enumerate(zip(grids, num_codes, strict=True))
     layout = Layout((condition, *(Part(f"level{i}", tuple(grid), size) for i, (grid, size) in levels)))
     network, kinds = _transformer(net, layout, remat, dtype)
-    drops = dict(text_weight=text_weight, text_drop=text_drop, label_drop=label_drop)
-    defaults = dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
-    return TokenModel(network, layout, kinds, **drops, **defaults)
+    settings: dict[str, Any] = dict(text_weight=text_weight, text_drop=text_drop, label_drop=label_drop)
+    settings |= dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+    return TokenModel(network, layout, kinds, **settings)
 
 
 def _transformer(
