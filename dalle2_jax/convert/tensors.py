@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -131,6 +132,16 @@ def open_tensors(path: str | os.PathLike, names: tuple[str, ...] = WEIGHTS) -> T
     source = f"{tensors.source} ({found.below}*)" if found.below else tensors.source
     notes = ([f"read {found.below}*"] if found.below else []) + list(found.notes)
     return tensors.renamed(found.names, source, [f"{Path(tensors.source).name}: {note}" for note in notes])
+
+
+def open_module(path: str | os.PathLike) -> Tensors:
+    """The tensors of a whole module that torch pickled, under the names of its parameters.
+
+    Nothing of the pickle is executed. Raises FileNotFoundError or ValueError as `open_tensors`.
+    """
+    tensors = _open(Path(path))
+    names = {re.sub(r"_(modules|parameters|buffers)\.", "", name): name for name in tensors.shapes}
+    return tensors.renamed(names)
 
 
 def _open(path: Path, names: tuple[str, ...] = WEIGHTS) -> Tensors:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dalle2_jax.convert.formats.vqgan import POINT, tokenizer_statistics
 from dalle2_jax.convert.tables import CONV, SAME, Imported, Row, read_stage
-from dalle2_jax.convert.tensors import Tensors, joined, open_tensors
+from dalle2_jax.convert.tensors import Tensors, joined, open_module
 from dalle2_jax.runtime import modeldir
 
 HELP = "OpenAI's dVAE of DALL-E 1, a folder with encoder.pkl and decoder.pkl"
@@ -18,14 +18,9 @@ IMAGE_SIZE = 256
 
 def import_weights(source: Path, tokenizer=None) -> Imported:
     """The tokenizer in the folder `source`."""
-    parts = {f"{name}.": _stripped(open_tensors(source / f"{name}.pkl")) for name in ("encoder", "decoder")}
+    parts = {f"{name}.": open_module(source / f"{name}.pkl") for name in ("encoder", "decoder")}
     tensors = joined(parts)
     return Imported({"tokenizer": read(tensors)}, None, [*parts.values()], LICENCE)
-
-
-def _stripped(tensors: Tensors) -> Tensors:
-    """The tensors of a pickled module under the names of its parameters."""
-    return tensors.renamed({re.sub(r"_(modules|parameters)\.", "", name): name for name in tensors.shapes})
 
 
 def read(tensors: Tensors) -> tuple[dict, dict]:
