@@ -63,9 +63,11 @@ def read(path: str | os.PathLike) -> Drawn:
             raise ValueError(
                 f"{path} was made by `edit {made['action']}`: only pictures of generate are drawn again"
             )
-        made["settings"].pop(rerank.NAME, None)  # its number is that among the candidates
         names = ("caption", "number", "seed", "model", "settings", "origin")
-        return Drawn(os.fspath(path), image, *(made[name] for name in names))
+        found = {name: made[name] for name in names}
+        # a reranked picture has its number among the candidates
+        found["settings"] = {step: now for step, now in found["settings"].items() if step != rerank.NAME}
+        return Drawn(os.fspath(path), image, **found)
     except KeyError as error:
         what = "how it was drawn" if error.args[0] == "dalle2_jax" else f"its {error.args[0]}"
         others = "an edit, another program or an older version made it"

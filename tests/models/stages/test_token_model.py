@@ -13,13 +13,7 @@ from dalle2_jax.models.tokens.masks import rows
 
 TEXT = dict(vocab_size=11, context_length=4)
 NET = dict(width=16, depth=4, num_heads=2)
-KINDS = {
-    "full": ("full",) * 4,
-    "row": ("row",) * 4,
-    "column": ("column",) * 4,
-    "conv3": ("conv3",) * 4,
-    "all": ("row", "column", "row", "conv3"),
-}
+KINDS = {"full": ("full",) * 4, "all": ("row", "column", "row", "conv3")}
 SIZE = 3
 
 
@@ -92,9 +86,9 @@ def stepwise(stage, params, ids):
     return np.stack(found, axis=1)
 
 
-@pytest.mark.parametrize("kinds", ["row", "column", "conv3", "all"])
-def test_logits_of_prefill_and_steps_are_those_of_the_whole_sequence(kinds):
-    stage = build(kinds)
+def test_logits_of_prefill_and_steps_are_those_of_the_whole_sequence():
+    """Of every mask, in one network; the full one is below."""
+    stage = build("all")
     params, batch = parameters(stage), example(stage)
     ids = joined(stage, batch)
     got = stepwise(stage, params, ids)
