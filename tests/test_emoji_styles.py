@@ -77,7 +77,7 @@ def test_shards_are_built_from_packages(tmp_path):
     labels = {"1F98A": "fox", "25AB-FE0F": "white small square", "2B1C": "white large square"}
     labels["1F469-1F3FD-200D-1F373"] = "woman cook: medium skin tone"
     entries = [dict(label=label, hexcode=code, group=0, tags=["x"]) for code, label in labels.items()]
-    entries[2] = dict(label="woman cook", hexcode="1F469", group=1, skins=[entries[2]])
+    entries[3] = dict(label="woman cook", hexcode="1F469", group=1, skins=[entries[3]])
     files = {f"{language}/data.json": json.dumps(entries).encode() for language in ("en", "zh")}
     groups = [dict(order=0, key="animals-nature"), dict(order=1, key="people-body")]
     files["en/messages.json"] = json.dumps({"groups": groups}).encode()
@@ -85,9 +85,10 @@ def test_shards_are_built_from_packages(tmp_path):
     drawn = Image.new("RGBA", (100, 100))
     drawn.paste((255, 0, 0, 255), (20, 40, 60, 60))  # 40 x 20, off the centre
     webp = made.encode(drawn, "WEBP", lossless=True)
-    package(
-        tmp_path, "lobehub-fluent-emoji-3d-1.1.0", {f"assets/{code.lower()}.webp": webp for code in labels}
-    )
+    assets = {f"assets/{code.lower()}.webp": webp for code in labels}
+    large = Image.new("RGBA", (100, 100), (255, 0, 0, 255))
+    assets["assets/2b1c.webp"] = made.encode(large, "WEBP", lossless=True)
+    package(tmp_path, "lobehub-fluent-emoji-3d-1.1.0", assets)
     (tmp_path / "records.txt").write_text("1f98a 3\ta red fox\n1f469_1f3fd_200d_1f373 3\n25ab f/3\n")
     arguments = [str(tmp_path), str(tmp_path / "out"), f"--records={tmp_path / 'records.txt'}", "--styles=3d"]
     shards.main(arguments)
