@@ -34,7 +34,7 @@ NO_PATHS = {
 }
 NO_PATHS_OF_CONVERT = {"name", "licence", "repository", "system", "stage"}
 NO_PATH_SETTINGS = {
-    *("stage", "wandb", "data.source", "data.split", "data.eval_split", "data.language"),
+    *("stage", "wandb", "cpu_products", "data.source", "data.split", "data.eval_split", "data.language"),
     *("data.image_field", "data.caption_field", "optim.schedule", "optim.optimizer"),
     "data.allow_damaged",  # names of files among those of data.path
 }
@@ -131,7 +131,7 @@ def test_a_tilde_is_the_home_folder_in_every_path_that_convert_is_given(home):
 
 def test_every_setting_that_is_a_path_is_expanded_where_training_and_embedding_begin(home, monkeypatch):
     config = models.to_plain(common.get_config())
-    config["data"]["embeddings"] = ""
+    config["data"] |= dict(embeddings="", leave_out="")
     texts = {name for name, value in config.items() if isinstance(value, str)}
     for group in ("data", "tokenizer", "optim"):
         texts |= {f"{group}.{name}" for name, value in config[group].items() if isinstance(value, str)}

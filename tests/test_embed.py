@@ -15,6 +15,7 @@ from configs import decoder64, prior  # noqa: E402
 from dalle2_jax import pipeline  # noqa: E402
 from dalle2_jax.data import embeddings  # noqa: E402
 from dalle2_jax.data import pipeline as data_pipeline  # noqa: E402
+from dalle2_jax.embed import __main__ as command  # noqa: E402
 from dalle2_jax.embed import embed  # noqa: E402
 from dalle2_jax.models import models  # noqa: E402
 from dalle2_jax.train import checks, inputs, loop  # noqa: E402
@@ -194,11 +195,12 @@ def test_a_data_set_that_has_lost_too_much_is_refused_in_a_line(shards, model, t
     shutil.copytree(shards, folder)
     (folder / "train-00000_stats.json").write_text('{"successes": 1000}')
     settings = dict(splits=None, worker="", rows_per_shard=8, batch_size=8, dtype="float32", debug=False)
+    settings["kind"] = None
     settings["duplicates"] = None
     settings |= dict(config=recipe(folder), clip=os.fspath(model), out=os.fspath(tmp_path / "rows"))
-    monkeypatch.setattr(embed, "FLAGS", types.SimpleNamespace(**settings))
+    monkeypatch.setattr(command, "FLAGS", types.SimpleNamespace(**settings))
     with pytest.raises(SystemExit) as ended:
-        embed.main(["embed"])
+        command.main(["embed"])
     assert ended.value.code == checks.FAILED
     assert "988 of 1009 records of the dataset's files cannot be used" in caplog.messages[-1]
 
@@ -207,18 +209,19 @@ def test_the_command_lists_near_duplicates(whole, damaged, model, tmp_path, monk
     """At the end of a pass; at a cosine of -1 all pairs of the 20 readable records."""
     shutil.copytree(whole[0], tmp_path / "rows")
     settings = dict(splits=None, worker="", rows_per_shard=8, batch_size=8, dtype="float32", debug=False)
+    settings["kind"] = None
     settings |= dict(config=recipe(damaged), clip=os.fspath(model), out=os.fspath(tmp_path / "rows"))
-    monkeypatch.setattr(embed, "FLAGS", types.SimpleNamespace(**settings, duplicates=-1.0))
-    embed.main(["embed"])
+    monkeypatch.setattr(command, "FLAGS", types.SimpleNamespace(**settings, duplicates=-1.0))
+    command.main(["embed"])
     lines = (tmp_path / "rows/train/duplicates.tsv").read_text().splitlines()
     left = (tmp_path / "rows/train/leave_out.txt").read_text().split()
     assert len(lines) == 1 + 190 and len(left) == 19 and not any(f"{BAD:09d}" in key for key in left)
     listed = os.fspath(tmp_path / "rows/train/leave_out.txt")
     source = made.open_source("tar", os.fspath(damaged), "train", leave_out=listed)
     assert source.left_out == set(range(1, COUNT)) - {BAD}
-    monkeypatch.setattr(embed, "FLAGS", types.SimpleNamespace(**settings | {"clip": None}, duplicates=0.9))
+    monkeypatch.setattr(command, "FLAGS", types.SimpleNamespace(**settings | {"clip": None}, duplicates=0.9))
     with pytest.raises(SystemExit):
-        embed.main(["embed"])
+        command.main(["embed"])
     assert "--duplicates compares CLIP's embeddings: give --clip=MODEL" in caplog.messages[-1]
 
 
