@@ -65,7 +65,8 @@ class Bench:
         words = WAYS[way] + ((OTHER_PATCH[self.data],) if way == "patch" else ())
         preset = ",".join((self.data, *words))
         command = ["-m", "dalle2_jax.train", f"--config=benchmarks/ablation_recipe.py:{preset}"]
-        command += [f"--workdir={workdir}", f"--config.num_steps={steps}", *self.flags, *flags]
+        command += [f"--workdir={workdir}", f"--config.num_steps={steps}"]
+        command += [f"--config.optim.warmup_steps={min(100, steps // 10)}", *self.flags, *flags]
         return 0.0 if systems.trained(workdir) else systems.run(command)[1]
 
     def step_seconds(self, way: str) -> float:
