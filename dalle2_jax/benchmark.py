@@ -89,7 +89,7 @@ class Report:
     """A measurement.
 
     Attributes:
-      program, batch_size, parameters, mesh: the program, and its devices. dtype: of its products.
+      program, batch_size, parameters, dtype, mesh: the program, and its devices.
       model_flops: of a step, by `flops`. compiler_flops: by the compiler, with recomputations; 0: unknown.
       seconds: a step. compile_seconds: tracing and compiling, or reading the compiled program.
       memory: peak bytes of a device since the process began. planned_memory: bytes of the program on a device
@@ -236,8 +236,6 @@ def run(
     plan = make_plan(config, sample=sample)
     mesh, size = plan.mesh, config["batch_size"] if sample is None else sample
     dtype = config["model"].get("dtype", "float32")
-    if sample is None and plan.config["cpu_products"] == "bfloat16":
-        dtype = "bfloat16"
     batch = synthetic_batch(plan, size)
     with partition.use_mesh(mesh):
         step, program, compile_seconds, arithmetic = (

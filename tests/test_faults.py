@@ -292,7 +292,7 @@ def test_a_changed_dataset_is_refused_and_the_old_one_goes_on(data, whole, tmp_p
 
 def test_settings_that_change_what_a_step_computes_are_refused_on_resume_and_others_not(data, tmp_path):
     workdir = epath.Path(tmp_path)
-    stored = config(data, 4)
+    stored = config(data, 4, cpu_products="float32")  # as a run fills it in
     stored["model"] = dict(channels=16, schedule="cosine", num_timesteps=1000, width=8)
     stored["model"] |= dict(remat="none", scan_blocks=False)
     (workdir / "config.json").write_text(json.dumps(stored))
