@@ -21,7 +21,7 @@ def get_config(preset: str = ""):
             num_codes=128,
             width=32,
             tau=(1.0, 1 / 16, 3 * STEPS / 5),
-            beta=(0.0, 0.25, STEPS / 10),
+            beta=(0.0, 6.6 / 4, STEPS / 10),  # a code has a quarter of the paper's values
         ),
         likelihood="logit_laplace",
     )

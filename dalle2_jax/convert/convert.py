@@ -222,7 +222,11 @@ def _run_workdirs(options: argparse.Namespace) -> None:
     names = ("system", "dtype", "name", "licence")
     convert_workdirs(options.out, **{name: getattr(options, name) for name in names}, **sources)
     _print_size(options.out)
-    print(f'draw with it: python -m dalle2_jax.generate --model={options.out} "a red star above a blue ring"')
+    if set(sources) == {"tokenizer"}:
+        print(f"see it: python -m dalle2_jax.edit reconstruct PICTURE.png --model={options.out}")
+    else:
+        example = '"a red star above a blue ring"'
+        print(f"draw with it: python -m dalle2_jax.generate --model={options.out} {example}")
 
 
 def _run_weights(options: argparse.Namespace) -> None:

@@ -143,7 +143,9 @@ def test_lpips_is_read_and_is_the_formula(tmp_path):
         features += [
             np.asarray(f) for f in stage.net.apply({"params": params["net"]}, scaled.astype(np.float32))
         ]
-    units = [[f / np.linalg.norm(f, axis=-1, keepdims=True) for f in features] for features in found]
+    units = [
+        [f / (np.linalg.norm(f, axis=-1, keepdims=True) + 1e-10) for f in features] for features in found
+    ]
     expected = sum(
         ((a - b) ** 2 @ weights[0, :, 0, 0]).mean() for a, b, weights in zip(*units, linear, strict=True)
     )
