@@ -176,4 +176,5 @@ def test_a_folder_of_min_dalle_becomes_a_model_that_draws(oracle, networks, tmp_
     ours = np.asarray(jax.jit(stage.decode_sequence)(params, codes))
     with torch.no_grad():
         wanted = detoker(False, torch.tensor(codes)).numpy() / 255  # clipped, [0, 1]
-    np.testing.assert_allclose((ours[0] + 1) / 2, wanted, atol=2e-4)
+    # min-dalle's group norms have epsilon 1e-5, those that the weights were trained with 1e-6
+    np.testing.assert_allclose((ours[0] + 1) / 2, wanted, atol=1e-3)
