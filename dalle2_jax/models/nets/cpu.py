@@ -6,8 +6,8 @@ where it is used, in each pass of the optimizer: a fifth of a training step of t
 convolution is such a product.
 
 Products in bfloat16. Intel's AMX multiplies bfloat16 several times as fast as float32. Inside
-`bfloat16_products(True)` large products of tokens and attention round their operands to bfloat16. Sums, results and all
-work between products stay float32.
+`bfloat16_products(True)` large products of tokens, and attention, round their operands to bfloat16. Sums,
+results and all work between products stay float32.
 
 3 x 3 convolutions take half of the multiplications by Winograd's minimal filtering F(4, 3) along each row of
 a picture (Lavin and Gray, arXiv 1509.09308, sections 4.1 and 4.3):
