@@ -6,8 +6,8 @@ where it is used, in each pass of the optimizer: a fifth of a training step of t
 convolution is such a product.
 
 Products in bfloat16. Intel's AMX multiplies bfloat16 several times as fast as float32. Inside
-`bfloat16_products(True)` large products and attention round their operands to bfloat16. Sums, results and all
-work between products stay float32.
+`bfloat16_products(True)` large products of tokens, and attention, round their operands to bfloat16. Sums,
+results and all work between products stay float32.
 
 3 x 3 convolutions take half of the multiplications by Winograd's minimal filtering F(4, 3) along each row of
 a picture (Lavin and Gray, arXiv 1509.09308, sections 4.1 and 4.3):
@@ -64,12 +64,8 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers, precision=No
     """`jax.lax.dot_general` as `flax.linen.Dense` calls it: x [..., C], kernel [C, K] -> [..., K]."""
     dense = kernel.ndim == 2 and dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
     if dense and precision is None and not any(how.values()) and chosen(x, kernel):
-        return _dense(x, kernel)
+        return (bfloat16_product if _rounds(x, kernel) else product)(x, kernel)
     return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision, **how)
-
-
-def _dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return (bfloat16_product if _rounds(x, kernel) else product)(x, kernel)
 
 
 @jax.custom_vjp
@@ -216,7 +212,7 @@ def conv_general_dilated(
     border = set(itertools.chain(*padding))
     if plain and precision is None and chosen(x, kernel):
         if kernel.shape[:2] == (1, 1) and border == {0}:
-            return _dense(x, kernel[0, 0])
+            return product(x, kernel[0, 0])
         if kernel.shape[:2] == (3, 3) and border == {1} and _worth_it(x, kernel):
             return winograd_3x3(x, kernel)
     return jax.lax.conv_general_dilated(x, kernel, window_strides, padding, precision=precision, **how)

@@ -79,10 +79,13 @@ def test_large_float32_products_on_cpus_have_it_where_it_is_asked_for():
 
 def test_layers_and_their_arithmetic():
     x = jnp.ones((2, 8, 8, 32))
-    for layer in (layers.Dense(64), layers.conv(64, 1, dtype=jnp.float32, name="skip")):
+    for layer, uses in (
+        (layers.Dense(64), True),
+        (layers.conv(64, 1, dtype=jnp.float32, name="skip"), False),
+    ):
         params = jax.eval_shape(layer.init, jax.random.key(0), x)
         with cpu.bfloat16_products(True):
-            assert uses_it(layer.apply, params, x)
+            assert uses_it(layer.apply, params, x) == uses
             assert flops.count(layer.apply, params, x) == 2 * 128 * 32 * 64
 
 
