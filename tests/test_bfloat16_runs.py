@@ -57,6 +57,7 @@ def kept(workdir) -> str:
 
 
 def test_a_run_keeps_its_products_on_another_machine_to_the_bit(data, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="absl")
     whole, parts, plain = (tmp_path / name for name in ("whole", "parts", "plain"))
     machine_has(monkeypatch, True)
     assert status(config(data, 4), whole, monkeypatch) == 0
