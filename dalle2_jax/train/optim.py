@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dalle2_jax.models.nets import cpu
 from dalle2_jax.runtime import partition
 from dalle2_jax.runtime.names import nearest
 
@@ -38,7 +37,6 @@ UNTRAINED = ("stats", "last", "null_text_states")
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = ("adamw", "adafactor")
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 4
-MIN_SIDE = 64  # of the matrices whose iterations gain by bfloat16 operands on CPUs
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -122,7 +120,6 @@ def orthogonal(matrices: Sequence[jax.Array]) -> list[jax.Array]:
     groups: dict[tuple[int, ...], list[int]] = {}
     stacks: dict[tuple[int, ...], jax.Array] = {}
     grams: dict[int, dict[tuple[int, ...], jax.Array]] = {}
-    done: list[Any] = [None] * len(matrices)
     for i, matrix in enumerate(matrices):
         groups.setdefault(matrix.shape, []).append(i)
     for (m, n), members in groups.items():
@@ -130,12 +127,9 @@ def orthogonal(matrices: Sequence[jax.Array]) -> list[jax.Array]:
         # Zeros, which stay zeros, fill up to a number that the devices can share evenly.
         x = jnp.pad(x, ((0, -len(members) % shards), (0, 0), (0, 0))).reshape(shards, -1, m, n)
         x = stacks[m, n] = partition.constrain(x)
-        if cpu.in_bfloat16(x) and min(m, n) >= MIN_SIDE:
-            for i, matrix in zip(members, _in_bfloat16(x).reshape(-1, m, n), strict=False):
-                done[i] = matrix
-            continue
         gram = "skmn,skmp->sknp" if m > n else "skmn,skpn->skmp"
         grams.setdefault(min(m, n), {})[m, n] = jnp.einsum(gram, x, x)
+    done: list[Any] = [None] * len(matrices)
     for parts in grams.values():
         scale, factor = _polynomial(jnp.concatenate(list(parts.values()), axis=1))
         bounds = np.cumsum([part.shape[1] for part in parts.values()])[:-1]
@@ -164,31 +158,6 @@ def _polynomial(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
         if i + 1 < NEWTON_SCHULZ_STEPS:
             gram = gram @ factor @ factor
     return scale, product
-
-
-def _in_bfloat16(x: jax.Array) -> jax.Array:
-    """`orthogonal` of x [shards, k, m, n] by products with bfloat16 operands, one matrix a device at a time.
-
-    The iterations run on X, as Muon's own do: they would blow up the negative eigenvalues of a rounded Gram
-    matrix.
-    """
-    (a, b, c), wide = NEWTON_SCHULZ, x.shape[-2] < x.shape[-1]
-
-    def one(_, x):  # [shards, m, n]
-        for i in range(NEWTON_SCHULZ_STEPS):
-            low = x.astype(jnp.bfloat16)
-            gram = cpu.sums(low, cpu.transposed(low)) if wide else cpu.sums(cpu.transposed(low), low)
-            if not i:
-                scale = jax.lax.rsqrt(jnp.maximum(jnp.abs(gram).sum(axis=-1, keepdims=True), 1e-8))
-                gram = gram * scale * scale.swapaxes(-1, -2)
-                x = x * (scale if wide else scale.swapaxes(-1, -2))
-                low = x.astype(jnp.bfloat16)
-            rounded = gram.astype(jnp.bfloat16)
-            factor = (b * gram + c * cpu.sums(rounded, rounded)).astype(jnp.bfloat16)
-            x = a * x + (cpu.sums(factor, low) if wide else cpu.sums(low, factor))
-        return None, x
-
-    return jax.lax.scan(one, None, x.swapaxes(0, 1))[1].swapaxes(0, 1)
 
 
 def _muon() -> optax.GradientTransformation:

@@ -105,27 +105,27 @@ def bfloat16_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _bfloat16_forward(x, kernel):
     # XLA's fast kernels take two axes, row by row, alone.
     rows, kernel = x.astype(jnp.bfloat16).reshape(-1, x.shape[-1]), kernel.astype(jnp.bfloat16)
-    return sums(rows, kernel).reshape(*x.shape[:-1], -1), (rows, kernel)
+    return _sums(rows, kernel).reshape(*x.shape[:-1], -1), (rows, kernel)
 
 
 def _bfloat16_backward(saved, gradient):
     rows, kernel = saved  # [N, C], [C, K]
     slopes = gradient.astype(jnp.bfloat16).reshape(-1, kernel.shape[1])  # [N, K]
-    by_x = sums(slopes, transposed(kernel)).reshape(*gradient.shape[:-1], -1)
+    by_x = _sums(slopes, _transposed(kernel)).reshape(*gradient.shape[:-1], -1)
     # Not (slopes' rows)' where that is the smaller one to transpose: XLA takes the last transpose into the
     # product, for which there is no kernel, and fails when it runs.
-    return by_x, sums(transposed(rows), slopes)
+    return by_x, _sums(_transposed(rows), slopes)
 
 
 bfloat16_product.defvjp(_bfloat16_forward, _bfloat16_backward)
 
 
-def sums(a: jax.Array, b: jax.Array) -> jax.Array:
+def _sums(a: jax.Array, b: jax.Array) -> jax.Array:
     """a [..., M, N] @ b [..., N, K] -> [..., M, K], of bfloat16 in float32."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def transposed(x: jax.Array) -> jax.Array:
+def _transposed(x: jax.Array) -> jax.Array:
     """x' [..., K, M] of x [..., M, K], laid out row by row; XLA would leave it as it lies."""
     return with_layout_constraint(x.swapaxes(-1, -2), Layout(tuple(range(x.ndim))))
 
