@@ -62,6 +62,7 @@ EXTRAS = {
     # servers that stand for these stores in the tests, which are skipped without them
     "stores": ["gcp-storage-emulator>=2024.8", "gcsfs>=2024.6", "moto[server]>=5", "s3fs>=2024.6"],
     "wandb": ["wandb>=0.19"],
+    "emoji": ["resvg-py>=0.1"],  # draws SVG in configs/emoji_styles/shards.py
     "docs": ["furo>=2025.12", "myst-parser>=5", "sphinx>=9"],  # the site of docs/
     # setuptools builds the wheel of tests/test_wheel.py
     "test": [

@@ -1,6 +1,6 @@
 """Builds the shards of emoji in styles from npm packages: one concept, six styles, captions that name both.
 
-    pip install resvg-py
+    pip install -e '.[emoji]'
     mkdir packages && cd packages && npm pack @lobehub/fluent-emoji-3d@1.1.0 \\
         @lobehub/fluent-emoji-flat@1.1.0 @iconify-json/noto@1.2.9 @twemoji/svg@15.0.0 openmoji@17.0.0 \\
         emojibase-data@17.0.0 && cd ..

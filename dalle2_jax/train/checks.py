@@ -84,8 +84,8 @@ def check_settings(config: dict, stage, mesh) -> None:
     partition.check_batch_size(config["batch_size"] // config["grad_accum"], mesh, "batch_size / grad_accum")
     if config["spike_sigma"] < 0:
         raise ValueError(f"spike_sigma {config['spike_sigma']} must be 0 (none) or above; 6 is usual")
-    if (products := config.get("cpu_products", "float32")) not in ("float32", "bfloat16"):
-        raise ValueError(f"cpu_products {products!r} is unknown; choose 'float32' or 'bfloat16'")
+    if (products := config.get("cpu_products", "")) not in ("", "float32", "bfloat16"):
+        raise ValueError(f"cpu_products {products!r} is unknown; choose 'float32' or 'bfloat16'; '': by the machine")
     optim.Settings(**config["optim"], num_steps=config["num_steps"])
     _check_sample_captions(config, stage)
     if patterns := config.get("trainable"):
