@@ -90,6 +90,10 @@ def test_layers_and_their_arithmetic():
             assert flops.count(layer.apply, params, x) == 2 * 128 * 32 * 64
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12),
+    reason="JAX 0.10 gathers an operand whose layout is set; these products are chosen from 0.12 on",
+)
 def test_devices_split_it_as_they_split_float32():
     """The same sums on eight devices, each over its own rows, and no array of activations is gathered."""
     x, kernel, gradient = arrays(8, 8, 32, features=48)
