@@ -85,7 +85,7 @@ def check_settings(config: dict, stage, mesh) -> None:
     if config["spike_sigma"] < 0:
         raise ValueError(f"spike_sigma {config['spike_sigma']} must be 0 (none) or above; 6 is usual")
     if (products := config.get("cpu_products", "")) not in ("", "float32", "bfloat16"):
-        raise ValueError(f"cpu_products {products!r} is unknown; choose 'float32' or 'bfloat16'; '': by the machine")
+        raise ValueError(f"cpu_products {products!r} is unknown; choose 'float32' or 'bfloat16', or leave it")
     optim.Settings(**config["optim"], num_steps=config["num_steps"])
     _check_sample_captions(config, stage)
     if patterns := config.get("trainable"):
