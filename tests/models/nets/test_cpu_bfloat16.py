@@ -90,10 +90,6 @@ def test_layers_and_their_arithmetic():
             assert flops.count(layer.apply, params, x) == 2 * 128 * 32 * 64
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 12),
-    reason="JAX 0.10 gathers an operand whose layout is set; these products are chosen from 0.12 on",
-)
 def test_devices_split_it_as_they_split_float32():
     """The same sums on eight devices, each over its own rows, and no array of activations is gathered."""
     x, kernel, gradient = arrays(8, 8, 32, features=48)
@@ -104,9 +100,10 @@ def test_devices_split_it_as_they_split_float32():
         placed = jax.device_put((x, kernel, gradient), (split, partition.replicated(mesh), split))
         program = with_gradients.lower(cpu.bfloat16_product, *placed).compile()
         found = program(*placed)
-    assert "all-gather" not in program.as_text()
     for ours, expected in zip(found, alone, strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
+    # JAX 0.10 gathers an operand whose layout is set; by themselves runs take these products from 0.12 on.
+    assert jax.__version_info__ < (0, 12) or "all-gather" not in program.as_text()
 
 
 def test_attention_rounds_inside_and_returns_float32():
