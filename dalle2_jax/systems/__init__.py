@@ -52,3 +52,14 @@ def check_vocabulary(configs: Mapping[str, dict], vocab_sizes: Mapping[str, int]
                 f"the tokenizer has {vocab_sizes[name]} tokens, the {name} knows {known}: "
                 "use the tokenizer that it was trained with"
             )
+
+
+def possible(names, steps, stages) -> dict:
+    """{action: steps(action, stages)} of the actions `names` for which `steps` raises no ValueError."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = steps(name, stages)
+        except ValueError:
+            continue  # these stages cannot
+    return found

@@ -18,7 +18,7 @@ from dalle2_jax.models.stages.diffusion import DiffusionStage
 from dalle2_jax.models.stages.prior import Prior
 from dalle2_jax.models.stages.settings import Setting
 from dalle2_jax.models.stages.t5 import T5
-from dalle2_jax.systems import check_vocabulary, declared
+from dalle2_jax.systems import check_vocabulary, declared, possible
 from dalle2_jax.systems.step import Step
 
 # The stages that there is one of at most; upsamplers come after them.
@@ -221,13 +221,7 @@ def steps(action: str, stages: Mapping) -> tuple[Step, ...]:
 
 def actions(stages: Mapping) -> dict[str, tuple[Step, ...]]:
     """What these stages can do together: action -> its steps."""
-    found = {}
-    for name in _ACTIONS:
-        try:
-            found[name] = steps(name, stages)
-        except ValueError:
-            continue  # these stages cannot
-    return found
+    return possible(_ACTIONS, steps, stages)
 
 
 # Stages that fit together

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from dalle2_jax.models.frozen import ops
 from dalle2_jax.models.stages.settings import Setting
-from dalle2_jax.systems import cascade, check_vocabulary, declared
+from dalle2_jax.systems import cascade, check_vocabulary, declared, possible
 from dalle2_jax.systems.step import Step
 
 ROLES = ("clip", "classifier", "tokenizer", "token_model", "features")  # features: of a tokenizer's loss
@@ -76,13 +76,7 @@ def steps(action: str, stages: Mapping) -> tuple[Step, ...]:
 
 def actions(stages: Mapping) -> dict[str, tuple[Step, ...]]:
     """What these stages can do together: action -> its steps."""
-    found = {}
-    for name in _ACTIONS:
-        try:
-            found[name] = steps(name, stages)
-        except ValueError:
-            continue  # these stages cannot
-    return found
+    return possible(_ACTIONS, steps, stages)
 
 
 def uses(stage) -> dict[str, str]:
