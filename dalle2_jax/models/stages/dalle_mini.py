@@ -11,46 +11,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.models.diffusion.guidance import is_guided
+from dalle2_jax.models.diffusion.guidance import interleave
 from dalle2_jax.models.nets.dalle_mini import DalleMiniNet
-from dalle2_jax.models.stages import Loss, Op, check_settings, code_sampling
-from dalle2_jax.models.stages.settings import SCALE, TOKENS
-from dalle2_jax.models.tokens.decode import decode
+from dalle2_jax.models.stages import Loss, check_settings, code_sampling
+from dalle2_jax.models.stages.code_sampling import CodeModel
+from dalle2_jax.models.tokens.decode import Options, decode
 
-SETTINGS = (SCALE, *TOKENS)
+SETTINGS = code_sampling.SETTINGS
 
 
 @dataclasses.dataclass(frozen=True)
-class DalleMini:
+class DalleMini(CodeModel):
     """The network and sampling defaults; parameters {'net': ...} go to every call.
 
-    start_code: the id before the first code. num_codes: ids that are drawn.
+    start_code: the id before the first code.
     """
 
     net: DalleMiniNet
-    grids: tuple[tuple[int, int], ...]
-    num_codes: tuple[int, ...]
     start_code: int
     text_drop: float = 0.0
-    guidance_scale: float = 10.0
-    temperature: float = 1.0
-    top_k: int = 256
-    top_p: float = 1.0
-
-    ops = {
-        "sample": Op(("codes",)),
-        "complete": Op(("codes",), ("tokens", "token_mask", "codes")),
-    }
 
     @property
     def context_length(self) -> int:
         """Tokens of a caption."""
         return self.net.context_length
-
-    @property
-    def sampling(self) -> dict:
-        """Defaults of `sample`."""
-        return {name: getattr(self, name) for name in code_sampling.NAMES}
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without codes."""
@@ -80,47 +64,22 @@ class DalleMini:
         value = code_sampling.cross_entropy(logits, codes).mean()
         return Loss(value, {"loss": value, "accuracy": (logits.argmax(axis=-1) == codes).mean()})
 
-    def sample(self, params: dict, keys: jax.Array, batch: dict, **settings) -> jax.Array:
-        """Codes [B, N] int32 of captions, one key an example; see `TokenModel.sample`."""
-        return self._draw(params, keys, batch, None, **settings)
-
-    def complete(
-        self, params: dict, keys: jax.Array, *fields: jax.Array, keep: float = 0.5, **settings
-    ) -> jax.Array:
-        """Codes as `sample` draws them, but the first rows are those given; see `TokenModel.complete`."""
-        batch = dict(zip(("tokens", "token_mask", "codes"), fields, strict=True))
-        forced = code_sampling.kept(batch["codes"], self.grids, keep)
-        return self._draw(params, keys, batch, forced, **settings)
-
-    def _draw(
-        self,
-        params: dict,
-        keys: jax.Array,
-        batch: dict,
-        forced: jax.Array | None,
-        guidance_scale: float | jax.Array | None = None,
-        **settings,
-    ) -> jax.Array:
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        guided, size = is_guided(scale), len(keys)
+    def _decode(self, params: dict, keys: jax.Array, batch: dict, options: Options) -> jax.Array:
         text, mask = batch["tokens"], batch["token_mask"]
-        if guided:  # rows with the caption and without in turn
+        if options.guidance_scale is not None:
             null = _null(text, mask)
             if "negative_tokens" in batch:
                 null = batch["negative_tokens"], batch["negative_token_mask"]
-            pairs = zip((text, mask), null, strict=True)
-            text, mask = (jnp.stack(pair, axis=1).reshape(2 * size, -1) for pair in pairs)
+            text, mask = interleave((text, mask), null)
         read = self._net(params, self._net(params, text, mask, method="encode"), method="read")
 
         def step(ids, k, caches):
             logits, caches = self._net(params, ids[:, None], read, mask, caches, k, method="decode")
             return logits[:, 0, : self.num_codes[0]], caches
 
-        options = code_sampling.options(self, self.num_codes[0], settings, scale if guided else None)
         first = jnp.full(len(text), self.start_code)
         caches = self._net(params, len(text), method="empty_caches")
-        count = self.net.num_positions
-        return decode(step, lambda ids: ids, first, caches, keys, count, options._replace(forced=forced))
+        return decode(step, lambda ids: ids, first, caches, keys, self.net.num_positions, options)
 
 
 def _null(tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -172,14 +131,9 @@ def build(
         raise ValueError(f"{text_drop=} must be in [0, 1)")
     if net["width"] % net["num_heads"]:
         raise ValueError(f"net.width {net['width']} is not a multiple of net.num_heads {net['num_heads']}")
-    code_sampling.check(temperature, top_k, top_p)
+    common = code_sampling.common(grids, num_codes, guidance_scale, temperature, top_k, top_p)
     (height, width), kind = grids[0], jnp.dtype(dtype)
     network = DalleMiniNet(
         **text, **net, num_ids=num_ids, num_positions=height * width, remat=remat, dtype=kind
     )
-    defaults: dict[str, Any] = dict(
-        guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
-    )
-    return DalleMini(
-        network, tuple((h, w) for h, w in grids), tuple(num_codes), start_code, text_drop, **defaults
-    )
+    return DalleMini(network, start_code, text_drop, **common)

@@ -14,47 +14,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.models.diffusion.guidance import is_guided
+from dalle2_jax.models.diffusion.guidance import interleave
 from dalle2_jax.models.nets.pixelsnail import PixelSnail
-from dalle2_jax.models.stages import Loss, Op, check_settings, code_sampling
-from dalle2_jax.models.stages.settings import SCALE, TOKENS
-from dalle2_jax.models.tokens.decode import decode
+from dalle2_jax.models.stages import Loss, check_settings, code_sampling
+from dalle2_jax.models.stages.code_sampling import CodeModel
+from dalle2_jax.models.tokens.decode import Options, decode
 
-SETTINGS = (SCALE, *TOKENS)
+SETTINGS = code_sampling.SETTINGS
 NET = ("width", "hidden", "num_blocks", "num_res_blocks")
 NET_OPTIONAL = ("num_heads", "kernel", "attention", "out_blocks", "upper_blocks", "dropout")
 
 
 @dataclasses.dataclass(frozen=True)
-class PixelSnailPrior:
+class PixelSnailPrior(CodeModel):
     """The networks of the levels and sampling defaults; parameters {'level0': ..., 'level1': ...} go to every
     call."""
 
     nets: tuple[PixelSnail, ...]
-    grids: tuple[tuple[int, int], ...]
     num_classes: int = 0
     label_drop: float = 0.0
-    guidance_scale: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
 
     context_length = None  # it reads no captions
-
-    @property
-    def num_codes(self) -> tuple[int, ...]:
-        """Entries of each level's code book."""
-        return tuple(net.num_codes for net in self.nets)
-
-    @property
-    def ops(self) -> dict[str, Op]:
-        """`sample` draws codes, `complete` those behind the first ones of given codes."""
-        return {"sample": Op(("codes",)), "complete": Op(("codes",), tuple(self.batch_spec(1)))}
-
-    @property
-    def sampling(self) -> dict:
-        """Defaults of `sample`."""
-        return {name: getattr(self, name) for name in code_sampling.NAMES}
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without codes."""
@@ -101,36 +81,14 @@ class PixelSnailPrior:
             scalars |= {f"level{level}_loss": x.mean() for level, x in enumerate(found)}
         return Loss(value, scalars)
 
-    def sample(self, params: dict, keys: jax.Array, batch: dict, **settings) -> jax.Array:
-        """Codes [B, N] int32 of classes, one key an example; see `TokenModel.sample`."""
-        return self._draw(params, keys, batch, None, **settings)
-
-    def complete(
-        self, params: dict, keys: jax.Array, *fields: jax.Array, keep: float = 0.5, **settings
-    ) -> jax.Array:
-        """Codes as `sample` draws them, but the first rows are those given; see `TokenModel.complete`."""
-        batch = dict(zip(self.batch_spec(1), fields, strict=True))
-        forced = code_sampling.kept(batch["codes"], self.grids, keep)
-        return self._draw(params, keys, batch, forced, **settings)
-
-    def _draw(
-        self,
-        params: dict,
-        keys: jax.Array,
-        batch: dict,
-        forced: jax.Array | None,
-        guidance_scale: float | jax.Array | None = None,
-        **settings,
-    ) -> jax.Array:
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        guided = bool(self.num_classes) and is_guided(scale)
-        label: Any = batch.get("label")
-        size = len(keys)
-        if guided:  # rows with the class and without in turn
-            label = jnp.stack([label, jnp.full(size, -1)], axis=1).reshape(-1)
+    def _decode(self, params: dict, keys: jax.Array, batch: dict, options: Options) -> jax.Array:
+        label, size = batch.get("label"), len(keys)
+        guided = options.guidance_scale is not None
+        if guided:
+            label = interleave(label, jnp.full(size, -1))
         given: list[Any] = [None] * len(self.grids)
-        if forced is not None:
-            given = code_sampling.maps(forced, self.grids)
+        if options.forced is not None:
+            given = [x.reshape(size, -1) for x in self._split(options.forced)]
         drawn: list[jax.Array] = []
         upper = None
         for level, (h, w) in enumerate(self.grids):
@@ -142,12 +100,10 @@ class PixelSnailPrior:
                 logits = logits.reshape(len(codes), h * w, -1)
                 return jax.lax.dynamic_index_in_dim(logits, k, axis=1, keepdims=False), codes
 
-            options = code_sampling.options(self, self.num_codes[level], settings, scale if guided else None)
-            if given[level] is not None:
-                options = options._replace(forced=given[level].reshape(size, -1))
             of_level = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, level)
             blank = jnp.zeros((size * (1 + guided), h * w), jnp.int32)
-            codes = decode(step, lambda x: x, blank[:, 0], blank, of_level, h * w, options)
+            how = options._replace(forced=given[level])
+            codes = decode(step, lambda x: x, blank[:, 0], blank, of_level, h * w, how)
             drawn.append(codes)
             upper = jnp.repeat(codes, 1 + guided, axis=0).reshape(-1, h, w)
         return jnp.concatenate(drawn, axis=1)
@@ -187,7 +143,7 @@ def build(
             raise ValueError(f"the grid {grid} must be a multiple of the one above it, {upper}")
     if not 0 <= label_drop < 1:
         raise ValueError(f"{label_drop=} must be in [0, 1)")
-    code_sampling.check(temperature, top_k, top_p)
+    common = code_sampling.common(grids, num_codes, guidance_scale, temperature, top_k, top_p)
     found = []
     for level, net in enumerate(nets):
         check_settings(net, NET, NET_OPTIONAL, f"nets[{level}]")
@@ -198,7 +154,4 @@ def build(
         sizes = dict(num_codes=num_codes[level], num_upper=num_codes[level - 1] if level else 0)
         how: dict[str, Any] = dict(sizes, num_classes=num_classes, attention=level == 0) | net
         found.append(PixelSnail(**how, dtype=jnp.dtype(dtype)))
-    defaults: dict[str, Any] = dict(
-        guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
-    )
-    return PixelSnailPrior(tuple(found), tuple((h, w) for h, w in grids), num_classes, label_drop, **defaults)
+    return PixelSnailPrior(tuple(found), num_classes, label_drop, **common)

@@ -19,20 +19,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax.models.diffusion.guidance import is_guided
+from dalle2_jax.models.diffusion.guidance import interleave
 from dalle2_jax.models.nets.tokens import TokenTransformer
-from dalle2_jax.models.stages import Loss, Op, check_settings, code_sampling
-from dalle2_jax.models.stages.settings import SCALE, TOKENS
+from dalle2_jax.models.stages import Loss, check_settings, code_sampling
+from dalle2_jax.models.stages.code_sampling import CodeModel
 from dalle2_jax.models.tokens import masks
-from dalle2_jax.models.tokens.decode import decode
+from dalle2_jax.models.tokens.decode import Options, decode
 from dalle2_jax.models.tokens.layout import Layout, Part
 
-SETTINGS = (SCALE, *TOKENS)
+SETTINGS = code_sampling.SETTINGS
 TEXT = ("tokens", "token_mask")
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenModel:
+class TokenModel(CodeModel):
     """The network and sampling defaults; parameters {'net': ...} go to every call.
 
     layout: the condition (tokens, label, or a part of one zero), then the levels of codes, level0, level1 and
@@ -46,10 +46,6 @@ class TokenModel:
     text_weight: float = 1 / 8
     text_drop: float = 0.0
     label_drop: float = 0.0
-    guidance_scale: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
 
     # The condition
 
@@ -73,27 +69,7 @@ class TokenModel:
         """Classes that it draws, 0 for none."""
         return self.condition.vocab_size if self.condition.name == "label" else 0
 
-    @property
-    def grids(self) -> tuple[tuple[int, ...], ...]:
-        """(h, w) of each level of codes."""
-        return tuple(part.shape for part in self.levels)
-
-    @property
-    def num_codes(self) -> tuple[int, ...]:
-        """Entries of each level's code book."""
-        return tuple(part.vocab_size for part in self.levels)
-
     # As stages are used
-
-    @property
-    def ops(self) -> dict[str, Op]:
-        """`sample` draws codes, `complete` those behind the first ones of given codes."""
-        return {"sample": Op(("codes",)), "complete": Op(("codes",), tuple(self.batch_spec(1)))}
-
-    @property
-    def sampling(self) -> dict:
-        """Defaults of `sample`."""
-        return {name: getattr(self, name) for name in code_sampling.NAMES}
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without codes."""
@@ -189,43 +165,13 @@ class TokenModel:
 
     # Sampling
 
-    def sample(self, params: dict, keys: jax.Array, batch: dict, **settings) -> jax.Array:
-        """Codes [B, N] int32 of conditions, one key an example.
-
-        settings: of `sampling`; None: the model's. A guidance scale given as the Python number 1 saves the
-        unconditional half of the work; an array is traced. With `negative_tokens` and their mask guidance
-        leads away from these.
-        """
-        return self._draw(params, keys, batch, None, **settings)
-
-    def complete(
-        self, params: dict, keys: jax.Array, *fields: jax.Array, keep: float = 0.5, **settings
-    ) -> jax.Array:
-        """Codes as `sample` draws them, but the first rows are those given, the share `keep` of each level.
-
-        fields: those of `batch_spec`. keep: in [0, 1].
-        """
-        batch = dict(zip(self.batch_spec(1), fields, strict=True))
-        forced = code_sampling.kept(batch["codes"], self.grids, keep)
-        return self._draw(params, keys, batch, forced, **settings)
-
-    def _draw(
-        self,
-        params: dict,
-        keys: jax.Array,
-        batch: dict,
-        forced: jax.Array | None,
-        guidance_scale: float | jax.Array | None = None,
-        **settings,
-    ) -> jax.Array:
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        guided, size = is_guided(scale), len(keys)
+    def _decode(self, params: dict, keys: jax.Array, batch: dict, options: Options) -> jax.Array:
+        size = len(keys)
         given = self._condition_ids(batch, size)  # [B, T]
-        if guided:  # rows with the condition and without in turn
+        if options.guidance_scale is not None:
             negative = "negative_" if f"negative_{self.condition.name}" in batch else ""
             drop = None if negative else jnp.ones(size, bool)
-            null = self._condition_ids(batch, size, drop, negative)
-            given = jnp.stack([given, null], axis=1).reshape(2 * size, -1)
+            given = interleave(given, self._condition_ids(batch, size, drop, negative))
         text, length, rows = self.condition.length, self.layout.length, self.layout.rows()
         caches = self._net(params, "empty_caches", len(given), length)
         if text > 1:  # the condition at once, but for its last id
@@ -242,11 +188,10 @@ class TokenModel:
             states, caches = self._net(params, "states", ids[:, None], row, self._masks(at, 1), caches, at)
             return self._net(params, "head", states[:, 0], first, count), caches
 
-        options = code_sampling.options(self, count, settings, scale if guided else None)
         if len(self.levels) > 1:
             options = options._replace(allowed=self.layout.allowed()[text:, first:])
-        if forced is not None:
-            options = options._replace(forced=jnp.where(forced < 0, -1, forced + offsets))
+        if options.forced is not None:
+            options = options._replace(forced=jnp.where(options.forced < 0, -1, options.forced + offsets))
         drawn = decode(step, lambda ids: ids + first, given[:, -1], caches, keys, length - text, options)
         return drawn - offsets
 
@@ -286,13 +231,11 @@ def build(
     Raises:
       ValueError: for settings that are unknown, missing or do not go together.
     """
-    if len(grids) != len(num_codes) or not grids:
-        raise ValueError(f"grids {grids} and num_codes {num_codes} must have a value for each level of codes")
+    common = code_sampling.common(grids, num_codes, guidance_scale, temperature, top_k, top_p)
     if text is not None and num_classes:
         raise ValueError("a token model reads text or classes: leave text out, or num_classes")
     if not 0 <= text_weight < 1 or not 0 <= text_drop < 1 or not 0 <= label_drop < 1:
         raise ValueError(f"{text_weight=}, {text_drop=} and {label_drop=} must be in [0, 1)")
-    code_sampling.check(temperature, top_k, top_p)
     if text is not None:
         check_settings(text, ("vocab_size", "context_length"), (), "text")
         condition = Part("tokens", (text["context_length"],), text["vocab_size"], pads=True)
@@ -303,9 +246,7 @@ def build(
     levels = enumerate(zip(grids, num_codes, strict=True))
     layout = Layout((condition, *(Part(f"level{i}", tuple(grid), size) for i, (grid, size) in levels)))
     network, kinds = _transformer(net, layout, remat, dtype)
-    settings: dict[str, Any] = dict(text_weight=text_weight, text_drop=text_drop, label_drop=label_drop)
-    settings |= dict(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
-    return TokenModel(network, layout, kinds, **settings)
+    return TokenModel(network, layout, kinds, text_weight, text_drop, label_drop, **common)
 
 
 def _transformer(
