@@ -200,6 +200,7 @@ def test_clipping_scales_the_gradient_to_the_limit():
 def test_decay_mask_follows_the_rank():
     params, _ = trees()
     assert optim.decay_mask(params) == {"kernel": True, "bias": False, "logit_scale": False}
+    assert optim.decay_mask({"stats": params})["stats"] == dict.fromkeys(params, False)  # as a code book
     assert optim.decay_mask(jax.eval_shape(lambda: params)) == {
         "kernel": True,
         "bias": False,

@@ -96,6 +96,22 @@ def test_the_bottom_follows_the_top():
     assert np.abs(changed - stage.decode_codes(params, (top, bottom))).max() > 1e-3
 
 
+def test_the_losses_of_vqvae_are_means():
+    """The squared error is over the variance of the data, the commitment a mean over positions and width."""
+    _, params, images = small("vq")
+    stage = tokenizer.build(image_size=SIDE, data_variance=0.5, **SMALL["vq"])
+    levels = stage._levels(
+        params,
+        images,
+        lambda quantizer, state, z, _: (quantizer.quantize(state, z, jax.random.key(0), 0, False).z_q, z),
+    )
+    maps = stage._net(params, "decode", [z_q for z_q, _ in levels])
+    commit = sum(np.square(z - z_q).mean() for z_q, z in levels)
+    found = stage.loss(params, jax.random.key(0), {"image": images})
+    np.testing.assert_allclose(found.value, np.square(maps - images).mean() / 0.5 + commit / 4, rtol=1e-5)
+    assert commit > 0.01
+
+
 def test_the_losses_of_dalle1_are_of_the_papers_scale():
     """The KL is summed over positions and divided by the values of a picture."""
     stage, params, images = small("dvae")
