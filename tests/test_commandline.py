@@ -30,6 +30,7 @@ COMMANDS = sorted(
 NO_PATHS = {
     *("caption", "source", "negative", "compare"),  # texts
     *("spacing", "preset", "scenes", "metrics", "splits", "topology", "allow_changed", "host"),  # names
+    "frozen",  # NAME=PATH, whose path preflight expands
     *("components", "worker"),  # numbers
 }
 NO_PATHS_OF_CONVERT = {"name", "licence", "repository", "system", "stage"}

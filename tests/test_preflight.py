@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import clip, decoder64, prior
+from configs.dalle1 import token_model
 from dalle2_jax.models import flops, models
 from dalle2_jax.preflight import __main__ as command
 from dalle2_jax.preflight import chips, hlo, preflight
@@ -206,12 +207,30 @@ def test_the_frozen_clip_takes_part(reports, tmp_path):
     config = plain(prior, mesh=dict(data=8, fsdp=1, tensor=1))
     of_clip = models.abstract_params(models.build_stage(plain(clip)))
     numbers = sum(leaf.size for leaf in jax.tree.leaves(of_clip))
-    alone, both = reports["data"], preflight.inspect(config, clip_config=str(path))
+    alone, both = reports["data"], preflight.inspect(config, frozen={"clip": str(path)})
     assert both.arguments - alone.arguments > 3 * numbers and both.parameters == alone.parameters
     assert both.model_flops > alone.model_flops
     wrong = plain(prior, model=dict(embed_dim=48))
     with pytest.raises(ValueError, match="has embeddings of 32 entries, the stage reads 48"):
-        preflight.inspect(wrong, clip_config=str(path))
+        preflight.inspect(wrong, frozen={"clip": str(path)})
+
+
+def test_a_frozen_tokenizer_takes_part(tmp_path):
+    """The step reads pictures in the place of codes; a tokenizer of other codes is refused."""
+    config, path = plain(token_model, mesh=OVER_DATA), tmp_path / "tokenizer.py"
+    path.write_text(
+        "from configs.dalle1 import tiny_dvae\n\n\ndef get_config():\n    config = tiny_dvae.get_config()\n"
+        "    config.model.image_size = 16\n    config.model.quantizer.num_codes = 32\n    return config\n"
+    )
+    whole = preflight.with_frozen(Setup(config).plan(), {"tokenizer": str(path)})
+    assert {"codes", "tokenizer.image"} & {*whole.frozen.dataset_spec(8)} == {"tokenizer.image"}
+    changed = plain(token_model, model=dict(num_codes=(31,)))
+    with pytest.raises(ValueError, match=r"draws codes of num_codes \(31,\), .* has \(32,\)"):
+        preflight.inspect(changed, frozen={"tokenizer": str(path)})
+    with pytest.raises(ValueError, match="stage 'prior' reads nothing of tokenizer"):
+        preflight.inspect(plain(prior), frozen={"tokenizer": str(path)})
+    with pytest.raises(ValueError, match="leave --sample out"):
+        preflight.inspect(config, sample=8, frozen={"tokenizer": str(path)})
 
 
 def test_drawing_is_looked_at_too():
@@ -423,7 +442,9 @@ def test_other_failures_of_the_compiler_are_not_taken_for_it(refusing):
 
 def run(monkeypatch, config: dict, **given) -> int:
     """The status of the command with these flags."""
-    values = dict(topology=None, clip=None, sample=None, json=None, hlo=None, debug=False) | given
+    values = (
+        dict(topology=None, clip=None, frozen=None, sample=None, json=None, hlo=None, debug=False) | given
+    )
     monkeypatch.setattr(command, "FLAGS", types.SimpleNamespace(config=config, **values))
     try:
         command.main(["preflight"])
@@ -457,6 +478,7 @@ def test_the_status_says_whether_it_fits(monkeypatch, refusing, tmp_path, capsys
         ({}, dict(sample=3), "--sample=3 does not split"),
         ({}, dict(topology="v5p:4"), "must be a version and its slice"),
         ({}, dict(clip="no/clip.py"), "no/clip.py"),
+        ({}, dict(frozen=["tokenizer"]), "--frozen=tokenizer must be NAME=CONFIG"),
     ],
 )
 def test_settings_that_cannot_be_have_status_2(monkeypatch, capsys, changes, flags, why):

@@ -122,6 +122,22 @@ def test_other_codes_than_the_tokenizers_are_refused(model_dir, tmp_path):
         Pipeline.load(tmp_path / "m")
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(num_codes=(7,)), "draws codes of num_codes (7,), the frozen tokenizer has (6,)"),
+        (dict(grids=((2, 8),)), "draws codes of grids ((2, 8),), the frozen tokenizer has ((4, 4),)"),
+    ],
+)
+def test_a_run_refuses_a_frozen_tokenizer_of_other_codes(
+    model_dir, tmp_path, monkeypatch, caplog, changes, message
+):
+    settings = tiny_run.config(tmp_path, 1, frozen=dict(tokenizer=str(model_dir)), **TOKEN_MODEL)
+    settings["model"] = settings["model"] | changes
+    assert tiny_run.run_main(settings, tmp_path / "run", monkeypatch.setattr) == 2
+    assert message in caplog.text and not (tmp_path / "run").exists()
+
+
 def test_a_picture_does_not_depend_on_what_is_drawn_with_it(model):
     captions = tiny_model.CAPTIONS
     images = model.text_to_image(captions, seed=3).images

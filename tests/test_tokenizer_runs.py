@@ -13,11 +13,13 @@ from dalle2_jax import pipeline  # noqa: E402
 from dalle2_jax.convert import convert  # noqa: E402
 from dalle2_jax.data import pipeline as data_pipeline  # noqa: E402
 from dalle2_jax.embed import embed  # noqa: E402
-from dalle2_jax.evaluate import picture_sets  # noqa: E402
+from dalle2_jax.evaluate import evaluate, picture_sets  # noqa: E402
+from dalle2_jax.evaluate.metric import Request  # noqa: E402
 from dalle2_jax.evaluate.metrics import reconstruction  # noqa: E402
+from dalle2_jax.generate.pipeline import Pipeline  # noqa: E402
 from dalle2_jax.models import models  # noqa: E402
 from dalle2_jax.runtime import checkpoint, modeldir  # noqa: E402
-from tests import tiny_run  # noqa: E402
+from tests import test_token_system, tiny_model, tiny_run  # noqa: E402
 from tests.data import shards_for_tests as made  # noqa: E402
 
 COUNT, SIDE, STEPS, BATCH = 48, 16, 40, 16
@@ -50,7 +52,7 @@ def place(tmp_path_factory):
         members += made.sample(number, f"squares {number}", image)
     made.write_tar(folder / "data" / "00000.tar", members)
     with pytest.MonkeyPatch.context() as patch:
-        settings = tiny_run.config(folder / "data", STEPS, batch_size=BATCH, grad_accum=2)
+        settings = tiny_run.config(folder / "data", STEPS, batch_size=BATCH)
         settings |= dict(stage="tokenizer", model=MODEL, checkpoint_every=STEPS, mesh=dict(data=4, fsdp=2))
         settings["data"] |= dict(max_bad_fraction=0.1)
         assert tiny_run.run_main(settings, folder / "run", patch.setattr) == 0
@@ -114,6 +116,14 @@ def test_training_reads_stored_codes(place, codes, alone):
     assert dataset.record_fields(3)[1] == "squares 3"
 
 
+def test_a_run_refuses_stored_codes_of_another_book(codes, tmp_path, monkeypatch, caplog):
+    config = tiny_run.config(codes, 1, **test_token_system.TOKEN_MODEL)
+    config["data"] |= dict(source="embeddings")
+    config["model"] = config["model"] | dict(text=None, num_codes=(7,))
+    assert tiny_run.run_main(config, tmp_path / "run", monkeypatch.setattr) == 2
+    assert "draws codes of num_codes (7,), the tokenizer of the stored codes has (8,)" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def model(place):
     assert convert.main(["workdirs", f"--tokenizer={place / 'run'}", f"--out={place / 'model'}"]) == 0
@@ -132,6 +142,8 @@ def test_a_model_directory_keeps_the_codes(place, model):
     assert np.abs(result.images - (expected + 1) * 127.5).max() <= 1
     with pytest.raises(ValueError, match="cannot do draw"):
         model.text_to_image(["a"])
+    with pytest.raises(ValueError, match="leave components, steps and guidance_scale out"):
+        model.reconstruct(Image.fromarray(PICTURES[3]), components=(4,))
 
 
 def test_reconstructions_are_measured(model):
@@ -142,6 +154,30 @@ def test_reconstructions_are_measured(model):
     assert found["psnr"]["value"] == pytest.approx(np.mean(10 * np.log10(255**2 / error)), rel=1e-6)
     assert found["codes"]["level_0"]["codes"] == 16 * COUNT and not texts
     assert "level_0" in reconstruction.table(found)
+
+
+def test_reconstructions_are_compared_by_a_judge_though_the_model_draws_nothing(model, monkeypatch, tmp_path):
+    """The metrics of pictures measure the reconstructions, beside the same pictures."""
+    clip = json.loads(json.dumps({name: tiny_model.configs()["clip"][name] for name in ("stage", "model")}))
+    judge = Pipeline.load(
+        test_token_system.write(tmp_path / "judge", clip=clip, tokenizer=test_token_system.TOKENIZER)
+    )
+    found = {}
+
+    def measured(inputs, names, images):
+        found.update(names=names, images=images.count, reference=inputs.reference.count)
+        return {}
+
+    monkeypatch.setattr(evaluate, "measure_pictures", measured)
+    monkeypatch.setattr(evaluate.fidelity, "table", str)
+    request = Request(("reconstruction", "clip_frechet"), n=8, out=str(tmp_path), scenes="quickstart")
+    report, _ = evaluate.evaluate(model, request, tmp_path / "out", judge)
+    assert found == dict(names=["clip_frechet"], images=8, reference=8) and "settings" not in report
+    with pytest.raises(ValueError, match="cannot do draw"):
+        evaluate.evaluate(model, Request(("clip_frechet",)), tmp_path / "out", judge)
+    monkeypatch.delitem(model.engine.stages, "tokenizer")
+    with pytest.raises(ValueError, match="reconstruction needs a tokenizer"):
+        evaluate.choose_metrics(model, Request(("reconstruction",)), None)
 
 
 def test_structural_similarity():

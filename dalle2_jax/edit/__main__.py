@@ -116,7 +116,7 @@ def edit(model: Pipeline, action: str, inputs: dict, out: epath.Path) -> Result:
     if action == "invert":
         return invert(model, inputs["pictures"], out, running)
     options = {name: FLAGS[name].value for name in FLAGS_OF[action] if FLAGS[name].value is not None}
-    if action == "reconstruct":
+    if "components" in options:
         options["components"] = [int(k) if k.strip().isdigit() else 0 for k in FLAGS.components]
     options |= dict(num_steps=FLAGS.steps, guidance_scale=FLAGS.guidance_scale, fit=FLAGS.fit)
     if action == "complete" and options.pop("num_steps") is not None:
@@ -236,7 +236,8 @@ if __name__ == "__main__":
         flags.DEFINE_bool("same_noise", False, "interpolate: all from one noise.")
         often = "inpaint, outpaint: how often each step is taken."
         flags.DEFINE_integer("resample", None, often, lower_bound=1)
-        flags.DEFINE_list("components", ["4", "8", "16"], "reconstruct: how many principal components.")
+        of_components = "reconstruct: how many principal components; default: 4,8,16."
+        flags.DEFINE_list("components", None, of_components)
     with start.group(start.MEMORY):
         flags.DEFINE_integer("tile", None, "upscale: side of the windows drawn at a time.")
     define_model_flags()

@@ -281,18 +281,24 @@ def outpaint(
     return inpaint(pipe, canvas, mask, caption, **options)
 
 
-def reconstruct(pipe: Pipeline, picture, components: Sequence[int] = (4, 8, 16), **drawing) -> Result:
+def reconstruct(pipe: Pipeline, picture, components: Sequence[int] | None = None, **drawing) -> Result:
     """For each k of `components`, `picture` drawn from the first k principal components of its embedding.
 
-    All pictures have one noise (section 4 of the paper). The components are those of an autoregressive prior.
-    A model with a tokenizer gives `picture` back from its codes instead.
+    All pictures have one noise (section 4 of the paper). The components are those of an autoregressive prior;
+    None: 4, 8, 16. A model with a tokenizer gives `picture` back from its codes instead, and takes no
+    `components`, num_steps or guidance_scale.
     """
     pipe.steps("reconstruct")
     if "tokenizer" in pipe.engine.stages:
         how = Drawing.of(drawing)
+        if any(x is not None for x in (components, how.num_steps, how.guidance_scale)):
+            raise ValueError(
+                "a tokenizer gives a picture back from its codes, without drawing: leave components, steps "
+                "and guidance_scale out"
+            )
         return codes.reconstruct(pipe, [picture], fit=how.fit, **how.running)
     stats = {name: np.asarray(x, np.float64) for name, x in pipe.engine.params("prior")["stats"].items()}
-    most = len(stats["components"])
+    most, components = len(stats["components"]), (4, 8, 16) if components is None else components
     for k in components:
         if not 1 <= k <= most:
             raise ValueError(f"{k} components are not possible: give 1 .. {most}")

@@ -109,7 +109,9 @@ class CodesEncoder:
         self._encode = Batched(encode, found.params, batch_size, prepare=as_floats, compiler_options=options)
         self.batch_size = self._encode.size
         self._length = sum(height * width for height, width in self.stage.grids)
-        self.plan = dict(frozen={name: found.sha256}, codes=dict(grids=self.stage.grids))
+        self.plan = dict(
+            frozen={name: found.sha256}, codes=dict(grids=self.stage.grids, num_codes=self.stage.num_codes)
+        )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> list[np.ndarray]:
         """The codes [L] of each of n <= batch_size pictures; batch: NAME.image uint8 [n, S, S, 3]."""

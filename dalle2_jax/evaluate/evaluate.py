@@ -110,12 +110,14 @@ def choose_metrics(model: Pipeline, request: Request, networks: Networks) -> tup
         names = list(DEFAULT_METRICS)
     for name in names:
         scenes.check_choice(name, tuple(METRICS), "metric")
+    for name in names:
+        if name in OF_MODELS and OF_MODELS[name].needs_tokenizer and "tokenizer" not in model.engine.stages:
+            raise ValueError(_without(model, name, "tokenizer"))
     of_clip = [name for name in names if name in OF_MODELS and OF_MODELS[name].needs_clip]
     if of_clip and not has_clip(model):
-        listed, stages = ", ".join(of_clip), ", ".join(model.engine.stages)
+        listed = ", ".join(of_clip)
         if request.metrics:
-            needs = f"{listed} need{'s' * (len(of_clip) == 1)} a CLIP"
-            raise ValueError(f"{needs}, and model {model.name!r} has none: it has {stages}")
+            raise ValueError(_without(model, listed, "CLIP"))
         print(f"note: model {model.name!r} has no CLIP, so {listed} are left out", flush=True)
         names = [name for name in names if name not in of_clip]
     of_model, of_pictures = ([name for name in names if name in some] for some in (OF_MODELS, OF_PICTURES))
@@ -133,6 +135,12 @@ def choose_metrics(model: Pipeline, request: Request, networks: Networks) -> tup
         reference = many if request.reference or not request.images else None
         fidelity.check(of_pictures, many, reference, networks)
     return of_model, of_pictures
+
+
+def _without(model: Pipeline, metric: str, what: str) -> str:
+    """The message for metrics that need a stage that the model has not."""
+    needs, stages = "need" if "," in metric else "needs", ", ".join(model.engine.stages)
+    return f"{metric} {needs} a {what}, and model {model.name!r} has none: it has {stages}"
 
 
 def _planned(count: int, captions: Sequence[str]) -> PictureSet:
@@ -181,7 +189,11 @@ def evaluate(
     inputs = Inputs(model, request, open_networks(model, request, judge), out)
     of_model, of_pictures = choose_metrics(model, request, inputs.networks)
     report: dict[str, Any] = {"model": model.name}
-    if not request.images and (of_pictures or any(OF_MODELS[name].draws for name in of_model)):
+    drawing_first = [name for name in of_model if OF_MODELS[name].compare_with]
+    compares_given = any(OF_MODELS[name].reads_reference for name in drawing_first)
+    shared = drawing_first and of_pictures and (compares_given or not (request.images or request.reference))
+    draws = (of_pictures and not (shared and compares_given)) or any(OF_MODELS[n].draws for n in of_model)
+    if draws and not request.images:
         report["settings"] = model.settings(**request.settings)
     lines = []
     if judged := inputs.networks.judge_summary():
@@ -202,10 +214,6 @@ def evaluate(
         report["scenes_config"] = inputs.scenes[0].name
     out.mkdir(parents=True, exist_ok=True)
     measured = {}
-    drawing_first = [name for name in of_model if OF_MODELS[name].compare_with]
-    compares_given = any(OF_MODELS[name].reads_reference for name in drawing_first)
-    given = inputs.images is not None or inputs.reference is not None
-    shared = drawing_first and of_pictures and (compares_given or not given)
     for name in drawing_first:
         compare_with = OF_MODELS[name].compare_with
         if shared and compare_with:  # picture metrics measure the pictures that it draws

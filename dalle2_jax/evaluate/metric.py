@@ -147,7 +147,7 @@ class ModelMetric:
 
     Attributes:
       measure: Inputs -> (JSON values, lines of text).
-      needs_clip: whether it reads the model's CLIP; a judge does not replace it.
+      needs_clip, needs_tokenizer: whether it reads the model's; a judge does not replace the CLIP.
       draws: whether it draws or edits scenes, so that --images cannot replace them.
       reads_reference: whether it measures the pictures of --reference where there are no --images.
       compare_with: Inputs -> (the captions that it draws, reference pictures for picture metrics); None:
@@ -157,6 +157,7 @@ class ModelMetric:
 
     measure: Callable[[Inputs], tuple[dict, str]]
     needs_clip: bool = False
+    needs_tokenizer: bool = False
     draws: bool = False
     reads_reference: bool = False
     compare_with: Callable[[Inputs], tuple[list[str], PictureSet]] | None = None

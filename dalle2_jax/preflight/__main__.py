@@ -6,6 +6,7 @@ bytes over the links. Allocates nothing and reads no data. Needs libtpu (the ext
 Without --topology it compiles for the devices of this machine.
 
   --clip=configs/clip.py  the frozen CLIP that computes embeddings in the step; default: precomputed ones
+  --frozen=tokenizer=configs/dalle1/dvae.py   any frozen stage in the step, by its name; once for each
   --sample=8              the program that draws 8 pictures, not the training step
   --json=FILE             the report as JSON
   --hlo=FILE              the compiled program as text
@@ -29,11 +30,22 @@ from etils import epath
 
 from dalle2_jax.models import models
 from dalle2_jax.preflight import preflight
-from dalle2_jax.runtime import commandline, partition, processes
+from dalle2_jax.runtime import commandline, files, partition, processes
 from dalle2_jax.runtime.commandline import define_config
 from dalle2_jax.train import checks
 
 FLAGS = flags.FLAGS
+
+
+def frozen_recipes() -> dict[str, str]:
+    """Name -> config file of --frozen and --clip; ValueError for a value of another form."""
+    found = {"clip": FLAGS.clip} if FLAGS.clip else {}
+    for text in FLAGS.frozen or ():
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise ValueError(f"--frozen={text} must be NAME=CONFIG, such as tokenizer=configs/dalle1/dvae.py")
+        found[name] = files.expand(path)
+    return found
 
 
 def main(argv):
@@ -46,7 +58,7 @@ def main(argv):
         partition.initialise()
         print("compiling; a large stage takes minutes", file=sys.stderr, flush=True)
         config, how = models.to_plain(FLAGS.config), dict(sample=FLAGS.sample, hlo_path=FLAGS.hlo)
-        report = preflight.inspect(config, FLAGS.topology, clip_config=FLAGS.clip, **how)
+        report = preflight.inspect(config, FLAGS.topology, frozen=frozen_recipes(), **how)
     print("\n".join(report.lines()))
     if FLAGS.json:
         epath.Path(FLAGS.json).write_text(report.to_json())
@@ -58,6 +70,8 @@ if __name__ == "__main__":
     define_config()
     flags.DEFINE_string("topology", None, "A TPU slice, such as v5p:4x4x4; default: this machine's devices.")
     commandline.DEFINE_path("clip", None, "Config file of the frozen CLIP that is part of the step.")
+    of_frozen = "NAME=CONFIG: config file of another frozen stage of the step; once for each."
+    flags.DEFINE_multi_string("frozen", None, of_frozen)
     flags.DEFINE_integer("sample", None, "Compile drawing so many examples instead.", lower_bound=1)
     commandline.DEFINE_path("json", None, "Also write the report there.")
     commandline.DEFINE_path("hlo", None, "Also write the compiled program's text there.")

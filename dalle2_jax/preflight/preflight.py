@@ -4,11 +4,13 @@ import dataclasses
 import math
 import runpy
 import time
+from collections.abc import Mapping
 
 import jax
 from etils import epath
 
 from dalle2_jax.models import flops, models
+from dalle2_jax.models.stages import code_sampling
 from dalle2_jax.preflight import chips
 from dalle2_jax.preflight.advice import Setup, advise
 from dalle2_jax.preflight.report import Report, compiled_report, refused_report
@@ -24,13 +26,23 @@ def _placed(tree, sharding):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def _with_clip(plan: Plan, path: str) -> Plan:
-    """The plan with the frozen CLIP that the recipe `path` describes."""
-    clip = models.build_stage(models.to_plain(runpy.run_path(commandline.recipe_file(path))["get_config"]()))
-    width = getattr(plan.stage, "embed_dim", 0) or clip.embed_dim  # 0: it reads no embedding
-    if width != clip.embed_dim:
-        raise ValueError(f"{path} has embeddings of {clip.embed_dim} entries, the stage reads {width}")
-    return dataclasses.replace(plan, frozen_stages={**plan.frozen_stages, "clip": clip})
+def with_frozen(plan: Plan, recipes: Mapping[str, str]) -> Plan:
+    """The plan with the frozen stages that recipes describe, name -> file."""
+    stages = dict(plan.frozen_stages)
+    for name, path in recipes.items():
+        config = models.to_plain(runpy.run_path(commandline.recipe_file(path))["get_config"]())
+        stages[name] = stage = models.build_stage(config)
+        width = getattr(plan.stage, "embed_dim", 0)
+        if name == "clip" and width not in (0, stage.embed_dim):  # 0: it reads no embedding
+            raise ValueError(f"{path} has embeddings of {stage.embed_dim} entries, the stage reads {width}")
+        code_sampling.check_codes(
+            plan.stage, path, *(getattr(stage, x, None) for x in ("grids", "num_codes"))
+        )
+    plan = dataclasses.replace(plan, frozen_stages=stages)
+    used = {encoder.owner for encoder in plan.frozen.encoders} | {*getattr(plan.stage, "uses", ())}
+    if unused := sorted(recipes.keys() - used):
+        raise ValueError(f"stage {plan.config['stage']!r} reads nothing of {', '.join(unused)}: leave it out")
+    return plan
 
 
 def lower_step(plan: Plan) -> Program:
@@ -61,23 +73,25 @@ def inspect(
     config: dict,
     topology: str | None = None,
     *,
-    clip_config: str | None = None,
+    frozen: Mapping[str, str] | None = None,
     sample: int | None = None,
     hlo_path: str | None = None,
 ) -> Report:
     """Compile the training step of `config` (plain JSON types), or its sampler for `sample` examples.
 
-    topology: see `chips.topology_devices`; None: the devices of this machine. hlo_path: a file for the
-    compiled program's text.
+    topology: see `chips.topology_devices`; None: the devices of this machine. frozen: name -> config file of
+    the frozen stages that are part of the step. hlo_path: a file for the compiled program's text.
 
     Raises ValueError for settings that do not fit together, before anything is compiled.
     """
     setup = Setup(config, topology, sample)
     plan = setup.plan()
+    if sample is not None and frozen:
+        raise ValueError("--frozen and --clip are of a training step: leave --sample out")
     if sample is not None:
         lowered, arithmetic, arguments = lower_sampler(plan, sample)
     else:
-        lowered, arithmetic, arguments = lower_step(_with_clip(plan, clip_config) if clip_config else plan)
+        lowered, arithmetic, arguments = lower_step(with_frozen(plan, frozen or {}))
     leaves = jax.tree.leaves(arguments)
     devices = list(plan.mesh.devices.flat)
     report = Report(

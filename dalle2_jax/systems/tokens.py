@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from dalle2_jax.models.frozen import ops
+from dalle2_jax.models.stages import code_sampling
 from dalle2_jax.models.stages.settings import Setting
 from dalle2_jax.systems import cascade, check_vocabulary, declared, possible
 from dalle2_jax.systems.step import Step
@@ -100,9 +101,4 @@ def check(
     if "token_model" not in stages:
         return
     model, tokenizer = stages["token_model"], stages["tokenizer"]
-    for what in ("grids", "num_codes"):
-        if getattr(model, what) != getattr(tokenizer, what):
-            raise ValueError(
-                f"the token model draws codes of {what} {getattr(model, what)}, the tokenizer has "
-                f"{getattr(tokenizer, what)}: use the one that it was trained with"
-            )
+    code_sampling.check_codes(model, "the tokenizer", tokenizer.grids, tokenizer.num_codes)

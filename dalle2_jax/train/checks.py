@@ -82,6 +82,9 @@ def check_settings(config: dict, stage, mesh) -> None:
             f"batch_size {config['batch_size']} is not a multiple of grad_accum {config['grad_accum']}"
         )
     partition.check_batch_size(config["batch_size"] // config["grad_accum"], mesh, "batch_size / grad_accum")
+    for name in ("log_every", "eval_every", "sample_every", "checkpoint_every"):
+        if config[name] < 1:
+            raise ValueError(f"{name} {config[name]} must be 1 or more; a number above num_steps: at the end")
     if config["spike_sigma"] < 0:
         raise ValueError(f"spike_sigma {config['spike_sigma']} must be 0 (none) or above; 6 is usual")
     if (products := config.get("cpu_products", "")) not in ("", "float32", "bfloat16"):

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from dalle2_jax.models import frozen, models
+from dalle2_jax.models.stages.code_sampling import check_codes
 from dalle2_jax.models.stages.conditions import Caption
 from dalle2_jax.runtime import hub, processes
 from dalle2_jax.runtime.batch import STORED, field
@@ -111,6 +112,9 @@ def dataset_fields(config: dict, plan: Plan) -> set[str]:
             f"this {config['stage']} reads the states of padding, too (model.text.masked=False), which are "
             "not precomputed: give --config.frozen.t5"
         )
+    for owner, _, writes in plan.frozen.encoders:
+        if "codes" in writes:
+            check_codes(plan.stage, *_codes_of(plan.frozen_stages[owner], owner))
     codes = sorted(name for name in found if field(name).kind == "codes")
     if codes and not _precomputed(config):
         raise ValueError(
@@ -118,6 +122,11 @@ def dataset_fields(config: dict, plan: Plan) -> set[str]:
             "the trained stage that computes them, or --config.data.embeddings=FOLDER of stored codes"
         )
     return found
+
+
+def _codes_of(tokenizer: Any, name: str) -> tuple[str, Any, Any]:
+    """(name, grids, num_codes) of a frozen tokenizer, for `check_codes`."""
+    return f"the frozen {name}", getattr(tokenizer, "grids", None), getattr(tokenizer, "num_codes", None)
 
 
 def _precomputed(config: dict) -> str:
@@ -130,7 +139,7 @@ def _precomputed(config: dict) -> str:
 
 def make_datasets(config: dict, plan: Plan, fields: set[str], tokenizer):
     """(training, validation) datasets with these fields."""
-    from dalle2_jax.data import pipeline
+    from dalle2_jax.data import embeddings, pipeline
     from dalle2_jax.data.settings import DataSettings
 
     stage, frozen_stages = plan.stage, plan.frozen_stages
@@ -156,6 +165,10 @@ def make_datasets(config: dict, plan: Plan, fields: set[str], tokenizer):
                 f"the stored {name} of an example are {list(shape)}, the {config['stage']} reads "
                 f"{list(spec[name].shape[1:])}: use the encoder that the config was written for"
             )
+    if "codes" in fields:
+        plan_of_codes = (embeddings.read_plan(_precomputed(config)) or {}).get("codes") or {}
+        grids, num_codes = (plan_of_codes.get(name) for name in ("grids", "num_codes"))
+        check_codes(stage, "the tokenizer of the stored codes", grids, num_codes)
     held_out = dict(options, flip=False, bpe_dropout=0.0, classes=train.classes, leave_out="")
     if options.get("sources"):
         held_out["sources"] = [

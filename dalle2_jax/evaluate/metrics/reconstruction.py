@@ -147,4 +147,8 @@ def _compared(inputs: Inputs) -> tuple[list[str], PictureSet]:
     return texts, of_images(f"originals of {pictures.name}", originals, texts if pictures.texts else ())
 
 
-METRICS = {"reconstruction": ModelMetric(_measure, reads_reference=True, compare_with=_compared)}
+METRICS = {
+    "reconstruction": ModelMetric(
+        _measure, needs_tokenizer=True, reads_reference=True, compare_with=_compared
+    )
+}

@@ -121,6 +121,25 @@ def common(
     )
 
 
+def check_codes(stage: Any, what: str, grids: Any, num_codes: Any) -> None:
+    """Raise ValueError unless `grids` and `num_codes` of `what` are those of a stage that draws its codes.
+
+    None: unknown.
+    """
+    for name, theirs in (("grids", grids), ("num_codes", num_codes)):
+        own = getattr(stage, name, None)
+        if None not in (own, theirs) and _plain(own) != _plain(theirs):
+            theirs = _plain(theirs)
+            raise ValueError(
+                f"the token model draws codes of {name} {own}, {what} has {theirs}: they must be the same"
+            )
+
+
+def _plain(x: Any) -> Any:
+    """Tuples in the place of lists, at any depth."""
+    return tuple(map(_plain, x)) if isinstance(x, list | tuple) else x
+
+
 def maps(codes: jax.Array, grids: Sequence[tuple[int, ...]]) -> list[jax.Array]:
     """codes [B, N] of all levels in one row -> [B, h, w] of each level."""
     found, start = [], 0
