@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from dalle2_jax.models.stages import pixelsnail
+from dalle2_jax.models.stages.code_sampling import kept
 from tests.models.stages.test_token_model import example_codes, parameters
 
 NET = dict(width=8, hidden=8, num_blocks=1, num_res_blocks=1, num_heads=2, kernel=3, out_blocks=1)
 GRIDS, NUM_CODES = ((2, 2), (4, 4)), (5, 7)
-KEYS = jax.random.split(jax.random.key(3), 3)
+KEYS = jax.random.split(jax.random.key(3), 4)
 
 
 @functools.cache
@@ -20,24 +21,34 @@ def model():
     stage = pixelsnail.build(
         grids=GRIDS,
         num_codes=NUM_CODES,
-        nets=(NET | dict(num_blocks=2), NET | dict(upper_blocks=1)),
+        nets=(NET, NET | dict(upper_blocks=1)),
         num_classes=3,
         label_drop=0.1,
     )
-    batch = {"codes": example_codes(GRIDS, NUM_CODES, 3), "label": np.array([0, 2, -1], np.int32)}
+    batch = {"codes": example_codes(GRIDS, NUM_CODES, 4), "label": np.array([0, 2, -1, 1], np.int32)}
     return stage, parameters(stage), batch
 
 
 @functools.cache
 def logits_of(level):
-    stage, params, batch = model()
-    label = batch["label"][:1]
+    """(codes [4, h, w], the level above, label) -> logits, compiled once for each level."""
+    stage, params, _ = model()
 
-    def logits(codes, upper):
-        size = len(codes)
-        return stage._logits(params, level, codes, upper, np.repeat(label, size))
+    def logits(codes, upper, label=0):
+        return stage._logits(params, level, codes, upper, jnp.full(len(codes), label))
 
     return jax.jit(logits)
+
+
+@functools.cache
+def drawing():
+    """(keys, batch, forced, guidance_scale) -> codes at temperature 0.8, compiled once."""
+    stage, params, _ = model()
+    return jax.jit(
+        lambda keys, batch, forced, scale: stage._draw(
+            params, keys, batch, forced, guidance_scale=scale, temperature=0.8
+        )
+    )
 
 
 @pytest.mark.parametrize("level", [0, 1])
@@ -64,26 +75,29 @@ def test_a_code_depends_on_those_before_it_and_on_the_level_above(level):
 
 
 def test_a_sample_follows_from_its_own_key_and_the_logits_of_the_whole_map():
-    stage, params, batch = model()
-    batch = {"codes": batch["codes"], "label": batch["label"][:1].repeat(3)}
-    sample = jax.jit(functools.partial(stage.sample, temperature=0.8))
-    drawn = np.asarray(sample(params, KEYS, batch))
-    order = np.array([2, 0, 1])
-    np.testing.assert_array_equal(sample(params, KEYS[order], batch), drawn[order])
+    """Guided: the logits are u + s (c - u), of the class and of none."""
+    stage, _, batch = model()
+    batch = {"codes": batch["codes"], "label": np.zeros(4, np.int32)}
+    free = np.full(batch["codes"].shape, -1)
+    drawn = np.asarray(drawing()(KEYS, batch, free, 1.5))
+    order = np.array([2, 0, 3, 1])
+    np.testing.assert_array_equal(drawing()(KEYS[order], batch, free, 1.5), drawn[order])
     top, bottom = stage._split(drawn)
     for level, codes, upper in ((0, top, None), (1, bottom, top)):
-        logits = np.asarray(logits_of(level)(codes, upper)).reshape(3, -1, NUM_CODES[level]) / 0.8
+        c, u = (np.asarray(logits_of(level)(codes, upper, label)) for label in (0, -1))
+        logits = (u + 1.5 * (c - u)).reshape(4, -1, NUM_CODES[level]) / 0.8
         for row, key in enumerate(KEYS):
-            keys = [jax.random.fold_in(jax.random.fold_in(key, level), k) for k in range(logits.shape[1])]
-            wanted = jax.vmap(jax.random.categorical)(jnp.stack(keys), logits[row])
+            fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+            keys = fold(jax.random.fold_in(key, level), np.arange(logits.shape[1]))
+            wanted = jax.vmap(jax.random.categorical)(keys, logits[row])
             np.testing.assert_array_equal(codes[row].reshape(-1), wanted)
 
 
 def test_completed_maps_keep_their_first_rows():
-    stage, params, batch = model()
-    complete = jax.jit(functools.partial(stage.complete, keep=0.5, guidance_scale=1.5, top_k=6))
-    kept = np.asarray(complete(params, KEYS, batch["label"], batch["codes"]))
-    for drawn, given in zip(stage._split(kept), stage._split(batch["codes"]), strict=True):
+    stage, _, batch = model()
+    forced = kept(batch["codes"], GRIDS, 0.5)
+    made = np.asarray(drawing()(KEYS, batch, forced, 1.5))
+    for drawn, given in zip(stage._split(made), stage._split(batch["codes"]), strict=True):
         half = given.shape[1] // 2
         np.testing.assert_array_equal(drawn[:, :half], given[:, :half])
         assert (drawn[:, half:] != given[:, half:]).any()

@@ -49,6 +49,19 @@ def small(kind: str, side: int = SIDE):
     return stage, random_params(stage, 0), jnp.asarray(images)
 
 
+@functools.cache
+def passes(kind: str):
+    """(params, images) -> codes, codes in one row, three pictures of them; compiled once."""
+    stage = small(kind)[0]
+
+    def compute(params, images):
+        codes, row = stage.encode(params, images), stage.encode_sequence(params, images)
+        made = stage.decode_codes(params, codes), stage.decode_sequence(params, row)
+        return codes, row, *made, stage.reconstruct(params, images)
+
+    return jax.jit(compute)
+
+
 def test_the_density_of_logit_laplace_integrates_to_one():
     m = (np.arange(200_000) + 0.5) / 200_000
     for mu, log_b in ((0.0, 0.0), (1.5, -1.0), (-2.0, 0.5)):
@@ -69,61 +82,65 @@ def test_codes_and_pictures(kind):
     stage, params, images = small(kind)
     sides = {"vq": (2, 4), "dvae": (8,), "vqgan": (8,)}[kind]
     assert stage.grids == tuple((side, side) for side in sides)
-    codes = stage.encode(params, images)
+    codes, row, made, from_row, reconstructed = passes(kind)(params, images)
     assert [code.shape for code in codes] == [(4, side, side) for side in sides]
     assert all(
         code.dtype == jnp.int32 and 0 <= code.min() and code.max() < n
         for code, n in zip(codes, stage.num_codes, strict=True)
     )
-    row = stage.encode_sequence(params, images)
     for one, other in zip(stage.split(row), codes, strict=True):
         np.testing.assert_array_equal(one, other)
-    made = stage.decode_codes(params, codes)
     assert made.shape == images.shape and np.abs(made).max() <= 1
-    np.testing.assert_array_equal(stage.decode_sequence(params, row), made)
-    np.testing.assert_array_equal(stage.reconstruct(params, images), made)
+    np.testing.assert_array_equal(from_row, made)
+    np.testing.assert_array_equal(reconstructed, made)
     assert models.encoded_specs(stage)["codes"].shape == (1, row.shape[1])
 
 
 def test_the_bottom_follows_the_top():
     """Other codes of the top change what the bottom quantizes, and the picture."""
     stage, params, images = small("vq")
-    top, bottom = stage.encode(params, images)
+    (top, bottom), _, made, *_ = passes("vq")(params, images)
     other = jax.tree.map(lambda x: x, params)
     other["stats"] = params["stats"] | {"book_0": -params["stats"]["book_0"]}
-    assert (stage.encode(other, images)[1] != bottom).any()
-    changed = stage.decode_codes(params, ((top + 1) % 16, bottom))
-    assert np.abs(changed - stage.decode_codes(params, (top, bottom))).max() > 1e-3
+    assert (passes("vq")(other, images)[0][1] != bottom).any()
+    changed = jax.jit(stage.decode_codes)(params, ((top + 1) % 16, bottom))
+    assert np.abs(changed - made).max() > 1e-3
 
 
 def test_the_losses_of_vqvae_are_means():
     """The squared error is over the variance of the data, the commitment a mean over positions and width."""
     _, params, images = small("vq")
     stage = tokenizer.build(image_size=SIDE, data_variance=0.5, **SMALL["vq"])
-    levels = stage._levels(
-        params,
-        images,
-        lambda quantizer, state, z, _: (quantizer.quantize(state, z, jax.random.key(0), 0, False).z_q, z),
-    )
-    maps = stage._net(params, "decode", [z_q for z_q, _ in levels])
-    commit = sum(np.square(z - z_q).mean() for z_q, z in levels)
-    found = stage.loss(params, jax.random.key(0), {"image": images})
-    np.testing.assert_allclose(found.value, np.square(maps - images).mean() / 0.5 + commit / 4, rtol=1e-5)
+
+    @jax.jit
+    def compute(params, images):
+        def nearest(quantizer, state, z, _):
+            return quantizer.lookup(state, quantizer.encode(state, z)), z
+
+        levels = stage._levels(params, images, nearest)
+        maps = stage._net(params, "decode", [z_q for z_q, _ in levels])
+        value = stage.loss(params, jax.random.key(0), {"image": images}).value
+        return value, jnp.square(maps - images).mean(), sum(jnp.square(z - q).mean() for q, z in levels)
+
+    value, error, commit = compute(params, images)
+    np.testing.assert_allclose(value, error / 0.5 + commit / 4, rtol=1e-5)
     assert commit > 0.01
 
 
 def test_the_losses_of_dalle1_are_of_the_papers_scale():
     """The KL is summed over positions and divided by the values of a picture."""
     stage, params, images = small("dvae")
-    found = stage.loss(params, jax.random.key(0), {"image": images}, step=10)
+    loss = jax.jit(functools.partial(stage.loss, step=10), static_argnames="train")
+    found = loss(params, jax.random.key(0), {"image": images})
     side, values = stage.grids[0][0], SIDE * SIDE * 3
-    logits = stage._net(params, "project", 0, stage._net(params, "features", images), [])
+    net = jax.jit(lambda params: stage._net(params, "project", 0, stage._net(params, "features", images), []))
+    logits = net(params)
     p = jax.nn.softmax(logits)
     kl = (p * jnp.log(p * 16)).sum(axis=-1)  # [4, h, w]
     expected = found.scalars["recon"] + kl.sum(axis=(1, 2)).mean() / values
     assert kl.shape[1:] == (side, side)
     np.testing.assert_allclose(found.value, expected, rtol=1e-5)
-    hard = stage.loss(params, jax.random.key(0), {"image": images}, step=10, train=False)
+    hard = jax.eval_shape(functools.partial(loss, train=False), params, jax.random.key(0), {"image": images})
     assert "hard_gap" in hard.scalars and "hard_gap" not in found.scalars
 
 
@@ -149,20 +166,19 @@ def test_the_adversarial_losses_of_vqgan():
         more["gan_weight"] > 0 and max(np.abs(x).max() for x in jax.tree.leaves(after["discriminator"])) > 0
     )
     # the weight by hand: gradients of the last kernel
-    kernel = params["net"]["decoder_out"]["kernel"]
+    kernel, codes = params["net"]["decoder_out"]["kernel"], passes("vqgan")(params, images)[0]
 
     def part(kernel, name):
         net = params["net"] | {"decoder_out": params["net"]["decoder_out"] | {"kernel": kernel}}
-        maps = stage._net(
-            {"net": net}, "decode", [stage.quantizers[0].lookup({}, stage.encode(params, images)[0])]
-        )
+        maps = stage._net({"net": net}, "decode", [stage.quantizers[0].lookup({}, codes[0])])
         if name == "gan":
             return -stage.adversarial.net.apply({"params": params["discriminator"]}, maps)[0].mean()
         judged = functools.partial(stage.adversarial.net.apply, {"params": params["discriminator"]})
         pairs = zip(judged(maps)[1], judged(images)[1], strict=True)
         return jnp.abs(maps - images).mean() + sum(jnp.abs(a - b).mean() for a, b in pairs)
 
-    of_rec, of_gan = (jnp.linalg.norm(jax.grad(part)(kernel, name)) for name in ("rec", "gan"))
+    gradients = jax.jit(lambda kernel: [jax.grad(part)(kernel, name) for name in ("rec", "gan")])
+    of_rec, of_gan = map(jnp.linalg.norm, gradients(kernel))
     np.testing.assert_allclose(more["gan_weight"], 0.8 * of_rec / (of_gan + 1e-4), rtol=1e-3)
 
 

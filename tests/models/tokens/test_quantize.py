@@ -22,6 +22,12 @@ def state_of(quantizer) -> dict:
     return trained | stats
 
 
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def quantized(quantizer, state, z, key, step, train):
+    """`quantize` as one program."""
+    return quantizer.quantize(state, z, key, step, train)
+
+
 def vectors(count: int = 64, seed: int = 1) -> jax.Array:
     """z [1, 1, count, D]."""
     return jax.random.normal(jax.random.key(seed), (1, 1, count, D))
@@ -57,10 +63,10 @@ def test_the_gradient_goes_straight_through():
     weights = jax.random.normal(jax.random.key(2), z.shape)
 
     def loss(z, book):
-        made = quantizer.quantize(state | {"book": book}, z, KEY, 0, True)
+        made = quantized(quantizer, state | {"book": book}, z, KEY, 0, True)
         return jnp.sin(made.z_q * weights).sum() + made.loss
 
-    to_z, to_book = jax.grad(loss, argnums=(0, 1))(z, state["book"])
+    to_z, to_book = jax.jit(jax.grad(loss, argnums=(0, 1)))(z, state["book"])
     nearest = state["book"][quantizer.encode(state, z)]
     expected = weights * jnp.cos(nearest * weights) + 0.25 * 2 * (z - nearest) / z.size
     np.testing.assert_allclose(to_z, expected, rtol=1e-4, atol=1e-5)
@@ -74,8 +80,8 @@ def test_beta_weighs_the_commitment_and_not_the_book():
     def gradients(beta):
         quantizer = VQ(K, D, beta=beta, decay=0.0)
         state = state_of(quantizer)
-        loss = lambda z, book: quantizer.quantize(state | {"embedding": book}, z, KEY, 0, True).loss  # noqa: E731
-        return jax.grad(loss, argnums=(0, 1))(z, state["embedding"])
+        loss = lambda z, book: quantized(quantizer, state | {"embedding": book}, z, KEY, 0, True).loss  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(z, state["embedding"])
 
     (z_one, book_one), (z_two, book_two) = gradients(1.0), gradients(0.25)
     np.testing.assert_allclose(z_one, 4 * z_two, rtol=1e-5)
@@ -91,9 +97,14 @@ def test_the_book_converges_to_the_means_of_clusters():
     state = state_of(quantizer) | {"book": jnp.asarray(centres + 0.5)}
     old = quantizer.encode(state, z)
     np.testing.assert_array_equal(old.reshape(4, 16), np.arange(4)[:, None].repeat(16, 1))
+
+    @jax.jit
+    def step(state):
+        made = quantized(quantizer, state, z, KEY, 0, True)
+        return quantizer.update(state, stacked(made.statistics), KEY)[0]
+
     for _ in range(100):
-        made = quantizer.quantize(state, z, KEY, 0, True)
-        state, _ = quantizer.update(state, stacked(made.statistics), KEY)
+        state = step(state)
     means = np.asarray(z).reshape(4, 16, 4).mean(axis=1)
     np.testing.assert_allclose(state["book"], means, rtol=1e-4, atol=1e-4)
 
@@ -103,7 +114,7 @@ def test_an_update_is_the_papers_average():
     quantizer = VQ(K, D, decay=0.75)
     state, parts = (
         state_of(quantizer),
-        [quantizer.quantize(state_of(quantizer), vectors(32, s), KEY, 0, True) for s in (3, 4)],
+        [quantized(quantizer, state_of(quantizer), vectors(32, s), KEY, 0, True) for s in (3, 4)],
     )
     statistics = jax.tree.map(lambda *x: jnp.stack(x), *(part.statistics for part in parts))
     new, _ = quantizer.update(state, statistics, KEY)
@@ -120,7 +131,7 @@ def test_an_update_is_the_papers_average():
 def test_a_batch_is_quantized_with_the_book_before_it():
     quantizer, z = VQ(K, D), vectors()
     state = state_of(quantizer)
-    made = quantizer.quantize(state, z, KEY, 0, True)
+    made = quantized(quantizer, state, z, KEY, 0, True)
     np.testing.assert_allclose(made.z_q, state["book"][made.codes], rtol=1e-6, atol=1e-6)
 
 
@@ -131,7 +142,7 @@ def test_dead_codes_become_vectors_of_the_batch_on_every_device_alike():
 
     @jax.jit
     def step(z):
-        made = quantizer.quantize(state, z, KEY, 0, True)
+        made = quantized(quantizer, state, z, KEY, 0, True)
         return quantizer.update(state, stacked(made.statistics), KEY)
 
     alone, scalars = step(z)
@@ -157,7 +168,7 @@ def test_the_divergence_from_even_use():
     quantizer = Gumbel(K, D, beta=(1.0, 1.0, 1), values_per_code=2.0)
     state = state_of(quantizer)
     for logits, expected in ((jnp.zeros((1, 1, 1, K)), 0.0), (1e3 * jnp.eye(K)[None, None], math.log(K))):
-        made = quantizer.quantize(state, logits, KEY, 0, True)
+        made = quantized(quantizer, state, logits, KEY, 0, True)
         np.testing.assert_allclose(made.scalars["kl"], expected, atol=1e-5)
         np.testing.assert_allclose(made.loss, expected / 2, atol=1e-5)
 
@@ -171,13 +182,13 @@ def test_the_schedules_of_temperature_and_weight():
 def test_codes_are_hard_and_training_is_relaxed():
     quantizer = Gumbel(K, D, tau=(1 / 16, 1 / 16, 1))
     state, logits = state_of(quantizer), 2 * jax.random.normal(KEY, (1, 2, 2, K))
-    hard = quantizer.quantize(state, logits, KEY, 0, False)
+    hard = quantized(quantizer, state, logits, KEY, 0, False)
     np.testing.assert_array_equal(hard.codes, logits.argmax(-1))
     np.testing.assert_array_equal(hard.z_q, quantizer.lookup(state, hard.codes))
     noise = jax.random.gumbel(KEY, logits.shape)
     soft = jax.nn.softmax((logits + noise) * 16) @ state["embedding"] + state["bias"]
     np.testing.assert_allclose(
-        quantizer.quantize(state, logits, KEY, 0, True).z_q, soft, rtol=1e-5, atol=1e-6
+        quantized(quantizer, state, logits, KEY, 0, True).z_q, soft, rtol=1e-5, atol=1e-6
     )
 
 
@@ -198,10 +209,16 @@ def test_every_code_is_one_point_of_the_lattice(levels):
     digits = points * np.array([level // 2 for level in levels])
     inside = np.clip((digits + offset) / half, -1 + 1e-6, 1 - 1e-6)
     z = jnp.asarray(np.arctanh(inside) - np.tan(offset / half), jnp.float32)[None, None]
-    np.testing.assert_array_equal(quantizer.encode({}, z), codes)
-    made = quantizer.quantize({}, z, KEY, 0, True)
-    np.testing.assert_allclose(made.z_q[0, 0], points, atol=1e-5)
-    assert np.abs(jax.grad(lambda z: quantizer.quantize({}, z, KEY, 0, True).z_q.sum())(z)).max() > 0
+
+    @jax.jit
+    def compute(z):
+        made, pull = jax.vjp(lambda z: quantized(quantizer, {}, z, KEY, 0, True).z_q, z)
+        return quantizer.encode({}, z), made, pull(jnp.ones_like(made))[0]
+
+    found, made, gradient = compute(z)
+    np.testing.assert_array_equal(found, codes)
+    np.testing.assert_allclose(made[0, 0], points, atol=1e-5)
+    assert np.abs(gradient).max() > 0
 
 
 # --- the use of codes ---
