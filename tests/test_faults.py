@@ -8,7 +8,9 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
 import json
+import operator
 import os
 import random
 import re
@@ -295,6 +297,8 @@ def test_settings_that_change_what_a_step_computes_are_refused_on_resume_and_oth
     stored = config(data, 4, cpu_products="float32")  # as a run fills it in
     stored["model"] = dict(channels=16, schedule="cosine", num_timesteps=1000, width=8)
     stored["model"] |= dict(remat="none", scan_blocks=False)
+    parts = {part: dict(width=8, scan_blocks=False) for part in ("net", "text")}
+    stored["model"] |= parts
     (workdir / "config.json").write_text(json.dumps(stored))
     resume.Resumption(workdir, stored)
     free = set(resume.FREE)
@@ -313,7 +317,15 @@ def test_settings_that_change_what_a_step_computes_are_refused_on_resume_and_oth
                 continue
             with pytest.raises(ValueError, match=rf"  {group}.{name}: .* in the workdir, 'other' now"):
                 resume.Resumption(workdir, changed)
-    assert all(name.split(".")[-1] in stored[name.split(".")[0]] for name in free if "." in name)
+    for part, kept in parts.items():
+        scanned = stored | {"model": stored["model"] | {part: kept | dict(scan_blocks=True)}}
+        resume.Resumption(workdir, scanned)
+        wider = stored | {"model": stored["model"] | {part: kept | dict(width=16)}}
+        with pytest.raises(ValueError, match=rf"  model.{part}.width: 8 in the workdir, 16 now"):
+            resume.Resumption(workdir, wider)
+    for name in free:
+        *groups, last = name.split(".")
+        assert not groups or last in functools.reduce(operator.getitem, groups, stored)
     older = {name: value for name, value in stored.items() if name not in resume.SETTINGS_SINCE}
     older["optim"] = {name: x for name, x in stored["optim"].items() if name not in resume.OPTIM_SINCE}
     assert older["optim"] != stored["optim"]

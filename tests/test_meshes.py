@@ -24,7 +24,11 @@ MESHES = {"8x1": (8, 1, 1), "1x8": (1, 8, 1), "2x4": (2, 4, 1), "2x2x2": (2, 2, 
 VIT = dict(kind="vit", patch_size=8, width=32, depth=2, num_heads=2)
 CHANGES = {"clip": dict(sam_batch_size=2, vision=VIT)}
 CHANGES["clip scanned"] = CHANGES["clip"] | dict(scan_blocks=True)
-CHANGES["pixels scanned"] = dict(net=dict(modern.DEBUG, kind="vit", scan_blocks=True))
+CHANGES["pixels"] = dict(
+    net=dict(modern.DEBUG, kind="vit"),
+    text=dict(vocab_size=512, context_length=32, width=32, depth=2, num_heads=2),
+)
+CHANGES["pixels scanned"] = {name: dict(part, scan_blocks=True) for name, part in CHANGES["pixels"].items()}
 TOKENIZER = dict(
     image_size=16,
     net=dict(kind="vqvae", channels=16, residual_channels=8, num_res_blocks=1, strides=(4, 2)),

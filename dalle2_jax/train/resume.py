@@ -20,7 +20,7 @@ from dalle2_jax.models import frozen, models
 from dalle2_jax.runtime import modeldir
 
 # None of these changes what a step computes, but for its rounding (`mesh`, `model.remat`,
-# `model.scan_blocks`). A dataset that is read from elsewhere (`data.data_dir`), or with damaged files
+# `scan_blocks`). A dataset that is read from elsewhere (`data.data_dir`), or with damaged files
 # (`data.allow_damaged`), is compared, as any is.
 FREE = (
     "num_steps",
@@ -44,6 +44,8 @@ FREE = (
     "data.allow_damaged",
     "model.remat",
     "model.scan_blocks",
+    "model.net.scan_blocks",
+    "model.text.scan_blocks",
 )
 # Settings that config.json of older workdirs lacks, with what these runs did.
 SETTINGS_SINCE = {"spike_sigma": 0.0, "cpu_products": "float32", "frozen": {}, "trainable": []}

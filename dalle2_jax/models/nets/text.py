@@ -53,6 +53,7 @@ class GlideTextTransformer(nn.Module):
     """GLIDE's text transformer: no attention mask, and a learned embedding where there is no token.
 
     A dropped caption is the sequence without a token: all its positions hold their padding embedding.
+    scan_blocks: compile the blocks as one loop; see `TransformerStack`.
     """
 
     vocab_size: int
@@ -63,6 +64,7 @@ class GlideTextTransformer(nn.Module):
     activation: str = "gelu"
     remat: bool | str = False
     dtype: DTypeLike = jnp.float32
+    scan_blocks: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array, token_mask: jax.Array) -> jax.Array:
@@ -75,9 +77,8 @@ class GlideTextTransformer(nn.Module):
             self.dtype
         )
         x = jnp.where(token_mask[..., None], x, padding)
-        stack = TransformerStack(
-            self.depth, self.num_heads, self.activation, self.remat, self.dtype, name="transformer"
-        )
+        common = (self.depth, self.num_heads, self.activation, self.remat, self.dtype)
+        stack = TransformerStack(*common, scan=self.scan_blocks, name="transformer")
         return layers.LayerNorm(name="norm_out")(stack(x))
 
 

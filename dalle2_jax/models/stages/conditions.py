@@ -17,6 +17,7 @@ Specs = dict[str, tuple[tuple[int, ...], DTypeLike]]  # field -> shape of one ex
 
 # Settings of a text transformer that reads tokens.
 TOKEN_TEXT = ("vocab_size", "context_length", "width", "depth", "num_heads")
+TOKEN_TEXT_OPTIONAL = ("activation", "scan_blocks")
 
 # The small picture's noise folds a number into a sample's key that is no time and not the first noise's.
 _LOW_RES_FOLD = 2**31 - 2

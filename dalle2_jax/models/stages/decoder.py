@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dalle2_jax.models.nets.denoiser import DenoiserNet
 from dalle2_jax.models.stages import check_settings
 from dalle2_jax.models.stages.building import body_and_process, check_side, checked_states
-from dalle2_jax.models.stages.conditions import TOKEN_TEXT, Caption, ClipImage, Label
+from dalle2_jax.models.stages.conditions import TOKEN_TEXT, TOKEN_TEXT_OPTIONAL, Caption, ClipImage, Label
 from dalle2_jax.models.stages.diffusion import DiffusionStage
 from dalle2_jax.models.stages.settings import ETA, GUIDANCE, METHOD, SPACING, STEPS, THRESHOLD
 
@@ -111,5 +111,5 @@ def _checked_text(text: dict | None, embed_dim: int) -> dict | None:
         return None
     if text.get("states_width"):
         return checked_states(text, embed_dim)
-    check_settings(text, TOKEN_TEXT, ("activation", "states_width"), "text")
+    check_settings(text, TOKEN_TEXT, (*TOKEN_TEXT_OPTIONAL, "states_width"), "text")
     return {name: value for name, value in text.items() if name != "states_width"}

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from dalle2_jax.models.nets.denoiser import DenoiserNet
 from dalle2_jax.models.stages import check_settings
 from dalle2_jax.models.stages.building import body_and_process, check_side, checked_states
-from dalle2_jax.models.stages.conditions import TOKEN_TEXT, Caption, Label, LowRes
+from dalle2_jax.models.stages.conditions import TOKEN_TEXT, TOKEN_TEXT_OPTIONAL, Caption, Label, LowRes
 from dalle2_jax.models.stages.diffusion import DiffusionStage
 from dalle2_jax.models.stages.settings import ETA, GUIDANCE, METHOD, STEPS, THRESHOLD, TILE
 
@@ -119,7 +119,7 @@ def _checked_text(text: dict | None, body: dict, remat: bool | str) -> dict | No
     if not text:
         return None
     if not text.get("states_width"):
-        check_settings(text, TOKEN_TEXT, ("activation",), "text")
+        check_settings(text, TOKEN_TEXT, TOKEN_TEXT_OPTIONAL, "text")
     if body.get("kind") != "vit" and not body["attention_resolutions"]:
         raise ValueError("text is read by attention layers: set attention_resolutions, or leave text out")
     return checked_states(text) if text.get("states_width") else dict(text, remat=remat)

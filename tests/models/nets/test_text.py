@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -76,6 +77,21 @@ def test_glide_without_tokens_does_not_depend_on_them(glide_text):
     np.testing.assert_array_equal(null, apply((tokens + 1) % VOCAB, np.zeros_like(mask)))
     np.testing.assert_allclose(null[0], null[1], atol=1e-6)
     assert np.abs(null[0] - null[0, :1]).max() > 1e-3  # the padding embedding differs by position
+
+
+@pytest.mark.parametrize("remat", ["none", "products"])
+def test_glides_blocks_as_one_loop_have_the_same_states_and_gradients(glide_text, remat):
+    apply, tokens, mask = glide_text
+    scanned = build(GlideTextTransformer, scan_blocks=True, remat=remat)[0]
+
+    def loss(states_of, variables):
+        return jnp.square(states_of.func(variables, tokens, mask)).sum()
+
+    assert "scan[" in str(jax.make_jaxpr(functools.partial(loss, scanned))(*scanned.args))
+    expected, here = (jax.value_and_grad(functools.partial(loss, x))(*apply.args) for x in (apply, scanned))
+    np.testing.assert_allclose(here[0], expected[0], rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(expected[1]), jax.tree.leaves(here[1]), strict=True):
+        np.testing.assert_allclose(y, x, atol=1e-4 * np.abs(x).max())
 
 
 def test_glide_looks_both_ways_and_not_at_padded_ids(glide_text):
