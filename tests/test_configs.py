@@ -30,6 +30,7 @@ PAPER = (
 )
 AR_PRIOR = "configs.ar_prior"  # of the paper too, in the place of the diffusion prior
 MODERN = tuple(f"configs.modern.{name}" for name in ("prior", "decoder64", "upsampler256", "upsampler1024"))
+MODERN_TINY = tuple(f"configs.modern.{name}" for name in ("tiny_prior", "tiny", "tiny_upsampler"))
 DEBUG = (*PAPER, AR_PRIOR, *MODERN)
 CASES = [(recipe, "") for recipe in RECIPES] + [(recipe, "debug") for recipe in DEBUG]
 # Recipes beside a folder's cascade: what may take a stage's place, or steer one.
@@ -40,6 +41,8 @@ CASCADES = {
     "paper": PAPER,
     "paper, autoregressive": (PAPER[0], AR_PRIOR, *PAPER[2:]),
     "tiny, to 1024": tuple(f"configs.tiny.{name}" for name in TO_1024),
+    "modern": (PAPER[0], *MODERN),
+    "modern, tiny": ("configs.tiny.clip", *MODERN_TINY, "configs.tiny.upsampler256"),
     **{
         folder: tuple(
             sorted(
@@ -185,7 +188,7 @@ def test_unknown_presets_are_refused(recipe):
 
 
 @pytest.mark.parametrize(
-    ("cascade", "preset"), [(cascade, "") for cascade in CASCADES] + [("paper", "debug")]
+    ("cascade", "preset"), [(cascade, "") for cascade in CASCADES] + [("paper", "debug"), ("modern", "debug")]
 )
 def test_stages_of_a_cascade_fit_together(cascade, preset):
     clip, prior, decoder, *upsamplers = [config_of(recipe, preset)["model"] for recipe in CASCADES[cascade]]

@@ -93,6 +93,9 @@ FAST = dict(num_steps=27, spacing="fast27", process=dict(noise_scale=0.997))
 IMAGEN = dict(text_drop=0.1, threshold=99.5, learned_variance=False, process=None)
 NOISED = dict(low_res_noise=1.0, low_res_level=0.2)
 NORMED, EFFICIENT = dict(context_norm="layer"), dict(context_norm="layer", efficient=True)
+FLOW = dict(schedule="flow", text_drop=0.1, method="euler")
+JIT = dict(schedule="flow", objective="x0", weighting="flow", learned_variance=False, channels=None)
+JIT |= dict(process=dict(times="logit_normal", time_mean=0.8, time_std=0.8), net=dict(kind="vit"))
 SETTINGS = {
     ("ddpm.cifar10", ""): DDPM | dict(dropout=0.1),
     ("ddpm.pictures256", ""): DDPM | dict(dropout=0.0),
@@ -107,6 +110,13 @@ SETTINGS = {
     ("glide.upsampler256", ""): ENLARGED | FAST,
     ("imagen.decoder", ""): IMAGEN | dict(schedule="cosine", net=NORMED),
     ("imagen.upsampler256", ""): IMAGEN | NOISED | dict(schedule="cosine", net=EFFICIENT),
+    ("modern.prior", ""): FLOW | dict(objective="flow", num_steps=30, process=dict(times="logit_normal")),
+    ("modern.tiny_prior", ""): FLOW | dict(objective="flow", process=dict(times="logit_normal")),
+    ("modern.decoder64", ""): JIT | dict(image_drop=0.1, text_drop=0.5),
+    ("modern.upsampler256", ""): JIT | dict(crop_size=256),
+    ("modern.upsampler1024", ""): JIT | dict(crop_size=256, tile=256),
+    ("modern.tiny", ""): JIT | dict(image_size=16),
+    ("modern.tiny_upsampler", ""): JIT | dict(image_size=64, low_res_size=16),
     ("imagen.upsampler1024", ""): IMAGEN | NOISED | dict(schedule="linear", net=dict(context_only=True)),
 }
 

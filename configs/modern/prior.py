@@ -9,11 +9,13 @@ Network, batch and steps are those of configs/prior.py. `:debug` is the same cod
 
 from dalle2_jax.configs import prior
 
+FLOW = dict(schedule="flow", objective="flow", process=dict(times="logit_normal"), method="euler")
+
 
 def get_config(preset: str = ""):
     """`preset`: '' or 'debug'."""
     config = prior.get_config(preset)
-    config.model.update(schedule="flow", objective="flow", process=dict(times="logit_normal"), method="euler")
+    config.model.update(FLOW)
     if not preset:
         config.model.num_steps = 30
     return config

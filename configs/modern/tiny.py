@@ -3,21 +3,15 @@
 python -m dalle2_jax.train --config=configs/modern/tiny.py --workdir=DIR --config.clip=CLIP
 """
 
+from dalle2_jax.configs.modern import common
 from dalle2_jax.configs.tiny import decoder
-
-UNET = ("channels", "channel_mult", "num_res_blocks", "attention_resolutions", "head_dim")
 
 
 def get_config(preset: str = ""):
     """No presets."""
-    config = decoder.get_config(preset)
-    for name in UNET:
-        del config.model[name]
+    config = common.without_unet(decoder.get_config(preset))
     config.model.update(
-        objective="x0",
-        schedule="flow",
-        weighting="flow",
-        process=dict(times="logit_normal", time_mean=0.8, time_std=0.8),
+        common.FLOW,
         net=dict(
             kind="vit",
             patch_size=2,
