@@ -3,7 +3,9 @@
     python -m dalle2_jax.train --config=configs/modern/decoder64.py --workdir=DIR --config.clip=CLIP
     --config.data.path=SHARDS
 
-Table 3's text, batch and dropping rates. `:debug` is the same code in small, for a laptop.
+Table 3's text, batch and dropping rates. `--config.model.net.scan_blocks=True` and
+`--config.model.text.scan_blocks=True` compile one block in the place of all. `:debug` is the same code in
+small, for a laptop.
 """
 
 from dalle2_jax.configs.modern import common
