@@ -41,7 +41,7 @@ from dalle2_jax.models.diffusion.schedules import Schedule, shifted, two_time
 from dalle2_jax.runtime.names import nearest
 
 OBJECTIVES = ("eps", "x0", "v", "flow")
-WEIGHTINGS = ("uniform", "min_snr", "p2", "v", "flow")
+WEIGHTINGS = ("uniform", "min_snr", "min_snr:50", "p2", "v", "flow")
 TIMES = ("uniform", "logit_normal")
 
 
@@ -267,18 +267,19 @@ def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarr
 
     'uniform' is 1. The others weigh the error in x0 by a function of the signal-to-noise ratio, and are
     carried over to the objective (error in x0 = error in eps / SNR = error in v / (SNR + 1) = error in the
-    velocity u^2): 'min_snr' is min(SNR, 5) (Hang et al. 2023), 'p2' is SNR / (1 + SNR), that is 1 / (1 + SNR)
-    on the error in eps (Choi et al. 2022, k = gamma = 1). 'v' is SNR + 1 = 1 / sigma^2, the error in v, with
-    sigma at least 0.05. 'flow' is 1 / max(u, 0.05)^2, the error in the velocity for a network of any
-    objective (JiT, Li & He 2025).
+    velocity u^2): 'min_snr' is min(SNR, 5), 'min_snr:G' is min(SNR, G) (Hang et al. 2023). 'p2' is SNR / (1 +
+    SNR), that is 1 / (1 + SNR) on the error in eps (Choi et al. 2022, k = gamma = 1). 'v' is SNR + 1 = 1 /
+    sigma^2, the error in v, with sigma at least 0.05. 'flow' is 1 / max(u, 0.05)^2, the error in the velocity
+    for a network of any objective (JiT, Li & He 2025).
     """
     snr, u = schedule.snr, schedule.path_time
     if objective not in OBJECTIVES:
         raise ValueError(_unknown("objective", objective, OBJECTIVES))
     if weighting == "uniform":
         return np.ones_like(snr)
-    if weighting == "min_snr":
-        on_x0 = np.minimum(snr, 5.0)
+    name, colon, text = weighting.partition(":")
+    if name == "min_snr":
+        on_x0 = np.minimum(snr, _largest_snr(text) if colon else 5.0)
     elif weighting == "p2":
         on_x0 = snr / (1.0 + snr)
     elif weighting == "v":
@@ -288,6 +289,17 @@ def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarr
     else:
         raise ValueError(_unknown("weighting", weighting, WEIGHTINGS))
     return on_x0 / {"eps": snr, "x0": 1.0, "v": snr + 1.0, "flow": 1.0 / u**2}[objective]
+
+
+def _largest_snr(text: str) -> float:
+    """G of 'min_snr:G'."""
+    try:
+        largest = float(text)
+    except ValueError:
+        largest = 0.0
+    if not 0 < largest < np.inf:
+        raise ValueError(f"weighting 'min_snr:{text}' must look like 'min_snr:50', with a positive number")
+    return largest
 
 
 def vb_bits_per_dim(

@@ -138,6 +138,7 @@ def test_weightings_do_not_depend_on_the_objective(example, weighting):
         ("eps", "uniform", lambda snr: 1.0),
         ("eps", "p2", lambda snr: 1 / (1 + snr)),
         ("eps", "min_snr", lambda snr: min(snr, 5) / snr),
+        ("eps", "min_snr:50", lambda snr: min(snr, 50) / snr),
         ("x0", "min_snr", lambda snr: min(snr, 5)),
         ("v", "min_snr", lambda snr: min(snr, 5) / (snr + 1)),
         ("x0", "v", lambda snr: min(snr + 1, 400)),  # JiT: sigma is at least .05
@@ -375,6 +376,9 @@ def test_mistakes_are_answered_with_what_to_change(example):
         loss_of(example, example["output"], "epsi")
     with pytest.raises(ValueError, match="did you mean 'min_snr'"):
         loss_of(example, example["output"], weighting="minsnr")
+    for largest in ("", "ten", "0", "inf"):
+        with pytest.raises(ValueError, match="must look like 'min_snr:50'"):
+            loss_of(example, example["output"], weighting=f"min_snr:{largest}")
     with pytest.raises(ValueError, match=r"must be \(6, 4, 4, 6\)"):
         loss_of(example, example["output"][..., :3])
     with pytest.raises(ValueError, match=r"must be \(6, 4, 4, 3\)"):
