@@ -20,6 +20,7 @@ OBJECTIVES = {
     "x0": dict(objective="x0", weighting="v"),
     "eps": dict(objective="eps", weighting="uniform"),
     "v": dict(objective="v", weighting="uniform"),
+    "min_snr": dict(weighting="min_snr"),
     # JiT's loss and times (arXiv 2511.13720), Euler's steps
     "flow": dict(
         objective="x0",

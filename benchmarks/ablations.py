@@ -31,6 +31,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "start": (),
     "unet": ("unet",),
     "unet-v": ("unet", "v"),
+    "unet-min_snr": ("unet", "v", "min_snr"),
+    "min_snr": ("min_snr",),
     "eps": ("eps",),
     "v": ("v",),
     "flow": ("flow",),

@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from PIL import Image
 
 from dalle2_jax.models import models
 from dalle2_jax.train import loop
@@ -93,8 +94,8 @@ def test_ddpm_trains_on_pictures_alone(pets, tmp_path, monkeypatch, source):
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # it would prepare the dataset by its own rules
     config = importlib.import_module("configs.ddpm.cifar10").get_config("debug")
     recipe = importlib.import_module("configs.ddpm.cifar10").get_config()
-    config.model.update(image_size=8, channels=8, channel_mult=(1,), attention_resolutions=())
-    config.data, config.num_samples = recipe.data, 0
+    config.model.update(image_size=8, channels=8, channel_mult=(1,), attention_resolutions=(), num_steps=2)
+    config.data, config.num_samples, config.sample_every = recipe.data, 2, 2
     config = json.loads(json.dumps(models.to_plain(config)))
     if source == "folder":
         config["data"] |= dict(source="folder", path=str(pets), eval_split="val")
@@ -105,6 +106,8 @@ def test_ddpm_trains_on_pictures_alone(pets, tmp_path, monkeypatch, source):
     stored = json.loads((tmp_path / "run/config.json").read_text())
     assert stored["data"]["classes"] == [] and not (tmp_path / "run/tokenizer").exists()
     assert tiny_run.logged(tmp_path / "run", "train/loss").keys() == {1, 2}
+    with Image.open(tmp_path / "run/samples/samples_00000002.png") as grid:
+        assert grid.text["captions"] == "[]"  # no record's name under a picture that did not read it
 
 
 @pytest.mark.parametrize("recipe, preset", RECIPES)

@@ -12,6 +12,12 @@ def get_config(preset: str = ""):
     for name in ("text", "image_drop", "text_drop", "guidance_scale"):
         del config.model[name]
     config.model.update(
-        embed_dim=0, learned_variance=True, process=dict(guide_rule="adm"), num_steps=50, method="ddpm"
+        embed_dim=0,
+        learned_variance=True,
+        weighting="min_snr",
+        process=dict(guide_rule="adm"),
+        num_steps=50,
+        method="ddpm",
     )
+    config.num_steps, config.optim.final_fraction = 3000, 0.02
     return config

@@ -17,8 +17,10 @@ def get_config(preset: str = ""):
         text=dict(STATES),
         text_drop=0.1,
         guidance_scale=3.0,
+        weighting="min_snr",
         threshold=99.5,
         net=dict(context_norm="layer"),
     )
+    config.num_steps, config.optim.final_fraction = 4000, 0.02
     config.frozen.t5 = ""
     return config

@@ -36,6 +36,8 @@ class Validation:
         count = len(captions) or min(config["num_samples"], config["batch_size"])
         self._count, self._dataset = count, dataset
         self._labels: list[str] | None = captions or None
+        # drawn without conditions, a picture has nothing to do with its record's caption
+        self._unconditional = shows == "sample" and len(stage.batch_spec(1)) == 1
         self._sampled = self._batches[0]
         by_prior = captions and "image_embed" in stage.batch_spec(1)
         prior = Prior.load(config["sample_prior"], plan) if by_prior else None
@@ -94,9 +96,12 @@ class Validation:
             cosine = (drawn * true).sum(-1) / np.linalg.norm(drawn, axis=-1) / np.linalg.norm(true, axis=-1)
             writer.scalars(step, {"eval/sample_cosine": float(cosine.mean())})
 
-    def _labelled(self, images: np.ndarray) -> tuple[np.ndarray, list[str]] | None:
-        """(grid, its labels) of the samples; None where that fails, with a warning for each kind of error."""
+    def _labelled(self, images: np.ndarray) -> tuple[np.ndarray, list[str] | None] | None:
+        """(grid, its labels, if it has some) of the samples; None where that fails, with a warning for each
+        kind of error."""
         try:
+            if self._unconditional:
+                return labelled_grid(images), None
             if self._labels is None:
                 self._labels = self._dataset.labels(self._indices)
             return labelled_grid(images, self._labels), self._labels

@@ -68,10 +68,11 @@ def build(
     image embeddings. embed_scale: factor of embeddings; None is sqrt(embed_dim), for those of unit norm.
     num_classes: how many classes a caption may name; 0 reads no class. num_heads: of every attention, in the
     place of heads of head_dim entries. guidance_scale: 1 where nothing is ever dropped. weighting ('uniform',
-    'p2', 'min_snr', 'v', 'flow'), loss ('hybrid', 'vlb'): see `diffusion.process`. threshold: percentile of
-    dynamic thresholding, None to clip. inpaint: the network also gets unmasked pixels, with random masks in
-    training (GLIDE; `init_from` a decoder without). process: `PROCESS`, see `diffusion.gaussian`. net: where
-    the U-Net differs from ADM's, `unet.Style`; or dict(kind='vit', ...), a transformer, `vit.PixelViT`.
+    'p2', 'min_snr', 'min_snr:G', 'v', 'v:S', 'flow'), loss ('hybrid', 'vlb'): see `diffusion.process`.
+    threshold: percentile of dynamic thresholding, None to clip. inpaint: the network also gets unmasked
+    pixels, with random masks in training (GLIDE; `init_from` a decoder without). process: `PROCESS`, see
+    `diffusion.gaussian`. net: where the U-Net differs from ADM's, `unet.Style`; or dict(kind='vit', ...), a
+    transformer, `vit.PixelViT`.
     """
     body, diffusion = body_and_process(build, locals())
     check_side(body, "image_size", image_size)
