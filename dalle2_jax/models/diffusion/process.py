@@ -38,10 +38,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.models.diffusion.schedules import Schedule, shifted, two_time
-from dalle2_jax.runtime.names import nearest
+from dalle2_jax.models.diffusion.weights import OBJECTIVES, loss_weights, unknown
 
-OBJECTIVES = ("eps", "x0", "v", "flow")
-WEIGHTINGS = ("uniform", "min_snr", "min_snr:50", "p2", "v", "v:0.4", "flow")
 TIMES = ("uniform", "logit_normal")
 
 
@@ -86,7 +84,7 @@ class Times(NamedTuple):
     def check(self) -> "Times":
         """Itself; ValueError for values that cannot be, or that nothing would read."""
         if self.times not in TIMES:
-            raise ValueError(_unknown("process.times", self.times, TIMES))
+            raise ValueError(unknown("process.times", self.times, TIMES))
         if self.times == "uniform" and (self.time_mean, self.time_std) != (0.0, 1.0):
             raise ValueError("process.time_mean and process.time_std need process.times='logit_normal'")
         if not (self.time_std > 0 and 0 < self.time_shift < math.inf):
@@ -193,7 +191,7 @@ def to_prediction(
         total = k * signal + sigma
         x0, eps = k * x_t - sigma * prediction, x_t + signal * prediction
         return Prediction(x0 / total, eps / total, var_frac)
-    raise ValueError(_unknown("objective", objective, OBJECTIVES))
+    raise ValueError(unknown("objective", objective, OBJECTIVES))
 
 
 class Noised(NamedTuple):
@@ -226,7 +224,7 @@ def training_loss(
     """
     x0, x_t, t, noise = noised
     if data not in ("pixels", "latents"):
-        raise ValueError(_unknown("data", data, ("pixels", "latents")))
+        raise ValueError(unknown("data", data, ("pixels", "latents")))
     if learned_variance and (data != "pixels" or x0.ndim != 4):
         raise ValueError(
             "a learned variance is trained on the likelihood of 8-bit pixels [B, H, W, C], which is not "
@@ -245,7 +243,7 @@ def training_loss(
     elif objective == "flow":
         target = (schedule.path_noise or 1.0) * noise - x0
     else:
-        raise ValueError(_unknown("objective", objective, OBJECTIVES))
+        raise ValueError(unknown("objective", objective, OBJECTIVES))
     mse = _mean(jnp.square(target - prediction))
     metrics = {"mse": mse}
     loss = _at(loss_weights(schedule, objective, weighting), t, dtype=dtype) * mse
@@ -260,49 +258,6 @@ def training_loss(
         metrics["vb"] = vb_bits_per_dim(schedule, frozen._replace(var_frac=var_frac), x0, x_t, t)
         loss = loss + vlb_weight * schedule.num_timesteps * metrics["vb"]
     return loss, metrics
-
-
-def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarray:
-    """w_t [T] float64 for the squared error in the objective's own variable.
-
-    'uniform' is 1. The others weigh the error in x0 by a function of the signal-to-noise ratio, and are
-    carried over to the objective (error in x0 = error in eps / SNR = error in v / (SNR + 1) = error in the
-    velocity u^2): 'min_snr' is min(SNR, 5), 'min_snr:G' is min(SNR, G) (Hang et al. 2023). 'p2' is SNR / (1 +
-    SNR), that is 1 / (1 + SNR) on the error in eps (Choi et al. 2022, k = gamma = 1). 'v' is SNR + 1 = 1 /
-    sigma^2, the error in v, with sigma at least 0.05; 'v:S': at least S. 'flow' is 1 / max(u, 0.05)^2, the
-    error in the velocity for a network of any objective (JiT, Li & He 2025).
-    """
-    snr, u = schedule.snr, schedule.path_time
-    if objective not in OBJECTIVES:
-        raise ValueError(_unknown("objective", objective, OBJECTIVES))
-    if weighting == "uniform":
-        return np.ones_like(snr)
-    name, colon, text = weighting.partition(":")
-    if name == "min_snr":
-        on_x0 = np.minimum(snr, _number(weighting, text, np.inf) if colon else 5.0)
-    elif weighting == "p2":
-        on_x0 = snr / (1.0 + snr)
-    elif name == "v":
-        on_x0 = np.minimum(snr + 1.0, (_number(weighting, text, 1.0) if colon else 0.05) ** -2)
-    elif weighting == "flow":
-        on_x0 = 1.0 / np.maximum(u, 0.05) ** 2
-    else:
-        raise ValueError(_unknown("weighting", weighting, WEIGHTINGS))
-    return on_x0 / {"eps": snr, "x0": 1.0, "v": snr + 1.0, "flow": 1.0 / u**2}[objective]
-
-
-def _number(weighting: str, text: str, below: float) -> float:
-    """The positive number `text` behind the colon of a weighting."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < below:
-        raise ValueError(
-            f"weighting {weighting!r} must look like 'min_snr:50' or 'v:0.4': the largest signal-to-noise "
-            "ratio, or the least sigma, below 1"
-        )
-    return number
 
 
 def vb_bits_per_dim(
@@ -400,9 +355,3 @@ def _mean(x: jax.Array) -> jax.Array:
 
 def _normal_cdf(z: jax.Array) -> jax.Array:
     return 0.5 * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
-
-
-def _unknown(what: str, name: str, names: tuple[str, ...]) -> str:
-    near = nearest(name, names)
-    hint = f" (did you mean {near}?)" if near else ""
-    return f"unknown {what} {name!r}: choose one of {', '.join(names)}{hint}"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.models.diffusion import process, schedules
+from dalle2_jax.models.diffusion.weights import loss_weights
 
 COSINE = schedules.make_schedule("cosine")
 TIMES = np.array([0, 1, 37, 500, 900, 999])
@@ -146,7 +147,7 @@ def test_weightings_do_not_depend_on_the_objective(example, weighting):
     ],
 )
 def test_weights_are_those_of_their_papers(objective, weighting, expected):
-    weights = process.loss_weights(COSINE, objective, weighting)
+    weights = loss_weights(COSINE, objective, weighting)
     for t in (0, 250, 999):
         alpha_bar = COSINE.alpha_bar[t]
         assert weights[t] == pytest.approx(expected(alpha_bar / (1 - alpha_bar)))
@@ -155,7 +156,7 @@ def test_weights_are_those_of_their_papers(objective, weighting, expected):
 def test_loss_is_the_weighted_error_plus_a_thousandth_of_the_bound(example):
     """With T terms in the bound, one of them at lambda T = T / 1000: 1 for T = 1000."""
     loss, metrics = jax.device_get(loss_of(example, example["output"], weighting="p2"))
-    weights = process.loss_weights(COSINE, "eps", "p2")[TIMES]
+    weights = loss_weights(COSINE, "eps", "p2")[TIMES]
     np.testing.assert_allclose(loss, weights * metrics["mse"] + metrics["vb"], rtol=1e-6)
     half, _ = loss_of(example, example["output"], weighting="p2", vlb_weight=5e-4)
     np.testing.assert_allclose(loss - half, 0.5 * metrics["vb"], rtol=1e-4)
