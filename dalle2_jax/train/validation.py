@@ -37,7 +37,7 @@ class Validation:
         self._count, self._dataset = count, dataset
         self._labels: list[str] | None = captions or None
         # drawn without conditions, a picture has nothing to do with its record's caption
-        self._unconditional = shows == "sample" and len(stage.batch_spec(1)) == 1
+        self._unconditional = shows == "sample" and not getattr(stage, "conditional", True)
         self._sampled = self._batches[0]
         by_prior = captions and "image_embed" in stage.batch_spec(1)
         prior = Prior.load(config["sample_prior"], plan) if by_prior else None

@@ -45,6 +45,11 @@ class CodeModel:
         """Defaults of `sample`."""
         return {name: getattr(self, name) for name in NAMES}
 
+    @property
+    def conditional(self) -> bool:
+        """Whether it reads a caption or a class."""
+        return len(self.batch_spec(1)) > 1
+
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The fields that `loss` reads; `sample` reads the same without codes."""
         raise NotImplementedError
@@ -82,8 +87,7 @@ class CodeModel:
         if unknown := chosen.keys() - NAMES:
             raise TypeError(f"unknown settings of sampling: {', '.join(unknown)}")
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        conditional = len(self.batch_spec(1)) > 1
-        guided = conditional and is_guided(scale)
+        guided = self.conditional and is_guided(scale)
         how = Options(
             chosen["temperature"],
             chosen["top_k"] or None,

@@ -104,6 +104,11 @@ class DiffusionStage:
         return self.low_res.size if self.low_res else None
 
     @property
+    def conditional(self) -> bool:
+        """Whether it draws from anything besides noise."""
+        return bool(self.conditions or self.low_res)
+
+    @property
     def guidable(self) -> bool:
         """Whether there is a null for guidance to lead away from."""
         if self.low_res:

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.models.diffusion import process, schedules
-from dalle2_jax.models.diffusion.weights import loss_weights
+from dalle2_jax.models.diffusion import process, schedules, weights
 
 COSINE = schedules.make_schedule("cosine")
 TIMES = np.array([0, 1, 37, 500, 900, 999])
@@ -78,7 +77,7 @@ def test_times_are_per_sample(example):
         np.testing.assert_array_equal(alone, example["x_t"][row])
 
 
-@pytest.mark.parametrize("objective", process.OBJECTIVES)
+@pytest.mark.parametrize("objective", weights.OBJECTIVES)
 def test_the_target_of_every_objective_gives_back_x0_and_eps(example, objective):
     """To float32's rounding, which 1 / sqrt(alpha_bar) = 2e4 at t = 999 and 1 / sigma = 156 at t = 0
     amplify."""
@@ -95,7 +94,7 @@ def test_the_target_of_every_objective_gives_back_x0_and_eps(example, objective)
     assert np.all(np.abs(prediction.eps - noise) <= rounding * 4 * eps_gain)
 
 
-@pytest.mark.parametrize("objective", process.OBJECTIVES)
+@pytest.mark.parametrize("objective", weights.OBJECTIVES)
 def test_x0_and_eps_of_any_output_are_consistent_with_x_t(example, objective):
     prediction = to_prediction(example["output"], example["x_t"], TIMES, objective, True)
     x_t = q_sample(prediction.x0, TIMES, prediction.eps)
@@ -108,8 +107,8 @@ def test_the_second_half_of_the_channels_is_the_variance_fraction(example):
     np.testing.assert_allclose(prediction.var_frac, (example["output"][..., 3:] + 1) / 2)
 
 
-@pytest.mark.parametrize("weighting", process.WEIGHTINGS)
-@pytest.mark.parametrize("objective", process.OBJECTIVES)
+@pytest.mark.parametrize("weighting", weights.WEIGHTINGS)
+@pytest.mark.parametrize("objective", weights.OBJECTIVES)
 def test_a_perfect_output_has_no_loss(example, objective, weighting):
     signal, sigma = map(np.asarray, process.signal_and_sigma(COSINE, TIMES, 4))
     x0, noise = example["x0"], example["noise"]
@@ -147,17 +146,17 @@ def test_weightings_do_not_depend_on_the_objective(example, weighting):
     ],
 )
 def test_weights_are_those_of_their_papers(objective, weighting, expected):
-    weights = loss_weights(COSINE, objective, weighting)
+    by_time = weights.loss_weights(COSINE, objective, weighting)
     for t in (0, 250, 999):
         alpha_bar = COSINE.alpha_bar[t]
-        assert weights[t] == pytest.approx(expected(alpha_bar / (1 - alpha_bar)))
+        assert by_time[t] == pytest.approx(expected(alpha_bar / (1 - alpha_bar)))
 
 
 def test_loss_is_the_weighted_error_plus_a_thousandth_of_the_bound(example):
     """With T terms in the bound, one of them at lambda T = T / 1000: 1 for T = 1000."""
     loss, metrics = jax.device_get(loss_of(example, example["output"], weighting="p2"))
-    weights = loss_weights(COSINE, "eps", "p2")[TIMES]
-    np.testing.assert_allclose(loss, weights * metrics["mse"] + metrics["vb"], rtol=1e-6)
+    by_time = weights.loss_weights(COSINE, "eps", "p2")[TIMES]
+    np.testing.assert_allclose(loss, by_time * metrics["mse"] + metrics["vb"], rtol=1e-6)
     half, _ = loss_of(example, example["output"], weighting="p2", vlb_weight=5e-4)
     np.testing.assert_allclose(loss - half, 0.5 * metrics["vb"], rtol=1e-4)
     short = schedules.make_schedule("cosine", 100)
@@ -173,7 +172,7 @@ def test_loss_is_the_weighted_error_plus_a_thousandth_of_the_bound(example):
     np.testing.assert_allclose(loss, metrics["mse"] + 0.1 * metrics["vb"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("objective", process.OBJECTIVES)
+@pytest.mark.parametrize("objective", weights.OBJECTIVES)
 def test_the_bound_is_the_kl_between_textbook_gaussians(example, objective):
     """KL(N(m1, v1) || N(m2, v2)) in float64, the means from x0, x_t and betas (Ho et al. 2020, equation
     7)."""
