@@ -128,9 +128,8 @@ def adm(run: Trained) -> list[Score]:
 
 def _class_captions(classes: list[str]) -> list[str]:
     """N captions such as 'an orange star': each class in turn."""
-    return [
-        f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for _, name in zip(range(N), itertools.cycle(classes))
-    ]
+    names = itertools.islice(itertools.cycle(classes), N)
+    return [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
 
 
 def _places(images: np.ndarray) -> np.ndarray:
