@@ -12,4 +12,5 @@ def get_config(preset: str = ""):
     del config.model["process"]
     config.model.update(schedule="cosine", learned_variance=True, scale_shift=True)
     config.model.net = dict(resample="conv")
+    config.num_steps = 3000
     return config
