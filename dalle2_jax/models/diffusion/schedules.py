@@ -27,7 +27,7 @@ import numpy as np
 
 from dalle2_jax.runtime.names import nearest
 
-NAMES = ("linear", "cosine", "cosine:4", "logsnr", "flow", "flow:2")
+NAMES = ("linear", "cosine", "cosine:4", "logsnr", "logsnr:4", "flow", "flow:2")
 # The ends of 'logsnr': log(alpha_bar / (1 - alpha_bar)) is in +-20.
 _MOST_LOGSNR = 20.0
 SPACINGS = ("uniform", "trailing", "adm", "ddim", "fast27", "sections:10,10,3,2,2", "shift:3")
@@ -42,7 +42,7 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
     times smaller by averaging shows as much as 'cosine' leaves of a picture of that size (simple diffusion,
     Hoogeboom et al. 2023, equation 4). 'logsnr' is that of classifier-free guidance (Ho & Salimans 2022,
     section 2): log SNR = -2 log tan(a u + b) at u = (t + 1) / T, within +-20. Its time is continuous: take T
-    = 65536, and scale the network's time by 1000 / T. 'flow' is flow matching's straight path, 'flow:F' the
+    = 65536, and scale the network's time by 1000 / T. 'logsnr:F' is moved as 'cosine:F' is. 'flow' is flow matching's straight path, 'flow:F' the
     one with k = F, for pictures of F times the side (JiT, Li & He 2025: 'flow:2' at 512 pixels).
 
     Raises ValueError for another name, and for fewer steps than the schedule can be defined on.
@@ -50,6 +50,8 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
     name, _, factor = name.partition(":")
     if num_timesteps < 1:
         raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
+    if factor and name not in ("cosine", "logsnr", "flow"):
+        raise ValueError(_no_factor(name, factor))
     if name == "linear":
         if num_timesteps <= 20:
             raise ValueError(
@@ -57,10 +59,11 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
             )
         scale = 1000.0 / num_timesteps
         beta = np.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=np.float64)
+        alpha_bar = np.cumprod(1.0 - beta)
     elif name == "cosine":
         u = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
         f = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
-        beta = np.minimum(1.0 - f[1:] / f[:-1], 0.999)
+        alpha_bar = np.cumprod(1.0 - np.minimum(1.0 - f[1:] / f[:-1], 0.999))
     elif name == "flow":
         u = np.arange(1, num_timesteps + 1) / num_timesteps
         k = _factor(name, factor) if factor else 1.0
@@ -69,12 +72,11 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
         b = np.arctan(np.exp(-0.5 * _MOST_LOGSNR))
         a = np.arctan(np.exp(0.5 * _MOST_LOGSNR)) - b
         # alpha_bar = sigmoid(-2 log tan x) = cos(x)^2
-        return Schedule(name, np.cos(a * np.arange(1, num_timesteps + 1) / num_timesteps + b) ** 2)
+        alpha_bar = np.cos(a * np.arange(1, num_timesteps + 1) / num_timesteps + b) ** 2
     else:
         raise ValueError(
             f"unknown schedule {name!r}: choose one of {', '.join(NAMES)}{_did_you_mean(name, NAMES)}"
         )
-    alpha_bar = np.cumprod(1.0 - beta)
     if factor:
         alpha_bar = alpha_bar / (alpha_bar + _factor(name, factor) ** 2 * (1.0 - alpha_bar))
     return Schedule(f"{name}:{factor}" if factor else name, alpha_bar)
@@ -85,12 +87,16 @@ def _factor(name: str, text: str) -> float:
         factor = float(text)
     except ValueError:
         factor = 0.0
-    if name not in ("cosine", "flow") or not 0 < factor < np.inf:
-        raise ValueError(
-            f"schedule '{name}:{text}' must look like 'cosine:4' or 'flow:2', with a positive ratio of "
-            "pictures' sides"
-        )
+    if not 0 < factor < np.inf:
+        raise ValueError(_no_factor(name, text))
     return factor
+
+
+def _no_factor(name: str, text: str) -> str:
+    return (
+        f"schedule '{name}:{text}' must look like 'cosine:4', 'logsnr:4' or 'flow:2', with a positive ratio of "
+        "pictures' sides"
+    )
 
 
 def space_timesteps(num_steps: int, num_timesteps: int = 1000, spacing: str = "uniform") -> np.ndarray:

@@ -371,7 +371,7 @@ def test_settings_that_do_not_fit_are_refused(changes, message):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: schedules.make_schedule("flow:0"), "must look like 'cosine:4' or 'flow:2'"),
+        (lambda: schedules.make_schedule("flow:0"), "'flow:2', with a positive ratio"),
         (lambda: schedules.space_timesteps(4, 1000, "shift:x"), "must look like 'shift:3'"),
         (lambda: schedules.space_timesteps(900, 1000, "shift:3"), "no 900 distinct times of 1000"),
         (lambda: diffusion(method="heun").with_settings(method="analytic"), "divides by alpha_bar"),

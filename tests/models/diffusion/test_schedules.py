@@ -139,6 +139,8 @@ def test_a_shifted_cosine_leaves_of_the_averaged_picture_what_cosine_leaves_of_a
         (1 - COSINE.alpha_bar) / COSINE.alpha_bar,
         rtol=1e-10,
     )
+    moved, continuous = (schedules.make_schedule(name, 4096) for name in ("logsnr:2", "logsnr"))
+    np.testing.assert_allclose(moved.snr * 4, continuous.snr, rtol=1e-6)
     assert shifted != COSINE and schedules.make_schedule("cosine:1.0").snr == pytest.approx(COSINE.snr)
 
 
@@ -152,6 +154,7 @@ def test_trailing_starts_at_the_noisiest_time():
         (lambda: schedules.make_schedule("cosin"), "did you mean 'cosine'"),
         (lambda: schedules.make_schedule("linear", 20), "more than 20"),
         (lambda: schedules.make_schedule("linear:4"), "must look like 'cosine:4'"),
+        (lambda: schedules.make_schedule("linear:x"), "must look like 'cosine:4'"),
         (lambda: schedules.make_schedule("cosine:-4"), "must look like 'cosine:4'"),
         (lambda: schedules.space_timesteps(0), "between 1 and"),
         (lambda: schedules.space_timesteps(1001), "between 1 and"),
