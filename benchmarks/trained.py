@@ -22,7 +22,7 @@ from dalle2_jax.generate.pipeline import Pipeline
 from dalle2_jax.runtime import checkpoint, modeldir
 
 BATCH = 64  # pictures at a time
-BITS, BITS_STEPS = 256, 50  # pictures, and steps of the bound, of bits per dimension
+BITS, BITS_STEPS = 32, 1000  # pictures, and steps of the bound (all), of bits per dimension
 
 
 @dataclasses.dataclass(frozen=True)

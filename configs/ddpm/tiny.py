@@ -13,7 +13,7 @@ from dalle2_jax.configs.tiny import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=4000, batch_size=32, learning_rate=2e-3)
+    config = common.get_config(num_steps=6000, batch_size=32, learning_rate=2e-3)
     config.stage = "decoder"
     config.model = dict(
         image_size=16,
@@ -27,7 +27,7 @@ def get_config(preset: str = ""):
         scale_shift=False,
         schedule="linear",
         learned_variance=False,
-        weighting="min_snr:50",
+        weighting="p2:0.5",
         process=dict(fixed_variance=1.0),
         num_steps=250,
         method="ddpm",

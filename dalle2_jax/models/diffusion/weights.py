@@ -6,7 +6,7 @@ from dalle2_jax.models.diffusion.schedules import Schedule
 from dalle2_jax.runtime.names import nearest
 
 OBJECTIVES = ("eps", "x0", "v", "flow")
-WEIGHTINGS = ("uniform", "min_snr", "min_snr:50", "min_snr:0.1,5", "p2", "v", "flow")
+WEIGHTINGS = ("uniform", "min_snr", "min_snr:50", "min_snr:0.1,5", "p2", "p2:0.5", "v", "flow")
 
 
 def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarray:
@@ -16,8 +16,8 @@ def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarr
     carried over to the objective (error in x0 = error in eps / SNR = error in v / (SNR + 1) = error in the
     velocity u^2): 'min_snr' is min(SNR, 5), 'min_snr:G' is min(SNR, G) (Hang et al. 2023), and 'min_snr:F,G'
     is at least F besides (Salimans & Ho 2022, section 4, has max(SNR, 1)), for conditions that show only
-    where there is hardly any signal. 'p2' is SNR / (1 + SNR), that is 1 / (1 + SNR) on the error in eps
-    (Choi et al. 2022, k = gamma = 1). 'v' is SNR + 1 = 1 / sigma^2, the error in v, with sigma at least
+    where there is hardly any signal. 'p2' is SNR / (1 + SNR), that is 1 / (1 + SNR) on the error in eps,
+    and 'p2:Y' 1 / (1 + SNR)^Y (Choi et al. 2022, equation 8 with k = 1). 'v' is SNR + 1 = 1 / sigma^2, the error in v, with sigma at least
     0.05. 'flow' is 1 / max(u, 0.05)^2, the error in the velocity for a network of any objective (JiT, Li &
     He 2025).
     """
@@ -26,10 +26,11 @@ def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarr
         raise ValueError(unknown("objective", objective, OBJECTIVES))
     if weighting == "uniform":
         return np.ones_like(snr)
-    if weighting.partition(":")[0] == "min_snr":
-        on_x0 = np.clip(snr, *_bounds(weighting))
-    elif weighting == "p2":
-        on_x0 = snr / (1.0 + snr)
+    name, colon, text = weighting.partition(":")
+    if name == "min_snr":
+        on_x0 = np.clip(snr, *(_bounds(weighting, text) if colon else (0.0, 5.0)))
+    elif name == "p2":
+        on_x0 = snr / (1.0 + snr) ** (_numbers(weighting, text, 1)[0] if colon else 1.0)
     elif weighting == "v":
         on_x0 = np.minimum(snr + 1.0, 0.05**-2)
     elif weighting == "flow":
@@ -39,20 +40,30 @@ def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarr
     return on_x0 / {"eps": snr, "x0": 1.0, "v": snr + 1.0, "flow": 1.0 / u**2}[objective]
 
 
-def _bounds(weighting: str) -> tuple[float, float]:
-    """(F, G) of 'min_snr:F,G'."""
-    _, colon, text = weighting.partition(":")
+def _bounds(weighting: str, text: str) -> tuple[float, float]:
+    """(F, G) of 'min_snr:F,G', (0, G) of 'min_snr:G'."""
+    *least, most = _numbers(weighting, text, 2)
+    if least and least[0] >= most:
+        raise ValueError(_form(weighting))
+    return (least[0] if least else 0.0), most
+
+
+def _numbers(weighting: str, text: str, most: int) -> list[float]:
+    """One to `most` positive numbers, with commas between."""
     try:
-        *least, most = [float(part) for part in text.split(",")] if colon else [5.0]
+        numbers = [float(part) for part in text.split(",")]
     except ValueError:
-        most, least = 0.0, []
-    low = least[0] if least else 0.0
-    if len(least) > 1 or not 0 <= low < most < np.inf:
-        raise ValueError(
-            f"weighting {weighting!r} must look like 'min_snr:50', with the most that a signal-to-noise ratio "
-            "weighs, or 'min_snr:0.1,5', with the least and the most"
-        )
-    return low, most
+        numbers = []
+    if not 1 <= len(numbers) <= most or not all(0 < number < np.inf for number in numbers):
+        raise ValueError(_form(weighting))
+    return numbers
+
+
+def _form(weighting: str) -> str:
+    return (
+        f"weighting {weighting!r} must look like 'min_snr:50', with the most that a signal-to-noise ratio "
+        "weighs, 'min_snr:0.1,5', with the least and the most, or 'p2:0.5', with the power"
+    )
 
 
 def unknown(what: str, name: str, names: tuple[str, ...]) -> str:

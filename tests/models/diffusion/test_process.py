@@ -137,6 +137,7 @@ def test_weightings_do_not_depend_on_the_objective(example, weighting):
     [
         ("eps", "uniform", lambda snr: 1.0),
         ("eps", "p2", lambda snr: 1 / (1 + snr)),
+        ("eps", "p2:0.5", lambda snr: (1 + snr) ** -0.5),
         ("eps", "min_snr", lambda snr: min(snr, 5) / snr),
         ("eps", "min_snr:50", lambda snr: min(snr, 50) / snr),
         ("x0", "min_snr", lambda snr: min(snr, 5)),
@@ -377,7 +378,7 @@ def test_mistakes_are_answered_with_what_to_change(example):
         loss_of(example, example["output"], "epsi")
     with pytest.raises(ValueError, match="did you mean 'min_snr'"):
         loss_of(example, example["output"], weighting="minsnr")
-    for weighting in ("min_snr:", "min_snr:ten", "min_snr:0", "min_snr:inf", "min_snr:5,1", "min_snr:1,2,3"):
+    for weighting in ("min_snr:", "min_snr:ten", "min_snr:0", "min_snr:inf", "min_snr:5,1", "min_snr:1,2,3", "p2:x", "p2:1,2"):
         with pytest.raises(ValueError, match=f"'{weighting}' must look like 'min_snr:50'"):
             loss_of(example, example["output"], weighting=weighting)
     with pytest.raises(ValueError, match=r"must be \(6, 4, 4, 6\)"):
