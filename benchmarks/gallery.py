@@ -10,7 +10,7 @@ anything is drawn; no picture is chosen.
     DIR/path                between two training pictures of one style
     DIR/textdiff, ..-N      drawn pictures, and one of them changed by text
     DIR/inpaint, ..-N       a drawn picture, and a part of it drawn anew
-    DIR/chinese             Chinese captions of validation records
+    DIR/chinese             Chinese captions of validation records; table.png has the English ones beside
     DIR/validation          fifty validation captions, a file each; table.png says what training lacked
     DIR/records             the training pictures that edits begin with
 
@@ -91,7 +91,7 @@ class Gallery:
         return [self.out / name / entry["file"] for entry in drawn["pictures"]]
 
     def table(self, name: str, captions: Sequence[str], marks: Sequence[str], columns: int) -> None:
-        """Draw captions into OUT/NAME; table.png labels each with its mark and caption."""
+        """Draw captions into OUT/NAME; table.png labels each with its mark in brackets, and its caption."""
         drawn = self.run(name, "generate", *captions, shown="table.png")
         labels = [
             f"[{mark}] {caption}" if mark else caption for mark, caption in zip(marks, captions, strict=True)
@@ -247,9 +247,11 @@ def captions_of(gallery: Gallery, records: list[dict], draw: random.Random) -> N
     if not held_out:
         raise SystemExit("the shards have no validation records of these styles")
     some = draw.sample(held_out, min(CHINESE, len(held_out)))
-    meanings = "; ".join(f'{record["caption_zh"]}: "{record["caption"]}"' for record in some)
-    gallery.section("Chinese captions", f"Of validation records drawn by the seed. {meanings}.")
-    gallery.run("chinese", "generate", *(record["caption_zh"] for record in some))
+    about = "Of validation records drawn by the seed; their English captions, not given, in brackets."
+    gallery.section("Chinese captions", about)
+    # their meaning in brackets: not every machine has a font for the captions
+    chinese, english = [x["caption_zh"] for x in some], [x["caption"] for x in some]
+    gallery.table("chinese", chinese, english, columns=4)
     some = draw.sample(held_out, min(VALIDATION, len(held_out)))
     gallery.section(
         f"{len(some)} validation captions",

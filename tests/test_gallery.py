@@ -67,6 +67,7 @@ def test_every_picture_has_its_command(tmp_path, shards, monkeypatch):
     folders = [words[-1].removeprefix(f"--out={tmp_path}/out/") for words in ran]
     assert [name.split("/")[0] for name in shown] == folders and len(ran) == 12
     assert (tmp_path / "out/concepts/table.png").exists() and (tmp_path / "out/validation/table.png").exists()
+    assert shown[folders.index("chinese")] == "chinese/table.png"
     first = ran[0][2:8]  # the concept with a held-out pair comes first
     assert first[:2] == ["a fox in 3D style", "a fox in flat style"]
     assert set(first[2:]) == {
