@@ -7,7 +7,7 @@ The first word is the data: `scenes` (16 x 16, on CLIP's embeddings; configs/tin
 transformer on pixel patches that predicts x0 with the loss in v, by Muon, with products in bfloat16.
 """
 
-from dalle2_jax.configs.emoji import common as emoji
+from dalle2_jax.configs.emoji_styles import common as emoji
 from dalle2_jax.configs.tiny import decoder
 
 UNET = ("channels", "channel_mult", "num_res_blocks", "attention_resolutions", "head_dim")

@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
             schedule="constant",
             final_fraction=0.0,
             decay_steps=0,  # of a schedule; 0: num_steps
+            decay_fraction=1.0,
             warmup_steps=10_000,
             beta1=0.9,
             beta2=0.999,

@@ -35,6 +35,7 @@ DEBUG = (*PAPER, AR_PRIOR, *MODERN)
 CASES = [(recipe, "") for recipe in RECIPES] + [(recipe, "debug") for recipe in DEBUG]
 # Recipes beside a folder's cascade: what may take a stage's place, or steer one.
 BESIDE = (".ar_prior", ".classifier", ".noisy_clip", ".decoder64", ".upsampler1024", ".folder")
+BESIDE += (".judge_clip", ".judge_style")
 TO_1024 = ("clip", "prior", "decoder64", "upsampler256", "upsampler1024")
 # Cascades: CLIP, prior, decoder, upsamplers.
 CASCADES = {
@@ -57,7 +58,7 @@ CASCADES = {
                 ),
             )
         )
-        for folder in ("tiny", "bundled", "emoji")
+        for folder in ("tiny", "bundled", "emoji_styles")
     },
 }
 
@@ -200,6 +201,14 @@ def test_stages_of_a_cascade_fit_together(cascade, preset):
         side = upsampler["image_size"]
     languages = {config_of(recipe)["data"]["language"] for recipe in CASCADES[cascade]}
     assert len(languages) == 1
+
+
+def test_the_cascade_of_emoji_fits_the_package_and_mirrors_nothing():
+    """Four stages in bfloat16, with less than 40 MB; arrows, clocks and letters stay as they are."""
+    configs = [config_of(recipe) for recipe in CASCADES["emoji_styles"]]
+    assert [config["stage"] for config in configs] == ["clip", "prior", "decoder", "upsampler"]
+    assert 30e6 < 2 * sum(count(abstract(config)[1]) for config in configs) < 40e6
+    assert not any(config["data"]["flip"] for config in configs)
 
 
 # --- the paper ---

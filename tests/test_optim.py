@@ -247,6 +247,16 @@ class TestSchedule:
         lr = optim.make_schedule(1.0, 10, "cosine", final_fraction=0.2)
         np.testing.assert_allclose([lr(0), lr(5), lr(10)], [1, 0.6, 0.2], rtol=1e-6)
 
+    def test_the_rate_falls_over_the_last_steps_alone(self):
+        """Ten steps of warm-up, and the last fifth of the 50 after it: from step 50 to 60."""
+        for name in ("linear", "cosine"):
+            lr = optim.make_schedule(1.0, 60, name, 10, final_fraction=0.2, decay_fraction=0.2)
+            np.testing.assert_allclose([lr(9), lr(50), lr(55), lr(60)], [1, 1, 0.6, 0.2], rtol=1e-6)
+        longer = optim.make_schedule(1.0, 110, "linear", 10, final_fraction=0.2, decay_fraction=0.2)
+        assert all(longer(n) == lr(n) for n in range(51))  # what was trained before the fall goes on
+        early = optim.make_schedule(1.0, 110, "cosine", 10, 0.2, decay_steps=60, decay_fraction=0.2)
+        assert [early(n) for n in range(60)] == [lr(n) for n in range(60)]
+
     def test_warmup_joins_without_a_jump(self):
         for name in optim.SCHEDULES:
             lr = optim.make_schedule(1.0, 1000, name, warmup_steps=100)
@@ -269,6 +279,8 @@ class TestSchedule:
         (dict(warmup_steps=100), "optim.warmup_steps"),
         (dict(warmup_steps=-1), "optim.warmup_steps"),
         (dict(final_fraction=2.0), "optim.final_fraction"),
+        (dict(decay_fraction=0.0), "optim.decay_fraction"),
+        (dict(decay_fraction=1.5), "optim.decay_fraction"),
         (dict(beta2=1.0), "optim.beta2"),
         (dict(eps=0.0), "optim.eps"),
         (dict(weight_decay=-0.1), "optim.weight_decay"),

@@ -1,1 +1,1 @@
-"""Recipes for emoji in several styles, and the judges of their drawings."""
+"""Recipes for emoji in several styles (docs/emoji.md), and the judges of their drawings."""

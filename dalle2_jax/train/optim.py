@@ -54,11 +54,13 @@ def make_schedule(
     warmup_steps: int = 0,
     final_fraction: float = 0.0,
     decay_steps: int = 0,
+    decay_fraction: float = 1.0,
 ) -> optax.Schedule:
     """Returns lr(n) for n = 0 .. num_steps - 1, float32.
 
     During the warm-up lr(n) = learning_rate (n + 1) / warmup_steps, so that the first step already moves.
-    After it, with p = (n - warmup_steps) / (D - warmup_steps) in [0, 1], and D = decay_steps or num_steps:
+    After it, with D = decay_steps or num_steps, S = D - decay_fraction (D - warmup_steps) in whole steps, and
+    p = (n - S) / (D - S) in [0, 1]:
       constant: learning_rate
       linear:   learning_rate (1 - p (1 - final_fraction))
       cosine:   learning_rate (final_fraction + (1 - final_fraction) (1 + cos(pi p)) / 2)
@@ -75,10 +77,14 @@ def make_schedule(
         )
     if not 0 <= final_fraction <= 1:
         raise ValueError(f"optim.final_fraction={final_fraction} must be in [0, 1]")
+    if not 0 < decay_fraction <= 1:
+        raise ValueError(f"optim.decay_fraction={decay_fraction} must be in (0, 1]; 1: all after the warm-up")
+    end = decay_steps or num_steps
+    start = end - max(1, round(decay_fraction * (end - warmup_steps)))
 
     def lr(n: jax.Array | int) -> jax.Array:
         n = jnp.asarray(n, jnp.float32)
-        p = jnp.clip((n - warmup_steps) / ((decay_steps or num_steps) - warmup_steps), 0.0, 1.0)
+        p = jnp.clip((n - start) / (end - start), 0.0, 1.0)
         if schedule == "cosine":
             shape = final_fraction + (1 - final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * p))
         elif schedule == "linear":
@@ -195,6 +201,7 @@ class Settings:
       optimizer: 'adamw' or 'adafactor'; of Adafactor's a rate is relative to the RMS of each array.
       num_steps: length of the run; cosine and linear schedules end there at `final_fraction` of the peak.
       decay_steps: they end at this step instead, and stay there; 0: num_steps.
+      decay_fraction: they fall over this last share of the steps after the warm-up, at the peak before it.
       warmup_steps: steps of linear warm-up.
       schedule: 'constant', 'cosine' or 'linear'.
       beta1, beta2, eps: of AdamW, each beta in [0, 1).
@@ -214,6 +221,7 @@ class Settings:
     schedule: str = "constant"
     final_fraction: float = 0.0
     decay_steps: int = 0
+    decay_fraction: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -239,7 +247,7 @@ class Settings:
 
     def learning_rates(self, peak: float) -> optax.Schedule:
         """`make_schedule` with this peak."""
-        shape = self.schedule, self.warmup_steps, self.final_fraction, self.decay_steps
+        shape = self.schedule, self.warmup_steps, self.final_fraction, self.decay_steps, self.decay_fraction
         return make_schedule(peak, self.num_steps, *shape)
 
 

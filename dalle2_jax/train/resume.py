@@ -49,7 +49,7 @@ FREE = (
 )
 # Settings that config.json of older workdirs lacks, with what these runs did.
 SETTINGS_SINCE = {"spike_sigma": 0.0, "cpu_products": "float32", "frozen": {}, "trainable": []}
-OPTIM_SINCE = {"optimizer": "adamw", "decay_steps": 0}  # the same of config.optim
+OPTIM_SINCE = {"optimizer": "adamw", "decay_steps": 0, "decay_fraction": 1.0}  # of config.optim
 # Names that also stand for what is compared with the checkpoint, beside settings.
 DATA, CLIP = "data", "clip"
 MAX_FILES = 10_000  # of a dataset that a checkpoint lists

@@ -1,20 +1,20 @@
-"""Diffusion prior on emoji, about four minutes on two cores.
+"""Diffusion prior on emoji in styles; 115 TFLOP, about twenty minutes on two cores.
 
-python -m dalle2_jax.train --config=configs/emoji/prior.py --workdir=DIR --config.clip=CLIP \
+python -m dalle2_jax.train --config=configs/emoji_styles/prior.py --workdir=DIR --config.clip=CLIP \
     --config.data.path=SHARDS
 """
 
-from dalle2_jax.configs.emoji import common
+from dalle2_jax.configs.emoji_styles import common
 
 
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=800, batch_size=64, learning_rate=1e-3)
+    config = common.get_config(num_steps=3000, batch_size=64, learning_rate=1e-3)
     config.stage = "prior"
     config.model = dict(
         embed_dim=common.EMBED_DIM,
-        text=dict(vocab_size=2048, context_length=32, width=192, depth=4, num_heads=6),
+        text=dict(common.TEXT, width=192, depth=6, num_heads=6),
         text_drop=0.1,
         num_steps=64,
         num_candidates=2,

@@ -1,7 +1,7 @@
-"""Common settings of the emoji recipes: Noto Emoji at 32 -> 128, captions in English and Chinese, tar shards.
+"""Common settings of the cascade on emoji in styles: 32 -> 128, captions in English and Chinese, tar shards.
 
-The shards hold `train-*.tar` and `val-*.tar` as img2dataset writes them, with `caption` and `caption_zh` in
-the JSON of a record; give their folder with --config.data.path.
+The shards are those that `shards.py --styles=3d,flat,noto,twemoji` writes; give their folder with
+--config.data.path. No picture is mirrored: arrows, clocks and letters would be wrong.
 """
 
 from dalle2_jax.configs import common
@@ -11,9 +11,9 @@ TEXT = dict(vocab_size=2048, context_length=32, width=128, depth=3, num_heads=4)
 
 
 def get_config(num_steps: int, batch_size: int, learning_rate: float):
-    """A recipe on the emoji shards; stage and model are missing."""
+    """A recipe on the shards; stage and model are missing."""
     config = common.get_config()
-    config.data.update(source="tar", split="train", eval_split="val", language="any")
+    config.data.update(source="tar", split="train", eval_split="val", language="any", flip=False)
     config.tokenizer.update(vocab_size=TEXT["vocab_size"], context_length=TEXT["context_length"])
     config.optim.update(
         learning_rate=learning_rate,

@@ -1,1 +1,0 @@
-"""Recipes for pictures of emoji: docs/emoji.md."""
