@@ -42,8 +42,9 @@ def make_schedule(name: str, num_timesteps: int = 1000) -> "Schedule":
     times smaller by averaging shows as much as 'cosine' leaves of a picture of that size (simple diffusion,
     Hoogeboom et al. 2023, equation 4). 'logsnr' is that of classifier-free guidance (Ho & Salimans 2022,
     section 2): log SNR = -2 log tan(a u + b) at u = (t + 1) / T, within +-20. Its time is continuous: take T
-    = 65536, and scale the network's time by 1000 / T. 'logsnr:F' is moved as 'cosine:F' is. 'flow' is flow matching's straight path, 'flow:F' the
-    one with k = F, for pictures of F times the side (JiT, Li & He 2025: 'flow:2' at 512 pixels).
+    = 65536, and scale the network's time by 1000 / T. 'logsnr:F' is moved as 'cosine:F' is. 'flow' is flow
+    matching's straight path, 'flow:F' the one with k = F, for pictures of F times the side (JiT, Li & He
+    2025: 'flow:2' at 512 pixels).
 
     Raises ValueError for another name, and for fewer steps than the schedule can be defined on.
     """
@@ -94,8 +95,8 @@ def _factor(name: str, text: str) -> float:
 
 def _no_factor(name: str, text: str) -> str:
     return (
-        f"schedule '{name}:{text}' must look like 'cosine:4', 'logsnr:4' or 'flow:2', with a positive ratio of "
-        "pictures' sides"
+        f"schedule '{name}:{text}' must look like 'cosine:4', 'logsnr:4' or 'flow:2', with a positive ratio "
+        "of pictures' sides"
     )
 
 

@@ -14,12 +14,14 @@ def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarr
 
     'uniform' is 1. The others weigh the error in x0 by a function of the signal-to-noise ratio, and are
     carried over to the objective (error in x0 = error in eps / SNR = error in v / (SNR + 1) = error in the
-    velocity u^2): 'min_snr' is min(SNR, 5), 'min_snr:G' is min(SNR, G) (Hang et al. 2023), and 'min_snr:F,G'
-    is at least F besides (Salimans & Ho 2022, section 4, has max(SNR, 1)), for conditions that show only
-    where there is hardly any signal. 'p2' is SNR / (1 + SNR), that is 1 / (1 + SNR) on the error in eps,
-    and 'p2:Y' 1 / (1 + SNR)^Y (Choi et al. 2022, equation 8 with k = 1). 'v' is SNR + 1 = 1 / sigma^2, the error in v, with sigma at least
-    0.05. 'flow' is 1 / max(u, 0.05)^2, the error in the velocity for a network of any objective (JiT, Li &
-    He 2025).
+    velocity u^2):
+      'min_snr' is min(SNR, 5), 'min_snr:G' is min(SNR, G) (Hang et al. 2023), and 'min_snr:F,G' is at least F
+        besides (Salimans & Ho 2022, section 4, has max(SNR, 1)), for what shows through most noise;
+      'p2' is SNR / (1 + SNR), that is 1 / (1 + SNR) on the error in eps, and 'p2:Y' has 1 / (1 + SNR)^Y (Choi
+        et al. 2022, equation 8 with k = 1);
+      'v' is SNR + 1 = 1 / sigma^2, the error in v, with sigma at least 0.05;
+      'flow' is 1 / max(u, 0.05)^2, the error in the velocity for a network of any objective (JiT, Li & He
+        2025).
     """
     snr, u = schedule.snr, schedule.path_time
     if objective not in OBJECTIVES:

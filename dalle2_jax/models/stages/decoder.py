@@ -68,10 +68,10 @@ def build(
     image embeddings. embed_scale: factor of embeddings; None is sqrt(embed_dim), for those of unit norm.
     num_classes: 0 reads no class. num_heads: of every attention, in the place of head_dim. guidance_scale: 1
     where nothing is ever dropped. weighting ('uniform', 'p2', 'min_snr', 'min_snr:G', 'min_snr:F,G', 'p2:Y',
-    'v', 'flow'), loss ('hybrid', 'vlb'): see `diffusion.weights`, `.process`. threshold: percentile of dynamic
-    thresholding, None to clip. inpaint: the network also gets unmasked pixels, with random masks in training
-    (GLIDE; `init_from` a decoder without). process: `PROCESS`, see `diffusion.gaussian`. net: `unet.Style`,
-    or kind='vit' with the fields of `vit.PixelViT`.
+    'v', 'flow'), loss ('hybrid', 'vlb'): see `diffusion.weights`, `.process`. threshold: percentile of
+    dynamic thresholding, None to clip. inpaint: the network also gets unmasked pixels, with random masks in
+    training (GLIDE; `init_from` a decoder without). process: `PROCESS`, see `diffusion.gaussian`. net:
+    `unet.Style`, or kind='vit' with the fields of `vit.PixelViT`.
     """
     body, diffusion = body_and_process(build, locals())
     check_side(body, "image_size", image_size)
