@@ -82,7 +82,7 @@ def ddpm(run: Trained) -> list[Score]:
     """Pictures of an unconditional model that are scenes; its likelihood in training and at the end."""
     bits = {step: run.bits(run.at_step(step)) for step in (1000, 3000, 6000)}
     return [
-        share("legal, 250 of 1000 steps", run.legal(run.draw(N), show=32), 0.5),
+        share("legal, 250 of 1000 steps", run.legal(run.draw(N), show=32), 0.58),
         *(mean(f"bits per dimension at step {step}", x) for step, x in bits.items()),
         difference("bits: step 1000 less 3000", bits[1000], bits[3000]),
         difference("bits: step 3000 less 6000", bits[3000], bits[6000]),

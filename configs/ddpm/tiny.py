@@ -1,7 +1,7 @@
 """DDPM at 16 x 16 on scenes, without captions.
 
-The loss on eps has the weights of Min-SNR (arXiv 2303.09556), which are small at times of little noise,
-where no shape is in doubt: with a plain loss a run of this length draws hardly any shape clearly.
+The error in eps is weighed by 1 / (1 + SNR)^0.5 (P2, arXiv 2204.00227): with a plain loss a run of this
+length draws hardly any shape clearly, and with less weight at little noise its pictures stay grainy.
 
 python -m dalle2_jax.train --config=configs/ddpm/tiny.py --workdir=DIR
 """
