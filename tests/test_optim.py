@@ -92,6 +92,22 @@ def test_muon_steps_hidden_kernels_orthogonally_and_adam_the_rest():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), muon[name], adam[name])
 
 
+def test_muon_steps_queries_keys_and_values_as_matrices_of_their_own():
+    """Values have the larger gradients, which in one matrix would leave little to queries and keys."""
+    parts = {name: jax.random.normal(jax.random.key(i), (6, 6)) for i, name in enumerate("qkv")}
+    parts["v"] *= 100
+    optimizer = optim.make_optimizer(learning_rate=0.1, num_steps=10, muon_learning_rate=0.01)
+
+    def step(params):
+        return jax.tree.map(lambda after, before: after - before, updated(optimizer, params, params), params)
+
+    apart = step({name: {"kernel": part} for name, part in parts.items()})
+    for names, layer in (("qkv", "qkv"), ("kv", "kv"), ("kv", "text_kv")):
+        fused = step({layer: {"kernel": jnp.concatenate([parts[name] for name in names], axis=1)}})
+        for got, name in zip(jnp.split(fused[layer]["kernel"], len(names), axis=1), names, strict=True):
+            np.testing.assert_allclose(got, apart[name]["kernel"], atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(27, 8), (8, 27), (8, 8)])
 def test_orthogonal_is_optaxs_newton_schulz(shape):
     """Through the Gram matrix, as optax goes step by step; zeros stay zeros, and a kernel of low rank is no

@@ -12,7 +12,8 @@ Adafactor (Shazeer & Stern, arXiv:1804.04235) keeps of v its means over rows and
 
 With `muon_learning_rate` the kernels of hidden layers take Muon's steps instead (Jordan et al. 2024): the
 momentum, made orthogonal by Newton-Schulz iterations. A convolution counts as the matrix
-[height x width x in, out]. A small U-Net then needs about half the steps, each a tenth longer.
+[height x width x in, out], and queries, keys and values of one kernel as matrices of their own. A small U-Net
+then needs about half the steps, each a tenth longer.
 
 Weight decay is left off gains, biases and temperatures, that is off every array of rank 0 and 1, as CLIP does
 (arXiv:2103.00020, section 2.5). Moments are float32 whatever the gradients are.
@@ -36,6 +37,7 @@ from dalle2_jax.runtime.names import nearest
 UNTRAINED = ("stats", "last", "null_text_states")
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = ("adamw", "adafactor")
+FUSED = {"qkv": 3, "kv": 2, "text_kv": 2}  # layers whose kernel is several matrices side by side
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 4
 
 
@@ -168,13 +170,18 @@ def _polynomial(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _muon() -> optax.GradientTransformation:
     """Muon's direction for a tree of kernels: Nesterov's momentum of 0.95, `orthogonal`, times
-    sqrt(max(1, out / in))."""
+    sqrt(max(1, out / in)). Queries, keys and values that lie in one kernel are matrices of their own."""
 
     def update(updates, state, params=None):
-        leaves, structure = jax.tree.flatten(updates)
-        directions = orthogonal([leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves])
-        gains = [max(1.0, x.shape[1] / x.shape[0]) ** 0.5 for x in directions]
-        scaled = [g * x.reshape(y.shape) for g, x, y in zip(gains, directions, leaves, strict=True)]
+        leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
+        flat = [leaf.reshape(-1, leaf.shape[-1]) for _, leaf in leaves]
+        counts = [FUSED.get(getattr(path[-2], "key", ""), 1) for path, _ in leaves]
+        parts = [part for x, n in zip(flat, counts, strict=True) for part in jnp.split(x, n, axis=1)]
+        directions = iter(max(1.0, x.shape[1] / x.shape[0]) ** 0.5 * x for x in orthogonal(parts))
+        scaled = [
+            jnp.concatenate([next(directions) for _ in range(n)], axis=1).reshape(leaf.shape)
+            for n, (_, leaf) in zip(counts, leaves, strict=True)
+        ]
         return structure.unflatten(scaled), state
 
     momentum = optax.trace(0.95, nesterov=True, accumulator_dtype=jnp.float32)
