@@ -99,7 +99,7 @@ def iddpm(run: Trained) -> list[Score]:
         share("legal, 25 steps, learned variance", learned),
         share("legal, 25 steps, fixed small variance", fixed),
         difference("legal, 25 steps: learned less fixed", learned, fixed, gate=None),
-        share("legal, 250 steps", run.legal(run.draw(N)), 0.5),
+        share("legal, 250 steps", run.legal(run.draw(N)), 0.85),
         *(mean(f"bits per dimension, {name}", x) for name, x in bits.items()),
         difference("bits: simple loss less hybrid loss", bits["simple"], bits["hybrid"]),
     ]
