@@ -47,15 +47,16 @@ QUICK = (
     ("adm.upsampler", "512"),
     ("modern.upsampler1024", ""),
 )
-# in millions, and to how much: improved DDPM's scaling study; Imagen, whose paper leaves parts open; ours
+# In millions, and how far from it. Improved DDPM's scaling study is given to the last digit; Imagen's paper
+# leaves parts open (2 %), and its "400M" of the last upsampler does not follow from its list of blocks; ours.
 ROUNDED = {
-    ("iddpm.generator", "width64"): (30.30, 2e-3),
-    ("iddpm.generator", "width96"): (68.13, 2e-3),
-    ("iddpm.generator", "width192"): (272.28, 2e-3),
-    ("imagen.decoder", ""): (2238.16 + 58.75, 0.02),
-    ("imagen.upsampler256", ""): (599.4, 0.02),
+    ("iddpm.generator", "width64"): (30.30, 0.005),
+    ("iddpm.generator", "width96"): (68.13, 0.005),
+    ("iddpm.generator", "width192"): (272.28, 0.005),
+    ("imagen.decoder", ""): (2238.16 + 58.75, 46),
+    ("imagen.upsampler256", ""): (599.4, 12),
     # blocks, what stands around them, the paper's text transformer
-    ("modern.decoder64", ""): (28 * 76.584 + 32.27 + 1310.84, 1e-3),
+    ("modern.decoder64", ""): (28 * 76.584 + 32.27 + 1310.84, 3.4),
 }
 
 
@@ -78,8 +79,8 @@ def test_a_recipe_has_the_papers_count(recipe, preset):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe, preset", ROUNDED)
 def test_a_recipe_has_about_the_papers_count(recipe, preset):
-    millions, tolerance = ROUNDED[recipe, preset]
-    assert counted(recipe, preset) == pytest.approx(millions * 1e6, rel=tolerance)
+    millions, apart = ROUNDED[recipe, preset]
+    assert counted(recipe, preset) / 1e6 == pytest.approx(millions, abs=apart)
 
 
 # Settings of the model that a count of parameters does not show, by recipe and preset.
@@ -105,6 +106,7 @@ SETTINGS = {
     ("iddpm.upsampler256", ""): IDDPM | ENLARGED | dict(net=CONV),
     ("adm.generator", "64"): dict(schedule="cosine", head_dim=64, process=dict(guide_rule="adm")),
     ("adm.generator", "128"): dict(schedule="linear", num_heads=4, process=dict(guide_rule="adm")),
+    ("adm.classifier", "512"): dict(schedule="linear", net=dict(norm_groups=32)),  # of 64 channels, too
     ("cfg.generator", "64"): dict(schedule="logsnr", label_drop=0.1, process=dict(fixed_variance=0.3)),
     ("glide.decoder", "released"): dict(schedule="cosine", text_drop=0.2),
     ("glide.upsampler256", ""): ENLARGED | FAST,
@@ -117,7 +119,9 @@ SETTINGS = {
     ("modern.upsampler1024", ""): JIT | dict(crop_size=256, tile=256),
     ("modern.tiny", ""): JIT | dict(image_size=16),
     ("modern.tiny_upsampler", ""): JIT | dict(image_size=64, low_res_size=16),
-    ("imagen.upsampler1024", ""): IMAGEN | NOISED | dict(schedule="linear", net=dict(context_only=True)),
+    ("imagen.upsampler1024", ""): IMAGEN
+    | NOISED
+    | dict(schedule="linear", crop_size=256, net=dict(efficient=True, context_only=True)),
 }
 
 
@@ -130,3 +134,56 @@ def test_a_recipe_has_the_papers_settings(recipe, preset):
         if isinstance(value, dict):  # some of the settings of a part
             found = {key: (found or {}).get(key) for key in value}
         assert found == value, name
+
+
+# Learning rate, warm-up, batch, steps. DDPM: appendix B; improved DDPM: the names of its files; ADM: tables
+# 11 and 12; classifier-free guidance gives steps alone; GLIDE: section 3; Imagen: appendix F
+TRAINING = {
+    ("ddpm.cifar10", ""): (2e-4, 5000, 128, 800_000),
+    ("ddpm.pictures256", ""): (2e-5, 5000, 64, 500_000),
+    ("ddpm.pictures256", "bedroom"): (2e-5, 5000, 64, 2_400_000),
+    ("ddpm.pictures256", "bedroom_large"): (2e-5, 5000, 64, 1_150_000),
+    ("ddpm.pictures256", "cat"): (2e-5, 5000, 64, 1_800_000),
+    ("ddpm.pictures256", "church"): (2e-5, 5000, 64, 1_200_000),
+    ("iddpm.generator", "imagenet64"): (1e-4, 0, 128, 1_500_000),
+    ("iddpm.generator", "conditional"): (3e-4, 0, 2048, 250_000),
+    ("iddpm.generator", "cifar10"): (1e-4, 0, 128, 500_000),
+    ("adm.generator", "64"): (3e-4, 0, 2048, 540_000),
+    ("adm.generator", "128"): (1e-4, 0, 256, 4_360_000),
+    ("adm.generator", "256"): (1e-4, 0, 256, 1_980_000),
+    ("adm.generator", "512"): (1e-4, 0, 256, 1_940_000),
+    ("adm.upsampler", "256"): (1e-4, 0, 256, 500_000),
+    ("adm.upsampler", "512"): (1e-4, 0, 256, 1_050_000),
+    ("adm.classifier", "256"): (3e-4, 0, 256, 300_000),
+    ("cfg.generator", "64"): (None, None, None, 400_000),
+    ("cfg.generator", "128"): (None, None, None, 2_700_000),
+    ("glide.decoder", ""): (None, None, 2048, 2_500_000),
+    ("glide.upsampler256", ""): (None, None, 512, 1_600_000),
+    ("imagen.decoder", ""): (1e-4, 10_000, 2048, 2_500_000),
+    ("imagen.upsampler256", ""): (1e-4, 10_000, 2048, 2_500_000),
+    ("imagen.upsampler1024", ""): (1e-4, 10_000, 2048, 2_500_000),
+}
+
+
+@pytest.mark.parametrize("recipe, preset", TRAINING)
+def test_a_recipe_is_trained_as_in_its_paper(recipe, preset):
+    config = importlib.import_module(f"configs.{recipe}").get_config(preset)
+    optim = config.optim
+    found = (optim.learning_rate, optim.warmup_steps, config.batch_size, config.num_steps)
+    for value, expected in zip(found, TRAINING[recipe, preset], strict=True):
+        assert expected in (None, value)
+    assert config.ema_decay == 0.9999 and (optim.beta1, optim.beta2) == (0.9, 0.999)
+    assert optim.optimizer == ("adafactor" if recipe == "imagen.decoder" else "adamw")
+    assert optim.weight_decay == (0.05 if recipe == "adm.classifier" else 0)
+    falling = {"adm.classifier": "linear"} | {name: "cosine" for name, _ in TRAINING if "imagen" in name}
+    assert optim.schedule == falling.get(recipe, "constant")
+
+
+def test_pictures_are_mirrored_where_the_paper_does():
+    """DDPM: not LSUN's bedrooms; never where captions name sides."""
+    flips = {
+        case: importlib.import_module(f"configs.{case[0]}").get_config(case[1]).data.flip for case in TRAINING
+    }
+    plain = [case for case in flips if "bedroom" in case[1] or case[0].startswith(("glide", "imagen", "cfg"))]
+    plain += [("iddpm.generator", "imagenet64"), ("iddpm.generator", "conditional")]
+    assert sorted(case for case, flip in flips.items() if not flip) == sorted(plain)
