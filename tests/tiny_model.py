@@ -90,10 +90,10 @@ def make_model(directory: Path, dtype: str = "float32", extended: bool = False) 
     return directory
 
 
-def make_class_model(directory: Path, classes: tuple[str, ...] = (), **model) -> Path:
+def make_class_model(directory: Path, classes: tuple[str, ...] = (), guide: bool = False, **model) -> Path:
     """Write a model directory of a decoder alone, 8 x 8, as ADM's: of classes, or of nothing; no CLIP.
 
-    model: further settings of the decoder.
+    guide: with a classifier of three classes. model: further settings of the decoder.
     """
     config = configs()["decoder"]
     config["model"] |= dict(
@@ -101,5 +101,10 @@ def make_class_model(directory: Path, classes: tuple[str, ...] = (), **model) ->
     )
     config["data"] = {"classes": list(classes)}
     modeldir.save_stage(directory / "decoder", config, random_params(models.build_stage(config), 0))
-    modeldir.write_index(directory, {"decoder": "decoder"}, extra={"name": "classes"})
+    stages = {"decoder": "decoder"} | ({"classifier": "classifier"} if guide else {})
+    if guide:
+        config = configs(extended=True)["classifier"]
+        params = random_params(models.build_stage(config), 1)
+        modeldir.save_stage(directory / "classifier", config, params)
+    modeldir.write_index(directory, stages, extra={"name": "classes"})
     return directory

@@ -57,13 +57,17 @@ def reads_text(model: pipeline.Pipeline) -> bool:
 
 
 def what_to_draw(
-    model: pipeline.Pipeline, reference: PictureSet | Stats | None, n: int, seed: int = 0
+    model: pipeline.Pipeline,
+    reference: PictureSet | Stats | None,
+    n: int,
+    seed: int = 0,
+    settings: Mapping | None = None,
 ) -> tuple[list[str], list[int] | None]:
     """(at most `n` captions to draw, numbers of their pictures) for a comparison with `reference`.
 
     A model that reads text draws captions of the reference; its numbers are None. A class-conditional model
-    draws the names of its classes in turn, unless every caption of the reference names a class. An
-    unconditional model draws `n` pictures.
+    draws the names of its classes in turn, unless every caption of the reference names a class; so does an
+    unconditional one that `settings` of drawing steer by its classifier. Without, it draws `n` pictures.
 
     Raises ValueError for a model that reads text and a reference without captions.
     """
@@ -73,8 +77,9 @@ def what_to_draw(
             raise ValueError("statistics have no captions: give --images, or pictures with captions")
         return some_captions(pictures, n, seed), None
     texts = some_captions(pictures, n, seed) if pictures is not None and pictures.texts else []
-    labelled = (name for name, stage in stages.items() if getattr(stage, "num_classes", 0))
-    if name := next((name for name in labelled if name not in GUIDES), ""):
+    steered = ["classifier"] if (settings or {}).get("classifier") else []
+    labelled = [name for name, stage in stages.items() if getattr(stage, "num_classes", 0)]
+    if name := next(iter([name for name in labelled if name not in GUIDES] + steered), ""):
         classes = model.engine.configs[name]["data"]["classes"]
         if min((label_of(text, classes) for text in texts), default=-1) < 0:
             texts = _class_captions(name, classes, n, seed)

@@ -160,7 +160,7 @@ def measure_pictures(inputs: Inputs, names: Sequence[str], images: PictureSet | 
         if drawing.reads_text(model) or any(OF_PICTURES[name].reference for name in names):
             reference = picture_sets.scene_pictures(*inputs.scenes, request.n, request.seed)
     if images is None:
-        texts, numbers = drawing.what_to_draw(model, reference, request.n, request.seed)
+        texts, numbers = drawing.what_to_draw(model, reference, request.n, request.seed, request.settings)
         fidelity.check(names, _planned(len(texts), texts), reference, networks)
         draw = functools.partial(drawing.drawn_pictures, numbers=numbers, progress=StageLines())
         draw = functools.partial(draw, seed=request.seed, batch_size=request.batch_size)

@@ -250,6 +250,29 @@ def test_fid_of_a_model_that_has_no_clip_and_reads_no_captions(small_inception, 
         one(["fid_small"])
 
 
+def test_an_unconditional_model_that_its_classifier_steers_draws_the_classifiers_classes(
+    small_inception, tmp_path
+):
+    """As ADM's unconditional generator at 256 pixels: every class as often."""
+    model = pipeline.UnCLIP.load(make_class_model(tmp_path / "model", guide=True))
+    target = made_set(60, 1, size=8)
+    np.savez(tmp_path / "target.npz", np.stack([item.picture() for item in target.items()]))
+    how = dict(reference=tmp_path / "target.npz", n=6, inception=__file__)
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception_weights, "load", lambda path: small_inception)
+        for name, settings in (("steered", dict(classifier=30.0)), ("plain", {})):
+            (tmp_path / name).mkdir()
+            measure_pictures(model, tmp_path / name, ["fid_small"], settings=settings, **how)
+            drawn.append(open_pictures(tmp_path / name / "pictures"))
+    steered, plain = drawn
+    assert sorted(steered.captions()) == sorted(["red star", "blue ring", "yellow circle"] * 2)
+    assert set(plain.captions()) == {"a picture"}
+    pictures = [[item.picture().astype(int) for item in one.items()] for one in drawn]
+    apart = [np.abs(a - b).max() for a, b in zip(*pictures, strict=True)]
+    assert min(apart) > 1  # the same noise
+
+
 def test_the_same_caption_is_drawn_as_another_picture_each_time(tmp_path):
     """Copies of one picture would be measured as if the model drew nothing else."""
     model = pipeline.UnCLIP.load(make_class_model(tmp_path / "model", ("cat", "dog")))
