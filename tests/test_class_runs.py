@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import pytest
 from PIL import Image
 
+from dalle2_jax import pipeline
+from dalle2_jax.convert import convert
 from dalle2_jax.models import models
 from dalle2_jax.train import loop
 from tests import tiny_run
@@ -108,6 +110,35 @@ def test_ddpm_trains_on_pictures_alone(pets, tmp_path, monkeypatch, source):
     assert tiny_run.logged(tmp_path / "run", "train/loss").keys() == {1, 2}
     with Image.open(tmp_path / "run/samples/samples_00000002.png") as grid:
         assert grid.text["captions"] == "[]"  # no record's name under a picture that did not read it
+
+
+# Of classifier-free guidance's generator, small enough to compile in seconds.
+SMALL = dict(image_size=8, channels=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=())
+SMALL |= dict(num_classes=3, num_steps=2, net=dict(time_scale=1000 / 65_536, norm_groups=2))
+
+
+@pytest.mark.slow
+def test_classes_train_a_guided_generator_that_draws_them_by_name(pets, tmp_path):
+    """From a folder by class to a model directory; the classes of tar shards are those of KEY.cls."""
+    config = importlib.import_module("configs.cfg.generator").get_config()
+    config.model.update(SMALL)
+    config.update(batch_size=4, num_steps=2, num_samples=2, sample_every=2, eval_batches=1, ema_decay=0.5)
+    config.mesh.data, config.optim.warmup_steps = 1, 0
+    config = json.loads(json.dumps(models.to_plain(config)))
+    members = [(f"{n:03d}.png", made.flat_png(n)) for n in range(8)]
+    members += [(f"{n:03d}.cls", b"%d" % (n % 3)) for n in range(8)]
+    for split in ("train", "validation"):
+        (tmp_path / "shards" / split).mkdir(parents=True)
+        made.write_tar(tmp_path / "shards" / split / "0.tar", sorted(members))
+    folder = dict(source="folder", path=str(pets), eval_split="val")
+    for name, data in (("folder", folder), ("tar", dict(path=str(tmp_path / "shards")))):
+        loop.train(config | dict(data=config["data"] | data), str(tmp_path / name))
+        convert.convert_workdirs(tmp_path / f"{name} model", decoder=str(tmp_path / name), dtype="float32")
+        model = pipeline.UnCLIP.load(tmp_path / f"{name} model")
+        classes = model.engine.configs["decoder"]["data"]["classes"]
+        assert classes == (["cat", "dog", "fox"] if name == "folder" else ["0", "1", "2"])
+        drawn = model.text_to_image([f"a {classes[2]}", "nothing"], guidance_scale=3.0, numbers=[5, 5])
+        assert drawn.images.shape == (2, 8, 8, 3)  # the second without a class: the null
 
 
 @pytest.mark.parametrize("recipe, preset", RECIPES)

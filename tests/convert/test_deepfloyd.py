@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle2_jax import pipeline
 from dalle2_jax.convert import convert
 from dalle2_jax.convert.formats import deepfloyd, to_diffusers
 from dalle2_jax.models import models
@@ -218,6 +219,20 @@ def test_t5_goes_back_and_all_is_read_again(theirs, ours, back, tmp_path, capsys
     for role in modeldir.read_index(ours)["stages"]:
         for file in ("config.json", "model.safetensors"):
             assert (tmp_path / "again" / role / file).read_bytes() == (ours / role / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_caption_is_drawn_by_both_stages(ours):
+    """T5's states of the caption, the small picture, the large one; another caption, another picture."""
+    model = pipeline.UnCLIP.load(ours)
+    how = dict(decoder_steps=2, upsampler_steps=[2], numbers=[0, 0])
+    drawn = model.text_to_image(["a red star", "a green square"], **how)
+    assert [*drawn.timings][1:] == ["decoder", f"upsampler{LARGE}"]
+    assert drawn.images.shape == (2, LARGE, LARGE, 3) and drawn.base.shape == (2, SIDE, SIDE, 3)
+    assert np.abs(drawn.images[0] - drawn.images[1].astype(int)).max() > 1
+    np.testing.assert_array_equal(
+        model.text_to_image(["a red star"], **how | dict(numbers=[0])).images[0], drawn.images[0]
+    )
 
 
 def test_settings_that_if_does_not_have_are_named(ours):
