@@ -33,6 +33,6 @@ def get_config(preset: str = ""):
         remat="products",
         net=dict(resample="conv", norm_groups=32),
     )
-    config.optim.update(learning_rate=1e-4, warmup_steps=0)
+    config.optim.update(learning_rate=3e-4, warmup_steps=0)
     config.num_steps, config.batch_size = 500_000, 256
     return config
