@@ -34,6 +34,12 @@ TOKENIZER = dict(
     net=dict(kind="vqvae", channels=16, residual_channels=8, num_res_blocks=1, strides=(4, 2)),
     quantizer=dict(kind="vq", num_codes=16, width=8, restart=0.1),
 )
+_NET = dict(width=16, hidden=16, num_blocks=1, num_res_blocks=1, num_heads=2, kernel=3, out_blocks=1)
+PIXELSNAIL = dict(
+    grids=((2, 2), (4, 4)), num_codes=(16, 16), nets=(_NET, _NET | dict(upper_blocks=1)), num_classes=3
+)
+KINDS = ("clip", "prior", "ar_prior", "decoder64", "upsampler", "classifier")
+KINDS += ("tokenizer", "token_model", "pixelsnail")
 QUICK = {("classifier", "2x2x2")}  # transformers on a mesh in every run: tests/models/stages/test_clip.py
 # Devices add in another order, which float32 rounds by some 1e-7 of the largest number that is added; a
 # gradient goes through tens of such sums one after the other. Measured: up to 4e-6.
@@ -47,7 +53,8 @@ def settings(kind: str) -> dict:
     length: an `eps` that is not far below the gradients keeps the parameters comparable.
     """
     recipes = {"upsampler": "upsampler256", "pixels": "modern.decoder64"}
-    recipes |= dict.fromkeys(("classifier", "tokenizer"), "decoder64")
+    recipes |= dict.fromkeys(("classifier", "tokenizer", "pixelsnail"), "decoder64")
+    recipes["token_model"] = "dalle1.token_model"
     recipe = recipes.get(kind.split()[0], kind.split()[0])
     config = models.to_plain(importlib.import_module(f"configs.{recipe}").get_config("debug"))
     if kind == "classifier":
@@ -57,6 +64,8 @@ def settings(kind: str) -> dict:
         config["data"]["classes"] = ["circle", "square", "star"]
     if kind == "tokenizer":
         config |= dict(stage="tokenizer", model=TOKENIZER)
+    if kind == "pixelsnail":
+        config |= dict(stage="pixelsnail", model=PIXELSNAIL)
     config["batch_size"] = BATCH
     config["model"] |= CHANGES.get(kind, {}) | dict(dtype="float32")
     config["optim"] |= dict(learning_rate=1e-2, beta1=0.9, eps=1e-2, grad_clip=0.0)
@@ -72,7 +81,8 @@ def examples(stage) -> dict[str, np.ndarray]:
         elif x.dtype == bool:
             batch[name] = np.arange(x.shape[1]) < draw.integers(4, x.shape[1], (BATCH, 1))
         else:
-            batch[name] = draw.integers(0, 3 if name == "label" else 500, x.shape).astype(np.int32)
+            most = {"label": 3, "codes": 16}.get(name, 500)
+            batch[name] = draw.integers(0, most, x.shape).astype(np.int32)
     return batch
 
 
@@ -141,7 +151,7 @@ def farthest(got: dict, expected: dict) -> dict[str, float]:
     ("kind", "mesh"),
     [
         pytest.param(kind, mesh, marks=() if (kind, mesh) in QUICK else pytest.mark.slow)
-        for kind in ("clip", "prior", "ar_prior", "decoder64", "upsampler", "classifier", "tokenizer")
+        for kind in KINDS
         for mesh in MESHES
     ]
     + [
