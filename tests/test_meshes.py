@@ -69,6 +69,8 @@ def settings(kind: str) -> dict:
     config["batch_size"] = BATCH
     config["model"] |= CHANGES.get(kind, {}) | dict(dtype="float32")
     config["optim"] |= dict(learning_rate=1e-2, beta1=0.9, eps=1e-2, grad_clip=0.0)
+    if kind == "pixelsnail":  # the gradients of its attention are that much smaller
+        config["optim"]["eps"] = 1e-4
     return config
 
 
@@ -141,9 +143,14 @@ def two_steps(kind: str, sizes: tuple[int, int, int]) -> dict:
 
 
 def farthest(got: dict, expected: dict) -> dict[str, float]:
-    """The largest difference of each leaf, by its largest entry."""
+    """The largest difference of each leaf, by its largest entry.
+
+    The bias of keys is left out: a softmax does not depend on it, so that its gradient is rounding alone.
+    """
     return {
-        name: float(np.abs(got[name] - x).max() / max(np.abs(x).max(), 1e-30)) for name, x in expected.items()
+        name: float(np.abs(got[name] - x).max() / max(np.abs(x).max(), 1e-30))
+        for name, x in expected.items()
+        if not name.endswith("/k/bias")
     }
 
 
