@@ -34,6 +34,17 @@ TOKENIZER = dict(
     net=dict(kind="vqvae", channels=16, residual_channels=8, num_res_blocks=1, strides=(4, 2)),
     quantizer=dict(kind="vq", num_codes=16, width=8, restart=0.1),
 )
+# A ReLU whose input is near zero would turn rounding into a step of the gradient: here none is.
+CHANGES["tokenizer dvae"] = dict(
+    net=dict(kind="dvae", channels=16, num_groups=3, num_blocks=1),
+    quantizer=dict(kind="gumbel", num_codes=16, width=12, beta=(1.0, 1.0, 1)),
+)
+CHANGES["tokenizer vqgan"] = dict(
+    net=dict(kind="vqgan", channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8,)),
+    quantizer=dict(kind="vq", num_codes=16, width=8, decay=0.0),
+    likelihood="l1",
+    adversarial=dict(start=0, features="discriminator", widths=(8, 16)),
+)
 _NET = dict(width=16, hidden=16, num_blocks=1, num_res_blocks=1, num_heads=2, kernel=3, out_blocks=1)
 PIXELSNAIL = dict(
     grids=((2, 2), (4, 4)), num_codes=(16, 16), nets=(_NET, _NET | dict(upper_blocks=1)), num_classes=3
@@ -62,14 +73,14 @@ def settings(kind: str) -> dict:
             stage="classifier", model=tiny_model.CLASSIFIER | dict(image_size=16, attention_resolutions=[])
         )
         config["data"]["classes"] = ["circle", "square", "star"]
-    if kind == "tokenizer":
+    if kind.startswith("tokenizer"):
         config |= dict(stage="tokenizer", model=TOKENIZER)
     if kind == "pixelsnail":
         config |= dict(stage="pixelsnail", model=PIXELSNAIL)
     config["batch_size"] = BATCH
     config["model"] |= CHANGES.get(kind, {}) | dict(dtype="float32")
     config["optim"] |= dict(learning_rate=1e-2, beta1=0.9, eps=1e-2, grad_clip=0.0)
-    if kind == "pixelsnail":  # the gradients of its attention are that much smaller
+    if kind in ("pixelsnail", "tokenizer dvae"):  # gradients of its attention, its blocks are much smaller
         config["optim"]["eps"] = 1e-4
     return config
 
@@ -163,7 +174,7 @@ def farthest(got: dict, expected: dict) -> dict[str, float]:
     ]
     + [
         pytest.param(kind, "2x2x2", marks=pytest.mark.slow)
-        for kind in ("clip scanned", "pixels", "pixels scanned")
+        for kind in ("clip scanned", "pixels", "pixels scanned", "tokenizer dvae", "tokenizer vqgan")
     ],
 )
 def test_two_steps_on_a_mesh_are_those_of_one_device(kind, mesh):
