@@ -41,6 +41,7 @@ COUNTS = {
     ("glide.decoder", ""): 2_238_164_486 + 1_312_053_248 + 2048 * 2048 + 2048,
 }
 QUICK = (
+    ("dalle1.token_model", ""),
     ("ddpm.cifar10", ""),
     ("iddpm.generator", "cifar10"),
     ("adm.classifier", "512"),

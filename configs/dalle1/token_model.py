@@ -4,7 +4,8 @@
     --config.data.path=SHARDS --config.frozen.tokenizer=DVAE
 
 The paper halves the learning rate five times, where the loss stops to fall; here it falls by a cosine to the
-same end. The paper's average of .99 is taken every 25 updates. `:debug` is the same code in small.
+same end. The paper's average of .99 is taken every 25 updates. The paper also clips the second moment of
+AdamW at 5; here it is not clipped. `:debug` is the same code in small.
 """
 
 from dalle2_jax.configs import common

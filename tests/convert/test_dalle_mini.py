@@ -1,6 +1,7 @@
 """dalle-mini's weights against PyPI's min-dalle with random weights: logits, greedy tokens, pictures."""
 
 import json
+import re
 import sys
 import types
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from dalle2_jax.convert import convert
-from dalle2_jax.convert.formats import dalle_mini
+from dalle2_jax.convert import convert, tables
+from dalle2_jax.convert.formats import dalle_mini, vqgan
 from dalle2_jax.convert.tensors import Tensors, joined
 from dalle2_jax.generate.pipeline import Pipeline
 from dalle2_jax.models import models
+from dalle2_jax.runtime import modeldir
+from tests.tiny_model import random_params
 
 WIDTH, HEADS, DEPTH, HIDDEN, VOCAB, LENGTH, CODES = 128, 2, 2, 40, 300, 8, 30
 PIECES = [chr(256 + 32), *(chr(code) for code in range(97, 123))]  # the mark of a space, letters
@@ -152,6 +155,46 @@ def test_flax_weights_are_the_same(networks, imported, tmp_path):
     wanted = dict(imported[1]["net"])
     wanted["norm_out"] = {"scale": np.ones(WIDTH), "bias": wanted["norm_out"]["bias"]}
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params["net"]), wanted)
+
+
+@pytest.mark.parametrize("norm", [(-1,), (1, 1, 1, -1)])
+def test_the_vqgan_of_flax_is_that_of_min_dalle(norm, tmp_path):
+    """Its encoder is left out; norms have the shape of today's flax, or that of vqgan-jax's conversions."""
+    net = dict(kind="vqgan", channels=8, channel_mult=[1, 2], num_res_blocks=1)
+    net |= dict(attention_resolutions=[128], z_channels=8)
+    quantizer = dict(kind="vq", decay=0.0, num_codes=16, width=4)
+    model = dict(image_size=256, net=net, quantizer=quantizer, likelihood="l1")
+    params = random_params(models.build_stage({"stage": "tokenizer", "model": model}), 0)
+    state = tables.exported(vqgan.rows(params), params, dropped=["stats/since_0"])
+    arrays = {name: np.asarray(lazy) for name, lazy in state.items()}
+    flat, torchs = {}, {}
+    for name, array in arrays.items():
+        kind = "embedding" if "embedding" in name else {1: "scale", 4: "kernel"}[array.ndim]
+        flax = re.sub(r"(\w+)\.(\d+)", r"\1_\2", name).removesuffix(".weight")  # lists: up.0 is up_0
+        flax += f".{kind}" if name.endswith(".weight") else ""
+        if array.ndim == 4:
+            array = array.transpose(2, 3, 1, 0)
+        elif "norm" in name:
+            array = array.reshape(norm)
+        flat[flax.replace(".", "/")] = array
+        if not name.startswith(("encoder.", "quant_conv.")):
+            torchs[name.removeprefix("quantize.")] = arrays[name]
+    assert "decoder/up_0/attn_1/proj_out/kernel" not in flat and "decoder/up_1/attn_1/q/kernel" in flat
+    assert "decoder/mid/block_1/norm1/scale" in flat and "quantize/embedding/embedding" in flat
+    (tmp_path / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(modeldir.unflatten(flat)))
+    shapes = {name: x.shape for name, x in torchs.items()}
+    wanted = dalle_mini.read_decoder(Tensors("torch", shapes, torchs.__getitem__))
+    config, found = dalle_mini.read_decoder(dalle_mini._vqgan_of_flax(tmp_path))
+    assert config == wanted[0] and config["model"] == model
+    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, x) for x in (found, wanted[1])))
+    found, last = found["net"], params["net"]["decoder_out"]
+    np.testing.assert_array_equal(
+        found["decoder"]["up_1_attn_1"]["q"]["kernel"], params["net"]["decoder"]["up_1_attn_1"]["q"]["kernel"]
+    )
+    # pixels in [0, 1] become pixels in [-1, 1]
+    np.testing.assert_allclose(found["decoder_out"]["kernel"], 2 * last["kernel"], rtol=1e-6)
+    np.testing.assert_allclose(found["decoder_out"]["bias"], 2 * last["bias"] - 1, rtol=1e-6)
+    assert not np.asarray(found["quant_conv"]["kernel"]).any()
 
 
 @pytest.mark.slow

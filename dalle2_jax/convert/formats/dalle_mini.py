@@ -212,7 +212,8 @@ def _vqgan_of_flax(folder: Path) -> Tensors:
         parts = [re.sub(r"^(up|block|attn)_(\d+)$", r"\1.\2", part) for part in name.split("/")]
         if "mid" in parts:  # its parts keep their underscores
             parts = name.split("/")
-        found[_name(parts)] = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
+        # norms that vqgan-jax converted are [1, 1, 1, C]
+        found[_name(parts)] = array.transpose(3, 2, 0, 1) if parts[-1] == "kernel" else array.reshape(-1)
     return _tensors(path, found)
 
 

@@ -3,7 +3,8 @@
 A block adds convolutions of a quarter of its width, each behind a ReLU, scaled by 1 / layers^2. Groups of
 blocks have 1, 2, 4, ... times `channels`; max pooling halves the side between the encoder's groups, nearest
 neighbours double it between the decoder's. The code book is the decoder's first 1 x 1 convolution: it belongs
-to the quantizer (`tokens.quantize.Gumbel`), so that the decoder begins with vectors.
+to the quantizer (`tokens.quantize.Gumbel`), so that the decoder begins with vectors. On a mesh the output of
+every convolution has all its channels on each device: see `nets.vqvae`.
 """
 
 import flax.linen as nn
@@ -31,9 +32,9 @@ class Block(nn.Module):
         h, hidden = x, self.channels // 4
         for i, kernel in enumerate(self.kernels, 1):
             width = self.channels if i == len(self.kernels) else hidden
-            h = layers.conv(width, kernel, dtype=self.dtype, name=f"conv_{i}")(nn.relu(h))
+            h = constrain(layers.conv(width, kernel, dtype=self.dtype, name=f"conv_{i}")(nn.relu(h)))
         if x.shape[-1] != self.channels:
-            x = layers.conv(self.channels, 1, dtype=self.dtype, name="skip")(x)
+            x = constrain(layers.conv(self.channels, 1, dtype=self.dtype, name="skip")(x))
         return constrain(x + h / self.num_layers**2)
 
 
@@ -80,17 +81,17 @@ class DVAENet(nn.Module):
     def features(self, x: jax.Array) -> tuple[jax.Array]:
         """x [B, H, W, 3] in [-1, 1] -> ([B, h, w, C],)."""
         x = (1 - 2 * MARGIN) * (x + 1) / 2 + MARGIN
-        x = self._through(self.encoder_blocks, self.encoder_in(x.astype(self.dtype)), _max_pool)
+        x = self._through(self.encoder_blocks, constrain(self.encoder_in(x.astype(self.dtype))), _max_pool)
         return (x,)
 
     def project(self, level: int, features: tuple, quantized: list) -> jax.Array:
         """Logits [B, h, w, in_width] float32."""
-        return self.encoder_out(nn.relu(features[0])).astype(jnp.float32)
+        return constrain(self.encoder_out(nn.relu(features[0])).astype(jnp.float32))
 
     def decode(self, quantized: list[jax.Array]) -> jax.Array:
         """[q [B, h, w, out_width]] -> maps [B, H, W, out_channels] float32."""
-        x = self._through(self.decoder_blocks, quantized[0].astype(self.dtype), layers.upsample)
-        return self.decoder_out(nn.relu(x)).astype(jnp.float32)
+        x = self._through(self.decoder_blocks, constrain(quantized[0].astype(self.dtype)), layers.upsample)
+        return constrain(self.decoder_out(nn.relu(x)).astype(jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Makes the parameters."""

@@ -39,6 +39,8 @@ class NormedConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, H, W, C] -> [B, H, W, features]."""
+        # XLA computes other numbers where `tensor` splits C and `fsdp` the features.
+        x = constrain(x.astype(self.dtype))
         rows, columns = self.kernel
         shape = (rows, columns, x.shape[-1], self.features)
         v = self.param("kernel", layers.lecun_normal(), shape, jnp.float32)
@@ -51,7 +53,7 @@ class NormedConv(nn.Module):
         norm = jnp.sqrt(jnp.square(v).sum(axis=(0, 1, 2)) + 1e-12)
         w = (v * gain / norm).astype(self.dtype)
         axes = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(x.astype(self.dtype), w, (1, 1), pads, dimension_numbers=axes)
+        y = jax.lax.conv_general_dilated(x, w, (1, 1), pads, dimension_numbers=axes)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(
                 self.dtype

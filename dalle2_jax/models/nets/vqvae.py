@@ -7,6 +7,9 @@ bottom. With e_l the features of level l, q_l its quantized vectors, u_l all vec
     u_0 = q_0,       u_l = [up(u_(l-1)), q_l],   d_l = decoder_l(u_l) at the side of level l + 1
     z_0 = 1x1(e_0),  z_l = 1x1([d_(l-1), e_l])                        these are quantized
     output = decoder(u_bottom)
+
+On a mesh the output of every convolution has all its channels on each device (`constrain`). Where `tensor`
+splits the channels of a convolution's input and `fsdp` those of its output, XLA computes wrong gradients.
 """
 
 import flax.linen as nn
@@ -49,7 +52,7 @@ class ResStack(nn.Module):
         """x [B, h, w, C] -> the same shape."""
         for i in range(self.num_res_blocks):
             h = layers.conv(self.residual_channels, dtype=self.dtype, name=f"res_{i}_conv1")(nn.relu(x))
-            h = layers.conv(x.shape[-1], 1, dtype=self.dtype, name=f"res_{i}_conv2")(nn.relu(h))
+            h = layers.conv(x.shape[-1], 1, dtype=self.dtype, name=f"res_{i}_conv2")(nn.relu(constrain(h)))
             x = constrain(x + h)
         return nn.relu(x)
 
@@ -70,9 +73,9 @@ class Encoder(nn.Module):
         count = self.stride.bit_length() - 1
         for i in range(count):
             width = self.channels // 2 if self.halved and i == 0 else self.channels
-            x = down_conv(width, self.dtype, f"down_{i}")(x if i == 0 else nn.relu(x))
+            x = constrain(down_conv(width, self.dtype, f"down_{i}")(x if i == 0 else nn.relu(x)))
         if self.halved:
-            x = layers.conv(self.channels, dtype=self.dtype, name="conv")(nn.relu(x))
+            x = constrain(layers.conv(self.channels, dtype=self.dtype, name="conv")(nn.relu(x)))
         return ResStack(self.residual_channels, self.num_res_blocks, self.dtype, name="stack")(constrain(x))
 
 
@@ -90,13 +93,13 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x):
         """See the class."""
-        x = layers.conv(self.channels, dtype=self.dtype, name="conv")(x)
+        x = constrain(layers.conv(self.channels, dtype=self.dtype, name="conv")(x))
         x = ResStack(self.residual_channels, self.num_res_blocks, self.dtype, name="stack")(constrain(x))
         count, last = self.stride.bit_length() - 1, self.channels // 2 if self.halved else self.channels
         for i in range(count - 1):
             x = up_conv(last if i == count - 2 else self.channels, self.dtype, f"up_{i}")(x)
             x = constrain(nn.relu(x))
-        return up_conv(self.out_channels, self.dtype, f"up_{count - 1}")(x)
+        return constrain(up_conv(self.out_channels, self.dtype, f"up_{count - 1}")(x))
 
 
 class VQVAENet(nn.Module):
@@ -147,14 +150,14 @@ class VQVAENet(nn.Module):
         x = features[level]
         if level:
             decoded = self.decoders[level - 1](self._lifted(quantized))
-            x = jnp.concatenate([decoded, x], axis=-1)
-        return self.projections[level](x).astype(jnp.float32)
+            x = constrain(jnp.concatenate([decoded, x], axis=-1))
+        return constrain(self.projections[level](x).astype(jnp.float32))
 
     def _lifted(self, quantized: list[jax.Array]) -> jax.Array:
         """u_l of q_0 ... q_l."""
-        u = quantized[0].astype(self.dtype)
+        u = constrain(quantized[0].astype(self.dtype))
         for up, q in zip(self.ups, quantized[1:], strict=False):
-            u = jnp.concatenate([up(u), q.astype(self.dtype)], axis=-1)
+            u = constrain(jnp.concatenate([constrain(up(u)), q.astype(self.dtype)], axis=-1))
         return u
 
     def decode(self, quantized: list[jax.Array]) -> jax.Array:

@@ -110,6 +110,32 @@ def test_the_loss_is_the_mean_of_a_code():
     np.testing.assert_allclose(loss.value, (4 * parts[0] + 16 * parts[1]) / 20, rtol=1e-6)
 
 
+def test_a_prior_of_no_class():
+    """VQ-VAE's: one level, no label, no attention; guidance is without effect."""
+    net = NET | dict(attention=False)
+    stage = pixelsnail.build(grids=((3, 4),), num_codes=(5,), nets=(net,))
+    params, codes = parameters(stage), example_codes(((3, 4),), (5,), 4)
+    assert [*stage.batch_spec(1)] == ["codes"] and not stage.conditional
+
+    @jax.jit
+    def compute(params, codes):
+        loss = stage.loss(params, jax.random.key(0), {"codes": codes}).value
+        return loss, stage._logits(params, 0, stage._split(codes)[0], None, None)
+
+    loss, logits = compute(params, codes)
+    log_p = np.asarray(jax.nn.log_softmax(logits)).reshape(4, 12, 5)
+    wanted = -np.take_along_axis(log_p, codes[..., None], axis=-1).mean()
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    drawn = np.asarray(jax.jit(functools.partial(stage.sample, guidance_scale=3.0))(params, KEYS, {}))
+    assert drawn.shape == (4, 12) and len(np.unique(drawn, axis=0)) == 4
+    wanted = [
+        jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, 0), k), row[k])
+        for key, row in zip(KEYS, np.asarray(compute(params, drawn)[1]).reshape(4, 12, 5), strict=True)
+        for k in range(12)
+    ]
+    np.testing.assert_array_equal(drawn.ravel(), wanted)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

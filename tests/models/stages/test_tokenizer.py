@@ -228,4 +228,5 @@ def test_the_papers_counts_of_parameters():
     assert (dvae["encoder"], dvae["decoder"] + dvae["book"]) == (53_786_240, 43_829_766)
     f16 = counts("vqgan.tokenizer256", "16384")
     assert (f16["net"], f16["book"]) == (29_298_176 + 42_449_795 + 131_584, 16_384 * 256)
+    assert f16["decoder"] + 65_792 + f16["book"] == 46_709_891  # dalle-mini's, with a 1 x 1 convolution
     assert counts("vqgan.tokenizer256", "f8")["net"] == pytest.approx((26.35e6 + 38.32e6 + 131_584), rel=1e-3)
