@@ -29,6 +29,8 @@ CHANGES["pixels"] = dict(
     text=dict(vocab_size=512, context_length=32, width=32, depth=2, num_heads=2),
 )
 CHANGES["pixels scanned"] = {name: dict(part, scan_blocks=True) for name, part in CHANGES["pixels"].items()}
+CHANGES["decoder64 resampled"] = dict(net=dict(resample="conv"))
+CHANGES["upsampler efficient"] = dict(scale_shift=False, net=dict(efficient=True))
 TOKENIZER = dict(
     image_size=16,
     net=dict(kind="vqvae", channels=16, residual_channels=8, num_res_blocks=1, strides=(4, 2)),
@@ -174,7 +176,10 @@ def farthest(got: dict, expected: dict) -> dict[str, float]:
     ]
     + [
         pytest.param(kind, "2x2x2", marks=pytest.mark.slow)
-        for kind in ("clip scanned", "pixels", "pixels scanned", "tokenizer dvae", "tokenizer vqgan")
+        for kind in (
+            *("clip scanned", "pixels", "pixels scanned", "decoder64 resampled", "upsampler efficient"),
+            *("tokenizer dvae", "tokenizer vqgan"),
+        )
     ],
 )
 def test_two_steps_on_a_mesh_are_those_of_one_device(kind, mesh):

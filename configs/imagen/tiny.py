@@ -17,7 +17,8 @@ def get_config(preset: str = ""):
         text=dict(STATES),
         text_drop=0.1,
         guidance_scale=3.0,
-        weighting="min_snr:0.1,5",
+        schedule="cosine:4",
+        weighting="min_snr:0.1,20",
         threshold=99.5,
         net=dict(context_norm="layer"),
     )
