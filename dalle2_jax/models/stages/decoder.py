@@ -67,7 +67,7 @@ def build(
     dict(states_width, context_length, width, pool_heads) those of a frozen T5 (Imagen). embed_dim: 0 reads no
     image embeddings. embed_scale: factor of embeddings; None is sqrt(embed_dim), for those of unit norm.
     num_classes: 0 reads no class. num_heads: of every attention, in the place of head_dim. guidance_scale: 1
-    where nothing is ever dropped. weighting ('uniform', 'p2', 'min_snr', 'min_snr:G', 'min_snr:F,G', 'p2:Y',
+    where nothing is ever dropped. weighting ('uniform', 'p2', 'min_snr', 'min_snr:G', 'snr:Y,F,G', 'p2:Y',
     'v', 'flow'), loss ('hybrid', 'vlb'): see `diffusion.weights`, `.process`. threshold: percentile of
     dynamic thresholding, None to clip. inpaint: the network also gets unmasked pixels, with random masks in
     training (GLIDE; `init_from` a decoder without). process: `PROCESS`, see `diffusion.gaussian`. net:

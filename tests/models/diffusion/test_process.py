@@ -143,7 +143,8 @@ def test_weightings_do_not_depend_on_the_objective(example, weighting):
         ("x0", "min_snr", lambda snr: min(snr, 5)),
         ("v", "min_snr", lambda snr: min(snr, 5) / (snr + 1)),
         ("x0", "v", lambda snr: min(snr + 1, 400)),  # JiT: sigma is at least .05
-        ("x0", "min_snr:0.1,5", lambda snr: min(max(snr, 0.1), 5)),
+        ("x0", "snr:1,0.1,5", lambda snr: min(max(snr, 0.1), 5)),
+        ("v", "snr:0.65,0.04,10", lambda snr: min(max(snr**0.65, 0.04), 10) / (snr + 1)),
     ],
 )
 def test_weights_are_those_of_their_papers(objective, weighting, expected):
@@ -378,8 +379,8 @@ def test_mistakes_are_answered_with_what_to_change(example):
         loss_of(example, example["output"], "epsi")
     with pytest.raises(ValueError, match="did you mean 'min_snr'"):
         loss_of(example, example["output"], weighting="minsnr")
-    wrong = ("", "ten", "0", "inf", "5,1", "1,2,3")
-    for weighting in (*(f"min_snr:{text}" for text in wrong), "p2:x", "p2:1,2"):
+    wrong = [f"min_snr:{text}" for text in ("", "ten", "0", "inf", "5,1")]
+    for weighting in (*wrong, "p2:x", "p2:1,2", "snr", "snr:1,5", "snr:1,5,1"):
         with pytest.raises(ValueError, match=f"'{weighting}' must look like 'min_snr:50'"):
             loss_of(example, example["output"], weighting=weighting)
     with pytest.raises(ValueError, match=r"must be \(6, 4, 4, 6\)"):
