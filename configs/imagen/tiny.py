@@ -17,8 +17,7 @@ def get_config(preset: str = ""):
         text=dict(STATES),
         text_drop=0.1,
         guidance_scale=3.0,
-        schedule="cosine:4",
-        weighting="min_snr:0.1,20",
+        weighting="snr:1,0.1,5",
         threshold=99.5,
         net=dict(context_norm="layer"),
     )
