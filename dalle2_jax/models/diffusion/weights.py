@@ -16,8 +16,8 @@ def loss_weights(schedule: Schedule, objective: str, weighting: str) -> np.ndarr
     carried over to the objective (error in x0 = error in eps / SNR = error in v / (SNR + 1) = error in the
     velocity u^2):
       'min_snr' is min(SNR, 5), 'min_snr:G' is min(SNR, G) (Hang et al. 2023);
-      'snr:Y,F,G' is SNR^Y, at least F and at most G. With a Y below 1 all noise levels can give about as much to
-        the loss, as weights that are learned make them give (Karras et al. 2024, arXiv 2312.02696);
+      'snr:Y,F,G' is SNR^Y, at least F and at most G. With a Y below 1 all noise levels can give about
+        as much to the loss, as learned weights make them give (Karras et al. 2024, arXiv 2312.02696);
       'p2' is SNR / (1 + SNR), that is 1 / (1 + SNR) on the error in eps, and 'p2:Y' has 1 / (1 + SNR)^Y (Choi
         et al. 2022, equation 8 with k = 1);
       'v' is SNR + 1 = 1 / sigma^2, the error in v, with sigma at least 0.05;
