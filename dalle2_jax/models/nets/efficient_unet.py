@@ -32,15 +32,15 @@ class PlainResBlock(nn.Module):
         """x [B, H, W, C] -> [B, H, W, channels]."""
         act = layers.activation(self.style.activation)
         h = act(self.style.norm("norm1")(x)).astype(self.dtype)
-        h = layers.conv(self.channels, dtype=self.dtype, name="conv1")(constrain(h))
+        h = constrain(layers.conv(self.channels, dtype=self.dtype, name="conv1")(constrain(h)))
         h = act(self.style.norm("norm2")(h)).astype(self.dtype)
         h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
         h = layers.conv(self.channels, dtype=self.dtype, name="conv2", zero=True)(constrain(h))
-        return constrain(h + layers.conv(self.channels, 1, dtype=self.dtype, name="skip")(x))
+        return constrain(h + constrain(layers.conv(self.channels, 1, dtype=self.dtype, name="skip")(x)))
 
 
 class EfficientUNet(nn.Module):
-    """Takes the place of `unet.UNet`: its arguments, with a number of `num_res_blocks` for each level.
+    """Takes the place of `unet.UNet`: its arguments.
 
     `scale_shift` has no effect: embeddings are added, once a level.
     """
@@ -48,7 +48,7 @@ class EfficientUNet(nn.Module):
     out_channels: int
     channels: int
     channel_mult: tuple[float, ...]
-    num_res_blocks: tuple[int, ...]
+    num_res_blocks: int | tuple[int, ...]
     attention_resolutions: tuple[int, ...] = ()
     head_dim: int = 64
     num_heads: int = 8
@@ -78,7 +78,9 @@ class EfficientUNet(nn.Module):
         levels, style = len(self.channel_mult), self.style
         widths = [int(self.channels * mult) for mult in self.channel_mult]
         check_sides(x, levels, levels)
-        if len(self.num_res_blocks) != levels or known is not None:
+        blocks = self.num_res_blocks
+        blocks = (blocks,) * levels if isinstance(blocks, int) else blocks
+        if len(blocks) != levels or known is not None:
             raise ValueError("num_res_blocks must have a number for each level; inpaint is not built")
         res_block = layers.remat(PlainResBlock, self.remat, static_argnums=(2,))
         attention_block = layers.remat(AttentionBlock, self.remat)
@@ -98,22 +100,24 @@ class EfficientUNet(nn.Module):
             return block(h, context, context_mask)
 
         h = layers.conv(widths[0], dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
+        # Constrained, as in `vqvae`: XLA would compute wrong gradients on a mesh of fsdp and tensor.
+        h = constrain(h)
         skips = []
         for level, width in enumerate(widths):
-            h = layers.conv(width, stride=2, dtype=self.dtype, name=f"down_{level}_down")(h)
+            h = constrain(layers.conv(width, stride=2, dtype=self.dtype, name=f"down_{level}_down")(h))
             h = conditioned(f"down_{level}_emb_proj", h)
-            for j in range(self.num_res_blocks[level]):
+            for j in range(blocks[level]):
                 h = res(f"down_{level}_res_{j}", width, h)
                 skips.append(h)
             h = attend(f"down_{level}_attn_0", h, level)
         for level, width in reversed(list(enumerate(widths))):
             h = conditioned(f"up_{level}_emb_proj", h)
-            for j in range(self.num_res_blocks[level]):
+            for j in range(blocks[level]):
                 h = jnp.concatenate([h, skips.pop() * 2**-0.5], axis=-1)
                 h = res(f"up_{level}_res_{j}", width, h)
             h = attend(f"up_{level}_attn_0", h, level)
             after = widths[max(level - 1, 0)]
-            h = layers.conv(after, dtype=self.dtype, name=f"up_{level}_up")(layers.upsample(h))
+            h = constrain(layers.conv(after, dtype=self.dtype, name=f"up_{level}_up")(layers.upsample(h)))
 
         h = act(style.norm("norm_out")(h)).astype(self.dtype)
         out = layers.conv(self.out_channels, dtype=self.dtype, name="conv_out", zero=True)
