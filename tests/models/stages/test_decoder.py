@@ -191,12 +191,8 @@ class Spy:
         return jnp.zeros_like(x_t)
 
 
-def test_conditions_are_dropped_as_often_as_in_the_paper_and_independently():
-    """10 %, 50 %, and so 5 % both (section 1.4 of the facts): three standard errors of 20 000 draws."""
-    stage = dataclasses.replace(build(learned_variance=False), net=Spy([]))
-    batch = batch_of(1)
-    small = batch | {"image": np.zeros((1, 1, 1, 3), np.float32)}
-    many = jax.tree.map(lambda x: np.broadcast_to(x, (20_000, *x.shape[1:])), small)
+def noted(stage, batch):
+    """What the stage's `Spy` sees of a batch, in training and outside of it."""
 
     @jax.jit
     def seen(batch):
@@ -204,7 +200,17 @@ def test_conditions_are_dropped_as_often_as_in_the_paper_and_independently():
             stage.loss({}, KEY, batch, train=train)
         return stage.net.seen
 
-    (t, image, text, deterministic), (spread, no_image, no_text, certain) = jax.device_get(seen(many))
+    return jax.device_get(seen(batch))
+
+
+def test_conditions_are_dropped_as_often_as_in_the_paper_and_independently():
+    """10 %, 50 %, and so 5 % both (section 1.4 of the facts): three standard errors of 20 000 draws."""
+    stage = dataclasses.replace(build(learned_variance=False), net=Spy([]))
+    batch = batch_of(1)
+    small = batch | {"image": np.zeros((1, 1, 1, 3), np.float32)}
+    many = jax.tree.map(lambda x: np.broadcast_to(x, (20_000, *x.shape[1:])), small)
+
+    (t, image, text, deterministic), (spread, no_image, no_text, certain) = noted(stage, many)
     for dropped, share in ((image, 0.1), (text, 0.5), (image & text, 0.05)):
         assert abs(dropped.mean() - share) < 3 * (share * (1 - share) / 20_000) ** 0.5
     assert not no_image.any() and not no_text.any()
@@ -227,13 +233,7 @@ def test_captions_and_classes_are_dropped_in_training_alone(kind):
     batch = {name: np.ones(shape, np.int32) for name, shape in shapes.items()}
     batch["token_mask"] = batch["token_mask"] > 0
 
-    @jax.jit
-    def seen(batch):
-        for train in (True, False):
-            stage.loss({}, KEY, batch, train=train)
-        return stage.net.seen
-
-    (_, label, no_text, _), (_, kept, none, _) = jax.device_get(seen(batch))
+    (_, label, no_text, _), (_, kept, none, _) = noted(stage, batch)
     assert set(np.unique(label)) == {-1, 1} and (kept == 1).all() and not none.any()
     for dropped, share in ((label < 0, 0.1), (no_text, 0.2), ((label < 0) & no_text, 0.02)):
         assert abs(dropped.mean() - share) < 3 * (share * (1 - share) / 20_000) ** 0.5
