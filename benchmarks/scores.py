@@ -44,6 +44,11 @@ def share(name: str, right: np.ndarray, gate: float | None = None) -> Score:
     return Score(name, float(right.mean()), low, high, len(right), gate)
 
 
+def hits(value: float, n: int) -> np.ndarray:
+    """bool [n] with a share `value` of True, for `share` of a known share."""
+    return np.arange(n) < round(value * n)
+
+
 def difference(name: str, a: np.ndarray, b: np.ndarray, gate: float | None = 0.0) -> Score:
     """Mean of a - b [N] of the same captions and noise, with the interval of a paired bootstrap.
 

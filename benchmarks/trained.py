@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -22,6 +23,7 @@ from dalle2_jax.generate.pipeline import Pipeline
 from dalle2_jax.runtime import checkpoint, modeldir
 
 BATCH = 64  # pictures at a time
+DRAWINGS = 256  # of a gate
 BITS, BITS_STEPS = 32, 1000  # pictures, and steps of the bound (all), of bits per dimension
 
 
@@ -161,6 +163,12 @@ class Trained:
         """Add a picture to the grid."""
         self.grid[0].append(image)
         self.grid[1].append(label)
+
+
+def class_captions(classes: list[str]) -> list[str]:
+    """DRAWINGS captions such as 'an orange star': each class in turn."""
+    names = itertools.islice(itertools.cycle(classes), DRAWINGS)
+    return [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
 
 
 def _key(captions: Sequence[str]) -> str:

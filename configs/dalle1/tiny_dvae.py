@@ -9,7 +9,7 @@ STEPS = 2500
 
 
 def get_config(preset: str = ""):
-    """No presets. The temperature falls over the first three fifths of the run."""
+    """No presets. The temperature falls over four fifths of the run; the KL gains weight over half of it."""
     common.common.check_preset(preset, ())
     config = common.get_config(num_steps=STEPS, batch_size=32, learning_rate=2e-3)
     config.stage = "tokenizer"
@@ -20,11 +20,12 @@ def get_config(preset: str = ""):
             kind="gumbel",
             num_codes=128,
             width=32,
-            tau=(1.0, 1 / 16, 3 * STEPS / 5),
-            beta=(0.0, 6.6 / 4, STEPS / 10),  # a code has a quarter of the paper's values
+            tau=(1.0, 1 / 16, 4 * STEPS / 5),
+            beta=(0.0, 6.6 / 4, STEPS / 2),  # a code has a quarter of the paper's values
         ),
         likelihood="logit_laplace",
     )
     config.data.flip = True
+    config.optim.muon_learning_rate = 0.02
     config.ema_decay = 0.99
     return config

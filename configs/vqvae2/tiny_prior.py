@@ -12,7 +12,7 @@ def get_config(preset: str = ""):
     config = common.get_config(num_steps=2000, batch_size=32, learning_rate=2e-3)
     config.stage = "pixelsnail"
     config.data.classes = tuple(classifier.get_config().data.classes)
-    net = dict(width=32, hidden=32, num_blocks=2, num_res_blocks=2, num_heads=4, kernel=3, out_blocks=1)
+    net = dict(width=64, hidden=64, num_blocks=2, num_res_blocks=2, num_heads=4, kernel=3, out_blocks=1)
     config.model = dict(
         grids=((4, 4), (8, 8)),
         num_codes=(64, 64),
