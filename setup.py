@@ -99,7 +99,7 @@ setup(
         *(f"dalle2_jax.configs.{name}" for name in find_packages("configs")),
     ],
     package_dir={"dalle2_jax.configs": "configs"},
-    package_data={"dalle2_jax": ["bundled/**/*"]},
+    package_data={"dalle2_jax": ["bundled/**/*"], "dalle2_jax.configs.emoji_styles": ["records.txt"]},
     entry_points={"console_scripts": ["dalle2-jax = dalle2_jax.__main__:main"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,

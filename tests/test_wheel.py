@@ -64,7 +64,8 @@ def test_the_wheel_holds_every_recipe_and_the_bundled_model(installed):
         return {path.as_posix() for path in found if "__pycache__" not in path.parts}
 
     package = installed / "dalle2_jax"
-    assert files(package / "configs", "*.py") == files(ROOT / "configs", "*.py")
+    for pattern in ("*.py", "*.txt"):
+        assert files(package / "configs", pattern) == files(ROOT / "configs", pattern)
     assert files(package / "bundled", "*") == files(ROOT / "dalle2_jax/bundled", "*")
     assert {path.name for path in installed.iterdir()} <= {"bin", "dalle2_jax"} | {
         path.name for path in installed.glob("*.dist-info")
