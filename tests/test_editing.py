@@ -3,6 +3,7 @@
 A model with random weights draws no pictures, but what must hold of every model holds of it.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from dalle2_jax.data import scenes
 from dalle2_jax.edit import __main__ as command_line
 from dalle2_jax.edit.latents import Latents, slerp, unit
 from dalle2_jax.generate import pictures
+from dalle2_jax.models.diffusion import sampling
 from tests.tiny_model import make_model
 
 CAPTION = "a red star above a blue ring"
@@ -348,6 +350,17 @@ def test_strokes_on_a_transparent_layer_repaint_what_they_cover(model, picture):
     result = model.inpaint(picture, strokes, CAPTION, num_steps=4, resample=2)
     assert (result.images[:, :, :16] == picture[:, :16]).all()
     assert (result.images[:, :, 16:] != picture[:, 16:]).any()
+
+
+@pytest.mark.parametrize("method", sampling.MULTISTEP)
+def test_a_sampler_that_reads_the_step_before_inpaints_too(model, picture, method, monkeypatch):
+    decoder = model.engine.stages["decoder"]
+    changed = dataclasses.replace(decoder, diffusion=decoder.diffusion.with_settings(method=method))
+    monkeypatch.setitem(model.engine.stages, "decoder", changed)
+    mask = np.zeros((32, 32), bool)
+    mask[:, 16:] = True
+    result = model.inpaint(picture, mask, CAPTION, num_steps=2)
+    assert (result.images[0, :, :16] == picture[:, :16]).all()
 
 
 def test_repainting_everything_is_drawing_the_caption(model, picture):

@@ -27,6 +27,7 @@ from dalle2_jax.generate import rerank, unclip
 from dalle2_jax.generate.pictures import square_mask, square_picture, whole_picture
 from dalle2_jax.generate.pipeline import RUNNING, Pipeline, Result, Running
 from dalle2_jax.generate.settings import check_keywords, of_step
+from dalle2_jax.models.diffusion.sampling import MULTISTEP
 
 INVERSION_STEPS = 50
 RESAMPLE = 4
@@ -250,7 +251,7 @@ def inpaint(
 
     mask: a picture, or bool or uint8 [H, W], of the picture's size; see `pictures.repaint_mask`. caption:
     of the finished picture. resample: how often each step is taken, so that the new part fits the old; None:
-    1 for a decoder trained with `inpaint`, else RESAMPLE.
+    1 for a decoder trained with `inpaint` or with a sampler of MULTISTEP, else RESAMPLE.
     """
     how = Drawing.of(drawing)
     pipe.steps("inpaint")
@@ -259,7 +260,8 @@ def inpaint(
     if repaint.all():  # nothing is kept
         return _draw_caption(pipe, caption, n, how, dict(negative=negative))
     if resample is None:
-        resample = 1 if _decoder(pipe).inpaint else RESAMPLE
+        decoder = _decoder(pipe)
+        resample = 1 if decoder.inpaint or decoder.sampling["method"] in MULTISTEP else RESAMPLE
     inpaint = square_picture(picture, pipe.image_size, how.fit), repaint
     return _draw_caption(pipe, caption, n, how, dict(resample=resample, negative=negative), inpaint)
 

@@ -171,6 +171,7 @@ def heun(steps: TwoTime) -> Sampler:
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "analytic": analytic, "dpm++": dpmpp_2m, "euler": euler, "heun": heun}
 METHODS = tuple(SAMPLERS)
+MULTISTEP = ("dpm++", "heun")  # read the step before, so that no step can be repeated
 
 
 def resampled(sampler: Sampler, steps: TwoTime, count: int) -> Sampler:
