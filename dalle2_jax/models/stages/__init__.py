@@ -30,6 +30,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from dalle2_jax.runtime.names import nearest
 
@@ -80,3 +81,21 @@ def check_settings(
     missing = [name for name in required if name not in settings]
     if missing:
         raise ValueError(f"{what} lacks {', '.join(f'{what}.{name}' for name in missing)}")
+
+
+def narrow_in_loop(params: dict, x: jax.Array) -> tuple[dict, jax.Array]:
+    """(params, x) for a network in a loop whose carry is x: weights narrower than float32 stay so in memory.
+
+    The compiler would move their conversion out of the loop, and keep a float32 copy of all of them. A value
+    that depends on x cannot leave the loop.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    narrow = {
+        i: leaf
+        for i, leaf in enumerate(leaves)
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+    }
+    if not narrow:
+        return params, x
+    narrow, x = jax.lax.optimization_barrier((narrow, x))
+    return tree.unflatten([narrow.get(i, leaf) for i, leaf in enumerate(leaves)]), x

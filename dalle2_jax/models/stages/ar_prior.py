@@ -28,7 +28,7 @@ import numpy as np
 
 from dalle2_jax.models.diffusion.guidance import is_guided
 from dalle2_jax.models.nets.latents import LatentTransformer
-from dalle2_jax.models.stages import Loss, Op, candidates, check_settings
+from dalle2_jax.models.stages import Loss, Op, candidates, check_settings, narrow_in_loop
 from dalle2_jax.models.stages.clip import unit_norm
 from dalle2_jax.models.stages.settings import CANDIDATES, SCALE, Setting
 from dalle2_jax.models.tokens.decode import Options, decode
@@ -273,8 +273,13 @@ class ARPrior:
         prefix = apply("prefix", text_embed, jnp.repeat(dot, len(halves)), drop)
         caches = apply("empty_caches", len(drop))
         _, caches = apply("step", prefix[:, 0], jnp.int32(0), text, mask, caches)
+
+        def step(x, k, caches):  # position 0 is the prefix's
+            own, x = narrow_in_loop(params["net"], x)
+            return self.net.apply({"params": own}, x, k + 1, text, mask, caches, method="step")
+
         codes = decode(
-            lambda x, k, caches: apply("step", x, k + 1, text, mask, caches),  # position 0 is the prefix's
+            step,
             lambda codes: apply("embed_codes", codes),
             prefix[:, 1],
             caches,

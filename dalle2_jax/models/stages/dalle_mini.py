@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.diffusion.guidance import interleave
 from dalle2_jax.models.nets.dalle_mini import DalleMiniNet
-from dalle2_jax.models.stages import Loss, check_settings, code_sampling
+from dalle2_jax.models.stages import Loss, check_settings, code_sampling, narrow_in_loop
 from dalle2_jax.models.stages.code_sampling import CodeModel
 from dalle2_jax.models.tokens.decode import Options, decode
 
@@ -74,7 +74,8 @@ class DalleMini(CodeModel):
         read = self._net(params, self._net(params, text, mask, method="encode"), method="read")
 
         def step(ids, k, caches):
-            logits, caches = self._net(params, ids[:, None], read, mask, caches, k, method="decode")
+            net, ids = narrow_in_loop(params["net"], ids)
+            logits, caches = self._net({"net": net}, ids[:, None], read, mask, caches, k, method="decode")
             return logits[:, 0, : self.num_codes[0]], caches
 
         first = jnp.full(len(text), self.start_code)

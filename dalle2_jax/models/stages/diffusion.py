@@ -17,7 +17,7 @@ import numpy as np
 
 from dalle2_jax.models.diffusion import gaussian, guidance, process
 from dalle2_jax.models.nets.denoiser import Conditioning, DenoiserNet
-from dalle2_jax.models.stages import Loss, Op
+from dalle2_jax.models.stages import Loss, Op, narrow_in_loop
 from dalle2_jax.models.stages.building import check_side
 from dalle2_jax.models.stages.conditions import (
     Caption,
@@ -320,7 +320,8 @@ class DiffusionStage:
 
         def network(x_t, t, inputs):
             def apply(own, conditioning):
-                return self.net.apply({"params": own}, x_t, t, conditioning, **inputs, method="denoise")
+                own, x = narrow_in_loop(own, x_t)
+                return self.net.apply({"params": own}, x, t, conditioning, **inputs, method="denoise")
 
             first, *last = (
                 lambda own=own, conditioning=conditioning: apply(own, conditioning)

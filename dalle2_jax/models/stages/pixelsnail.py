@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.diffusion.guidance import interleave
 from dalle2_jax.models.nets.pixelsnail import PixelSnail
-from dalle2_jax.models.stages import Loss, check_settings, code_sampling
+from dalle2_jax.models.stages import Loss, check_settings, code_sampling, narrow_in_loop
 from dalle2_jax.models.stages.code_sampling import CodeModel
 from dalle2_jax.models.tokens.decode import Options, decode
 
@@ -96,7 +96,8 @@ class PixelSnailPrior(CodeModel):
             def step(x, k, codes, level=level, upper=upper, h=h, w=w):
                 # x is code k - 1; before the first one it is written behind the last, and written over later
                 codes = jax.lax.dynamic_update_slice_in_dim(codes, x[:, None], (k - 1) % (h * w), axis=1)
-                logits = self._logits(params, level, codes.reshape(-1, h, w), upper, label)
+                own, codes = narrow_in_loop(params, codes)
+                logits = self._logits(own, level, codes.reshape(-1, h, w), upper, label)
                 logits = logits.reshape(len(codes), h * w, -1)
                 return jax.lax.dynamic_index_in_dim(logits, k, axis=1, keepdims=False), codes
 

@@ -30,7 +30,7 @@ from dalle2_jax.models.diffusion import gaussian, schedules
 from dalle2_jax.models.diffusion.guidance import NO_RULES, Guidance, check_rules, is_guided, pop_rules
 from dalle2_jax.models.diffusion.process import Times
 from dalle2_jax.models.nets.transformer import PriorTransformer
-from dalle2_jax.models.stages import Loss, Op, candidates, check_settings
+from dalle2_jax.models.stages import Loss, Op, candidates, check_settings, narrow_in_loop
 from dalle2_jax.models.stages.clip import unit_norm
 from dalle2_jax.models.stages.settings import (
     CANDIDATES,
@@ -248,7 +248,11 @@ class Prior:
         read = candidates.spread(read, size, num_candidates)
 
         def network_of(read):
-            return lambda x_t, t: self.net.apply({"params": params["net"]} | read, x_t, t)
+            def network(x_t, t):
+                own, x = narrow_in_loop(params["net"], x_t)
+                return self.net.apply({"params": own} | read, x, t)
+
+            return network
 
         if is_guided(scale):
             scale = jnp.repeat(scale, num_candidates) if jnp.ndim(scale) else scale

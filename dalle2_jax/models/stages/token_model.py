@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from dalle2_jax.models.diffusion.guidance import interleave
 from dalle2_jax.models.nets.tokens import TokenTransformer
-from dalle2_jax.models.stages import Loss, check_settings, code_sampling
+from dalle2_jax.models.stages import Loss, check_settings, code_sampling, narrow_in_loop
 from dalle2_jax.models.stages.code_sampling import CodeModel
 from dalle2_jax.models.tokens import masks
 from dalle2_jax.models.tokens.decode import Options, decode
@@ -183,10 +183,11 @@ class TokenModel(CodeModel):
         offsets = jnp.concatenate([jnp.full(p.part.length, p.id - first) for p in self.layout.places()[1:]])
 
         def step(ids, k, caches):
-            at = text - 1 + k
+            net, ids = narrow_in_loop(params["net"], ids)
+            own, at = {"net": net}, text - 1 + k
             row = jax.lax.dynamic_slice_in_dim(rows, at, 1)
-            states, caches = self._net(params, "states", ids[:, None], row, self._masks(at, 1), caches, at)
-            return self._net(params, "head", states[:, 0], first, count), caches
+            states, caches = self._net(own, "states", ids[:, None], row, self._masks(at, 1), caches, at)
+            return self._net(own, "head", states[:, 0], first, count), caches
 
         if len(self.levels) > 1:
             options = options._replace(allowed=self.layout.allowed()[text:, first:])
