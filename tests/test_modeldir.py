@@ -49,6 +49,17 @@ class TestStageDirectory:
             # bfloat16 keeps 8 bits, so rounding moves a number by at most 2^-9 of its power of two
             np.testing.assert_allclose(a, b, rtol=0 if dtype == "float32" else 2**-8, atol=0)
 
+    @pytest.mark.parametrize("keep_dtype", [False, True])
+    def test_lazy_leaves_are_read_one_by_one(self, tmp_path, keep_dtype):
+        modeldir.save_stage(tmp_path / "a", {}, make_params())
+        _, eager = modeldir.load_stage(tmp_path / "a", keep_dtype)
+        _, lazy = modeldir.load_stage(tmp_path / "a", keep_dtype, lazy=True)
+        assert_same(jax.tree.map(np.asarray, lazy), eager)
+        assert modeldir.sha256(lazy) == modeldir.sha256(eager)
+        (tmp_path / "a" / "model.safetensors").unlink()  # nothing was kept
+        with pytest.raises(FileNotFoundError):
+            np.asarray(lazy["conv_in"]["bias"])
+
     def test_files_are_plain_safetensors_and_reproducible(self, tmp_path):
         params = {"b": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3).T}, "count": np.int32([7])}
         for name in ("one", "two"):
@@ -119,6 +130,8 @@ class TestStageDirectory:
             weights.write_bytes(weights.read_bytes().replace(good, bad))
             with pytest.raises(ValueError, match="conv_in/bias holds numbers that are not finite"):
                 modeldir.load_stage(tmp_path)
+            with pytest.raises(ValueError, match="conv_in/bias holds numbers that are not finite"):
+                np.asarray(modeldir.load_stage(tmp_path, lazy=True)[1]["conv_in"]["bias"])
             params["conv_in"]["bias"] = jnp.asarray([0, 1, bits, 3], jnp.float32)
             with pytest.raises(ValueError, match=f"conv_in/bias would hold .* not finite in {dtype}"):
                 modeldir.save_stage(tmp_path, {}, params, dtype)

@@ -134,8 +134,8 @@ def export_diffusers(model: str | os.PathLike, out: str | os.PathLike) -> list[s
     """
     source, folder = epath.Path(hub.local(model)), check_out(out, "float32")
     index = modeldir.read_index(source)
-    # Stored types take half the memory; CLIP's encoder runs, in float32.
-    stages = {name: models.load_stage(source, name, name != "clip")[1:] for name in index["stages"]}
+    # CLIP's encoder runs; the weights of the others are read as they are written.
+    stages = {name: models.load_stage(source, name, lazy=name != "clip")[1:] for name in index["stages"]}
     context_length = stages["clip"][0]["model"]["text"]["context_length"] if "clip" in stages else None
     words = next((each["tokenizer"] for each in index["stages"].values() if each["tokenizer"]), "")
     tokenizer = load_tokenizer(source / words, context_length) if words else None

@@ -16,6 +16,7 @@ import numpy as np
 from dalle2_jax.convert.tensors import Tensors
 from dalle2_jax.models import models
 from dalle2_jax.runtime import modeldir
+from dalle2_jax.runtime.modeldir import Lazy
 
 Arrays = list[np.ndarray]
 OPENAI_LICENCE = "OpenAI's are MIT; of other weights in this layout ask their makers"
@@ -137,20 +138,6 @@ class BlockNames:
             for number in range(depth)
             for row in under(f"{ours}/block_{number}", block, f"{theirs.format(number)}.")
         ]
-
-
-class Lazy:
-    """An array of this shape and dtype, computed when numpy reads it."""
-
-    def __init__(self, shape: tuple[int, ...], make: Callable[[], np.ndarray]):
-        self.shape, self.dtype, self.ndim = tuple(shape), np.dtype(np.float32), len(shape)
-        self._make = make
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        array = np.asarray(self._make(), self.dtype)
-        if array.shape != self.shape:
-            raise ValueError(f"an array was to have shape {self.shape}, it has {array.shape}")
-        return array if dtype is None else array.astype(dtype)
 
 
 def expected_shapes(table: Iterable[Row], abstract: Any) -> dict[str, tuple[int, ...]]:

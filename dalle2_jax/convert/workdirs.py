@@ -64,7 +64,7 @@ def convert_workdirs(
     parts, stages, tokenizers, steps, frozen = {}, {}, {}, {}, {}
     local = {source: os.fspath(hub.local(source)) for _, source in wanted}
     for role, source in wanted:
-        stage, config, params = models.load_stage(source, role)
+        stage, config, params = models.load_stage(source, role, lazy=True)
         folder = f"{role}{stage.image_size}" if role in module.LISTS.values() else role
         if folder in stages:
             side = stage.image_size

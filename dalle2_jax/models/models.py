@@ -155,19 +155,20 @@ def _encodes_codes(stage) -> bool:
     return any("codes" in op.writes for do, op in ops.items() if do.startswith("encode"))
 
 
-def load_stage(path, name: str, keep_dtype: bool = False):
+def load_stage(path, name: str, keep_dtype: bool = False, lazy: bool = False):
     """(stage, config, parameters) of a training workdir (its newest average), of stage `name` of a model
     directory, or of a stage's folder in one.
 
     path: on the disk, or hf://OWNER/NAME@COMMIT of a model directory, or with a stage's folder behind it.
     name: 'clip', 'prior', 'decoder', 'upsampler' or, of a model directory with several, 'upsampler64' and the
     like; a name that is no stage's, such as 'teacher', stands for any stage. keep_dtype: parameters keep the
-    type that they are stored in, else they are float32. Arrays are on the host. Raises FileNotFoundError or
-    ValueError that says what `path` lacks.
+    type that they are stored in, else they are float32. Arrays are on the host. lazy: those of a model
+    directory on the disk are read when they are used. Raises FileNotFoundError or ValueError that says what
+    `path` lacks.
     """
     stage, config, folder = open_stage(path, name)
     if not is_workdir(folder):
-        _, params = modeldir.load_stage(folder, keep_dtype)
+        _, params = modeldir.load_stage(folder, keep_dtype, lazy=lazy)
     else:
         params = checkpoint.restore_ema_params(folder)
         if config.get("trainable"):

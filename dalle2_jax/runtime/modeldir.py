@@ -13,7 +13,7 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 _NUMBERS = "float16 float32 float64 int8 int16 int32 int64 uint8 uint32".split()
 _SAFETENSORS = {name: name[0].upper() + name.lstrip("uintfloa") for name in _NUMBERS}
 _SAFETENSORS |= {"bfloat16": "BF16", "bool": "BOOL"}
+_NARROW = (ml_dtypes.bfloat16, np.float16)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def sha256(params: Any) -> str:
     digest = hashlib.sha256()
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
         digest.update(str(path).encode())
-        narrow = leaf.dtype in (ml_dtypes.bfloat16, np.float16)
+        narrow = leaf.dtype in _NARROW
         digest.update(np.ascontiguousarray(leaf, np.float32 if narrow else None).tobytes())
     return digest.hexdigest()
 
@@ -175,8 +176,25 @@ def write_json(path: AnyPath, value: Any) -> None:
         partial.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+class Lazy:
+    """An array of this shape and dtype, computed or read each time that numpy asks for it."""
+
+    def __init__(self, shape: Sequence[int], make: Callable[[], np.ndarray], dtype: Any = np.float32):
+        self.shape, self.dtype, self.ndim = tuple(shape), np.dtype(dtype), len(shape)
+        self._make = make
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        array = np.asarray(self._make(), self.dtype)
+        if array.shape != self.shape:
+            raise ValueError(f"an array was to have shape {self.shape}, it has {array.shape}")
+        return array if dtype is None else array.astype(dtype)
+
+
 def load_stage(
-    directory: AnyPath, keep_dtype: bool = False, place: Callable[[np.ndarray], Any] = lambda leaf: leaf
+    directory: AnyPath,
+    keep_dtype: bool = False,
+    place: Callable[[np.ndarray], Any] = lambda leaf: leaf,
+    lazy: bool = False,
 ) -> tuple[dict, dict]:
     """(config, params) of a stage's directory: JSON values, and nested dicts of numpy arrays.
 
@@ -184,6 +202,7 @@ def load_stage(
       directory: the stage's folder.
       keep_dtype: leaves keep their stored types; otherwise narrow floats become float32.
       place: applied to each leaf when it is read, such as a move to a device.
+      lazy: leaves of a folder on the disk are `Lazy`, for models that are larger than the memory.
 
     Raises:
       FileNotFoundError: the directory or one of its files is missing. ValueError: a file is damaged.
@@ -194,26 +213,45 @@ def load_stage(
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).exists():
             raise FileNotFoundError(f"{directory} is not a stage of a model directory: it has no {name}")
-    config = _read_json(directory / CONFIG_FILE)
-    flat = {}
+    config, where = _read_json(directory / CONFIG_FILE), os.fspath(directory / WEIGHTS_FILE)
+    flat: dict[str, Any] = {}
     with _local_copy(directory / WEIGHTS_FILE) as path:
         if damage := files.damage(path):
             raise ValueError(f"{directory / WEIGHTS_FILE} {damage}")
+        lazy = lazy and path == where  # the copy of a file in a bucket is gone afterwards
         try:
             with safetensors.safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
-                    leaf = file.get_tensor(name)
-                    if not name.startswith("stats/") and not is_finite(leaf):
-                        raise ValueError(
-                            f"{directory / WEIGHTS_FILE}: {name} holds numbers that are not finite"
-                        )
-                    narrow = not keep_dtype and leaf.dtype in (ml_dtypes.bfloat16, np.float16)
-                    flat[name] = place(leaf.astype(np.float32) if narrow else leaf)
+                    if lazy:
+                        flat[name] = _stored(file.get_slice(name), path, name, keep_dtype)
+                        continue
+                    leaf = _checked(file.get_tensor(name), where, name)
+                    widen = not keep_dtype and leaf.dtype in _NARROW
+                    flat[name] = place(leaf.astype(np.float32) if widen else leaf)
         except safetensors.SafetensorError as error:
             raise ValueError(
                 f"{directory / WEIGHTS_FILE} is not a whole safetensors file: {error}"
             ) from error
     return config, unflatten(flat)
+
+
+def _stored(found: Any, path: str, name: str, keep_dtype: bool) -> Lazy:
+    """The lazy leaf of an array that safetensors found."""
+    import safetensors
+
+    def read() -> np.ndarray:
+        with safetensors.safe_open(path, framework="np") as file:
+            return _checked(file.get_tensor(name), path, name)
+
+    kind = np.dtype({short: long for long, short in _SAFETENSORS.items()}[found.get_dtype()])
+    return Lazy(found.get_shape(), read, np.float32 if not keep_dtype and kind in _NARROW else kind)
+
+
+def _checked(leaf: np.ndarray, path: str, name: str) -> np.ndarray:
+    """The leaf `name` of a file; ValueError for numbers that are not finite."""
+    if not name.startswith("stats/") and not is_finite(leaf):
+        raise ValueError(f"{path}: {name} holds numbers that are not finite")
+    return leaf
 
 
 def is_finite(array: np.ndarray) -> bool:
