@@ -9,6 +9,6 @@ from dalle2_jax.configs.glide import tiny
 def get_config(preset: str = ""):
     """No presets."""
     config = tiny.get_config(preset)
-    config.model.update(schedule="logsnr:2", num_timesteps=65_536)
+    config.model.update(text_drop=0.1, schedule="logsnr", num_timesteps=65_536)
     config.model.net = dict(time_scale=1000 / 65_536)
     return config
