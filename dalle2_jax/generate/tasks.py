@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle2_jax.generate.engine import Engine, Task
+from dalle2_jax.models.stages import narrow_in_loop
 from dalle2_jax.runtime.batch import to_float, to_uint8
 from dalle2_jax.systems.step import PICTURES, Step
 
@@ -88,8 +89,9 @@ def make_task(engine: Engine, step: Step, settings: Mapping, specs: dict, seed: 
 
     def log_p_of(params, batch, scalars):
         def log_p(x_t, t):
+            held, x_t = narrow_in_loop({guide: params[guide] for guide in guides}, x_t)
             return sum(
-                scalars[guide] * engine.stage(guide).log_p(params[guide], x_t, t, batch[name])
+                scalars[guide] * engine.stage(guide).log_p(held[guide], x_t, t, batch[name])
                 for guide, name in guides.items()
             )
 

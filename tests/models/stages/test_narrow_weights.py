@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import pytest
 
 from dalle2_jax.models import models
-from dalle2_jax.models.stages import ar_prior, dalle_mini, decoder, pixelsnail, prior, token_model
+from dalle2_jax.models.stages import (
+    ar_prior,
+    dalle_mini,
+    decoder,
+    narrow_in_loop,
+    pixelsnail,
+    prior,
+    token_model,
+)
 from dalle2_jax.runtime import partition
 
 TEXT = dict(vocab_size=64, context_length=4, width=64, depth=1, num_heads=1)
@@ -51,3 +59,19 @@ def test_no_float32_copy_of_the_weights_is_kept(name):
     count = sum(x.size for x in jax.tree.leaves(params) if x.dtype == jnp.bfloat16)
     assert count > 1e6
     assert needed.temp_size_in_bytes < 4 * count / 2
+
+
+def test_the_gradient_of_a_guide_passes_and_float32_stays_as_it_is():
+    weights = {"wide": jnp.array([2.0, 3.0]), "narrow": jnp.array([5.0, 7.0], jnp.bfloat16)}
+
+    def guide(x):
+        held, x = narrow_in_loop(weights, x)
+        assert held["narrow"].dtype == jnp.bfloat16
+        return (held["wide"] * held["narrow"] * x).sum()
+
+    def step(x, _):
+        return x + jax.grad(guide)(x), None
+
+    assert jax.lax.scan(step, jnp.zeros(2), None, length=2)[0].tolist() == [20.0, 42.0]
+    kept, same = narrow_in_loop({"wide": weights["wide"]}, weights["wide"])
+    assert kept["wide"] is same is weights["wide"]
