@@ -30,12 +30,13 @@ class TokenEmbedding(nn.Module):
     vocab_size: int
     width: int
     dtype: DTypeLike = jnp.float32
+    stddev: float = 0.02
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Token ids [B, N] -> [B, N, width]."""
         shape = (self.vocab_size, self.width)
-        table = self.param("embedding", layers.normal(0.02), shape, jnp.float32)
+        table = self.param("embedding", layers.normal(self.stddev), shape, jnp.float32)
         return jnp.take(table.astype(self.dtype), tokens, axis=0)
 
 

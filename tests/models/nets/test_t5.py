@@ -153,3 +153,17 @@ def test_padding_is_not_read_and_a_text_without_a_token_is_finite():
     changed[0, 3] = 30
     assert np.abs(net.apply(params, changed, mask) - states)[0, :3].min(axis=-1).max() > 0
     assert set(flatten(params)) and "params/position_bias" in flatten(params)
+
+
+def test_a_new_encoder_has_the_variances_of_t5():
+    """As transformers' T5 begins: tokens 1, q 1 / (C D), k and v 1 / C, out 1 / (H D); nothing else scales
+    attention, and a smaller table would drown each token in the first block's output."""
+    width, heads, head_dim = 64, 8, 16
+    net = T5Encoder(512, width, 1, heads, 128, head_dim)
+    params = net.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool))["params"]
+    block = params["block_0"]
+    q, k, v = jnp.split(block["qkv"]["kernel"], 3, axis=1)
+    wanted = [(q, 1 / (width * head_dim)), (k, 1 / width), (v, 1 / width)]
+    wanted += [(block["out"]["kernel"], 1 / (heads * head_dim)), (params["token_embedding"]["embedding"], 1)]
+    for kernel, variance in wanted:
+        assert float(jnp.var(kernel)) == pytest.approx(variance, rel=0.1)
