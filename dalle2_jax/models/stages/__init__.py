@@ -98,4 +98,4 @@ def narrow_in_loop(params: dict, x: jax.Array) -> tuple[dict, jax.Array]:
     if not narrow:
         return params, x
     narrow, x = jax.lax.optimization_barrier((narrow, x))
-    return tree.unflatten([narrow.get(i, leaf) for i, leaf in enumerate(leaves)]), x
+    return jax.tree.unflatten(tree, [narrow.get(i, leaf) for i, leaf in enumerate(leaves)]), x

@@ -621,3 +621,10 @@ def test_resampling_is_refused_where_it_has_no_meaning():
     for options in (dict(resample=0), dict(resample=2, method="dpm++")):
         with pytest.raises(ValueError, match="resample must be 1 or more"):
             walk(smooth_denoiser, keys_of(0, 1), 4, **options)
+
+
+def test_multistep_names_the_samplers_that_read_the_step_before():
+    steps = schedules.two_time(schedules.make_schedule("cosine", 8), np.array([7, 3, 0]))
+    more = {"analytic": dict(eps_sq=jnp.ones(8))}
+    made = {name: sampler(steps, **more.get(name, {})) for name, sampler in sampling.SAMPLERS.items()}
+    assert {name for name, one in made.items() if one.multistep} == set(sampling.MULTISTEP)
