@@ -151,7 +151,8 @@ def _draw_names(config: SceneConfig, split: str, count: int, stream: Stream):
         names = stream.shuffled(names)
     else:
         names = [stream.choice(seen) for _ in range(count)]
-    return names, tuple(stream.choice(RELATIONS) for _ in range(count - 1))
+    weights = config.relation_weights if split == "train" else (1.0,) * len(RELATIONS)
+    return names, tuple(RELATIONS[stream.weighted(weights)] for _ in range(count - 1))
 
 
 def _has_held_out_triple(objects) -> bool:

@@ -126,6 +126,20 @@ def test_twins_differ_in_one_thing():
     assert scenes.sample_scene(config, "train", 2) == scenes.sample_scene(plain, "train", 2)
 
 
+def test_uneven_relations_are_of_training_alone():
+    even, uneven = scenes.preset("quickstart"), scenes.preset("uneven")
+    counts = collections.Counter(
+        relation for scene in sampled(uneven, "train", 600) for relation in scene.relations
+    )
+    pairs = counts.total()
+    for often, seldom in (("above", "below"), ("left of", "right of")):
+        # a share of .85 of half of the pairs; four standard deviations of a share are at most .09
+        assert abs(counts[often] / (counts[often] + counts[seldom]) - 0.85) < 0.12
+        assert counts[often] + counts[seldom] > pairs / 3
+    for split in scenes.SPLITS[1:]:
+        assert sampled(uneven, split, 20) == sampled(even, split, 20)
+
+
 # Splits
 
 
