@@ -221,9 +221,12 @@ def _enlarged(run: Trained, name: str, low_res: np.ndarray, texts: list[str], le
     model = Pipeline.load(run.folder / "models" / name)
     steps = [step for step in model.steps("draw") if step.role != "decoder"]
     stage = model.engine.stage(steps[-1].stage)
+    model.engine.params(steps[-1].stage)  # read as they were trained: the changed stage has a noise level
     kind = LowRes if stage.low_res.noise else _Untold
     noised = kind(**dataclasses.asdict(stage.low_res) | dict(noise=1.0, level=level))
     model.engine.stages[steps[-1].stage] = dataclasses.replace(stage, low_res=noised)
+    # Compiled programs are kept by the config, which must tell this stage from the trained one.
+    model.engine.configs[steps[-1].stage]["model"]["low_res"] = f"{kind.__name__} {level}"
     batch = {"caption": texts, "number": np.arange(len(texts)), f"{steps[-1].name}.low_res": low_res}
     made, _ = model.run(steps, batch, model.settings(), Running(batch_size=BATCH))
     return made[f"{steps[-1].name}.image"]
