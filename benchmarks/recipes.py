@@ -257,8 +257,8 @@ RECIPES = {
     ),
     "vqvae": Recipe(
         "VQ-VAE",
-        (Training("tokenizer", "vqvae/tiny"), Training("prior", "vqvae/tiny_prior", (_CODES,))),
-        {"model": {"tokenizer": "tokenizer", "token_model": "prior"}},
+        (Training("tokenizer", "vqvae/tiny"), Training("token_model", "vqvae/tiny_prior", (_CODES,))),
+        {"model": {"tokenizer": "tokenizer", "token_model": "token_model"}},
         vqvae,
     ),
     "iddpm": Recipe(
@@ -305,10 +305,10 @@ RECIPES = {
         "VQ-VAE-2",
         (
             Training("tokenizer", "vqvae2/tiny_tokenizer"),
-            Training("prior", "vqvae2/tiny_prior", (_CODES,)),
+            Training("token_model", "vqvae2/tiny_prior", (_CODES,)),
             Training("classifier", "tiny/classifier"),
         ),
-        {"model": {"classifier": "classifier", "tokenizer": "tokenizer", "token_model": "prior"}},
+        {"model": {"classifier": "classifier", "tokenizer": "tokenizer", "token_model": "token_model"}},
         vqvae2,
     ),
 }

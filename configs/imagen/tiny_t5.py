@@ -12,6 +12,7 @@ def get_config(preset: str = ""):
     config = common.get_config(num_steps=3000, batch_size=64, learning_rate=2e-3)
     vocab_size = common.TEXT["vocab_size"]
     config.stage = "t5"
+    config.data.path = "complete_64"  # T5 has read of what the pictures do not show
     config.model = dict(
         vocab_size=vocab_size + 1,  # the last id stands for masked tokens
         mask_token=vocab_size,

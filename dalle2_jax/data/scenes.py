@@ -139,6 +139,8 @@ def _draw_names(config: SceneConfig, split: str, count: int, stream: Stream):
     """Draws (colour, shape) of `count` objects and the relations along the chain, by the rules of the
     split."""
     seen = pairs(config, False)
+    if split == "train" and not config.hold_out:
+        seen += pairs(config, True)
     if split == "test_relations":
         a, relation, b = stream.choice(triples(config, True))
         if stream.uniform() < 0.5:
@@ -162,6 +164,13 @@ def _has_held_out_triple(objects) -> bool:
         for b in objects[i + 1 :]
         for relation in relations_between(a, b)
     )
+
+
+def _fits(config: SceneConfig, split: str, objects) -> bool:
+    """Whether a split may contain the triples of the objects."""
+    if split == "train" and not config.hold_out:
+        return True
+    return _has_held_out_triple(objects) == (split == "test_relations")
 
 
 def twin(config: SceneConfig, scene: Scene, stream: Stream) -> Scene | None:
@@ -219,7 +228,7 @@ def sample_scene(config: SceneConfig, split: str, index: int, seed: int = 0) -> 
         if len(set(names)) < len(names):
             continue
         objects = _place(config, stream, names, relations)
-        if objects is None or _has_held_out_triple(objects) != (split == "test_relations"):
+        if objects is None or not _fits(config, split, objects):
             continue
         return Scene(objects, relations, stream.choice(config.backgrounds), config.details)
     raise ValueError(

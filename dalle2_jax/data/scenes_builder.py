@@ -43,6 +43,7 @@ CONFIGS = {
         ScenesConfig("quickstart", 256, 2_000, 128),
         ScenesConfig("quickstart", 1024, 500, 32),
         ScenesConfig("uneven", 64, 20_000),
+        ScenesConfig("complete", 64, 20_000),
         ScenesConfig("full", 64, 100_000),
         ScenesConfig("full", 256, 100_000),
         ScenesConfig("full", 1024, 10_000),

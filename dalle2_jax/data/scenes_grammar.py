@@ -87,6 +87,8 @@ class SceneConfig:
       relation_weights: in `train`, probability of each of `RELATIONS`. If all are equal, neither the order of
         the objects' words nor the word of their relation tells alone which object is where, and a network
         that reads captions by its own loss (GLIDE) does not learn it.
+      hold_out: whether `train` leaves out held-out pairs and triples. Without, its captions are text for a
+        text encoder (Imagen's T5 has read of everything); no picture of it belongs in training.
     """
 
     name: str
@@ -102,6 +104,7 @@ class SceneConfig:
     spread: float = 1.0
     twins: bool = False
     relation_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    hold_out: bool = True
 
     def __post_init__(self):
         fields = dict(colours=COLOURS, shapes=SHAPES, backgrounds=BACKGROUNDS, details=DETAILS)
@@ -170,6 +173,7 @@ _QUICKSTART = SceneConfig(
     twins=True,
 )
 _UNEVEN = dataclasses.replace(_QUICKSTART, name="uneven", relation_weights=(0.85, 0.15, 0.85, 0.15))
+_COMPLETE = dataclasses.replace(_QUICKSTART, name="complete", twins=False, hold_out=False)
 _FULL_SIZES = SizeRange("small", 0.14, 0.18), SizeRange("medium", 0.22, 0.27), SizeRange("large", 0.32, 0.38)
 _FULL = SceneConfig(
     name="full",
@@ -181,11 +185,11 @@ _FULL = SceneConfig(
     details=DETAILS,
     gap=0.05,
 )
-PRESETS = {config.name: config for config in (_QUICKSTART, _UNEVEN, _FULL)}
+PRESETS = {config.name: config for config in (_QUICKSTART, _UNEVEN, _COMPLETE, _FULL)}
 
 
 def preset(name: str) -> SceneConfig:
-    """The named `SceneConfig`: 'quickstart', 'uneven' or 'full'."""
+    """The named `SceneConfig`, one of `PRESETS`."""
     return PRESETS[check_choice(name, PRESETS, "preset of scenes")]
 
 
