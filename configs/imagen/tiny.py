@@ -14,9 +14,6 @@ def get_config(preset: str = ""):
     del config.model["image_drop"], config.model["text"]
     config.model.update(
         embed_dim=0,
-        channels=24,
-        head_dim=24,
-        schedule="cosine:2",
         text=dict(STATES),
         text_drop=0.1,
         guidance_scale=3.0,
@@ -24,6 +21,6 @@ def get_config(preset: str = ""):
         threshold=99.5,
         net=dict(context_norm="layer"),
     )
-    config.num_steps, config.optim.final_fraction = 6000, 0.02
+    config.num_steps, config.optim.final_fraction = 5500, 0.02
     config.frozen.t5 = ""
     return config
