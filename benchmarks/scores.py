@@ -35,7 +35,7 @@ class Score:
         """Whether the gate holds; None without one."""
         if self.gate is None:
             return None
-        return self.low > self.gate if self.paired else self.value >= self.gate
+        return bool(self.low > self.gate if self.paired else self.value >= self.gate)
 
 
 def share(name: str, right: np.ndarray, gate: float | None = None) -> Score:
