@@ -234,12 +234,15 @@ def _prepare_scenes(config: str, data_dir: str) -> str:
     return folder
 
 
-def open_scenes(path: str, split: str, data_dir: str = "") -> ExampleSource:
-    """Our scenes, drawn into `data_dir` at first use; path: a config, such as 'quickstart_64'."""
+def open_scenes(path: str, split: str, data_dir: str = "", caption_field: str = "") -> ExampleSource:
+    """Our scenes, drawn into `data_dir` at first use; path: a config, such as 'quickstart_64'.
+
+    caption_field: 'caption' or 'caption_zh' reads the plain wording alone; '': every wording.
+    """
     if path not in scenes_builder.CONFIGS:
         raise ValueError(f"scenes have no config {path!r}" + did_you_mean(path, scenes_builder.CONFIGS))
     data_dir = data_dir or os.path.join(records.cache_dir(), "tfds")
-    return _open_folder(_prepare_scenes(path, data_dir), split, "image", "", f"scenes/{path}")
+    return _open_folder(_prepare_scenes(path, data_dir), split, "image", caption_field, f"scenes/{path}")
 
 
 def _find_prepared(path: str, data_dir: str) -> str | None:

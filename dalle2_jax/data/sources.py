@@ -18,8 +18,8 @@ class SourceSettings:
     source: a name of `SOURCES`. path: config of scenes, name of a tfds dataset, or folder, file or pattern of
     shards, or folder of pictures. split: for folders see `find.find_files`, for those of pictures
     `folders.open_folder`; of embeddings FOLDER/SPLIT if it exists. data_dir: the files of 'scenes' and
-    'tfds'. image_field ('tfds', 'parquet'), caption_field (these, 'tar', 'folder'), label_field ('tfds',
-    'parquet'): fields that cannot be detected by type and name. class_captions: for 'folder', see
+    'tfds'. image_field ('tfds', 'parquet'), caption_field (these, 'scenes', 'tar', 'folder'), label_field
+    ('tfds', 'parquet'): fields that cannot be detected by type and name. class_captions: for 'folder', see
     `folders.FolderSource`.
     embeddings: a folder (or FOLDER/SPLIT) of embeddings whose rows match the records. verify_sha256: for
     'tar', see `shards.TarSource`. allow_damaged: for 'tar', 'tfrecord' and 'parquet', damaged files whose
@@ -44,7 +44,7 @@ class SourceSettings:
 
 
 SOURCES: dict[str, Callable[[SourceSettings], records.RecordSource]] = {
-    "scenes": lambda s: prepared.open_scenes(s.path, s.split, s.data_dir),
+    "scenes": lambda s: prepared.open_scenes(s.path, s.split, s.data_dir, s.caption_field),
     "tfds": lambda s: prepared.open_tfds(
         s.path, s.split, s.data_dir, s.image_field, s.caption_field, s.label_field
     ),
