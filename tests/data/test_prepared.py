@@ -131,6 +131,15 @@ def test_drawing_scenes_that_fails_leaves_nothing_and_can_be_repeated(tmp_path, 
     assert len(prepared.open_scenes("debug_64", "train", str(tmp_path))) == 64
 
 
+def test_scenes_are_read_in_the_wordings_of_a_field(tmp_path):
+    every, plain = (
+        prepared.open_scenes("debug_64", "train", str(tmp_path), field).read(1).captions
+        for field in ("", "caption")
+    )
+    text = scenes.caption(scenes.sample_scene(scenes.preset("quickstart"), "train", 1))
+    assert plain == {"en": (text,)} and set(every["en"]) > {text} and every["zh"]
+
+
 def test_scenes_are_the_files_that_tensorflow_datasets_writes(tmp_path):
     """The same names, sizes and records, and the same description to the byte."""
     tfds = pytest.importorskip("tensorflow_datasets", reason="compares with tensorflow-datasets")
