@@ -9,7 +9,7 @@ from dalle2_jax.configs.tiny import classifier, common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=2000, batch_size=32, learning_rate=2e-3)
+    config = common.get_config(num_steps=5000, batch_size=32, learning_rate=2e-3)
     config.stage = "pixelsnail"
     config.data.classes = tuple(classifier.get_config().data.classes)
     net = dict(width=64, hidden=64, num_blocks=2, num_res_blocks=2, num_heads=4, kernel=3, out_blocks=1)

@@ -10,5 +10,6 @@ def get_config(preset: str = ""):
     """No presets."""
     config = tiny.get_config(preset)
     config.model.net.strides = (4, 2)
-    config.model.quantizer.num_codes = 64
+    # Muon makes the commitment's steps as large as any: with beta=0.25 the upper codes collapse to one.
+    config.model.quantizer.update(num_codes=64, beta=0.05)
     return config
