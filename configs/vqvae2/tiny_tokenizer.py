@@ -10,6 +10,7 @@ def get_config(preset: str = ""):
     """No presets."""
     config = tiny.get_config(preset)
     config.model.net.strides = (4, 2)
-    # Muon makes the commitment's steps as large as any: with beta=0.25 the upper codes collapse to one.
-    config.model.quantizer.update(num_codes=64, beta=0.05)
+    config.model.quantizer.num_codes = 64
+    # Muon makes the commitment's steps as large as any, and the upper codes collapse to one.
+    config.optim.update(muon_learning_rate=0.0, learning_rate=2e-3)
     return config
