@@ -236,6 +236,9 @@ _CLIP = "--config.clip={dir}/clip"
 _CHECKPOINTS = ("--config.checkpoint_every=1000", "--config.keep_checkpoints=9")
 _T5 = "--config.frozen.t5={dir}/t5"
 _CODES = "--config.frozen.tokenizer={dir}/tokenizer"
+# Two thirds of the first steps are in nearly pure noise, where only the caption tells what is there.
+_READER = ("--config.model.process.time_shift=16", "--config.num_steps=500")
+_READ = "--config.init_from={dir}/reader"
 _PLAIN = ("--config.model.low_res_noise=0", "--config.model.low_res_level=0")
 RECIPES = {
     "dalle2": Recipe(
@@ -279,7 +282,12 @@ RECIPES = {
     "cfg": Recipe(
         "Classifier-free guidance", (Training("decoder", "cfg/tiny"),), {"model": {"decoder": "decoder"}}, cfg
     ),
-    "glide": Recipe("GLIDE", (Training("decoder", "glide/tiny"),), {"model": {"decoder": "decoder"}}, glide),
+    "glide": Recipe(
+        "GLIDE",
+        (Training("reader", "glide/tiny", _READER), Training("decoder", "glide/tiny", (_READ,))),
+        {"model": {"decoder": "decoder"}},
+        glide,
+    ),
     "imagen": Recipe(
         "Imagen, on a text encoder of T5's shape",
         (

@@ -10,7 +10,7 @@ def get_config(preset: str = ""):
     """No presets."""
     config = decoder.get_config(preset)
     del config.model["image_drop"]
-    config.model.update(embed_dim=0, guidance_scale=3.0, weighting="snr:1,0.1,5")
+    config.model.update(embed_dim=0, guidance_scale=3.0, weighting="snr:1,0.1,5", process=dict(time_shift=1.0))
     config.model.text.update(width=128, depth=2)
     # Relations of equal frequency in many wordings are not learned in so few steps.
     config.data.update(path="uneven_64", caption_field="caption")
