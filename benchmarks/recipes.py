@@ -237,7 +237,7 @@ _CHECKPOINTS = ("--config.checkpoint_every=1000", "--config.keep_checkpoints=9")
 _T5 = "--config.frozen.t5={dir}/t5"
 _CODES = "--config.frozen.tokenizer={dir}/tokenizer"
 # Two thirds of the first steps are in nearly pure noise, where only the caption tells what is there.
-_READER = ("--config.model.process.time_shift=16", "--config.num_steps=500")
+_READER = ("--config.model.process.time_shift=16", "--config.num_steps=1000")
 _READ = "--config.init_from={dir}/reader"
 _PLAIN = ("--config.model.low_res_noise=0", "--config.model.low_res_level=0")
 RECIPES = {

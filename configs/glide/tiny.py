@@ -14,5 +14,5 @@ def get_config(preset: str = ""):
     config.model.text.update(width=128, depth=2)
     # Relations of equal frequency in many wordings are not learned in so few steps.
     config.data.update(path="uneven_64", caption_field="caption")
-    config.num_steps, config.optim.final_fraction = 5500, 0.02
+    config.num_steps, config.optim.final_fraction = 4500, 0.02
     return config
