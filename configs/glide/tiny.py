@@ -1,6 +1,7 @@
 """GLIDE at 16 x 16 on scenes: captions alone.
 
-The first thousand steps are in nearly pure noise, where only the caption tells what is there.
+The first thousand steps are in nearly pure noise, where only the caption tells what is there. The others have
+more noise than uniform times have, or the network forgets what it reads.
 
 python -m dalle2_jax.train --config=configs/glide/tiny.py --workdir=READER \
     --config.model.process.time_shift=16 --config.num_steps=1000
@@ -15,7 +16,7 @@ def get_config(preset: str = ""):
     config = decoder.get_config(preset)
     del config.model["image_drop"]
     config.model.update(
-        embed_dim=0, guidance_scale=3.0, weighting="snr:1,0.1,5", process=dict(time_shift=1.0)
+        embed_dim=0, guidance_scale=3.0, weighting="snr:1,0.1,5", process=dict(time_shift=3.0)
     )
     config.model.text.update(width=128, depth=2)
     # Relations of equal frequency in many wordings are not learned in so few steps.
