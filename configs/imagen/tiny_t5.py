@@ -1,4 +1,4 @@
-"""A text encoder of T5's shape for Imagen's tiny recipe: it predicts masked spans of captions. It is no T5.
+"""A text encoder of T5's shape for Imagen's tiny recipe: it restores masked captions. It is no T5.
 
 python -m dalle2_jax.train --config=configs/imagen/tiny_t5.py --workdir=DIR
 """

@@ -1,5 +1,7 @@
 """A T5-shaped encoder learns masked tokens, and diffusion stages read its states (Imagen)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,18 +39,30 @@ def encoder():
     return made, params, tokens, mask
 
 
-def test_the_loss_counts_masked_real_tokens_alone(encoder):
+def test_the_loss_counts_real_tokens_alone(encoder):
     made, params, tokens, mask = encoder
     batch = {"tokens": np.tile(tokens, (64, 1)), "token_mask": np.tile(mask, (64, 1))}
     loss = jax.jit(made.loss)
     value, scalars, _ = loss(params, jax.random.key(1), batch)
     table = jax.tree.map(jnp.zeros_like, params["token_embedding"])
     even = loss(params | {"token_embedding": table}, jax.random.key(1), batch).value
-    assert float(even) == pytest.approx(np.log(12), rel=1e-6)
+    assert float(even) == pytest.approx(2 * np.log(12), rel=1e-6)  # of masked and of kept tokens
     # spans of three at a rate of 0.15 overlap a little, and begin at the first token at the earliest
     assert 0.06 < float(scalars["masked"]) < 0.15
     other = {"tokens": np.where(batch["token_mask"], batch["tokens"], 3), "token_mask": batch["token_mask"]}
     assert float(loss(params, jax.random.key(1), other).value) == pytest.approx(float(value), rel=1e-6)
+
+
+def test_kept_tokens_have_a_loss(encoder):
+    """Stages read their states, which nothing else trains."""
+    made, params, tokens, mask = encoder
+    made = dataclasses.replace(made, mask_rate=1e-9)
+    value, scalars, _ = made.loss(params, jax.random.key(1), {"tokens": tokens, "token_mask": mask})
+    states, table = made.encode_text(params, tokens, mask), params["token_embedding"]["embedding"]
+    log_p = jax.nn.log_softmax(states @ table.T / 4)  # 4: the square root of the width
+    own = np.take_along_axis(np.asarray(log_p), tokens[..., None], axis=-1)[..., 0]
+    assert scalars["masked_loss"] == 0 and float(scalars["masked"]) == 0
+    assert float(value) == pytest.approx(-own[mask].mean(), rel=1e-5)
 
 
 def test_a_batch_gets_states(encoder):
