@@ -280,7 +280,10 @@ RECIPES = {
         adm,
     ),
     "cfg": Recipe(
-        "Classifier-free guidance", (Training("decoder", "cfg/tiny"),), {"model": {"decoder": "decoder"}}, cfg
+        "Classifier-free guidance",
+        (Training("reader", "cfg/tiny", _READER), Training("decoder", "cfg/tiny", (_READ,))),
+        {"model": {"decoder": "decoder"}},
+        cfg,
     ),
     "glide": Recipe(
         "GLIDE",
