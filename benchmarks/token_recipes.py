@@ -15,6 +15,7 @@ from dalle2_jax.evaluate.metrics import scenes as scenes_metric
 from dalle2_jax.evaluate.stage_examples import StageExamples
 from dalle2_jax.runtime.batch import as_floats
 
+GUIDANCE = 2  # of VQ-VAE-2's samples by their class
 TRAINING_PICTURES = 1024  # whose codes make a histogram
 
 
@@ -57,16 +58,19 @@ def vqvae2(run: Trained) -> list[Score]:
     shown = run.legal(back)
     classes = model.engine.configs["classifier"]["data"]["classes"]
     captions = class_captions(classes)
-    images, chosen = run.draw(captions), run.draw(captions, rerank=2)
-    right, better = run.named(images, captions, show=16), run.named(chosen, captions)
+    plain, chosen = run.draw(captions), run.draw(captions, rerank=2)
+    images = run.draw(captions, guidance_scale=GUIDANCE)
+    right, better = run.named(plain, captions), run.named(chosen, captions)
     own, other = _bottom_losses(run)
     return [
         share("reconstructions right", run.named(back, texts), 0.9),
         share("reconstructions legal", shown),
+        share("samples legal, scale 1", run.legal(plain)),
         share("samples legal", run.legal(images), 0.8 * shown.mean()),
-        share("class right", right),
-        share("class right, the likelier of two by the classifier", better),
-        difference("class right: the likelier of two less one", better, right),
+        share("class right", run.named(images, captions, show=16)),
+        share("class right, scale 1", right),
+        share("class right, scale 1, the likelier of two by the classifier", better),
+        difference("class right, scale 1: the likelier of two less one", better, right),
         mean("nats of a bottom code, given its own top", own),
         mean("nats of a bottom code, given another picture's top", other),
         difference("nats of a bottom code: another picture's top less its own", other, own),
