@@ -236,9 +236,6 @@ _CLIP = "--config.clip={dir}/clip"
 _CHECKPOINTS = ("--config.checkpoint_every=1000", "--config.keep_checkpoints=9")
 _T5 = "--config.frozen.t5={dir}/t5"
 _CODES = "--config.frozen.tokenizer={dir}/tokenizer"
-# Two thirds of the first steps are in nearly pure noise, where only the caption tells what is there.
-_READER = ("--config.model.process.time_shift=16", "--config.num_steps=1000")
-_READ = "--config.init_from={dir}/reader"
 _PLAIN = ("--config.model.low_res_noise=0", "--config.model.low_res_level=0")
 RECIPES = {
     "dalle2": Recipe(
@@ -281,13 +278,13 @@ RECIPES = {
     ),
     "cfg": Recipe(
         "Classifier-free guidance",
-        (Training("reader", "cfg/tiny", _READER), Training("decoder", "cfg/tiny", (_READ,))),
+        (Training("decoder", "cfg/tiny"),),
         {"model": {"decoder": "decoder"}},
         cfg,
     ),
     "glide": Recipe(
         "GLIDE",
-        (Training("reader", "glide/tiny", _READER), Training("decoder", "glide/tiny", (_READ,))),
+        (Training("decoder", "glide/tiny"),),
         {"model": {"decoder": "decoder"}},
         glide,
     ),

@@ -19,7 +19,6 @@ def get_config(preset: str = ""):
         guidance_scale=3.0,
         weighting="snr:1,0.1,5",
         threshold=99.5,
-        process=dict(time_shift=3.0),
         net=dict(context_norm="layer"),
     )
     config.num_steps, config.optim.final_fraction = 5500, 0.02
