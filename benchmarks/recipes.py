@@ -277,17 +277,9 @@ RECIPES = {
         adm,
     ),
     "cfg": Recipe(
-        "Classifier-free guidance",
-        (Training("decoder", "cfg/tiny"),),
-        {"model": {"decoder": "decoder"}},
-        cfg,
+        "Classifier-free guidance", (Training("decoder", "cfg/tiny"),), {"model": {"decoder": "decoder"}}, cfg
     ),
-    "glide": Recipe(
-        "GLIDE",
-        (Training("decoder", "glide/tiny"),),
-        {"model": {"decoder": "decoder"}},
-        glide,
-    ),
+    "glide": Recipe("GLIDE", (Training("decoder", "glide/tiny"),), {"model": {"decoder": "decoder"}}, glide),
     "imagen": Recipe(
         "Imagen, on a text encoder of T5's shape",
         (

@@ -11,6 +11,6 @@ def get_config(preset: str = ""):
     config = tiny.get_config(preset)
     config.model.net.strides = (4, 2)
     config.model.quantizer.num_codes = 64
-    # Muon makes the commitment's steps as large as any, and the upper codes collapse to one.
+    # By Muon the upper codes collapse to one (docs/systems.md).
     config.optim.update(muon_learning_rate=0.0, learning_rate=2e-3)
     return config

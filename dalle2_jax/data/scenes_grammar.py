@@ -84,7 +84,7 @@ class SceneConfig:
         fraction of the side.
       twins: whether every second scene of `train` is, if possible, a `twin` of the one before it: a hard
         negative, without which a contrastive model hardly learns the order of objects.
-      relation_weights: in `train`, probability of each of `RELATIONS`. If all are equal, neither the order of
+      relation_weights: in `train`, the weight of each of `RELATIONS`. If all are equal, neither the order of
         the objects' words nor the word of their relation tells alone which object is where, and a network
         that reads captions by its own loss (GLIDE) does not learn it.
       hold_out: whether `train` leaves out held-out pairs and triples. Without, its captions are text for a
