@@ -133,13 +133,22 @@ class Trained:
         return np.stack([item.picture() for item in found.items()])
 
     def captions(self, kind: str, n: int) -> list[str]:
-        """`n` captions of the kinds of `scenes.KINDS` that begin with `kind`, the same number of each."""
+        """`n` captions of the kinds of `scenes.KINDS` that begin with `kind`, the same number of each.
+
+        They have the wordings that the first model trained on: the plain one, or any.
+        """
         kinds = [name for name in scenes.KINDS if name.startswith(kind)]
-        return [
-            text
-            for i, name in enumerate(kinds)
-            for text in scenes.evaluation_captions(self.grammar, name, n // len(kinds) + (i < n % len(kinds)))
-        ]
+        counts = [n // len(kinds) + (i < n % len(kinds)) for i in range(len(kinds))]
+        configs = self.model().engine.configs.values()
+        plain = any(config["data"].get("caption_field") == "caption" for config in configs)
+        texts: list[str] = []
+        for name, count in zip(kinds, counts, strict=True):
+            if plain:
+                some = scenes.evaluation_scenes(self.grammar, name, count, 1)
+                texts += [scenes.caption(scene) for scene in some]
+            else:
+                texts += scenes.evaluation_captions(self.grammar, name, count)
+        return texts
 
     def named(self, images: np.ndarray, captions: Sequence[str], show: int = 0) -> np.ndarray:
         """bool [N]: colour, shape and relation are right; `show` of the pictures go to the grid."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import compare, first_pictures, jpeg_shards, paired
+from benchmarks import compare, first_pictures, jpeg_shards, paired, scores
+from benchmarks.trained import Trained
 from configs import prior
 from dalle2_jax import benchmark
 from dalle2_jax.models import flops, models
@@ -356,3 +358,25 @@ def test_cases_run_and_tell_the_memory_of_both_sides(tmp_path, monkeypatch):
     for result in found:
         assert result["rounds"] == 3 and result["flops"] > 0 and result["parameters"] > 0
         assert result["ours_memory"] > 0 and result["peer_memory"] > 0
+
+
+@pytest.mark.parametrize(("gate", "holds"), [(None, None), (np.float64(0.25), True), (0.75, False)])
+def test_a_score_and_its_gate_become_json(gate, holds):
+    score = scores.share("right", np.array([True, False]), gate)
+    assert score.holds is holds
+    assert json.loads(json.dumps({"holds": score.holds})) == {"holds": holds}
+
+
+@pytest.mark.parametrize("field", ["", "caption"])
+def test_a_trained_recipe_is_asked_in_the_wordings_that_it_read(tmp_path, field):
+    run = Trained(tmp_path, ("model",))
+    configs = {"decoder": {"data": {"caption_field": field}}}
+    run.model = lambda name="": types.SimpleNamespace(engine=types.SimpleNamespace(configs=configs))
+    asked = run.captions("pair", 65)
+    assert len(asked) == 65 and (asked[:33], asked[33:]) == (
+        (run.captions("pair_seen", 33), run.captions("pair_heldout_relation", 32))
+    )
+    plain = [
+        bool(re.fullmatch(r"an? \w+ \w+ (above|below|to the (left|right) of) an? \w+ \w+", x)) for x in asked
+    ]
+    assert all(plain) if field else 0 < sum(plain) < 40
