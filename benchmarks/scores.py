@@ -106,8 +106,7 @@ def _row(result: dict) -> str:
         f"{one['name']}{' (comparison)' if one['arm'] else ''} {one['steps']:,} x {one['batch']}"
         for one in trainings
     )
-    own = [one for one in trainings if not one["arm"]]
-    parameters = f"{sum(one['parameters'] for one in own) / 1e6:.2f}M"
+    parameters = f"{result['parameters'] / 1e6:.2f}M"
     minutes = "<br>".join(f"{one['minutes']:.1f} ({one['cpu_minutes']:.1f})" for one in trainings)
     picture = result["picture"]
     cost = f"{picture['seconds']:.2f} s, {picture['flops'] / 1e9:.3g} GFLOP" if picture else ""

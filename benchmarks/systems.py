@@ -156,7 +156,9 @@ def measure(name: str, recipe: Recipe, out: Path) -> bool:
     model = found.model()
     captions = found.captions("single", 8) if "draw" in model.actions and model.reads_captions else []
     cost = cost_of_a_picture(model, captions) if "draw" in model.actions else {}
-    result = {"title": recipe.title, "trainings": trainings, "picture": cost}
+    stages = {name for names in next(iter(recipe.models.values())).values() for name in names.split(",")}
+    parameters = sum(one["parameters"] for one in trainings if one["name"] in stages)
+    result = {"title": recipe.title, "trainings": trainings, "parameters": parameters, "picture": cost}
     result["scores"] = [dataclasses.asdict(score) | {"holds": score.holds} for score in scored]
     with files.atomic_write(folder / "result.json") as partial:
         partial.write_text(json.dumps(result, indent=2))
