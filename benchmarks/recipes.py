@@ -237,19 +237,6 @@ _CHECKPOINTS = ("--config.checkpoint_every=1000", "--config.keep_checkpoints=9")
 _T5 = "--config.frozen.t5={dir}/t5"
 _CODES = "--config.frozen.tokenizer={dir}/tokenizer"
 _PLAIN = ("--config.model.low_res_noise=0", "--config.model.low_res_level=0")
-
-
-def _in_three_parts(config: str) -> tuple[Training, ...]:
-    """A decoder that reads captions alone: nearly pure noise, less noise, uniform times."""
-    parts = []
-    for name, shift, steps in (("reader", 16, 1000), ("relations", 3, 1200), ("decoder", 1, 0)):
-        flags = [f"--config.model.process.time_shift={shift}"]
-        flags += [f"--config.num_steps={steps}"] if steps else []
-        flags += [f"--config.init_from={{dir}}/{parts[-1].name}"] if parts else []
-        parts.append(Training(name, config, tuple(flags)))
-    return tuple(parts)
-
-
 RECIPES = {
     "dalle2": Recipe(
         "DALL-E 2 (`configs/tiny`)",
@@ -290,9 +277,9 @@ RECIPES = {
         adm,
     ),
     "cfg": Recipe(
-        "Classifier-free guidance", _in_three_parts("cfg/tiny"), {"model": {"decoder": "decoder"}}, cfg
+        "Classifier-free guidance", (Training("decoder", "cfg/tiny"),), {"model": {"decoder": "decoder"}}, cfg
     ),
-    "glide": Recipe("GLIDE", _in_three_parts("glide/tiny"), {"model": {"decoder": "decoder"}}, glide),
+    "glide": Recipe("GLIDE", (Training("decoder", "glide/tiny"),), {"model": {"decoder": "decoder"}}, glide),
     "imagen": Recipe(
         "Imagen, on a text encoder of T5's shape",
         (

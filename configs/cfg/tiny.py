@@ -1,12 +1,6 @@
 """Classifier-free guidance at 16 x 16 on scenes: captions alone, dropped for a tenth of the examples.
 
-It trains in the three parts of `configs/glide/tiny.py`:
-
-python -m dalle2_jax.train --config=configs/cfg/tiny.py --workdir=READER \
-    --config.model.process.time_shift=16 --config.num_steps=1000
-python -m dalle2_jax.train --config=configs/cfg/tiny.py --workdir=RELATIONS \
-    --config.model.process.time_shift=3 --config.num_steps=1200 --config.init_from=READER
-python -m dalle2_jax.train --config=configs/cfg/tiny.py --workdir=DIR --config.init_from=RELATIONS
+python -m dalle2_jax.train --config=configs/cfg/tiny.py --workdir=DIR
 """
 
 from dalle2_jax.configs.glide import tiny
