@@ -237,6 +237,17 @@ _CHECKPOINTS = ("--config.checkpoint_every=1000", "--config.keep_checkpoints=9")
 _T5 = "--config.frozen.t5={dir}/t5"
 _CODES = "--config.frozen.tokenizer={dir}/tokenizer"
 _PLAIN = ("--config.model.low_res_noise=0", "--config.model.low_res_level=0")
+
+
+def _in_three_parts(name: str) -> tuple[Training, ...]:
+    """A decoder that learns to read captions first: the presets of `configs/glide/tiny.py`."""
+    return (
+        Training("reader", f"{name}/tiny:reader"),
+        Training("relations", f"{name}/tiny:relations", ("--config.init_from={dir}/reader",)),
+        Training("decoder", f"{name}/tiny", ("--config.init_from={dir}/relations",)),
+    )
+
+
 RECIPES = {
     "dalle2": Recipe(
         "DALL-E 2 (`configs/tiny`)",
@@ -276,10 +287,8 @@ RECIPES = {
         {"model": {"decoder": "decoder", "classifier": "classifier"}},
         adm,
     ),
-    "cfg": Recipe(
-        "Classifier-free guidance", (Training("decoder", "cfg/tiny"),), {"model": {"decoder": "decoder"}}, cfg
-    ),
-    "glide": Recipe("GLIDE", (Training("decoder", "glide/tiny"),), {"model": {"decoder": "decoder"}}, glide),
+    "cfg": Recipe("Classifier-free guidance", _in_three_parts("cfg"), {"model": {"decoder": "decoder"}}, cfg),
+    "glide": Recipe("GLIDE", _in_three_parts("glide"), {"model": {"decoder": "decoder"}}, glide),
     "imagen": Recipe(
         "Imagen, on a text encoder of T5's shape",
         (

@@ -76,7 +76,9 @@ def train(training: Training, folder: Path) -> dict:
     """Train a stage, unless it is done; its measurements as JSON values."""
     workdir, log = folder / training.name, folder / "timings.jsonl"
     if not trained(workdir):
-        command = ["-m", "dalle2_jax.train", f"--config=configs/{training.config}.py", f"--workdir={workdir}"]
+        name, *preset = training.config.split(":")
+        recipe = ":".join([f"configs/{name}.py", *preset])
+        command = ["-m", "dalle2_jax.train", f"--config={recipe}", f"--workdir={workdir}"]
         began = time.monotonic()
         used = _child_seconds()
         try:

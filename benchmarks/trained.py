@@ -32,7 +32,7 @@ class Training:
     """One stage to train.
 
     Attributes:
-      name: of its workdir. config: of the recipe, such as 'ddpm/tiny'.
+      name: of its workdir. config: of the recipe, such as 'ddpm/tiny' or 'glide/tiny:reader'.
       flags: further flags; '{dir}' is the system's folder.
       arm: trained for a comparison alone; its minutes are counted apart.
     """

@@ -1,20 +1,34 @@
 """GLIDE at 16 x 16 on scenes: captions alone.
 
-python -m dalle2_jax.train --config=configs/glide/tiny.py --workdir=DIR
+It trains in three parts. The first is in nearly pure noise, where only the caption tells what is there. The
+second has less noise; without it the network forgets what it reads. The third has uniform times, for shapes.
+
+python -m dalle2_jax.train --config=configs/glide/tiny.py:reader --workdir=READER
+python -m dalle2_jax.train --config=configs/glide/tiny.py:relations --workdir=RELATIONS \
+    --config.init_from=READER
+python -m dalle2_jax.train --config=configs/glide/tiny.py --workdir=DIR --config.init_from=RELATIONS
 """
 
+from dalle2_jax.configs import common
 from dalle2_jax.configs.tiny import decoder
+
+# Of each part: process.time_shift, steps, and the rate of Muon. At .02 the third forgets what the others
+# read.
+PARTS = {"reader": (16.0, 1000, 0.02), "relations": (3.0, 1200, 0.02), "": (1.0, 3000, 0.01)}
 
 
 def get_config(preset: str = ""):
-    """No presets."""
-    config = decoder.get_config(preset)
+    """The last part; presets `reader` and `relations`: those before it."""
+    common.check_preset(preset, tuple(PARTS))
+    config = decoder.get_config()
     del config.model["image_drop"]
-    config.model.update(embed_dim=0, guidance_scale=3.0, weighting="snr:1,0.1,5")
-    # Half of the times are in nearly pure noise, where only the caption tells what is there: to learn to read.
-    config.model.process = dict(time_shift=16.0, time_shift_share=0.5)
+    shift, steps, rate = PARTS[preset]
+    config.model.update(
+        embed_dim=0, guidance_scale=3.0, weighting="snr:1,0.1,5", process=dict(time_shift=shift)
+    )
     config.model.text.update(width=128, depth=2)
     # Relations of equal frequency in many wordings are not learned in so few steps.
     config.data.update(path="uneven_64", caption_field="caption")
-    config.num_steps, config.optim.final_fraction = 5500, 0.02
+    config.optim.update(muon_learning_rate=rate, learning_rate=rate / 10, final_fraction=0.02)
+    config.num_steps = steps
     return config

@@ -11,7 +11,7 @@ from dalle2_jax.configs.tiny import common
 def get_config(preset: str = ""):
     """No presets."""
     common.common.check_preset(preset, ())
-    config = common.get_config(num_steps=4000, batch_size=16, learning_rate=2e-3)
+    config = common.get_config(num_steps=10_000, batch_size=16, learning_rate=2e-3)
     config.stage = "upsampler"
     config.model = dict(
         image_size=32,

@@ -80,7 +80,6 @@ class Times(NamedTuple):
     time_mean: float = 0.0
     time_std: float = 1.0
     time_shift: float = 1.0
-    time_shift_share: float = 1.0
 
     def check(self) -> "Times":
         """Itself; ValueError for values that cannot be, or that nothing would read."""
@@ -92,10 +91,6 @@ class Times(NamedTuple):
             raise ValueError(
                 f"process.time_std {self.time_std} and process.time_shift {self.time_shift} must be positive"
             )
-        if not 0 < self.time_shift_share <= 1:
-            raise ValueError(f"process.time_shift_share {self.time_shift_share} must be in (0, 1]")
-        if self.time_shift == 1 != self.time_shift_share:
-            raise ValueError("process.time_shift_share needs a process.time_shift other than 1")
         return self
 
 
@@ -106,18 +101,14 @@ def draw_path_times(key: jax.Array, size: int, num_timesteps: int, law: Times) -
     """Times [size] int32, the nearest to random times u of the straight path.
 
     logit(u) ~ N(time_mean, time_std^2) for 'logit_normal', or u is uniform in (0, 1); then u is `shifted` by
-    time_shift (Esser et al. 2024, sections 3.1 and 5.3.2), each with probability time_shift_share. A positive
-    mean is for more noise; JiT's time is 1 - u, and its mean of -0.8 is 0.8 here.
+    time_shift (Esser et al. 2024, sections 3.1 and 5.3.2). A positive mean is for more noise; JiT's time is
+    1 - u, and its mean of -0.8 is 0.8 here.
     """
     if law.times == "uniform":
         u = jax.random.uniform(key, (size,))
     else:
         u = jax.nn.sigmoid(law.time_mean + law.time_std * jax.random.normal(key, (size,)))
-    moved = shifted(u, law.time_shift)
-    if law.time_shift_share < 1:
-        chosen = jax.random.bernoulli(jax.random.fold_in(key, 1), law.time_shift_share, (size,))
-        moved = jnp.where(chosen, moved, u)
-    t = jnp.rint(num_timesteps * moved).astype(jnp.int32) - 1
+    t = jnp.rint(num_timesteps * shifted(u, law.time_shift)).astype(jnp.int32) - 1
     return jnp.clip(t, 0, num_timesteps - 1)
 
 
