@@ -24,7 +24,11 @@ def get_config(preset: str = ""):
     del config.model["image_drop"]
     shift, steps, rate = PARTS[preset]
     config.model.update(
-        embed_dim=0, guidance_scale=3.0, weighting="snr:1,0.1,5", process=dict(time_shift=shift)
+        embed_dim=0,
+        guidance_scale=3.0,
+        text_drop=0.1,
+        weighting="snr:1,0.1,5",
+        process=dict(time_shift=shift),
     )
     config.model.text.update(width=128, depth=2)
     # Relations of equal frequency in many wordings are not learned in so few steps.
