@@ -171,7 +171,7 @@ def imagen(run: Trained) -> list[Score]:
         for percentile in (99.5, STATIC)
     )
     return [
-        share("singles right", single, 0.9),
+        share("singles right", single, 0.96),
         share("pairs right", pair),
         mean("share of |x| > .99 at scale 8, dynamic threshold", dynamic),
         mean("share of |x| > .99 at scale 8, static threshold", static),
