@@ -16,7 +16,7 @@ def get_config(preset: str = ""):
     config.stage = "tokenizer"
     config.model = tiny.model
     config.model.quantizer.update(
-        num_codes=256, tau=(1.0, 1 / 16, 4 * STEPS / 5), beta=(0.0, 6.6 / 4, STEPS / 2)
+        num_codes=256, tau=(1.0, 1 / 16, 4 * STEPS / 5), beta=(6.6, 6.6 / 4, STEPS / 2)
     )
     config.optim.muon_learning_rate = 0.02
     config.ema_decay = 0.99
