@@ -22,7 +22,7 @@ def get_config(preset: str = ""):
             width=32,
             tau=(1.0, 1 / 16, 4 * STEPS / 5),
             # A code has a quarter of the paper's values. In so few steps a weight that begins at 0, as the
-            # paper's, lets all codes but eight die.
+            # paper's, lets most codes die (docs/systems.md).
             beta=(6.6, 6.6 / 4, STEPS / 2),
         ),
         likelihood="logit_laplace",

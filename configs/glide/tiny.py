@@ -1,7 +1,7 @@
 """GLIDE at 16 x 16 on scenes: captions alone.
 
 It trains in three parts. The first is in nearly pure noise, where only the caption tells what is there. The
-second has less noise; without it the network forgets what it reads. The third has uniform times, for shapes.
+second has less noise. The third has uniform times, for shapes.
 
 python -m dalle2_jax.train --config=configs/glide/tiny.py:reader --workdir=READER
 python -m dalle2_jax.train --config=configs/glide/tiny.py:relations --workdir=RELATIONS \
