@@ -14,6 +14,6 @@ from dalle2_jax.configs.glide import tiny
 def get_config(preset: str = ""):
     """The last part; presets `reader` and `relations`: those before it."""
     config = tiny.get_config(preset)
-    config.model.update(schedule="logsnr", num_timesteps=65_536)
+    config.model.update(schedule="logsnr", num_timesteps=65_536, text_drop=0.1)
     config.model.net = dict(time_scale=1000 / 65_536)
     return config

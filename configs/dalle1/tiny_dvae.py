@@ -26,6 +26,7 @@ def get_config(preset: str = ""):
             beta=(6.6, 6.6 / 4, STEPS / 2),
         ),
         likelihood="logit_laplace",
+        min_scale=0.1,  # backgrounds have one colour; see `reconstruction`
     )
     config.data.flip = True
     config.optim.muon_learning_rate = 0.02

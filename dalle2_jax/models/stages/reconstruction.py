@@ -3,6 +3,9 @@
 Logit-Laplace (arXiv 2102.12092, appendix A.3), with pixels m = (1 - 2 e) x + e for x in [0, 1]:
 
     -log f(m) = |logit(m) - mu| / b + log b + log(2 m (1 - m)),      picture = (sigmoid(mu) - e) / (1 - 2 e)
+
+Where pixels can be foreseen exactly, as those of a plain background, b goes to 0 and their density has no
+bound: their gradients, 1 / b, then drown those of edges. `min_scale` is added to b, which the paper has not.
 """
 
 import dataclasses
@@ -20,11 +23,13 @@ class Likelihood:
     """Negative log-likelihoods of pictures x [B, H, W, 3] in [-1, 1], given the decoder's maps.
 
     kind: 'mse', squared error over the variance of the data; 'l1', absolute error; 'logit_laplace', maps of
-    mu and log b. variance: of the data, in the scale of [-1, 1].
+    mu and log b. variance: of the data, in the scale of [-1, 1]. min_scale: the least b of 'logit_laplace', in
+    logits; 0 as in the paper.
     """
 
     kind: str = "mse"
     variance: float = 1.0
+    min_scale: float = 0.0
 
     @property
     def channels(self) -> int:
@@ -38,7 +43,10 @@ class Likelihood:
         if self.kind == "l1":
             return jnp.abs(maps - x)
         m = (1 - 2 * MARGIN) * (x + 1) / 2 + MARGIN
-        return logit_laplace(m, *jnp.split(maps, 2, axis=-1))
+        mu, log_b = jnp.split(maps, 2, axis=-1)
+        if self.min_scale:
+            log_b = jnp.logaddexp(log_b, jnp.log(self.min_scale))  # log(b + min_scale)
+        return logit_laplace(m, mu, log_b)
 
     def picture(self, maps: jax.Array) -> jax.Array:
         """The picture of the maps, [B, H, W, 3] in [-1, 1]."""

@@ -250,6 +250,7 @@ def build(
     quantizer: dict,
     likelihood: str = "mse",
     data_variance: float = 1.0,
+    min_scale: float = 0.0,
     adversarial: dict | None = None,
     dtype: str = "float32",
 ) -> Tokenizer:
@@ -261,7 +262,7 @@ def build(
         those of the levels, the bottom's first.
       quantizer: of every level: kind, 'vq', 'gumbel' or 'fsq', and settings of that class in
         `tokens.quantize`.
-      likelihood, data_variance: see `reconstruction.Likelihood`.
+      likelihood, data_variance, min_scale: see `reconstruction.Likelihood`.
       adversarial: see `adversarial.build`; for 'vqgan' alone.
 
     Raises ValueError for settings that cannot go together.
@@ -275,7 +276,7 @@ def build(
     if image_size % strides[0]:
         raise ValueError(f"image_size {image_size} must be a multiple of {strides[0]}, the pixels of a code")
     quantizers = tuple(_quantizer(quantizer, stride) for stride in strides)
-    scored = Likelihood(likelihood, data_variance)
+    scored = Likelihood(likelihood, data_variance, min_scale)
     if body is VQGANNet:
         settings = dict(sizes=Sizes(image_size, **settings))
     network = body(

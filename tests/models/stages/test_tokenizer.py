@@ -69,6 +69,18 @@ def test_the_density_of_logit_laplace_integrates_to_one():
         assert density.mean() == pytest.approx(1, abs=2e-3)
 
 
+def test_logit_laplace_with_a_least_scale_is_a_bounded_density():
+    x = jnp.linspace(-1, 1, 20_001, dtype=jnp.float32)  # m from 0.1 to 0.9, logits within 2.2 of 0
+    found = []
+    for log_b in (-20.0, -1.0):
+        maps = jnp.stack([jnp.zeros_like(x), jnp.full_like(x, log_b)], axis=-1)
+        density = np.exp(-np.asarray(Likelihood("logit_laplace", min_scale=0.05).nll(maps, x), np.float64))
+        assert 0.8 * density.mean() == pytest.approx(1, abs=0.01)
+        found.append(density.max())
+    # At m = 1/2 the density is 1 / (b / 2) by b = exp(log b) + 0.05.
+    np.testing.assert_allclose(found, [2 / 0.05, 2 / (np.exp(-1) + 0.05)], rtol=1e-3)
+
+
 def test_the_picture_of_logit_laplace_undoes_the_margin():
     x = jnp.linspace(-1, 1, 7).reshape(1, 1, 7, 1).repeat(3, axis=-1)
     m = 0.8 * (x + 1) / 2 + 0.1
