@@ -138,11 +138,11 @@ def glide(run: Trained) -> list[Score]:
     painted, kept = _inpainted(run)
     return [
         share("singles right", single, 0.98),
-        share("pairs right", guided, 0.4),
+        share("pairs right", guided, 0.95),
         share("pairs right, scale 1", plain),
         difference("pairs right: scale 3 less 1", guided, plain),
         share("inpainting: pixels outside of the mask are equal", kept, 1.0),
-        share("inpainting: the asked objects are there", painted, 0.72),
+        share("inpainting: the asked objects are there", painted, 0.96),
     ]
 
 
