@@ -5,7 +5,9 @@ more. Where one way of drawing must beat another, both draw the same captions fr
 """
 
 import dataclasses
+import re
 
+import jax
 import numpy as np
 
 from benchmarks.scores import Score, difference, hits, mean, share
@@ -18,6 +20,7 @@ from dalle2_jax.evaluate.metrics import edits, retrieval, zero_shot
 from dalle2_jax.evaluate.metrics import scenes as scenes_metric
 from dalle2_jax.evaluate.scenes import find_objects
 from dalle2_jax.generate.pipeline import Pipeline, Running
+from dalle2_jax.models import models
 from dalle2_jax.models.stages.conditions import LowRes
 
 # Drawings of 25 steps of improved DDPM; what it may lose by its learned variance and count as "as good".
@@ -165,7 +168,8 @@ def imagen(run: Trained) -> list[Score]:
     single = run.named(run.draw(singles), singles, show=16)
     pair = run.named(run.draw(pairs), pairs, show=16)
     # White and black are saturated by right: these captions name a grey background.
-    grey = [f"{text} on grey" for text in singles if " on " not in text and "background" not in text]
+    bare = [text for text in run.captions("single", 2 * DRAWINGS) if not re.search(" on |background", text)]
+    grey = [f"{text} on grey" for text in bare[:DRAWINGS]]
     dynamic, static = (
         _saturated(run.draw(grey, "base", guidance_scale=8, threshold=percentile))
         for percentile in (99.5, STATIC)
@@ -176,8 +180,17 @@ def imagen(run: Trained) -> list[Score]:
         mean("share of |x| > .99 at scale 8, dynamic threshold", dynamic),
         mean("share of |x| > .99 at scale 8, static threshold", static),
         difference("saturated: static less twice dynamic", static, 2 * dynamic),
+        share("leaves of the frozen T5 are bit-equal", _rested(run, "t5"), 1.0),
         *_levels(run),
     ]
+
+
+def _rested(run: Trained, name: str) -> np.ndarray:
+    """bool [leaves]: which weights of a frozen stage in the model are those of its training, to the bit."""
+    kept, own = (
+        jax.tree.leaves(models.load_stage(run.folder / path, name)[2]) for path in ("models/model", name)
+    )
+    return np.array([np.array_equal(a, b) for a, b in zip(kept, own, strict=True)])
 
 
 def _saturated(images: np.ndarray) -> np.ndarray:

@@ -151,7 +151,7 @@ def measure(name: str, recipe: Recipe, out: Path) -> bool:
     trainings = [train(training, folder) for training in recipe.trainings]
     for model, parts in recipe.models.items():
         make_model(folder, model, parts)
-    found = Trained(folder, tuple(recipe.models))
+    found, began = Trained(folder, tuple(recipe.models)), time.monotonic()
     scored = recipe.measure(found)
     if found.grid[0]:
         save_png(folder / "grid.png", labelled_grid(np.stack(found.grid[0]), found.grid[1]))
@@ -161,6 +161,7 @@ def measure(name: str, recipe: Recipe, out: Path) -> bool:
     stages = {name for names in next(iter(recipe.models.values())).values() for name in names.split(",")}
     parameters = sum(one["parameters"] for one in trainings if one["name"] in stages)
     result = {"title": recipe.title, "trainings": trainings, "parameters": parameters, "picture": cost}
+    result["measuring_minutes"] = (time.monotonic() - began) / 60  # fewer where it had drawn before
     result["scores"] = [dataclasses.asdict(score) | {"holds": score.holds} for score in scored]
     with files.atomic_write(folder / "result.json") as partial:
         partial.write_text(json.dumps(result, indent=2))

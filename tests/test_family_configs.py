@@ -30,8 +30,11 @@ COUNTS = {
     ("adm.classifier", "256"): 54_096_360,
     ("adm.classifier", "512"): 54_448_360,
     ("cfg.generator", "64"): 295_904_454 - 3 * (9 * 192 + 1),  # ADM's without the variance's outputs
+    ("cfg.generator", "128"): 421_529_606 - 3 * (9 * 256 + 1),
     ("glide.decoder", "released"): 385_030_726,
+    ("glide.decoder", "inpaint"): 385_030_726 + 4 * 9 * 192 + 192,  # the convolution of the kept pixels
     ("glide.upsampler256", ""): 398_361_286,
+    ("glide.upsampler256", "inpaint"): 398_361_286 + 4 * 9 * 192 + 192,
     # blocks, and what stands around them
     ("modern.upsampler256", ""): 24 * 29_187_072 + 6_955_264,
     ("modern.upsampler1024", ""): 16 * 19_155_712 + 4_856_576,
@@ -48,14 +51,17 @@ QUICK = (
     ("adm.upsampler", "512"),
     ("modern.upsampler1024", ""),
 )
-# In millions, and how far from it. Improved DDPM's scaling study is given to the last digit; Imagen's paper
-# leaves parts open (2 %), and its "400M" of the last upsampler does not follow from its list of blocks; ours.
+# In millions, and how far from it. Improved DDPM's scaling study is given to the last digit; GLIDE's paper
+# rounds its upsampler; Imagen's leaves parts open (2.4 %), and the "400M" of its last upsampler is not what its
+# list of blocks makes, 536; ours.
 ROUNDED = {
     ("iddpm.generator", "width64"): (30.30, 0.005),
     ("iddpm.generator", "width96"): (68.13, 0.005),
     ("iddpm.generator", "width192"): (272.28, 0.005),
     ("imagen.decoder", ""): (2238.16 + 58.75, 46),
     ("imagen.upsampler256", ""): (599.4, 12),
+    ("imagen.upsampler1024", ""): (536 + 54.6, 14),
+    ("glide.upsampler256", "paper"): (1500, 50),
     # blocks, what stands around them, the paper's text transformer
     ("modern.decoder64", ""): (28 * 76.584 + 32.27 + 1310.84, 3.4),
 }
@@ -109,6 +115,9 @@ SETTINGS = {
     ("adm.generator", "128"): dict(schedule="linear", num_heads=4, process=dict(guide_rule="adm")),
     ("adm.classifier", "512"): dict(schedule="linear", net=dict(norm_groups=32)),  # of 64 channels, too
     ("cfg.generator", "64"): dict(schedule="logsnr", label_drop=0.1, process=dict(fixed_variance=0.3)),
+    ("cfg.generator", "128"): dict(schedule="logsnr", label_drop=0.1, process=dict(fixed_variance=0.2)),
+    ("glide.decoder", ""): dict(schedule="cosine", text_drop=0.0),
+    ("glide.decoder", "guidance"): dict(schedule="cosine", text_drop=0.2),
     ("glide.decoder", "released"): dict(schedule="cosine", text_drop=0.2),
     ("glide.upsampler256", ""): ENLARGED | FAST,
     ("imagen.decoder", ""): IMAGEN | dict(schedule="cosine", net=NORMED),
@@ -180,6 +189,41 @@ def test_a_recipe_is_trained_as_in_its_paper(recipe, preset):
     assert optim.weight_decay == (0.05 if recipe == "adm.classifier" else 0)
     falling = {"adm.classifier": "linear"} | {name: "cosine" for name, _ in TRAINING if "imagen" in name}
     assert optim.schedule == falling.get(recipe, "constant")
+
+
+# Learning rate, warm-up, batch, steps, average, beta2, weight decay. VQ-VAE: its appendix; VQ-VAE-2: table 1
+# and the code of its tokenizer; DALL-E 1: appendices A and B; VQGAN: 4.5e-6 for each picture of a batch.
+OF_CODES = {
+    ("vqvae.pictures128", ""): (2e-4, 0, 128, 250_000, 0.9999, 0.999, 0),
+    ("vqvae2.tokenizer256", ""): (3e-4, 0, 128, 2_207_444, 0.9999, 0.999, 0),
+    ("vqvae2.tokenizer1024", ""): (3e-4, 0, 128, 304_741, 0.9999, 0.999, 0),
+    ("vqvae2.prior256", ""): (None, None, 1024, 1_600_000, 0.9999, 0.999, 0),
+    ("dalle1.dvae", ""): (1e-4, 0, 512, 3_000_000, 0.999, 0.999, 1e-4),
+    ("dalle1.token_model", ""): (4.5e-4, 5000, 1024, 430_000, 0.99 ** (1 / 25), 0.96, 0.045),
+    ("vqgan.tokenizer256", ""): (4.5e-6 * 96, 0, 96, None, None, 0.9, 0),
+}
+QUANTIZERS = {
+    "vqvae.pictures128": dict(kind="vq", num_codes=512, beta=0.25, decay=0.0),
+    "vqvae2.tokenizer256": dict(kind="vq", num_codes=512, width=64, beta=0.25, decay=0.99),
+    "vqvae2.tokenizer1024": dict(kind="vq", num_codes=512, width=64, beta=0.25, decay=0.99),
+    "dalle1.dvae": dict(num_codes=8192, tau=(1.0, 1 / 16, 150_000), beta=(0.0, 6.6, 5000)),
+    "vqgan.tokenizer256": dict(kind="vq", num_codes=1024, width=256, decay=0.0),
+}
+
+
+@pytest.mark.parametrize("recipe, preset", OF_CODES)
+def test_a_recipe_of_codes_is_trained_as_in_its_paper(recipe, preset):
+    config = importlib.import_module(f"configs.{recipe}").get_config(preset)
+    optim = config.optim
+    found = (optim.learning_rate, optim.warmup_steps, config.batch_size, config.num_steps, config.ema_decay)
+    for value, expected in zip(
+        (*found, optim.beta2, optim.weight_decay), OF_CODES[recipe, preset], strict=True
+    ):
+        assert expected is None or value == pytest.approx(expected)
+    quantizer = dict(config.model.get("quantizer", {}))
+    assert quantizer | QUANTIZERS.get(recipe, {}) == quantizer
+    if recipe == "dalle1.token_model":  # the caption's codes weigh 1/8, the picture's 7/8
+        assert config.model.text_weight == 1 / 8 and optim.grad_clip == 4
 
 
 def test_pictures_are_mirrored_where_the_paper_does():

@@ -1,6 +1,8 @@
 """DALL-E 1's dVAE at 256 x 256 (section 2.1, appendix A): 32 x 32 codes of 8192; 53.8M and 43.8M parameters.
 
 python -m dalle2_jax.train --config=configs/dalle1/dvae.py --workdir=DIR --config.data.path=SHARDS
+
+The paper crops windows of random sizes; here their place alone is random.
 """
 
 from dalle2_jax.configs import common

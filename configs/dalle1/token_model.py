@@ -5,7 +5,8 @@
 
 The paper halves the learning rate five times, where the loss stops to fall; here it falls by a cosine to the
 same end. The paper's average of .99 is taken every 25 updates. The paper also clips the second moment of
-AdamW at 5; here it is not clipped. `:debug` is the same code in small.
+AdamW at 5; here it is not clipped. It crops near the centre, this recipe at the centre. `:debug` is the same
+code in small.
 """
 
 from dalle2_jax.configs import common

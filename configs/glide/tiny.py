@@ -14,7 +14,7 @@ from dalle2_jax.configs.tiny import decoder
 
 # Of each part: process.time_shift, steps, the rate of Muon, and the share of dropped captions. At .02 the
 # third forgets what the others read. Captions are dropped in the last part only, as the paper fine-tunes for
-# guidance (section 2.3).
+# guidance.
 PARTS = {
     "reader": (16.0, 1000, 0.02, 0.0),
     "relations": (3.0, 1200, 0.02, 0.0),

@@ -55,6 +55,7 @@ def get_config(preset: str = "imagenet64"):
         num_timesteps=4000,
         learned_variance=True,
         num_steps=4000,
+        spacing="adm",
         method="ddpm",
         guidance_scale=1.0,
         remat="products",

@@ -29,6 +29,7 @@ def get_config(preset: str = ""):
         num_timesteps=4000,
         learned_variance=True,
         num_steps=250,
+        spacing="adm",
         method="ddpm",
         remat="products",
         net=dict(resample="conv", norm_groups=32),

@@ -191,11 +191,17 @@ def test_rows_are_well_formed_and_cut_rows_keep_eot(kind, request):
     assert (np.diff(token_mask.astype(int)) <= 0).all()  # real tokens first
 
 
-def test_rows_of_t5_end_in_1_and_keep_it_where_they_are_cut():
+@pytest.fixture
+def t5():
+    """T5's kind of rows, on a table of words."""
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 5, "Red": 6, "?": 2}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made = tokenizer_module.Tokenizer(words, "t5", 32_128, 4)
+    return tokenizer_module.Tokenizer(words, "t5", 32_128, 4)
+
+
+def test_rows_of_t5_end_in_1_and_keep_it_where_they_are_cut(t5):
+    made = t5
     tokens, mask = made(["a Red", "", "a a a Red Red"])  # T5's captions are not lowered
     assert tokens.tolist() == [[5, 6, 1, 0], [1, 0, 0, 0], [5, 5, 5, 1]]
     assert mask.sum(axis=1).tolist() == [3, 1, 4]
@@ -224,14 +230,15 @@ def test_bpe_learns_words_in_both_languages():
         train_bpe([], 300, 32)
 
 
-@pytest.mark.parametrize("kind", ["clip", "bpe"])
-def test_saved_tokenizer_is_the_same_without_transformers_or_tensorflow(kind, request, tmp_path):
-    made = request.getfixturevalue("clip") if kind == "clip" else train_bpe(CAPTIONS, 400, 16)
+@pytest.mark.parametrize("kind", ["clip", "bpe", "t5"])
+def test_saved_tokenizer_needs_tokenizers_alone(kind, request, tmp_path):
+    made = train_bpe(CAPTIONS, 400, 16) if kind == "bpe" else request.getfixturevalue(kind)
     made.save(tmp_path / "saved")
     texts = ["A red star", "红色的星形", "schÃ¶n &amp; “new”"]
     program = (
         "import sys\n"
-        "sys.modules.update(dict.fromkeys(('transformers', 'tensorflow', 'torch')))\n"  # importing them fails
+        "absent = 'transformers', 'tensorflow', 'torch', 'sentencepiece'\n"  # importing them fails
+        "sys.modules.update(dict.fromkeys(absent))\n"
         "from dalle2_jax.data.tokenizer import load_tokenizer\n"
         f"made = load_tokenizer({str(tmp_path / 'saved')!r})\n"
         f"print(made.kind, made.vocab_size, made.context_length, made({texts!r})[0].tolist())"

@@ -86,7 +86,7 @@ def _stage(tensors: Tensors, folder: Path) -> tuple[str, tuple[dict, dict]]:
         model |= dict(embed_dim=0, guidance_scale=1.0, process=dict(guide_rule="adm"))
         model |= dict(dropout=0.1) if Path(tensors.source).name.startswith("lsun_") else {}
     else:
-        model |= dict(low_res_size=side // 4, resize="linear")
+        model |= dict(low_res_size=side // 4, crop_size=side, resize="linear")
     classes = class_names(folder, num_classes)
     config = {"stage": stage, "model": model | released, "data": {"classes": classes}}
     read = read_stage(config, lambda params: rows(params, num_heads, blocks), tensors)

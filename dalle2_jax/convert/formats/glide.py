@@ -84,10 +84,11 @@ def _stage(tensors: Tensors, stage: str) -> tuple[dict, dict]:
     )
     if low_res:
         how = dict(method="ddpm" if inpaint else "ddim", num_steps=27, spacing="fast27")
-        model |= how | dict(low_res_size=SIDES[0], resize="linear", schedule="linear")
+        model |= how | dict(low_res_size=SIDES[0], crop_size=side, resize="linear", schedule="linear")
         model |= dict(process=dict(noise_scale=0.997))
     else:
-        model |= dict(embed_dim=0, schedule="cosine", text_drop=0.2, num_steps=100, guidance_scale=3.0)
+        model |= dict(embed_dim=0, schedule="cosine", text_drop=0.2, guidance_scale=3.0)
+        model |= dict(num_steps=100, spacing="adm")
     # Their network has one convolution and one bias for the noised picture and the kept pixels.
     bias = np.zeros(settings["channels"], np.float32)
     leaves = {"net/conv_in_known/bias": bias} if inpaint else {}

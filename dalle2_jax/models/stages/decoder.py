@@ -42,6 +42,7 @@ def build(
     image_drop: float = 0.1,
     text_drop: float = 0.5,
     label_drop: float = 0.0,
+    joint_drop: float = 0.0,
     schedule: str = "cosine",
     num_timesteps: int = 1000,
     objective: str = "eps",
@@ -66,12 +67,13 @@ def build(
     null_tokens=0) reads the states of a frozen CLIP's text transformer (Karlo), and without embed_dim
     dict(states_width, context_length, width, pool_heads) those of a frozen T5 (Imagen). embed_dim: 0 reads no
     image embeddings. embed_scale: factor of embeddings; None is sqrt(embed_dim), for those of unit norm.
-    num_classes: 0 reads no class. num_heads: of every attention, in the place of head_dim. guidance_scale: 1
-    where nothing is ever dropped. weighting ('uniform', 'p2', 'min_snr', 'min_snr:G', 'snr:Y,F,G', 'p2:Y',
-    'v', 'flow'), loss ('hybrid', 'vlb'): see `diffusion.weights`, `.process`. threshold: percentile of
-    dynamic thresholding, None to clip. inpaint: the network also gets unmasked pixels, with random masks in
-    training (GLIDE; `init_from` a decoder without). process: `PROCESS`, see `diffusion.gaussian`. net:
-    `unet.Style`, or kind='vit' with the fields of `vit.PixelViT`.
+    num_classes: 0 reads no class. image_drop, text_drop, label_drop: how often each is dropped by itself;
+    joint_drop: how often all of them are, the null of guidance. num_heads: of every attention, in the place
+    of head_dim. guidance_scale: 1 where nothing is ever dropped. weighting ('uniform', 'p2', 'min_snr',
+    'min_snr:G', 'snr:Y,F,G', 'p2:Y', 'v', 'flow'), loss ('hybrid', 'vlb'): see `diffusion.weights`,
+    `.process`. threshold: percentile of dynamic thresholding, None to clip. inpaint: the network also gets
+    unmasked pixels, with random masks in training (GLIDE; `init_from` a decoder without). process: `PROCESS`,
+    see `diffusion.gaussian`. net: `unet.Style`, or kind='vit' with the fields of `vit.PixelViT`.
     """
     body, diffusion = body_and_process(build, locals())
     check_side(body, "image_size", image_size)
@@ -100,7 +102,8 @@ def build(
         diffusion=diffusion,
         image_size=image_size,
         conditions=conditions,
-        guidance_scale=guidance_scale if embed_dim or text or label_drop else 1.0,
+        joint_drop=joint_drop,
+        guidance_scale=guidance_scale if embed_dim or text or label_drop or joint_drop else 1.0,
         inpaint=inpaint,
     )
 

@@ -35,7 +35,8 @@ class DiffusionStage:
 
     Attributes:
       image_size: side of the pictures. crop_size: side of the training windows, for an upsampler.
-      conditions: those with a null. low_res: the small picture of an upsampler.
+      conditions: those with a null, each dropped at a rate of its own. joint_drop: how often training drops
+        all of them, besides. low_res: the small picture of an upsampler.
       inpaint: the network also gets the known pixels.
       tile: side of the windows in which to draw; None draws the whole picture at once.
       last_step: whether a second network of the same shape, parameters 'last', takes the last step. Karlo's
@@ -47,6 +48,7 @@ class DiffusionStage:
     diffusion: gaussian.GaussianDiffusion
     image_size: int
     conditions: tuple[ClipImage | Label | Caption, ...] = ()
+    joint_drop: float = 0.0
     low_res: LowRes | None = None
     crop_size: int | None = None
     guidance_scale: float = 1.0
@@ -94,9 +96,9 @@ class DiffusionStage:
 
     @property
     def label_drop(self) -> float:
-        """How often training drops the class; 0: the class has no null."""
+        """How often training drops the class, at least; 0: the class has no null."""
         found = self.condition(Label)
-        return found.drop if found else 0.0
+        return max(found.drop, self.joint_drop) if found else 0.0
 
     @property
     def low_res_size(self) -> int | None:
@@ -112,7 +114,7 @@ class DiffusionStage:
     def guidable(self) -> bool:
         """Whether there is a null for guidance to lead away from."""
         if self.low_res:
-            return any(condition.drop for condition in self.conditions)
+            return bool(self.joint_drop) or any(condition.drop for condition in self.conditions)
         return bool(self.embed_dim or self.context_length or self.label_drop)
 
     @property
@@ -186,6 +188,9 @@ class DiffusionStage:
             condition.name: jax.random.bernoulli(keys[condition.name], condition.drop, (size,)) & train
             for condition in self.conditions
         }
+        if self.joint_drop:
+            together = jax.random.bernoulli(keys["joint"], self.joint_drop, (size,)) & train
+            drops = {name: drop | together for name, drop in drops.items()}
         conditions = self._read(batch, drops)
         inputs: dict[str, jax.Array] = {}
         if self.low_res:
@@ -349,7 +354,8 @@ def training_keys(key: jax.Array) -> dict[str, jax.Array]:
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     # Beside the split, so that a key that is added here changes none of the others.
     return keys | {
-        name: jax.random.fold_in(key, i) for i, name in enumerate(("mask", "label", "level", "noise"))
+        name: jax.random.fold_in(key, i)
+        for i, name in enumerate(("mask", "label", "level", "noise", "joint"))
     }
 
 

@@ -49,6 +49,7 @@ def build(
     num_classes: int = 0,
     text_drop: float = 0.0,
     label_drop: float = 0.0,
+    joint_drop: float = 0.0,
     guidance_scale: float = 1.0,
     threshold: float | None = None,
     resize: str = "cubic",
@@ -77,7 +78,7 @@ def build(
     crop_size: None is a quarter of the side. low_res_noise: the share of the times up to which training
     noises the small picture (0: never); low_res_level: the share at which sampling does; noise_enlarged: see
     `LowRes`. tile: see `diffusion.in_tiles`. last_step: a second network, parameters 'last', takes the last
-    step. text_drop, label_drop: how often training drops them; without it there is no null, and no guidance.
+    step. text_drop, label_drop, joint_drop: how often training drops them; without it there is no guidance.
     attention_resolutions (sides of the full picture), head_dim, num_heads, text, num_classes, threshold,
     inpaint, process and net: see `decoder.build`.
     """
@@ -89,7 +90,7 @@ def build(
     text = _checked_text(text, body, remat)
     conditions: tuple[Label | Caption, ...] = (Label(num_classes, label_drop),) if num_classes else ()
     conditions += (_caption(text, text_drop),) if text else ()
-    if guidance_scale != 1 and not any(condition.drop for condition in conditions):
+    if guidance_scale != 1 and not any((joint_drop, *(condition.drop for condition in conditions))):
         raise ValueError(
             f"guidance_scale {guidance_scale} needs a null: set text_drop or label_drop, such as 0.1"
         )
@@ -105,6 +106,7 @@ def build(
         diffusion=diffusion,
         image_size=image_size,
         conditions=conditions,
+        joint_drop=joint_drop,
         low_res=LowRes(low_res_size, image_size // low_res_size, resize, *noised),
         crop_size=crop_size,
         guidance_scale=guidance_scale,

@@ -239,6 +239,23 @@ def test_captions_and_classes_are_dropped_in_training_alone(kind):
         assert abs(dropped.mean() - share) < 3 * (share * (1 - share) / 20_000) ** 0.5
 
 
+def test_all_conditions_are_dropped_together():
+    """The null of guidance, besides each one's own rate."""
+    how = dict(text_drop=0.0, label_drop=0.1, joint_drop=0.2, num_classes=3, text=TEXT, channels=8)
+    how |= dict(channel_mult=(1,), attention_resolutions=(SIDE,), head_dim=8, num_res_blocks=1)
+    how |= dict(learned_variance=False, embed_dim=0, image_size=SIDE)
+    stage = models.build_stage({"stage": "decoder", "model": how})
+    stage = dataclasses.replace(stage, net=Spy([], ("label", "drop_text")))
+    shapes = {name: (20_000, *leaf.shape[1:]) for name, leaf in stage.batch_spec(1).items()}
+    shapes["image"] = (20_000, 1, 1, 3)
+    batch = {name: np.ones(shape, np.int32) for name, shape in shapes.items()}
+    batch["token_mask"] = batch["token_mask"] > 0
+    (_, label, no_text, _), (_, kept, none, _) = noted(stage, batch)
+    assert (kept == 1).all() and not none.any() and (label[no_text] < 0).all()
+    for dropped, share in ((no_text, 0.2), (label < 0, 0.28)):
+        assert abs(dropped.mean() - share) < 3 * (share * (1 - share) / 20_000) ** 0.5
+
+
 # --- sampling ---
 
 

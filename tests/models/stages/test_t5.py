@@ -39,6 +39,12 @@ def encoder():
     return made, params, tokens, mask
 
 
+def test_the_default_is_the_encoder_of_xxl():
+    """By the shapes of t5-v1_1-xxl, whose table is padded from 32,100 ids to 32,128."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(models.abstract_params(stage("t5")))]
+    assert sum(sizes) == 4_762_310_656 and 32_128 * 4096 in sizes
+
+
 def test_the_loss_counts_real_tokens_alone(encoder):
     made, params, tokens, mask = encoder
     batch = {"tokens": np.tile(tokens, (64, 1)), "token_mask": np.tile(mask, (64, 1))}
