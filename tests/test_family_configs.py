@@ -52,8 +52,8 @@ QUICK = (
     ("modern.upsampler1024", ""),
 )
 # In millions, and how far from it. Improved DDPM's scaling study is given to the last digit; GLIDE's paper
-# rounds its upsampler; Imagen's leaves parts open (2.4 %), and the "400M" of its last upsampler is not what its
-# list of blocks makes, 536; ours.
+# rounds its upsampler; Imagen's leaves parts open (2.4 %), and the "400M" of its last upsampler is not what
+# its list of blocks makes, 536; ours.
 ROUNDED = {
     ("iddpm.generator", "width64"): (30.30, 0.005),
     ("iddpm.generator", "width96"): (68.13, 0.005),

@@ -90,10 +90,7 @@ def build(
     text = _checked_text(text, body, remat)
     conditions: tuple[Label | Caption, ...] = (Label(num_classes, label_drop),) if num_classes else ()
     conditions += (_caption(text, text_drop),) if text else ()
-    if guidance_scale != 1 and not any((joint_drop, *(condition.drop for condition in conditions))):
-        raise ValueError(
-            f"guidance_scale {guidance_scale} needs a null: set text_drop or label_drop, such as 0.1"
-        )
+    _check_guidance(guidance_scale, (joint_drop, *(condition.drop for condition in conditions)))
     return DiffusionStage(
         net=DenoiserNet(
             body=body,
@@ -131,6 +128,12 @@ def _caption(text: dict, drop: float) -> Caption:
     """The caption's condition, of the settings of `text`."""
     masked = text.get("masked", True)
     return Caption(text["context_length"], drop, text.get("states_width", 0), masked=masked)
+
+
+def _check_guidance(scale: float, drops: tuple[float, ...]) -> None:
+    """Raise ValueError for guidance away from a null that training never sees."""
+    if scale != 1 and not any(drops):
+        raise ValueError(f"guidance_scale {scale} needs a null: set text_drop or label_drop, such as 0.1")
 
 
 def _check_level(level: float, noise: float) -> None:
