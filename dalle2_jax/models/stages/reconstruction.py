@@ -23,8 +23,8 @@ class Likelihood:
     """Negative log-likelihoods of pictures x [B, H, W, 3] in [-1, 1], given the decoder's maps.
 
     kind: 'mse', squared error over the variance of the data; 'l1', absolute error; 'logit_laplace', maps of
-    mu and log b. variance: of the data, in the scale of [-1, 1]. min_scale: the least b of 'logit_laplace', in
-    logits; 0 as in the paper.
+    mu and log b. variance: of the data, in the scale of [-1, 1]. min_scale: the least b of 'logit_laplace',
+    in logits; 0 as in the paper.
     """
 
     kind: str = "mse"
