@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from dalle2_jax.evaluate.metric import Request  # noqa: E402
 from dalle2_jax.evaluate.metrics import reconstruction  # noqa: E402
 from dalle2_jax.generate.pipeline import Pipeline  # noqa: E402
 from dalle2_jax.models import models  # noqa: E402
+from dalle2_jax.models.stages import tokenizer  # noqa: E402
 from dalle2_jax.runtime import checkpoint, modeldir  # noqa: E402
 from tests import test_token_system, tiny_model, tiny_run  # noqa: E402
 from tests.data import shards_for_tests as made  # noqa: E402
@@ -76,6 +78,18 @@ def test_training_reports_the_use_of_the_codes(place):
     state = tiny_run.stored_state(place / "run", STEPS)
     for name in [name for name in state if name.startswith("['params']['stats']")]:
         np.testing.assert_array_equal(state[name], state[name.replace("['params']", "['ema_params']")])
+
+
+def test_a_run_warns_of_a_collapse(place, tmp_path, monkeypatch, caplog):
+    """Once, by what a step reports of the codes."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    settings = tiny_run.config(place / "data", STEPS + 3, batch_size=BATCH)
+    settings |= dict(stage="tokenizer", model=MODEL, checkpoint_every=STEPS, mesh=dict(data=4, fsdp=2))
+    settings["data"] |= dict(max_bad_fraction=0.1)
+    collapsed = lambda self, scalars: f"collapsed: usage {scalars['usage']:.1f}"  # noqa: E731
+    monkeypatch.setattr(tokenizer.Tokenizer, "advice", collapsed)
+    assert tiny_run.run_main(settings, tmp_path / "run", monkeypatch.setattr) == 0
+    assert caplog.text.count("collapsed: usage 1.0") == 1
 
 
 @pytest.fixture(scope="module")
