@@ -138,6 +138,27 @@ def test_a_run_refuses_stored_codes_of_another_book(codes, tmp_path, monkeypatch
     assert "draws codes of num_codes (7,), the tokenizer of the stored codes has (8,)" in caplog.text
 
 
+def test_codes_belong_to_their_tokenizer(place, codes, tmp_path, monkeypatch, caplog):
+    """By its sha256: a run does not go on with codes of another one, and embed adds none of another one."""
+    config = tiny_run.config(codes, 1, **test_token_system.TOKEN_MODEL)
+    config["data"] |= dict(source="embeddings", max_bad_fraction=0.1)
+    config["model"] = config["model"] | dict(text=None, num_codes=(8,))
+    assert tiny_run.run_main(config, tmp_path / "run", monkeypatch.setattr) == 0
+    path = codes / "embed.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"frozen": {"tokenizer": 64 * "0"}}))
+    try:
+        again = config | dict(num_steps=2)
+        assert tiny_run.run_main(again, tmp_path / "run", monkeypatch.setattr) == 2
+    finally:
+        path.write_text(before)
+    assert "the frozen tokenizer has changed since step 1" in caplog.text
+    other = test_token_system.write(tmp_path / "other", tokenizer=dict(stage="tokenizer", model=MODEL))
+    config = tiny_run.config(place / "data", 1, frozen=dict(tokenizer=os.fspath(other)))
+    with pytest.raises(ValueError, match=r"(?s)holds other embeddings.*frozen: "):
+        embed.embed(config, "", codes, splits=("",), rows_per_shard=20, batch_size=16)
+
+
 @pytest.fixture(scope="module")
 def model(place):
     assert convert.main(["workdirs", f"--tokenizer={place / 'run'}", f"--out={place / 'model'}"]) == 0
