@@ -186,11 +186,13 @@ def imagen(run: Trained) -> list[Score]:
 
 
 def _rested(run: Trained, name: str) -> np.ndarray:
-    """bool [leaves]: which weights of a frozen stage in the model are those of its training, to the bit."""
+    """bool [leaves]: which weights of a frozen stage are those of its training to the bit, as a model stores
+    them: rounded to bfloat16."""
     kept, own = (
         jax.tree.leaves(models.load_stage(run.folder / path, name)[2]) for path in ("models/model", name)
     )
-    return np.array([np.array_equal(a, b) for a, b in zip(kept, own, strict=True)])
+    rounded = [np.asarray(leaf).astype(jax.numpy.bfloat16) for leaf in own]
+    return np.array([np.array_equal(a, b.astype(a.dtype)) for a, b in zip(kept, rounded, strict=True)])
 
 
 def _saturated(images: np.ndarray) -> np.ndarray:

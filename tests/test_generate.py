@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dalle2_jax import pipeline
-from dalle2_jax.generate import output
+from dalle2_jax.generate import output, rerank
 from dalle2_jax.generate.engine import Timing
 from tests.tiny_model import CAPTIONS, make_class_model, make_model
 
@@ -53,6 +53,7 @@ def test_the_command_draws_without_tensorflow(directory, tmp_path):
     done = command(
         f"--model={directory}",
         "--n=2",
+        "--rerank=3",
         "--seed=7",
         "--guidance_scale=2",
         "--guidance_interval=0.2,3",
@@ -79,8 +80,11 @@ def test_the_command_draws_without_tensorflow(directory, tmp_path):
     assert all(picture.size == (32, 32) and picture.mode == "RGB" for picture in pictures)
     assert pictures[2].text["caption"] == "一个红色的圆"
     inside = json.loads(pictures[1].text["dalle2_jax"])
-    assert (inside["seed"], inside["number"], inside["model"]) == (7, 1, "tiny")
+    assert (inside["seed"], inside["model"]) == (7, "tiny")
+    numbers = [json.loads(picture.text["dalle2_jax"])["number"] for picture in pictures]
+    assert all(len({*two}) == 2 and {*two} <= {0, 1, 2} for two in (numbers[:2], numbers[2:]))
     assert inside["settings"] == report["settings"]
+    assert report["settings"]["rerank"] == {"candidates": 3, "judge": "tiny"}
     assert report["settings"]["decoder"]["guidance_scale"] == 2.0
     assert report["settings"]["decoder"]["guidance_interval"] == [0.2, 3.0]
     assert "guidance_interval" not in report["settings"]["prior"]
@@ -93,6 +97,49 @@ def test_the_command_draws_without_tensorflow(directory, tmp_path):
     for stage in report["timings"]:
         assert stage in done.stdout
     assert "4 pictures of 32 x 32" in done.stdout and "s a picture" in done.stdout
+
+
+def test_a_cascade_keeps_the_candidates_that_clip_finds_closest(directory):
+    model = pipeline.UnCLIP.load(directory)
+    how = dict(seed=5, prior_steps=2, decoder_steps=2, upsampler_steps=(2,))
+    every = model.text_to_image(CAPTIONS[:2], n=3, **how)
+    kept = model.text_to_image(CAPTIONS[:2], n=2, rerank=3, **how)
+    cosine = rerank.scores(model, every.images, every.captions).reshape(2, 3)
+    best = np.argsort(-cosine, axis=1)[:, :2]
+    assert kept.numbers == tuple(best.reshape(-1)) and kept.captions == tuple(np.repeat(CAPTIONS[:2], 2))
+    rows = (best + [[0], [3]]).reshape(-1)
+    for name in ("images", "base", "image_embeds"):
+        np.testing.assert_array_equal(getattr(kept, name), getattr(every, name)[rows])
+
+
+def test_a_model_without_clip_is_judged_by_the_packages(tmp_path, monkeypatch):
+    """Its CLIP ranks; another that is given ranks instead."""
+    classes = ("red star", "blue ring")
+    model = pipeline.UnCLIP.load(make_class_model(tmp_path / "model", classes))
+    bundled = rerank.judge_of(model, None)
+    assert "encode_image" in bundled.actions and bundled.name == pipeline.UnCLIP.load().name != model.name
+    asked = []
+
+    class Judge:
+        """Finds a later candidate closer than an earlier one."""
+
+        name, actions = "package", {"encode_image": ()}
+
+        def encode_text(self, texts, batch_size):
+            asked.append(list(texts))
+            return (np.eye(2)[:1].repeat(len(texts), axis=0), None), None
+
+        def encode_image(self, images, batch_size):
+            angles = np.linspace(1, 0, len(images))
+            return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+    monkeypatch.setattr(pipeline.UnCLIP, "load", classmethod(lambda cls: Judge()))
+    kept = model.text_to_image(["a red star"], n=2, rerank=3)
+    assert kept.numbers == (2, 1) and asked == [["a red star"]]
+    assert kept.settings["rerank"] == dict(candidates=3, judge="package")
+    judge = Judge()
+    judge.name = "given"
+    assert model.text_to_image(["a red star"], rerank=3, judge=judge).settings["rerank"]["judge"] == "given"
 
 
 def test_a_model_without_captions_draws_without(tmp_path):

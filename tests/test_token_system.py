@@ -1,6 +1,9 @@
 """A model of captions and codes: trained with a frozen tokenizer, converted, drawn from, reranked."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,7 +12,11 @@ from PIL import Image
 
 from dalle2_jax.convert import convert
 from dalle2_jax.convert.workdirs import write_model
+from dalle2_jax.data import scenes
 from dalle2_jax.edit.complete import complete
+from dalle2_jax.evaluate import evaluate, picture_sets
+from dalle2_jax.evaluate.metric import Request
+from dalle2_jax.evaluate.metrics import loss
 from dalle2_jax.generate import again, rerank
 from dalle2_jax.generate.pictures import square_picture
 from dalle2_jax.generate.pipeline import Pipeline, Running
@@ -108,6 +115,17 @@ def test_workdirs_become_a_model_whose_system_follows_from_its_stages(workdir, m
     frozen = index["stages"]["token_model"]["frozen"]["tokenizer"]
     assert frozen == modeldir.sha256(models.load_stage(model_dir, "tokenizer", keep_dtype=True)[2])
     assert set(Pipeline.load(out).actions) == {"draw", "complete", "reconstruct"}
+
+
+def test_another_tokenizer_than_that_of_training_is_told(workdir, model_dir, tmp_path, capsys):
+    """Its codes mean other pictures; the model is made, with a note."""
+    other = write(tmp_path / "other", tokenizer=TOKENIZER)
+    told = "note: token_model was trained with another tokenizer than tokenizer of this model"
+    for tokenizer, noted in ((model_dir, False), (other, True)):
+        out = tmp_path / f"out_{noted}"
+        sources = [f"--tokenizer={tokenizer}", f"--token_model={workdir}"]
+        assert convert.main(["workdirs", *sources, f"--out={out}", "--dtype=float32"]) == 0
+        assert (told in capsys.readouterr().out) == noted
 
 
 def test_a_model_without_the_tokenizer_is_refused(workdir, tmp_path, capsys):
@@ -216,6 +234,60 @@ def test_the_lower_part_of_a_picture_is_completed(model):
     assert len(np.unique(result.images.reshape(3, -1), axis=0)) == 3
     with pytest.raises(ValueError, match="scale 1.0 must lie between 0 and 1"):
         complete(model, picture, CAPTION, scale=1.0)
+
+
+COMMANDS = """
+import json, os, runpy, sys
+import dalle2_jax.generate.pipeline
+for arguments in json.loads(sys.argv[1]):
+    if not os.fork():
+        sys.argv = ["edit", *arguments]
+        runpy.run_module("dalle2_jax.edit", run_name="__main__")
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_the_commands_complete_and_reconstruct(model_dir, tmp_path):
+    """They write what the functions return: pictures, their settings, a grid with the source."""
+    picture = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    common = [f"--model={model_dir}", "--dtype=float32", "--seed=1"]
+    commands = [
+        ["complete", "a.png", CAPTION, "--n=2", "--scale=0.25", "--out=complete", *common],
+        ["reconstruct", "a.png", "--out=reconstruct", *common],
+        ["complete", "a.png", CAPTION, "--steps=3", "--out=none", *common],
+    ]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    env |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
+    done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    statuses = [line for line in done.stdout.splitlines() if line.isdigit()]
+    assert statuses[:2] == ["0", "0"] and statuses[2] != "0", done.stderr
+    assert "complete draws codes, a step each: leave --steps out" in done.stderr
+    for action, count in (("complete", 2), ("reconstruct", 1)):
+        report = json.loads((tmp_path / action / "edit.json").read_text())
+        files = [each["file"] for each in report["pictures"]]
+        assert len(files) == count and report["pictures"][0]["action"] == action
+        drawn = [np.asarray(Image.open(tmp_path / action / file)) for file in files]
+        assert all(image.shape == (SIDE, SIDE, 3) for image in drawn)
+        assert (tmp_path / action / "grid.png").exists()
+        if action == "complete":
+            assert report["settings"]["codes"]["keep"] == 0.25 and (drawn[0] != drawn[1]).any()
+
+
+def test_a_token_model_is_measured(model, tmp_path):
+    """Its loss, on codes that its own tokenizer makes; the checker reads what it draws of scenes."""
+    pytest.importorskip("scipy", reason="the checker needs scipy")
+    pictures = picture_sets.scene_pictures(scenes.preset("quickstart"), 16, 16)
+    found = loss.measure(model.engine, pictures, n=16, batch_size=8)
+    assert found.keys() == {"clip", "tokenizer", "token_model"}
+    assert 1 < found["token_model"]["scalars"]["code_loss"] < 6
+    assert found["tokenizer"]["value"] > 0
+    request = Request(("scenes",), scenes="quickstart", n=4, seed=1)
+    report, _ = evaluate.evaluate(model, request, tmp_path)
+    entries = report["scenes"]
+    assert sum(entry["n"] for entry in entries.values()) == 4
+    assert len((tmp_path / "scenes.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_negative_caption_is_read(model):

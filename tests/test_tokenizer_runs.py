@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from dalle2_jax.evaluate.metric import Request  # noqa: E402
 from dalle2_jax.evaluate.metrics import reconstruction  # noqa: E402
 from dalle2_jax.generate.pipeline import Pipeline  # noqa: E402
 from dalle2_jax.models import models  # noqa: E402
+from dalle2_jax.models.stages import tokenizer  # noqa: E402
 from dalle2_jax.runtime import checkpoint, modeldir  # noqa: E402
 from tests import test_token_system, tiny_model, tiny_run  # noqa: E402
 from tests.data import shards_for_tests as made  # noqa: E402
@@ -78,6 +80,18 @@ def test_training_reports_the_use_of_the_codes(place):
         np.testing.assert_array_equal(state[name], state[name.replace("['params']", "['ema_params']")])
 
 
+def test_a_run_warns_of_a_collapse(place, tmp_path, monkeypatch, caplog):
+    """Once, by what a step reports of the codes."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    settings = tiny_run.config(place / "data", STEPS + 3, batch_size=BATCH)
+    settings |= dict(stage="tokenizer", model=MODEL, checkpoint_every=STEPS, mesh=dict(data=4, fsdp=2))
+    settings["data"] |= dict(max_bad_fraction=0.1)
+    collapsed = lambda self, scalars: f"collapsed: usage {scalars['usage']:.1f}"  # noqa: E731
+    monkeypatch.setattr(tokenizer.Tokenizer, "advice", collapsed)
+    assert tiny_run.run_main(settings, tmp_path / "run", monkeypatch.setattr) == 0
+    assert caplog.text.count("collapsed: usage 1.0") == 1
+
+
 @pytest.fixture(scope="module")
 def codes(place):
     """The folder of stored codes."""
@@ -122,6 +136,27 @@ def test_a_run_refuses_stored_codes_of_another_book(codes, tmp_path, monkeypatch
     config["model"] = config["model"] | dict(text=None, num_codes=(7,))
     assert tiny_run.run_main(config, tmp_path / "run", monkeypatch.setattr) == 2
     assert "draws codes of num_codes (7,), the tokenizer of the stored codes has (8,)" in caplog.text
+
+
+def test_codes_belong_to_their_tokenizer(place, codes, tmp_path, monkeypatch, caplog):
+    """By its sha256: a run does not go on with codes of another one, and embed adds none of another one."""
+    config = tiny_run.config(codes, 1, **test_token_system.TOKEN_MODEL)
+    config["data"] |= dict(source="embeddings", max_bad_fraction=0.1)
+    config["model"] = config["model"] | dict(text=None, num_codes=(8,))
+    assert tiny_run.run_main(config, tmp_path / "run", monkeypatch.setattr) == 0
+    path = codes / "embed.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"frozen": {"tokenizer": 64 * "0"}}))
+    try:
+        again = config | dict(num_steps=2)
+        assert tiny_run.run_main(again, tmp_path / "run", monkeypatch.setattr) == 2
+    finally:
+        path.write_text(before)
+    assert "the frozen tokenizer has changed since step 1" in caplog.text
+    other = test_token_system.write(tmp_path / "other", tokenizer=dict(stage="tokenizer", model=MODEL))
+    config = tiny_run.config(place / "data", 1, frozen=dict(tokenizer=os.fspath(other)))
+    with pytest.raises(ValueError, match=r"(?s)holds other embeddings.*frozen: "):
+        embed.embed(config, "", codes, splits=("",), rows_per_shard=20, batch_size=16)
 
 
 @pytest.fixture(scope="module")

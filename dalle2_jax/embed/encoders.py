@@ -132,6 +132,7 @@ def make_encoder(config: dict, clip: str, batch_size: int, dtype: str) -> Encode
     paths = frozen.paths({"frozen": config.get("frozen")})
     stages = {name: models.open_stage(path, name)[0] for name, path in paths.items()}
     if len(stages) == 1 and hasattr([*stages.values()][0], "num_codes"):
+        frozen.ops([*stages.values()][0], "encode")  # refuses one without an encoder
         return CodesEncoder(*paths.popitem(), batch_size)
     texts = [name for name, stage in stages.items() if frozen.ops(stage, "encode_text")]
     if len(texts) != 1 or texts == ["clip"]:

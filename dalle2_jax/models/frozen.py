@@ -62,8 +62,11 @@ def load(config: Mapping) -> dict[str, Loaded]:
 
 
 def ops(stage: Any, prefix: str) -> dict[str, Op]:
-    """The operations of a stage whose names begin so."""
-    return {name: op for name, op in getattr(stage, "ops", {}).items() if name.startswith(prefix)}
+    """The operations of a stage whose names begin so; ValueError for 'encode...' of one without encoder."""
+    found = {name: op for name, op in getattr(stage, "ops", {}).items() if name.startswith(prefix)}
+    if found and prefix.startswith("encode") and hasattr(stage, "check_encodes"):
+        stage.check_encodes()
+    return found
 
 
 class Encoder(NamedTuple):

@@ -201,6 +201,8 @@ def abstract_params(stage) -> dict:
 
 def encoded_specs(stage) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of the fields that a stage's encoders write, of one example."""
+    if hasattr(stage, "encoded_specs"):  # also of a tokenizer that decodes alone
+        return stage.encoded_specs
     spec = stage.batch_spec(1)
     found: dict[str, jax.ShapeDtypeStruct] = {}
     for do, op in stage.ops.items():

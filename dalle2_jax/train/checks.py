@@ -77,6 +77,8 @@ def check_names(config: dict) -> None:
 
 def check_settings(config: dict, stage, mesh) -> None:
     """Raise ValueError for settings that cannot go together, before anything is read or compiled."""
+    if hasattr(stage, "check_encodes"):  # a tokenizer is trained by encoding
+        stage.check_encodes()
     if config["batch_size"] % config["grad_accum"]:
         raise ValueError(
             f"batch_size {config['batch_size']} is not a multiple of grad_accum {config['grad_accum']}"

@@ -1,5 +1,6 @@
 """dalle-mini's weights against PyPI's min-dalle with random weights: logits, greedy tokens, pictures."""
 
+import functools
 import json
 import re
 import sys
@@ -13,12 +14,17 @@ from flax import serialization
 from dalle2_jax.convert import convert, tables
 from dalle2_jax.convert.formats import dalle_mini, vqgan
 from dalle2_jax.convert.tensors import Tensors, joined
+from dalle2_jax.convert.workdirs import write_model
+from dalle2_jax.embed import encoders
 from dalle2_jax.generate.pipeline import Pipeline
 from dalle2_jax.models import models
 from dalle2_jax.runtime import modeldir
+from dalle2_jax.train import plan
+from tests import tiny_run
 from tests.tiny_model import random_params
 
 WIDTH, HEADS, DEPTH, HIDDEN, VOCAB, LENGTH, CODES = 128, 2, 2, 40, 300, 8, 30
+NO_ENCODER = "this tokenizer has no encoder"
 PIECES = [chr(256 + 32), *(chr(code) for code in range(97, 123))]  # the mark of a space, letters
 
 
@@ -157,18 +163,32 @@ def test_flax_weights_are_the_same(networks, imported, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params["net"]), wanted)
 
 
-@pytest.mark.parametrize("norm", [(-1,), (1, 1, 1, -1)])
-def test_the_vqgan_of_flax_is_that_of_min_dalle(norm, tmp_path):
-    """Its encoder is left out; norms have the shape of today's flax, or that of vqgan-jax's conversions."""
-    net = dict(kind="vqgan", channels=8, channel_mult=[1, 2], num_res_blocks=1)
-    net |= dict(attention_resolutions=[128], z_channels=8)
-    quantizer = dict(kind="vq", decay=0.0, num_codes=16, width=4)
-    model = dict(image_size=256, net=net, quantizer=quantizer, likelihood="l1")
-    params = random_params(models.build_stage({"stage": "tokenizer", "model": model}), 0)
+NET = dict(kind="vqgan", channels=8, channel_mult=[1, 2], num_res_blocks=1)
+NET |= dict(attention_resolutions=[128], z_channels=8)
+QUANTIZER = dict(kind="vq", decay=0.0, num_codes=16, width=4)
+VQGAN = dict(image_size=256, net=NET, quantizer=QUANTIZER, likelihood="l1")
+
+
+@functools.cache
+def small_vqgan() -> tuple[dict, dict[str, np.ndarray]]:
+    """(parameters, the same under taming's names) of a VQGAN with random weights."""
+    params = random_params(models.build_stage({"stage": "tokenizer", "model": VQGAN}), 0)
     state = tables.exported(vqgan.rows(params), params, dropped=["stats/since_0"])
-    arrays = {name: np.asarray(lazy) for name, lazy in state.items()}
-    flat, torchs = {}, {}
-    for name, array in arrays.items():
+    return params, {name: np.asarray(lazy) for name, lazy in state.items()}
+
+
+def of_detoker() -> Tensors:
+    """What min-dalle's detoker.pt holds of it: the decoder's half, under these names."""
+    _, arrays = small_vqgan()
+    kept = {n: x for n, x in arrays.items() if not n.startswith(("encoder.", "quant_conv."))}
+    kept = {name.removeprefix("quantize."): array for name, array in kept.items()}
+    return Tensors("torch", {name: x.shape for name, x in kept.items()}, kept.__getitem__)
+
+
+def write_flax_vqgan(folder, norm=(-1,)) -> None:
+    """The VQGAN as vqgan-jax stores it; norm: the shape of its gains and biases."""
+    flat = {}
+    for name, array in small_vqgan()[1].items():
         kind = "embedding" if "embedding" in name else {1: "scale", 4: "kernel"}[array.ndim]
         flax = re.sub(r"(\w+)\.(\d+)", r"\1_\2", name).removesuffix(".weight")  # lists: up.0 is up_0
         flax += f".{kind}" if name.endswith(".weight") else ""
@@ -177,24 +197,87 @@ def test_the_vqgan_of_flax_is_that_of_min_dalle(norm, tmp_path):
         elif "norm" in name:
             array = array.reshape(norm)
         flat[flax.replace(".", "/")] = array
-        if not name.startswith(("encoder.", "quant_conv.")):
-            torchs[name.removeprefix("quantize.")] = arrays[name]
     assert "decoder/up_0/attn_1/proj_out/kernel" not in flat and "decoder/up_1/attn_1/q/kernel" in flat
     assert "decoder/mid/block_1/norm1/scale" in flat and "quantize/embedding/embedding" in flat
-    (tmp_path / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(modeldir.unflatten(flat)))
-    shapes = {name: x.shape for name, x in torchs.items()}
-    wanted = dalle_mini.read_decoder(Tensors("torch", shapes, torchs.__getitem__))
-    config, found = dalle_mini.read_decoder(dalle_mini._vqgan_of_flax(tmp_path))
-    assert config == wanted[0] and config["model"] == model
-    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, x) for x in (found, wanted[1])))
-    found, last = found["net"], params["net"]["decoder_out"]
-    np.testing.assert_array_equal(
-        found["decoder"]["up_1_attn_1"]["q"]["kernel"], params["net"]["decoder"]["up_1_attn_1"]["q"]["kernel"]
-    )
-    # pixels in [0, 1] become pixels in [-1, 1]
-    np.testing.assert_allclose(found["decoder_out"]["kernel"], 2 * last["kernel"], rtol=1e-6)
-    np.testing.assert_allclose(found["decoder_out"]["bias"], 2 * last["bias"] - 1, rtol=1e-6)
-    assert not np.asarray(found["quant_conv"]["kernel"]).any()
+    assert "encoder/down_0/downsample/conv/kernel" in flat and "encoder/down_1/attn_0/q/kernel" in flat
+    (folder / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(modeldir.unflatten(flat)))
+
+
+@pytest.mark.parametrize("norm", [(-1,), (1, 1, 1, -1)])
+def test_the_vqgan_of_flax_has_both_halves(norm, tmp_path):
+    """Norms have the shape of today's flax, or that of vqgan-jax's conversions; pixels are in [0, 1]."""
+    write_flax_vqgan(tmp_path, norm)
+    config, found = dalle_mini.read_vqgan(dalle_mini._vqgan_of_flax(tmp_path))
+    assert config["model"] == VQGAN | dict(net=NET | dict(unit_pixels=True))
+    params, found = (modeldir.flatten(x) for x in (small_vqgan()[0], found))
+    assert params.keys() == found.keys()
+    for name in sorted(params.keys() - {"net/decoder_out/kernel", "net/decoder_out/bias", "stats/since_0"}):
+        np.testing.assert_array_equal(found[name], params[name], err_msg=name)
+    last = "net/decoder_out/"
+    np.testing.assert_allclose(found[f"{last}kernel"], 2 * params[f"{last}kernel"], rtol=1e-6)
+    np.testing.assert_allclose(found[f"{last}bias"], 2 * params[f"{last}bias"] - 1, rtol=1e-6)
+
+
+def test_the_vqgan_encodes_pixels_of_0_to_1(tmp_path):
+    """Its codes, also those of the border, are those of the plain network on (x + 1) / 2."""
+    write_flax_vqgan(tmp_path)
+    config, params = dalle_mini.read_vqgan(dalle_mini._vqgan_of_flax(tmp_path))
+    stage, params = models.build_stage(config), jax.tree.map(np.asarray, params)
+    plain = models.build_stage({"stage": "tokenizer", "model": VQGAN})
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    codes = jax.jit(stage.encode)(params, images)[0]
+    expected = jax.jit(plain.encode)(small_vqgan()[0], (images + 1) / 2)[0]
+    np.testing.assert_array_equal(codes, expected)
+    assert len(np.unique(codes)) > 4
+    vectors = [params["book_0"]["embedding"][np.asarray(codes)]]
+    net = jax.jit(lambda params: plain._net(params, "decode", vectors))
+    made = jax.jit(stage.decode_codes)(params, (codes,))
+    np.testing.assert_allclose(made, np.clip(2 * net(small_vqgan()[0]) - 1, -1, 1), atol=1e-5)
+
+
+def min_dalle_folder(folder):
+    """A model directory of min-dalle's tokenizer, in which no codes can be made."""
+    parts = {"tokenizer": dalle_mini.read_decoder(of_detoker())}
+    stages = {name: models.build_stage(config) for name, (config, _) in parts.items()}
+    write_model(convert.check_out(folder, "float32"), parts, stages, None, "float32", {"name": ""})
+    return folder
+
+
+def test_min_dalles_vqgan_decodes_alone(tmp_path):
+    """The same pictures as with the encoder; nothing of an encoder is stored, and encoding is refused."""
+    config, found = dalle_mini.read_decoder(of_detoker())
+    assert config["model"] == VQGAN | dict(decode_only=True)
+    stage, found = models.build_stage(config), jax.tree.map(np.asarray, found)
+    params, _ = small_vqgan()
+    assert found["net"].keys() == params["net"].keys() - {"encoder", "quant_conv"}
+    scaled = params["net"]["decoder_out"]
+    scaled = {"kernel": 2 * scaled["kernel"], "bias": 2 * scaled["bias"] - 1}
+    whole = params | {"net": params["net"] | {"decoder_out": scaled}}
+    codes = (np.random.default_rng(0).integers(0, 16, (1, 4, 4)),)
+    plain = models.build_stage({"stage": "tokenizer", "model": VQGAN})
+    made = jax.jit(plain.decode_codes)(whole, codes)
+    np.testing.assert_allclose(jax.jit(stage.decode_codes)(found, codes), made, atol=1e-5)
+    for encode in (stage.encode, stage.encode_sequence, stage.reconstruct):
+        with pytest.raises(ValueError, match=NO_ENCODER):
+            encode(found, np.zeros((1, 16, 16, 3), np.float32))
+
+
+def test_codes_of_a_tokenizer_without_encoder_are_refused(tmp_path, monkeypatch, caplog):
+    """By embed before the weights are read, by a run that would encode with it, by training it further."""
+    folder = min_dalle_folder(tmp_path / "m")
+    (tmp_path / "data").mkdir()
+    model = dict(grids=((128, 128),), num_codes=(16,), net=dict(width=8, depth=1, num_heads=1))
+    config = tiny_run.config(tmp_path / "data", 1, stage="token_model", model=model, batch_size=8)
+    config |= dict(frozen=dict(tokenizer=str(folder)))
+    monkeypatch.setattr(encoders.frozen, "load", lambda config: pytest.fail("read the weights"))
+    with pytest.raises(ValueError, match=NO_ENCODER):
+        encoders.make_encoder(config, "", 8, "float16")
+    monkeypatch.undo()
+    assert tiny_run.run_main(config, tmp_path / "run", monkeypatch.setattr) == 2
+    assert NO_ENCODER in caplog.text and not (tmp_path / "run").exists()
+    again = tiny_run.config(tmp_path / "data", 1, stage="tokenizer", model=VQGAN | dict(decode_only=True))
+    with pytest.raises(ValueError, match=NO_ENCODER):
+        plan.make_plan(models.to_plain(again))
 
 
 @pytest.mark.slow
@@ -212,6 +295,10 @@ def test_a_folder_of_min_dalle_becomes_a_model_that_draws(oracle, networks, tmp_
     out = tmp_path / "model"
     assert convert.main(["dalle-mini", str(tmp_path), str(out), "--dtype=float32"]) == 0
     model = Pipeline.load(out)
+    assert [*model.actions] == ["draw"]
+    for action in ("reconstruct", "complete"):
+        with pytest.raises(ValueError, match=NO_ENCODER):
+            model.steps(action)
     drawn = model.text_to_image(["a cat"], seed=1, batch_size=1)
     assert drawn.images.shape == (1, 256, 256, 3)
     codes = np.random.default_rng(0).integers(0, 2**14, (1, 256))

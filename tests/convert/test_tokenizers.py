@@ -114,6 +114,28 @@ def test_a_vqgan_with_gumbel_codes_is_read(tmp_path):
     for name, leaf in modeldir.flatten(params).items():
         if not name.startswith("stats/"):
             np.testing.assert_array_equal(modeldir.flatten(found)[name], leaf, err_msg=name)
+    check_gumbel_codes(read, jax.tree.map(np.asarray, found), arrays)
+
+
+def check_gumbel_codes(stage, params, arrays):
+    """By taming's formulas: logits = proj(quant_conv(f)), code = argmax, its vector a row of embed."""
+    images = np.random.default_rng(0).uniform(-1, 1, (2, SIDE, SIDE, 3)).astype(np.float32)
+
+    @jax.jit
+    def compute(params, images):
+        features = stage._net(params, "features", images)
+        codes = stage.encode(params, images)
+        vectors = stage.quantizers[0].lookup(stage._state(params, 0), codes[0])
+        return features[0], stage._net(params, "project", 0, features, []), codes[0], vectors
+
+    features, logits, codes, vectors = map(np.asarray, compute(params, images))
+    by_hand = features.astype(np.float64)
+    for layer in ("quant_conv", "quantize.proj"):
+        by_hand = by_hand @ arrays[f"{layer}.weight"][..., 0, 0].T + arrays[f"{layer}.bias"]
+    np.testing.assert_allclose(logits, by_hand, atol=1e-5)
+    np.testing.assert_array_equal(codes, logits.argmax(axis=-1))
+    assert codes.shape == (2, 8, 8) and len(np.unique(codes)) > 2
+    np.testing.assert_array_equal(vectors, arrays["quantize.embed.weight"][codes])
 
 
 def test_lpips_is_read_and_is_the_formula(tmp_path):
@@ -155,17 +177,24 @@ def test_lpips_is_read_and_is_the_formula(tmp_path):
 
 @pytest.mark.slow
 def test_openais_dvae_equals_pypis(tmp_path):
-    """Whole modules, pickled by torch, read as data."""
-    torch, dall_e = pytest.importorskip("torch"), pytest.importorskip("dall_e")
+    """Whole modules, pickled by torch in a zip archive or as before 1.6, read as data."""
+    torch = pytest.importorskip("torch")
+    why = "DALL-E is not installed: pip install --no-deps DALL-E"
+    dall_e = pytest.importorskip("dall_e", reason=why)
     torch.manual_seed(0)
     sizes = dict(n_hid=64, n_blk_per_group=1, vocab_size=512)
     encoder, decoder = dall_e.Encoder(**sizes), dall_e.Decoder(**sizes)
+    (tmp_path / "old").mkdir()
     for name, module in (("encoder", encoder), ("decoder", decoder)):
         for parameter in module.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
         torch.save(module, tmp_path / f"{name}.pkl")
+        torch.save(module, tmp_path / "old" / f"{name}.pkl", _use_new_zipfile_serialization=False)
     convert.convert_weights("openai-dvae", tmp_path, tmp_path / "model")
+    convert.convert_weights("openai-dvae", tmp_path / "old", tmp_path / "model_of_old")
     stage, config, params = models.load_stage(tmp_path / "model", "tokenizer")
+    _, _, old = models.load_stage(tmp_path / "model_of_old", "tokenizer")
+    jax.tree.map(np.testing.assert_array_equal, params, old)
     assert config["model"]["net"] == dict(kind="dvae", channels=64, num_groups=4, num_blocks=1)
     images = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
     pixels = torch.tensor(dall_e.map_pixels(torch.tensor((images + 1) / 2)).numpy().transpose(0, 3, 1, 2))

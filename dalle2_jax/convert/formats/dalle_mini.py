@@ -1,12 +1,12 @@
-"""dalle-mini and dalle-mega with the decoder of their VQGAN, as published (flax) or as min-dalle's copies.
+"""dalle-mini and dalle-mega with their VQGAN, as published (flax) or as min-dalle's copies.
 
     SRC/encoder.pt, decoder.pt, detoker.pt             min-dalle; detoker.pt may lie in SRC/vqgan or ../vqgan
     SRC/flax_model.msgpack, SRC/vqgan/flax_model.msgpack              dalle-mini, and its VQGAN
     SRC/vocab.json, merges.txt                                        or tokenizer.json
 
-The VQGAN works on pixels in [0, 1]; its last layer is scaled to [-1, 1]. Its encoder is left out, so that the
-model draws and encodes no pictures. min-dalle begins with the code 16,383, dalle-mini with an id of its own,
-which is read here.
+The VQGAN works on pixels in [0, 1]; its last layer is scaled to [-1, 1]. min-dalle's copies lack its encoder:
+such a tokenizer decodes alone. Attention follows its own block as in taming-transformers, where the VQGAN was
+trained. min-dalle begins with the code 16,383, dalle-mini with an id of its own, which is read here.
 """
 
 import functools
@@ -20,13 +20,12 @@ from dalle2_jax.convert.formats import vqgan
 from dalle2_jax.convert.tables import Imported, Row, dense, leaf, norm, read_stage, under
 from dalle2_jax.convert.tensors import Tensors, joined, open_tensors
 from dalle2_jax.data.tokenizer import load_bart
-from dalle2_jax.models import models
 from dalle2_jax.runtime import modeldir
 
 HELP = "a folder of dalle-mini or mega: flax_model.msgpack, or min-dalle's encoder.pt, decoder.pt, detoker.pt"
 LICENCE = "Apache-2.0, that of dalle-mini; its VQGAN, and min-dalle's copies, MIT"
 IMAGE_SIZE, HEAD_DIM = 256, 64
-NO_ENCODER = "the encoder of the VQGAN is left out: the model draws, and encodes no pictures"
+NO_ENCODER = "detoker.pt lacks the VQGAN's encoder: the model draws, and encodes no pictures"
 # Of flax's modules in a layer -> min-dalle's names.
 _LAYER = {
     "LayerNorm_0": "pre_self_attn_layer_norm",
@@ -71,6 +70,7 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
     """The model in the folder `source`."""
     if (source / "flax_model.msgpack").exists():
         model, picture = _bart_of_flax(source), _vqgan_of_flax(source / "vqgan")
+        tokenizer_stage = read_vqgan(picture)
     else:
         model = joined({f"{half}.": open_tensors(source / f"{half}.pt") for half in ("encoder", "decoder")})
         places = [folder / "detoker.pt" for folder in (source, source / "vqgan", source.parent / "vqgan")]
@@ -78,12 +78,12 @@ def import_weights(source: Path, tokenizer=None) -> Imported:
         if not found:
             raise FileNotFoundError(f"{source} comes without detoker.pt, the decoder of its VQGAN")
         picture = open_tensors(found[0])
+        picture = picture.renamed({name: name for name in picture}, notes=[NO_ENCODER])
+        tokenizer_stage = read_decoder(picture)
     config, params = read(model)
-    stages = {"tokenizer": read_decoder(picture), "token_model": (config, params)}
+    stages = {"tokenizer": tokenizer_stage, "token_model": (config, params)}
     words = tokenizer or load_bart(source, config["model"]["text"]["context_length"])
-    return Imported(
-        stages, words, [model, picture.renamed({n: n for n in picture}, notes=[NO_ENCODER])], LICENCE
-    )
+    return Imported(stages, words, [model, picture], LICENCE)
 
 
 def read(tensors: Tensors) -> tuple[dict, dict]:
@@ -117,8 +117,16 @@ def _with_gains(tensors: Tensors) -> Tensors:
     return Tensors(tensors.source, tensors.shapes | lacking, one, tensors.files, tensors.notes)
 
 
+def read_vqgan(tensors: Tensors) -> tuple[dict, dict]:
+    """(config, parameters) of the stage `tokenizer`, of a VQGAN in taming's layout on pixels in [0, 1]."""
+    config, _ = vqgan.read(tensors)
+    config["model"]["net"]["unit_pixels"] = True
+    leaves = vqgan.tokenizer_statistics(config["model"]["quantizer"]["num_codes"])
+    return read_stage(config, vqgan.rows, _in_both_signs(tensors), leaves=leaves)
+
+
 def read_decoder(tensors: Tensors) -> tuple[dict, dict]:
-    """(config, parameters) of the stage `tokenizer`, of a VQGAN's decoder on pixels in [0, 1]."""
+    """(config, parameters) of the stage `tokenizer`, of min-dalle's detoker.pt: such a VQGAN's decoder."""
     num_codes, width = tensors.shape("embedding.weight")
     found = [re.match(r"decoder\.up\.(\d+)\.(block|attn)\.(\d+)\.", name) for name in tensors.shapes]
     parts = {(int(m[1]), m[2], int(m[3])) for m in found if m}
@@ -134,28 +142,18 @@ def read_decoder(tensors: Tensors) -> tuple[dict, dict]:
         z_channels=tensors.shape("decoder.conv_in.weight")[1],
     )
     quantizer = dict(kind="vq", decay=0.0, num_codes=num_codes, width=width)
-    model = dict(image_size=IMAGE_SIZE, net=net, quantizer=quantizer, likelihood="l1")
-    config = {"stage": "tokenizer", "model": model}
-    abstract = models.abstract_params(models.build_stage(config))
-    leaves = {
-        name: np.zeros(x.shape, np.float32)
-        for name, x in modeldir.flatten(abstract).items()
-        if name.startswith(("net/encoder/", "net/quant_conv/"))
-    }
+    model = dict(image_size=IMAGE_SIZE, net=net, quantizer=quantizer, likelihood="l1", decode_only=True)
 
     def table(params) -> list[Row]:
-        kept = [row for row in vqgan.rows(params) if row.ours not in leaves]
-        return [row for row in kept if row.ours != "book_0/embedding"] + leaf(
-            "book_0/embedding", "embedding.weight"
-        )
+        kept = [row for row in vqgan.rows(params) if row.ours != "book_0/embedding"]
+        return kept + leaf("book_0/embedding", "embedding.weight")
 
-    return read_stage(
-        config, table, _in_both_signs(tensors), leaves=leaves | vqgan.tokenizer_statistics(num_codes)
-    )
+    leaves = vqgan.tokenizer_statistics(num_codes)
+    return read_stage({"stage": "tokenizer", "model": model}, table, _in_both_signs(tensors), leaves=leaves)
 
 
 def _in_both_signs(tensors: Tensors) -> Tensors:
-    """The decoder's tensors with an output in [-1, 1] in the place of [0, 1]: y -> 2 y - 1."""
+    """A VQGAN's tensors with an output in [-1, 1] in the place of [0, 1]: y -> 2 y - 1."""
     how = {"decoder.conv_out.weight": (2.0, 0.0), "decoder.conv_out.bias": (2.0, -1.0)}
 
     def one(name: str) -> np.ndarray:
@@ -201,15 +199,13 @@ def _bart_names(parts: list[str], array: np.ndarray):
 
 
 def _vqgan_of_flax(folder: Path) -> Tensors:
-    """The decoder of a VQGAN of vqgan-jax under detoker.pt's names."""
+    """A VQGAN of vqgan-jax under the names of taming-transformers."""
     path, found = folder / "flax_model.msgpack", {}
     for name, array in _msgpack(path).items():
-        if name.startswith(("encoder/", "quant_conv/")):
-            continue
         if name == "quantize/embedding/embedding":
-            found["embedding.weight"] = array
+            found["quantize.embedding.weight"] = array
             continue
-        parts = [re.sub(r"^(up|block|attn)_(\d+)$", r"\1.\2", part) for part in name.split("/")]
+        parts = [re.sub(r"^(down|up|block|attn)_(\d+)$", r"\1.\2", part) for part in name.split("/")]
         if "mid" in parts:  # its parts keep their underscores
             parts = name.split("/")
         # norms that vqgan-jax converted are [1, 1, 1, C]

@@ -60,6 +60,7 @@ class Sizes(NamedTuple):
       num_res_blocks: of a level on the way down; one more on the way up.
       attention_resolutions: sides with attention, of a picture of side `image_size`.
       z_channels: of the encoder's output, before the 1 x 1 convolutions around the quantizer.
+      unit_pixels: the encoder reads pixels in [0, 1] in the place of [-1, 1].
     """
 
     image_size: int
@@ -68,6 +69,7 @@ class Sizes(NamedTuple):
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (16,)
     z_channels: int = 256
+    unit_pixels: bool = False
 
 
 class Encoder(nn.Module):
@@ -144,8 +146,9 @@ class VQGANNet(nn.Module):
         self.decoder_out = layers.conv(self.out_channels, dtype=self.dtype, name=None)
 
     def features(self, x: jax.Array) -> tuple[jax.Array]:
-        """x [B, H, W, 3] -> ([B, h, w, z_channels],)."""
-        return (self.encoder(x),)
+        """x [B, H, W, 3] in [-1, 1] -> ([B, h, w, z_channels],)."""
+        # not a part of the first convolution, whose padding is 0 in either range
+        return (self.encoder((x + 1) / 2 if self.sizes.unit_pixels else x),)
 
     def project(self, level: int, features: tuple, quantized: list) -> jax.Array:
         """What is quantized, [B, h, w, in_width] float32."""

@@ -34,6 +34,7 @@ class Tokenizer:
       quantizers: of the levels, top first: classes of `tokens.quantize`.
       strides: pixels a code of each level, top first.
       adversarial: None: no discriminator and no loss on features.
+      decode_only: it has no encoder; what needs one raises ValueError.
     """
 
     net: Any
@@ -42,6 +43,7 @@ class Tokenizer:
     image_size: int
     likelihood: Likelihood
     adversarial: Adversarial | None = None
+    decode_only: bool = False
     ops = {
         "encode_sequence": Op(("codes",), ("image",)),
         "decode_sequence": Op(("image",), ("codes",)),
@@ -70,9 +72,24 @@ class Tokenizer:
         side = self.image_size
         return {"image": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.float32)}
 
+    @property
+    def encoded_specs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and type of one example's codes, of all levels in one row."""
+        count = sum(height * width for height, width in self.grids)
+        return {"codes": jax.ShapeDtypeStruct((1, count), jnp.int32)}
+
+    def check_encodes(self) -> None:
+        """Raise ValueError for a tokenizer without an encoder."""
+        if self.decode_only:
+            raise ValueError(
+                "this tokenizer has no encoder (model.decode_only): it makes pictures of codes, and no codes "
+                "of pictures. Take a tokenizer with both halves"
+            )
+
     def init(self, key: jax.Array, batch: dict) -> dict:
         """Float32 parameters: 'net', 'book_L' of a level with trained vectors, 'discriminator', 'stats'."""
-        params: dict = {"net": self.net.init(key, batch["image"])["params"], "stats": {}}
+        made = self._init_decoder(key) if self.decode_only else self.net.init(key, batch["image"])
+        params: dict = {"net": made["params"], "stats": {}}
         for level, quantizer in enumerate(self.quantizers):
             trained, stats = quantizer.init(jax.random.fold_in(key, level))
             params |= {f"book_{level}": trained} if trained else {}
@@ -82,6 +99,11 @@ class Tokenizer:
                 jax.random.fold_in(key, len(self.quantizers)), batch["image"]
             )
         return params
+
+    def _init_decoder(self, key: jax.Array) -> dict:
+        pairs = zip(self.grids, self.quantizers, strict=True)
+        vectors = [jnp.zeros((1, *grid, quantizer.out_width)) for grid, quantizer in pairs]
+        return self.net.init(key, vectors, method="decode")
 
     def _state(self, params: dict, level: int) -> dict:
         """The quantizer's arrays of a level, without the level in their names."""
@@ -97,6 +119,7 @@ class Tokenizer:
 
         What is quantized at a level depends on the levels above it.
         """
+        self.check_encodes()
         features = self._net(params, "features", image)
         made: list[tuple[jax.Array, Any]] = []
         for level, quantizer in enumerate(self.quantizers):
@@ -252,6 +275,7 @@ def build(
     data_variance: float = 1.0,
     min_scale: float = 0.0,
     adversarial: dict | None = None,
+    decode_only: bool = False,
     dtype: str = "float32",
 ) -> Tokenizer:
     """The tokenizer of a config.
@@ -264,14 +288,15 @@ def build(
         `tokens.quantize`.
       likelihood, data_variance, min_scale: see `reconstruction.Likelihood`.
       adversarial: see `adversarial.build`; for 'vqgan' alone.
+      decode_only: without an encoder, as some weights are published; it cannot be trained.
 
     Raises ValueError for settings that cannot go together.
     """
     if likelihood not in reconstruction.KINDS:
         raise ValueError(f"likelihood {likelihood!r} is unknown; choose one of {reconstruction.KINDS}")
     body, settings = _chosen(net, NETS, "net")
-    if adversarial is not None and body is not VQGANNet:
-        raise ValueError("model.adversarial needs net.kind='vqgan'")
+    if adversarial is not None and (body is not VQGANNet or decode_only):
+        raise ValueError("model.adversarial needs net.kind='vqgan' with an encoder")
     strides = _strides(net["kind"], settings)
     if image_size % strides[0]:
         raise ValueError(f"image_size {image_size} must be a multiple of {strides[0]}, the pixels of a code")
@@ -287,7 +312,7 @@ def build(
         dtype=jnp.dtype(dtype),
     )
     losses = None if adversarial is None else _adversarial(adversarial)
-    return Tokenizer(network, quantizers, strides, image_size, scored, losses)
+    return Tokenizer(network, quantizers, strides, image_size, scored, losses, decode_only)
 
 
 _adversarial = adversarial.build

@@ -110,6 +110,38 @@ def test_the_loss_is_the_mean_of_a_code():
     np.testing.assert_allclose(loss.value, (4 * parts[0] + 16 * parts[1]) / 20, rtol=1e-6)
 
 
+def test_a_prior_of_three_levels():
+    """Each level reads the one above it and no other; all are drawn and completed in one row of codes."""
+    grids, num_codes = ((1, 2), (2, 4), (4, 8)), (5, 7, 3)
+    net = NET | dict(attention=False, out_blocks=0)
+    nets = (net, net | dict(upper_blocks=1), net | dict(upper_blocks=1))
+    stage = pixelsnail.build(grids=grids, num_codes=num_codes, nets=nets)
+    params, codes = parameters(stage), example_codes(grids, num_codes, 4)
+    maps = stage._split(codes)
+
+    @jax.jit
+    def compute(params, maps):
+        pairs = zip(maps, [None, *maps[:-1]], strict=True)
+        logits = [stage._logits(params, level, own, upper, None) for level, (own, upper) in enumerate(pairs)]
+        row = jnp.concatenate([x.reshape(4, -1) for x in maps], axis=1)
+        return logits, stage.loss(params, jax.random.key(0), {"codes": row})
+
+    logits, loss = compute(params, maps)
+    for level, count in enumerate(num_codes):
+        other, _ = compute(params, [x if i != level else (x + 1) % count for i, x in enumerate(maps)])
+        moved = [(np.abs(a - b) > 1e-6).any() for a, b in zip(other, logits, strict=True)]
+        assert moved == [level <= i <= level + 1 for i in range(3)]
+    parts = [loss.scalars[f"level{level}_loss"] for level in range(3)]
+    np.testing.assert_allclose(loss.value, np.dot(parts, [2, 8, 32]) / 42, rtol=1e-6)
+    forced = kept(codes, grids, 0.5)
+    draw = jax.jit(functools.partial(stage._draw, guidance_scale=1, temperature=1e-6))
+    made = np.asarray(draw(params, KEYS, {}, forced))
+    greedy, _ = compute(params, stage._split(made))
+    for drawn, x, given in zip(stage._split(made), greedy, stage._split(forced), strict=True):
+        np.testing.assert_array_equal(drawn, np.where(given >= 0, given, np.argmax(x, axis=-1)))
+    assert (np.asarray(forced) >= 0).sum() == 4 * (0 + 4 + 16)
+
+
 def test_a_prior_of_no_class():
     """VQ-VAE's: one level, no label, no attention; guidance is without effect."""
     net = NET | dict(attention=False)

@@ -12,12 +12,17 @@ import pytest
 from dalle2_jax.models import models
 from dalle2_jax.models.stages import tokenizer
 from dalle2_jax.models.stages.reconstruction import Likelihood, logit_laplace
+from dalle2_jax.train import loop
 from tests.tiny_model import random_params
 
 SIDE = 16
 SMALL = dict(
     vq=dict(
         net=dict(kind="vqvae", channels=8, residual_channels=4, num_res_blocks=1, strides=(4, 2)),
+        quantizer=dict(kind="vq", num_codes=16, width=4),
+    ),
+    three=dict(
+        net=dict(kind="vqvae", channels=8, residual_channels=4, num_res_blocks=1, strides=(2, 2, 2)),
         quantizer=dict(kind="vq", num_codes=16, width=4),
     ),
     dvae=dict(
@@ -70,10 +75,10 @@ def test_the_density_of_logit_laplace_integrates_to_one():
 
 
 def test_logit_laplace_with_a_least_scale_is_a_bounded_density():
-    x = jnp.linspace(-1, 1, 20_001, dtype=jnp.float32)  # m from 0.1 to 0.9, logits within 2.2 of 0
+    x = jnp.linspace(-1, 1, 20_001, dtype=jnp.float32)[:, None]  # m from 0.1 to 0.9, logits within 2.2 of 0
     found = []
     for log_b in (-20.0, -1.0):
-        maps = jnp.stack([jnp.zeros_like(x), jnp.full_like(x, log_b)], axis=-1)
+        maps = jnp.concatenate([jnp.zeros_like(x), jnp.full_like(x, log_b)], axis=-1)
         density = np.exp(-np.asarray(Likelihood("logit_laplace", min_scale=0.05).nll(maps, x), np.float64))
         assert 0.8 * density.mean() == pytest.approx(1, abs=0.01)
         found.append(density.max())
@@ -92,7 +97,7 @@ def test_the_picture_of_logit_laplace_undoes_the_margin():
 def test_codes_and_pictures(kind):
     """Levels, one row of codes, the same picture both ways; training's loss is finite and has a gradient."""
     stage, params, images = small(kind)
-    sides = {"vq": (2, 4), "dvae": (8,), "vqgan": (8,)}[kind]
+    sides = {"vq": (2, 4), "three": (2, 4, 8), "dvae": (8,), "vqgan": (8,)}[kind]
     assert stage.grids == tuple((side, side) for side in sides)
     codes, row, made, from_row, reconstructed = passes(kind)(params, images)
     assert [code.shape for code in codes] == [(4, side, side) for side in sides]
@@ -108,15 +113,43 @@ def test_codes_and_pictures(kind):
     assert models.encoded_specs(stage)["codes"].shape == (1, row.shape[1])
 
 
-def test_the_bottom_follows_the_top():
-    """Other codes of the top change what the bottom quantizes, and the picture."""
-    stage, params, images = small("vq")
-    (top, bottom), _, made, *_ = passes("vq")(params, images)
-    other = jax.tree.map(lambda x: x, params)
-    other["stats"] = params["stats"] | {"book_0": -params["stats"]["book_0"]}
-    assert (passes("vq")(other, images)[0][1] != bottom).any()
-    changed = jax.jit(stage.decode_codes)(params, ((top + 1) % 16, bottom))
-    assert np.abs(changed - made).max() > 1e-3
+@pytest.mark.parametrize("kind", ["vq", "three"])
+def test_the_bottom_follows_the_top(kind):
+    """Other codes of a level change what the levels below it quantize, none above it, and the picture."""
+    stage, params, images = small(kind)
+    codes, _, made, *_ = passes(kind)(params, images)
+    decode, last = jax.jit(stage.decode_codes), len(codes) - 1
+    for level in range(last):
+        other = params | {"stats": params["stats"] | {f"book_{level}": -params["stats"][f"book_{level}"]}}
+        found = passes(kind)(other, images)[0]
+        for below in range(level + 1, last + 1):
+            assert (found[below] != codes[below]).any()
+        for above in range(level):
+            np.testing.assert_array_equal(found[above], codes[above])
+    for level in range(last + 1):
+        changed = [code if i != level else (code + 1) % 16 for i, code in enumerate(codes)]
+        assert np.abs(decode(params, tuple(changed)) - made).max() > 1e-3
+
+
+def test_three_books_are_updated_by_their_own_codes():
+    """One step of training: a mean for each level, and each book follows what was drawn of it."""
+    stage, params, images = small("three")
+
+    @jax.jit
+    def step(params, images):
+        made = stage.loss(params, jax.random.key(0), {"image": images})
+        stacked = jax.tree.map(lambda x: x[None], made.statistics)
+        return made.scalars, stage.update(params, stacked, jax.random.key(1))
+
+    scalars, (new, found) = step(params, images)
+    codes = passes("three")(params, images)[0]
+    for level, code in enumerate(codes):
+        drawn = np.bincount(np.ravel(code), minlength=16)
+        p = drawn[drawn > 0] / drawn.sum()
+        np.testing.assert_allclose(scalars[f"perplexity_{level}"], np.exp(-(p * np.log(p)).sum()), rtol=1e-5)
+        old, count = (x["stats"][f"count_{level}"] for x in (params, new))
+        np.testing.assert_allclose(count, 0.99 * old + 0.01 * drawn, rtol=1e-4)
+        assert f"usage_{level}" in found
 
 
 def test_the_losses_of_vqvae_are_means():
@@ -201,6 +234,19 @@ def test_advice_after_a_collapse():
     said = stage.advice({"usage_0": 1.0, "usage_1": 0.9, "perplexity_1": 1.5})
     assert "usage_1 0.900 of 16 codes" in said and "restart=0.1" in said
     assert "usage_0 0.125" in stage.advice({"usage_0": 0.125, "perplexity_0": 2.0})
+
+
+def test_training_warns_once_where_a_collapse_begins(caplog):
+    """And again after the book has recovered; a stage without advice is silent."""
+    advise = loop._adviser(small("vq")[0])
+    fine, collapsed = {"usage_0": 1.0, "perplexity_0": 12.0}, {"usage_0": 0.125, "perplexity_0": 2.0}
+    said = []
+    for scalars in (fine, collapsed, collapsed, fine, collapsed):
+        advise(scalars)
+        said.append(caplog.text.count("the code book collapses: usage_0 0.125 of 16 codes"))
+    assert said == [0, 1, 1, 1, 2] and "set model.quantizer.restart=0.1" in caplog.text
+    loop._adviser(object())(collapsed)
+    assert caplog.text.count("collapses") == 2
 
 
 @pytest.mark.parametrize(
