@@ -43,9 +43,7 @@ def found(folder: Path) -> list[dict]:
     for path in folder.glob("*-*-*.json"):
         network = path.name.split("-")[0]
         reports.append(json.loads(path.read_text()) | {"network": network})
-    return sorted(
-        reports, key=lambda x: (x["network"], x["batch_size"] == WHOLE, x["chips"], x["batch_size"])
-    )
+    return sorted(reports, key=lambda x: (x["network"], x["chips"], x["batch_size"]))
 
 
 def rates(report: dict) -> tuple[float, float] | None:
