@@ -259,8 +259,10 @@ def test_it_is_trained_on_and_goes_back(stage, ours, back, tmp_path):
         *(f"--config.{name}={value}" for name, value in changes.items()),
     ]
     how = dict(cwd=Path(__file__).parents[2], env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
+    t5 = (ours / "t5" / "model.safetensors").read_bytes()
     ran = subprocess.run(command, **how, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
+    assert (ours / "t5" / "model.safetensors").read_bytes() == t5
     tuned = (
         {"upsamplers": (str(tmp_path / "run"),)} if stage != "decoder" else {"decoder": str(tmp_path / "run")}
     )

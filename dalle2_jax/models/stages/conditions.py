@@ -76,6 +76,12 @@ class Caption:
     masked: bool = True
     name = "caption"
 
+    @classmethod
+    def of(cls, text: dict, drop: float, embed_dim: int = 0) -> "Caption":
+        """The condition that a stage's settings `text` describe."""
+        settings = {name: text[name] for name in ("states_width", "null_tokens", "masked") if name in text}
+        return cls(text["context_length"], drop, embed_dim=embed_dim, **settings)
+
     @property
     def specs(self) -> Specs:
         """The fields of a batch that it reads."""

@@ -83,7 +83,7 @@ def build(
         conditions += (ClipImage(embed_dim, image_drop),)
     if num_classes:
         conditions += (Label(num_classes, label_drop),)
-    conditions += (_caption(text, text_drop, embed_dim),) if text else ()
+    conditions += (Caption.of(text, text_drop, embed_dim),) if text else ()
     return DiffusionStage(
         net=DenoiserNet(
             body=body,
@@ -103,13 +103,6 @@ def build(
         guidance_scale=guidance_scale if embed_dim or text or label_drop or joint_drop else 1.0,
         inpaint=inpaint,
     )
-
-
-def _caption(text: dict, drop: float, embed_dim: int) -> Caption:
-    """The caption's condition, of the settings of `text`."""
-    width, null_tokens = text.get("states_width", 0), text.get("null_tokens", 0)
-    masked = text.get("masked", True)
-    return Caption(text["context_length"], drop, width, embed_dim, null_tokens, masked)
 
 
 def _checked_text(text: dict | None, embed_dim: int) -> dict | None:

@@ -89,7 +89,7 @@ def build(
     _check_level(low_res_level, low_res_noise)
     text = _checked_text(text, body, remat)
     conditions: tuple[Label | Caption, ...] = (Label(num_classes, label_drop),) if num_classes else ()
-    conditions += (_caption(text, text_drop),) if text else ()
+    conditions += (Caption.of(text, text_drop),) if text else ()
     _check_guidance(guidance_scale, (joint_drop, *(condition.drop for condition in conditions)))
     return DiffusionStage(
         net=DenoiserNet(
@@ -122,12 +122,6 @@ def _checked_text(text: dict | None, body: dict, remat: bool | str) -> dict | No
     if body.get("kind") != "vit" and not body["attention_resolutions"]:
         raise ValueError("text is read by attention layers: set attention_resolutions, or leave text out")
     return checked_states(text) if text.get("states_width") else dict(text, remat=remat)
-
-
-def _caption(text: dict, drop: float) -> Caption:
-    """The caption's condition, of the settings of `text`."""
-    masked = text.get("masked", True)
-    return Caption(text["context_length"], drop, text.get("states_width", 0), masked=masked)
 
 
 def _check_guidance(scale: float, drops: tuple[float, ...]) -> None:
