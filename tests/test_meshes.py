@@ -51,8 +51,17 @@ _NET = dict(width=16, hidden=16, num_blocks=1, num_res_blocks=1, num_heads=2, ke
 PIXELSNAIL = dict(
     grids=((2, 2), (4, 4)), num_codes=(16, 16), nets=(_NET, _NET | dict(upper_blocks=1)), num_classes=3
 )
+DALLE_MINI = dict(
+    text=dict(vocab_size=512, context_length=32),
+    net=dict(width=16, depth=2, num_heads=2, hidden=24),
+    grids=((4, 4),),
+    num_codes=(16,),
+    num_ids=18,  # eight devices do not divide it: the table is split over the width
+    start_code=16,
+)
+STAGES = {"tokenizer": TOKENIZER, "pixelsnail": PIXELSNAIL, "dalle_mini": DALLE_MINI}
 KINDS = ("clip", "prior", "ar_prior", "decoder64", "upsampler", "classifier")
-KINDS += ("tokenizer", "token_model", "pixelsnail")
+KINDS += ("token_model", *STAGES)
 QUICK = {("classifier", "2x2x2")}  # transformers on a mesh in every run: tests/models/stages/test_clip.py
 # Devices add in another order, which float32 rounds by some 1e-7 of the largest number that is added; a
 # gradient goes through tens of such sums one after the other. Measured: up to 4e-6.
@@ -66,7 +75,7 @@ def settings(kind: str) -> dict:
     length: an `eps` that is not far below the gradients keeps the parameters comparable.
     """
     recipes = {"upsampler": "upsampler256", "pixels": "modern.decoder64"}
-    recipes |= dict.fromkeys(("classifier", "tokenizer", "pixelsnail"), "decoder64")
+    recipes |= dict.fromkeys(("classifier", *STAGES), "decoder64")
     recipes["token_model"] = "dalle1.token_model"
     recipe = recipes.get(kind.split()[0], kind.split()[0])
     config = models.to_plain(importlib.import_module(f"configs.{recipe}").get_config("debug"))
@@ -75,10 +84,9 @@ def settings(kind: str) -> dict:
             stage="classifier", model=tiny_model.CLASSIFIER | dict(image_size=16, attention_resolutions=[])
         )
         config["data"]["classes"] = ["circle", "square", "star"]
-    if kind.startswith("tokenizer"):
-        config |= dict(stage="tokenizer", model=TOKENIZER)
-    if kind == "pixelsnail":
-        config |= dict(stage="pixelsnail", model=PIXELSNAIL)
+    name = kind.split()[0]
+    if name in STAGES:
+        config |= dict(stage=name, model=STAGES[name])
     config["batch_size"] = BATCH
     config["model"] |= CHANGES.get(kind, {}) | dict(dtype="float32")
     config["optim"] |= dict(learning_rate=1e-2, beta1=0.9, eps=1e-2, grad_clip=0.0)

@@ -25,6 +25,7 @@ from dalle2_jax.preflight.chips import GIB
 from dalle2_jax.preflight.hlo import Collective
 from dalle2_jax.preflight.report import Report
 from dalle2_jax.runtime import metrics, partition
+from tests.test_meshes import settings
 
 
 def plain(recipe, **changes) -> dict:
@@ -231,6 +232,25 @@ def test_a_frozen_tokenizer_takes_part(tmp_path):
         preflight.inspect(plain(prior), frozen={"tokenizer": str(path)})
     with pytest.raises(ValueError, match="leave --sample out"):
         preflight.inspect(config, sample=8, frozen={"tokenizer": str(path)})
+
+
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("pixelsnail", "dalle_mini")]
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", *SLOW])
+def test_stages_of_codes_are_looked_at(kind):
+    """A tokenizer's step, with the sums of its book over all devices; a step and the drawing of codes."""
+    config = settings(kind) | {"batch_size": 8}
+    config["mesh"] = config["mesh"] | OVER_DATA
+    report, stage = preflight.inspect(config), models.build_stage(config)
+    assert report.parameters == sum(x.size for x in jax.tree.leaves(models.abstract_params(stage)))
+    assert report.model_flops == flops.of_step(stage, stage.batch_spec(8)) > 0
+    assert report.collectives["all-reduce"].bytes > 4 * report.parameters
+    if kind == "tokenizer":
+        with pytest.raises(ValueError, match="'tokenizer' does not draw"):
+            preflight.inspect(config, sample=8)
+    else:
+        assert preflight.inspect(config, sample=8).model_flops > 0
 
 
 def test_drawing_is_looked_at_too():

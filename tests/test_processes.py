@@ -15,6 +15,7 @@ import pytest
 
 from configs.dalle1 import tiny as dalle1_tiny
 from configs.vqvae import tiny as vqvae_tiny
+from configs.vqvae import tiny_prior as vqvae_tiny_prior
 from dalle2_jax.models import models
 from dalle2_jax.runtime import checkpoint, partition, processes
 from dalle2_jax.train import loop
@@ -423,7 +424,7 @@ def test_a_frozen_clip_and_measured_statistics_are_those_of_one_process(workdir,
 
 @pytest.mark.slow
 def test_codes_of_two_processes_are_those_of_one(tmp_path):
-    """The code book's sums, its restarted codes, and a token model of the codes."""
+    """The code book's sums, its restarted codes, a token model and a PixelSNAIL of the codes."""
     # Muon is off: it makes rounding of small gradients as large as any step.
     kept = {
         "num_steps": 3,
@@ -436,12 +437,15 @@ def test_codes_of_two_processes_are_those_of_one(tmp_path):
     tokenizer = {"model.net.channels": 16, "model.quantizer.num_codes": 16}
     tokenizer |= {"model.quantizer.decay": 0.5, "model.quantizer.restart": 2.0}
     codes = {"model.num_codes": (16,), "model.net.width": 32, "frozen.tokenizer": str(tmp_path / "vqvae")}
+    snail = {"model.num_codes": (16,), "frozen.tokenizer": str(tmp_path / "vqvae")}
     for name, module, changes in (
         ("vqvae", vqvae_tiny, kept | tokenizer),
         ("dalle1", dalle1_tiny, kept | codes),
+        ("prior", vqvae_tiny_prior, kept | snail),
     ):
         flags = [f"--config.{key}={value}" for key, value in changes.items()]
-        command = ["dalle2_jax.train", f"--config=configs/{name}/tiny.py", f"--workdir={tmp_path}/{name}2"]
+        path = module.__name__.replace(".", "/") + ".py"
+        command = ["dalle2_jax.train", f"--config={path}", f"--workdir={tmp_path}/{name}2"]
         run_processes(command + flags, 2, tmp_path / f"{name}2", 4)
         config = module.get_config()
         config.update_from_flattened_dict(changes)
