@@ -5,7 +5,7 @@
 
 The architecture is what MODEL/STAGE/config.json says, parameters start from that folder's. Prior and decoder
 read the embeddings of the CLIP beside it, stages of Imagen and IF the states of the T5 beside it. MODEL is a
-folder, or hf://OWNER/NAME@COMMIT. The numbers are a beginning for small data: 1000 steps of 32 pictures at a
+folder, hf://OWNER/NAME@COMMIT, or the name of a model of the package. The numbers are a beginning for small data: 1000 steps of 32 pictures at a
 constant rate. `--config.model.remat=all` and `--config.model.dtype=bfloat16` save memory. Without a folder it
 is the bundled decoder that is trained on.
 """
@@ -13,17 +13,16 @@ is the bundled decoder that is trained on.
 import json
 from pathlib import Path
 
-import dalle2_jax
 from dalle2_jax.configs import common
 from dalle2_jax.runtime import hub
 
-BUNDLED = Path(dalle2_jax.__file__).parent / "bundled" / "decoder"
-
 
 def get_config(preset: str = ""):
-    """`preset`: a stage's folder in a model directory, '' for the bundled decoder."""
-    where = preset.rstrip("/") or str(BUNDLED)
-    model, folder = where.rpartition("/")[0] or ".", Path(hub.local(where))
+    """`preset`: a stage's folder in a model directory, '' for the decoder of the package's scenes."""
+    model, _, name = (preset.rstrip("/") or "scenes/decoder").rpartition("/")
+    model = str(hub.packaged(model) or model or ".")
+    where = f"{model}/{name}"
+    folder = Path(hub.local(where))
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"preset {preset!r} is unknown: give a stage's folder in a model directory, such as MODEL/decoder"

@@ -8,7 +8,7 @@ from pathlib import Path
 from dalle2_jax.convert.card import model_card
 from dalle2_jax.runtime import modeldir
 
-MODEL = Path(__file__).resolve().parents[1] / "dalle2_jax/bundled"
+MODEL = Path(__file__).resolve().parents[1] / "dalle2_jax/bundled/scenes"
 CARD = MODEL / modeldir.CARD_FILE
 
 

@@ -418,7 +418,7 @@ def test_flags_of_generate_are_documented():
 def test_the_bundled_model_is_documented():
     text = (ROOT / "docs/models.md").read_text("utf-8")
     section = text.partition("## The bundled model\n")[2].partition("\n## ")[0]
-    folder = ROOT / "dalle2_jax/bundled"
+    folder = ROOT / "dalle2_jax/bundled/scenes"
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
     assert json.dumps(index["trained_steps"]) in text
     model = {s: json.loads((folder / s / "config.json").read_text())["model"] for s in index["trained_steps"]}

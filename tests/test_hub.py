@@ -71,6 +71,21 @@ def model(tmp_path_factory):
     return directory
 
 
+def test_a_name_without_a_slash_is_a_model_of_the_package(tmp_path, monkeypatch):
+    """It wins over a folder of that name, which ./ reaches; a stage of it is fine-tuned by name."""
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "scenes")
+    packaged = hub.local("scenes")
+    assert Path(packaged) == Path(hub.__file__).parents[1] / "bundled" / "scenes"
+    assert (Path(packaged) / modeldir.INDEX_FILE).is_file()
+    for path in ("./scenes", "scenes/clip", "", ".", "..", "none"):
+        assert hub.local(path) == path and hub.packaged(path) is None
+    assert pipeline.UnCLIP.load("scenes").name == pipeline.UnCLIP.load().name
+    assert pipeline.UnCLIP.load("./scenes").name != pipeline.UnCLIP.load().name
+    config = importlib.import_module("configs.finetune").get_config("scenes/decoder")
+    assert (config.init_from, config.clip) == (f"{packaged}/decoder", str(packaged))
+
+
 def test_what_is_published_is_what_is_loaded(fake, model, capsys):
     assert convert.main(["push", str(model), "somebody/tiny", "--private"]) == 0
     address = f"hf://somebody/tiny@{COMMIT}"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dalle2_jax.edit import actions
-from dalle2_jax.generate import engine
 from dalle2_jax.generate.result import Result
+from dalle2_jax.runtime import hub
 from tests.tiny_model import make_model
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "notebooks"
@@ -45,7 +45,8 @@ def test_notebooks_are_stored_without_outputs():
 def test_the_notebook_of_drawing(tmp_path, monkeypatch):
     """With a tiny model in the place of the bundled one, and programs that other tests compile too."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(engine, "BUNDLED", make_model(tmp_path / "tiny"))
+    make_model(tmp_path / "packaged" / "scenes")
+    monkeypatch.setattr(hub, "PACKAGED", tmp_path / "packaged")
     monkeypatch.setattr(actions, "INVERSION_STEPS", 6)
     monkeypatch.setattr(actions, "RESAMPLE", 2)
     shown = run("draw")

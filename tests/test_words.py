@@ -5,7 +5,7 @@ from etils import epath
 
 from dalle2_jax.data import scenes, scenes_builder, words
 from dalle2_jax.generate import captions
-from dalle2_jax.generate.engine import BUNDLED
+from dalle2_jax.runtime import hub
 
 
 class Model:
@@ -69,7 +69,7 @@ def test_rare_words_are_cut_beyond_a_limit(tmp_path, monkeypatch):
     ],
 )
 def test_the_bundled_model_says_which_words_it_has_not_seen(caption, said):
-    lines = captions.unseen_words(Model(BUNDLED), [caption])
+    lines = captions.unseen_words(Model(hub.local("scenes")), [caption])
     assert lines == [] if said is None else said in lines[0]
 
 
@@ -79,4 +79,4 @@ def test_the_bundled_words_are_those_of_its_recipe():
     counter = words.WordCounter("en")
     for i in range(300):
         counter.add(scenes.captions(scenes.sample_scene(scenes.preset(config.preset), "train", i), "en"))
-    assert counter.so_far().counts.keys() == words.read(epath.Path(BUNDLED)).counts.keys()
+    assert counter.so_far().counts.keys() == words.read(epath.Path(hub.local("scenes"))).counts.keys()

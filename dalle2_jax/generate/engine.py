@@ -24,7 +24,7 @@ from dalle2_jax.models import models
 from dalle2_jax.models.nets import layers
 from dalle2_jax.runtime import batched, files, hub, modeldir, partition, processes, programs
 
-BUNDLED = Path(__file__).parents[1] / "bundled"
+BUNDLED = "scenes"  # the model of the package that is drawn with where none is named
 BATCH_SIZE = 8
 # progress(step, examples done, number of examples, seconds in this step without compiling)
 Progress = Callable[[str, int, int, float], None]
@@ -108,7 +108,7 @@ class Engine:
 
     def __init__(self, model_dir: str | os.PathLike | None, dtype: str | None, mesh, low_memory: bool):
         """Open a model directory; see `Pipeline.load`."""
-        if model_dir is None and not (BUNDLED / modeldir.INDEX_FILE).exists():
+        if model_dir is None and not hub.packaged(BUNDLED):
             raise FileNotFoundError(
                 "this installation came without the bundled model (the package's folder 'bundled'): give "
                 "a model directory, such as `python -m dalle2_jax.convert workdirs` writes"

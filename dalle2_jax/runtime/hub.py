@@ -1,5 +1,6 @@
-"""Models on the Hugging Face Hub: hf://OWNER/NAME@COMMIT in place of a folder, and publishing a model.
+"""Models by name: those of the package, those on the Hugging Face Hub, and publishing one there.
 
+`scenes`, without a slash, is the model of that name in the package; ./scenes is a folder.
 hf://OWNER/NAME@COMMIT/FOLDER is a folder of it, such as that of a stage. The revision must be a commit, so
 that an address never changes its meaning. Only safetensors, JSON and text are fetched, into huggingface_hub's
 cache.
@@ -16,6 +17,7 @@ from typing import Any
 from dalle2_jax.runtime import extras, files, modeldir
 
 SCHEME = "hf://"
+PACKAGED = Path(__file__).parents[1] / "bundled"  # a model directory a name
 PATTERNS = ("*.json", "*.safetensors", "*.txt", modeldir.CARD_FILE)
 TIMEOUT = 5.0  # seconds
 IGNORED = ("*.fp16.*", "*.non_ema.*")  # copies of the same weights
@@ -55,13 +57,20 @@ def what_to_download(name: str, reason: str, revision: str = "") -> str:
     )
 
 
+def packaged(name: str) -> Path | None:
+    """The model directory `name` of the package; None if it has none of that name."""
+    folder = PACKAGED / name
+    return folder if name == folder.name and (folder / modeldir.INDEX_FILE).is_file() else None
+
+
 def local(path: str | os.PathLike) -> str | os.PathLike:
-    """The local folder of hf://OWNER/NAME@COMMIT, fetched if it is missing; other paths by `files.expand`.
+    """The local folder of a model's name in the package, or of hf://OWNER/NAME@COMMIT, fetched if it is
+    missing; other paths by `files.expand`.
 
     Raises ValueError for an address without a full commit hash, and for errors of the hub.
     """
     if not os.fspath(path).startswith(SCHEME):
-        return files.expand(path)
+        return packaged(os.fspath(path)) or files.expand(path)
     match = re.fullmatch(rf"{SCHEME}([\w.-]+/[\w.-]+)(?:@([^/]*))?((?:/\w[\w.-]*)*)/?", os.fspath(path))
     if not match:
         raise ValueError(f"{path} is no address of a model: write {SCHEME}OWNER/NAME@COMMIT")
