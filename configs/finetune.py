@@ -5,9 +5,9 @@
 
 The architecture is what MODEL/STAGE/config.json says, parameters start from that folder's. Prior and decoder
 read the embeddings of the CLIP beside it, stages of Imagen and IF the states of the T5 beside it. MODEL is a
-folder, hf://OWNER/NAME@COMMIT, or the name of a model of the package. The numbers are a beginning for small data: 1000 steps of 32 pictures at a
-constant rate. `--config.model.remat=all` and `--config.model.dtype=bfloat16` save memory. Without a folder it
-is the bundled decoder that is trained on.
+folder, hf://OWNER/NAME@COMMIT, or the name of a model of the package. The numbers are a beginning for small
+data: 1000 steps of 32 pictures at a constant rate. `--config.model.remat=all` and
+`--config.model.dtype=bfloat16` save memory. Without a folder it trains the decoder of `scenes` on.
 """
 
 import json
