@@ -16,4 +16,6 @@ def get_config(preset: str = ""):
     config = tiny.get_config(preset)
     config.model.update(schedule="logsnr", num_timesteps=65_536, text_drop=0.1)
     config.model.net = dict(time_scale=1000 / 65_536)
+    if not preset:
+        config.num_steps = 2000  # GLIDE needs 3,000
     return config

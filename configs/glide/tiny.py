@@ -18,7 +18,7 @@ from dalle2_jax.configs.tiny import decoder
 PARTS = {
     "reader": (16.0, 1000, 0.02, 0.0),
     "relations": (3.0, 1200, 0.02, 0.0),
-    "": (1.0, 2000, 0.01, 0.2),
+    "": (1.0, 3000, 0.01, 0.2),
 }
 
 
