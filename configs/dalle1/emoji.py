@@ -11,7 +11,7 @@ from dalle2_jax.configs.emoji_styles import common
 def get_config(preset: str = ""):
     """No presets."""
     small = tiny.get_config(preset)
-    config = common.get_config(num_steps=4000, batch_size=32, learning_rate=1e-3)
+    config = common.get_config(num_steps=1500, batch_size=32, learning_rate=1e-3)
     config.stage = "token_model"
     config.data.language = "en"
     config.model = small.model
