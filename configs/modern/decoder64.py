@@ -20,7 +20,9 @@ def get_config(preset: str = ""):
         dict(
             image_size=64,
             embed_dim=1024,
-            text=dict(vocab_size=49408, context_length=256, width=2048, depth=24, num_heads=32),
+            text=dict(
+                vocab_size=49408, context_length=256, width=2048, depth=24, num_heads=32, scan_blocks=False
+            ),
             image_drop=0.1,
             text_drop=0.5,
             num_steps=50,
@@ -33,6 +35,7 @@ def get_config(preset: str = ""):
                 num_heads=16,
                 mlp_width=5632,  # 8 / 3 of the width, in whole tiles of 256
                 bottleneck=0,  # a patch has 48 entries
+                scan_blocks=False,
             ),
         ),
     )
