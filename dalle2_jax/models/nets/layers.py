@@ -58,7 +58,8 @@ def remat(block: type[nn.Module], what: bool | str, **options) -> type[nn.Module
 
     what: 'none', 'all' or 'products'. 'products' keeps the results of convolutions, of products with a kernel
     and of sums (the statistics of norms): little work again for most of the memory. True is 'all', False
-    'none'. options: of `nn.remat`. Raises ValueError for another `what`.
+    'none'. options: of `nn.remat`; in a `lax.scan`, which merges nothing across its turns, `prevent_cse` only
+    costs time. Raises ValueError for another `what`.
     """
     what = ("all" if what else "none") if isinstance(what, bool) else what
     if what not in REMAT:

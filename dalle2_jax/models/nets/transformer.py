@@ -83,7 +83,8 @@ class TransformerStack(nn.Module):
         width = x.shape[-1]
         if width % self.num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}: change either")
-        block = layers.remat(Block, self.remat)
+        scanned = self.scan and caches is None and not self.is_initializing()
+        block = layers.remat(Block, self.remat, prevent_cse=not scanned)
         x = x.astype(self.dtype)
         std = out_std(width, self.depth)
         common = (width, self.num_heads, self.activation, std, self.dtype, self.mlp_width)

@@ -213,7 +213,8 @@ class PixelViT(nn.Module):
         deterministic: bool,
     ) -> jax.Array:
         """x [B, N, width] behind the blocks of these numbers; waves [2, N, D / 2]."""
-        block = layers.remat(ViTBlock, self.remat, static_argnums=(5,))
+        scanned = self.scan_blocks and not self.is_initializing()
+        block = layers.remat(ViTBlock, self.remat, static_argnums=(5,), prevent_cse=not scanned)
         settings = (self.num_heads, self.mlp_width or 8 * self.width // 3, self.dropout, self.dtype)
         names = [f"block_{i}" for i in numbers]
         if not self.scan_blocks or self.is_initializing() or not names:
