@@ -89,7 +89,7 @@ class TransformerStack(nn.Module):
         std = out_std(width, self.depth)
         common = (width, self.num_heads, self.activation, std, self.dtype, self.mlp_width)
         names = [f"block_{i}" for i in range(self.depth)]
-        if self.scan and caches is None and not self.is_initializing():
+        if scanned:
             one, blocks = block(*common, parent=None), [self.variables["params"][name] for name in names]
 
             def apply(params, x, kind):

@@ -217,7 +217,7 @@ class PixelViT(nn.Module):
         block = layers.remat(ViTBlock, self.remat, static_argnums=(5,), prevent_cse=not scanned)
         settings = (self.num_heads, self.mlp_width or 8 * self.width // 3, self.dropout, self.dtype)
         names = [f"block_{i}" for i in numbers]
-        if not self.scan_blocks or self.is_initializing() or not names:
+        if not scanned or not names:
             for name in names:
                 x = block(*settings, name=name)(x, cond, waves, mask, deterministic)
             return x
